@@ -1,0 +1,1 @@
+"""Casparian Flow: files dropped into directories become tables, with proof for every row."""

@@ -1,0 +1,99 @@
+"""Bytes become a file once: a reader sees the whole file or none of it.
+
+The recipe (temporary file beside the target, fsync, link or rename, fsync of the folder) is the
+one of maildir and of dpkg. It survives a power cut on any journalling filesystem.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+STATE_FOLDER = ".casparian"
+_OWNED = "owned"
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's data, or a folder's names, durable.
+
+    Raises:
+        OSError: the disk refused. The data may be lost: write it again under another name.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Create a folder and its parents durably: each new name is fsynced in its parent."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=mode)
+    fsync_path(folder.parent)
+
+
+def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a small file so that it appears whole, replacing what was there.
+
+    Raises:
+        OSError: nothing was changed, and the temporary file is gone.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold an advisory lock on a file, waiting for it; processes and threads both exclude."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def own(folder: Path, pattern: str) -> None:
+    """Note in `folder/.casparian/owned` that names matching `pattern` there are our own.
+
+    A scan skips what it finds so marked, whichever ledger or configuration wrote it: our own
+    outputs never become our input.
+
+    Args:
+        folder: the folder that holds the names; created when absent.
+        pattern: a shell pattern (`fnmatch`) over names directly in the folder.
+    """
+    state = folder / STATE_FOLDER
+    if pattern in owned(state):
+        return
+    make_folder(folder)
+    make_folder(state, mode=0o700)
+    with exclusive(state / f"{_OWNED}.lock"):
+        lines = owned(state)
+        if pattern not in lines:
+            write_once(state / _OWNED, "".join(f"{line}\n" for line in [*lines, pattern]).encode())
+
+
+def owned(state: Path) -> list[str]:
+    """The patterns that `own` noted in a `.casparian` folder; empty where there are none."""
+    try:
+        return (state / _OWNED).read_text().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []

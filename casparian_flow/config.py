@@ -1,0 +1,232 @@
+"""Settings: one TOML file, checked as a whole, with every default visible here.
+
+The file is found as `--config`, else `$CASPARIAN_CONFIG`, else the nearest `global_config.toml`
+upward from the current directory. Relative paths in it are relative to its folder. This module
+is the only reader of the environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+
+from casparian_flow.atomic import STATE_FOLDER
+from casparian_flow.errors import ConfigError
+
+FILE_NAME = "global_config.toml"
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the configuration file; an unknown key in it is an error."""
+
+
+class DatabaseSettings(Section, frozen=True):
+    """Where the ledger lives."""
+
+    db_location: str = "casparian_flow.sqlite3"
+    """Path of the SQLite database; created and brought up to date on first use."""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.db_location)
+
+    @property
+    def state_folder(self) -> Path:
+        """Locks, tokens and guests' folders live beside the database they belong to.
+
+        Two configurations that name one database therefore meet the same locks.
+        """
+        return self.path.parent / STATE_FOLDER
+
+    @property
+    def gate(self) -> Path:
+        """The file whose lock every writing transaction of every process holds."""
+        return self.state_folder / f"{self.path.name}.gate"
+
+    @property
+    def daemon_lock(self) -> Path:
+        """The file whose lock the one process that claims jobs holds."""
+        return self.state_folder / f"{self.path.name}.daemon"
+
+    @property
+    def guests_folder(self) -> Path:
+        """One folder a running guest, with the guest's inbox in it."""
+        return self.state_folder / "guests"
+
+    @property
+    def control_socket(self) -> Path:
+        """The daemon's local socket; in a short folder, since a socket path has 108 bytes."""
+        digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:24]
+        return runtime_folder() / f"{digest}.sock"
+
+
+class ScanSettings(Section, frozen=True):
+    """How often the daemon looks at everything, whatever the watcher said."""
+
+    rescan_seconds: Positive = 60.0
+    """Pause between full scans of a source root; events only hasten what a scan would find."""
+
+
+class WorkerSettings(Section, frozen=True):
+    """The pool of workers inside the daemon."""
+
+    count: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+    """Workers to run; 0 means one a core, at most 8."""
+
+    guests: Count = 4
+    """Warm guests a worker keeps; a guest serves one plugin version."""
+
+    @property
+    def effective(self) -> int:
+        return self.count or min(os.cpu_count() or 1, 8)
+
+
+class JobSettings(Section, frozen=True):
+    """How long and how often a job may run."""
+
+    timeout_seconds: Positive = 600.0
+    """Wall clock of one attempt; a plugin's MANIFEST may only lower it."""
+
+    max_attempts: Count = 3
+    """Attempts before a job is FAILED."""
+
+    retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 5.0
+    """Pause before the second attempt; four times as long before each further one."""
+
+    drain_seconds: Positive = 20.0
+    """How long running jobs may finish after SIGTERM before they are released."""
+
+
+class GuestSettings(Section, frozen=True):
+    """Limits of the processes that run plugin code."""
+
+    copy_limit_bytes: Count = 1 << 30
+    """A larger file is not copied to the inbox: it is hashed in place before and after the run."""
+
+    batch_limit_bytes: Count = 256 << 20
+    """A guest that sends a larger batch is stopped before the batch is read."""
+
+    recycle_jobs: Count = 1000
+    """Jobs after which a guest is replaced by a fresh one."""
+
+
+class OutputSettings(Section, frozen=True):
+    """Where topics go that nobody placed."""
+
+    default_uri: str = "parquet://output"
+    """Sink of a topic that neither the MANIFEST nor `casparian topics set` names."""
+
+
+class ListenSettings(Section, frozen=True):
+    """The socket of `python -m casparian_flow.main`."""
+
+    endpoint: str = "tcp://127.0.0.1:5555"
+    """Where workers in other processes connect; the loopback interface only."""
+
+
+class Settings(Section, frozen=True):
+    """The whole configuration; `[database] db_location` alone is complete."""
+
+    home: Path = Path()
+    """Folder of the configuration file (not a key of it): relative paths start here."""
+
+    database: DatabaseSettings = DatabaseSettings()
+    scan: ScanSettings = ScanSettings()
+    workers: WorkerSettings = WorkerSettings()
+    jobs: JobSettings = JobSettings()
+    guest: GuestSettings = GuestSettings()
+    output: OutputSettings = OutputSettings()
+    listen: ListenSettings = ListenSettings()
+
+
+if TYPE_CHECKING:
+    settings: Settings
+
+
+def __getattr__(name: str) -> Any:
+    """`casparian_flow.config.settings`, read when it is asked for and not before."""
+    if name == "settings":
+        return load()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def load(path: str | None = None) -> Settings:
+    """Read and check the configuration.
+
+    Args:
+        path: the file `--config` named; None searches as the module's docstring says.
+
+    Raises:
+        ConfigError: no file, a file that is not TOML, a key nobody knows or a value out of range.
+    """
+    file = find(path)
+    try:
+        raw = tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}", "mend that line") from error
+    try:
+        if "home" in raw:
+            raise msgspec.ValidationError("Object contains unknown field `home`")
+        checked = msgspec.convert(raw, Settings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{file}: {error}", "docs/configuration.md lists every key") from error
+    home = file.parent
+    database = DatabaseSettings(db_location=str(home / checked.database.path))
+    return msgspec.structs.replace(checked, home=home, database=database)
+
+
+def find(path: str | None = None) -> Path:
+    """The configuration file in force, absolute.
+
+    Raises:
+        ConfigError: there is none; the message lists the places tried.
+    """
+    named = path or os.environ.get("CASPARIAN_CONFIG")
+    if named:
+        file = Path(os.path.abspath(named))
+        if not file.is_file():
+            raise ConfigError(f"no configuration at {file}", "casparian init")
+        return file
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / FILE_NAME).is_file():
+            return folder / FILE_NAME
+    raise ConfigError(
+        f"no configuration: tried --config, $CASPARIAN_CONFIG (both unset) and {FILE_NAME} "
+        f"in {here} and every folder above it",
+        "casparian init   (makes one here)",
+    )
+
+
+def runtime_folder() -> Path:
+    """A short, private folder for sockets."""
+    named = os.environ.get("XDG_RUNTIME_DIR")
+    if named:
+        return Path(named) / "casparian"
+    return Path(tempfile.gettempdir()) / f"casparian-{os.getuid()}"
+
+
+def keys_folder() -> Path:
+    """Where this person's signing keys live."""
+    return _base("XDG_CONFIG_HOME", ".config") / "casparian" / "keys"
+
+
+def cache_folder() -> Path:
+    """Where plugin environments and the guest's files live; it may be deleted at any time."""
+    return _base("XDG_CACHE_HOME", ".cache") / "casparian"
+
+
+def _base(variable: str, fallback: str) -> Path:
+    named = os.environ.get(variable)
+    return Path(named) if named else Path.home() / fallback

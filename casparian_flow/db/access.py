@@ -1,0 +1,198 @@
+"""The engine, and the one thread that writes.
+
+`get_engine` is what users' scripts know: a SQLAlchemy engine over the ledger, safe beside a
+running daemon. `Ledger` is what the system uses: coroutines and threads hand it functions, and
+all that wait share one transaction (group commit), because an fsync costs more than the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from casparian_flow.config import DatabaseSettings
+from casparian_flow.db import schema
+from casparian_flow.db.connection import LedgerConnection
+from casparian_flow.errors import LedgerError
+
+T = TypeVar("T")
+Work = Callable[[Connection], T]
+
+GROUP_LIMIT = 500
+"""Requests in one transaction at the most, so that the first does not wait for ever."""
+
+_WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "REPLAC", "CREATE", "ALTER ", "DROP T"})
+
+
+def get_engine(database: DatabaseSettings) -> Engine:
+    """An engine over the ledger, which is created and brought up to date first.
+
+    Sessions over it may read and write at any time. A transaction that only reads takes no lock;
+    its first write takes its turn behind every other process (see `db.connection`).
+
+    Raises:
+        LedgerError: the database cannot be used; nothing was changed.
+    """
+    schema.bring_up_to_date(database)
+    engine = create_engine(
+        f"sqlite:///{database.path}",
+        connect_args={
+            "factory": functools.partial(LedgerConnection, database.gate),
+            "timeout": 30.0,
+            "isolation_level": None,
+        },
+    )
+    event.listen(engine, "connect", _on_connect)
+    event.listen(engine, "begin", _on_begin)
+    event.listen(engine, "before_cursor_execute", _on_execute)
+    return engine
+
+
+def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
+    schema.configure(connection)
+
+
+def _on_begin(connection: Connection) -> None:
+    # sqlite3's own implicit BEGIN would leave DDL and SELECT outside the transaction.
+    raw = _raw(connection)
+    if connection.get_execution_options().get("writes"):
+        raw.begin_writing()
+    else:
+        raw.execute("BEGIN")
+
+
+def _on_execute(_c: Connection, cursor: Any, statement: str, *_rest: object) -> None:
+    if statement.lstrip()[:6].upper() in _WRITES:
+        cursor.connection.begin_writing()
+
+
+def _raw(connection: Connection) -> LedgerConnection:
+    return cast(LedgerConnection, connection.connection.dbapi_connection)
+
+
+def execute_many(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Run a driver-level statement for each row; nothing where there are none."""
+    if rows:
+        connection.exec_driver_sql(statement, list(rows))
+
+
+class Ledger:
+    """Reads on the caller's thread, writes on one thread of its own.
+
+    Use it as a context manager, or call `close`.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._requests: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread = threading.Thread(target=self._serve, name="ledger-writer", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish what was submitted, then stop the thread; the engine stays the caller's."""
+        self._requests.put(None)
+        self._thread.join()
+
+    def read(self, work: Work[T]) -> T:
+        """Run `work` on a connection of this thread's, in one read transaction."""
+        with self.engine.connect() as connection:
+            return work(connection)
+
+    def write(self, work: Work[T]) -> T:
+        """Run `work` in a writing transaction and wait until it is durable.
+
+        Raises:
+            LedgerError: the database refused (full, read-only, damaged); nothing was written.
+        """
+        return self._submit(work).result()
+
+    async def write_soon(self, work: Work[T]) -> T:
+        """`write`, for coroutines."""
+        return await asyncio.wrap_future(self._submit(work))
+
+    async def read_soon(self, work: Work[T]) -> T:
+        """`read`, for coroutines: on a thread of the pool."""
+        return await asyncio.to_thread(self.read, work)
+
+    def _submit(self, work: Work[T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._requests.put((work, future))
+        return future
+
+    def _serve(self) -> None:
+        with self.engine.connect().execution_options(writes=True) as connection:
+            while group := self._next_group():
+                self._commit(connection, group)
+
+    def _next_group(self) -> list[tuple[Work[Any], Future[Any]]]:
+        """Wait for one request, then take all that wait; empty when closed."""
+        first = self._requests.get()
+        group = [] if first is None else [first]
+        while group and len(group) < GROUP_LIMIT:
+            try:
+                request = self._requests.get_nowait()
+            except queue.Empty:
+                break
+            if request is None:
+                self._requests.put(None)
+                break
+            group.append(request)
+        return group
+
+    def _commit(self, connection: Connection, group: list[tuple[Work[Any], Future[Any]]]) -> None:
+        outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
+        try:
+            with connection.begin():
+                for work, future in group:
+                    try:
+                        # One request's error must not undo the others'.
+                        with connection.begin_nested():
+                            outcomes.append((future, work(connection), None))
+                    except OperationalError:
+                        raise
+                    except Exception as error:  # noqa: BLE001 - handed to whoever asked
+                        outcomes.append((future, None, error))
+        except Exception as error:  # noqa: BLE001 - handed to everyone in the group
+            refusal = _refusal(error)
+            for _work, future in group:
+                future.set_exception(refusal)
+            return
+        for future, result, failure in outcomes:
+            if failure is None:
+                future.set_result(result)
+            else:
+                future.set_exception(failure)
+
+
+def _refusal(error: Exception) -> Exception:
+    if isinstance(error, DBAPIError):
+        refusal = LedgerError(
+            f"the ledger could not be written: {error.orig}",
+            "nothing of this step was recorded; free space or permissions, then try again",
+        )
+        refusal.__cause__ = error
+        return refusal
+    return error

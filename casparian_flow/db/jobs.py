@@ -1,0 +1,302 @@
+"""Every status change of every job: one guarded statement a verb, many jobs at a time.
+
+    verb        from                 to           guard
+    enqueue     -                    QUEUED       no job of that plugin for the version
+    claim       QUEUED               RUNNING      fence + 1, attempt counted
+    decide      RUNNING              COMMITTING   (id, fence)
+    complete    COMMITTING           COMPLETED    every output published
+    refuse      COMMITTING           FAILED       a sink said never
+    requeue     RUNNING              QUEUED       (id, fence)
+    fail        RUNNING              FAILED       (id, fence)
+    supersede   RUNNING              SUPERSEDED   (id, fence)
+    abort       QUEUED               ABORTED      -
+    recover     RUNNING              QUEUED       an older epoch
+    retry       FAILED, ABORTED      QUEUED       -
+
+No other module assigns a status. The guard is (id, fence): with the status alone, a slow loser
+would complete the winner's job. A verb returns what it changed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, bindparam, case, func, insert, select, text, update
+
+from casparian_flow.db.access import execute_many
+from casparian_flow.db.models import (
+    Attempt,
+    FileLocation,
+    FileVersion,
+    JobStatus,
+    Plugin,
+    ProcessingJob,
+    SourceRoot,
+    utcnow,
+)
+from casparian_flow.db.routing import Wanted
+
+FINISHED = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.ABORTED, JobStatus.SUPERSEDED)
+UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)
+
+
+class Ended(NamedTuple):
+    """How an attempt ended, as it goes into the ledger."""
+
+    job_id: int
+    fence: int
+    outcome: str
+    error: str
+    log: str
+    seconds: float
+
+
+def enqueue(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: str) -> list[int]:
+    """Queue a job for each (version id, wanted) that has none of that plugin; return new ids."""
+    last: int = connection.execute(
+        text("SELECT coalesce(max(id), 0) FROM cf_processing_queue")
+    ).scalar_one()
+    execute_many(
+        connection,
+        """
+        INSERT INTO cf_processing_queue
+            (file_version_id, plugin_id, plugin_name, priority, created_at,
+             status, fence, attempts, not_before, reason)
+        SELECT ?1, ?2, ?3, ?4, ?5, 'QUEUED', 0, 0, 0.0, ''
+        WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
+                          WHERE file_version_id = ?1 AND plugin_name = ?3)
+        """,
+        [(version, w.plugin_id, w.plugin_name, w.priority, now) for version, w in pairs],
+    )
+    return list(
+        connection.execute(select(ProcessingJob.id).where(ProcessingJob.id > last)).scalars()
+    )
+
+
+def claim(
+    connection: Connection, worker: str, epoch: int, limit: int, avoid: Iterable[int] = ()
+) -> list[int]:
+    """Take up to `limit` due jobs, highest priority first, and count an attempt of each.
+
+    Args:
+        avoid: plugin ids whose sinks or environment are out of order at the moment.
+    """
+    due = (
+        select(ProcessingJob.id)
+        .where(
+            ProcessingJob.status == JobStatus.QUEUED,
+            ProcessingJob.not_before <= time.time(),
+            ProcessingJob.plugin_id.not_in(list(avoid)),
+        )
+        .order_by(ProcessingJob.priority.desc(), ProcessingJob.id)
+        .limit(limit)
+    )
+    return list(
+        connection.execute(
+            update(ProcessingJob)
+            .where(ProcessingJob.id.in_(due))
+            .values(
+                status=JobStatus.RUNNING,
+                fence=ProcessingJob.fence + 1,
+                attempts=ProcessingJob.attempts + 1,
+                worker=worker,
+                epoch=epoch,
+                reason="",
+            )
+            .returning(ProcessingJob.id)
+        ).scalars()
+    )
+
+
+def claimed(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
+    """What a worker must know of claimed jobs, in the order they should run."""
+    return connection.execute(
+        select(
+            ProcessingJob.id, ProcessingJob.fence, ProcessingJob.attempts,
+            ProcessingJob.plugin_id, Plugin.name.label("plugin_name"),
+            Plugin.version.label("plugin_version"), Plugin.artifact_hash, Plugin.manifest,
+            FileVersion.id.label("version_id"), FileVersion.ordinal, FileVersion.content_hash,
+            FileVersion.size_bytes, FileLocation.path, FileLocation.rel_path,
+            SourceRoot.name.label("source"), SourceRoot.path.label("root_path"),
+        )
+        .join(Plugin, Plugin.id == ProcessingJob.plugin_id)
+        .join(FileVersion, FileVersion.id == ProcessingJob.file_version_id)
+        .join(FileLocation, FileLocation.id == FileVersion.location_id)
+        .join(SourceRoot, SourceRoot.id == FileLocation.source_root_id)
+        .where(ProcessingJob.id.in_(job_ids))
+        .order_by(ProcessingJob.priority.desc(), ProcessingJob.id)
+    ).all()  # fmt: skip
+
+
+_HELD = (
+    update(ProcessingJob)
+    .where(
+        ProcessingJob.id == bindparam("job"),
+        ProcessingJob.fence == bindparam("held_fence"),
+        ProcessingJob.status == JobStatus.RUNNING,
+    )
+)  # fmt: skip
+
+
+def decide(connection: Connection, job_id: int, fence: int) -> bool:
+    """Let the attempt win: from here its output will be published. False: it was too late."""
+    return _moved(connection, _HELD.values(status=JobStatus.COMMITTING, worker=None), job_id, fence)
+
+
+def requeue(
+    connection: Connection, job_id: int, fence: int, *,
+    reason: str, delay_seconds: float = 0.0, refund: bool = False,
+) -> bool:  # fmt: skip
+    """Give the job back to the queue.
+
+    Args:
+        delay_seconds: pause before it can be claimed again.
+        refund: the attempt was not the job's fault and does not count.
+    """
+    statement = _HELD.values(
+        status=JobStatus.QUEUED,
+        worker=None,
+        not_before=time.time() + delay_seconds,
+        reason=reason,
+        attempts=ProcessingJob.attempts - (1 if refund else 0),
+    )
+    return _moved(connection, statement, job_id, fence)
+
+
+def fail(connection: Connection, job_id: int, fence: int, reason: str) -> bool:
+    """Put the job among the dead letters, where a person can `retry` it."""
+    return _ended(connection, JobStatus.FAILED, job_id, fence, reason)
+
+
+def supersede(connection: Connection, job_id: int, fence: int, reason: str) -> bool:
+    """End the job: the bytes of its version are gone or have changed."""
+    return _ended(connection, JobStatus.SUPERSEDED, job_id, fence, reason)
+
+
+def _ended(connection: Connection, status: JobStatus, job_id: int, fence: int, reason: str) -> bool:
+    statement = _HELD.values(status=status, worker=None, reason=reason, finished_at=utcnow())
+    return _moved(connection, statement, job_id, fence)
+
+
+def _moved(connection: Connection, statement: Any, job_id: int, fence: int) -> bool:
+    result = connection.execute(statement, {"job": job_id, "held_fence": fence})
+    return bool(result.rowcount)
+
+
+def complete(connection: Connection, job_ids: Sequence[int]) -> list[int]:
+    """Finish decided jobs whose outputs are all published."""
+    return list(
+        connection.execute(
+            update(ProcessingJob)
+            .where(ProcessingJob.id.in_(job_ids), ProcessingJob.status == JobStatus.COMMITTING)
+            .values(status=JobStatus.COMPLETED, reason="", finished_at=utcnow())
+            .returning(ProcessingJob.id)
+        ).scalars()
+    )
+
+
+def refuse(connection: Connection, job_id: int, reason: str) -> None:
+    """End a decided job that a sink will never take; outputs already visible stay recorded."""
+    connection.execute(
+        update(ProcessingJob)
+        .where(ProcessingJob.id == job_id, ProcessingJob.status == JobStatus.COMMITTING)
+        .values(status=JobStatus.FAILED, reason=reason, finished_at=utcnow())
+    )
+
+
+def note(connection: Connection, job_ids: Sequence[int], reason: str) -> None:
+    """Say why decided jobs wait, for whoever looks."""
+    connection.execute(
+        update(ProcessingJob)
+        .where(ProcessingJob.id.in_(job_ids), ProcessingJob.status == JobStatus.COMMITTING)
+        .values(reason=reason)
+    )
+
+
+def add_attempts(connection: Connection, epoch: int, worker: str, ended: Sequence[Ended]) -> None:
+    """Keep the history of attempts; one row each, never changed."""
+    if ended:
+        connection.execute(
+            insert(Attempt), [{**end._asdict(), "epoch": epoch, "worker": worker} for end in ended]
+        )
+
+
+def attempts(connection: Connection, job_id: int) -> int:
+    """Attempts counted against the job so far, the running one among them."""
+    return connection.execute(
+        select(ProcessingJob.attempts).where(ProcessingJob.id == job_id)
+    ).scalar_one()
+
+
+def held(connection: Connection, before_epoch: int) -> Sequence[Any]:
+    """RUNNING jobs of earlier epochs: their daemon is dead, since we hold its lock."""
+    return connection.execute(
+        select(
+            ProcessingJob.id, ProcessingJob.fence, ProcessingJob.attempts, ProcessingJob.epoch,
+            ProcessingJob.worker,
+        ).where(ProcessingJob.status == JobStatus.RUNNING, ProcessingJob.epoch < before_epoch)
+    ).all()  # fmt: skip
+
+
+def abort(connection: Connection, job_ids: Sequence[int]) -> list[int]:
+    """End queued jobs on a person's word; running and decided ones are left alone."""
+    return list(
+        connection.execute(
+            update(ProcessingJob)
+            .where(ProcessingJob.id.in_(job_ids), ProcessingJob.status == JobStatus.QUEUED)
+            .values(status=JobStatus.ABORTED, reason="aborted", finished_at=utcnow())
+            .returning(ProcessingJob.id)
+        ).scalars()
+    )
+
+
+def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
+    """Queue dead letters again with a fresh budget of attempts."""
+    return list(
+        connection.execute(
+            update(ProcessingJob)
+            .where(
+                ProcessingJob.id.in_(job_ids),
+                ProcessingJob.status.in_([JobStatus.FAILED, JobStatus.ABORTED]),
+            )
+            .values(
+                status=JobStatus.QUEUED, attempts=0, not_before=0.0, reason="", finished_at=None
+            )
+            .returning(ProcessingJob.id)
+        ).scalars()
+    )
+
+
+def counts(connection: Connection) -> dict[str, int]:
+    """Jobs in each status that has any."""
+    rows = connection.execute(
+        select(ProcessingJob.status, func.count()).group_by(ProcessingJob.status)
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+def due(connection: Connection) -> tuple[int, float | None]:
+    """Queued jobs that could run now, and when the next one after that becomes due."""
+    now = time.time()
+    ready = func.count(case((ProcessingJob.not_before <= now, 1)))
+    later = func.min(case((ProcessingJob.not_before > now, ProcessingJob.not_before)))
+    row = connection.execute(
+        select(ready, later).where(ProcessingJob.status == JobStatus.QUEUED)
+    ).one()
+    return row[0], row[1]
+
+
+def outcomes(connection: Connection, job_ids: Sequence[int]) -> dict[str, int]:
+    """The statuses of these jobs, counted."""
+    tally: dict[str, int] = {}
+    for start in range(0, len(job_ids), 10_000):
+        rows = connection.execute(
+            select(ProcessingJob.status, func.count())
+            .where(ProcessingJob.id.in_(job_ids[start : start + 10_000]))
+            .group_by(ProcessingJob.status)
+        )
+        for status, number in rows:
+            tally[status] = tally.get(status, 0) + number
+    return tally

@@ -1,0 +1,103 @@
+"""Which plugins want a file: rules give tags to paths, plugins subscribe to tags.
+
+A pattern without a slash matches the file's name at any depth; with a slash it is anchored at the
+source root, and `**` crosses directories.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+from sqlalchemy import Connection, and_, select
+from wcmatch import glob
+
+from casparian_flow.db.models import Plugin, PluginConfig, RoutingRule
+
+_FLAGS = glob.GLOBSTAR | glob.DOTGLOB | glob.BRACE | glob.EXTGLOB | glob.CASE | glob.FORCEUNIX
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A routing pattern as one regular expression over the path relative to the root.
+
+    Raises:
+        ValueError: the pattern is empty or not a glob.
+    """
+    if not pattern.strip("/"):
+        raise ValueError(f"not a pattern: {pattern!r}")
+    anchored = pattern.lstrip("/") if "/" in pattern else f"**/{pattern}"
+    wanted, _ = glob.translate(anchored, flags=_FLAGS)
+    return re.compile("|".join(f"(?:{part})" for part in wanted))
+
+
+def tags_of(text: str) -> set[str]:
+    """The tags in a comma separated list."""
+    return {tag.strip() for tag in text.split(",") if tag.strip()}
+
+
+class Wanted(NamedTuple):
+    """A job to be queued for a version."""
+
+    plugin_id: int
+    plugin_name: str
+    priority: int
+
+
+class _Rule(NamedTuple):
+    pattern: re.Pattern[str]
+    tag: str
+    priority: int
+
+
+class Routing:
+    """The rules and subscriptions of one moment."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Read them.
+
+        A rule that is not a glob cannot be made with our commands; one that was written into the
+        table by other means matches nothing, and `casparian rules list` says so.
+        """
+        self._rules: list[_Rule] = []
+        rules = connection.execute(
+            select(RoutingRule.pattern, RoutingRule.tag, RoutingRule.priority).order_by(
+                RoutingRule.id
+            )
+        ).all()
+        for pattern, tag, priority in rules:
+            try:
+                self._rules.append(_Rule(compile_pattern(pattern), tag, priority))
+            except (ValueError, re.error):
+                continue
+        plugins = connection.execute(
+            select(Plugin.id, Plugin.name, PluginConfig.subscription_tags)
+            .join(
+                PluginConfig,
+                and_(
+                    PluginConfig.plugin_name == Plugin.name,
+                    PluginConfig.active_version == Plugin.version,
+                ),
+            )
+            .order_by(Plugin.id)
+        ).all()
+        self._subscribers: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for plugin_id, name, tags in plugins:
+            for tag in tags_of(tags):
+                self._subscribers[tag].append((plugin_id, name))
+        facts = repr([[tuple(row) for row in rules], [tuple(row) for row in plugins]])
+        self.fingerprint = hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def tags(self, path: str) -> set[str]:
+        """The tags a relative path gets: those of all rules that match."""
+        return {rule.tag for rule in self._rules if rule.pattern.match(path)}
+
+    def wanted(self, path: str) -> list[Wanted]:
+        """The jobs a version at this relative path gives, one a plugin."""
+        best: dict[tuple[int, str], int] = {}
+        for rule in self._rules:
+            if rule.tag in self._subscribers and rule.pattern.match(path):
+                for plugin in self._subscribers[rule.tag]:
+                    best[plugin] = max(rule.priority, best.get(plugin, rule.priority))
+        return [Wanted(*plugin, priority) for plugin, priority in best.items()]

@@ -1,0 +1,400 @@
+"""The host's side of a guest: start it, feed it jobs, believe nothing it says.
+
+Blocking code for a worker's own long-lived thread: the kernel kills the guest when the thread
+that started it ends. Everything read from the wire is bounded before it is read and checked
+before it is used; what breaks the protocol kills the guest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import tempfile
+import termios
+import time
+from collections.abc import Generator, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+import msgspec
+import pyarrow as pa
+
+from casparian_flow.atomic import make_folder
+from casparian_flow.engine.batches import Tally, TopicEnd
+from casparian_flow.engine.frames import CONTROL_LIMIT, HEADER, TOPIC_LENGTH, Kind, pack
+from casparian_flow.engine.job_log import JobLog
+from casparian_flow.errors import (
+    GuestDied,
+    JobError,
+    OutputRefused,
+    PluginFailed,
+    PluginTimeout,
+    ProtocolError,
+    Unavailable,
+)
+from casparian_flow.protocol import Artifact, Record
+from casparian_flow.sdk import FileInfo
+
+BUNDLED = ("__init__.py", "sdk.py", "engine/__init__.py", "engine/frames.py", "engine/guest.py")
+QUIT_SECONDS = 2.0
+"""How long a guest may take to leave when asked; it has no work to save."""
+T = TypeVar("T")
+
+
+def bundle(cache: Path) -> Path:
+    """The folder that holds what a guest imports from us, and nothing else; made once.
+
+    Args:
+        cache: a folder that may be deleted at any time, such as `config.cache_folder()`.
+    """
+    package = resources.files("casparian_flow")
+    files = {name: package.joinpath(name).read_bytes() for name in BUNDLED}
+    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
+    folder = cache / "guest" / digest
+    if folder.is_dir():
+        return folder
+    make_folder(folder.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{digest[:8]}.", dir=folder.parent))
+    try:
+        for name, content in files.items():
+            file = temporary / "casparian_flow" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+            file.chmod(0o444)
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first, with the same bytes
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+class Failure(Record, frozen=True):
+    """What a guest says of an attempt that ended without output."""
+
+    kind: Literal["refused", "exception"]
+    message: str
+    traceback: str
+
+
+class Guest:
+    """A process that runs one plugin over one file after another.
+
+    Use it as a context manager, or `close` it. Call `load` once, then `run` for each file. After
+    a PluginFailed or OutputRefused it serves on; after any other error it is dead, its children
+    with it, and `alive` says so.
+
+    Args:
+        python: the interpreter of the plugin's environment.
+        site_packages: where that environment's packages are.
+        artifact: the plugin, verified.
+        folder: the guest's own folder, which must exist: its home, current and temporary folder.
+        bundle: what `bundle()` returned.
+        batch_limit: bytes; a larger batch ends the guest before it is read.
+
+    Raises:
+        Unavailable: the process cannot be started.
+    """
+
+    def __init__(
+        self,
+        python: Path,
+        site_packages: Path,
+        artifact: Artifact,
+        *,
+        folder: Path,
+        bundle: Path,
+        batch_limit: int,
+    ) -> None:
+        self.jobs_served = 0
+        self.ends: dict[str, TopicEnd] = {}
+        """Per topic, what the last successful job sent; empty while a job runs or has failed."""
+        self._artifact = artifact
+        self._who = f"plugin {artifact.name} {artifact.version}"
+        self._batch_limit = batch_limit
+        self._log = JobLog()
+        self._idle = False
+        self._deadline = 0.0
+        self._wire, theirs = socket.socketpair()
+        script = bundle / "casparian_flow" / "engine" / "guest.py"
+        try:
+            self._process = subprocess.Popen(
+                [python, "-I", "-S", script, str(theirs.fileno()), site_packages],
+                cwd=folder,
+                env=environment(folder),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                bufsize=0,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        except OSError as error:
+            self._wire.close()
+            raise Unavailable(f"cannot start {self._who} with {python}: {error}") from error
+        finally:
+            theirs.close()
+        assert self._process.stdout is not None
+        self._pipe = self._process.stdout
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._wire, selectors.EVENT_READ)
+        self._selector.register(self._pipe, selectors.EVENT_READ)
+
+    def load(self, timeout_seconds: float = 60.0) -> None:
+        """Send the plugin and wait until it is imported; the guest is dead if that fails.
+
+        Raises:
+            PluginFailed: importing it raised.
+            OutputRefused: it has no Handler.
+            PluginTimeout, GuestDied: as `run`.
+        """
+        artifact = self._artifact
+        head = {"name": artifact.name, "version": artifact.version, "topics": artifact.topics}
+        line = json.dumps(head | {"batch_limit": self._batch_limit}).encode() + b"\n"
+        try:
+            with self._exchange(timeout_seconds):
+                self._wire.sendall(pack(Kind.LOAD, 0, line + artifact.source))
+                kind, length = self._header(job=0)
+                if kind == Kind.FAILED:
+                    raise self._failure(length)
+                if kind != Kind.READY or length:
+                    raise ProtocolError(f"{kind.name} where READY was due")
+        except JobError:
+            self.kill()
+            raise
+
+    def run(
+        self, file: FileInfo, timeout_seconds: float
+    ) -> Generator[tuple[str, pa.RecordBatch], None, None]:
+        """Run the plugin over one file and yield what it publishes: (topic, checked batch).
+
+        The guest works only as far ahead as the socket's buffer. A generator that is closed
+        before its end kills the guest; only when it is exhausted is the output whole, and `ends`
+        says what was sent.
+
+        Args:
+            file: what the plugin sees as `self.file`.
+            timeout_seconds: wall clock of the whole run, the caller's own work included.
+
+        Raises:
+            PluginFailed: the plugin raised; the traceback is in the log.
+            OutputRefused: what it published is no table, or not one the topic can take.
+            PluginTimeout: it outran the time and was killed.
+            GuestDied: the process ended or broke the protocol.
+        """
+        self.ends = {}
+        self.jobs_served += 1
+        with self._exchange(timeout_seconds):
+            request = json.dumps(dataclasses.asdict(file)).encode()
+            self._wire.sendall(pack(Kind.RUN, file.job_id, request))
+            self.ends = yield from self._stream(file.job_id)
+
+    def take_log(self) -> str:
+        """What the plugin printed since the last call, and the traceback of a failed job."""
+        log, self._log = self._log, JobLog()
+        return log.text()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can run another job: a waiting guest is silent, a dead one's wire is not."""
+        ready = self._selector.select(0) if self._idle else []
+        return self._idle and all(key.fileobj is not self._wire for key, _ in ready)
+
+    def interrupt(self) -> None:
+        """From another thread: end what runs; the thread that runs it sees GuestDied and kills."""
+        with contextlib.suppress(OSError):
+            self._wire.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Ask the guest to leave, and kill it if it does not; may be called twice."""
+        if self.alive:
+            self._deadline = time.monotonic() + QUIT_SECONDS
+            with contextlib.suppress(OSError):
+                self._wire.sendall(pack(Kind.QUIT, 0))
+                self._await_wire()
+        self.kill()
+
+    def kill(self) -> None:
+        """End the guest and every process below it now, and let go of all it held."""
+        self._idle = False
+        if self._process.returncode is not None:
+            return
+        for pid in descendants(self._process.pid):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        # Nobody has waited for the process yet, so that its number, and its group's, is still its.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._drain()
+        self._selector.close()
+        self._pipe.close()
+        self._wire.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _exchange(self, timeout_seconds: float) -> Iterator[None]:
+        """A question and its whole answer; whatever cuts it short kills the guest."""
+        self._idle = False
+        self._deadline = time.monotonic() + timeout_seconds
+        hint = "see the job's log for what the plugin printed"
+        try:
+            self._wire.settimeout(timeout_seconds)
+            yield
+        except (PluginFailed, OutputRefused):
+            self._finish()
+            raise
+        except TimeoutError as error:
+            self.kill()
+            what = f"{self._who} ran longer than {timeout_seconds:g} s and was killed"
+            raise PluginTimeout(what, "raise timeout_seconds under [jobs]") from error
+        except OSError as error:
+            self.kill()
+            words = exit_words(self._process.returncode)
+            raise GuestDied(f"the guest of {self._who} {words}", hint) from error
+        except ProtocolError as error:
+            self.kill()
+            raise GuestDied(
+                f"the guest of {self._who} broke the protocol: {error}", hint
+            ) from error
+        except BaseException:
+            self.kill()
+            raise
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._drain()
+        self._idle = True
+
+    def _stream(self, job: int) -> Generator[tuple[str, pa.RecordBatch], None, dict[str, TopicEnd]]:
+        tallies: dict[str, Tally] = {}
+        ends: dict[str, TopicEnd] = {}
+        while True:
+            kind, length = self._header(job)
+            if kind == Kind.BATCH:
+                topic, data = self._batch(length)
+                if topic in ends or topic not in self._artifact.topics:
+                    raise ProtocolError(f"a batch for topic {topic!r}, which is not open to it")
+                yield topic, tallies.setdefault(topic, Tally(topic)).add(data)
+            elif kind == Kind.END:
+                end = self._record(length, TopicEnd)
+                if end.topic not in tallies or end != tallies[end.topic].end():
+                    raise ProtocolError(f"the END of topic {end.topic!r} is not what was received")
+                ends[end.topic] = end
+            elif kind == Kind.FAILED:
+                raise self._failure(length)
+            elif kind == Kind.DONE and not length and ends.keys() == tallies.keys():
+                return ends
+            else:
+                raise ProtocolError(f"{kind.name} where it was not due")
+
+    def _batch(self, length: int) -> tuple[str, pa.Buffer]:
+        (name_length,) = TOPIC_LENGTH.unpack(self._read(TOPIC_LENGTH.size))
+        rest = length - TOPIC_LENGTH.size - name_length
+        if rest < 0:
+            raise ProtocolError("a batch shorter than its topic's name")
+        topic = self._read(name_length).to_pybytes().decode(errors="replace")
+        return topic, self._read(rest)  # read apart, so that Arrow finds its data aligned
+
+    def _failure(self, length: int) -> JobError:
+        failure = self._record(length, Failure)
+        self._drain()
+        self._log.write(failure.traceback.encode())
+        if failure.kind == "refused":
+            return OutputRefused(f"{self._who}: {failure.message}", "mend the plugin, publish it")
+        return PluginFailed(f"{self._who}: {failure.message}", "the traceback is in the job's log")
+
+    def _record(self, length: int, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(self._read(length), type=kind)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"a {kind.__name__} that does not fit: {error}") from error
+
+    def _header(self, job: int) -> tuple[Kind, int]:
+        number, its_job, length = HEADER.unpack(self._read(HEADER.size))
+        try:
+            kind = Kind(number)
+        except ValueError:
+            raise ProtocolError(f"a frame of unknown kind {number}") from None
+        limit = self._batch_limit if kind == Kind.BATCH else CONTROL_LIMIT
+        if length > limit:
+            raise ProtocolError(f"a {kind.name} of {length} bytes; the limit is {limit}")
+        if its_job != job:
+            raise ProtocolError(f"a {kind.name} of job {its_job} while job {job} runs")
+        return kind, length
+
+    def _read(self, length: int) -> pa.Buffer:
+        buffer = pa.allocate_buffer(length)
+        rest = memoryview(buffer)
+        while rest:
+            self._await_wire()
+            count = self._wire.recv_into(rest)
+            if not count:
+                raise ConnectionResetError("the guest closed the wire")
+            rest = rest[count:]
+        return buffer
+
+    def _await_wire(self) -> None:
+        """Wait for the guest to speak; keep emptying the pipe it prints to meanwhile."""
+        while (remaining := self._deadline - time.monotonic()) > 0:
+            ready = {key.fileobj for key, _ in self._selector.select(remaining)}
+            if self._pipe in ready and not self._drain():
+                self._selector.unregister(self._pipe)  # the plugin closed its standard streams
+            if self._wire in ready:
+                return
+        raise TimeoutError
+
+    def _drain(self) -> int:
+        """Take what is in the pipe now, and no more: a plugin may print for ever."""
+        waiting = struct.unpack("i", fcntl.ioctl(self._pipe, termios.FIONREAD, b"\0" * 4))[0]
+        if waiting:
+            self._log.write(os.read(self._pipe.fileno(), waiting))
+        return int(waiting)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """All that a guest inherits of ours: no variable of the host's, so no secret in one."""
+    return {
+        "LANG": "C.UTF-8",
+        "HOME": str(folder),
+        "TMPDIR": str(folder),
+        "PATH": os.defpath,
+        # One job, one core: workers run side by side, and each thread reserves address space.
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def exit_words(returncode: int) -> str:
+    """How a process ended: `was killed by SIGSEGV`, `ended with exit status 0`."""
+    if returncode >= 0:
+        return f"ended with exit status {returncode}"
+    names = {int(number): number.name for number in signal.Signals}
+    return f"was killed by {names.get(-returncode, f'signal {-returncode}')}"
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """Every process below `pid`, as far as the kernel lists them (Linux)."""
+    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, listing.read_text().split()):
+                yield from descendants(child)
+                yield child

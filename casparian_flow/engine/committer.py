@@ -1,0 +1,231 @@
+"""The Committer: the only thing that publishes to sinks.
+
+Receipts come in from workers; each group of them is decided in one transaction, its outputs are
+published, and its jobs are completed in another. A crash between any two of these steps is
+repaired by doing the next one: what is decided is in the ledger, and publishing is idempotent.
+
+    decide     RUNNING -> COMMITTING with the planned outputs, guarded by the fence
+    publish    make the staged outputs visible, each once for its output key
+    complete   outputs PUBLISHED, job COMPLETED, audit
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from sqlalchemy import Connection
+
+from casparian_flow.config import JobSettings
+from casparian_flow.db import audit, jobs, outputs
+from casparian_flow.db.access import Ledger, Work
+from casparian_flow.engine import sinks
+from casparian_flow.errors import JobError, LedgerError, Unavailable
+from casparian_flow.protocol import Conclude, Outcome, Published, StagedOutput
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+GROUP_LIMIT = 256
+"""Receipts decided in one transaction at the most."""
+
+PAUSE_SECONDS = 5.0
+"""Pause before a sink that could not take output is tried again."""
+
+PAUSED = "paused: "
+"""Begins the `reason` of a job that waits for a sink or the machine, not for its own retry."""
+
+ACTOR = "committer"
+
+
+class _Receipt(NamedTuple):
+    worker: str
+    conclusion: Conclude
+
+
+class _Owed(NamedTuple):
+    output_id: int
+    job_id: int
+    staged: StagedOutput
+
+
+class Committer:
+    """Decides, publishes and completes, one group after another.
+
+    Args:
+        ledger: the truth.
+        epoch: this daemon run.
+        limits: attempts and their delays.
+        on_change: called when jobs may have become claimable or finished.
+    """
+
+    def __init__(
+        self, ledger: Ledger, epoch: int, limits: JobSettings, on_change: Callable[[], None]
+    ) -> None:
+        self._ledger = ledger
+        self._epoch = epoch
+        self._limits = limits
+        self._on_change = on_change
+        self._receipts: asyncio.Queue[_Receipt] = asyncio.Queue()
+        self._sick: dict[str, float] = {}
+
+    @property
+    def sick(self) -> frozenset[str]:
+        """Locations of sinks that are paused."""
+        return frozenset(self._sick)
+
+    def accept(self, worker: str, conclusion: Conclude) -> None:
+        """Take a receipt; it is decided with the next group."""
+        self._receipts.put_nowait(_Receipt(worker, conclusion))
+
+    async def run(self) -> None:
+        """Serve until cancelled. Begins with what an earlier run decided and did not finish."""
+        await self._settle()
+        while True:
+            await self._serve(await self._next_group())
+
+    async def finish(self) -> None:
+        """Decide and publish what is still waiting; for a clean stop, after `run` was cancelled."""
+        while not self._receipts.empty():
+            await self._serve(await self._next_group())
+        await self._settle()
+
+    async def _serve(self, group: Sequence[_Receipt]) -> None:
+        if group:
+            fenced = await self._write(lambda c: self._decide(c, group))
+            await asyncio.to_thread(_remove_stages, fenced)
+        await self._settle()
+        self._on_change()
+
+    async def _next_group(self) -> list[_Receipt]:
+        """Wait for a receipt, or for a paused sink's next try; then take all that wait."""
+        group: list[_Receipt] = []
+        timeout = PAUSE_SECONDS if self._sick else None
+        with contextlib.suppress(TimeoutError):
+            group.append(await asyncio.wait_for(self._receipts.get(), timeout))
+        while len(group) < GROUP_LIMIT and not self._receipts.empty():
+            group.append(self._receipts.get_nowait())
+        return group
+
+    def _decide(self, connection: Connection, group: Sequence[_Receipt]) -> list[StagedOutput]:
+        """Give every receipt its consequence; returns the staged files of those that were late."""
+        fenced: list[StagedOutput] = []
+        for worker, end in group:
+            error = end.error
+            match end.outcome:
+                case Outcome.STAGED:
+                    moved = jobs.decide(connection, end.job_id, end.fence)
+                    if moved:
+                        outputs.plan(connection, end.job_id, end.outputs)
+                case Outcome.FAILED:
+                    moved = self._failed(connection, end)
+                case Outcome.SUPERSEDED:
+                    moved = jobs.supersede(connection, end.job_id, end.fence, error)
+                case Outcome.RELEASED:
+                    moved = jobs.requeue(
+                        connection, end.job_id, end.fence,
+                        reason=f"{PAUSED}{error}" if error else "",
+                        delay_seconds=PAUSE_SECONDS if error else 0.0, refund=True,
+                    )  # fmt: skip
+            if not moved:
+                log.warning("job %d: a result under fence %d came too late", end.job_id, end.fence)
+                fenced += end.outputs
+                continue
+            ended = jobs.Ended(
+                end.job_id, end.fence, end.outcome.value, error, end.log, end.seconds
+            )
+            jobs.add_attempts(connection, self._epoch, worker, [ended])
+        return fenced
+
+    def _failed(self, connection: Connection, end: Conclude) -> bool:
+        attempts = jobs.attempts(connection, end.job_id)
+        if end.retryable and attempts < self._limits.max_attempts:
+            delay = self._limits.retry_seconds * 4 ** (attempts - 1)
+            return jobs.requeue(
+                connection, end.job_id, end.fence, reason=end.error, delay_seconds=delay
+            )
+        moved = jobs.fail(connection, end.job_id, end.fence, end.error)
+        if moved:
+            event = audit.Event("fail", f"job {end.job_id}", {"reason": end.error})
+            audit.append(connection, ACTOR, [event])
+        return moved
+
+    async def _settle(self) -> None:
+        """Publish and complete everything that is decided, but for what a paused sink holds."""
+        owed = [_Owed(*row) for row in await self._ledger.read_soon(outputs.unpublished)]
+        now = time.monotonic()
+        by_sink: dict[str, list[_Owed]] = defaultdict(list)
+        for output in owed:
+            if self._sick.get(output.staged.location, 0.0) <= now:
+                by_sink[output.staged.location].append(output)
+        done: list[tuple[_Owed, Published]] = []
+        refused: list[tuple[_Owed, JobError]] = []
+        for location, group in by_sink.items():
+            self._sick.pop(location, None)
+            found = await asyncio.to_thread(_publish, location, [o.staged for o in group])
+            for output, outcome in zip(group, found, strict=True):
+                if isinstance(outcome, Published):
+                    done.append((output, outcome))
+                elif isinstance(outcome, Unavailable):
+                    await self._pause(location, outcome, [o.job_id for o in group])
+                else:
+                    refused.append((output, outcome))
+        await self._complete(done, refused)
+
+    async def _complete(
+        self,
+        done: Sequence[tuple[_Owed, Published]],
+        refused: Sequence[tuple[_Owed, JobError]],
+    ) -> None:
+        def work(connection: Connection) -> None:
+            outputs.mark_published(connection, [(o.output_id, seen) for o, seen in done])
+            outputs.mark_refused(connection, [o.output_id for o, _ in refused])
+            events = []
+            for output, error in refused:
+                jobs.refuse(connection, output.job_id, error.message)
+                detail = {"reason": error.message, "topic": output.staged.topic}
+                events.append(audit.Event("refuse", f"job {output.job_id}", detail))
+            finished = jobs.complete(connection, outputs.decided_without_debts(connection))
+            committed: dict[int, list[str]] = {job_id: [] for job_id in finished}
+            for output, seen in done:
+                committed.setdefault(output.job_id, []).append(f"{seen.target}: {seen.rows} rows")
+            events += [
+                audit.Event("commit", f"job {job_id}", {"outputs": targets})
+                for job_id, targets in committed.items()
+            ]
+            audit.append(connection, ACTOR, events)
+
+        if done or refused or await self._ledger.read_soon(outputs.decided_without_debts):
+            await self._write(work)
+
+    async def _pause(self, location: str, error: Unavailable, job_ids: list[int]) -> None:
+        log.warning("sink %s is paused: %s", location, error.message)
+        self._sick[location] = time.monotonic() + PAUSE_SECONDS
+        reason = f"{PAUSED}{error.message}"
+        await self._write(lambda c: jobs.note(c, job_ids, reason))
+
+    async def _write(self, work: Work[T]) -> T:
+        """Write to the ledger, however long its disk is full: a receipt must not be lost."""
+        while True:
+            try:
+                return await self._ledger.write_soon(work)
+            except LedgerError as error:
+                log.error("%s (trying again in %g s)", error.message, PAUSE_SECONDS)
+                await asyncio.sleep(PAUSE_SECONDS)
+
+
+def _publish(location: str, staged: list[StagedOutput]) -> list[Published | JobError]:
+    return sinks.open_sink(location).publish(staged)
+
+
+def _remove_stages(staged: Sequence[StagedOutput]) -> None:
+    """A result that came too late leaves nothing behind; its job belongs to another attempt."""
+    for output in staged:
+        Path(output.stage).unlink(missing_ok=True)

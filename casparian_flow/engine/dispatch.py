@@ -1,0 +1,122 @@
+"""Claimed jobs become assignments: everything a worker needs, and nothing it must look up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection
+
+from casparian_flow.config import Settings
+from casparian_flow.db import jobs, plugins
+from casparian_flow.engine import sinks
+from casparian_flow.errors import CasparianError
+from casparian_flow.protocol import Assignment, OutputPlan
+
+
+class Dispatcher:
+    """Claims for one epoch.
+
+    Args:
+        settings: limits, and the default sink.
+        epoch: this daemon run; part of every attempt's name.
+    """
+
+    def __init__(self, settings: Settings, epoch: int) -> None:
+        self._settings = settings
+        self._epoch = epoch
+        self._tag = ledger_tag(settings.database.path)
+
+    def claim(
+        self, connection: Connection, worker: str, limit: int, sick: frozenset[str]
+    ) -> list[Assignment]:
+        """Claim up to `limit` jobs for a worker, in the caller's writing transaction.
+
+        Args:
+            sick: locations of paused sinks; plugins that write there get no jobs.
+        """
+        topics = plugins.topics(connection)
+        avoid = self._paused(connection, topics, sick) if sick else []
+        job_ids = jobs.claim(connection, worker, self._epoch, limit, avoid)
+        assignments = []
+        for job in jobs.claimed(connection, job_ids) if job_ids else []:
+            try:
+                assignments.append(self._assignment(job, topics.get(job.plugin_name, [])))
+            except CasparianError as error:
+                # A sink URI that a person wrote into the table and nobody can open.
+                jobs.fail(connection, job.id, job.fence, error.message)
+        return assignments
+
+    def _paused(
+        self, connection: Connection, topics: dict[str, list[Any]], sick: frozenset[str]
+    ) -> list[int]:
+        names = {
+            name
+            for name, rows in topics.items()
+            if any(self._is_sick(row.uri, sick) for row in rows)
+        }
+        return plugins.ids(connection, names)
+
+    def _is_sick(self, uri: str, sick: frozenset[str]) -> bool:
+        try:
+            return sinks.resolve(uri, self._settings.home) in sick
+        except CasparianError:
+            return False
+
+    def _assignment(self, job: Any, placed: Sequence[Any]) -> Assignment:
+        manifest = json.loads(job.manifest)
+        declared = set(manifest["topics"]) - {row.topic_name for row in placed}
+        places = [(row.topic_name, row.uri, row.mode) for row in placed]
+        places += [
+            (topic, self._settings.output.default_uri, "append") for topic in sorted(declared)
+        ]
+        ceiling = self._settings.jobs.timeout_seconds
+        return Assignment(
+            job_id=job.id,
+            fence=job.fence,
+            attempt=f"{self._tag}-{self._epoch}-{job.id}-{job.fence}",
+            plugin_id=job.plugin_id,
+            plugin_version=job.plugin_version,
+            version_id=job.version_id,
+            source=job.source,
+            path=os.path.join(os.fsencode(job.root_path), job.path),
+            rel_path=job.rel_path,
+            content_hash=job.content_hash,
+            size_bytes=job.size_bytes,
+            timeout_seconds=min(manifest["timeout_seconds"] or ceiling, ceiling),
+            outputs=[self._plan(job, *place) for place in places],
+        )
+
+    def _plan(self, job: Any, topic: str, uri: str, mode: str) -> OutputPlan:
+        facts = (job.source, job.path, job.content_hash, job.ordinal, job.artifact_hash, topic, uri)
+        return OutputPlan(
+            topic=topic,
+            uri=uri,
+            location=sinks.resolve(uri, self._settings.home),
+            mode=mode,
+            output_key=output_key(*facts),
+        )
+
+
+def output_key(
+    source: str, path: bytes, content_hash: str, ordinal: int,
+    artifact_hash: str, topic: str, uri: str,
+) -> str:  # fmt: skip
+    """The name of an output: SHA-256 over facts, so that every attempt gives the same one.
+
+    Each part is preceded by its length (8 bytes, big endian): no two lists of parts share a key.
+    """
+    digest = hashlib.sha256()
+    for part in (source, path, content_hash, str(ordinal), artifact_hash, topic, uri):
+        data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")
+        digest.update(len(data).to_bytes(8) + data)
+    return digest.hexdigest()
+
+
+def ledger_tag(database: Path) -> str:
+    """Marks the staged files of one ledger, since ledgers may share a sink."""
+    return hashlib.sha256(os.fsencode(database)).hexdigest()[:8]

@@ -1,0 +1,140 @@
+"""A version's bytes come to the guest: copied under the original name, hashed on the way.
+
+A plugin so sees exactly the bytes of its version, whatever happens to the file meanwhile, or it
+does not run at all. Names are bytes and may be any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from io import FileIO
+from pathlib import Path
+
+from casparian_flow.errors import Superseded, Unavailable
+
+FICLONE = 0x40049409
+"""Linux's ioctl that makes one file share another's blocks; instant, where it is possible."""
+BUFFER_BYTES = 1 << 20
+OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""Follow no symlink, wait for no FIFO's writer."""
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
+"""What opening says of a path that is no file any more: nothing, a symlink, a socket, a folder."""
+
+
+def place(path: bytes, inbox: Path, name: bytes, expected_hash: str) -> Path:
+    """Copy a version's bytes to `inbox/<a new folder>/<name>`, read-only.
+
+    Args:
+        path: the location's file, absolute.
+        inbox: the guest's inbox; it must exist.
+        name: the file's own name, without a folder.
+        expected_hash: SHA-256 of the version, hexadecimal.
+
+    Raises:
+        Superseded: the file is gone, is no regular file, or holds other bytes.
+        Unavailable: it cannot be read, or the inbox cannot be written.
+    """
+    with opened(path) as source, io_faults(f"cannot copy {os.fsdecode(path)!r} to {inbox}"):
+        folder = Path(tempfile.mkdtemp(prefix="", dir=inbox))
+        try:
+            placed = folder / os.fsdecode(name)
+            digest = copy(source, placed)
+            if digest != expected_hash:
+                raise gone(path, f"its content is now {digest[:12]}, not {expected_hash[:12]}")
+        except BaseException:
+            clear(folder)
+            raise
+        return placed
+
+
+def clear(folder: Path) -> None:
+    """Remove the folder that `place` made (the placed file's parent).
+
+    What a plugin has made unremovable in it stays until the guest's whole folder goes.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def hash_file(path: bytes) -> str:
+    """SHA-256 of a file's bytes, hexadecimal, read while nobody changed it.
+
+    Raises:
+        Superseded: the file is gone, is no regular file, or changed while it was read.
+        Unavailable: it cannot be read.
+    """
+    with opened(path) as source, io_faults(f"cannot read {os.fsdecode(path)!r}"):
+        before = stamp(source)
+        digest = hashlib.file_digest(source, "sha256").hexdigest()
+        if stamp(source) != before:
+            raise gone(path, "it changed while it was read")
+        return digest
+
+
+@contextlib.contextmanager
+def opened(path: bytes) -> Iterator[FileIO]:
+    """The regular file at `path`, for reading."""
+    with io_faults(f"cannot open {os.fsdecode(path)!r}"):
+        try:
+            file = FileIO(path, "rb", opener=lambda name, _: os.open(name, OPEN))
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+            raise gone(path, error.strerror or str(error)) from error
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise gone(path, "it is not a regular file any more")
+        yield file
+
+
+def copy(source: FileIO, target: Path) -> str:
+    """Fill a new file from `source`; the SHA-256 of what it now holds."""
+    with open(target, "x+b", buffering=0) as file:
+        os.fchmod(file.fileno(), 0o400)
+        try:
+            fcntl.ioctl(file, FICLONE, source.fileno())
+        except OSError:  # another filesystem, or one that cannot share
+            return copy_bytes(source, file)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_bytes(source: FileIO, target: FileIO) -> str:
+    """Copy through one buffer; the SHA-256 of what passed."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(BUFFER_BYTES))
+    while count := os.readv(source.fileno(), [buffer]):
+        rest = buffer[:count]
+        digest.update(rest)
+        while rest:
+            rest = rest[os.write(target.fileno(), rest) :]
+    return digest.hexdigest()
+
+
+def stamp(file: FileIO) -> tuple[int, int, int]:
+    """What changes when a file is written to."""
+    look = os.fstat(file.fileno())
+    return look.st_size, look.st_mtime_ns, look.st_ctime_ns
+
+
+def gone(path: bytes, why: str) -> Superseded:
+    """The error of a version whose bytes are no more."""
+    return Superseded(
+        f"the bytes of this version are gone: {os.fsdecode(path)!r}: {why}",
+        "nothing to do: what the file holds now is a version of its own after the next scan",
+    )
+
+
+@contextlib.contextmanager
+def io_faults(what: str) -> Iterator[None]:
+    """Faults of the disk or of permissions are ours to wait out, not the job's."""
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(f"{what}: {error.strerror or error}") from error

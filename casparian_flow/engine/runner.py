@@ -1,0 +1,277 @@
+"""Running assigned jobs: a version's bytes into a guest, the guest's batches into sealed stages.
+
+Blocking code for one long-lived thread of a worker. Guests stay warm between jobs, one for each
+plugin version, least recently used out first. Several jobs are sealed together, because the disk
+makes ten files durable in little more time than one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from casparian_flow.atomic import make_folder
+from casparian_flow.engine import inbox, sinks
+from casparian_flow.engine.bridge import Guest, bundle
+from casparian_flow.engine.sinks.base import Lineage
+from casparian_flow.engine.sinks.stage import Stage
+from casparian_flow.engine.venv_manager import EnvironmentStore
+from casparian_flow.errors import (
+    JobError,
+    OutputRefused,
+    Superseded,
+    Unavailable,
+)
+from casparian_flow.protocol import (
+    Artifact,
+    Assignment,
+    Conclude,
+    Outcome,
+    OutputPlan,
+    StagedOutput,
+    Welcome,
+)
+from casparian_flow.sdk import FileInfo
+
+
+@dataclass
+class _Seat:
+    """A warm guest and the folder it lives in."""
+
+    guest: Guest
+    folder: Path
+
+    def leave(self) -> None:
+        self.guest.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass
+class _Ran:
+    """A job that ran to its end: its stages wait to be sealed."""
+
+    job: Assignment
+    stages: list[Stage]
+    log: str
+    seconds: float
+
+
+class Runner:
+    """Runs batches of jobs, one at a time, on the thread that calls it.
+
+    Args:
+        limits: what the Sentinel's Welcome said.
+        cache: where environments and the guest's files are kept.
+    """
+
+    def __init__(self, limits: Welcome, cache: Path) -> None:
+        self._limits = limits
+        self._cache = cache
+        self._environments = EnvironmentStore(cache / "envs")
+        self._seats: OrderedDict[int, _Seat] = OrderedDict()
+        self._running: Guest | None = None
+        self._halted = threading.Event()
+
+    def run(self, jobs: Sequence[tuple[Assignment, Artifact]]) -> list[Conclude]:
+        """Run each job, then seal what they staged; one receipt a job, in their order."""
+        outcomes = [self._attempt(job, artifact) for job, artifact in jobs]
+        stages = [stage for o in outcomes if isinstance(o, _Ran) for stage in o.stages]
+        try:
+            sealed = iter(sinks.seal(stages))
+        except Unavailable as error:
+            for stage in stages:
+                stage.discard()
+            fault = error
+            return [
+                _failed(o.job, fault, o.log, o.seconds) if isinstance(o, _Ran) else o
+                for o in outcomes
+            ]
+        return [_staged(o, sealed) if isinstance(o, _Ran) else o for o in outcomes]
+
+    def halt(self, kill: bool = False) -> None:
+        """From another thread: start no further job, and with `kill` end the one that runs.
+
+        Jobs that did not come to their end are released.
+        """
+        self._halted.set()
+        if kill and (guest := self._running):
+            guest.interrupt()
+
+    def close(self) -> None:
+        """Let every guest go."""
+        for seat in self._seats.values():
+            seat.leave()
+        self._seats.clear()
+
+    def _attempt(self, job: Assignment, artifact: Artifact) -> _Ran | Conclude:
+        """One attempt; whatever goes wrong becomes a receipt, and no stage is left behind."""
+        if self._halted.is_set():
+            return _ended(job, Outcome.RELEASED)
+        started = time.monotonic()
+        log = ""
+        try:
+            if artifact.refusal:
+                raise OutputRefused(artifact.refusal)
+            seat = self._seat(artifact)
+            self._running = seat.guest
+            try:
+                stages = self._stage(seat, job)
+            finally:
+                self._running = None
+                log = seat.guest.take_log()
+        except JobError as error:
+            if self._halted.is_set():
+                return _ended(job, Outcome.RELEASED, log=log)
+            return _failed(job, error, log, time.monotonic() - started)
+        return _Ran(job, stages, log, time.monotonic() - started)
+
+    def _stage(self, seat: _Seat, job: Assignment) -> list[Stage]:
+        plans = _by_topic(job.outputs)
+        lineage = Lineage(
+            file_version_id=job.version_id,
+            job_id=job.job_id,
+            source_hash=job.content_hash,
+            plugin_version=job.plugin_version,
+        )
+        stages: dict[str, list[Stage]] = {}
+        try:
+            with self._placed(seat, job) as file:
+                for topic, batch in seat.guest.run(file, job.timeout_seconds):
+                    if topic not in stages:
+                        stages[topic] = [
+                            sinks.open_sink(plan.location).open_stage(plan, lineage, job.attempt)
+                            for plan in plans[topic]
+                        ]
+                    for stage in stages[topic]:
+                        stage.write(batch)
+                for stage in _flat(stages):
+                    stage.finish()
+        except BaseException:
+            for stage in _flat(stages):
+                stage.discard()
+            raise
+        return _flat(stages)
+
+    @contextlib.contextmanager
+    def _placed(self, seat: _Seat, job: Assignment) -> Iterator[FileInfo]:
+        """The version's bytes where the guest can read them, and nothing but those bytes."""
+        name = job.path.rpartition(b"/")[2]
+        if job.size_bytes > self._limits.copy_limit_bytes:
+            # Too large to copy: proved to be the version before the run, and again after it.
+            _expect(job)
+            yield _file(job, Path(job.path.decode("utf-8", "surrogateescape")))
+            _expect(job)
+            return
+        placed = inbox.place(job.path, seat.folder / "in", name, job.content_hash)
+        try:
+            yield _file(job, placed)
+        finally:
+            inbox.clear(placed.parent)
+
+    def _seat(self, artifact: Artifact) -> _Seat:
+        """A living guest of this artifact, warm if there is one."""
+        seat = self._seats.pop(artifact.plugin_id, None)
+        if seat and (not seat.guest.alive or seat.guest.jobs_served >= self._limits.recycle_jobs):
+            seat.leave()
+            seat = None
+        if seat is None:
+            while len(self._seats) >= self._limits.guests:
+                self._seats.popitem(last=False)[1].leave()
+            seat = self._start(artifact)
+        self._seats[artifact.plugin_id] = seat
+        return seat
+
+    def _start(self, artifact: Artifact) -> _Seat:
+        python, packages = self._environments.python(artifact.lock)
+        parent = Path(self._limits.guests_folder)
+        try:
+            make_folder(parent, mode=0o700)
+            folder = Path(tempfile.mkdtemp(dir=parent))
+            (folder / "in").mkdir()
+        except OSError as error:
+            raise Unavailable(f"cannot make a guest's folder in {parent}: {error}") from error
+        guest = Guest(
+            python, packages, artifact,
+            folder=folder, bundle=bundle(self._cache), batch_limit=self._limits.batch_limit_bytes,
+        )  # fmt: skip
+        seat = _Seat(guest, folder)
+        self._running = guest
+        try:
+            guest.load()
+        except JobError as error:
+            error.log = guest.take_log()
+            seat.leave()
+            raise
+        finally:
+            self._running = None
+        return seat
+
+
+def _staged(ran: _Ran, sealed: Iterator[StagedOutput]) -> Conclude:
+    return Conclude(
+        job_id=ran.job.job_id,
+        fence=ran.job.fence,
+        outcome=Outcome.STAGED,
+        outputs=list(itertools.islice(sealed, len(ran.stages))),
+        log=ran.log,
+        seconds=ran.seconds,
+    )
+
+
+def _by_topic(plans: Sequence[OutputPlan]) -> dict[str, list[OutputPlan]]:
+    topics: dict[str, list[OutputPlan]] = {}
+    for plan in plans:
+        topics.setdefault(plan.topic, []).append(plan)
+    return topics
+
+
+def _flat(stages: dict[str, list[Stage]]) -> list[Stage]:
+    return [stage for group in stages.values() for stage in group]
+
+
+def _expect(job: Assignment) -> None:
+    if inbox.hash_file(job.path) != job.content_hash:
+        raise inbox.gone(job.path, "its content has changed")
+
+
+def _file(job: Assignment, path: Path) -> FileInfo:
+    return FileInfo(
+        path=str(path),
+        rel_path=job.rel_path,
+        source=job.source,
+        content_hash=job.content_hash,
+        size_bytes=job.size_bytes,
+        version_id=job.version_id,
+        job_id=job.job_id,
+    )
+
+
+def _ended(job: Assignment, outcome: Outcome, log: str = "") -> Conclude:
+    return Conclude(job_id=job.job_id, fence=job.fence, outcome=outcome, log=log)
+
+
+def _failed(job: Assignment, error: JobError, log: str, seconds: float) -> Conclude:
+    match error:
+        case Superseded():
+            outcome = Outcome.SUPERSEDED
+        case Unavailable():
+            outcome = Outcome.RELEASED
+        case _:
+            outcome = Outcome.FAILED
+    return Conclude(
+        job_id=job.job_id,
+        fence=job.fence,
+        outcome=outcome,
+        error=error.message,
+        retryable=error.retryable,
+        log=log or error.log,
+        seconds=seconds,
+    )

@@ -1,0 +1,99 @@
+"""What every sink must do, in two halves that meet on disk.
+
+The Worker *stages*: it writes an output to a file under the sink's own stage folder and seals it
+(fsync), so that the file can be published after any crash; `stage.py` does that alike for all
+sinks. The Committer *publishes*: it makes a sealed output visible, exactly once for its output
+key, however often it is asked. tests/sinks/test_contract.py holds every sink to this page.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from casparian_flow.errors import JobError, SinkUnavailable
+from casparian_flow.protocol import OutputPlan, Published, Record, StagedOutput
+
+if TYPE_CHECKING:
+    from casparian_flow.engine.sinks.stage import Stage
+
+LINEAGE = ("_cf_file_version_id", "_cf_job_id", "_cf_source_hash", "_cf_plugin_version")
+"""Columns on every row, reserved to us: where it came from and who made it."""
+
+
+class Lineage(Record, frozen=True):
+    """The values of the lineage columns of one attempt's rows, in their order."""
+
+    file_version_id: int
+    job_id: int
+    source_hash: str
+    plugin_version: str
+
+
+class Claim(Record, frozen=True):
+    """What the ledger says a sink holds."""
+
+    topic: str
+    output_key: str
+    job_id: int
+    target: str
+    rows: int
+    digest: str
+
+
+class Sink(Protocol):
+    """One place where topics go."""
+
+    stage_folder: Path
+    """On the target's filesystem, inside a `.casparian` folder."""
+
+    def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
+        """Start an output.
+
+        Args:
+            plan: topic, sink, mode and output key.
+            lineage: the values of the lineage columns.
+            attempt: a name no other attempt has; the staged file's name begins with it.
+
+        Raises:
+            OutputRefused: the topic's name or mode is not one this sink has.
+            SinkUnavailable: the folder cannot be created or written.
+        """
+
+    def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
+        """Make sealed outputs visible and durable; idempotent per output key.
+
+        An output whose key is published already is adopted, not written again. What is published
+        no longer needs its staged file, which is removed. The outcomes are in the order of
+        `outputs`; a failed one changes nothing and does not stop the others: SinkConflict (the
+        target is not ours), OutputRefused (this sink cannot hold the rows), SinkUnavailable
+        (full, locked, read-only), JobError itself (the staged file is gone or damaged).
+        """
+
+    def check(self, claims: Sequence[Claim]) -> list[str]:
+        """Compare claims with what is there; one sentence for each claim that does not hold."""
+
+
+_WORDS = {
+    errno.ENOSPC: ("the disk is full", "free some space; the jobs go on by themselves"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space; the jobs go on by themselves"),
+    errno.EROFS: ("the filesystem is read-only", "mount it writable"),
+    errno.EACCES: ("permission denied", "give the user that runs casparian the right to write"),
+    errno.EMFILE: ("too many open files", "raise the limit: ulimit -n"),
+}
+
+
+def unavailable(error: OSError, place: Path) -> SinkUnavailable:
+    """The error of a disk that refused, in words."""
+    words, hint = _WORDS.get(error.errno or 0, (error.strerror or str(error), ""))
+    return SinkUnavailable(f"cannot write {place}: {words}", hint)
+
+
+def lost(output: StagedOutput, reason: object) -> JobError:
+    """The error of a sealed file that is gone or damaged: only another attempt can help."""
+    return JobError(
+        f"the staged file {output.stage} of topic {output.topic!r} cannot be read: {reason}",
+        "retry the job: its plugin will write the output again",
+    )

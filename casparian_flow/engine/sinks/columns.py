@@ -1,0 +1,183 @@
+"""How columns of Arrow become columns of SQLite, so that no value changes on the way.
+
+    boolean, integers           INTEGER   a uint64 above 2**63-1 is refused
+    duration                    INTEGER   nanoseconds
+    floating point              REAL      NaN is refused (SQLite would store NULL); -0.0 is 0.0
+    string                      TEXT
+    binary                      BLOB
+    decimal                     TEXT      all its digits
+    date, time, timestamp       TEXT      2024-01-31 23:59:59.000000, the unit's whole fraction;
+                                          with a time zone: in UTC, +00:00 at the end
+    list, map, struct           TEXT      JSON; binary in hexadecimal, a map as [{"key":, "value":}]
+    null                        (none)    the column takes any type until rows of one come
+
+A file with more columns adds them to the table. INTEGER and REAL columns take each other's
+numbers where they stay exact; any other change of a column's type is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from casparian_flow.errors import OutputRefused
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column on its way from Arrow to SQLite."""
+
+    name: str
+    kind: Any
+    """The Arrow type it has in the output."""
+    plain: Any
+    """The Arrow type it is cast to first, exactly."""
+    declared: str
+    """Its type in the table; empty where any value may come."""
+
+    def values(self, array: Any) -> list[Any]:
+        """The values as SQLite stores them.
+
+        Raises:
+            OutputRefused: a value that SQLite cannot hold as it is.
+        """
+        try:
+            values = _values(array.cast(self.plain))
+            if pa.types.is_nested(self.plain):
+                return [None if value is None else _json(value) for value in values]
+            return values
+        except (ValueError, NotImplementedError) as error:
+            raise OutputRefused(
+                f"column {self.name!r} ({self.kind}) cannot be stored in SQLite: {error}",
+                "convert the column in the plugin",
+            ) from error
+
+
+def columns_of(schema: Any) -> list[Column]:
+    """What the columns of an Arrow schema become.
+
+    Raises:
+        OutputRefused: two names that SQLite takes for one.
+    """
+    columns = [_column(field.name, field.type) for field in schema]
+    names = Counter(fold(column.name) for column in columns)
+    for column in columns:
+        if names[fold(column.name)] > 1:
+            raise OutputRefused(
+                f"SQLite does not tell column {column.name!r} from another: case is ignored",
+                "rename the column in the plugin",
+            )
+    return columns
+
+
+def _column(name: str, kind: Any) -> Column:
+    types = pa.types
+    plain = kind
+    while _is_wrapped(plain):
+        plain = plain.value_type if types.is_dictionary(plain) else plain.storage_type
+    declared = "TEXT"
+    if types.is_integer(plain):
+        plain, declared = pa.int64(), "INTEGER"
+    elif types.is_floating(plain):
+        plain, declared = pa.float64(), "REAL"
+    elif types.is_boolean(plain) or types.is_duration(plain):
+        declared = "INTEGER"
+    elif _is_binary(plain):
+        declared = "BLOB"
+    elif types.is_null(plain):
+        declared = ""
+    return Column(name, kind, plain, declared)
+
+
+def fit(column: Column, declared: str) -> Column:
+    """The column as a table takes it that declares it so.
+
+    Raises:
+        OutputRefused: its values would change there.
+    """
+    here = {column.declared, declared}
+    if len(here) == 1 or "" in here or (declared, column.declared) == ("INTEGER", "REAL"):
+        return column
+    if here == {"INTEGER", "REAL"}:
+        return replace(column, plain=pa.float64())
+    raise OutputRefused(
+        f"column {column.name!r} ({column.kind}) is {declared} in the table, not {column.declared}",
+        "convert the column in the plugin, or give it another name",
+    )
+
+
+def fold(name: str) -> str:
+    """A name as SQLite compares it: ASCII letters without case."""
+    return name.encode().lower().decode()
+
+
+def _values(array: Any) -> list[Any]:
+    """Python values of an Arrow array, exact, as SQLite or JSON takes them."""
+    types = pa.types
+    while _is_wrapped(kind := array.type):
+        array = array.dictionary_decode() if types.is_dictionary(kind) else array.storage
+    if types.is_map(kind):
+        pair = pa.struct([("key", kind.key_type), ("value", kind.item_type)])
+        return _values(array.cast(pa.list_(pair)))
+    if types.is_struct(kind):
+        return _records(array)
+    if types.is_nested(kind):
+        items = iter(_values(array.flatten()))
+        lengths = pc.list_value_length(array).to_pylist()
+        return [None if length is None else list(islice(items, length)) for length in lengths]
+    if types.is_duration(kind):
+        array = array.cast(pa.duration("ns")).cast(pa.int64())
+    elif types.is_temporal(kind) or types.is_decimal(kind):
+        return _texts(array)
+    elif types.is_floating(kind) and pc.any(pc.is_nan(array)).as_py():
+        raise ValueError("SQLite has no NaN; publish null instead")
+    values: list[Any] = array.to_pylist()
+    return values
+
+
+def _records(array: Any) -> list[Any]:
+    names = [field.name for field in array.type]
+    if len(set(names)) < len(names):
+        raise ValueError("two fields have one name")
+    fields = [_values(array.field(number)) for number in range(len(names))]
+    present = array.is_valid().to_pylist()
+    rows = zip(*fields, strict=True)
+    return [dict(zip(names, row, strict=True)) if is_row else None
+            for is_row, row in zip(present, rows, strict=True)]  # fmt: skip
+
+
+def _texts(array: Any) -> list[Any]:
+    """Decimals and moments as text; a moment of a time zone is one of UTC."""
+    zone = "+00:00" if getattr(array.type, "tz", None) else ""
+    if zone:
+        array = array.cast(pa.timestamp(array.type.unit))
+    texts = array.cast(pa.string()).to_pylist()
+    if any(text is not None and text.startswith("<") for text in texts):
+        raise ValueError("a date or time is out of the range of calendars")
+    return [None if text is None else text + zone for text in texts]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(
+        value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=bytes.hex
+    )
+
+
+def _is_wrapped(kind: Any) -> bool:
+    """Whether values of this type are kept as values of another."""
+    return isinstance(kind, pa.BaseExtensionType) or bool(pa.types.is_dictionary(kind))
+
+
+def _is_binary(kind: Any) -> bool:
+    types = pa.types
+    return bool(
+        types.is_binary(kind) or types.is_large_binary(kind)
+        or types.is_fixed_size_binary(kind) or types.is_binary_view(kind)
+    )  # fmt: skip

@@ -1,0 +1,238 @@
+"""An output on its way: one Parquet file in the sink's stage folder, where no reader looks.
+
+All sinks stage alike. The file has the plugin's columns, then the lineage columns; its footer
+names the output (`casparian.output_key` and others). Row groups have 128k rows, however small
+the batches came, and zstd level 1: as fast as no compression, at a fifth of the size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from casparian_flow.atomic import fsync_path, make_folder
+from casparian_flow.engine.sinks.base import LINEAGE, Lineage, unavailable
+from casparian_flow.errors import OutputRefused
+from casparian_flow.protocol import OutputPlan, StagedOutput
+
+OUTPUT_KEY = b"casparian.output_key"
+"""Footer key that says whose output a file is."""
+
+GROUP_ROWS = 128 << 10
+"""Rows of a row group; also rows held in memory before they are written."""
+
+GROUP_BYTES = 64 << 20
+"""Bytes of Arrow data held in memory before they are written, where rows are wide."""
+
+_LINEAGE_TYPES: tuple[Any, ...] = (pa.int64(), pa.int64(), pa.string(), pa.string())
+
+
+def seal(stages: Sequence[Stage]) -> list[StagedOutput]:
+    """Make staged outputs whole and durable: each file, then each folder once.
+
+    Raises:
+        OutputRefused: rows still in memory cannot be stored (not after `Stage.finish`).
+        SinkUnavailable: the disk refused. An fsync that failed is never tried again, since the
+            kernel may have dropped the data: discard the stages, and run the attempts again.
+    """
+    sealed = [stage.seal() for stage in stages]
+    for folder in {stage.path.parent for stage in stages}:
+        try:
+            fsync_path(folder)
+        except OSError as error:
+            raise unavailable(error, folder) from error
+    return sealed
+
+
+class Stage:
+    """One output being written by a Worker.
+
+    Args:
+        folder: the sink's stage folder; created when absent.
+        plan: topic, sink, mode and output key.
+        lineage: the values of the lineage columns.
+        attempt: a name no other attempt has.
+        admit: called with the first batch's schema; raises OutputRefused where the sink could
+            not hold its columns, so that the job fails before anything is decided.
+
+    Raises:
+        OutputRefused: the topic's name or mode is not one sinks have.
+        SinkUnavailable: the folder cannot be created or written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: OutputPlan,
+        lineage: Lineage,
+        attempt: str,
+        admit: Callable[[Any], object] = lambda schema: None,
+    ) -> None:
+        _check_plan(plan)
+        self.path = folder / f"{attempt}-{plan.output_key[:32]}.parquet.part"
+        self._plan = plan
+        self._lineage = lineage
+        self._admit = admit
+        self._writer: Any = None
+        self._pending: list[Any] = []
+        self._pending_rows = self._pending_bytes = self._rows = 0
+        try:
+            make_folder(folder.parent, mode=0o700)
+            make_folder(folder, mode=0o700)
+            self._file = self.path.open("x+b")
+        except OSError as error:
+            raise unavailable(error, folder) from error
+
+    def write(self, batch: Any) -> None:
+        """Append a pyarrow RecordBatch, validated by the caller.
+
+        Raises:
+            OutputRefused: its columns cannot be stored, or use a reserved name.
+            SinkUnavailable: the disk is full or read-only.
+        """
+        if self._writer is None:
+            self._start(batch.schema)
+        self._pending.append(batch)
+        self._pending_rows += batch.num_rows
+        self._pending_bytes += batch.nbytes
+        if self._pending_rows >= GROUP_ROWS or self._pending_bytes >= GROUP_BYTES:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is still in memory; to be called when the topic has ended.
+
+        Raises:
+            OutputRefused: the rows cannot be stored.
+            SinkUnavailable: the disk is full or read-only.
+        """
+        if self._writer.is_open:
+            self._flush()
+            with self._storing(self._columns.empty_table()):
+                self._writer.close()
+                self._file.flush()
+
+    def seal(self) -> StagedOutput:
+        """Make the file's data durable; the module's `seal` makes its name so.
+
+        Raises:
+            OutputRefused, SinkUnavailable: as `finish`.
+        """
+        self.finish()
+        try:
+            size = self._file.seek(0, os.SEEK_END)
+            self._file.seek(0)
+            digest = hashlib.file_digest(self._file, "sha256").hexdigest()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            raise unavailable(error, self.path) from error
+        return StagedOutput(
+            **msgspec.structs.asdict(self._plan),
+            stage=str(self.path),
+            rows=self._rows,
+            size_bytes=size,
+            digest=digest,
+        )
+
+    def discard(self) -> None:
+        """Remove what was staged; may be called at any time, and twice."""
+        if self._writer is not None and self._writer.is_open:
+            with contextlib.suppress(OSError, pa.ArrowException):
+                self._writer.close()
+            self._writer.is_open = False  # else its finalizer would write to the closed file
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def _start(self, columns: Any) -> None:
+        _check_names(self._plan.topic, columns.names)
+        self._admit(columns)
+        # Only our own words go to the footer: what a plugin put there might pass for them.
+        self._columns = columns.remove_metadata()
+        constants = zip(LINEAGE, _LINEAGE_TYPES, strict=True)
+        facts = {"topic": self._plan.topic, "output_key": self._plan.output_key}
+        facts |= msgspec.structs.asdict(self._lineage)
+        self._schema = pa.schema(
+            [*columns, *(pa.field(name, kind) for name, kind in constants)],
+            {f"casparian.{fact}": str(value) for fact, value in facts.items()},
+        )
+        with self._storing(self._columns.empty_table()):
+            self._writer = pq.ParquetWriter(
+                self._file, self._schema, compression="zstd", compression_level=1
+            )
+
+    def _flush(self) -> None:
+        if not self._pending_rows:
+            return
+        columns = pa.Table.from_batches(self._pending, self._columns)
+        values = zip(msgspec.structs.astuple(self._lineage), _LINEAGE_TYPES, strict=True)
+        constants = [pa.repeat(pa.scalar(v, kind), columns.num_rows) for v, kind in values]
+        table = pa.Table.from_arrays([*columns.columns, *constants], schema=self._schema)
+        with self._storing(columns):
+            self._writer.write_table(table, row_group_size=GROUP_ROWS)
+        self._rows += self._pending_rows
+        self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
+
+    @contextlib.contextmanager
+    def _storing(self, columns: Any) -> Iterator[None]:
+        """Turn what Arrow and the disk raise into our errors; `columns` were being stored."""
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            # Arrow raises OSError for types too; only the disk's errors have a number.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise unavailable(error, self.path) from error
+            raise _refusal(self._plan.topic, columns, error) from error
+
+
+def _check_plan(plan: OutputPlan) -> None:
+    topic = plan.topic
+    if not topic.isprintable() or "/" in topic or topic.startswith((".", "_")) or not topic:
+        raise OutputRefused(
+            f"{topic!r} cannot name a folder or table", "use letters, digits, `_` and `-`"
+        )
+    if plan.mode != "append":
+        raise OutputRefused(f"topic {topic!r}: mode {plan.mode!r} is not supported yet")
+
+
+def _check_names(topic: str, names: list[str]) -> None:
+    """Names that every sink can hold, each once, and none that is reserved to us."""
+    seen: set[str] = set()
+    for name in names:
+        fault = (
+            "is empty" if not name
+            else "has a NUL character" if "\0" in name
+            else "occurs twice" if name in seen
+            else "is reserved: `_cf_` begins our own columns" if name.lower().startswith("_cf_")
+            else ""
+        )  # fmt: skip
+        if fault:
+            raise OutputRefused(
+                f"topic {topic!r}: the column name {name!r} {fault}",
+                "rename the column in the plugin",
+            )
+        seen.add(name)
+    if not names:
+        raise OutputRefused(f"topic {topic!r} has no columns", "publish at least one column")
+
+
+def _refusal(topic: str, columns: Any, error: Exception) -> OutputRefused:
+    """Name the column that Parquet cannot hold: the one that fails when written alone."""
+    for number, field in enumerate(columns.schema):
+        try:
+            pq.write_table(columns.select([number]), pa.MockOutputStream())
+        except (OSError, pa.ArrowException) as reason:
+            return OutputRefused(
+                f"topic {topic!r}: column {field.name!r} ({field.type}) cannot be stored: {reason}",
+                "convert the column in the plugin",
+            )
+    return OutputRefused(f"topic {topic!r}: the rows cannot be stored: {error}")

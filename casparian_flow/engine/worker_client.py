@@ -1,0 +1,224 @@
+"""A Worker: pulls jobs from the Sentinel, runs them in guests, sends a receipt for each.
+
+Inside the daemon it is a task over an inproc socket; alone it is
+
+    python -m casparian_flow.engine.worker_client --connect tcp://localhost:5555
+
+It reads no ledger. What it needs of a job is in the assignment, and what it made of it is staged
+on the disk that it shares with the Sentinel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import zmq
+import zmq.asyncio
+
+from casparian_flow import protocol
+from casparian_flow.engine.runner import Runner
+from casparian_flow.errors import CasparianError, DaemonGone, ProtocolError
+from casparian_flow.protocol import AnyMessage, Artifact, Assignment
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 5.0
+"""How often a worker says that it lives, however busy its thread is."""
+
+PREFETCH_SECONDS = 0.25
+"""Work a worker asks for ahead: many jobs where they are short, one where they are long."""
+
+PREFETCH_LIMIT = 32
+
+
+class Worker:
+    """Serves one Sentinel until drained or cancelled.
+
+    Args:
+        name: unique among the Sentinel's workers.
+        context: the process's zmq context (inproc sockets meet in one context only).
+        endpoint: where the Sentinel listens.
+        cache: where environments are kept.
+    """
+
+    def __init__(self, name: str, context: zmq.asyncio.Context, endpoint: str, cache: Path) -> None:
+        self._name = name
+        self._cache = cache
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.linger = 1000
+        self._socket.connect(endpoint)
+        # One thread for life: the kernel kills guests when the thread that started them ends.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"worker-{name}")
+        self._runner: Runner | None = None
+        self._jobs: asyncio.Queue[list[Assignment]] = asyncio.Queue()
+        self._artifacts: dict[int, asyncio.Future[Artifact]] = {}
+        self._pace = PREFETCH_SECONDS
+        self._draining = asyncio.Event()
+
+    async def run(self) -> None:
+        """Introduce ourselves, then serve until the Sentinel says Drain.
+
+        Raises:
+            DaemonGone: the Sentinel refuses this worker; the message says why.
+        """
+        tasks = [asyncio.create_task(t) for t in (self._listen(), self._work(), self._beat())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._leave()
+
+    def stop(self, grace_seconds: float) -> None:
+        """Take no further job; the running one may finish within the grace, then it is killed."""
+        if self._draining.is_set() or self._runner is None:
+            self._draining.set()
+            return
+        self._draining.set()
+        self._runner.halt()
+        asyncio.get_running_loop().call_later(grace_seconds, self._runner.halt, True)
+
+    async def _leave(self) -> None:
+        if self._runner:
+            self._runner.halt(kill=True)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.close)
+        self._thread.shutdown()
+        with contextlib.suppress(zmq.ZMQError):
+            await self._send(protocol.Goodbye())
+        self._socket.close()
+
+    async def _listen(self) -> None:
+        await self._send(protocol.Hello())
+        while True:
+            try:
+                message = protocol.decode(await self._socket.recv_multipart())
+            except ProtocolError as error:
+                log.warning("worker %s dropped a message: %s", self._name, error)
+                continue
+            await self._hear(message)
+
+    async def _hear(self, message: AnyMessage) -> None:
+        match message:
+            case protocol.Challenge(token_path=path):
+                await self._send(
+                    protocol.Proof(worker=self._name, pid=os.getpid(), token=_read_token(path))
+                )
+            case protocol.Welcome():
+                if self._runner is None:
+                    self._runner = Runner(message, self._cache)
+                await self._pull()
+            case protocol.Refused(reason=reason):
+                raise DaemonGone(f"the Sentinel refused worker {self._name}: {reason}")
+            case protocol.Assign(jobs=jobs):
+                self._jobs.put_nowait(jobs)
+            case protocol.Artifact(plugin_id=plugin_id):
+                if (future := self._artifacts.get(plugin_id)) and not future.done():
+                    future.set_result(message)
+            case protocol.Drain(grace_seconds=grace):
+                self.stop(grace)
+            case _:
+                log.warning("worker %s cannot use a %s", self._name, type(message).__name__)
+
+    async def _work(self) -> None:
+        """Run one assigned batch after another; end when draining and nothing is in hand."""
+        draining = asyncio.create_task(self._draining.wait())
+        try:
+            while batch := await self._next_batch(draining):
+                await self._run(batch)
+                if not self._draining.is_set():
+                    await self._pull()
+        finally:
+            draining.cancel()
+
+    async def _next_batch(self, draining: asyncio.Task[bool]) -> list[Assignment]:
+        waiting = asyncio.create_task(self._jobs.get())
+        await asyncio.wait([waiting, draining], return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done():
+            return waiting.result()
+        waiting.cancel()
+        return []
+
+    async def _run(self, batch: Sequence[Assignment]) -> None:
+        assert self._runner is not None
+        loop = asyncio.get_running_loop()
+        work = [(job, await self._artifact(job.plugin_id)) for job in batch]
+        started = loop.time()
+        for conclusion in await loop.run_in_executor(self._thread, self._runner.run, work):
+            await self._send(conclusion)
+        each = (loop.time() - started) / len(batch)
+        self._pace = (self._pace + each) / 2
+
+    async def _artifact(self, plugin_id: int) -> Artifact:
+        """Fetched anew for each batch: whether it may run is the Sentinel's to say, each time."""
+        future = asyncio.get_running_loop().create_future()
+        self._artifacts[plugin_id] = future
+        await self._send(protocol.Fetch(plugin_id=plugin_id))
+        return await future
+
+    async def _pull(self) -> None:
+        free = int(PREFETCH_SECONDS / self._pace)
+        await self._send(protocol.Ready(free=max(1, min(free, PREFETCH_LIMIT))))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await self._send(protocol.Heartbeat())
+
+    async def _send(self, message: AnyMessage) -> None:
+        await self._socket.send_multipart(protocol.encode(message))
+
+
+def _read_token(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        log.error("cannot read the Sentinel's token %s: %s", path, error)
+        return ""
+
+
+async def serve(endpoint: str, cache: Path) -> None:
+    """Run one Worker as a process of its own, until SIGTERM, SIGINT or the Sentinel's Drain."""
+    with zmq.asyncio.Context() as context:
+        worker = Worker(f"{os.uname().nodename}-{os.getpid()}", context, endpoint, cache)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, worker.stop, 20.0)
+        log.info("worker waits for jobs from %s", endpoint)
+        await worker.run()
+        log.info("worker left")
+
+
+def main() -> None:
+    """The command line of a Worker alone."""
+    import argparse
+    import sys
+
+    from casparian_flow import config
+
+    parser = argparse.ArgumentParser(prog="python -m casparian_flow.engine.worker_client")
+    parser.add_argument("--connect", default="tcp://localhost:5555", help="the Sentinel's address")
+    parser.add_argument("--debug", action="store_true", help="log everything")
+    options = parser.parse_args()
+    logging.basicConfig(
+        level=logging.DEBUG if options.debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    try:
+        asyncio.run(serve(options.connect, config.cache_folder()))
+    except CasparianError as error:
+        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

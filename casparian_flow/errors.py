@@ -1,0 +1,146 @@
+"""Every error this package raises on purpose, and what to do about it.
+
+    CasparianError
+    ├── ConfigError              the configuration cannot be used
+    ├── LedgerError              the database cannot be used
+    ├── DaemonRunning            another process holds the database's daemon lock
+    ├── DaemonGone               the daemon we waited for does not answer
+    ├── SourceError              a source root cannot be used
+    ├── NotFound                 nothing by that name
+    ├── PluginError              a plugin file cannot be published
+    │   └── PublishConflict      that version exists with other bytes
+    ├── ProtocolError            a message that is not ours
+    └── JobError                 an attempt of a job ended without output
+        ├── PluginFailed         the plugin raised (retried)
+        ├── PluginTimeout        the plugin outran its wall clock (retried)
+        ├── GuestDied            the guest process ended under the job (retried)
+        ├── EnvironmentFailed    the plugin's environment cannot be built (retried)
+        ├── OutputRefused        what it published cannot be stored (permanent)
+        │   └── SinkConflict     the target is there and is not ours (permanent)
+        ├── Superseded           the version's bytes are gone or changed
+        └── Unavailable          a fault of ours or of the machine (costs no attempt)
+            └── SinkUnavailable      disk full, sink locked, output read-only
+
+An error is what happened, to what, and in `hint` what to type next. The command line prints
+both and exits with `exit_code` (docs/cli.md lists the codes).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class CasparianError(Exception):
+    """Something went wrong that a person can understand and mend.
+
+    Args:
+        message: what happened, and to which file, plugin or setting.
+        hint: what to do or type next; empty where there is nothing better to say.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(CasparianError):
+    """The configuration cannot be used."""
+
+    exit_code = 78
+
+
+class LedgerError(CasparianError):
+    """The database cannot be used as the ledger."""
+
+    exit_code = 74
+
+
+class DaemonRunning(CasparianError):
+    """Another process holds the daemon lock of this database."""
+
+    exit_code = 75
+
+
+class DaemonGone(CasparianError):
+    """The daemon did not answer in time."""
+
+    exit_code = 75
+
+
+class SourceError(CasparianError):
+    """A source root cannot be used."""
+
+    exit_code = 66
+
+
+class NotFound(CasparianError):
+    """Nothing in the ledger has that name."""
+
+    exit_code = 66
+
+
+class PluginError(CasparianError):
+    """A plugin file cannot be published."""
+
+    exit_code = 65
+
+
+class PublishConflict(PluginError):
+    """The version exists already with other bytes."""
+
+
+class ProtocolError(CasparianError):
+    """A message that is not one of ours."""
+
+    exit_code = 76
+
+
+class JobError(CasparianError):
+    """An attempt of a job ended without output; `retryable` says whether another may succeed."""
+
+    retryable: ClassVar[bool] = True
+    log: str = ""
+    """What the plugin printed before, where that is not kept elsewhere."""
+
+
+class PluginFailed(JobError):
+    """The plugin raised an exception."""
+
+
+class PluginTimeout(JobError):
+    """The plugin outran its time limit and was killed."""
+
+
+class GuestDied(JobError):
+    """The guest process ended, or broke the protocol, while it ran the job."""
+
+
+class EnvironmentFailed(JobError):
+    """The plugin's locked environment cannot be built here and now."""
+
+
+class OutputRefused(JobError):
+    """What the plugin published cannot be stored; the same bytes would fail again."""
+
+    retryable = False
+
+
+class SinkConflict(OutputRefused):
+    """The target exists and is not the output of this job; it was left untouched."""
+
+
+class Superseded(JobError):
+    """The bytes of the job's version are gone or have changed."""
+
+    retryable = False
+
+
+class Unavailable(JobError):
+    """A fault of ours or of the machine; the job waits and loses no attempt."""
+
+
+class SinkUnavailable(Unavailable):
+    """The sink cannot take output now: full, locked, unreachable or read-only."""

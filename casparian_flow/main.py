@@ -1,0 +1,218 @@
+"""The composition root: what a daemon consists of, in which order it starts and stops.
+
+    start   daemon lock, ledger, epoch, recovery, Committer, Sentinel, Workers, Scout
+    stop    Scout (no new work), Workers (finish or release), Sentinel, Committer, ledger, lock
+
+`python -m casparian_flow.main` runs a Sentinel alone, listening for Workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import zmq.asyncio
+from sqlalchemy import Connection
+
+from casparian_flow import config, daemon_lock
+from casparian_flow.atomic import make_folder
+from casparian_flow.config import Settings
+from casparian_flow.db import jobs, outputs, plugins
+from casparian_flow.db.access import Ledger, get_engine
+from casparian_flow.engine import sinks
+from casparian_flow.engine.committer import Committer
+from casparian_flow.engine.dispatch import ledger_tag
+from casparian_flow.engine.sentinel import INPROC, Sentinel
+from casparian_flow.engine.worker_client import Worker
+from casparian_flow.errors import CasparianError
+from casparian_flow.services import architect
+from casparian_flow.services.watch import Watch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Daemon:
+    """What runs, for whoever wants to look at it or ring it."""
+
+    ledger: Ledger
+    sentinel: Sentinel
+    watch: Watch | None
+
+
+@contextlib.contextmanager
+def open_ledger(settings: Settings) -> Iterator[Ledger]:
+    """The ledger of a configuration, for as long as the block runs."""
+    engine = get_engine(settings.database)
+    try:
+        with Ledger(engine) as ledger:
+            yield ledger
+    finally:
+        engine.dispose()
+
+
+@contextlib.asynccontextmanager
+async def running(
+    settings: Settings,
+    role: str,
+    *,
+    workers: int,
+    watch: bool,
+    endpoints: Sequence[str] = (),
+) -> AsyncIterator[Daemon]:
+    """Be the daemon of this database while the block runs; leaving it drains and stops.
+
+    Args:
+        role: the command line we are, for whoever finds the lock taken.
+        workers: Workers in this process.
+        watch: scan and watch the source roots.
+        endpoints: addresses to listen on for Workers in other processes.
+
+    Raises:
+        DaemonRunning: another process is the daemon.
+        LedgerError: the database cannot be used.
+    """
+    with contextlib.ExitStack() as stack:
+        ledger = stack.enter_context(open_ledger(settings))
+        stack.enter_context(daemon_lock.hold(settings.database.daemon_lock, role))
+        epoch = await ledger.write_soon(partial(_begin, limit=settings.jobs.max_attempts))
+        await asyncio.to_thread(_sweep, settings, ledger)
+        context = stack.enter_context(zmq.asyncio.Context())
+        scout = Watch(ledger, settings.scan.rescan_seconds, on_jobs=lambda: sentinel.wake())
+        committer = Committer(ledger, epoch, settings.jobs, on_change=lambda: sentinel.wake())
+        sentinel = Sentinel(
+            settings,
+            ledger,
+            epoch,
+            committer,
+            deploy=partial(asyncio.to_thread, architect.deploy, ledger, settings),
+            ring=scout.ring,
+        )
+        make_folder(settings.database.control_socket.parent, mode=0o700)
+        control = f"ipc://{settings.database.control_socket}"
+        sentinel.bind(context, [INPROC, control, *endpoints])
+        stack.callback(sentinel.close)
+        async with asyncio.TaskGroup() as group:
+            publishing = group.create_task(committer.run())
+            serving = group.create_task(sentinel.run())
+            crew = [
+                Worker(f"{os.getpid()}-{n}", context, INPROC, config.cache_folder())
+                for n in range(1, workers + 1)
+            ]
+            working = [group.create_task(worker.run()) for worker in crew]
+            scouting = [group.create_task(scout.run())] if watch else []
+            try:
+                yield Daemon(ledger, sentinel, scout if watch else None)
+            finally:
+                for task in scouting:
+                    task.cancel()
+                if not serving.done():
+                    await sentinel.drain(settings.jobs.drain_seconds)
+                await asyncio.gather(*working, return_exceptions=True)
+                serving.cancel()
+                publishing.cancel()
+                await asyncio.gather(serving, publishing, return_exceptions=True)
+                await committer.finish()
+
+
+def _begin(connection: Connection, limit: int) -> int:
+    """Start an epoch. What an older one left RUNNING is dead: we hold the daemon lock."""
+    epoch = plugins.begin_epoch(connection)
+    for job in jobs.held(connection, epoch):
+        reason = f"the daemon ended while it ran ({job.attempts} of {limit} attempts)"
+        ended = jobs.Ended(job.id, job.fence, "LOST", reason, "", 0.0)
+        jobs.add_attempts(connection, job.epoch, job.worker, [ended])
+        if job.attempts >= limit:
+            jobs.fail(connection, job.id, job.fence, reason)
+        else:
+            jobs.requeue(connection, job.id, job.fence, reason=reason)
+    return epoch
+
+
+def _sweep(settings: Settings, ledger: Ledger) -> None:
+    """Remove what a dead daemon left: guests' folders, and staged files nobody decided."""
+    shutil.rmtree(settings.database.guests_folder, ignore_errors=True)
+    owed = {staged.stage for _, _, staged in ledger.read(outputs.unpublished)}
+    tag = ledger_tag(settings.database.path)
+    for uri in {settings.output.default_uri, *ledger.read(_placed)}:
+        with contextlib.suppress(CasparianError, OSError):
+            folder = sinks.open_sink(sinks.resolve(uri, settings.home)).stage_folder
+            for file in folder.glob(f"{tag}-*"):
+                if str(file) not in owed:
+                    file.unlink()
+
+
+def _placed(connection: Connection) -> set[str]:
+    return {row.uri for rows in plugins.topics(connection).values() for row in rows}
+
+
+def stop_on_signals(stop: asyncio.Event) -> None:
+    """Set `stop` at the first SIGTERM or SIGINT; at the second, end now.
+
+    Ending now is safe: the kernel takes the guests with us, and the ledger says what was held.
+    """
+
+    def react() -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, react)
+
+
+async def listen(settings: Settings) -> None:
+    """Run a Sentinel for Workers in other processes, until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    stop_on_signals(stop)
+    endpoint = settings.listen.endpoint
+    async with running(
+        settings, "casparian_flow.main", workers=0, watch=True, endpoints=[endpoint]
+    ):
+        log.info("Sentinel waits for workers at %s", endpoint)
+        await stop.wait()
+        log.info("stopping: workers may finish what they run")
+
+
+def first_error(error: BaseException) -> BaseException:
+    """What a group of tasks died of: the first error in it that is one of ours, else the first."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    causes = [first_error(cause) for cause in error.exceptions]
+    return next((cause for cause in causes if isinstance(cause, CasparianError)), causes[0])
+
+
+def main() -> None:
+    """The command line of a Sentinel alone."""
+    import argparse
+    import sys
+
+    parser = argparse.ArgumentParser(prog="python -m casparian_flow.main")
+    parser.add_argument("--config", help="the configuration file")
+    parser.add_argument("--debug", action="store_true", help="log everything")
+    options = parser.parse_args()
+    logging.basicConfig(
+        level=logging.DEBUG if options.debug else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    try:
+        asyncio.run(listen(config.load(options.config)))
+    except (CasparianError, BaseExceptionGroup) as group:
+        error = first_error(group)
+        if not isinstance(error, CasparianError):
+            raise
+        hint = f"\n  try: {error.hint}" if error.hint else ""
+        print(f"error: {error.message}{hint}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The wire: every message between Sentinel, Workers and the command line, and how it is encoded.
+
+Pure: imports no zmq. A message is two frames, the protocol version and a MessagePack body whose
+tag names the type. Table data never travels here: a Worker stages it on disk and sends a receipt.
+The ledger is the truth, so every message may be lost, repeated or late without harm.
+
+    Worker -> Sentinel   Hello, Proof, Ready, Fetch, Conclude, Heartbeat, Goodbye
+    Sentinel -> Worker   Challenge, Welcome, Refused, Assign, Artifact, Drain
+    client -> Sentinel   Deploy, Ring
+    Sentinel -> client   Reply
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from casparian_flow.errors import ProtocolError
+
+VERSION = b"CF1"
+FRAME_LIMIT = 64 << 20
+"""Bytes; a larger frame closes the connection. An artifact is the largest thing we send."""
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a message; also what the worker's side passes between its own modules."""
+
+
+class OutputPlan(Record):
+    """One place an attempt may write to: a topic and one of its sinks."""
+
+    topic: str
+    uri: str
+    """The sink, as configured: part of the output key."""
+    location: str
+    """The sink with its path made absolute; what the worker opens."""
+    mode: str
+    output_key: str
+
+
+class Assignment(Record):
+    """One attempt of one job: everything a worker needs, so that it never reads the ledger."""
+
+    job_id: int
+    fence: int
+    attempt: str
+    """A name no other attempt of any job has; staged files carry it."""
+    plugin_id: int
+    plugin_version: str
+    version_id: int
+    source: str
+    path: bytes
+    """Absolute path of the location's file, as bytes."""
+    rel_path: str
+    content_hash: str
+    size_bytes: int
+    timeout_seconds: float
+    outputs: list[OutputPlan]
+
+
+class StagedOutput(Record):
+    """An output that is sealed on disk and can be published by whoever reads this."""
+
+    topic: str
+    uri: str
+    location: str
+    mode: str
+    output_key: str
+    stage: str
+    """Absolute path of the staged file."""
+    rows: int
+    size_bytes: int
+    digest: str
+    """SHA-256 of the staged file's bytes, hexadecimal."""
+
+
+class Published(Record):
+    """An output that readers can see."""
+
+    target: str
+    """Where it is: the file's absolute path, or the database's path and the table."""
+    rows: int
+    digest: str
+    """SHA-256 of the target's bytes where the sink is a file, else of the staged file."""
+    adopted: bool
+    """True where an earlier attempt had published it already."""
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    STAGED = "STAGED"
+    FAILED = "FAILED"
+    SUPERSEDED = "SUPERSEDED"
+    RELEASED = "RELEASED"
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of everything that crosses a socket; the tag is the class's name."""
+
+
+class Hello(Message):
+    """A worker is there."""
+
+
+class Challenge(Message):
+    """Prove that you see our filesystem: read this file. Sent to every peer we do not know."""
+
+    token_path: str
+
+
+class Proof(Message):
+    """Who the worker is, and what the file said."""
+
+    worker: str
+    pid: int
+    token: str
+
+
+class Welcome(Message):
+    """The worker may pull jobs, under these limits."""
+
+    guests_folder: str
+    copy_limit_bytes: int
+    batch_limit_bytes: int
+    recycle_jobs: int
+    guests: int
+
+
+class Refused(Message):
+    """The Sentinel will not work with this peer."""
+
+    reason: str
+
+
+class Ready(Message):
+    """The worker has room for `free` more jobs."""
+
+    free: int
+
+
+class Assign(Message):
+    """Jobs claimed for the worker."""
+
+    jobs: list[Assignment]
+
+
+class Fetch(Message):
+    """The worker lacks an artifact."""
+
+    plugin_id: int
+
+
+class Artifact(Message):
+    """A plugin's verified bytes."""
+
+    plugin_id: int
+    name: str
+    version: str
+    source: bytes
+    lock: str
+    topics: list[str]
+    refusal: str = ""
+    """Why it may not be run; empty where it may."""
+
+
+class Conclude(Message):
+    """The receipt of one attempt."""
+
+    job_id: int
+    fence: int
+    outcome: Outcome
+    outputs: list[StagedOutput] = []
+    error: str = ""
+    retryable: bool = True
+    log: str = ""
+    seconds: float = 0.0
+
+
+class Heartbeat(Message):
+    """The worker is alive, though it may be busy."""
+
+
+class Goodbye(Message):
+    """The worker leaves; what it holds may be given to others."""
+
+
+class Drain(Message):
+    """Take no more jobs; finish or release what runs, then say Goodbye."""
+
+    grace_seconds: float
+
+
+class Deploy(Message):
+    """A signed plugin, from `casparian publish`."""
+
+    file_name: str
+    version: str
+    source: bytes
+    lock: str
+    public_key: bytes
+    signature: bytes
+
+
+class Ring(Message):
+    """Something changed in the ledger; `scan` asks for a full scan as well."""
+
+    scan: bool = False
+
+
+class Reply(Message):
+    """The answer to a client."""
+
+    ok: bool
+    text: str
+    hint: str = ""
+
+
+AnyMessage = (
+    Hello | Challenge | Proof | Welcome | Refused | Ready | Assign | Fetch | Artifact | Conclude
+    | Heartbeat | Goodbye | Drain | Deploy | Ring | Reply
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage) -> list[bytes]:
+    """The frames of a message."""
+    return [VERSION, _encoder.encode(message)]
+
+
+def decode(frames: list[bytes]) -> AnyMessage:
+    """The message in these frames.
+
+    Raises:
+        ProtocolError: another version, another number of frames, or a body that does not fit.
+    """
+    if len(frames) != 2 or frames[0] != VERSION:
+        raise ProtocolError(f"not a message of ours: {len(frames)} frames")
+    try:
+        message: AnyMessage = _decoder.decode(frames[1])
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ProtocolError(f"a message that does not fit: {error}") from error
+    return message

@@ -1,0 +1,348 @@
+"""What a plugin says of itself, read from its source without running a line of it.
+
+The source is parsed, never compiled or imported. Only literals are understood, so what is read
+here is what the author wrote, whoever reads it and on whatever machine.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import io
+import re
+import tokenize
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import msgspec
+from packaging.version import InvalidVersion, Version
+
+from casparian_flow.errors import PluginError
+
+SOURCE_LIMIT = 1 << 20
+"""Bytes. A plugin is a page of code; parsing takes hundreds of times its size in memory."""
+
+EXAMPLE = 'MANIFEST = PluginMetadata(pattern="*.csv", topic="sales_data", subscriptions=["csv"])'
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_TOPIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_UNSTORABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_LIMIT = 10**9
+"""Numbers beyond it are mistakes, and some would not fit a database column."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """A plugin's MANIFEST, checked; `sdk.PluginMetadata` says what each field is for."""
+
+    name: str
+    version: str
+    """In PEP 440's normal form; empty where the author left it to `casparian publish`."""
+    patterns: list[str]
+    topics: list[str]
+    """Those of `topic`, then those only `sinks` names; a plugin may publish nothing."""
+    priority: int
+    subscriptions: list[str]
+    sinks: dict[str, str]
+    """Topic -> sink URI as written; its scheme is not checked here."""
+    timeout_seconds: float
+    """0 takes the configured limit."""
+
+
+def read_manifest(source: bytes, file_name: str) -> Manifest:
+    """Read and check the MANIFEST of a plugin's source, and that it has a `Handler`.
+
+    Args:
+        source: the file's bytes; UTF-8.
+        file_name: the file's name, for messages and as the plugin's name where it gives none.
+
+    Raises:
+        PluginError: the source is not a plugin. The message says which line or field and why.
+    """
+    module = _Module(source, file_name)
+    fields = module.manifest_fields()
+    module.check_handler()
+    manifest = Manifest(
+        name=fields.get("name") or PurePosixPath(file_name).stem,
+        version=normal_version(fields.get("version", ""), file_name),
+        patterns=_texts(fields.get("pattern", ())),
+        topics=list(dict.fromkeys([*_texts(fields.get("topic", ())), *fields.get("sinks", {})])),
+        priority=fields.get("priority", 0),
+        subscriptions=_texts(fields.get("subscriptions", ())),
+        sinks=fields.get("sinks", {}),
+        timeout_seconds=float(fields.get("timeout_seconds", 0)),
+    )
+    for fault, hint in _faults(manifest):
+        raise PluginError(f"{file_name}: {fault}", hint)
+    return manifest
+
+
+class _Module:
+    """A plugin's source, parsed."""
+
+    def __init__(self, source: bytes, file_name: str) -> None:
+        self.file_name = file_name
+        self.lines = source.removeprefix(b"\xef\xbb\xbf").splitlines()
+        self.statements = list(_module_level(_parse(source, file_name)))
+        self.aliases = {
+            alias.asname: alias.name
+            for statement in self.statements
+            if isinstance(statement, ast.ImportFrom)
+            for alias in statement.names
+            if alias.asname
+        }
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """The arguments of the MANIFEST's call, each of its field's type; None is left out."""
+        fields: dict[str, Any] = {}
+        for keyword in self._manifest_call().keywords:
+            field = keyword.arg
+            if field is None:
+                raise self._computed(keyword)
+            if field not in _FIELDS:
+                near = difflib.get_close_matches(field, _FIELDS, 1)
+                raise self._error(
+                    keyword,
+                    f"MANIFEST has no field {field[:60]!r}; the fields are {', '.join(_FIELDS)}",
+                    f"did you mean {near[0]}?" if near else "remove it",
+                )
+            if field in fields:
+                raise self._error(keyword, f"MANIFEST says {field} twice", "keep one of them")
+            accepts, wanted = _FIELDS[field]
+            value = self._literal(keyword.value)
+            if value is None:
+                continue
+            if not accepts(value):
+                shown = self._shown(keyword.value)
+                raise self._error(keyword, f"{field} must be {wanted}, not {shown}", EXAMPLE)
+            fields[field] = value
+        return fields
+
+    def check_handler(self) -> None:
+        """Refuse a module whose `Handler` is missing or is sure to fail."""
+        shape = "class Handler(BasePlugin), with execute(self, file_path)"
+        found = [node for node in self.statements if "Handler" in _bound(node)]
+        if not found:
+            raise PluginError(f"{self.file_name} has no class Handler", f"add a {shape}")
+        handler = found[-1]
+        if not isinstance(handler, ast.ClassDef):
+            return
+        if not handler.bases:
+            raise self._error(handler, "class Handler does not derive from BasePlugin", shape)
+        inherits = any(self._name(base) != "BasePlugin" for base in handler.bases)
+        if not inherits and not any("execute" in _bound(node) for node in _module_level(handler)):
+            raise self._error(handler, "class Handler has no method execute", shape)
+
+    def _manifest_call(self) -> ast.Call:
+        found = [node for node in self.statements if "MANIFEST" in _bound(node)]
+        if not found:
+            raise PluginError(f"{self.file_name} has no MANIFEST", f"add {EXAMPLE}")
+        if len(found) > 1:
+            raise self._error(found[1], "MANIFEST is there twice", "keep one of them")
+        value = getattr(found[0], "value", found[0])
+        if not isinstance(value, ast.Call) or self._name(value.func) != "PluginMetadata":
+            raise self._computed(value)
+        if value.args:
+            raise self._error(value.args[0], "MANIFEST's fields must be named", EXAMPLE)
+        return value
+
+    def _literal(self, node: ast.expr) -> Any:
+        """The value of a literal; sets become lists, in the author's order."""
+        match node:
+            case ast.Constant(value=value):
+                return value
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+                return -value
+            case ast.List(elts=items) | ast.Tuple(elts=items) | ast.Set(elts=items):
+                return [self._literal(item) for item in items]
+            case ast.Dict(keys=keys, values=values) if all(
+                isinstance(key, ast.Constant) for key in keys
+            ):
+                return {
+                    key.value: self._literal(value)
+                    for key, value in zip(keys, values, strict=True)
+                    if isinstance(key, ast.Constant)
+                }
+        raise self._computed(node)
+
+    def _name(self, node: ast.expr) -> str:
+        """What a name, or the last part of a dotted name, was called where it came from."""
+        match node:
+            case ast.Name(id=name):
+                return self.aliases.get(name, name)
+            case ast.Attribute(attr=name):
+                return name
+        return ""
+
+    def _computed(self, node: ast.AST) -> PluginError:
+        return self._error(node, f"`{self._shown(node)}` is computed; use a literal", EXAMPLE)
+
+    def _error(self, node: Any, what: str, hint: str) -> PluginError:
+        return PluginError(f"{self.file_name} line {node.lineno}: {what}", hint)
+
+    def _shown(self, node: Any) -> str:
+        """A node as the author wrote it, on one line.
+
+        The text itself and not a value's repr, which refuses integers of many digits.
+        """
+        end = node.end_col_offset if node.end_lineno == node.lineno else None
+        line = self.lines[node.lineno - 1][node.col_offset : end].decode(errors="replace")
+        return _printable(line) + ("" if end is not None and len(line) <= 60 else "...")
+
+
+def _parse(source: bytes, file_name: str) -> ast.Module:
+    if len(source) > SOURCE_LIMIT:
+        raise PluginError(
+            f"{file_name} has {len(source)} bytes; a plugin may have {SOURCE_LIMIT}",
+            "move data out of the source, and code into a package that it depends on",
+        )
+    if b"\0" in source:
+        raise PluginError(f"{file_name} has NUL bytes: it is not Python source", "publish a .py")
+    try:
+        # Other codecs are not only rare: some take hours to decode what they were not made for.
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+        if encoding not in ("utf-8", "utf-8-sig"):
+            raise SyntaxError(f"the source says that its encoding is {encoding}, not UTF-8")
+        with warnings.catch_warnings():
+            # An author's "\d" is between the author and Python.
+            warnings.simplefilter("ignore")
+            return ast.parse(source, file_name)
+    # Bytes that are not UTF-8 are a SyntaxError in most places, a UnicodeDecodeError in some.
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        text = _printable((getattr(error, "text", None) or "").strip())
+        raise PluginError(
+            f"{file_name}{f' line {line}' if line else ''}: {getattr(error, 'msg', error)}"
+            + (f": {text}" if text else ""),
+            "mend that line, and save the file as UTF-8",
+        ) from error
+    except (RecursionError, MemoryError) as error:
+        raise PluginError(
+            f"{file_name} nests expressions too deeply to be read", "split the deepest one"
+        ) from error
+
+
+def _module_level(parent: ast.Module | ast.ClassDef) -> Iterator[ast.stmt]:
+    """The statements that run when the module, or the class body, does: also those under `if`
+    or `try`. Without recursion, since a chain of `elif` nests as deep as it is long.
+    """
+    waiting: list[ast.AST] = [*reversed(parent.body)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.stmt):
+            yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.expr):
+            waiting.extend(reversed(list(ast.iter_child_nodes(node))))
+
+
+def _bound(statement: ast.stmt) -> list[str]:
+    """The names that a statement gives a meaning to."""
+    match statement:
+        case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
+            return [name]
+        case ast.Assign(targets=targets):
+            return [target.id for target in targets if isinstance(target, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr()):
+            return [name]
+        case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+            return [alias.asname or alias.name for alias in aliases]
+    return []
+
+
+def _printable(text: str) -> str:
+    """The start of a stranger's text, without what would move a terminal's cursor."""
+    return "".join(character if character.isprintable() else "?" for character in text[:60])
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(map(_is_text, value)))
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and abs(value) < _LIMIT
+
+
+def _is_seconds(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and 0 <= value < _LIMIT
+
+
+def _is_sinks(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, [*value, *value.values()]))
+
+
+_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "pattern": (_is_texts, "a string or a list of strings"),
+    "topic": (_is_texts, "a string or a list of strings"),
+    "priority": (_is_whole, "a whole number (of 9 digits at most)"),
+    "subscriptions": (_is_texts, "a list of strings"),
+    "sinks": (_is_sinks, "a dict of strings, topic to sink URI"),
+    "name": (_is_text, "a string"),
+    "version": (_is_text, "a string"),
+    "timeout_seconds": (_is_seconds, "a number of seconds, 0 or more"),
+}
+"""The fields of `sdk.PluginMetadata`: what each accepts, and that in words."""
+
+
+def _texts(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(dict.fromkeys(value))
+
+
+def normal_version(text: str, file_name: str) -> str:
+    """A plugin's version in PEP 440's normal form; an empty text stays empty.
+
+    Raises:
+        PluginError: it is not a version, or longer than 64 characters.
+    """
+    with contextlib.suppress(InvalidVersion):
+        if len(text) <= 64:
+            return str(Version(text)) if text else ""
+    raise PluginError(
+        f"{file_name}: version {text[:60]!r} is not a version of PEP 440",
+        'write it like version="1.0.0"',
+    )
+
+
+def _faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What is wrong with a manifest whose types are right, and what to do about it."""
+    if not _NAME.fullmatch(manifest.name):
+        yield (
+            f"the plugin's name {manifest.name[:80]!r} is not a name: letters, digits, `_`, `-` "
+            "and `.`, at most 64, not starting with `-` or `.`",
+            'rename the file, or give MANIFEST a name="..."',
+        )
+    for topic in manifest.topics:
+        if not _TOPIC.fullmatch(topic):
+            yield (
+                f"topic {topic[:80]!r} is not a topic's name: letters, digits, `_`, `-` and `.`, "
+                "at most 64, starting with a letter or a digit",
+                'write it like topic="sales_data"',
+            )
+    if not manifest.patterns:
+        yield "MANIFEST has no pattern, so it would never get a file", 'add pattern="*.csv"'
+    for pattern in manifest.patterns:
+        if pattern.startswith("/") or ".." in pattern.split("/"):
+            yield (
+                f"pattern {pattern[:80]!r} leads out of the source root",
+                'write it relative to the source root, like "2024/*.csv"',
+            )
+    for tag in manifest.subscriptions:
+        if "," in tag:
+            yield f"subscription {tag[:80]!r} has a comma in it", "make two subscriptions of it"
+    texts = {
+        "pattern": manifest.patterns,
+        "subscription": manifest.subscriptions,
+        "sink": manifest.sinks.values(),
+    }
+    for what, values in texts.items():
+        for text in values:
+            if not text.strip() or _UNSTORABLE.search(text):
+                yield (
+                    f"{what} {text[:80]!a} is empty or has control characters in it",
+                    "remove it, or write it in printable characters",
+                )

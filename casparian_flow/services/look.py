@@ -1,0 +1,64 @@
+"""One look at one file: its hash, read once, and whether its stamps prove anything."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+
+from casparian_flow.db.files import Stat
+
+GRANULARITY_NS = 20_000_000
+"""Two writes this close may leave the same stamps on a filesystem with a fine clock."""
+
+COARSE_NS = 2_000_000_000
+"""The same where stamps have whole seconds only (FAT, SMB, ext3, small inodes)."""
+
+READ_BYTES = 1 << 20
+
+
+def hash_file(name: bytes, folder: int) -> tuple[str, Stat] | None:
+    """Read a file once and hash it.
+
+    Args:
+        name: its name in the directory.
+        folder: descriptor of the directory.
+
+    Returns:
+        SHA-256 and the stat identity, or None when it changed while it was read, or is not a
+        regular file any more.
+
+    Raises:
+        OSError: it cannot be opened or read.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(name, flags, dir_fd=folder)
+    with open(descriptor, "rb", buffering=0) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        before = Stat.of(status)
+        digest = hashlib.sha256()
+        length = 0
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            length += len(block)
+        torn = Stat.of(os.fstat(descriptor)) != before or length != before.size
+    return None if torn else (digest.hexdigest(), before)
+
+
+def newest_stamp(found: Stat, now_ns: int) -> int:
+    """When the file last changed, as far as its stamps tell; a future mtime was made up."""
+    return found.ctime_ns if found.mtime_ns > now_ns else max(found.mtime_ns, found.ctime_ns)
+
+
+def is_racy(found: Stat, started: float) -> bool:
+    """Whether an edit after this look could have left the same stamps.
+
+    The rule is git's (Documentation/technical/racy-git.txt), with the scan's start as the time of
+    the look and a margin for the granularity of the filesystem's clock.
+    """
+    coarse = found.ctime_ns % 1_000_000_000 == 0
+    started_ns = int(started * 1e9)
+    granularity = COARSE_NS if coarse else GRANULARITY_NS
+    return newest_stamp(found, started_ns) + granularity >= started_ns

@@ -1,0 +1,316 @@
+"""One pass over one source root: compare with the ledger, hash what differs, record it.
+
+A directory's digest is compared first, then the stat identity of each file in it; only a file
+that differs is read. What was found is written in batches, each with the jobs it gives in the
+same transaction.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection
+
+from casparian_flow.db import files
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.files import Known, Sighting, Stat
+from casparian_flow.db.routing import Routing
+from casparian_flow.services import walk
+from casparian_flow.services.look import COARSE_NS, hash_file, is_racy, newest_stamp
+from casparian_flow.services.walk import Ignore, Listing
+
+BATCH_FILES = 1000
+"""Sightings in one transaction, at the most."""
+
+BATCH_SECONDS = 0.5
+"""A slow scan (large files) records what it has this often."""
+
+TORN_SECONDS = 0.05
+"""Pause before a file that changed under our eyes is looked at again, at the least."""
+
+
+class Root(NamedTuple):
+    """A source root, free of the ORM."""
+
+    id: int
+    path: str
+    name: str
+    ignore: str
+    settle_seconds: float
+
+
+@dataclass
+class ScanReport:
+    """What a scan found."""
+
+    source: str
+    files: int = 0
+    """Files looked at, unchanged ones among them."""
+    versions: int = 0
+    """New versions recorded."""
+    job_ids: list[int] = field(default_factory=list)
+    """Jobs queued."""
+    gone: int = 0
+    """Locations marked deleted."""
+    unreadable: list[str] = field(default_factory=list)
+    """`path: why`, for each file or directory that could not be read."""
+    unsettled: set[bytes] = field(default_factory=set)
+    """Directories with files that were not at rest, or lost a race with another scan."""
+    settles_in: float = 0.0
+    """Seconds until all of those could be at rest."""
+    problem: str = ""
+    """Why the root is frozen; nothing is inferred from a frozen root."""
+
+
+def scan(ledger: Ledger, root: Root, only: Iterable[bytes] | None = None) -> ScanReport:
+    """Look once, recording what is at rest.
+
+    Args:
+        only: directories (relative paths) to look at; those among their subdirectories that the
+            ledger does not know are walked too. None is a full scan.
+
+    Raises:
+        LedgerError: the ledger could not be written; finished batches stay recorded.
+    """
+    return _Scan(ledger, root).run(only)
+
+
+class _Scan:
+    """The state of one pass over one root."""
+
+    def __init__(self, ledger: Ledger, root: Root) -> None:
+        self.ledger = ledger
+        self.root = root
+        self.ignore = Ignore(root.ignore)
+        self.report = ScanReport(root.name)
+        self.started = time.time()
+        self.routing = ledger.read(Routing)
+        self._sightings: list[Sighting] = []
+        self._folders: list[tuple[bytes, bytes | None]] = []
+        self._flushed = time.monotonic()
+
+    def run(self, only: Iterable[bytes] | None) -> ScanReport:
+        try:
+            descriptor = os.open(self.root.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            return self._freeze(f"cannot be read ({error.strerror})")
+        try:
+            device = Stat.of(os.fstat(descriptor)).device
+            if self._looks_unmounted(descriptor, device):
+                return self._freeze("is empty and on another device than before (unmounted?)")
+            for listing in self._listings(descriptor, only):
+                self._compare(listing)
+            self._flush()
+        finally:
+            os.close(descriptor)
+        if only is None:
+            self._route_all()
+            self._finish(device)
+        return self.report
+
+    def _listings(self, root: int, only: Iterable[bytes] | None) -> Iterator[Listing]:
+        if only is None:
+            yield from walk.walk(root, self.ignore)
+            return
+        wanted = {walk.nearest(root, path, self.ignore) for path in only}
+        for path in sorted(path for path in wanted if path is not None):
+            yield from self._shallow(root, path)
+
+    def _shallow(self, root: int, path: bytes) -> Iterator[Listing]:
+        """One directory, and those of its subdirectories that nobody has walked yet."""
+        try:
+            descriptor = walk.open_folder(root, path)
+        except OSError:
+            return
+        try:
+            listing = walk.look(descriptor, path, self.ignore)
+            seen = self._read(files.child_directories, path)
+            yield listing
+        finally:
+            os.close(descriptor)
+        for child in {walk.join(path, name) for name in listing.folders}.difference(seen):
+            try:
+                yield from walk.walk(root, self.ignore, child)
+            except OSError:
+                continue
+
+    def _compare(self, listing: Listing) -> None:
+        """Bring the ledger up to date with one directory."""
+        if listing.problem:
+            self._unreadable(listing.path, listing.problem)
+            self._folders.append((listing.path, None))
+            return
+        self.report.files += listing.files
+        if self._read(files.directory_digest, listing.path) == listing.digest:
+            return
+        quiet = True
+        # A folder's row must be there before its files' rows point to it.
+        self._folders.append((listing.path, None))
+        for chunk in walk.chunks(listing, self.ignore):
+            paths = [walk.join(listing.path, name) for name, _ in chunk]
+            known = self._read(files.known, paths)
+            for (name, status), path in zip(chunk, paths, strict=True):
+                quiet &= self._compare_file(listing, name, path, Stat.of(status), known.get(path))
+            self._flush_if_due()
+        quiet &= self._find_gone(listing)
+        if quiet:
+            self._folders.append((listing.path, listing.digest))
+
+    def _compare_file(
+        self, listing: Listing, name: bytes, path: bytes, found: Stat, known: Known | None
+    ) -> bool:
+        """Record a file if it changed and is at rest; True if it needs no further look."""
+        same = known is not None and known.present and known.stat == found
+        if known is not None and same and not known.racy:
+            return True
+        wait = self._unrest(found)
+        if wait > 0:
+            self.report.unsettled.add(listing.path)
+            self.report.settles_in = max(self.report.settles_in, wait)
+            return False
+        try:
+            content = hash_file(name, listing.descriptor)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            self._unreadable(path, str(error.strerror))
+            self._sightings.append(_unread(path, listing.path, found, known, str(error.strerror)))
+            return False
+        if content is None:
+            self.report.unsettled.add(listing.path)
+            self.report.settles_in = max(
+                self.report.settles_in, self.root.settle_seconds, TORN_SECONDS
+            )
+            return False
+        digest, looked = content
+        racy = is_racy(looked, self.started)
+        compared = known.version_id if known else None
+        self._sightings.append(Sighting(path, listing.path, looked, digest, racy, compared))
+        return not racy
+
+    def _unrest(self, found: Stat) -> float:
+        """Seconds until a file with these stamps has been quiet for the settle window."""
+        if self.root.settle_seconds == 0:
+            return 0.0
+        now = time.time_ns()
+        if found.ctime_ns > now + COARSE_NS:
+            return 0.0  # The clock was set back: its age says nothing, and it is racy until then.
+        return self.root.settle_seconds - (now - newest_stamp(found, now)) / 1e9
+
+    def _find_gone(self, listing: Listing) -> bool:
+        """Mark what is no longer here; True where the directory was seen whole."""
+        here = {name for name, _ in listing.entries}
+        gone = [
+            path
+            for path in self._read(lambda c, r, p: list(files.present_in(c, r, p)), listing.path)
+            if (name := path.rpartition(b"/")[2]) not in here
+            and not walk.is_candidate(listing, name, self.ignore)
+        ]
+        known_folders = self._read(files.child_directories, listing.path)
+        folders = {walk.join(listing.path, name) for name in listing.folders}
+        lost = [path for path in known_folders if path not in folders]
+        for folder in lost:
+            gone += self._read(files.present_under, folder)
+        if gone or lost:
+            self._flush()
+            self._write(lambda c: self._forget(c, gone, lost))
+            self.report.gone += len(gone)
+        return True
+
+    def _forget(self, connection: Connection, gone: list[bytes], lost: list[bytes]) -> None:
+        if gone:
+            files.mark_gone(connection, self.root.id, gone)
+        for folder in lost:
+            files.forget_directory(connection, self.root.id, folder)
+
+    def _unreadable(self, path: bytes, why: str) -> None:
+        self.report.unreadable.append(f"{self.root.name}/{files.display(path)}: {why}")
+
+    def _flush_if_due(self) -> None:
+        late = time.monotonic() - self._flushed > BATCH_SECONDS
+        if len(self._sightings) >= BATCH_FILES or (self._sightings and late):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Record what was found so far; directories first, their digests last."""
+        self._flushed = time.monotonic()
+        if not self._sightings and not self._folders:
+            return
+        sightings, folders = self._sightings, self._folders
+        self._sightings, self._folders = [], []
+
+        def work(connection: Connection) -> files.Recorded:
+            files.save_directories(connection, self.root.id, folders)
+            recorded = files.record(connection, self.root.id, sightings, self.routing)
+            if recorded.stale:
+                lost = [(path, None) for path in recorded.stale]
+                files.save_directories(connection, self.root.id, lost)
+            return recorded
+
+        recorded = self._write(work)
+        self.report.versions += recorded.versions
+        self.report.job_ids += recorded.job_ids
+        self.report.unsettled.update(recorded.stale)
+
+    def _route_all(self) -> None:
+        """After a change of rules or plugins, give every present version the jobs it lacks."""
+        state = self.ledger.read(lambda c: files.scan_state(c, self.root.id))
+        if state is not None and state.routed == self.routing.fingerprint:
+            return
+        self.report.job_ids += route_root(self.ledger, self.root.id, self.routing)
+
+    def _finish(self, device: int) -> None:
+        self._write(
+            lambda c: files.save_scan_state(
+                c,
+                self.root.id,
+                started=self.started,
+                finished=time.time(),
+                files=self.report.files,
+                unreadable=len(self.report.unreadable),
+                unsettled=len(self.report.unsettled),
+                problem="",
+                device=device,
+            )
+        )
+
+    def _looks_unmounted(self, descriptor: int, device: int) -> bool:
+        state = self.ledger.read(lambda c: files.scan_state(c, self.root.id))
+        if state is None or state.device in (None, device):
+            return False
+        with os.scandir(descriptor) as entries:
+            return next(entries, None) is None
+
+    def _freeze(self, why: str) -> ScanReport:
+        """Remember that the root cannot be seen; no deletion is inferred from that."""
+        self.report.problem = f"source root {self.root.name} ({self.root.path}) {why}"
+        self._write(lambda c: files.save_scan_state(c, self.root.id, problem=self.report.problem))
+        return self.report
+
+    def _read(self, query: Any, argument: Any) -> Any:
+        return self.ledger.read(lambda c: query(c, self.root.id, argument))
+
+    def _write(self, work: Any) -> Any:
+        return self.ledger.write(work)
+
+
+def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
+    """Queue what every present version of a root lacks; then remember that it was done."""
+    job_ids: list[int] = []
+    after: int | None = 0
+    while after is not None:
+        last = after
+        chunk = partial(files.route_chunk, root_id=root_id, after=last, routing=routing)
+        after, queued = ledger.write(chunk)
+        job_ids += queued
+    ledger.write(lambda c: files.save_scan_state(c, root_id, routed=routing.fingerprint))
+    return job_ids
+
+
+def _unread(path: bytes, folder: bytes, found: Stat, known: Known | None, why: str) -> Sighting:
+    return Sighting(path, folder, found, "", False, known.version_id if known else None, why)

@@ -1,0 +1,60 @@
+"""Fixtures: a configuration in a scratch folder, its ledger, and an environment cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from casparian_flow import config
+from casparian_flow.config import Settings
+from casparian_flow.db.access import Ledger
+from casparian_flow.main import open_ledger
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keys, environments and sockets of the tests stay out of the person's own."""
+    base = tmp_path_factory.mktemp("home")
+    runtime = Path("/tmp") / f"cf-test-{os.getpid()}"  # a socket's path must be short
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
+        patch.setenv("XDG_CONFIG_HOME", str(base / "config"))
+        patch.setenv("XDG_RUNTIME_DIR", str(runtime))
+        patch.delenv("CASPARIAN_CONFIG", raising=False)
+        yield base
+    for left in sorted(runtime.rglob("*"), reverse=True):
+        left.rmdir() if left.is_dir() else left.unlink()
+    if runtime.is_dir():
+        runtime.rmdir()
+
+
+def write_config(folder: Path, extra: str = "") -> Settings:
+    """A configuration file in `folder`, loaded; retries are quick."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / config.FILE_NAME
+    file.write_text(
+        '[database]\ndb_location = "casparian_flow.sqlite3"\n'
+        f"[jobs]\nretry_seconds = 0.1\n[workers]\ncount = 2\n{extra}"
+    )
+    return config.load(str(file))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return write_config(tmp_path / "flow")
+
+
+@pytest.fixture
+def ledger(settings: Settings) -> Iterator[Ledger]:
+    with open_ledger(settings) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return folder

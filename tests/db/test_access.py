@@ -1,0 +1,142 @@
+"""Reading beside writing: sessions of users, group commit, and a ledger that cannot be written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import Connection, func, insert, select, text
+from sqlalchemy.orm import Session
+
+from casparian_flow.config import Settings
+from casparian_flow.db.access import Ledger, get_engine
+from casparian_flow.db.models import RoutingRule, SourceRoot
+from casparian_flow.errors import LedgerError
+
+
+def add_rule(connection: Connection, pattern: str) -> None:
+    connection.execute(insert(RoutingRule).values(pattern=pattern, tag="t", priority=0))
+
+
+def rules(connection: Connection) -> int:
+    return connection.execute(select(func.count()).select_from(RoutingRule)).scalar_one()
+
+
+def test_a_session_that_has_read_may_write_after_others_wrote(
+    ledger: Ledger, settings: Settings
+) -> None:
+    engine = get_engine(settings.database)
+    with Session(engine) as session:
+        assert session.query(SourceRoot).first() is None
+        ledger.write(lambda c: add_rule(c, "*.csv"))
+        session.add(RoutingRule(pattern="*.tsv", tag="t", priority=0))
+        session.commit()
+        assert session.query(RoutingRule).count() == 2
+    engine.dispose()
+
+
+def test_readers_do_not_wait_for_a_writer(ledger: Ledger) -> None:
+    inside, release = threading.Event(), threading.Event()
+
+    def slow(connection: Connection) -> None:
+        add_rule(connection, "*.csv")
+        inside.set()
+        assert release.wait(10)
+
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(ledger.write, slow)
+        assert inside.wait(10)
+        assert ledger.read(rules) == 0
+        release.set()
+        writing.result()
+    assert ledger.read(rules) == 1
+
+
+def test_one_failing_request_does_not_undo_those_it_shared_a_transaction_with(
+    ledger: Ledger,
+) -> None:
+    holding, release = threading.Event(), threading.Event()
+
+    def hold(_connection: Connection) -> None:
+        holding.set()
+        assert release.wait(10)
+
+    def fail(connection: Connection) -> None:
+        add_rule(connection, "bad")
+        raise ValueError("no")
+
+    with ThreadPoolExecutor(4) as pool:
+        pool.submit(ledger.write, hold)
+        assert holding.wait(10)
+        good = pool.submit(ledger.write, lambda c: add_rule(c, "good"))
+        bad = pool.submit(ledger.write, fail)
+        release.set()
+        good.result()
+        with pytest.raises(ValueError, match="no"):
+            bad.result()
+    assert ledger.read(rules) == 1
+
+
+def test_ddl_rolls_back_with_its_transaction(ledger: Ledger) -> None:
+    def create_and_fail(connection: Connection) -> None:
+        connection.execute(text("CREATE TABLE passing (x)"))
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        ledger.write(create_and_fail)
+    found = ledger.read(
+        lambda c: c.execute(text("SELECT 1 FROM sqlite_schema WHERE name = 'passing'")).first()
+    )
+    assert found is None
+
+
+def test_a_full_disk_is_an_error_in_words_and_writes_nothing(ledger: Ledger) -> None:
+    def overflow(connection: Connection) -> None:
+        connection.execute(text("PRAGMA max_page_count = 1"))
+        for n in range(2000):
+            add_rule(connection, f"{n}" * 50)
+
+    with pytest.raises(LedgerError, match="could not be written"):
+        ledger.write(overflow)
+    ledger.write(lambda c: c.execute(text("PRAGMA max_page_count = 1000000")).all())
+    assert ledger.read(rules) == 0
+
+
+def test_the_log_is_checkpointed_while_we_write(ledger: Ledger, settings: Settings) -> None:
+    def bulk(connection: Connection) -> None:
+        for n in range(300):
+            connection.execute(
+                insert(RoutingRule).values(pattern=f"{n}" + "x" * 50_000, tag="t", priority=0)
+            )
+
+    ledger.write(bulk)
+    assert settings.database.path.stat().st_size > 10 << 20
+    assert settings.database.path.with_name("casparian_flow.sqlite3-wal").stat().st_size < 4 << 20
+
+
+def test_processes_take_turns(ledger: Ledger, settings: Settings) -> None:
+    code = (
+        "import sys\n"
+        "from sqlalchemy.orm import Session\n"
+        "from casparian_flow.config import DatabaseSettings\n"
+        "from casparian_flow.db.access import get_engine\n"
+        "from casparian_flow.db.models import RoutingRule\n"
+        "engine = get_engine(DatabaseSettings(db_location=sys.argv[1]))\n"
+        "for n in range(50):\n"
+        "    with Session(engine) as session:\n"
+        "        session.query(RoutingRule).count()\n"
+        "        session.add(RoutingRule(pattern=f'{sys.argv[2]}-{n}', tag='t', priority=0))\n"
+        "        session.commit()\n"
+        "engine.dispose()\n"
+    )
+    crowd = [
+        subprocess.Popen([sys.executable, "-c", code, str(settings.database.path), str(n)])
+        for n in range(4)
+    ]
+    for n in range(50):
+        ledger.write(lambda c, n=n: add_rule(c, f"here-{n}"))
+    assert [one.wait() for one in crowd] == [0] * 4
+    assert ledger.read(rules) == 250

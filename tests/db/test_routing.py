@@ -1,0 +1,90 @@
+"""Which plugins want a file."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Connection, insert
+
+from casparian_flow.db import plugins
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import PluginConfig, RoutingRule
+from casparian_flow.db.routing import Routing, compile_pattern
+from tests.factories import add_plugin
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "matches"),
+    [
+        ("*.csv", "a.csv", True),
+        ("*.csv", "deep/down/a.csv", True),
+        ("*.csv", "a.csv/b", False),
+        ("*.csv", ".hidden.csv", True),
+        ("*.csv", "a.CSV", False),
+        ("in/*.csv", "in/a.csv", True),
+        ("in/*.csv", "x/in/a.csv", False),
+        ("in/*.csv", "in/deep/a.csv", False),
+        ("in/**/*.csv", "in/deep/er/a.csv", True),
+        ("in/**/*.csv", "in/a.csv", True),
+        ("/a.csv", "a.csv", True),
+        ("/a.csv", "b/a.csv", False),
+        ("*.{csv,tsv}", "b/a.tsv", True),
+        ("[ab]?.txt", "b1.txt", True),
+        ("*", "new\nline", True),
+        ("caf*.csv", "caf\udce9.csv", True),
+    ],
+)
+def test_patterns(pattern: str, path: str, matches: bool) -> None:
+    assert bool(compile_pattern(pattern).match(path)) is matches
+
+
+@pytest.mark.parametrize("pattern", ["", "/"])
+def test_what_is_no_pattern_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="not a pattern"):
+        compile_pattern(pattern)
+
+
+def rule(connection: Connection, pattern: str, tag: str, priority: int = 0) -> None:
+    connection.execute(insert(RoutingRule).values(pattern=pattern, tag=tag, priority=priority))
+
+
+def test_tags_of_all_matching_rules_are_united(ledger: Ledger) -> None:
+    def work(connection: Connection) -> Routing:
+        rule(connection, "*.csv", "csv")
+        rule(connection, "sales*", "sales")
+        rule(connection, "*.txt", "text")
+        return Routing(connection)
+
+    assert ledger.write(work).tags("in/sales.csv") == {"csv", "sales"}
+
+
+def test_every_subscriber_gets_one_job_at_the_highest_priority(ledger: Ledger) -> None:
+    first = add_plugin(ledger, "first", subscriptions="csv,sales")
+    second = add_plugin(ledger, "second", subscriptions=" csv ")
+    add_plugin(ledger, "third", subscriptions="text")
+
+    def work(connection: Connection) -> Routing:
+        rule(connection, "*.csv", "csv", 5)
+        rule(connection, "sales*", "sales", 50)
+        return Routing(connection)
+
+    wanted = {w.plugin_id: w.priority for w in ledger.write(work).wanted("sales.csv")}
+    assert wanted == {first: 50, second: 5}
+
+
+def test_only_the_active_version_of_a_plugin_takes_jobs(ledger: Ledger) -> None:
+    add_plugin(ledger, "p", "1.0.0", subscriptions="csv")
+    newer = add_plugin(ledger, "p", "1.1.0")
+    ledger.write(lambda c: rule(c, "*", "csv"))
+    ledger.write(lambda c: plugins.subscribe(c, "p", [], "1.1.0"))
+    assert [w.plugin_id for w in ledger.read(Routing).wanted("x")] == [newer]
+
+
+def test_the_fingerprint_follows_what_people_change(ledger: Ledger) -> None:
+    seen = {ledger.read(Routing).fingerprint}
+    add_plugin(ledger, "p", subscriptions="csv")
+    seen.add(ledger.read(Routing).fingerprint)
+    ledger.write(lambda c: rule(c, "*.csv", "csv"))
+    seen.add(ledger.read(Routing).fingerprint)
+    ledger.write(lambda c: c.execute(PluginConfig.__table__.update().values(subscription_tags="x")))  # type: ignore[attr-defined]
+    seen.add(ledger.read(Routing).fingerprint)
+    assert len(seen) == 4

@@ -1,0 +1,62 @@
+"""Real environments and real guests for the tests of the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from guests import artifact
+
+from casparian_flow.engine.bridge import Guest, bundle
+from casparian_flow.engine.venv_manager import EnvironmentStore, lock_dependencies
+
+
+@pytest.fixture(scope="session")
+def default_lock(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("plugin") / "plain.py"
+    file.write_text("pass\n")
+    return lock_dependencies(file)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EnvironmentStore:
+    return EnvironmentStore(tmp_path_factory.mktemp("envs"))
+
+
+@pytest.fixture(scope="session")
+def environment(store: EnvironmentStore, default_lock: str) -> tuple[Path, Path]:
+    return store.python(default_lock)
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundle(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def start(
+    environment: tuple[Path, Path], bundle_folder: Path, tmp_path: Path
+) -> Iterator[Callable[..., Guest]]:
+    """Start guests; at the end each is closed and has left no descriptor behind."""
+    before = len(os.listdir("/proc/self/fd"))
+    guests: list[Guest] = []
+
+    def start(source: bytes, topics: tuple[str, ...] = ("t",), limit: int = 64 << 20) -> Guest:
+        folder = tmp_path / "guest"
+        folder.mkdir(exist_ok=True)
+        guest = Guest(
+            *environment,
+            artifact(source, topics),
+            folder=folder,
+            bundle=bundle_folder,
+            batch_limit=limit,
+        )
+        guests.append(guest)
+        return guest
+
+    yield start
+    for guest in guests:
+        guest.close()
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,277 @@
+"""No plugin harms the host: guests that die, lie, linger or flood. Real processes only."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from guests import SECONDS, Start, artifact, file_info, loaded, plugin, run
+
+from casparian_flow.engine.bridge import Guest, bundle
+from casparian_flow.errors import (
+    GuestDied,
+    PluginTimeout,
+    Unavailable,
+)
+
+RAW_BATCH = """
+import __main__
+from casparian_flow.engine.frames import HEADER, TOPIC_LENGTH, Kind, pack
+wire, job = __main__.WIRE, self.file.job_id
+def stream(*batches, compression=None):
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_stream(sink, batches[0].schema, options=options) as writer:
+        for batch in batches: writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+def send(data, topic=b"t"):
+    head = TOPIC_LENGTH.pack(len(topic)) + topic
+    wire.sendall(HEADER.pack(Kind.BATCH, job, len(head) + len(data)) + head + data)
+def end(**changes):
+    wire.sendall(pack(Kind.END, job, json.dumps(changes).encode()))
+numbers = pa.record_batch({"n": list(range(1000))})
+words = pa.record_batch({"w": ["alpha", "beta"] * 500})
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("import ctypes; ctypes.string_at(0)", "was killed by SIGSEGV"),
+        ("os.abort()", "was killed by SIGABRT"),
+        ("self.publish('t', pa.table({'n': [1]})); os._exit(0)", "ended with exit status 0"),
+        ("import __main__; __main__.WIRE.sendall(b'\\x11'); os._exit(1)", "exit status 1"),
+    ],
+)
+def test_a_guest_that_dies(start: Start, body: str, words: str) -> None:
+    guest = loaded(start, body)
+    with pytest.raises(GuestDied, match=words):
+        run(guest)
+    assert not guest.alive
+
+
+def test_a_crash_leaves_the_line_it_happened_on_in_the_log(start: Start) -> None:
+    guest = loaded(start, "print('so far')\nimport ctypes; ctypes.string_at(0)")
+    with pytest.raises(GuestDied):
+        run(guest)
+    log = guest.take_log()
+    assert "so far" in log
+    assert "Segmentation fault" in log
+    assert 'File "demo.py"' in log
+
+
+@pytest.mark.parametrize(
+    ("breach", "words"),
+    [
+        ("wire.sendall(b'garbage' * 100)", "unknown kind"),
+        ("wire.sendall(pack(Kind.DONE, job + 1))", "DONE of job 8 while job 7 runs"),
+        ("wire.sendall(pack(Kind.READY, job))", "READY where it was not due"),
+        ("wire.sendall(HEADER.pack(Kind.BATCH, job, 1 << 40))", "BATCH of 1099511627776 bytes"),
+        ("wire.sendall(HEADER.pack(Kind.FAILED, job, 1 << 30))", "FAILED of 1073741824 bytes"),
+        ("wire.sendall(pack(Kind.FAILED, job, b'{}'))", "does not fit"),
+        ("wire.sendall(pack(Kind.BATCH, job, b'\\xff\\xff'))", "shorter than its topic"),
+        ("send(stream(numbers), b'other')", "'other', which is not open"),
+        ("send(stream(numbers), b't\\xff')", "which is not open"),
+        ("send(stream(numbers)); wire.sendall(pack(Kind.DONE, job))", "DONE where it was not due"),
+        (
+            "send(stream(numbers)); end(topic='t', batches=1, rows=999, digest='')",
+            "END of topic 't' is not what was received",
+        ),
+        ("end(topic='t', batches=0, rows=0, digest='')", "END of topic 't'"),
+        ("send(stream(numbers)); send(stream(words))", "columns of topic 't' changed"),
+        ("send(stream(numbers, compression='zstd'))", "a compressed batch"),
+        ("send(stream(numbers, compression='lz4'))", "a compressed batch"),
+        (
+            "d = pa.array(['x' * 9999] * 3).dictionary_encode()\n"
+            "send(stream(pa.record_batch({'d': d}), compression='zstd'))",
+            "a compressed batch",
+        ),
+        ("send(stream(numbers, numbers))", "a stream of 2 batches"),
+        ("send(b'')", "a stream of 0 batches"),
+        ("send(os.urandom(4096))", "invalid Arrow data"),
+        ("send(stream(numbers)[:-2000])", "invalid Arrow data"),
+        (
+            "data = stream(pa.record_batch({'z': pa.nulls(59_999)}))\n"
+            "send(data.replace((59_999).to_bytes(8, 'little'), (1 << 40).to_bytes(8, 'little')))",
+            "1099511627776 rows",
+        ),
+        ("send(stream(pa.RecordBatch.from_arrays([], [])))", "0 columns"),
+        (
+            "data = stream(words)\n"
+            "import struct\n"
+            "good = words.column(0).buffers()[1].to_pybytes()[:4004]\n"
+            "at = data.index(good)\n"
+            "send(data[:at + 2000] + struct.pack('<i', 0x7fffff00) + data[at + 2004:])",
+            "invalid Arrow data",
+        ),
+        (
+            "data = stream(words)\n"
+            "at = data.index(b'alphabeta')\n"
+            "send(data[:at] + b'\\xff' + data[at + 1:])",
+            "invalid Arrow data",
+        ),
+    ],
+)
+def test_a_breach_of_the_protocol_kills_the_guest(start: Start, breach: str, words: str) -> None:
+    guest = loaded(start, RAW_BATCH + breach)
+    with pytest.raises(GuestDied, match=words):
+        run(guest)
+    assert not guest.alive
+
+
+def test_dictionaries_on_the_wire_are_read(start: Start) -> None:
+    body = (
+        RAW_BATCH
+        + """
+import hashlib
+data = stream(pa.record_batch({'d': pa.array(['x', 'y', 'x']).dictionary_encode()}))
+send(data)
+end(topic='t', batches=1, rows=3, digest=hashlib.sha256(data).hexdigest())
+"""
+    )
+    assert run(loaded(start, body))["t"]["d"].to_pylist() == ["x", "y", "x"]
+
+
+def test_a_frame_between_jobs_ends_the_trust(start: Start, tmp_path: Path) -> None:
+    body = """
+    import __main__, threading
+    def speak():
+        __main__.WIRE.sendall(b"psst")
+        open(self.file.path, "w").close()
+    threading.Timer(0.05, speak).start()
+    """
+    os.mkfifo(tmp_path / "spoken")
+    guest = loaded(start, body)
+    run(guest, path=str(tmp_path / "spoken"))
+    (tmp_path / "spoken").read_bytes()
+    assert not guest.alive
+
+
+@pytest.mark.parametrize("setsid", [False, True])
+def test_a_timeout_kills_the_grandchildren_too(start: Start, tmp_path: Path, setsid: bool) -> None:
+    """They hold the writing end of a FIFO; it ends when they all have ended."""
+    os.mkfifo(tmp_path / "held")
+    body = f"""
+    import subprocess
+    held = open(file_path, "w")
+    child = subprocess.Popen(["sleep", "1000"], stdout=held, start_new_session={setsid})
+    daemon = "import os, time; os.fork() and os._exit(0); time.sleep(1000)"
+    subprocess.run([sys.executable, "-c", daemon], stdout=held, start_new_session={setsid})
+    while True: pass
+    """
+    guest = loaded(start, body)
+    reader = os.open(tmp_path / "held", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(PluginTimeout, match="ran longer than 1 s"):
+        list(guest.run(file_info(path=str(tmp_path / "held")), 1.0))
+    assert select.select([reader], [], [], 10) == ([reader], [], [])
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+    assert not guest.alive
+
+
+def test_a_slow_consumer_stops_the_guest(start: Start, tmp_path: Path) -> None:
+    """It writes a byte for every batch it makes; the bytes stop coming."""
+    os.mkfifo(tmp_path / "made")
+    body = """
+    made = os.open(file_path, os.O_WRONLY)
+    def batches():
+        for _ in range(1000):
+            os.write(made, b".")
+            yield pa.table({'n': pa.array(range(131_072))})
+    self.publish("t", batches())
+    """
+    guest = loaded(start, body)
+    reader = os.open(tmp_path / "made", os.O_RDONLY | os.O_NONBLOCK)
+    with closing(guest.run(file_info(path=str(tmp_path / "made")), SECONDS)) as batches:
+        for _ in range(3):
+            next(batches)
+        made = b""
+        while select.select([reader], [], [], 0.5)[0]:
+            made += os.read(reader, 1000)
+        assert 2 <= len(made) < 6  # two batches each
+    os.close(reader)
+    assert not guest.alive  # the rest of the job was thrown away with it
+
+
+def test_the_guest_ends_with_its_host(
+    environment: tuple[Path, Path], bundle_folder: Path, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "held")
+    source = plugin("held = open(file_path, 'w')\nheld.write('x'); held.flush()\nwhile True: pass")
+    host = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from guests import artifact, file_info
+        from casparian_flow.engine.bridge import Guest
+        guest = Guest(Path({str(environment[0])!r}), Path({str(environment[1])!r}),
+            artifact({source!r}), folder=Path({str(tmp_path)!r}),
+            bundle=Path({str(bundle_folder)!r}), batch_limit=1 << 20)
+        guest.load()
+        list(guest.run(file_info(path={str(tmp_path / "held")!r}), 1000))
+    """)
+    process = subprocess.Popen([sys.executable, "-c", host], cwd=Path(__file__).parents[2])
+    with open(tmp_path / "held", "rb", buffering=0) as held:
+        assert held.read(1) == b"x"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert select.select([held], [], [], 10)[0]
+        assert held.read(1) == b""
+
+
+def test_another_thread_can_end_what_runs(start: Start) -> None:
+    guest = loaded(start, "self.publish('t', pa.table({'n': [1]}))\nwhile True: pass")
+    batches = guest.run(file_info(), SECONDS)
+    next(batches)
+    threading.Thread(target=guest.interrupt).start()
+    with pytest.raises(GuestDied):
+        next(batches)
+    guest.interrupt()
+    assert not guest.alive
+
+
+def test_a_closed_guest_leaves_when_asked(start: Start, tmp_path: Path) -> None:
+    body = "import atexit; atexit.register(lambda: open(self.file.path, 'w').write('bye'))"
+    guest = loaded(start, body)
+    run(guest, path=str(tmp_path / "note"))
+    guest.close()
+    guest.close()
+    assert (tmp_path / "note").read_text() == "bye"
+    with pytest.raises(GuestDied):
+        run(guest)
+
+
+def test_a_plugin_without_streams_does_not_spin_the_host(start: Start) -> None:
+    guest = loaded(start, "os.close(1); os.close(2)\nself.publish('t', pa.table({'n': [1]}))")
+    assert run(guest)["t"].num_rows == 1
+
+
+def test_an_interpreter_that_is_gone_is_our_fault(
+    environment: tuple[Path, Path], start: Start, bundle_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Unavailable, match="cannot start plugin demo"):
+        Guest(
+            tmp_path / "no-python",
+            environment[1],
+            artifact(b""),
+            folder=tmp_path,
+            bundle=bundle_folder,
+            batch_limit=1,
+        )
+
+
+def test_the_bundle_is_made_once_and_read_only(tmp_path: Path) -> None:
+    folder = bundle(tmp_path)
+    assert bundle(tmp_path) == folder
+    assert [entry.name for entry in (tmp_path / "guest").iterdir()] == [folder.name]
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert {file.name for file in files} == {"__init__.py", "sdk.py", "frames.py", "guest.py"}
+    assert all(file.stat().st_mode & 0o222 == 0 for file in files)

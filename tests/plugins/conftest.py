@@ -1,0 +1,85 @@
+"""Runs a bundled plugin in-process and gives back what it published, a table a topic."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pyarrow as pa
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+Run = Callable[[Path], dict[str, pa.Table]]
+
+
+def load(name: str) -> ModuleType:
+    """Import `plugins/<name>.py` the way the guest does: as a module of its own."""
+    spec = importlib.util.spec_from_file_location(
+        f"bundled_{name}", REPOSITORY / "plugins" / f"{name}.py"
+    )
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def runner(name: str) -> Run:
+    """A function that runs the plugin on a file; it holds the plugin to its declared topics."""
+    module = load(name)
+    topics = module.MANIFEST.topic
+    declared = {topics} if isinstance(topics, str) else set(topics)
+    handler = module.Handler()
+
+    def run(path: Path) -> dict[str, pa.Table]:
+        published: dict[str, list[pa.Table]] = {}
+
+        def record(topic: str, data: pa.Table) -> None:
+            assert topic in declared
+            data.validate(full=True)
+            names = [name.casefold() for name in data.column_names]
+            assert all(names) and len(set(names)) == len(names), "empty or repeated column names"
+            assert not any(name.startswith("_cf_") for name in names), "a reserved column name"
+            published.setdefault(topic, []).append(data)
+
+        handler._publish = record
+        handler.execute(str(path))
+        return {topic: pa.concat_tables(tables) for topic, tables in published.items()}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def delimited() -> Run:
+    return runner("delimited")
+
+
+@pytest.fixture(scope="session")
+def json_records() -> Run:
+    return runner("json_records")
+
+
+@pytest.fixture(scope="session")
+def excel_sheets() -> Run:
+    return runner("excel_sheets")
+
+
+@pytest.fixture(scope="session")
+def windows_events() -> Run:
+    return runner("windows_events")
+
+
+@pytest.fixture(scope="session")
+def access_log() -> Run:
+    return runner("access_log")
+
+
+@pytest.fixture(scope="session")
+def shared_files() -> Path:
+    """The folder of real input beside the repository."""
+    for folder in REPOSITORY.parents:
+        found = folder / "shared" / "data" / "files"
+        if found.is_dir():
+            return found
+    pytest.skip("shared data not present")
