@@ -85,14 +85,16 @@ async def running(
         epoch = await ledger.write_soon(partial(_begin, limit=settings.jobs.max_attempts))
         await asyncio.to_thread(_sweep, settings, ledger)
         context = stack.enter_context(zmq.asyncio.Context())
-        scout = Watch(ledger, settings.scan.rescan_seconds, on_jobs=lambda: sentinel.wake())
-        committer = Committer(ledger, epoch, settings.jobs, on_change=lambda: sentinel.wake())
+        bell = asyncio.Event()
+        scout = Watch(ledger, settings.scan.rescan_seconds, on_jobs=bell.set)
+        committer = Committer(ledger, epoch, settings.jobs, on_change=bell.set)
         sentinel = Sentinel(
             settings,
             ledger,
             epoch,
             committer,
-            deploy=partial(asyncio.to_thread, architect.deploy, ledger, settings),
+            bell,
+            deploy=lambda plugin: asyncio.to_thread(architect.deploy, ledger, settings, plugin),
             ring=scout.ring,
         )
         make_folder(settings.database.control_socket.parent, mode=0o700)

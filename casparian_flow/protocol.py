@@ -27,7 +27,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a message; also what the worker's side passes between its own modules."""
 
 
-class OutputPlan(Record):
+class OutputPlan(Record, frozen=True):
     """One place an attempt may write to: a topic and one of its sinks."""
 
     topic: str
@@ -39,7 +39,7 @@ class OutputPlan(Record):
     output_key: str
 
 
-class Assignment(Record):
+class Assignment(Record, frozen=True):
     """One attempt of one job: everything a worker needs, so that it never reads the ledger."""
 
     job_id: int
@@ -59,7 +59,7 @@ class Assignment(Record):
     outputs: list[OutputPlan]
 
 
-class StagedOutput(Record):
+class StagedOutput(Record, frozen=True):
     """An output that is sealed on disk and can be published by whoever reads this."""
 
     topic: str
@@ -75,7 +75,7 @@ class StagedOutput(Record):
     """SHA-256 of the staged file's bytes, hexadecimal."""
 
 
-class Published(Record):
+class Published(Record, frozen=True):
     """An output that readers can see."""
 
     target: str
@@ -100,17 +100,17 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Base of everything that crosses a socket; the tag is the class's name."""
 
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """A worker is there."""
 
 
-class Challenge(Message):
+class Challenge(Message, frozen=True):
     """Prove that you see our filesystem: read this file. Sent to every peer we do not know."""
 
     token_path: str
 
 
-class Proof(Message):
+class Proof(Message, frozen=True):
     """Who the worker is, and what the file said."""
 
     worker: str
@@ -118,7 +118,7 @@ class Proof(Message):
     token: str
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """The worker may pull jobs, under these limits."""
 
     guests_folder: str
@@ -128,31 +128,31 @@ class Welcome(Message):
     guests: int
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The Sentinel will not work with this peer."""
 
     reason: str
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """The worker has room for `free` more jobs."""
 
     free: int
 
 
-class Assign(Message):
+class Assign(Message, frozen=True):
     """Jobs claimed for the worker."""
 
     jobs: list[Assignment]
 
 
-class Fetch(Message):
+class Fetch(Message, frozen=True):
     """The worker lacks an artifact."""
 
     plugin_id: int
 
 
-class Artifact(Message):
+class Artifact(Message, frozen=True):
     """A plugin's verified bytes."""
 
     plugin_id: int
@@ -165,7 +165,7 @@ class Artifact(Message):
     """Why it may not be run; empty where it may."""
 
 
-class Conclude(Message):
+class Conclude(Message, frozen=True):
     """The receipt of one attempt."""
 
     job_id: int
@@ -178,21 +178,21 @@ class Conclude(Message):
     seconds: float = 0.0
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True):
     """The worker is alive, though it may be busy."""
 
 
-class Goodbye(Message):
+class Goodbye(Message, frozen=True):
     """The worker leaves; what it holds may be given to others."""
 
 
-class Drain(Message):
+class Drain(Message, frozen=True):
     """Take no more jobs; finish or release what runs, then say Goodbye."""
 
     grace_seconds: float
 
 
-class Deploy(Message):
+class Deploy(Message, frozen=True):
     """A signed plugin, from `casparian publish`."""
 
     file_name: str
@@ -203,13 +203,13 @@ class Deploy(Message):
     signature: bytes
 
 
-class Ring(Message):
+class Ring(Message, frozen=True):
     """Something changed in the ledger; `scan` asks for a full scan as well."""
 
     scan: bool = False
 
 
-class Reply(Message):
+class Reply(Message, frozen=True):
     """The answer to a client."""
 
     ok: bool

@@ -20,12 +20,13 @@ was written. `-` is null. A request that is not three words keeps its text in `r
 from __future__ import annotations
 
 import gzip
+import io
 import re
 import zlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from itertools import islice
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -97,11 +98,11 @@ class Handler(BasePlugin):
                         self.publish(topic, pa.Table.from_pylist(rows, schema=schema))
 
 
-def open_bytes(path: str) -> IO[bytes]:
+def open_bytes(path: str) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
 
 
-def read_lines(file: IO[bytes]) -> Iterator[tuple[int, str]]:
+def read_lines(file: io.BufferedIOBase) -> Iterator[tuple[int, str]]:
     """Line numbers and lines that are not blank.
 
     Raises:
@@ -124,7 +125,7 @@ def judge(number: int, line: str) -> tuple[str, dict[str, Any]]:
         if match := SYSLOG_5424.fullmatch(line) or SYSLOG_3164.fullmatch(line):
             return "syslog", {"line": number, **syslog_row(nulled(match))}
         reason = "neither an access log line nor a syslog line"
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         reason = str(error)
     return "access_log_rejects", {"line": number, "reason": reason, "raw": line}
 
@@ -153,12 +154,11 @@ def syslog_row(row: dict[str, Any]) -> dict[str, Any]:
     """
     text = row["time_text"]
     moment = datetime.fromisoformat(text) if text and text[0].isdigit() else None
-    known = moment is not None and moment.tzinfo is not None
     priority = row["priority"] and int(row["priority"])
     facility, severity = (None, None) if priority is None else divmod(priority, 8)
     return {
         **row,
-        "time": moment.astimezone(UTC) if known else None,
+        "time": moment.astimezone(UTC) if moment and moment.tzinfo else None,
         "facility": facility,
         "severity": severity,
     }

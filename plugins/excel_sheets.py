@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["pyarrow>=23.0.1", "python-calamine>=0.4"]
+# dependencies = ["pyarrow>=23.0.1", "python-calamine>=0.9"]
 # ///
 """Workbooks (XLSX, XLS, ODS) become rows of topic `excel`: every row of every worksheet.
 
@@ -12,8 +12,8 @@ and macro sheets are not.
 
 Cells are text, as they are stored rather than as they are shown: a number exactly (`5`, `0.1`),
 a date or time in ISO format (a date without time is midnight), a duration as `26:00:00`, `true`
-and `false`, a formula's last value; an empty cell is null, and so is an error such as `#N/A`. A workbook that is damaged, protected by a password, or no workbook
-fails the job.
+and `false`, a formula's last value; an empty cell is null, and so is an error such as `#N/A`.
+A workbook that is damaged, protected by a password, or no workbook fails the job.
 Columns: white space in a header cell is folded, an empty one becomes `column_3` (its position),
 one repeated within its sheet `name_2` (case does not count), `_cf_x` becomes `x_cf_x`, and 100
 characters are kept; a header `sheet` or `row` becomes `sheet_2` or `row_2`.
@@ -112,21 +112,20 @@ def read_rows(sheet: CalamineSheet) -> Iterator[Row]:
 def text_of(value: Any) -> str | None:
     """A cell's text."""
     match value:
-        case "":
-            return None
         case str():
-            return printable(value)
+            text = printable(value)
         case bool():
-            return str(value).lower()
+            text = str(value).lower()
         case float() if value.is_integer() and abs(value) < 1e15:
-            return str(int(value))
+            text = str(int(value))
         case datetime.timedelta():
-            minutes, seconds = divmod(value.total_seconds(), 60)
-            return f"{minutes // 60:.0f}:{minutes % 60:02.0f}:{seconds:02g}"
+            hours, rest = divmod(value, datetime.timedelta(hours=1))
+            text = f"{hours}{str(rest)[1:]}"
         case datetime.date() | datetime.time():
-            return value.isoformat()
+            text = value.isoformat()
         case _:
-            return str(value)
+            text = str(value)
+    return text or None
 
 
 def column_names(cells: Iterable[str | None]) -> list[str]:

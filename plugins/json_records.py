@@ -7,7 +7,8 @@
 A `.json` or `.geojson` file is one document, held in memory: an array of objects is a row each;
 so is an object with exactly one member that is an array of objects, whose other members are
 repeated on every row as `document_<name>`; any other document is one row. A `.json` file whose
-first line is a whole object and not its last is read as JSON lines. A document that is not JSON
+first line is a whole object and not its last is read as JSON lines, and a `.jsonl` file whose
+first line is only `{` or `[` as a document. A document that is not JSON
 fails the job, with the line and column.
 
 `.jsonl`, `.ndjson` and `.geojsonl` are read line by line, twice: first for the columns, then for
@@ -20,8 +21,10 @@ not an object is a row with the one column `value`.
 Each top-level key is a column. Where all values of the file agree it is boolean, int64, float64
 (integers up to 2**53 may be among them) or text; a column that holds anything else, or mixes
 them, is JSON text. A missing key and `null` are both null. A lone surrogate in a text stays the
-escape it was (`\\udNNN`). A file with more than 1000 keys has the one column `value`, JSON text
-of each row. Names: as in `delimited`: not empty, not repeated in any case, not reserved.
+escape it was (`\\udNNN`). A file with more than 1000 keys, or none, has the one column
+`value`, JSON text of each row. Names: white space is folded, an empty key becomes `column_3` (its
+position), keys that differ in case only `name_2`, `_cf_x` becomes `x_cf_x`; 100 characters are
+kept.
 """
 
 from __future__ import annotations
@@ -75,13 +78,13 @@ class Handler(BasePlugin):
         for batch in batches(entries()):
             survey(batch, kinds)
             self.publish_rejects([entry for entry in batch if entry.reason])
-        if len(kinds) <= MAX_COLUMNS:
-            for batch in batches(entries()):
-                self.publish("json", table([e.row for e in batch if not e.reason], kinds))
-        else:
-            for batch in batches(entries()):
-                rows = [{"value": e.row} for e in batch if not e.reason]
-                self.publish("json", table(rows, {"value": {"other"}}))
+        whole = not 0 < len(kinds) <= MAX_COLUMNS
+        if whole:
+            kinds = {"value": {"other"}}
+        for batch in batches(entries()):
+            rows = [entry.row for entry in batch if not entry.reason]
+            if rows:
+                self.publish("json", table([{"value": r} for r in rows] if whole else rows, kinds))
 
     def publish_rejects(self, bad: list[Entry]) -> None:
         if bad:
@@ -91,13 +94,14 @@ class Handler(BasePlugin):
 
 
 def is_lines(path: str) -> bool:
-    """By name; or a whole object on the first line and something after it."""
-    if os.path.splitext(path)[1].lower() in LINES:
-        return True
+    """By name, unless it is printed over many lines; else by its first line."""
     with open(path, "rb") as file:
         first = next((line for line in file if line.strip()), b"")
-        if not any(line.strip() for line in file):
-            return False
+        more = any(line.strip() for line in file)
+    if os.path.splitext(path)[1].lower() in LINES:
+        return first.strip() not in (b"{", b"[")
+    if not more:
+        return False
     try:
         return isinstance(parse(first), dict)
     except ValueError:
@@ -110,10 +114,10 @@ def read_lines(path: str) -> Iterator[Entry]:
             if not line.strip():
                 continue
             try:
-                yield Entry(row_of(parse(line)), len(line))
+                yield Entry(row_of(parse(line.strip())), len(line))
             except ValueError as error:
                 raw = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-                yield Entry({}, len(line), number, str(error), raw)
+                yield Entry({}, len(line), number, str(error).replace("line 1 ", ""), raw)
 
 
 def read_document(path: str) -> list[Entry]:
@@ -126,7 +130,9 @@ def read_document(path: str) -> list[Entry]:
         data = file.read()
     document = parse(data)
     if not is_objects(document):
-        inner = [name for name in document if is_objects(document[name])] if is_dict(document) else []
+        inner = (
+            [name for name in document if is_objects(document[name])] if is_dict(document) else []
+        )
         if len(inner) != 1:
             return [Entry(row_of(document), len(data))]
         rows, outer = document.pop(inner[0]), document

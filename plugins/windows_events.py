@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["evtx>=0.8.5", "pyarrow>=23.0.1"]
+# dependencies = ["evtx>=0.14", "pyarrow>=23.0.1"]
 # ///
 """Windows event logs (EVTX) become rows of topic `windows_events`: one an event record.
 
@@ -97,7 +97,7 @@ def row_of(record: dict[str, Any]) -> dict[str, Any]:
     rest = {name: event[name] for name in event if name not in ("#attributes", "System")}
     return {
         "record_id": record["event_record_id"],
-        "timestamp": datetime.fromisoformat(record["timestamp"].replace(" UTC", "+00:00")),
+        "timestamp": datetime.fromisoformat(record["timestamp"].removesuffix(" UTC")),
         "event_id": number(system.get("EventID")),
         "level": number(system.get("Level")),
         "provider": ((system.get("Provider") or {}).get("#attributes") or {}).get("Name"),

@@ -117,9 +117,19 @@ class Ledger:
         self._thread.join()
 
     def read(self, work: Work[T]) -> T:
-        """Run `work` on a connection of this thread's, in one read transaction."""
-        with self.engine.connect() as connection:
-            return work(connection)
+        """Run `work` on a connection of this thread's, in one read transaction.
+
+        Raises:
+            LedgerError: the database cannot be read (damaged, or its disk is gone).
+        """
+        try:
+            with self.engine.connect() as connection:
+                return work(connection)
+        except DBAPIError as error:
+            raise LedgerError(
+                f"the ledger could not be read: {error.orig}",
+                "see that its disk is there and has room, then: casparian verify",
+            ) from error
 
     def write(self, work: Work[T]) -> T:
         """Run `work` in a writing transaction and wait until it is durable.

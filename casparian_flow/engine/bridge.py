@@ -92,9 +92,8 @@ class Failure(Record, frozen=True):
 class Guest:
     """A process that runs one plugin over one file after another.
 
-    Use it as a context manager, or `close` it. Call `load` once, then `run` for each file. After
-    a PluginFailed or OutputRefused it serves on; after any other error it is dead, its children
-    with it, and `alive` says so.
+    Call `load` once, `run` for each file, `close` at last (or use it in a `with`). It serves on
+    after a PluginFailed or OutputRefused; any other error has killed it and its children.
 
     Args:
         python: the interpreter of the plugin's environment.

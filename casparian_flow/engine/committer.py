@@ -107,9 +107,9 @@ class Committer:
     async def _next_group(self) -> list[_Receipt]:
         """Wait for a receipt, or for a paused sink's next try; then take all that wait."""
         group: list[_Receipt] = []
-        timeout = PAUSE_SECONDS if self._sick else None
         with contextlib.suppress(TimeoutError):
-            group.append(await asyncio.wait_for(self._receipts.get(), timeout))
+            async with asyncio.timeout(PAUSE_SECONDS if self._sick else None):
+                group.append(await self._receipts.get())
         while len(group) < GROUP_LIMIT and not self._receipts.empty():
             group.append(self._receipts.get_nowait())
         return group
@@ -202,7 +202,8 @@ class Committer:
             ]
             audit.append(connection, ACTOR, events)
 
-        if done or refused or await self._ledger.read_soon(outputs.decided_without_debts):
+        finishable = await self._ledger.read_soon(outputs.decided_without_debts)
+        if done or refused or finishable:
             await self._write(work)
 
     async def _pause(self, location: str, error: Unavailable, job_ids: list[int]) -> None:

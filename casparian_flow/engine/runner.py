@@ -143,8 +143,11 @@ class Runner:
         )
         stages: dict[str, list[Stage]] = {}
         try:
-            with self._placed(seat, job) as file:
-                for topic, batch in seat.guest.run(file, job.timeout_seconds):
+            with (
+                self._placed(seat, job) as file,
+                contextlib.closing(seat.guest.run(file, job.timeout_seconds)) as batches,
+            ):
+                for topic, batch in batches:
                     if topic not in stages:
                         stages[topic] = [
                             sinks.open_sink(plan.location).open_stage(plan, lineage, job.attempt)

@@ -62,6 +62,7 @@ class Sentinel:
         ledger: the truth.
         epoch: this daemon run.
         committer: takes the receipts.
+        bell: set by whoever made a job claimable.
         deploy: publishes a plugin; called for a client's Deploy.
         ring: called when a client asks for a scan.
     """
@@ -72,6 +73,7 @@ class Sentinel:
         ledger: Ledger,
         epoch: int,
         committer: Committer,
+        bell: asyncio.Event,
         *,
         deploy: Callable[[protocol.Deploy], Awaitable[str]],
         ring: Callable[[], None],
@@ -83,7 +85,7 @@ class Sentinel:
         self._deploy = deploy
         self._ring = ring
         self._peers: dict[bytes, Peer] = {}
-        self._bell = asyncio.Event()
+        self._bell = bell
         self._draining = False
         self._empty = asyncio.Event()
         self._token = secrets.token_hex(32)
@@ -123,10 +125,6 @@ class Sentinel:
             group.create_task(self._dispatch())
             group.create_task(self._reap())
 
-    def wake(self) -> None:
-        """Something may be claimable."""
-        self._bell.set()
-
     async def drain(self, grace_seconds: float) -> None:
         """Claim no more; have every worker finish or release what it holds, and leave."""
         self._draining = True
@@ -134,7 +132,8 @@ class Sentinel:
             await self._send(identity, protocol.Drain(grace_seconds=grace_seconds))
         if self._peers:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._empty.wait(), grace_seconds + 5.0)
+                async with asyncio.timeout(grace_seconds + 5.0):
+                    await self._empty.wait()
         for identity in list(self._peers):
             await self._lose(identity, "did not leave in time")
 
@@ -162,7 +161,7 @@ class Sentinel:
                 asyncio.get_running_loop().create_task(self._answer_deploy(identity, message))
                 return
             case protocol.Ring(scan=scan):
-                self.wake()
+                self._bell.set()
                 if scan:
                     self._ring()
                 await self._send(identity, protocol.Reply(ok=True, text="rung"))
@@ -178,7 +177,7 @@ class Sentinel:
         match message:
             case protocol.Ready(free=free):
                 peer.free = free
-                self.wake()
+                self._bell.set()
             case protocol.Fetch(plugin_id=plugin_id):
                 await self._send(identity, await self._artifact(plugin_id))
             case Conclude():
@@ -220,7 +219,8 @@ class Sentinel:
             except LedgerError as error:
                 log.error("no jobs are claimed: %s", error.message)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._bell.wait(), POLL_SECONDS)
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._bell.wait()
 
     async def _assign(self, identity: bytes, peer: Peer) -> None:
         claim = partial(
@@ -253,7 +253,7 @@ class Sentinel:
             reply = protocol.Reply(ok=True, text=await self._deploy(message))
         except CasparianError as error:
             reply = protocol.Reply(ok=False, text=error.message, hint=error.hint)
-        self.wake()
+        self._bell.set()
         await self._send(identity, reply)
 
     async def _reap(self) -> None:
@@ -275,7 +275,7 @@ class Sentinel:
             )
         if not self._peers:
             self._empty.set()
-        self.wake()
+        self._bell.set()
 
     async def _send(self, identity: bytes, message: AnyMessage) -> None:
         try:

@@ -93,7 +93,7 @@ def environment_key(lock: str) -> str:
 
 
 def build(folder: Path, python: Path, lock: str) -> None:
-    """Make the environment from nothing. Bytecode is compiled now: a guest may not write it."""
+    """Make the environment from nothing."""
 
     def failed(words: str) -> EnvironmentFailed:
         return EnvironmentFailed(
@@ -101,7 +101,7 @@ def build(folder: Path, python: Path, lock: str) -> None:
             "see that the package index can be reached from here",
         )
 
-    sync = ("pip", "sync", "--require-hashes", "--no-build", "--compile-bytecode")
+    sync = ("pip", "sync", "--require-hashes", "--no-build")
     try:
         run_uv(["venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], failed)
         run_uv([*sync, "--quiet", "--python", str(python), "-"], failed, stdin=lock)

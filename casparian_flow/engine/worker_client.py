@@ -160,7 +160,7 @@ class Worker:
 
     async def _artifact(self, plugin_id: int) -> Artifact:
         """Fetched anew for each batch: whether it may run is the Sentinel's to say, each time."""
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Artifact] = asyncio.get_running_loop().create_future()
         self._artifacts[plugin_id] = future
         await self._send(protocol.Fetch(plugin_id=plugin_id))
         return await future

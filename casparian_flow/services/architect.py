@@ -23,7 +23,7 @@ from casparian_flow.errors import PluginError, PublishConflict
 from casparian_flow.protocol import Deploy
 from casparian_flow.security import signing
 from casparian_flow.security.manifest import Manifest, normal_version, read_manifest
-from casparian_flow.services import scout
+from casparian_flow.services import scan, scout
 
 
 def next_version(ledger: Ledger, name: str) -> str:
@@ -108,7 +108,7 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
 def queue_missing(ledger: Ledger) -> int:
     """Route every present file again, after a change of plugins or rules; returns new jobs."""
     routing = ledger.read(Routing)
-    return sum(len(scout.route_root(ledger, root.id, routing)) for root in scout.roots(ledger))
+    return sum(len(scan.route_root(ledger, root.id, routing)) for root in scout.roots(ledger))
 
 
 def _record(

@@ -118,8 +118,12 @@ class _Scan:
             yield from walk.walk(root, self.ignore)
             return
         wanted = {walk.nearest(root, path, self.ignore) for path in only}
+        seen: set[bytes] = set()
         for path in sorted(path for path in wanted if path is not None):
-            yield from self._shallow(root, path)
+            # A new folder and one inside it are often named together.
+            for listing in self._shallow(root, path) if path not in seen else ():
+                seen.add(listing.path)
+                yield listing
 
     def _shallow(self, root: int, path: bytes) -> Iterator[Listing]:
         """One directory, and those of its subdirectories that nobody has walked yet."""
@@ -129,11 +133,11 @@ class _Scan:
             return
         try:
             listing = walk.look(descriptor, path, self.ignore)
-            seen = self._read(files.child_directories, path)
+            known = self._read(files.child_directories, path)
             yield listing
         finally:
             os.close(descriptor)
-        for child in {walk.join(path, name) for name in listing.folders}.difference(seen):
+        for child in {walk.join(path, name) for name in listing.folders}.difference(known):
             try:
                 yield from walk.walk(root, self.ignore, child)
             except OSError:

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 from watchdog.events import (
@@ -25,7 +26,8 @@ from watchdog.observers.api import BaseObserver, ObservedWatch
 
 from casparian_flow.db.access import Ledger
 from casparian_flow.errors import LedgerError
-from casparian_flow.services.scout import Root, ScanReport, roots, scan
+from casparian_flow.services.scan import Root, ScanReport, scan
+from casparian_flow.services.scout import roots
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class Watch:
     async def run(self) -> None:
         """Scan what is due; sleep until something is."""
         self._hints.bind(asyncio.get_running_loop())
+        # watchdog warns, at length, when a new folder is announced twice; that does no harm.
+        warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
         observer = Observer()
         observer.start()
         try:
@@ -70,7 +74,8 @@ class Watch:
                     self._hints.changed.clear()
                     await self._turn(observer)
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._hints.changed.wait(), self._pause())
+                        async with asyncio.timeout(self._pause()):
+                            await self._hints.changed.wait()
         finally:
             observer.stop()
             await asyncio.to_thread(observer.join)
@@ -190,7 +195,7 @@ class _Handler(FileSystemEventHandler):
         if event.event_type in (EVENT_TYPE_OPENED, EVENT_TYPE_CLOSED_NO_WRITE):
             return
         for path in filter(None, (event.src_path, event.dest_path)):
-            relative = os.fsencode(path)[self._prefix :]
+            relative = os.fsencode(str(path))[self._prefix :]
             self._hints.add(self._root.id, relative.rpartition(b"/")[0], self._root.settle_seconds)
 
 

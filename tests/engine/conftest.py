@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from guests import artifact
+from tests.engine.guests import artifact
 
 from casparian_flow.engine.bridge import Guest, bundle
 from casparian_flow.engine.venv_manager import EnvironmentStore, lock_dependencies

@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from guests import SECONDS, Start, artifact, file_info, loaded, plugin, run
+from tests.engine.guests import SECONDS, Start, artifact, file_info, loaded, plugin, run
 
 from casparian_flow.engine.bridge import Guest, bundle
 from casparian_flow.errors import (

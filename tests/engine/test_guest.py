@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from guests import SECONDS, Start, file_info, loaded, plugin, run
+from tests.engine.guests import SECONDS, Start, file_info, loaded, plugin, run
 
 from casparian_flow.engine.job_log import HEAD, TAIL
 from casparian_flow.errors import (

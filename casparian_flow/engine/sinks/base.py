@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from casparian_flow.errors import JobError, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, Record, StagedOutput
@@ -89,6 +89,11 @@ def unavailable(error: OSError, place: Path) -> SinkUnavailable:
     """The error of a disk that refused, in words."""
     words, hint = _WORDS.get(error.errno or 0, (error.strerror or str(error), ""))
     return SinkUnavailable(f"cannot write {place}: {words}", hint)
+
+
+def is_disk_fault(error: Exception) -> TypeGuard[OSError]:
+    """Whether the disk refused: Arrow raises OSError for other things too, without a number."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def lost(output: StagedOutput, reason: object) -> JobError:

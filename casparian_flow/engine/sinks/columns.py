@@ -6,12 +6,12 @@
     string                      TEXT
     binary                      BLOB
     decimal                     TEXT      all its digits
-    date, time, timestamp       TEXT      2024-01-31 23:59:59.000000, the unit's whole fraction;
-                                          with a time zone: in UTC, +00:00 at the end
+    date, time, timestamp       TEXT      2024-01-31 23:59:59.000000: all digits of the unit, of
+                                          seconds three; with a zone: in UTC, and +00:00
     list, map, struct           TEXT      JSON; binary in hexadecimal, a map as [{"key":, "value":}]
-    null                        (none)    the column takes any type until rows of one come
+    null                        (none)    such a column takes values of every type
 
-A file with more columns adds them to the table. INTEGER and REAL columns take each other's
+INTEGER and REAL columns take each other's
 numbers where they stay exact; any other change of a column's type is refused.
 """
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -146,7 +145,7 @@ def _records(array: Any) -> list[Any]:
     names = [field.name for field in array.type]
     if len(set(names)) < len(names):
         raise ValueError("two fields have one name")
-    fields = [_values(array.field(number)) for number in range(len(names))]
+    fields = [_values(field) for field in array.flatten()]
     present = array.is_valid().to_pylist()
     rows = zip(*fields, strict=True)
     return [dict(zip(names, row, strict=True)) if is_row else None

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from casparian_flow import atomic
-from casparian_flow.engine.sinks.base import Claim, Lineage, lost, unavailable
+from casparian_flow.engine.sinks.base import Claim, Lineage, is_disk_fault, lost, unavailable
 from casparian_flow.engine.sinks.stage import OUTPUT_KEY, Stage
 from casparian_flow.errors import JobError, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
@@ -112,7 +112,7 @@ def _holds(file: BinaryIO, output_key: str, rows: int) -> bool:
     try:
         footer = pq.read_metadata(file)
     except (OSError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if is_disk_fault(error):
             raise
         return False
     keys = footer.metadata or {}

@@ -21,7 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from casparian_flow import atomic
-from casparian_flow.engine.sinks.base import LINEAGE, Claim, Lineage, lost, unavailable
+from casparian_flow.engine.sinks.base import (
+    LINEAGE,
+    Claim,
+    Lineage,
+    is_disk_fault,
+    lost,
+    unavailable,
+)
 from casparian_flow.engine.sinks.columns import Column, columns_of, fit, fold
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
@@ -163,7 +170,7 @@ class SqliteSink:
         if code in _PASSING:
             return SinkUnavailable(
                 f"cannot write {self.path}: {error}",
-                "end the program that holds it, or mend the disk; the jobs go on by themselves",
+                "see that it can be written and no program holds it; the jobs go on by themselves",
             )
         if code == sqlite3.SQLITE_NOTADB:
             return SinkConflict(f"{self.path} is not a SQLite database; it was left untouched")
@@ -237,13 +244,18 @@ def _reading(output: StagedOutput) -> Iterator[Any]:
 
     Raises:
         JobError: it is gone, damaged, or another one.
+        SinkUnavailable: the disk refused to read it.
     """
     try:
         with pq.ParquetFile(output.stage) as staged:
             if staged.metadata.num_rows != output.rows:
                 raise lost(output, f"it has {staged.metadata.num_rows} rows, not {output.rows}")
             yield staged
+    except FileNotFoundError as error:
+        raise lost(output, "it is gone") from error
     except (OSError, pa.ArrowException) as error:
+        if is_disk_fault(error):
+            raise unavailable(error, Path(output.stage)) from error
         raise lost(output, error) from error
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from casparian_flow.atomic import fsync_path, make_folder
-from casparian_flow.engine.sinks.base import LINEAGE, Lineage, unavailable
+from casparian_flow.engine.sinks.base import LINEAGE, Lineage, is_disk_fault, unavailable
 from casparian_flow.errors import OutputRefused
 from casparian_flow.protocol import OutputPlan, StagedOutput
 
@@ -115,7 +115,7 @@ class Stage:
         """
         if self._writer.is_open:
             self._flush()
-            with self._storing(self._columns.empty_table()):
+            with self._storing(pa.Table.from_batches([], self._columns)):
                 self._writer.close()
                 self._file.flush()
 
@@ -165,7 +165,7 @@ class Stage:
             [*columns, *(pa.field(name, kind) for name, kind in constants)],
             {f"casparian.{fact}": str(value) for fact, value in facts.items()},
         )
-        with self._storing(self._columns.empty_table()):
+        with self._storing(pa.Table.from_batches([], self._columns)):
             self._writer = pq.ParquetWriter(
                 self._file, self._schema, compression="zstd", compression_level=1
             )
@@ -188,8 +188,7 @@ class Stage:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            # Arrow raises OSError for types too; only the disk's errors have a number.
-            if isinstance(error, OSError) and error.errno is not None:
+            if is_disk_fault(error):
                 raise unavailable(error, self.path) from error
             raise _refusal(self._plan.topic, columns, error) from error
 

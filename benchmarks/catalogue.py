@@ -1,0 +1,183 @@
+"""What is compared with what. Each function makes its input and returns the comparison."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.inputs import SEED, csv_files, tiny_files
+from benchmarks.measure import Benchmark, Command, Side, execute
+
+HERE = Path(__file__).parent
+CLI = (sys.executable, "-m", "casparian_flow.cli")
+FIND_FORMAT = "%s %T@ %p\n"
+HASH = 'find "$1" -type f -print0 | xargs -0 -P2 sha256sum'
+FIND_THEN_IMPORT = 'find "$1" -type f -printf "$2" && "$3" -c "import sqlalchemy"'
+
+
+def small_files(inputs: Path, quick: bool) -> Benchmark:
+    """Many small CSV files, one Parquet file each."""
+    source = csv_files(inputs / "source", 100 if quick else 2_000)
+    home = _home(inputs, source, plugin="tables.py")
+    execute(_python("ours/scan.py"), home)
+    text = (
+        f"{len(list(source.iterdir())):,} CSV files of 8.1 KB, known and queued, to one Parquet "
+        "file each: our daemon with two workers, against a pandas script on "
+        "`multiprocessing.Pool(2)`. Both leave every file fsynced and renamed, and its folder "
+        "fsynced; ours also commits each job to the ledger (SQLite, synchronous=FULL) and runs "
+        "the plugin in a guest process. Imports count on both sides; `jobs` begins when our "
+        "daemon is up, before the first claim, and contains the guests' start and imports."
+    )
+    return Benchmark(text, [
+        Side("Pool(2)", _alone(_python("peers/pandas_pool.py", source))),
+        Side("ours", _in_copy(home, _python("ours/drain.py")), peers=("Pool(2)",)),
+    ])  # fmt: skip
+
+
+def queue(inputs: Path, quick: bool) -> Benchmark:
+    """Jobs that do nothing."""
+    jobs = 300 if quick else 5_000
+    home = _home(inputs, tiny_files(inputs / "source", jobs), plugin="nothing.py")
+    text = (
+        f"{jobs:,} jobs that do nothing, on two workers: ours are queued by the first scan of as "
+        "many tiny files (found, hashed, recorded), huey's by as many calls. huey keeps its queue "
+        "in SQLite with fsync=True (synchronous=FULL), runs worker processes with a short poll, "
+        "forgets a task when a worker takes it, and a task marks its end with an 8 byte append. "
+        "Ours commits queueing, claim, attempt and completion with synchronous=FULL, and each "
+        "job is run by a guest process over its own copy of the file."
+    )
+    return Benchmark(text, [
+        Side("huey", _alone(_python("peers/huey_queue.py", jobs))),
+        Side("ours", _in_copy(home, _python("ours/drain.py", "--scan")), peers=("huey",)),
+    ])  # fmt: skip
+
+
+def scan_100k(inputs: Path, quick: bool) -> Benchmark:
+    """First and unchanged scan of a large tree."""
+    files = 2_000 if quick else 100_000
+    source = tiny_files(inputs / "source", files)
+    new = _home(inputs, source)
+    known = _scanned(inputs, new)
+    scan = _python("ours/scan.py")
+    text = (
+        f"{files:,} tiny files in folders of a hundred, page cache warm. The first scan hashes "
+        "every file and records locations and versions (SQLite, synchronous=FULL); the rescan "
+        "finds them unchanged. `find` prints each file's size, time and name and keeps nothing; "
+        "`find + sha256sum` hashes on two processes (`xargs -0 -P2`) and keeps nothing. `scan` "
+        "is the part of ours that a running daemon repeats: without Python's start and imports."
+    )
+    return Benchmark(text, [
+        Side("find", _alone(["find", source, "-type", "f", "-printf", FIND_FORMAT])),
+        Side("find + sha256sum", _alone(["sh", "-c", HASH, "sh", source])),
+        Side("ours, first", _in_copy(new, scan), peers=("find", "find + sha256sum")),
+        Side("ours, rescan", _in_copy(known, scan), peers=("find",)),
+    ])  # fmt: skip
+
+
+def help(inputs: Path, quick: bool) -> Benchmark:
+    """How fast the front door opens."""
+    text = (
+        "`casparian --help`, against a Python that imports typer and does nothing. Neither "
+        "writes anything."
+    )
+    return Benchmark(text, [
+        Side("import typer", _alone([sys.executable, "-c", "import typer"])),
+        Side("casparian --help", _alone([*CLI, "--help"]), peers=("import typer",)),
+    ])  # fmt: skip
+
+
+def oneshot(inputs: Path, quick: bool) -> Benchmark:
+    """What cron starts every minute."""
+    files = 1_000 if quick else 10_000
+    source = tiny_files(inputs / "source", files)
+    known = _scanned(inputs, _home(inputs, source))
+    peer = ["sh", "-c", FIND_THEN_IMPORT, "sh", str(source), FIND_FORMAT, sys.executable]
+    text = (
+        f"`casparian scan` of {files:,} unchanged files as a whole process, against `find` that "
+        "prints their sizes, times and names and then a Python that imports sqlalchemy (both, "
+        "one after the other). Ours commits the scan's end with synchronous=FULL; the peer "
+        "writes nothing."
+    )
+    return Benchmark(text, [
+        Side("find + import", _alone(peer)),
+        Side("casparian scan", _in_copy(known, [*CLI, "scan"]), peers=("find + import",)),
+    ])  # fmt: skip
+
+
+def sink_sqlite(inputs: Path, quick: bool) -> Benchmark:
+    """Rows into the SQLite sink."""
+    rows = 50_000 if quick else 1_000_000
+    source = inputs / "rows.arrow"
+    execute(_python("ours/rows.py", source, rows, SEED), inputs)
+    text = (
+        f"{rows:,} rows of 10 columns from an Arrow file into a new SQLite table. Ours is "
+        "staged, sealed and published, with four lineage columns more on every row and the "
+        "output's entry in the sink's ledger; the peer is `executemany` of the same batches. "
+        "Both commit once, in WAL mode with synchronous=FULL; ours fsyncs the staged file too. "
+        "`load` leaves out Python's start and imports."
+    )
+    return Benchmark(text, [
+        Side("executemany", _alone(_python("peers/sqlite_insert.py", source))),
+        Side("ours", _alone(_python("ours/sink.py", source)), peers=("executemany",)),
+    ])  # fmt: skip
+
+
+def stream(inputs: Path, quick: bool) -> Benchmark:
+    """Arrow batches from a guest to the host."""
+    mib = 64 if quick else 1_024
+    text = (
+        f"{mib:,} MiB of Arrow batches of 1 MiB from a guest process to the host, against a "
+        "script that writes and reads the same batches through a socketpair as one Arrow IPC "
+        "stream. Ours bounds, validates and digests (SHA-256, on both ends) every batch; the "
+        "peer does none of that. Nothing is written to disk. `streaming` leaves out the start "
+        "of the processes and their imports."
+    )
+    return Benchmark(text, [
+        Side("socketpair", _alone(_python("peers/socket_stream.py", mib))),
+        Side("ours", _alone(_python("ours/stream.py", mib)), peers=("socketpair",)),
+    ])  # fmt: skip
+
+
+def _python(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(HERE / script), *map(str, arguments)]
+
+
+def _alone(command: Command) -> Callable[[Path], Command]:
+    """A command that starts from nothing."""
+    return lambda folder: command
+
+
+def _in_copy(home: Path, command: Command) -> Callable[[Path], Command]:
+    """A command that starts from a copy of a configuration's folder, the same in each round."""
+
+    def prepare(folder: Path) -> Command:
+        shutil.copytree(home, folder, dirs_exist_ok=True)
+        return command
+
+    return prepare
+
+
+def _home(inputs: Path, source: Path, plugin: str = "") -> Path:
+    """A configuration's folder: a ledger with one source root, and a plugin deployed."""
+    home = inputs / "home"
+    home.mkdir()
+    plugins = [HERE / "plugins" / plugin] if plugin else []
+    execute(_python("ours/home.py", source, *plugins), home)
+    return home
+
+
+def _scanned(inputs: Path, home: Path) -> Path:
+    """A copy of it that knows every file; the second scan settles stamps that were too young."""
+    known = inputs / "known"
+    shutil.copytree(home, known)
+    for _ in range(2):
+        execute(_python("ours/scan.py"), known)
+    return known
+
+
+BENCHMARKS = {
+    made.__name__: made
+    for made in (small_files, queue, scan_100k, help, oneshot, sink_sqlite, stream)
+}

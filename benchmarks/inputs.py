@@ -1,0 +1,29 @@
+"""What the benchmarks read: files and folders made from one seed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+SEED = 20_260_101
+
+
+def csv_files(folder: Path, count: int) -> Path:
+    """Files of 8.1 KB: 100 rows of 8 random numbers, all different."""
+    numbers = random.Random(SEED)
+    folder.mkdir()
+    header = ",".join(f"column_{n}" for n in range(8))
+    for file in range(count):
+        rows = (",".join(f"{numbers.random():.7f}" for _ in range(8)) for _ in range(100))
+        (folder / f"measurements-{file:05}.csv").write_text("\n".join((header, *rows, "")))
+    return folder
+
+
+def tiny_files(folder: Path, count: int) -> Path:
+    """Files of a few bytes, all different, a hundred to a folder."""
+    for file in range(count):
+        parent = folder / f"folder-{file // 100:04}"
+        if file % 100 == 0:
+            parent.mkdir(parents=True)
+        (parent / f"file-{file:06}.txt").write_text(f"{SEED} {file}\n")
+    return folder

@@ -1,0 +1,35 @@
+"""Make the working directory a configuration: home.py SOURCE [PLUGIN]"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from sqlalchemy.orm import Session
+
+from casparian_flow import config
+from casparian_flow.db.models import SourceRoot
+from casparian_flow.engine import venv_manager
+from casparian_flow.main import open_ledger
+from casparian_flow.services import architect
+
+
+def main(source: str, *plugins: str) -> None:
+    Path(config.FILE_NAME).write_text('[database]\ndb_location = "casparian_flow.sqlite3"\n')
+    settings = config.load()
+    with open_ledger(settings) as ledger:
+        with Session(ledger.engine) as db:
+            db.add(SourceRoot(path=source, settle_seconds=0.0))
+            db.commit()
+        for file in map(Path, plugins):
+            code, manifest = architect.read_plugin(file)
+            lock = venv_manager.lock_dependencies(file)
+            keys = config.keys_folder()
+            signed = architect.sign(file, code, lock, manifest.name, "1.0.0", keys)
+            architect.deploy(ledger, settings, signed)
+            # Built here, so that no run pays for what a machine does once.
+            venv_manager.EnvironmentStore(config.cache_folder() / "envs").python(lock)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

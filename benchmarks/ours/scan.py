@@ -1,0 +1,27 @@
+"""Scan the source roots of the configuration in the working directory, once, as a script would."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from sqlalchemy.orm import Session
+
+from casparian_flow.config import settings
+from casparian_flow.db.access import get_engine
+from casparian_flow.db.models import SourceRoot
+from casparian_flow.services.scout import Scout
+
+
+def main() -> None:
+    with Session(get_engine(settings.database)) as db:
+        started = time.perf_counter()
+        for root in db.query(SourceRoot).all():
+            Scout(db).scan_source(root)
+        seconds = time.perf_counter() - started
+    Path("figures.json").write_text(json.dumps({"scan": seconds}))
+
+
+if __name__ == "__main__":
+    main()

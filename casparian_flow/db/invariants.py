@@ -1,0 +1,83 @@
+"""What must hold in the ledger whatever happened: each check gives a sentence for each break."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from sqlalchemy import Connection, select, text
+
+from casparian_flow.db.models import Plugin
+
+_BREAKS = {
+    "location {0} ({1}): its versions are not numbered 1, 2, 3, ...": """
+        SELECT l.id, l.rel_path FROM cf_file_version v JOIN cf_file_location l
+        ON l.id = v.location_id
+        GROUP BY l.id HAVING min(v.ordinal) <> 1 OR max(v.ordinal) <> count(*)
+        """,
+    "location {0} ({1}): its current version is not its last one": """
+        SELECT l.id, l.rel_path FROM cf_file_location l
+        WHERE l.current_version_id IS NOT (
+            SELECT v.id FROM cf_file_version v WHERE v.location_id = l.id
+            ORDER BY v.ordinal DESC LIMIT 1)
+        """,
+    "job {0} is COMPLETED, and its output {1} is {2}": """
+        SELECT j.id, o.topic, o.state FROM cf_processing_queue j
+        JOIN cf_output o ON o.job_id = j.id
+        WHERE j.status = 'COMPLETED' AND o.state <> 'PUBLISHED'
+        """,
+    "job {0} is {1}, and no attempt of it staged its output": """
+        SELECT j.id, j.status FROM cf_processing_queue j
+        WHERE j.status IN ('COMPLETED', 'COMMITTING') AND NOT EXISTS (
+            SELECT 1 FROM cf_attempt a
+            WHERE a.job_id = j.id AND a.fence = j.fence AND a.outcome = 'STAGED')
+        """,
+    "job {0} has an attempt {1}, which it never claimed": """
+        SELECT j.id, a.fence FROM cf_processing_queue j JOIN cf_attempt a ON a.job_id = j.id
+        WHERE a.fence > j.fence
+        """,
+    "job {0} is {1} without a reason": """
+        SELECT id, status FROM cf_processing_queue
+        WHERE status IN ('FAILED', 'SUPERSEDED') AND reason = ''
+        """,
+    "job {0} is COMPLETED, and the audit has no commit of it": """
+        SELECT substr(subject, 5) FROM (
+            SELECT 'job ' || id AS subject FROM cf_processing_queue WHERE status = 'COMPLETED'
+            EXCEPT SELECT subject FROM cf_audit WHERE action = 'commit')
+        """,
+    "row {1} of {0} points to a row of {2} that is not there": "PRAGMA foreign_key_check",
+}
+
+
+def breaks(connection: Connection) -> Iterator[str]:
+    """Every invariant that does not hold."""
+    for words, query in _BREAKS.items():
+        for row in connection.execute(text(query)):
+            yield words.format(*row)
+    for (found,) in connection.execute(text("PRAGMA integrity_check")):
+        if found != "ok":
+            yield f"the database is damaged: {found}"
+
+
+def running(connection: Connection) -> Iterator[str]:
+    """Jobs that are RUNNING; to be asked when nobody can be running them."""
+    query = text("SELECT id FROM cf_processing_queue WHERE status = 'RUNNING'")
+    for job_id in connection.execute(query).scalars():
+        yield f"job {job_id} is RUNNING, and no daemon runs (casparian start puts it right)"
+
+
+def sizes(connection: Connection) -> dict[str, int]:
+    """How much there is to check."""
+    tables = {
+        "locations": "SELECT count(*) FROM cf_file_location",
+        "versions": "SELECT count(*) FROM cf_file_version",
+        "jobs": "SELECT count(*) FROM cf_processing_queue",
+        "attempts": "SELECT count(*) FROM cf_attempt",
+        "audit rows": "SELECT count(*) FROM cf_audit",
+    }
+    return {name: connection.execute(text(query)).scalar_one() for name, query in tables.items()}
+
+
+def artifacts(connection: Connection) -> Iterable[Any]:
+    """Every deployed plugin, whole."""
+    return connection.execute(select(*Plugin.__table__.columns))

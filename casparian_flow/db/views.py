@@ -1,0 +1,340 @@
+"""What people and programs look at: read-only queries whose rows are dictionaries.
+
+A column named `..._at` is a time: ISO 8601, UTC.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, text
+
+Row = dict[str, Any]
+
+_BOOLEANS = {"active", "current", "latest"}
+
+EVERY = (1 << 63) - 1
+"""An id that no row is above."""
+
+
+def _rows(connection: Connection, query: str, **values: Any) -> list[Row]:
+    found = connection.execute(text(query), values).mappings()
+    return [{name: _value(name, value) for name, value in row.items()} for row in found]
+
+
+def _value(name: str, value: Any) -> Any:
+    """SQLite has neither times nor truth values; the names of our columns tell them."""
+    if name in _BOOLEANS:
+        return bool(value)
+    if value is None or not name.endswith("_at"):
+        return value
+    return f"{str(value).replace(' ', 'T')}Z"
+
+
+def roots(connection: Connection) -> list[Row]:
+    """Every source root, with what its last full scan found."""
+    return _rows(
+        connection,
+        """
+        SELECT r.name, r.path, r.active, coalesce(s.files, 0) AS files,
+               coalesce(s.unreadable, 0) AS unreadable, coalesce(s.unsettled, 0) AS unsettled,
+               CASE WHEN s.finished > 0
+                    THEN strftime('%Y-%m-%d %H:%M:%f', s.finished, 'unixepoch') END AS scanned_at,
+               coalesce(s.problem, '') AS problem, r.settle_seconds, r."ignore"
+        FROM cf_source_root r LEFT JOIN cf_scan_state s ON s.source_root_id = r.id
+        ORDER BY r.name
+        """,
+    )
+
+
+def rules(connection: Connection) -> list[Row]:
+    """Every routing rule, with the plugins that subscribe to its tag."""
+    return _rows(
+        connection,
+        """
+        SELECT r.id, r.pattern, r.tag, r.priority,
+               (SELECT group_concat(p.plugin_name, ', ') FROM cf_plugin_config p
+                WHERE ',' || replace(p.subscription_tags, ' ', '') || ','
+                      LIKE '%,' || replace(r.tag, ' ', '') || ',%') AS plugins
+        FROM cf_routing_rule r ORDER BY r.id
+        """,
+    )
+
+
+def plugins(connection: Connection) -> list[Row]:
+    """Every deployed plugin version."""
+    return _rows(
+        connection,
+        """
+        SELECT p.name, p.version, coalesce(c.active_version = p.version, 0) AS active,
+               p.artifact_hash AS artifact, p.publisher AS key_id, p.deployed_at,
+               (SELECT group_concat(DISTINCT topic_name) FROM cf_topic_config
+                WHERE plugin_name = p.name) AS topics,
+               coalesce(c.subscription_tags, '') AS subscriptions
+        FROM cf_plugin p LEFT JOIN cf_plugin_config c ON c.plugin_name = p.name
+        ORDER BY p.name, p.id
+        """,
+    )
+
+
+def topics(connection: Connection) -> list[Row]:
+    """Where every topic goes, and what is there of it."""
+    return _rows(
+        connection,
+        """
+        WITH published AS (
+            SELECT j.plugin_name, o.topic, o.uri, count(*) AS outputs, sum(o.rows) AS total
+            FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
+            WHERE o.state = 'PUBLISHED' GROUP BY 1, 2, 3
+        )
+        SELECT t.plugin_name AS plugin, t.topic_name AS topic, t.uri, t.mode,
+               coalesce(p.outputs, 0) AS outputs, coalesce(p.total, 0) AS "rows"
+        FROM cf_topic_config t
+        LEFT JOIN published p ON p.plugin_name = t.plugin_name AND p.topic = t.topic_name
+                             AND p.uri = t.uri
+        ORDER BY t.plugin_name, t.topic_name, t.id
+        """,
+    )
+
+
+_JOBS = """
+    SELECT j.id, j.status, j.plugin_name AS plugin, p.version AS plugin_version,
+           r.name AS source, l.rel_path, v.ordinal AS version, j.attempts, j.reason,
+           j.created_at, j.finished_at
+    FROM cf_processing_queue j
+    JOIN cf_plugin p ON p.id = j.plugin_id
+    JOIN cf_file_version v ON v.id = j.file_version_id
+    JOIN cf_file_location l ON l.id = v.location_id
+    JOIN cf_source_root r ON r.id = l.source_root_id
+"""
+
+
+def jobs(
+    connection: Connection,
+    limit: int,
+    status: str | None = None,
+    plugin: str | None = None,
+    path: str | None = None,
+) -> list[Row]:
+    """Jobs, the newest first.
+
+    Args:
+        path: a glob over the path relative to the source root; `*` crosses directories.
+    """
+    return _rows(
+        connection,
+        _JOBS
+        + """
+        WHERE (:status IS NULL OR j.status = :status)
+          AND (:plugin IS NULL OR j.plugin_name = :plugin)
+          AND (:path IS NULL OR l.rel_path GLOB :path)
+        ORDER BY j.id DESC LIMIT :limit
+        """,
+        limit=limit, status=status, plugin=plugin, path=path,
+    )  # fmt: skip
+
+
+def job(connection: Connection, job_id: int) -> Row | None:
+    """A job in full: its version, every attempt with its log, every output. None: no such job."""
+    found = _rows(connection, _JOBS + "WHERE j.id = :id", id=job_id)
+    if not found:
+        return None
+    facts = _rows(
+        connection,
+        """
+        SELECT r.path AS root, v.id AS version_id, v.content_hash, v.size_bytes, v.detected_at,
+               p.artifact_hash AS artifact, j.priority, j.fence, j.worker,
+               CASE WHEN j.not_before > 0
+                    THEN strftime('%Y-%m-%d %H:%M:%f', j.not_before, 'unixepoch')
+               END AS not_before_at
+        FROM cf_processing_queue j
+        JOIN cf_plugin p ON p.id = j.plugin_id
+        JOIN cf_file_version v ON v.id = j.file_version_id
+        JOIN cf_file_location l ON l.id = v.location_id
+        JOIN cf_source_root r ON r.id = l.source_root_id
+        WHERE j.id = :id
+        """,
+        id=job_id,
+    )
+    attempts = _rows(
+        connection,
+        """
+        SELECT fence, outcome, seconds, worker, ended_at, error, log
+        FROM cf_attempt WHERE job_id = :id ORDER BY fence
+        """,
+        id=job_id,
+    )
+    outputs = _rows(
+        connection,
+        """
+        SELECT topic, uri, state, target, "rows", size_bytes, digest, output_key, published_at
+        FROM cf_output WHERE job_id = :id ORDER BY id
+        """,
+        id=job_id,
+    )
+    return {**found[0], **facts[0], "attempt_log": attempts, "outputs": outputs}
+
+
+def job_ids(connection: Connection, statuses: Sequence[str]) -> list[int]:
+    """Ids of every job in one of these statuses."""
+    query = text("SELECT id FROM cf_processing_queue WHERE status = :status ORDER BY id")
+    return [i for s in statuses for i in connection.execute(query, {"status": s}).scalars()]
+
+
+def reasons(connection: Connection) -> list[Row]:
+    """The commonest reasons why jobs wait or have failed."""
+    return _rows(
+        connection,
+        """
+        SELECT status, reason, count(*) AS jobs, max(id) AS example FROM cf_processing_queue
+        WHERE status IN ('FAILED', 'QUEUED', 'COMMITTING') AND reason <> ''
+        GROUP BY status, reason ORDER BY status, jobs DESC, reason LIMIT 10
+        """,
+    )
+
+
+def files(
+    connection: Connection,
+    limit: int,
+    source: str | None = None,
+    gone: bool = False,
+    unreadable: bool = False,
+) -> list[Row]:
+    """Locations, with their current version and its jobs.
+
+    Args:
+        gone: those that were deleted, instead of those that are there.
+        unreadable: only those the last scan could not read.
+    """
+    return _rows(
+        connection,
+        """
+        SELECT r.name AS source, l.rel_path, v.size_bytes, v.ordinal AS versions, v.content_hash,
+               v.detected_at, l.gone_at, l.problem,
+               (SELECT group_concat(j.plugin_name || ' ' || j.status, ', ')
+                FROM cf_processing_queue j WHERE j.file_version_id = v.id) AS jobs
+        FROM cf_file_location l
+        JOIN cf_source_root r ON r.id = l.source_root_id
+        LEFT JOIN cf_file_version v ON v.id = l.current_version_id
+        WHERE (:source IS NULL OR r.name = :source)
+          AND (l.gone_at IS NOT NULL) = :gone AND (NOT :unreadable OR l.problem <> '')
+        ORDER BY r.name, l.path LIMIT :limit
+        """,
+        limit=limit, source=source, gone=gone, unreadable=unreadable,
+    )  # fmt: skip
+
+
+def versions(connection: Connection, root_id: int, path: bytes, rel_path: str) -> list[Row]:
+    """Every version of a location, the first one first; empty where it is not known.
+
+    Args:
+        path: as the filesystem has it.
+        rel_path: as we show it, for names that are not UTF-8.
+    """
+    return _rows(
+        connection,
+        """
+        SELECT r.name AS source, l.rel_path, v.ordinal AS version, v.id AS version_id,
+               v.content_hash, v.size_bytes, v.detected_at,
+               v.id = l.current_version_id AS current, l.gone_at,
+               (SELECT group_concat('#' || j.id || ' ' || j.plugin_name || ' ' || j.status, ', ')
+                FROM cf_processing_queue j WHERE j.file_version_id = v.id) AS jobs
+        FROM cf_file_location l
+        JOIN cf_source_root r ON r.id = l.source_root_id
+        JOIN cf_file_version v ON v.location_id = l.id
+        WHERE l.source_root_id = :root_id AND (l.path = :path OR l.rel_path = :rel_path)
+        ORDER BY l.id, v.ordinal
+        """,
+        root_id=root_id, path=path, rel_path=rel_path,
+    )  # fmt: skip
+
+
+def committed(connection: Connection) -> list[Row]:
+    """One output of each topic of each completed job: what `casparian query` reads.
+
+    A topic that goes to several sinks has the same rows in each, and is read from the first.
+    `latest` marks what the newest version of its location gave, by the newest plugin version.
+    """
+    return _rows(
+        connection,
+        """
+        WITH done AS (
+            SELECT j.id, rank() OVER (PARTITION BY v.location_id, j.plugin_name
+                                      ORDER BY v.ordinal DESC, j.plugin_id DESC) = 1 AS latest
+            FROM cf_processing_queue j JOIN cf_file_version v ON v.id = j.file_version_id
+            WHERE j.status = 'COMPLETED'
+        )
+        SELECT o.topic, o.location, o.target, o.output_key, done.latest, min(o.id) AS id
+        FROM cf_output o JOIN done ON done.id = o.job_id
+        WHERE o.state = 'PUBLISHED' GROUP BY o.job_id, o.topic ORDER BY id
+        """,
+    )
+
+
+class Waiting(NamedTuple):
+    """The jobs that are not finished, counted."""
+
+    queued: int
+    running: int
+    committing: int
+    paused: int
+    """Of those queued and committing: they wait for a sink or the machine."""
+    later: int
+    """Of those queued: they wait for the time of their next attempt."""
+    reason: str
+    """Why the first paused one waits."""
+
+    @property
+    def unfinished(self) -> int:
+        return self.queued + self.running + self.committing
+
+
+def waiting(connection: Connection, paused: str, up_to: int = EVERY) -> Waiting:
+    """The unfinished jobs up to an id; why they wait is looked up only when none is running.
+
+    Args:
+        paused: how the reason of a paused job begins.
+    """
+    by_status = text(
+        """
+        SELECT status, count(*) FROM cf_processing_queue
+        WHERE status IN ('QUEUED', 'RUNNING', 'COMMITTING') AND id <= :up_to GROUP BY status
+        """
+    )
+    rows = connection.execute(by_status, {"up_to": up_to})
+    counts: dict[str, int] = {row[0]: row[1] for row in rows}
+    queued, running, committing = (
+        counts.get(status, 0) for status in ("QUEUED", "RUNNING", "COMMITTING")
+    )
+    if running or not counts:
+        return Waiting(queued, running, committing, 0, 0, "")
+    why = _rows(
+        connection,
+        """
+        SELECT count(CASE WHEN reason LIKE :paused || '%' THEN 1 END) AS paused,
+               count(CASE WHEN reason NOT LIKE :paused || '%' AND not_before > :now
+                          THEN 1 END) AS later,
+               coalesce(max(CASE WHEN reason LIKE :paused || '%' THEN reason END), '') AS reason
+        FROM cf_processing_queue
+        WHERE status IN ('QUEUED', 'COMMITTING') AND id <= :up_to
+        """,
+        up_to=up_to, paused=paused, now=time.time(),
+    )[0]  # fmt: skip
+    return Waiting(queued, running, committing, why["paused"], why["later"], why["reason"])
+
+
+def scans(connection: Connection) -> Sequence[Any]:
+    """Active roots: name, path, settle_seconds, started, finished, unsettled, problem."""
+    return connection.execute(
+        text(
+            """
+            SELECT r.name, r.path, r.settle_seconds, coalesce(s.started, 0) AS started,
+                   coalesce(s.finished, 0) AS finished, coalesce(s.unsettled, 0) AS unsettled,
+                   coalesce(s.problem, '') AS problem
+            FROM cf_source_root r LEFT JOIN cf_scan_state s ON s.source_root_id = r.id
+            WHERE r.active ORDER BY r.id
+            """
+        )
+    ).all()

@@ -1,0 +1,99 @@
+"""What people change: source roots, rules and topics. Each change stands in the audit."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, delete, insert, select, update
+
+from casparian_flow.db import audit
+from casparian_flow.db.models import RoutingRule, SourceRoot, TopicConfig
+
+
+def actor() -> str:
+    """Who the audit says did it: this process's user."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return f"uid {os.getuid()}"
+
+
+def note(connection: Connection, action: str, subjects: Iterable[str], **detail: Any) -> None:
+    """Write down, in the caller's transaction, that a person did something to each subject."""
+    audit.append(connection, actor(), [audit.Event(action, s, detail) for s in subjects])
+
+
+def every_root(connection: Connection) -> Sequence[Any]:
+    """Every source root, removed ones among them: id, path, name, active."""
+    columns = (SourceRoot.id, SourceRoot.path, SourceRoot.name, SourceRoot.active)
+    return connection.execute(select(*columns).order_by(SourceRoot.id)).all()
+
+
+def add_root(connection: Connection, root_id: int | None, **columns: Any) -> str:
+    """Make a directory a source root, or an earlier one active again; its name."""
+    if root_id is None:
+        statement: Any = insert(SourceRoot).values(active=True, **columns)
+    else:
+        statement = update(SourceRoot).where(SourceRoot.id == root_id)
+        statement = statement.values(active=True, **columns)
+    name: str = connection.execute(statement.returning(SourceRoot.name)).scalar_one()
+    note(connection, "add-source", [f"source {name}"], **columns)
+    return name
+
+
+def remove_root(connection: Connection, name: str) -> bool:
+    """Scan it no more; what is known of it stays. False: no active root has that name."""
+    found = connection.execute(
+        update(SourceRoot)
+        .where(SourceRoot.name == name, SourceRoot.active)
+        .values(active=False)
+        .returning(SourceRoot.path)
+    ).scalar()
+    if found is None:
+        return False
+    note(connection, "remove-source", [f"source {name}"], path=found)
+    return True
+
+
+def add_rule(connection: Connection, pattern: str, tag: str, priority: int) -> int | None:
+    """A routing rule's id; None where there is one with that pattern and tag."""
+    same = (RoutingRule.pattern == pattern, RoutingRule.tag == tag)
+    if connection.execute(select(RoutingRule.id).where(*same)).first():
+        return None
+    rule_id: int = connection.execute(
+        insert(RoutingRule)
+        .values(pattern=pattern, tag=tag, priority=priority)
+        .returning(RoutingRule.id)
+    ).scalar_one()
+    detail = {"pattern": pattern, "tag": tag, "priority": priority}
+    note(connection, "add-rule", [f"rule {rule_id}"], **detail)
+    return rule_id
+
+
+def remove_rule(connection: Connection, rule_id: int) -> str | None:
+    """The removed rule in words; None where there was none."""
+    row = connection.execute(
+        delete(RoutingRule)
+        .where(RoutingRule.id == rule_id)
+        .returning(RoutingRule.pattern, RoutingRule.tag)
+    ).first()
+    if row is None:
+        return None
+    note(connection, "remove-rule", [f"rule {rule_id}"], pattern=row.pattern, tag=row.tag)
+    return f"{row.pattern} -> {row.tag}"
+
+
+def set_topic(connection: Connection, plugin: str, topic: str, uri: str, mode: str) -> None:
+    """Send a topic to this sink and no other; what was published elsewhere stays there."""
+    connection.execute(
+        delete(TopicConfig).where(
+            TopicConfig.plugin_name == plugin, TopicConfig.topic_name == topic
+        )
+    )
+    connection.execute(
+        insert(TopicConfig).values(plugin_name=plugin, topic_name=topic, uri=uri, mode=mode)
+    )
+    note(connection, "set-topic", [f"topic {plugin} {topic}"], uri=uri, mode=mode)

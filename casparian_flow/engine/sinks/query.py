@@ -1,0 +1,193 @@
+"""Committed outputs as tables of DuckDB, for one question that only reads.
+
+A topic is a view over its Parquet files; what a SQLite sink holds of it is copied into DuckDB
+first, in batches. Only the topics that the question names are opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import re
+import sqlite3
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from casparian_flow.engine.sinks import PREFIXES
+from casparian_flow.errors import CasparianError, NotFound
+
+BATCH_ROWS = 16 << 10
+"""Rows of a SQLite table converted at once."""
+
+HISTORY = "_history"
+
+Output = Mapping[str, Any]
+"""A committed output: topic, location, target, output_key, latest."""
+
+_TYPES = {"INTEGER": pa.int64(), "REAL": pa.float64(), "TEXT": pa.string(), "BLOB": pa.binary()}
+
+
+@contextlib.contextmanager
+def answer(question: str, outputs: Sequence[Output]) -> Iterator[Any]:
+    """Ask one SELECT; its rows as a pyarrow RecordBatchReader, valid inside the block.
+
+    Each topic is a table with what the latest version of each location gave; `<topic>_history`
+    has what every version gave.
+
+    Raises:
+        NotFound: no table has that name; the message lists the topics.
+        CasparianError: DuckDB is not installed, or the question is wrong.
+    """
+    try:
+        import duckdb
+    except ImportError as error:
+        raise CasparianError(
+            "queries need DuckDB, which is not installed", "pip install 'casparian-flow[query]'"
+        ) from error
+    tables = _tables(outputs)
+    with tempfile.TemporaryDirectory(prefix="casparian-query-") as scratch:
+        settings = {
+            "autoinstall_known_extensions": "false",
+            "autoload_known_extensions": "false",
+            "python_enable_replacements": "false",
+            "temp_directory": scratch,
+        }
+        with duckdb.connect(config=settings) as database:
+            try:
+                _check_reads_only(duckdb, question)
+                database.execute("SET TimeZone = 'UTC'")
+                for name, (wanted, shown) in tables.items():
+                    if _names(question, name):
+                        _create(database, name, wanted, shown)
+                yield pa.RecordBatchReader.from_stream(database.sql(question))
+            except duckdb.CatalogException as error:
+                known = ", ".join(sorted({o["topic"] for o in outputs})) or "none yet"
+                raise NotFound(
+                    f"{_first_line(error)}; topics with output: {known}",
+                    'casparian topics   (write a name that has - or . as "my-topic")',
+                ) from error
+            except BrokenPipeError:  # of whoever prints the rows
+                raise
+            except (duckdb.Error, pa.ArrowException, sqlite3.Error, OSError) as error:
+                raise CasparianError(
+                    f"the query failed: {_first_line(error)}",
+                    "mend the SQL; casparian verify tells whether outputs are damaged",
+                ) from error
+
+
+def _tables(outputs: Sequence[Output]) -> dict[str, tuple[list[Output], bool]]:
+    """Table name -> outputs that give its columns, and whether it shows their rows.
+
+    A topic whose latest versions gave nothing has the columns of its history and no row. A topic
+    that is itself named like another one's history wins.
+    """
+    history: dict[str, list[Output]] = defaultdict(list)
+    for output in outputs:
+        history[output["topic"].lower()].append(output)
+    latest = {name: [o for o in group if o["latest"]] for name, group in history.items()}
+    return {
+        **{name + HISTORY: (group, True) for name, group in history.items()},
+        **{name: (group or history[name], bool(group)) for name, group in latest.items()},
+    }
+
+
+def _check_reads_only(duckdb: Any, question: str) -> None:
+    """One statement that only reads: no COPY, ATTACH, INSTALL, SET or anything else."""
+    reading = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
+    statements = duckdb.extract_statements(question)
+    if len(statements) != 1 or statements[0].type not in reading:
+        raise CasparianError(
+            "a query is one SELECT: it reads, and changes nothing",
+            'casparian query "SELECT * FROM <topic>"   (casparian topics lists them)',
+        )
+
+
+def _names(question: str, table: str) -> bool:
+    """Whether the question may name the table; too often is harmless."""
+    return re.search(rf"(?<!\w){re.escape(table)}(?!\w)", question, re.IGNORECASE) is not None
+
+
+def _create(database: Any, name: str, outputs: Sequence[Output], shown: bool) -> None:
+    """One view over the files and the copied tables, their columns united by name."""
+    parts = []
+    files = [o["target"] for o in outputs if o["location"].startswith(PREFIXES["parquet"])]
+    if files:
+        listed = ", ".join(_text(glob.escape(file)) for file in files)
+        options = "union_by_name = true, hive_partitioning = false"
+        parts.append(f"SELECT * FROM read_parquet([{listed}], {options})")  # noqa: S608
+    for location, keys in _databases(outputs).items():
+        copy = _quote(f"{name} in {location}")
+        path = Path(location.removeprefix(PREFIXES["sqlite"]))
+        with _table_rows(path, outputs[0]["topic"], keys) as rows:
+            database.register("_incoming", rows)
+            database.execute(f"CREATE TEMP TABLE {copy} AS SELECT * FROM _incoming")  # noqa: S608
+            database.unregister("_incoming")
+        parts.append(f"SELECT * FROM {copy}")  # noqa: S608
+    rows_of_all = " UNION ALL BY NAME ".join(f"({part})" for part in parts)
+    limit = "" if shown else " LIMIT 0"
+    view = f"SELECT * FROM ({rows_of_all}){limit}"  # noqa: S608
+    database.execute(f"CREATE TEMP VIEW {_quote(name)} AS {view}")
+
+
+def _databases(outputs: Sequence[Output]) -> dict[str, list[str]]:
+    """Location of each SQLite database -> keys of the outputs in it."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for output in outputs:
+        if output["location"].startswith(PREFIXES["sqlite"]):
+            found[output["location"]].append(output["output_key"])
+    return found
+
+
+@contextlib.contextmanager
+def _table_rows(path: Path, topic: str, keys: Sequence[str]) -> Iterator[Any]:
+    """The rows of these outputs, as a RecordBatchReader.
+
+    They are found by output key: an adopted output carries the job id of an earlier ledger.
+    """
+    uri = f"{path.as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+        columns = connection.execute(
+            "SELECT name, type FROM pragma_table_info(?)", [topic]
+        ).fetchall()
+        # A column without a type may hold a mixture, which Arrow has no type for.
+        chosen = ", ".join(
+            _quote(name) if kind in _TYPES else f"CAST({_quote(name)} AS TEXT)"
+            for name, kind in columns
+        )
+        schema = pa.schema([(name, _TYPES.get(kind, pa.string())) for name, kind in columns])
+        cursor = connection.execute(
+            f"""
+            SELECT {chosen} FROM {_quote(topic)} WHERE _cf_job_id IN (
+                SELECT job_id FROM _cf_outputs
+                WHERE topic = ? AND output_key IN (SELECT value FROM json_each(?)))
+            """,  # noqa: S608
+            [topic, json.dumps(keys)],
+        )
+
+        def batches() -> Iterator[Any]:
+            while rows := cursor.fetchmany(BATCH_ROWS):
+                arrays = [
+                    pa.array(values, field.type)
+                    for values, field in zip(zip(*rows, strict=True), schema, strict=True)
+                ]
+                yield pa.record_batch(arrays, schema=schema)
+
+        yield pa.RecordBatchReader.from_batches(schema, batches())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _quote(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"

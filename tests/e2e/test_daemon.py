@@ -1,0 +1,293 @@
+"""The whole daemon on real files: work done, failures explained, stops clean."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pyarrow.dataset as ds
+import pytest
+from sqlalchemy import select
+
+from casparian_flow import daemon_lock, main
+from casparian_flow.config import Settings
+from casparian_flow.db import audit, jobs
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import Attempt, FileLocation, FileVersion, ProcessingJob
+from casparian_flow.errors import DaemonRunning
+from casparian_flow.main import Daemon
+from casparian_flow.services.scan import Root, scan
+from tests.conftest import write_config
+from tests.factories import add_root
+from tests.plugs import BEHAVES, ROWS, publish
+
+PATIENCE = 120.0
+"""Seconds; the first test to run builds the plugins' environment."""
+
+
+async def all_done(daemon: Daemon) -> dict[str, int]:
+    """Wait until no job is unfinished."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            counts = await daemon.ledger.read_soon(jobs.counts)
+            if counts and not set(counts) & set(jobs.UNFINISHED):
+                return counts
+            await asyncio.sleep(0.02)
+
+
+def work_off(settings: Settings) -> dict[str, int]:
+    async def story() -> dict[str, int]:
+        async with main.running(settings, "test", workers=2, watch=False) as daemon:
+            return await all_done(daemon)
+
+    return asyncio.run(story())
+
+
+def outcomes(ledger: Ledger) -> dict[str, tuple[str, str]]:
+    """File name -> (status, reason)."""
+    rows = ledger.read(
+        lambda c: c.execute(
+            select(FileLocation.rel_path, ProcessingJob.status, ProcessingJob.reason)
+            .join(FileVersion, FileVersion.location_id == FileLocation.id)
+            .join(ProcessingJob, ProcessingJob.file_version_id == FileVersion.id)
+        ).all()
+    )
+    return {row[0]: (row[1], row[2]) for row in rows}
+
+
+def logs(ledger: Ledger) -> str:
+    return "\n".join(ledger.read(lambda c: c.execute(select(Attempt.log)).scalars().all()))
+
+
+def orphans() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "guest.py" in str(p.cmdline())]
+
+
+def test_files_become_rows_that_say_where_they_came_from(
+    ledger: Ledger, settings: Settings, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    for n in range(20):
+        (source / f"{n}.txt").write_text(f"first {n}\nsecond {n}\n")
+    scan(ledger, root)
+    assert work_off(settings) == {"COMPLETED": 20}
+    table = ds.dataset(settings.home / "output" / "lines").to_table()
+    assert table.num_rows == 40
+    row = next(r for r in table.to_pylist() if r["line"] == "second 7")
+    version = ledger.read(
+        lambda c: c.execute(
+            select(FileVersion.content_hash, FileLocation.rel_path)
+            .join(FileLocation, FileLocation.id == FileVersion.location_id)
+            .where(FileVersion.id == row["_cf_file_version_id"])
+        ).one()
+    )
+    assert version.rel_path == "7.txt"
+    assert version.content_hash == row["_cf_source_hash"]
+    assert row["_cf_plugin_version"] == "1.0.0"
+    assert ledger.read(lambda c: list(audit.problems(c))) == []
+    assert not list((settings.home / "output" / ".casparian" / "stage").iterdir())
+    assert orphans() == []
+
+
+def test_every_way_a_plugin_can_fail_is_a_reason_and_the_next_job_runs(
+    ledger: Ledger, tmp_path: Path, source: Path
+) -> None:
+    settings = write_config(tmp_path / "flow", "")
+    settings = write_config(tmp_path / "flow", "[guest]\nrecycle_jobs = 3\n")
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    for what in ("raise", "segfault", "exit", "undeclared", "prose", "fine", "also fine"):
+        (source / f"{what}.do").write_text(what)
+    scan(ledger, root)
+    assert work_off(settings) == {"COMPLETED": 2, "FAILED": 5}
+    found = outcomes(ledger)
+    assert "ValueError: no such thing" in found["raise.do"][1]
+    assert "was killed by SIGSEGV" in found["segfault.do"][1]
+    assert "exit status 0" in found["exit.do"][1]
+    assert "elsewhere" in found["undeclared.do"][1]
+    assert "str" in found["prose.do"][1]
+    assert "told to raise" in logs(ledger)
+    assert 'raise ValueError("no such thing")' in logs(ledger)
+    attempts = ledger.read(lambda c: c.execute(select(Attempt.outcome, Attempt.job_id)).all())
+    assert len(attempts) == 2 + 3 * 3 + 2  # refused output is permanent: no second attempt
+    table = ds.dataset(settings.home / "output" / "done").to_table()
+    assert sorted(table["what"].to_pylist()) == ["also fine", "fine"]
+
+
+def test_a_job_that_runs_too_long_is_killed_with_its_reason(
+    ledger: Ledger, source: Path, settings: Settings
+) -> None:
+    root = add_root(ledger, source)
+    manifest = BEHAVES.replace('topic="done")', 'topic="done", timeout_seconds=1.0)')
+    publish(ledger, settings, "behaves", manifest, "1.0.0")
+    (source / "hang.do").write_text("hang")
+    scan(ledger, root)
+    assert work_off(settings) == {"FAILED": 1}
+    assert "longer than 1 s" in outcomes(ledger)["hang.do"][1]
+    assert orphans() == []
+
+
+def test_bytes_that_changed_before_they_ran_are_superseded(
+    ledger: Ledger, source: Path, settings: Settings
+) -> None:
+    root = add_root(ledger, source)
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    for name in ("edited.txt", "deleted.txt", "kept.txt"):
+        (source / name).write_text("as scanned")
+    scan(ledger, root)
+    (source / "edited.txt").write_text("something else")
+    (source / "deleted.txt").unlink()
+    assert work_off(settings) == {"COMPLETED": 1, "SUPERSEDED": 2}
+    scan(ledger, root)
+    assert work_off(settings) == {"COMPLETED": 2, "SUPERSEDED": 2}
+
+
+def test_a_large_file_is_read_in_place_and_proved_twice(
+    ledger: Ledger, tmp_path: Path, source: Path
+) -> None:
+    settings = write_config(tmp_path / "flow", "[guest]\ncopy_limit_bytes = 10\n")
+    root = add_root(ledger, source)
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    (source / "large.txt").write_text("more than ten bytes\n")
+    scan(ledger, root)
+    assert work_off(settings) == {"COMPLETED": 1}
+
+
+def test_a_second_daemon_is_told_who_is_the_first(settings: Settings) -> None:
+    async def story() -> None:
+        async with main.running(settings, "the first", workers=0, watch=False):
+            about = daemon_lock.holder(settings.database.daemon_lock)
+            assert about is not None
+            assert about["pid"] == os.getpid()
+            with pytest.raises(DaemonRunning, match="the first"):
+                async with main.running(settings, "the second", workers=0, watch=False):
+                    pass
+
+    asyncio.run(story())
+    assert daemon_lock.holder(settings.database.daemon_lock) is None
+
+
+def start(settings: Settings, module: str, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "CASPARIAN_CONFIG": str(settings.home / "global_config.toml")}
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env=environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def said(process: subprocess.Popen[str], words: str) -> str:
+    """Read what a process says until it says these words."""
+    assert process.stderr is not None
+    heard = ""
+    for line in process.stderr:
+        heard += line
+        if words in line:
+            return heard
+    raise AssertionError(f"it ended and never said {words!r}:\n{heard}")
+
+
+def free_endpoint() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_sentinel_and_worker_as_two_processes(ledger: Ledger, tmp_path: Path, source: Path) -> None:
+    endpoint = free_endpoint()
+    settings = write_config(tmp_path / "flow", f'[listen]\nendpoint = "{endpoint}"\n')
+    add_root(ledger, source)
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    for n in range(5):
+        (source / f"{n}.txt").write_text(str(n))
+    with start(settings, "casparian_flow.main") as sentinel:
+        said(sentinel, "Sentinel waits")
+        with start(
+            settings, "casparian_flow.engine.worker_client", "--connect", endpoint
+        ) as worker:
+            said(worker, "worker waits")
+            asyncio.run(all_done(Daemon(ledger, None, None)))  # type: ignore[arg-type]
+            sentinel.send_signal(signal.SIGTERM)
+            assert sentinel.communicate(timeout=PATIENCE)[1] is not None
+            assert "worker left" in worker.communicate(timeout=PATIENCE)[1]
+    assert (sentinel.returncode, worker.returncode) == (0, 0)
+    assert {status for status, _ in outcomes(ledger).values()} == {"COMPLETED"}
+
+
+def test_a_killed_worker_process_costs_nothing_but_time(
+    ledger: Ledger, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its jobs come back when the Sentinel starts anew, under a new fence."""
+    endpoint = free_endpoint()
+    settings = write_config(tmp_path / "flow", f'[listen]\nendpoint = "{endpoint}"\n')
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    (source / "one.do").write_text("slow 3600")
+    scan(ledger, root)
+    with start(settings, "casparian_flow.main") as sentinel:
+        said(sentinel, "Sentinel waits")
+        with start(
+            settings, "casparian_flow.engine.worker_client", "--connect", endpoint
+        ) as worker:
+            running(ledger, settings, root)
+            guests = psutil.Process(worker.pid).children(recursive=True)
+            worker.kill()
+            sentinel.kill()
+            worker.communicate()
+            sentinel.communicate()
+    _, alive = psutil.wait_procs(guests, timeout=PATIENCE)
+    assert guests
+    assert not alive, "a guest outlived its worker"
+    (source / "one.do").unlink()
+    assert work_off(settings) == {"SUPERSEDED": 1}
+    outcomes_seen = ledger.read(
+        lambda c: c.execute(select(Attempt.outcome).order_by(Attempt.fence)).scalars().all()
+    )
+    assert list(outcomes_seen) == ["LOST", "SUPERSEDED"]
+
+
+def running(ledger: Ledger, settings: Settings, root: Root) -> None:
+    """Wait until a guest has a job's file in its inbox."""
+
+    async def story() -> None:
+        async with asyncio.timeout(PATIENCE):
+            while not list(settings.database.guests_folder.glob("*/in/**/*.do")):
+                await asyncio.sleep(0.02)
+
+    asyncio.run(story())
+
+
+def test_a_stop_releases_what_runs_and_the_next_start_finishes_it(
+    ledger: Ledger, tmp_path: Path, source: Path
+) -> None:
+    settings = write_config(tmp_path / "flow", "")
+    file = settings.home / "global_config.toml"
+    file.write_text(file.read_text().replace("[jobs]", "[jobs]\ndrain_seconds = 0.5"))
+    settings = main.config.load(str(file))
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    for n in range(30):
+        (source / f"{n}.do").write_text("slow 0.05" if n else "slow 3600")
+    scan(ledger, root)
+
+    async def story() -> None:
+        async with main.running(settings, "test", workers=2, watch=False) as daemon:
+            async with asyncio.timeout(PATIENCE):
+                while not (await daemon.ledger.read_soon(jobs.counts)).get("COMPLETED"):
+                    await asyncio.sleep(0.02)
+
+    asyncio.run(story())
+    counts = ledger.read(jobs.counts)
+    assert not counts.keys() & {"RUNNING", "COMMITTING", "FAILED"}
+    assert counts["QUEUED"] >= 1
+    assert orphans() == []
+    (source / "0.do").write_text("fine")
+    scan(ledger, root)
+    assert work_off(settings) == {"COMPLETED": 30, "SUPERSEDED": 1}

@@ -1,0 +1,67 @@
+"""Small plugins for tests, and how they are published without the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from casparian_flow import config
+from casparian_flow.config import Settings
+from casparian_flow.db.access import Ledger
+from casparian_flow.engine import venv_manager
+from casparian_flow.services import architect
+
+ROWS = """
+from casparian_flow.sdk import BasePlugin, PluginMetadata
+import pyarrow as pa
+
+MANIFEST = PluginMetadata(pattern="*.txt", topic="lines")
+
+class Handler(BasePlugin):
+    def execute(self, file_path: str):
+        with open(file_path, encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+        self.publish("lines", pa.table({"line": pa.array(lines, pa.string())}))
+"""
+
+BEHAVES = """
+import ctypes, os, sys, time
+from casparian_flow.sdk import BasePlugin, PluginMetadata
+import pyarrow as pa
+
+MANIFEST = PluginMetadata(pattern="*.do", topic="done")
+
+class Handler(BasePlugin):
+    def execute(self, file_path: str):
+        what = open(file_path).read().strip()
+        print("told to", what)
+        if what == "raise":
+            raise ValueError("no such thing")
+        if what == "segfault":
+            ctypes.string_at(0)
+        if what == "exit":
+            self.publish("done", pa.table({"what": ["half"]}))
+            os._exit(0)
+        if what == "hang":
+            time.sleep(3600)
+        if what == "undeclared":
+            self.publish("elsewhere", pa.table({"what": [what]}))
+        if what == "prose":
+            self.publish("done", "just words")
+        if what.startswith("slow"):
+            time.sleep(float(what.split()[1]))
+        self.publish("done", pa.table({"what": [what]}))
+"""
+
+
+def publish(ledger: Ledger, settings: Settings, name: str, source: str, version: str) -> str:
+    """Lock, sign and deploy a plugin's source; the environment is built on first use."""
+    file = settings.home / f"{name}.py"
+    file.write_text(source)
+    return publish_file(ledger, settings, file, version)
+
+
+def publish_file(ledger: Ledger, settings: Settings, file: Path, version: str) -> str:
+    source, manifest = architect.read_plugin(file)
+    lock = venv_manager.lock_dependencies(file)
+    signed = architect.sign(file, source, lock, manifest.name, version, config.keys_folder())
+    return architect.deploy(ledger, settings, signed)

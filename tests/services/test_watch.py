@@ -1,0 +1,154 @@
+"""The watcher: hints come in, scans go out, and nothing depends on the hints."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import func, insert, select
+
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import FileVersion, RoutingRule, SourceRoot
+from casparian_flow.services.watch import Watch
+from tests.factories import add_plugin, add_root
+
+PATIENCE = 20.0
+"""Seconds after which a test gives up waiting for an event."""
+
+
+@contextlib.asynccontextmanager
+async def watching(
+    ledger: Ledger, rescan_seconds: float = 3600.0
+) -> AsyncIterator[tuple[Watch, asyncio.Event]]:
+    """A running Watch, and an event that is set whenever it queued jobs."""
+    queued = asyncio.Event()
+    watch = Watch(ledger, rescan_seconds, queued.set)
+    task = asyncio.create_task(watch.run())
+    try:
+        yield watch, queued
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def versions(ledger: Ledger) -> int:
+    """Locations with a version: a file may be seen empty, then written, with no settle window."""
+    count = select(func.count(FileVersion.location_id.distinct()))
+    return ledger.read(lambda c: c.execute(count).scalar_one())
+
+
+def route_everything(ledger: Ledger) -> None:
+    add_plugin(ledger, "p", subscriptions="all")
+    ledger.write(
+        lambda c: c.execute(insert(RoutingRule).values(pattern="*", tag="all", priority=0))
+    )
+
+
+async def wait_for(queued: asyncio.Event, until: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not until():
+            await queued.wait()
+            queued.clear()
+
+
+def test_a_new_file_a_rename_and_a_folder_moved_in_are_heard(
+    ledger: Ledger, source: Path, tmp_path: Path
+) -> None:
+    add_root(ledger, source)
+    route_everything(ledger)
+
+    async def story() -> None:
+        async with watching(ledger) as (_, queued):
+            (source / "first").write_text("1")
+            await wait_for(queued, lambda: versions(ledger) == 1)
+            (source / "second.tmp").write_text("2")
+            (source / "second.tmp").rename(source / "second")
+            await wait_for(queued, lambda: versions(ledger) == 2)
+            (source / "made/at/once").mkdir(parents=True)
+            (source / "made/at/once/file").write_text("3")
+            await wait_for(queued, lambda: versions(ledger) == 3)
+            (tmp_path / "outside/deep").mkdir(parents=True)
+            (tmp_path / "outside/deep/file").write_text("4")
+            (tmp_path / "outside").rename(source / "inside")
+            await wait_for(queued, lambda: versions(ledger) == 4)
+
+    asyncio.run(story())
+
+
+def test_a_fresh_file_is_taken_when_it_has_settled(ledger: Ledger, source: Path) -> None:
+    add_root(ledger, source, settle_seconds=0.3)
+    route_everything(ledger)
+
+    async def story() -> None:
+        async with watching(ledger) as (_, queued):
+            (source / "f").write_text("1")
+            await wait_for(queued, lambda: versions(ledger) == 1)
+
+    asyncio.run(story())
+
+
+def test_a_ring_finds_new_roots_and_what_the_watcher_missed(
+    ledger: Ledger, source: Path, tmp_path: Path
+) -> None:
+    route_everything(ledger)
+
+    async def story() -> None:
+        async with watching(ledger) as (watch, queued):
+            (source / "f").write_text("1")
+            add_root(ledger, source)
+            watch.ring()
+            await wait_for(queued, lambda: versions(ledger) == 1)
+            other = tmp_path / "other"
+            other.mkdir()
+            (other / "g").write_text("1")
+            ledger.write(
+                lambda c: c.execute(
+                    insert(SourceRoot).values(
+                        path=str(other), name="other", active=True, ignore="", settle_seconds=0
+                    )
+                )
+            )
+            watch.ring()
+            await wait_for(queued, lambda: versions(ledger) == 2)
+            assert set(watch.last) == {"source", "other"}
+
+    asyncio.run(story())
+
+
+def test_lost_events_lead_to_a_full_scan(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_root(ledger, source)
+    route_everything(ledger)
+    monkeypatch.setattr("casparian_flow.services.watch._Handler.dispatch", lambda *_: None)
+
+    async def story() -> None:
+        async with watching(ledger) as (watch, queued):
+            (source / "first").write_text("1")
+            watch.ring()
+            await wait_for(queued, lambda: versions(ledger) == 1)
+            (source / "second").write_text("1")
+            logging.getLogger("watchdog.observers").warning("Inotify queue overflowed")
+            await wait_for(queued, lambda: versions(ledger) == 2)
+
+    asyncio.run(story())
+
+
+def test_the_schedule_finds_what_no_event_told(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_root(ledger, source)
+    route_everything(ledger)
+    monkeypatch.setattr("casparian_flow.services.watch._Handler.dispatch", lambda *_: None)
+
+    async def story() -> None:
+        async with watching(ledger, rescan_seconds=0.1) as (_, queued):
+            (source / "f").write_text("1")
+            await wait_for(queued, lambda: versions(ledger) == 1)
+
+    asyncio.run(story())

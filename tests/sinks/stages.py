@@ -1,0 +1,106 @@
+"""What the tests of sinks share: two sinks to hold to one contract, and outputs to publish."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from casparian_flow.engine import sinks
+from casparian_flow.engine.sinks.base import Claim, Lineage, Sink
+from casparian_flow.engine.sinks.stage import Stage
+from casparian_flow.errors import JobError
+from casparian_flow.protocol import OutputPlan, Published, StagedOutput
+
+TOPIC = "sales"
+
+
+class Place:
+    """A sink of one scheme in a temporary folder, and what a reader sees in it."""
+
+    def __init__(self, scheme: str, home: Path) -> None:
+        self.scheme = scheme
+        self.home = home
+        uri = "parquet://out" if scheme == "parquet" else "sqlite:///out/tables.sqlite3"
+        self.location = sinks.resolve(uri, home)
+        self.database = home / "out" / "tables.sqlite3"
+
+    @property
+    def sink(self) -> Sink:
+        """Opened anew each time, as the Committer does."""
+        return sinks.open_sink(self.location)
+
+    def stage(
+        self, job: int = 1, attempt: str = "a1", key: str = "", topic: str = TOPIC,
+        mode: str = "append",
+    ) -> Stage:  # fmt: skip
+        plan = OutputPlan(
+            topic=topic,
+            uri=self.location,
+            location=self.location,
+            mode=mode,
+            output_key=hashlib.sha256((key or f"job {job}").encode()).hexdigest(),
+        )
+        lineage = Lineage(
+            file_version_id=job + 100, job_id=job, source_hash="ab" * 32, plugin_version="1.2.3"
+        )
+        return self.sink.open_stage(plan, lineage, attempt)
+
+    def sealed(self, columns: Any, job: int = 1, **named: str) -> StagedOutput:
+        """A sealed output of these columns: a batch, or a dict of lists."""
+        batch = pa.record_batch(columns) if isinstance(columns, dict) else columns
+        stage = self.stage(job, **named)
+        try:
+            stage.write(batch)
+            return sinks.seal([stage])[0]
+        except BaseException:
+            stage.discard()
+            raise
+
+    def publish(self, *outputs: StagedOutput) -> list[Published | JobError]:
+        return self.sink.publish(outputs)
+
+    def rows(self, topic: str = TOPIC) -> list[dict[str, Any]]:
+        """Every visible row of a topic; none where the topic is not there."""
+        if self.scheme == "parquet":
+            folder = self.home / "out" / topic
+            if not folder.is_dir():
+                return []
+            files = sorted(str(file) for file in folder.glob("*.parquet"))
+            tables = [ds.dataset(file).to_table() for file in files]
+            return [row for table in tables for row in table.to_pylist()]
+        if not self.database.exists():
+            return []
+        with closing(sqlite3.connect(self.database)) as connection:
+            connection.row_factory = sqlite3.Row
+            if not connection.execute("SELECT 1 FROM pragma_table_info(?)", [topic]).fetchone():
+                return []
+            return [dict(row) for row in connection.execute(f'SELECT * FROM "{topic}"')]
+
+    def staged_files(self) -> list[str]:
+        folder = self.sink.stage_folder
+        return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+
+
+def claims(outputs: Sequence[StagedOutput], found: Sequence[Published | JobError]) -> list[Claim]:
+    """What the ledger would claim of these published outputs, made by `Place.sealed`."""
+    made = []
+    for job, (output, seen) in enumerate(zip(outputs, found, strict=True), start=1):
+        assert isinstance(seen, Published)
+        made.append(
+            Claim(
+                topic=output.topic,
+                output_key=output.output_key,
+                job_id=job,
+                target=seen.target,
+                rows=seen.rows,
+                digest=seen.digest,
+            )
+        )
+    return made

@@ -1,0 +1,262 @@
+"""The SQLite sink's own promises: other people's databases, tables that grow, exact values."""
+
+from __future__ import annotations
+
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+
+from casparian_flow.atomic import owned
+from casparian_flow.engine import sinks
+from casparian_flow.engine.sinks import sqlite as sqlite_sink
+from casparian_flow.engine.sinks.base import LINEAGE
+from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
+from casparian_flow.protocol import Published
+from tests.sinks.columns_of_any_type import Sample, samples
+from tests.sinks.stages import TOPIC, Place, claims
+
+LOSSY = 2**53 + 1
+"""The first integer a double cannot hold."""
+
+
+@contextmanager
+def database(place: Place) -> Iterator[sqlite3.Connection]:
+    """Somebody's own connection to the database."""
+    place.database.parent.mkdir(exist_ok=True)
+    with closing(sqlite3.connect(place.database, isolation_level=None)) as connection:
+        yield connection
+
+
+def published(place: Place, columns: Any, job: int = 1) -> Published:
+    (seen,) = place.publish(place.sealed(columns, job))
+    assert isinstance(seen, Published), seen
+    return seen
+
+
+def refused(place: Place, columns: Any, job: int = 1) -> JobError:
+    """The refusal of an output, of which nothing is left: no row, no ledger row, no column."""
+    before = everything(place)
+    (outcome,) = place.publish(place.sealed(columns, job))
+    assert isinstance(outcome, JobError), outcome
+    assert everything(place) == before
+    return outcome
+
+
+def everything(place: Place) -> list[str]:
+    with database(place) as connection:
+        return list(connection.iterdump())
+
+
+def column(place: Place, name: str) -> list[Any]:
+    return [row[name] for row in place.rows()]
+
+
+@settings(max_examples=80, deadline=None)
+@given(sample=samples())
+def test_any_value_is_stored_as_documented(sample: Sample) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place("sqlite", Path(folder))
+        stage = place.stage()
+        for batch in sample.batches():
+            stage.write(batch)
+        (seen,) = place.publish(*sinks.seal([stage]))
+        assert isinstance(seen, Published), seen
+        found = [tuple(row.values())[: -len(LINEAGE)] for row in place.rows()]
+    assert found == sample.stored()
+    assert [[type(v) for v in row] for row in found] == [
+        [type(v) for v in row] for row in sample.stored()
+    ]
+
+
+def test_a_new_database_is_in_wal_mode_and_clean_when_closed(sqlite: Place) -> None:
+    made = published(sqlite, {"id": [1]})
+    assert made.target == f"{sqlite.database}:{TOPIC}"
+    with database(sqlite) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert [f.name for f in (sqlite.home / "out").iterdir() if f.is_file()] == ["tables.sqlite3"]
+
+
+def test_somebodys_database_stays_as_it_is_but_for_our_tables(sqlite: Place) -> None:
+    with database(sqlite) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+        connection.execute("CREATE TABLE theirs (a)")
+        connection.execute("INSERT INTO theirs VALUES (1)")
+    published(sqlite, {"id": [1]})
+    with database(sqlite) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert connection.execute("SELECT a FROM theirs").fetchall() == [(1,)]
+
+
+def test_somebodys_table_of_the_topics_name_is_left_untouched(sqlite: Place) -> None:
+    with database(sqlite) as connection:
+        connection.execute(f"CREATE TABLE {TOPIC} (id INTEGER)")
+    before = sqlite.database.read_bytes()
+    error = refused(sqlite, {"id": [1]})
+    assert isinstance(error, SinkConflict)
+    assert f"table '{TOPIC}' is not one of ours" in error.message
+    assert sqlite.database.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["it's [1] *.db", "ünïcode.db", "a b#c%41.db"])
+def test_databases_of_any_name(tmp_path: Path, name: str) -> None:
+    place = Place("sqlite", tmp_path)
+    place.location = sinks.resolve(f"sqlite:///{name}", tmp_path)
+    place.database = tmp_path / name
+    output = place.sealed({"id": [1]})
+    found = place.publish(output)
+    assert len(place.rows()) == 1
+    (pattern,) = owned(tmp_path / ".casparian")
+    assert sorted(f.name for f in tmp_path.glob(pattern)) == [name]
+    assert place.sink.check(claims([output], found)) == []
+
+
+def test_a_locked_database_is_waited_for(sqlite: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_sink, "BUSY_SECONDS", 0.01)
+    output = sqlite.sealed({"id": [1]})
+    with database(sqlite) as connection:
+        connection.execute("CREATE TABLE theirs (a)")
+        connection.execute("BEGIN IMMEDIATE")
+        (outcome,) = sqlite.publish(output)
+        connection.execute("ROLLBACK")
+    assert isinstance(outcome, SinkUnavailable)
+    assert "database is locked" in outcome.message
+    assert isinstance(*sqlite.publish(output), Published)
+
+
+def test_columns_come_and_go(sqlite: Place) -> None:
+    published(sqlite, {"id": [1], "old": ["x"]}, job=1)
+    published(sqlite, {"new": [2.5], "ID": [2]}, job=2)
+    rows = [(row["id"], row["old"], row["new"], row["_cf_job_id"]) for row in sqlite.rows()]
+    assert rows == [(1, "x", None, 1), (2, None, 2.5, 2)]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "declared"),
+    [
+        ([1], ["x"], "INTEGER"),
+        (["x"], [1], "TEXT"),
+        ([1.5], [b"x"], "REAL"),
+        ([b"x"], ["x"], "BLOB"),
+    ],
+)
+def test_a_column_keeps_its_type(
+    sqlite: Place, first: list[Any], second: list[Any], declared: str
+) -> None:
+    published(sqlite, {"odd": first})
+    error = refused(sqlite, {"odd": second, "added": [1]}, job=2)
+    assert isinstance(error, OutputRefused)
+    assert f"column 'odd' ({pa.array(second).type}) is {declared} in the table" in error.message
+
+
+def test_integers_and_reals_mix_where_they_stay_exact(sqlite: Place) -> None:
+    """A column of whole numbers comes as floats from pandas, as soon as one of them is missing."""
+    published(sqlite, {"whole": [1], "real": [0.5]}, job=1)
+    published(sqlite, {"whole": [2.0, 2.5, None], "real": [3, None, 4]}, job=2)
+    assert column(sqlite, "whole") == [1, 2, 2.5, None]
+    assert column(sqlite, "real") == [0.5, 3.0, None, 4.0]
+    error = refused(sqlite, {"whole": [1], "real": [LOSSY]}, job=3)
+    assert "column 'real' (int64)" in error.message
+    published(sqlite, {"whole": [LOSSY], "real": [1]}, job=4)
+    assert column(sqlite, "whole")[-1] == LOSSY
+
+
+def test_a_column_of_nulls_takes_any_type_later(sqlite: Place) -> None:
+    published(sqlite, {"empty": [None], "n": [1]}, job=1)
+    published(sqlite, {"empty": [7], "n": pa.nulls(1)}, job=2)
+    published(sqlite, {"empty": ["007"], "n": [2]}, job=3)
+    assert column(sqlite, "empty") == [None, 7, "007"]
+    assert column(sqlite, "n") == [1, None, 2]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([1.0, float("nan")]),
+        pa.array([2**63], pa.uint64()),
+        pa.array([2**62], pa.timestamp("us")),
+        pa.array([2**62], pa.timestamp("ms", "Asia/Tokyo")),
+        pa.array([2**31 - 1], pa.date32()),
+        pa.array([2**62], pa.duration("s")),
+        pa.array([[float("nan")]]),
+        pa.array([[float("inf")]]),
+        pa.array([[2**62]], pa.list_(pa.timestamp("us"))),
+        pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]),
+        pa.array([1, 2**63], pa.uint64()).dictionary_encode(),
+    ],
+    ids=lambda values: str(values.type),
+)
+def test_a_value_that_would_change_is_refused(sqlite: Place, values: Any) -> None:
+    error = refused(sqlite, {"odd": values})
+    assert isinstance(error, OutputRefused)
+    assert "column 'odd' (" in error.message
+    assert "cannot be stored in SQLite" in error.message
+
+
+def test_a_value_under_a_null_struct_is_not_looked_at(sqlite: Place) -> None:
+    hidden = pa.StructArray.from_arrays(
+        [pa.array([1.5, float("nan")])], ["a"], mask=pa.array([False, True])
+    )
+    published(sqlite, {"s": hidden})
+    assert column(sqlite, "s") == ['{"a":1.5}', None]
+
+
+def test_names_that_differ_in_case_only_are_refused_while_staging(sqlite: Place) -> None:
+    with pytest.raises(OutputRefused, match="'Id'"):
+        sqlite.sealed({"Id": [1], "iD": [2]})
+    published(sqlite, {"Ü": [1], "ü": [2]})  # SQLite folds ASCII only
+    assert [(row["Ü"], row["ü"]) for row in sqlite.rows()] == [(1, 2)]
+
+
+def test_what_sqlite_itself_refuses(sqlite: Place) -> None:
+    error = refused(sqlite, {f"c{n}": [n] for n in range(3000)})
+    assert isinstance(error, OutputRefused)
+    assert "too many columns" in error.message
+    (outcome,) = sqlite.publish(sqlite.sealed({"id": [1]}, job=2, topic="sqlite_sales"))
+    assert isinstance(outcome, OutputRefused)
+    assert "reserved" in outcome.message
+
+
+def test_a_damaged_staged_file_is_told_of(sqlite: Place) -> None:
+    output = sqlite.sealed({"id": [1]})
+    Path(output.stage).write_bytes(b"PAR1 is not enough PAR1")
+    (outcome,) = sqlite.publish(output)
+    assert type(outcome) is JobError
+    assert output.stage in outcome.message
+    assert sqlite.rows() == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("DELETE FROM sales WHERE id = 1 AND _cf_job_id = 2", "1 rows of job 2, where 2 were"),
+        ("INSERT INTO sales SELECT * FROM sales WHERE _cf_job_id = 2", "4 rows of job 2"),
+        ("UPDATE sales SET _cf_job_id = 3 WHERE _cf_job_id = 2", "0 rows of job 2"),
+        ("DELETE FROM _cf_outputs WHERE job_id = 2", "does not have the output of job 2"),
+        ("UPDATE _cf_outputs SET digest = '' WHERE job_id = 2", "does not have the output"),
+    ],
+)
+def test_check_sees_harm(sqlite: Place, harm: str, said: str) -> None:
+    outputs = [sqlite.sealed({"id": [1, 2]}, job) for job in (1, 2)]
+    made = claims(outputs, sqlite.publish(*outputs))
+    assert sqlite.sink.check(made) == []
+    with database(sqlite) as connection:
+        connection.execute(harm)
+    (fault,) = sqlite.sink.check(made)
+    assert fault.startswith(f"{sqlite.database}:{TOPIC}: ")
+    assert said in fault
+
+
+def test_check_sees_a_dropped_table_and_speaks_of_each_claim(sqlite: Place) -> None:
+    outputs = [sqlite.sealed({"id": [1]}, job) for job in (1, 2)]
+    made = claims(outputs, sqlite.publish(*outputs))
+    with database(sqlite) as connection:
+        connection.execute(f"DROP TABLE {TOPIC}")
+    assert ["no such table" in fault for fault in sqlite.sink.check(made)] == [True, True]
