@@ -192,9 +192,7 @@ def find(path: str | None = None) -> Path:
     Raises:
         ConfigError: there is none; the message lists the places tried.
     """
-    named = path or os.environ.get("CASPARIAN_CONFIG")
-    if named:
-        file = Path(os.path.abspath(named))
+    if file := named(path):
         if not file.is_file():
             raise ConfigError(f"no configuration at {file}", "casparian init")
         return file
@@ -207,6 +205,12 @@ def find(path: str | None = None) -> Path:
         f"in {here} and every folder above it",
         "casparian init   (makes one here)",
     )
+
+
+def named(path: str | None = None) -> Path | None:
+    """The file that `--config` or `$CASPARIAN_CONFIG` names, absolute; None where neither does."""
+    chosen = path or os.environ.get("CASPARIAN_CONFIG")
+    return Path(os.path.abspath(chosen)) if chosen else None
 
 
 def runtime_folder() -> Path:

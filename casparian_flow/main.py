@@ -129,8 +129,8 @@ def _begin(connection: Connection, limit: int) -> int:
     epoch = plugins.begin_epoch(connection)
     for job in jobs.held(connection, epoch):
         reason = f"the daemon ended while it ran ({job.attempts} of {limit} attempts)"
-        ended = jobs.Ended(job.id, job.fence, "LOST", reason, "", 0.0)
-        jobs.add_attempts(connection, job.epoch, job.worker, [ended])
+        ended = jobs.Ended(job.id, job.fence, job.worker, "LOST", reason, "", 0.0)
+        jobs.add_attempts(connection, job.epoch, [ended])
         if job.attempts >= limit:
             jobs.fail(connection, job.id, job.fence, reason)
         else:

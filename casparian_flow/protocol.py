@@ -165,8 +165,8 @@ class Artifact(Message, frozen=True):
     """Why it may not be run; empty where it may."""
 
 
-class Conclude(Message, frozen=True):
-    """The receipt of one attempt."""
+class Receipt(Record, frozen=True):
+    """What one attempt produced."""
 
     job_id: int
     fence: int
@@ -176,6 +176,12 @@ class Conclude(Message, frozen=True):
     retryable: bool = True
     log: str = ""
     seconds: float = 0.0
+
+
+class Conclude(Message, frozen=True):
+    """A worker ends the attempts of a batch."""
+
+    receipts: list[Receipt]
 
 
 class Heartbeat(Message, frozen=True):

@@ -1,0 +1,107 @@
+"""The command line: one verb a function, one group of verbs a file.
+
+Only typer is imported before a command runs, so that `casparian --help` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from casparian_flow.cli import (
+    context,
+    demo,
+    init,
+    jobs,
+    look,
+    publish,
+    query,
+    routing,
+    scan,
+    source,
+    start,
+    topics,
+)
+from casparian_flow.errors import CasparianError
+
+BUG = 70
+INTERRUPTED = 130
+
+app = context.group("Files dropped into directories become tables, with proof of every row.")
+app.command()(init.init)
+app.add_typer(source.app, name="source")
+app.command()(publish.publish)
+app.command()(start.start)
+app.command()(scan.scan)
+app.command()(start.wait)
+app.command()(look.status)
+app.add_typer(jobs.app, name="jobs")
+app.command()(look.files)
+app.command()(look.versions)
+app.command()(look.plugins)
+app.add_typer(routing.app, name="rules")
+app.add_typer(topics.app, name="topics")
+app.command()(query.query)
+app.command()(look.verify)
+app.command()(demo.demo)
+
+
+@app.callback()
+def options(
+    ctx: typer.Context,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="The configuration file; else $CASPARIAN_CONFIG, else the nearest "
+            "global_config.toml upward from here.",
+        ),
+    ] = None,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Log everything; show tracebacks.")
+    ] = False,
+) -> None:
+    """What holds for every command."""
+    ctx.obj = config
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    logging.getLogger("watchdog").setLevel(logging.INFO)  # else every event is a line
+
+
+def main() -> None:
+    """The entry point: runs a command, and ends with its exit code (docs/cli.md lists them)."""
+    try:
+        code = app(prog_name="casparian", standalone_mode=False)
+    except typer.Abort:
+        code = INTERRUPTED
+    except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001 - the last place to say it
+        code = _explain(error)
+    sys.exit(code or 0)
+
+
+def _explain(error: BaseException) -> int:
+    """Say what went wrong and what to type next; the exit code."""
+    if isinstance(error, BaseExceptionGroup):
+        from casparian_flow.main import first_error
+
+        error = first_error(error)
+    if show := getattr(error, "show", None):  # typer's own: wrong usage, and it says so itself
+        show()
+        return int(getattr(error, "exit_code", 2))
+    debug = logging.getLogger().isEnabledFor(logging.DEBUG)
+    if debug:
+        logging.getLogger(__name__).debug("this is where it happened", exc_info=error)
+    if isinstance(error, CasparianError):
+        context.note(f"error: {error.message}")
+        if error.hint:
+            context.note(f"  try: {error.hint}")
+        return error.exit_code
+    context.note(f"error: this is a bug in casparian: {type(error).__name__}: {error}")
+    if not debug:
+        context.note("  try: the same command as `casparian --debug ...`, and report what it says")
+    return BUG

@@ -19,15 +19,15 @@ would complete the winner's job. A verb returns what it changed.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, case, func, insert, select, text, update
+from sqlalchemy import Connection, bindparam, func, select, text, update
 
 from casparian_flow.db.access import execute_many
 from casparian_flow.db.models import (
-    Attempt,
     FileLocation,
     FileVersion,
     JobStatus,
@@ -47,6 +47,7 @@ class Ended(NamedTuple):
 
     job_id: int
     fence: int
+    worker: str
     outcome: str
     error: str
     log: str
@@ -140,9 +141,24 @@ _HELD = (
 )  # fmt: skip
 
 
-def decide(connection: Connection, job_id: int, fence: int) -> bool:
-    """Let the attempt win: from here its output will be published. False: it was too late."""
-    return _moved(connection, _HELD.values(status=JobStatus.COMMITTING, worker=None), job_id, fence)
+def decide(connection: Connection, held: Sequence[tuple[int, int]]) -> set[int]:
+    """Let attempts (job id, fence) win: from here their outputs will be published.
+
+    Returns:
+        Ids of the jobs that moved; the others' attempts came too late.
+    """
+    if not held:
+        return set()
+    moved = connection.exec_driver_sql(
+        """
+        UPDATE cf_processing_queue SET status = 'COMMITTING', worker = NULL
+        WHERE status = 'RUNNING' AND (id, fence) IN
+            (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))
+        RETURNING id
+        """,
+        (json.dumps(held),),
+    )
+    return set(moved.scalars())
 
 
 def requeue(
@@ -215,12 +231,18 @@ def note(connection: Connection, job_ids: Sequence[int], reason: str) -> None:
     )
 
 
-def add_attempts(connection: Connection, epoch: int, worker: str, ended: Sequence[Ended]) -> None:
+def add_attempts(connection: Connection, epoch: int, ended: Sequence[Ended]) -> None:
     """Keep the history of attempts; one row each, never changed."""
-    if ended:
-        connection.execute(
-            insert(Attempt), [{**end._asdict(), "epoch": epoch, "worker": worker} for end in ended]
-        )
+    now = utcnow().isoformat(" ")
+    execute_many(
+        connection,
+        """
+        INSERT INTO cf_attempt
+            (epoch, ended_at, job_id, fence, worker, outcome, error, log, seconds)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+        """,
+        [(epoch, now, *end) for end in ended],
+    )
 
 
 def attempts(connection: Connection, job_id: int) -> int:
@@ -277,15 +299,12 @@ def counts(connection: Connection) -> dict[str, int]:
     return {row[0]: row[1] for row in rows}
 
 
-def due(connection: Connection) -> tuple[int, float | None]:
-    """Queued jobs that could run now, and when the next one after that becomes due."""
-    now = time.time()
-    ready = func.count(case((ProcessingJob.not_before <= now, 1)))
-    later = func.min(case((ProcessingJob.not_before > now, ProcessingJob.not_before)))
-    row = connection.execute(
-        select(ready, later).where(ProcessingJob.status == JobStatus.QUEUED)
-    ).one()
-    return row[0], row[1]
+def claimable(connection: Connection) -> bool:
+    """Whether any job could be claimed now."""
+    ready = select(ProcessingJob.id).where(
+        ProcessingJob.status == JobStatus.QUEUED, ProcessingJob.not_before <= time.time()
+    )
+    return connection.execute(ready.limit(1)).first() is not None
 
 
 def outcomes(connection: Connection, job_ids: Sequence[int]) -> dict[str, int]:

@@ -14,7 +14,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, MetaData, UniqueConstraint, func, select
+from sqlalchemy import (
+    CheckConstraint,
+    ForeignKey,
+    Index,
+    MetaData,
+    UniqueConstraint,
+    func,
+    select,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, validates
 
 
@@ -270,7 +279,7 @@ class ProcessingJob(Base):
         CheckConstraint(f"status IN ({_STATUSES})", name="status"),
         CheckConstraint("(status = 'RUNNING') = (worker IS NOT NULL)", name="worker"),
         CheckConstraint("attempts >= 0 AND fence >= attempts", name="fence"),
-        Index("ix_cf_processing_queue_order", "status", "priority", "id"),
+        Index("ix_cf_processing_queue_order", "status", text("priority DESC"), "id"),
     )
 
     id: Mapped[int] = mapped_column(primary_key=True)

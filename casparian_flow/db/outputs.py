@@ -19,8 +19,8 @@ from casparian_flow.db.models import (
 from casparian_flow.protocol import Published, StagedOutput
 
 
-def plan(connection: Connection, job_id: int, staged: Sequence[StagedOutput]) -> None:
-    """Write down what a decided job will publish; a retried job's earlier plan is renewed."""
+def plan(connection: Connection, decided: Sequence[tuple[int, list[StagedOutput]]]) -> None:
+    """Write down what decided jobs will publish; a retried job's earlier plan is renewed."""
     execute_many(
         connection,
         """
@@ -36,6 +36,7 @@ def plan(connection: Connection, job_id: int, staged: Sequence[StagedOutput]) ->
         [
             (job_id, s.topic, s.uri, s.location, s.mode, s.output_key, s.stage, s.rows,
              s.size_bytes, s.digest)
+            for job_id, staged in decided
             for s in staged
         ],
     )  # fmt: skip
@@ -105,9 +106,10 @@ def mark_published(connection: Connection, done: Sequence[tuple[int, Published]]
 
 def mark_refused(connection: Connection, output_ids: Sequence[int]) -> None:
     """Record that a sink will never take these."""
-    connection.execute(
-        update(Output).where(Output.id.in_(output_ids)).values(state=OutputState.REFUSED)
-    )
+    if output_ids:
+        connection.execute(
+            update(Output).where(Output.id.in_(output_ids)).values(state=OutputState.REFUSED)
+        )
 
 
 def published(connection: Connection) -> Iterable[Any]:

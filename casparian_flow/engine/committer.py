@@ -27,7 +27,7 @@ from casparian_flow.db import audit, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
 from casparian_flow.engine import sinks
 from casparian_flow.errors import JobError, LedgerError, Unavailable
-from casparian_flow.protocol import Conclude, Outcome, Published, StagedOutput
+from casparian_flow.protocol import Outcome, Published, Receipt, StagedOutput
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ PAUSED = "paused: "
 ACTOR = "committer"
 
 
-class _Receipt(NamedTuple):
+class _Ended(NamedTuple):
     worker: str
-    conclusion: Conclude
+    receipt: Receipt
 
 
 class _Owed(NamedTuple):
@@ -73,7 +73,7 @@ class Committer:
         self._epoch = epoch
         self._limits = limits
         self._on_change = on_change
-        self._receipts: asyncio.Queue[_Receipt] = asyncio.Queue()
+        self._receipts: asyncio.Queue[_Ended] = asyncio.Queue()
         self._sick: dict[str, float] = {}
 
     @property
@@ -81,9 +81,9 @@ class Committer:
         """Locations of sinks that are paused."""
         return frozenset(self._sick)
 
-    def accept(self, worker: str, conclusion: Conclude) -> None:
+    def accept(self, worker: str, receipt: Receipt) -> None:
         """Take a receipt; it is decided with the next group."""
-        self._receipts.put_nowait(_Receipt(worker, conclusion))
+        self._receipts.put_nowait(_Ended(worker, receipt))
 
     async def run(self) -> None:
         """Serve until cancelled. Begins with what an earlier run decided and did not finish."""
@@ -97,16 +97,16 @@ class Committer:
             await self._serve(await self._next_group())
         await self._settle()
 
-    async def _serve(self, group: Sequence[_Receipt]) -> None:
+    async def _serve(self, group: Sequence[_Ended]) -> None:
         if group:
             fenced = await self._write(lambda c: self._decide(c, group))
             await asyncio.to_thread(_remove_stages, fenced)
         await self._settle()
         self._on_change()
 
-    async def _next_group(self) -> list[_Receipt]:
+    async def _next_group(self) -> list[_Ended]:
         """Wait for a receipt, or for a paused sink's next try; then take all that wait."""
-        group: list[_Receipt] = []
+        group: list[_Ended] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PAUSE_SECONDS if self._sick else None):
                 group.append(await self._receipts.get())
@@ -114,37 +114,36 @@ class Committer:
             group.append(self._receipts.get_nowait())
         return group
 
-    def _decide(self, connection: Connection, group: Sequence[_Receipt]) -> list[StagedOutput]:
+    def _decide(self, connection: Connection, group: Sequence[_Ended]) -> list[StagedOutput]:
         """Give every receipt its consequence; returns the staged files of those that were late."""
-        fenced: list[StagedOutput] = []
-        for worker, end in group:
-            error = end.error
-            match end.outcome:
-                case Outcome.STAGED:
-                    moved = jobs.decide(connection, end.job_id, end.fence)
-                    if moved:
-                        outputs.plan(connection, end.job_id, end.outputs)
-                case Outcome.FAILED:
-                    moved = self._failed(connection, end)
-                case Outcome.SUPERSEDED:
-                    moved = jobs.supersede(connection, end.job_id, end.fence, error)
-                case Outcome.RELEASED:
-                    moved = jobs.requeue(
-                        connection, end.job_id, end.fence,
-                        reason=f"{PAUSED}{error}" if error else "",
-                        delay_seconds=PAUSE_SECONDS if error else 0.0, refund=True,
-                    )  # fmt: skip
-            if not moved:
-                log.warning("job %d: a result under fence %d came too late", end.job_id, end.fence)
-                fenced += end.outputs
-                continue
-            ended = jobs.Ended(
-                end.job_id, end.fence, end.outcome.value, error, end.log, end.seconds
-            )
-            jobs.add_attempts(connection, self._epoch, worker, [ended])
-        return fenced
+        staged = [end for _, end in group if end.outcome is Outcome.STAGED]
+        moved = jobs.decide(connection, [(end.job_id, end.fence) for end in staged])
+        outputs.plan(
+            connection, [(end.job_id, end.outputs) for end in staged if end.job_id in moved]
+        )
+        moved |= {
+            end.job_id
+            for _, end in group
+            if end.outcome is not Outcome.STAGED and self._without_output(connection, end)
+        }
+        jobs.add_attempts(
+            connection, self._epoch, [_attempt(*end) for end in group if end[1].job_id in moved]
+        )
+        late = [end for _, end in group if end.job_id not in moved]
+        for end in late:
+            log.warning("job %d: a result under fence %d came too late", end.job_id, end.fence)
+        return [output for end in late for output in end.outputs]
 
-    def _failed(self, connection: Connection, end: Conclude) -> bool:
+    def _without_output(self, connection: Connection, end: Receipt) -> bool:
+        """Move a job whose attempt produced nothing; False when it was another's by now."""
+        if end.outcome is Outcome.SUPERSEDED:
+            return jobs.supersede(connection, end.job_id, end.fence, end.error)
+        if end.outcome is Outcome.RELEASED:
+            return jobs.requeue(
+                connection, end.job_id, end.fence,
+                reason=f"{PAUSED}{end.error}" if end.error else "",
+                delay_seconds=PAUSE_SECONDS if end.error else 0.0, refund=True,
+            )  # fmt: skip
         attempts = jobs.attempts(connection, end.job_id)
         if end.retryable and attempts < self._limits.max_attempts:
             delay = self._limits.retry_seconds * 4 ** (attempts - 1)
@@ -220,6 +219,12 @@ class Committer:
             except LedgerError as error:
                 log.error("%s (trying again in %g s)", error.message, PAUSE_SECONDS)
                 await asyncio.sleep(PAUSE_SECONDS)
+
+
+def _attempt(worker: str, end: Receipt) -> jobs.Ended:
+    return jobs.Ended(
+        end.job_id, end.fence, worker, end.outcome.value, end.error, end.log, end.seconds
+    )
 
 
 def _publish(location: str, staged: list[StagedOutput]) -> list[Published | JobError]:

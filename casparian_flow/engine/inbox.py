@@ -13,7 +13,6 @@ import hashlib
 import os
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
@@ -30,7 +29,7 @@ GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
 
 
 def place(path: bytes, inbox: Path, name: bytes, expected_hash: str) -> Path:
-    """Copy a version's bytes to `inbox/<a new folder>/<name>`, read-only.
+    """Copy a version's bytes to `inbox/<name>`, read-only; a file left there before goes.
 
     Args:
         path: the location's file, absolute.
@@ -43,24 +42,24 @@ def place(path: bytes, inbox: Path, name: bytes, expected_hash: str) -> Path:
         Unavailable: it cannot be read, or the inbox cannot be written.
     """
     with opened(path) as source, io_faults(f"cannot copy {os.fsdecode(path)!r} to {inbox}"):
-        folder = Path(tempfile.mkdtemp(prefix="", dir=inbox))
+        placed = inbox / os.fsdecode(name)
+        clear(placed)
         try:
-            placed = folder / os.fsdecode(name)
             digest = copy(source, placed)
             if digest != expected_hash:
                 raise gone(path, f"its content is now {digest[:12]}, not {expected_hash[:12]}")
         except BaseException:
-            clear(folder)
+            clear(placed)
             raise
         return placed
 
 
-def clear(folder: Path) -> None:
-    """Remove the folder that `place` made (the placed file's parent).
-
-    What a plugin has made unremovable in it stays until the guest's whole folder goes.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
+def clear(placed: Path) -> None:
+    """Remove what `place` made, or what a plugin put in its place."""
+    try:
+        placed.unlink(missing_ok=True)
+    except OSError:
+        shutil.rmtree(placed, ignore_errors=True)
 
 
 def hash_file(path: bytes) -> str:

@@ -33,9 +33,9 @@ from casparian_flow.errors import (
 from casparian_flow.protocol import (
     Artifact,
     Assignment,
-    Conclude,
     Outcome,
     OutputPlan,
+    Receipt,
     StagedOutput,
     Welcome,
 )
@@ -80,7 +80,7 @@ class Runner:
         self._running: Guest | None = None
         self._halted = threading.Event()
 
-    def run(self, jobs: Sequence[tuple[Assignment, Artifact]]) -> list[Conclude]:
+    def run(self, jobs: Sequence[tuple[Assignment, Artifact]]) -> list[Receipt]:
         """Run each job, then seal what they staged; one receipt a job, in their order."""
         outcomes = [self._attempt(job, artifact) for job, artifact in jobs]
         stages = [stage for o in outcomes if isinstance(o, _Ran) for stage in o.stages]
@@ -111,7 +111,7 @@ class Runner:
             seat.leave()
         self._seats.clear()
 
-    def _attempt(self, job: Assignment, artifact: Artifact) -> _Ran | Conclude:
+    def _attempt(self, job: Assignment, artifact: Artifact) -> _Ran | Receipt:
         """One attempt; whatever goes wrong becomes a receipt, and no stage is left behind."""
         if self._halted.is_set():
             return _ended(job, Outcome.RELEASED)
@@ -177,7 +177,7 @@ class Runner:
         try:
             yield _file(job, placed)
         finally:
-            inbox.clear(placed.parent)
+            inbox.clear(placed)
 
     def _seat(self, artifact: Artifact) -> _Seat:
         """A living guest of this artifact, warm if there is one."""
@@ -218,8 +218,8 @@ class Runner:
         return seat
 
 
-def _staged(ran: _Ran, sealed: Iterator[StagedOutput]) -> Conclude:
-    return Conclude(
+def _staged(ran: _Ran, sealed: Iterator[StagedOutput]) -> Receipt:
+    return Receipt(
         job_id=ran.job.job_id,
         fence=ran.job.fence,
         outcome=Outcome.STAGED,
@@ -257,11 +257,11 @@ def _file(job: Assignment, path: Path) -> FileInfo:
     )
 
 
-def _ended(job: Assignment, outcome: Outcome, log: str = "") -> Conclude:
-    return Conclude(job_id=job.job_id, fence=job.fence, outcome=outcome, log=log)
+def _ended(job: Assignment, outcome: Outcome, log: str = "") -> Receipt:
+    return Receipt(job_id=job.job_id, fence=job.fence, outcome=outcome, log=log)
 
 
-def _failed(job: Assignment, error: JobError, log: str, seconds: float) -> Conclude:
+def _failed(job: Assignment, error: JobError, log: str, seconds: float) -> Receipt:
     match error:
         case Superseded():
             outcome = Outcome.SUPERSEDED
@@ -269,7 +269,7 @@ def _failed(job: Assignment, error: JobError, log: str, seconds: float) -> Concl
             outcome = Outcome.RELEASED
         case _:
             outcome = Outcome.FAILED
-    return Conclude(
+    return Receipt(
         job_id=job.job_id,
         fence=job.fence,
         outcome=outcome,

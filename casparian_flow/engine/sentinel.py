@@ -180,9 +180,10 @@ class Sentinel:
                 self._bell.set()
             case protocol.Fetch(plugin_id=plugin_id):
                 await self._send(identity, await self._artifact(plugin_id))
-            case Conclude():
-                peer.held.pop(message.job_id, None)
-                self._committer.accept(peer.name, message)
+            case Conclude(receipts=receipts):
+                for receipt in receipts:
+                    peer.held.pop(receipt.job_id, None)
+                    self._committer.accept(peer.name, receipt)
             case protocol.Goodbye():
                 await self._lose(identity, "left")
 
@@ -227,7 +228,7 @@ class Sentinel:
             self._dispatcher.claim, worker=peer.name, limit=peer.free, sick=self._committer.sick
         )
         # A look costs no transaction; a claim does, and most looks find nothing.
-        ready, _ = await self._ledger.read_soon(jobs.due)
+        ready = await self._ledger.read_soon(jobs.claimable)
         assignments = await self._ledger.write_soon(claim) if ready else []
         if not assignments:
             return

@@ -25,7 +25,7 @@ import zmq.asyncio
 from casparian_flow import protocol
 from casparian_flow.engine.runner import Runner
 from casparian_flow.errors import CasparianError, DaemonGone, ProtocolError
-from casparian_flow.protocol import AnyMessage, Artifact, Assignment
+from casparian_flow.protocol import AnyMessage, Artifact, Assignment, Conclude
 
 log = logging.getLogger(__name__)
 
@@ -134,9 +134,9 @@ class Worker:
         draining = asyncio.create_task(self._draining.wait())
         try:
             while batch := await self._next_batch(draining):
-                await self._run(batch)
                 if not self._draining.is_set():
-                    await self._pull()
+                    await self._pull()  # the next batch comes while this one runs
+                await self._run(batch)
         finally:
             draining.cancel()
 
@@ -151,10 +151,11 @@ class Worker:
     async def _run(self, batch: Sequence[Assignment]) -> None:
         assert self._runner is not None
         loop = asyncio.get_running_loop()
-        work = [(job, await self._artifact(job.plugin_id)) for job in batch]
+        artifacts = {n: await self._artifact(n) for n in {job.plugin_id for job in batch}}
+        work = [(job, artifacts[job.plugin_id]) for job in batch]
         started = loop.time()
-        for conclusion in await loop.run_in_executor(self._thread, self._runner.run, work):
-            await self._send(conclusion)
+        receipts = await loop.run_in_executor(self._thread, self._runner.run, work)
+        await self._send(Conclude(receipts=receipts))
         each = (loop.time() - started) / len(batch)
         self._pace = (self._pace + each) / 2
 

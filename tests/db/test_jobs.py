@@ -21,7 +21,7 @@ VERBS: dict[str, tuple[Callable[[Connection, int], object], set[JobStatus], JobS
         {JobStatus.QUEUED},
         JobStatus.RUNNING,
     ),
-    "decide": (lambda c, job: jobs.decide(c, job, 1), {JobStatus.RUNNING}, JobStatus.COMMITTING),
+    "decide": (lambda c, job: jobs.decide(c, [(job, 1)]), {JobStatus.RUNNING}, JobStatus.COMMITTING),
     "complete": (
         lambda c, job: jobs.complete(c, [job]),
         {JobStatus.COMMITTING},
@@ -99,25 +99,24 @@ def test_a_slow_loser_cannot_touch_the_winners_attempt(ledger: Ledger) -> None:
     ledger.write(lambda c: jobs.requeue(c, job, 1, reason="the worker fell silent"))
     assert ledger.write(lambda c: jobs.claim(c, "other", 1, 1)) == [job]
     for verb in (
-        lambda c: jobs.decide(c, job, 1),
+        lambda c: jobs.decide(c, [(job, 1)]),
         lambda c: jobs.fail(c, job, 1, "late"),
         lambda c: jobs.supersede(c, job, 1, "late"),
         lambda c: jobs.requeue(c, job, 1, reason="late"),
     ):
-        assert ledger.write(verb) is False
-    assert ledger.write(lambda c: jobs.decide(c, job, 2)) is True
+        assert not ledger.write(verb)
+    assert ledger.write(lambda c: jobs.decide(c, [(job, 2)])) == {job}
 
 
 def test_claims_go_by_priority_then_age_and_wait_for_their_time(ledger: Ledger) -> None:
     low = add_job(ledger, priority=1)
+    assert ledger.read(jobs.claimable)
     high = add_job(ledger, priority=9)
     same = add_job(ledger, priority=1)
     add_job(ledger, priority=99, not_before=time.time() + 3600)
     assert ledger.write(lambda c: jobs.claim(c, "w", 1, 1)) == [high]
     assert sorted(ledger.write(lambda c: jobs.claim(c, "w", 1, 10))) == [low, same]
-    ready, later = ledger.read(jobs.due)
-    assert ready == 0
-    assert later is not None
+    assert not ledger.read(jobs.claimable)
 
 
 def test_the_attempt_is_counted_at_the_claim_and_given_back_by_a_refund(ledger: Ledger) -> None:

@@ -36,11 +36,11 @@ def test_the_bytes_arrive_under_the_original_name(tmp_path: Path, inbox: Path, n
     before = os.stat(path)
     placed = place(path, inbox, name, HASH)
     assert os.fsencode(placed.name) == name
-    assert placed.parent.parent == inbox
+    assert placed.parent == inbox
     assert placed.read_bytes() == CONTENT
     assert placed.stat().st_mode & 0o777 == 0o400
     assert os.stat(path).st_ctime_ns == before.st_ctime_ns
-    clear(placed.parent)
+    clear(placed)
     assert not list(inbox.iterdir())
 
 

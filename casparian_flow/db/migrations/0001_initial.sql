@@ -171,7 +171,7 @@ CREATE TABLE cf_processing_queue (
     CONSTRAINT fk_cf_processing_queue_epoch FOREIGN KEY(epoch) REFERENCES cf_epoch (id)
 );
 
-CREATE INDEX ix_cf_processing_queue_order ON cf_processing_queue (status, priority, id);
+CREATE INDEX ix_cf_processing_queue_order ON cf_processing_queue (status, priority DESC, id);
 
 CREATE TABLE cf_attempt (
     id INTEGER NOT NULL, 

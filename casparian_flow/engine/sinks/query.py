@@ -151,7 +151,9 @@ def _table_rows(path: Path, topic: str, keys: Sequence[str]) -> Iterator[Any]:
     They are found by output key: an adopted output carries the job id of an earlier ledger.
     """
     uri = f"{path.as_uri()}?mode=ro"
-    with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+    # DuckDB pulls the rows from threads of its own, one at a time.
+    opened = sqlite3.connect(uri, uri=True, check_same_thread=False)
+    with contextlib.closing(opened) as connection:
         columns = connection.execute(
             "SELECT name, type FROM pragma_table_info(?)", [topic]
         ).fetchall()

@@ -1,0 +1,151 @@
+"""What every command shares: the ledger it opens, and how it talks.
+
+What a command found or did goes to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date, datetime
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+if TYPE_CHECKING:
+    from casparian_flow.config import Settings
+    from casparian_flow.db.access import Ledger
+    from casparian_flow.services.report import Advice
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
+
+Limit = Annotated[int, typer.Option(min=1, metavar="N", help="Rows at the most.")]
+
+
+class Here(NamedTuple):
+    """The configuration in force and its ledger."""
+
+    settings: Settings
+    ledger: Ledger
+
+
+def group(words: str, **options: Any) -> typer.Typer:
+    """A group of commands, with plain help that looks the same everywhere."""
+    return typer.Typer(
+        help=words,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        **{"no_args_is_help": True, **options},
+    )
+
+
+@contextlib.contextmanager
+def opened(ctx: typer.Context) -> Iterator[Here]:
+    """The configuration and ledger of a command, for as long as the block runs."""
+    from casparian_flow import config
+    from casparian_flow.db.access import Ledger, get_engine
+
+    settings = config.load(ctx.obj)
+    engine = get_engine(settings.database)
+    try:
+        with Ledger(engine) as ledger:
+            yield Here(settings, ledger)
+    finally:
+        engine.dispose()
+
+
+def say(words: str) -> None:
+    """A line of what the command found or did."""
+    typer.echo(printable(words))
+
+
+def note(words: str) -> None:
+    """A line about it, for people only."""
+    typer.echo(printable(words), err=True)
+
+
+def advise(advice: Iterable[Advice]) -> None:
+    """What is missing, and what to type next."""
+    for words, command in advice:
+        note(f"{words}\n  try: {command}")
+
+
+def document(data: Any) -> None:
+    """The one JSON document of `--json`."""
+    typer.echo(json.dumps(data, indent=2, default=plain))
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON has no form for: times in ISO 8601, bytes in hexadecimal."""
+    if isinstance(value, date | datetime):
+        return value.isoformat()
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def listing(rows: Sequence[Mapping[str, Any]], as_json: bool, columns: str, empty: str) -> None:
+    """Rows as a table of these columns, or all of them as JSON.
+
+    Args:
+        columns: names, separated by spaces.
+        empty: what to say where there are no rows.
+    """
+    if as_json:
+        document(list(rows))
+    elif rows:
+        names = columns.split()
+        table(names, ([_short(name, row[name]) for name in names] for row in rows))
+    else:
+        note(empty)
+
+
+def _short(name: str, value: Any) -> Any:
+    """The beginning of a hash tells it from the others."""
+    return value[:12] if value and name in ("content_hash", "artifact", "key_id") else value
+
+
+def table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table for people. What is not a terminal has no width, so nothing is folded there."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console() if sys.stdout.isatty() else Console(width=1 << 16)
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        drawn.add_column(Text(printable(name)), overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell(n, v)) for n, v in zip(names, row, strict=True)))
+    console.print(drawn)
+
+
+def facts(row: Mapping[str, Any]) -> None:
+    """One thing, a line a property."""
+    width = max(map(len, row))
+    for name, value in row.items():
+        say(f"{name:<{width}}  {cell(name, value)}".rstrip())
+
+
+def cell(name: str, value: Any) -> str:
+    """A value as people read it."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("_at"):
+        return f"{value[:19]}Z"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return printable(value.hex() if isinstance(value, bytes) else str(value), keep="")
+
+
+def printable(words: str, keep: str = "\n\t") -> str:
+    """Text that a terminal only shows: a file's name may hold anything, escape codes too."""
+    if words.isprintable():
+        return words
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in words
+    )

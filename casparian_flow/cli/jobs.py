@@ -1,0 +1,121 @@
+"""`casparian jobs`: what was done, what waits, and why something failed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from casparian_flow.cli import context
+from casparian_flow.cli.context import AsJson, Limit
+
+app = context.group(
+    "List, show, retry and abort jobs.", invoke_without_command=True, no_args_is_help=False
+)
+
+Ids = Annotated[list[int], typer.Argument(metavar="ID", help="As in `casparian jobs`.")]
+
+
+@app.callback()
+def jobs(
+    ctx: typer.Context,
+    status: Annotated[
+        str | None, typer.Option(metavar="STATUS", help="Only these: QUEUED, FAILED, ...")
+    ] = None,
+    plugin: Annotated[
+        str | None, typer.Option(metavar="PLUGIN", help="Only this plugin's.")
+    ] = None,
+    path: Annotated[
+        str | None,
+        typer.Option(metavar="GLOB", help="Only of files whose path matches; * crosses /."),
+    ] = None,
+    limit: Limit = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, the newest first."""
+    if ctx.invoked_subcommand is not None:
+        return
+    from casparian_flow.db import views
+    from casparian_flow.db.models import JobStatus
+
+    if status is not None and status.upper() not in list(JobStatus):
+        raise typer.BadParameter(f"{status!r}; there are {', '.join(JobStatus)}")
+    wanted = status.upper() if status else None
+    with context.opened(ctx) as (_, ledger):
+        rows = ledger.read(lambda c: views.jobs(c, limit, wanted, plugin, path))
+    columns = "id status plugin plugin_version source rel_path version attempts finished_at reason"
+    context.listing(rows, as_json, columns, "no such jobs\n  try: casparian status")
+
+
+@app.command()
+def show(
+    ctx: typer.Context,
+    job_id: Annotated[int, typer.Argument(metavar="ID", help="As in `casparian jobs`.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a job in full.
+
+    Its file, its attempts with their logs, and its outputs.
+    """
+    from casparian_flow.db import views
+    from casparian_flow.errors import NotFound
+
+    with context.opened(ctx) as (_, ledger):
+        job = ledger.read(lambda c: views.job(c, job_id))
+    if job is None:
+        raise NotFound(f"there is no job {job_id}", "casparian jobs")
+    if as_json:
+        context.document(job)
+    else:
+        _show(job)
+
+
+def _show(job: dict[str, Any]) -> None:
+    attempts, outputs = job.pop("attempt_log"), job.pop("outputs")
+    context.facts(job)
+    for attempt in attempts:
+        context.say(
+            f"\nattempt {attempt['fence']}: {attempt['outcome']} after {attempt['seconds']:.2f} s"
+            f" on {attempt['worker']}, {context.cell('ended_at', attempt['ended_at'])}"
+        )
+        if attempt["error"]:
+            context.say(f"  {attempt['error']}")
+        for line in attempt["log"].splitlines():
+            context.say(f"  | {line}")
+    if outputs:
+        context.say("")
+        columns = "topic state rows size_bytes target uri"
+        context.listing(outputs, False, columns, "")
+    elif job["status"] == "COMPLETED":
+        context.say("\nthe plugin published nothing for this file")
+
+
+@app.command()
+def retry(
+    ctx: typer.Context,
+    job_ids: Annotated[
+        list[int] | None, typer.Argument(metavar="ID", help="As in `casparian jobs`.")
+    ] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Every FAILED job.")] = False,
+) -> None:
+    """Queue failed or aborted jobs again.
+
+    With a fresh budget of attempts.
+    """
+    from casparian_flow.services import changes
+
+    if bool(job_ids) == failed:
+        raise typer.BadParameter("name jobs, or say --failed")
+    with context.opened(ctx) as (settings, ledger):
+        count = changes.retry_jobs(ledger, settings, job_ids or None)
+    context.say(f"{count} jobs queued")
+
+
+@app.command()
+def abort(ctx: typer.Context, job_ids: Ids) -> None:
+    """End queued jobs; nothing will run for them."""
+    from casparian_flow.services import changes
+
+    with context.opened(ctx) as (settings, ledger):
+        count = changes.abort_jobs(ledger, settings, job_ids)
+    context.say(f"{count} jobs aborted")

@@ -1,0 +1,144 @@
+"""The commands that only look: status, files, versions, plugins, verify."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from casparian_flow.cli import context
+from casparian_flow.cli.context import AsJson, Limit
+
+if TYPE_CHECKING:
+    from casparian_flow.cli.context import Here
+
+
+def status(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """Show how things stand, and what is missing."""
+    from casparian_flow.services import report
+
+    with context.opened(ctx) as (settings, ledger):
+        found = report.status(settings, ledger)
+    if as_json:
+        context.document(found)
+        return
+    context.say(f"database  {found['database']}")
+    context.say(f"daemon    {_who(found['daemon'])}")
+    counts = ", ".join(f"{n} {s}" for s, n in sorted(found["jobs"].items()))
+    context.say(f"jobs      {counts or 'none'}")
+    _section("sources", found["sources"], "name path active files unreadable scanned_at problem")
+    _section("plugins", found["plugins"], "name version topics subscriptions")
+    _section("sinks", found["sinks"], "uri topics rows place")
+    _section("why jobs wait or failed", found["reasons"], "status jobs example reason")
+    if found["advice"]:
+        context.say("")
+    context.advise(report.Advice(**advice) for advice in found["advice"])
+
+
+def _who(daemon: dict[str, Any] | None) -> str:
+    if not daemon:
+        return "not running"
+    return "{role}, process {pid} on {host}, since {since}".format_map(daemon)
+
+
+def _section(title: str, rows: list[dict[str, Any]], columns: str) -> None:
+    if rows:
+        context.say(f"\n{title}")
+        context.listing(rows, False, columns, "")
+
+
+def files(
+    ctx: typer.Context,
+    source: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only of this source root.")
+    ] = None,
+    gone: Annotated[
+        bool, typer.Option("--gone", help="Those that were deleted, instead of those there.")
+    ] = False,
+    unreadable: Annotated[
+        bool, typer.Option("--unreadable", help="Only those that could not be read.")
+    ] = False,
+    limit: Limit = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List the files that are known.
+
+    Each with its current version and the jobs of it.
+    """
+    from casparian_flow.db import views
+
+    with context.opened(ctx) as (_, ledger):
+        rows = ledger.read(lambda c: views.files(c, limit, source, gone, unreadable))
+    columns = "source rel_path size_bytes versions content_hash detected_at jobs problem"
+    context.listing(rows, as_json, columns, "no such files\n  try: casparian status")
+
+
+def versions(
+    ctx: typer.Context,
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="Under its source root, as NAME/path, or as a path from here."
+        ),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """List every content a file has had.
+
+    Each with its jobs.
+    """
+    from casparian_flow.errors import NotFound
+
+    with context.opened(ctx) as here:
+        rows = _versions(here, path)
+    if not rows:
+        raise NotFound(f"no file {path} is known", "casparian files   (or: casparian scan)")
+    columns = "source rel_path version current content_hash size_bytes detected_at jobs"
+    context.listing(rows, as_json, columns, "")
+
+
+def _versions(here: Here, path: str) -> list[dict[str, Any]]:
+    """The versions of each location that the path may mean."""
+    from casparian_flow.db import views, wiring
+
+    rows = []
+    for root in here.ledger.read(wiring.every_root):
+        meant = {path, path.removeprefix(f"{root.name}/")}
+        meant.add(os.path.relpath(os.path.abspath(path), root.path))
+        for rel_path in sorted(meant):
+            rows += here.ledger.read(
+                lambda c, i=root.id, p=rel_path: views.versions(  # type: ignore[misc]
+                    c, i, os.fsencode(p), os.fsencode(p).decode("utf-8", "backslashreplace")
+                )
+            )
+    return rows
+
+
+def plugins(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List every deployed plugin version."""
+    from casparian_flow.db import views
+
+    with context.opened(ctx) as (_, ledger):
+        rows = ledger.read(views.plugins)
+    columns = "name version active artifact key_id deployed_at topics subscriptions"
+    context.listing(rows, as_json, columns, "no plugins\n  try: casparian publish PLUGIN.py")
+
+
+def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """Check every claim of the ledger.
+
+    Against itself, its audit, the signatures of plugins, and every output in its sink.
+    """
+    from casparian_flow.services.verify import verify as check
+
+    with context.opened(ctx) as (settings, ledger):
+        verdict = check(settings, ledger)
+    if as_json:
+        context.document({"checked": verdict.checked, "problems": verdict.problems})
+    else:
+        context.say("checked: " + ", ".join(f"{n} {what}" for what, n in verdict.checked.items()))
+        for problem in verdict.problems:
+            context.say(f"problem: {problem}")
+        context.say(f"{len(verdict.problems)} problems" if verdict.problems else "everything holds")
+    raise typer.Exit(1 if verdict.problems else 0)

@@ -1,0 +1,80 @@
+"""`casparian publish`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from casparian_flow.cli import context
+
+if TYPE_CHECKING:
+    from casparian_flow.cli.context import Here
+    from casparian_flow.protocol import Deploy
+
+
+def publish(
+    ctx: typer.Context,
+    plugin: Annotated[str, typer.Argument(metavar="PLUGIN.py", help="The plugin's file.")],
+    version: Annotated[
+        str | None,
+        typer.Option(
+            metavar="V", help="Its version; else the MANIFEST's, else the next patch release."
+        ),
+    ] = None,
+) -> None:
+    """Lock, sign and deploy a plugin.
+
+    Files that are known already and that it wants are queued.
+    """
+    from casparian_flow import config
+    from casparian_flow.engine.venv_manager import EnvironmentStore
+    from casparian_flow.security import signing
+    from casparian_flow.security.manifest import normal_version
+    from casparian_flow.services import architect
+
+    file = Path(plugin).absolute()
+    with context.opened(ctx) as here:
+        source, manifest = architect.read_plugin(file)
+        chosen = normal_version(version or manifest.version, file.name)
+        chosen = chosen or architect.next_version(here.ledger, manifest.name)
+        context.note(f"plugin       {manifest.name} {chosen}")
+        lock = _lock(here, file, source, manifest.name, chosen)
+        pins = sum("==" in line for line in lock.splitlines())
+        context.note(f"locked       {pins} packages, each with its hashes")
+        python, _ = EnvironmentStore(config.cache_folder() / "envs").python(lock)
+        context.note(f"environment  {python.parent.parent}")
+        keys = config.keys_folder()
+        message = architect.sign(file, source, lock, manifest.name, chosen, keys)
+        context.note(f"artifact     sha256 {signing.artifact_hash(source, lock)}")
+        context.note(f"signed       by key {signing.key_id(message.public_key)}")
+        context.say(_deploy(here, message))
+
+
+def _lock(here: Here, file: Path, source: bytes, name: str, version: str) -> str:
+    """The dependencies' lock; that of the same source under the same version, where deployed.
+
+    Newer packages may have appeared since: without this, publishing again would be a conflict.
+    """
+    from casparian_flow.db import plugins
+    from casparian_flow.engine.venv_manager import lock_dependencies
+
+    known = here.ledger.read(lambda c: plugins.find(c, name, version))
+    if known is not None and known.source == source:
+        return str(known.lock)
+    return lock_dependencies(file)
+
+
+def _deploy(here: Here, message: Deploy) -> str:
+    """Through the daemon where one runs, else directly; what was done, in words."""
+    from casparian_flow.engine import control
+    from casparian_flow.errors import PluginError
+    from casparian_flow.services import architect
+
+    reply = control.ask(here.settings.database, message)
+    if reply is None:
+        return architect.deploy(here.ledger, here.settings, message)
+    if not reply.ok:
+        raise PluginError(reply.text, reply.hint)
+    return reply.text

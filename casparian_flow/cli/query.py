@@ -1,0 +1,82 @@
+"""`casparian query`."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from casparian_flow.cli import context
+from casparian_flow.cli.context import AsJson
+
+TABLE_ROWS = 50
+
+
+def query(
+    ctx: typer.Context,
+    sql: Annotated[
+        str, typer.Argument(metavar="SQL", help="One SELECT over <topic> or <topic>_history.")
+    ],
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Comma separated, with a header.")] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Rows at the most; a table shows 50, else all."),
+    ] = None,
+) -> None:
+    """Ask a question of the committed outputs.
+
+    Each topic is a table of what the latest version of each file gave; <topic>_history has what
+    every version gave.
+    """
+    from casparian_flow.db import views
+    from casparian_flow.engine.sinks.query import answer
+
+    if as_json and as_csv:
+        raise typer.BadParameter("--json or --csv, not both")
+    with context.opened(ctx) as (_, ledger):
+        outputs = ledger.read(views.committed)
+    with answer(sql, outputs) as reader:
+        names, rows = list(reader.schema.names), _rows(reader)
+        if as_csv:
+            writer = csv.writer(sys.stdout, lineterminator="\n")
+            writer.writerow(names)
+            writer.writerows(itertools.islice(rows, limit))
+        elif as_json:
+            _print_json(names, itertools.islice(rows, limit))
+        else:
+            shown = list(itertools.islice(rows, limit or TABLE_ROWS))
+            context.table(names, shown)
+            if more := sum(1 for _ in rows):
+                context.note(f"{more} more rows   (--limit N shows more, --csv and --json all)")
+
+
+def _rows(reader: Any) -> Iterator[tuple[Any, ...]]:
+    for batch in reader:
+        columns = [column.to_pylist() for column in batch.columns]
+        yield from zip(*columns, strict=True)
+
+
+def _print_json(names: list[str], rows: Iterator[tuple[Any, ...]]) -> None:
+    """A row at a time: there may be many."""
+    separator = "[\n"
+    for row in rows:
+        fields = {name: _jsonable(value) for name, value in zip(names, row, strict=True)}
+        typer.echo(separator + json.dumps(fields, default=context.plain), nl=False)
+        separator = ",\n"
+    typer.echo("[]" if separator == "[\n" else "\n]")
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _jsonable(inner) for name, inner in value.items()}
+    return [_jsonable(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,207 @@
+"""`casparian scan`: the one-shot, for cron; with `--drain` it sees its jobs through."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from casparian_flow.cli import context
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from casparian_flow.cli.context import Here
+    from casparian_flow.cli.progress import Line
+    from casparian_flow.db.views import Waiting
+    from casparian_flow.services.scan import ScanReport
+
+FAILED, PARTIAL, INTERRUPTED = 1, 3, 130
+
+SHOWN = 20
+"""Unreadable files, and failed jobs, that are named; the others are counted."""
+
+POLL_SECONDS = 0.2
+POLL_SHARE = 10
+"""Looking at a long queue takes a while: at most a tenth of the time is spent on it."""
+
+STUCK_LOOKS = 8
+"""Looks that find nothing running before a job that is free to run counts as stuck: more than
+the Sentinel's slow poll."""
+
+
+def scan(
+    ctx: typer.Context,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME", help="Source roots; else all.")
+    ] = None,
+    drain: Annotated[
+        bool,
+        typer.Option("--drain", help="See the jobs through as well: work them, or wait for them."),
+    ] = False,
+) -> None:
+    """Look once for what changed and queue its jobs.
+
+    For cron, and beside a running daemon.
+    """
+    import asyncio
+
+    from casparian_flow.cli import progress
+    from casparian_flow.services import changes, scout
+
+    with context.opened(ctx) as here, progress.line() as line:
+        wanted = set(_unfinished(here) if drain else ())
+        reports = []
+        for root in scout.roots(here.ledger, names or ()):
+            line.show(f"scanning {root.name} ({root.path})")
+            reports.append(scout.scan_until_settled(here.ledger, root))
+        line.clear()
+        for report in reports:
+            _print(report)
+        changes.ring(here.settings)
+        reason = ""
+        if drain:
+            # A daemon may have found our files before us: its jobs for them are ours to await.
+            wanted.update(_unfinished(here), *(report.job_ids for report in reports))
+        if wanted:
+            reason = asyncio.run(_see_through(here, sorted(wanted), line))
+            line.clear()
+        code = _verdict(here, reports, sorted(wanted), reason)
+    raise typer.Exit(code)
+
+
+def _unfinished(here: Here) -> list[int]:
+    from casparian_flow.db import jobs, views
+
+    return here.ledger.read(lambda c: views.job_ids(c, jobs.UNFINISHED))
+
+
+def _print(report: ScanReport) -> None:
+    if report.problem:
+        return
+    context.say(
+        f"{report.source}: {report.files} files, {report.versions} new versions, "
+        f"{len(report.job_ids)} jobs queued, {report.gone} gone, "
+        f"{len(report.unreadable)} unreadable, {len(report.unsettled)} unsettled"
+    )
+    for words in report.unreadable[:SHOWN]:
+        context.note(f"  unreadable: {words}")
+    if len(report.unreadable) > SHOWN:
+        context.note(f"  and {len(report.unreadable) - SHOWN} more: casparian files --unreadable")
+    if report.unsettled:
+        context.note("  unsettled: files that kept changing; the next scan looks at them again")
+
+
+def _verdict(here: Here, reports: Sequence[ScanReport], wanted: Sequence[int], reason: str) -> int:
+    """Say how it ended; the exit code.
+
+    Raises:
+        SourceError: a source root is frozen.
+    """
+    from casparian_flow.errors import SourceError
+    from casparian_flow.services.report import advise
+
+    failed = _print_jobs(here, wanted, reason) if wanted else False
+    if not wanted:
+        context.advise(advise(here.settings, here.ledger))
+    for report in reports:
+        if report.problem:
+            raise SourceError(report.problem, "nothing is inferred from that; mount or restore it")
+    if failed or reason:
+        return INTERRUPTED if reason == _STOPPED else FAILED
+    return PARTIAL if any(r.unreadable or r.unsettled for r in reports) else 0
+
+
+def _print_jobs(here: Here, wanted: Sequence[int], reason: str) -> bool:
+    """Print what became of these jobs; whether any failed."""
+    from casparian_flow.db import jobs, views
+
+    outcomes = here.ledger.read(lambda c: jobs.outcomes(c, wanted))
+    context.say(", ".join(f"{n} jobs {status}" for status, n in sorted(outcomes.items())))
+    if reason:
+        context.note(f"error: not all of them are done: {reason}\n  try: casparian status")
+    if not outcomes.get("FAILED"):
+        return False
+    everything = here.ledger.read(lambda c: views.job_ids(c, ["FAILED"]))
+    failed = sorted(set(everything).intersection(wanted))
+    for job_id in failed[:SHOWN]:
+        job = here.ledger.read(lambda c, job_id=job_id: views.job(c, job_id)) or {}  # type: ignore[misc]
+        context.note(f"  failed: {job['source']}/{job['rel_path']}: {job['reason']}")
+        context.note(f"    try: casparian jobs show {job_id}")
+    if len(failed) > SHOWN:
+        context.note(f"  and {len(failed) - SHOWN} more: casparian jobs --status FAILED")
+    return True
+
+
+_STOPPED = "interrupted; what is left stays queued"
+
+
+async def _see_through(here: Here, wanted: Sequence[int], line: Line) -> str:
+    """Work the queue, or wait for the daemon that does; why not all is done, else empty."""
+    import asyncio
+
+    from casparian_flow import daemon_lock, main
+    from casparian_flow.db import views
+    from casparian_flow.errors import DaemonRunning
+
+    stop = asyncio.Event()
+    main.stop_on_signals(stop)
+    lock = here.settings.database.daemon_lock
+    workers = here.settings.workers.effective
+    while True:
+        if daemon_lock.holder(lock) is None:
+            # Another process may become the daemon first: then that one is waited for.
+            with contextlib.suppress(DaemonRunning):
+                async with main.running(
+                    here.settings, "casparian scan --drain", workers=workers, watch=False
+                ):
+                    return await _done(here, views.EVERY, line, stop, of_daemon=False) or ""
+        outcome = await _done(here, wanted[-1], line, stop, of_daemon=True)
+        if outcome is not None:
+            return outcome
+
+
+async def _done(
+    here: Here, up_to: int, line: Line, stop: asyncio.Event, *, of_daemon: bool
+) -> str | None:
+    """Wait until no job up to this id is unfinished.
+
+    Args:
+        of_daemon: another process works them; give up when it ends.
+
+    Returns:
+        Empty when they are done; why they are not, when all that is left is paused or we are
+        told to stop; None when the daemon we waited for has ended.
+    """
+    import asyncio
+
+    from casparian_flow import daemon_lock
+    from casparian_flow.cli.progress import waiting
+    from casparian_flow.db import views
+    from casparian_flow.engine.committer import PAUSED
+
+    calm = 0
+    while True:
+        began = time.monotonic()
+        left = await here.ledger.read_soon(lambda c: views.waiting(c, PAUSED, up_to))
+        if not left.unfinished:
+            return ""
+        line.show(waiting(left))
+        calm = calm + 1 if _is_stuck(left) else 0
+        if calm and (left.paused == left.unfinished or calm > STUCK_LOOKS):
+            return left.reason
+        if of_daemon and daemon_lock.holder(here.settings.database.daemon_lock) is None:
+            return None
+        pause = max(POLL_SECONDS, POLL_SHARE * (time.monotonic() - began))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause):
+                await stop.wait()
+            return _STOPPED
+
+
+def _is_stuck(left: Waiting) -> bool:
+    """Whether something is paused, and nothing runs or waits for its own time."""
+    return bool(left.paused) and not left.running and not left.later

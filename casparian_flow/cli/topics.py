@@ -1,0 +1,61 @@
+"""`casparian topics`: where the outputs of plugins go."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from casparian_flow.cli import context
+from casparian_flow.cli.context import AsJson
+
+app = context.group(
+    "List and set where outputs go.", invoke_without_command=True, no_args_is_help=False
+)
+
+
+@app.callback()
+def topics(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List every topic and its sink."""
+    if ctx.invoked_subcommand is None:
+        _list(ctx, as_json)
+
+
+@app.command("list")
+def list_(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List every topic and its sink."""
+    _list(ctx, as_json)
+
+
+def _list(ctx: typer.Context, as_json: bool) -> None:
+    from casparian_flow.db import views
+
+    with context.opened(ctx) as (_, ledger):
+        rows = ledger.read(views.topics)
+    columns = "plugin topic uri mode outputs rows"
+    context.listing(rows, as_json, columns, "no topics\n  try: casparian publish PLUGIN.py")
+
+
+@app.command("set")
+def set_(
+    ctx: typer.Context,
+    plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="The plugin's name.")],
+    topic: Annotated[str, typer.Argument(metavar="TOPIC", help="One of its topics.")],
+    uri: Annotated[
+        str,
+        typer.Argument(metavar="URI", help="parquet://path/to/folder or sqlite:///path/to/file."),
+    ],
+    mode: Annotated[str, typer.Option(metavar="MODE", help="How rows are added.")] = "append",
+) -> None:
+    """Send a topic to a sink from now on.
+
+    What was published before stays where it is.
+    """
+    from casparian_flow.services import changes
+
+    with context.opened(ctx) as (settings, ledger):
+        declared = changes.set_topic(ledger, settings, plugin, topic, uri, mode)
+    context.say(f"{plugin}: topic {topic} goes to {uri}")
+    if topic not in declared:
+        known = ", ".join(declared) or "none"
+        context.note(f"note: {plugin} had no topic {topic!r} so far (it has: {known})")

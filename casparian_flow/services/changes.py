@@ -1,0 +1,270 @@
+"""What a person asks for: checked, written with its audit row, and told to the daemon."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from sqlalchemy import Connection
+
+from casparian_flow import daemon_lock
+from casparian_flow.config import Settings
+from casparian_flow.db import jobs, plugins, views, wiring
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import JobStatus
+from casparian_flow.db.routing import compile_pattern
+from casparian_flow.engine import sinks
+from casparian_flow.errors import CasparianError, ConfigError, DaemonGone, NotFound, SourceError
+from casparian_flow.services import architect
+from casparian_flow.services.walk import Ignore
+
+log = logging.getLogger(__name__)
+
+SETTLE_LIMIT_SECONDS = 86_400.0
+
+CHUNK = 10_000
+"""Jobs changed in one transaction."""
+
+
+def ring(settings: Settings, *, scan: bool = False) -> None:
+    """Tell the daemon, if one runs, that the ledger has changed.
+
+    Args:
+        scan: ask it for a full scan as well.
+    """
+    if daemon_lock.holder(settings.database.daemon_lock) is None:
+        return
+    from casparian_flow.engine import control
+    from casparian_flow.protocol import Ring
+
+    try:
+        control.ask(settings.database, Ring(scan=scan))
+    except DaemonGone as error:
+        log.warning("%s; it will see the change at its next look", error.message)
+
+
+def add_source(
+    ledger: Ledger,
+    settings: Settings,
+    path: str,
+    *,
+    name: str | None = None,
+    ignore: Sequence[str] = (),
+    settle_seconds: float | None = None,
+) -> str:
+    """Watch a directory, or watch a removed one again; the source root's name.
+
+    Raises:
+        SourceError: it cannot be a source root; the message says why.
+    """
+    path = os.path.abspath(path)
+    _check_folder(path)
+    _check_options(name, ignore, settle_seconds)
+    given = {"name": name, "ignore": "\n".join(ignore) or None, "settle_seconds": settle_seconds}
+    columns = {"path": path, **{key: value for key, value in given.items() if value is not None}}
+
+    def work(connection: Connection) -> str:
+        known = wiring.every_root(connection)
+        _check_place(path, name, known)
+        earlier = next((root.id for root in known if root.path == path), None)
+        if earlier is None:
+            columns.setdefault("ignore", "")
+        return wiring.add_root(connection, earlier, **columns)
+
+    added = ledger.write(work)
+    ring(settings, scan=True)
+    return added
+
+
+def _check_folder(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise SourceError(
+            f"the path {path.encode('utf-8', 'backslashreplace').decode()} is not UTF-8",
+            "rename that directory; the files in it may have any name",
+        ) from None
+    try:
+        with os.scandir(path):
+            pass
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be a source root: {error.strerror}",
+            "name a directory that is there and that you may read",
+        ) from error
+
+
+def _check_options(name: str | None, ignore: Sequence[str], settle_seconds: float | None) -> None:
+    if name is not None and (not name.isprintable() or not name.strip() or "/" in name):
+        raise SourceError(f"{name!r} cannot be a source root's name", "use letters and digits")
+    for pattern in ignore:
+        try:
+            pattern.encode()
+            Ignore(pattern)
+        except ValueError as error:
+            raise SourceError(
+                f"{pattern!r} is not an ignore pattern: {error}", "write it as in a .gitignore"
+            ) from error
+    if settle_seconds is not None and not 0 <= settle_seconds <= SETTLE_LIMIT_SECONDS:
+        raise SourceError(
+            f"a settle time of {settle_seconds:g} s is out of range",
+            f"0 to {SETTLE_LIMIT_SECONDS:g} seconds; 2 is the default",
+        )
+
+
+def _check_place(path: str, name: str | None, known: Sequence[Any]) -> None:
+    """No file may be in two roots: it would have two locations, and its rows come twice."""
+    here = os.path.realpath(path)
+    for root in known:
+        if name == root.name and path != root.path:
+            raise SourceError(
+                f"the name {name} is taken by {root.path}", "choose another one with --name"
+            )
+        if not root.active:
+            continue
+        there = os.path.realpath(root.path)
+        if here == there:
+            raise SourceError(
+                f"{path} is a source root already: {root.name}",
+                f"casparian source remove {root.name}   (then add it with other options)",
+            )
+        if os.path.commonpath([here, there]) in (here, there):
+            inner, outer = ("is inside", "leave") if len(here) > len(there) else ("contains", "")
+            raise SourceError(
+                f"{path} {inner} the source root {root.name} ({root.path})",
+                "its files are seen already"
+                if outer
+                else f"casparian source remove {root.name}   (then add this one)",
+            )
+
+
+def remove_source(ledger: Ledger, settings: Settings, name: str) -> None:
+    """Scan a root no more. Nothing is deleted; adding its directory again brings it back.
+
+    Raises:
+        NotFound: no active source root has that name.
+    """
+    if not ledger.write(lambda c: wiring.remove_root(c, name)):
+        raise NotFound(f"no active source root is named {name!r}", "casparian source list")
+    ring(settings, scan=True)
+
+
+def add_rule(
+    ledger: Ledger, settings: Settings, pattern: str, tag: str, priority: int
+) -> tuple[int, int]:
+    """Add a routing rule and queue what it asks for; the rule's id, and how many jobs.
+
+    Raises:
+        ConfigError: not a glob, not a tag, or there already.
+    """
+    try:
+        compile_pattern(pattern)
+        pattern.encode()
+        tag.encode()
+    except (ValueError, re.error) as error:
+        raise ConfigError(f"{pattern!r} cannot be a rule's pattern: {error}", "*.csv") from error
+    if "," in tag or tag != tag.strip() or not tag:
+        raise ConfigError(f"{tag!r} is not a tag", "a tag is one word without commas")
+    rule_id = ledger.write(lambda c: wiring.add_rule(c, pattern, tag, priority))
+    if rule_id is None:
+        raise ConfigError(f"there is a rule {pattern} -> {tag} already", "casparian rules list")
+    queued = architect.queue_missing(ledger)
+    ring(settings)
+    return rule_id, queued
+
+
+def remove_rule(ledger: Ledger, settings: Settings, rule_id: int) -> str:
+    """Remove a routing rule; jobs it has queued stay. The rule in words.
+
+    Raises:
+        NotFound: no rule has that id.
+    """
+    removed = ledger.write(lambda c: wiring.remove_rule(c, rule_id))
+    if removed is None:
+        raise NotFound(f"there is no rule {rule_id}", "casparian rules list")
+    ring(settings)
+    return removed
+
+
+def set_topic(
+    ledger: Ledger, settings: Settings, plugin: str, topic: str, uri: str, mode: str
+) -> list[str]:
+    """Send a topic to a sink from now on; the topics the plugin's MANIFEST declares.
+
+    Raises:
+        NotFound: no such plugin.
+        ConfigError: the sink's URI or the mode is not one we have.
+    """
+    known = ledger.read(lambda c: plugins.versions(c, plugin))
+    if not known:
+        raise NotFound(f"no plugin is named {plugin!r}", "casparian plugins")
+    if mode != "append":
+        raise ConfigError(f"mode {mode!r} is not supported; supported: append", "--mode append")
+    sinks.resolve(uri, settings.home)
+
+    def work(connection: Connection) -> list[str]:
+        newest = plugins.find(connection, plugin, str(known[-1]))
+        declared = plugins.topics_of(connection, newest)
+        wiring.set_topic(connection, plugin, topic, uri, mode)
+        return declared
+
+    return ledger.write(work)
+
+
+def retry_jobs(ledger: Ledger, settings: Settings, job_ids: Sequence[int] | None) -> int:
+    """Queue failed or aborted jobs again, with a fresh budget of attempts; how many.
+
+    Args:
+        job_ids: None means every FAILED one.
+
+    Raises:
+        NotFound: no job has one of these ids.
+        CasparianError: some are neither FAILED nor ABORTED; the others were queued.
+    """
+    if job_ids is None:
+        job_ids = ledger.read(lambda c: views.job_ids(c, [JobStatus.FAILED]))
+    return _change(ledger, settings, "retry", jobs.retry, job_ids, "FAILED or ABORTED")
+
+
+def abort_jobs(ledger: Ledger, settings: Settings, job_ids: Sequence[int]) -> int:
+    """End queued jobs; how many.
+
+    Raises:
+        NotFound: no job has one of these ids.
+        CasparianError: some are not QUEUED; the others were aborted.
+    """
+    return _change(ledger, settings, "abort", jobs.abort, job_ids, "QUEUED")
+
+
+def _change(
+    ledger: Ledger,
+    settings: Settings,
+    verb: str,
+    change: Callable[[Connection, Sequence[int]], list[int]],
+    job_ids: Sequence[int],
+    wanted: str,
+) -> int:
+    def work(connection: Connection, chunk: Sequence[int]) -> list[int]:
+        found = sorted(change(connection, chunk))
+        wiring.note(connection, verb, [f"job {job_id}" for job_id in found])
+        return found
+
+    changed: list[int] = []
+    for start in range(0, len(job_ids), CHUNK):
+        changed += ledger.write(partial(work, chunk=job_ids[start : start + CHUNK]))
+    if changed:
+        ring(settings)
+    for job_id in sorted(set(job_ids).difference(changed)):
+        found = ledger.read(partial(views.job, job_id=job_id))
+        if found is None:
+            raise NotFound(f"there is no job {job_id}", "casparian jobs")
+        raise CasparianError(
+            f"job {job_id} is {found['status']}; only jobs that are {wanted} can be "
+            f"{'retried' if verb == 'retry' else 'aborted'}",
+            f"casparian jobs show {job_id}",
+        )
+    return len(changed)

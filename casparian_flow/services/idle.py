@@ -1,0 +1,95 @@
+"""Waiting until the daemon has seen everything and done everything."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from sqlalchemy import Connection
+
+from casparian_flow import daemon_lock
+from casparian_flow.config import Settings
+from casparian_flow.db import views
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.views import Waiting
+from casparian_flow.engine import control
+from casparian_flow.engine.committer import PAUSED
+from casparian_flow.errors import DaemonGone, SourceError
+from casparian_flow.protocol import Ring
+
+POLL_SECONDS = 0.05
+
+
+def wait_until_idle(
+    settings: Settings, ledger: Ledger, timeout_seconds: float | None = None
+) -> None:
+    """Return when a full scan of every active root, begun after this call, has finished, every
+    file in it had settled, and no job is QUEUED, RUNNING or COMMITTING.
+
+    Args:
+        timeout_seconds: how long at the most; None waits for ever.
+
+    Raises:
+        DaemonGone: no daemon runs, it ended meanwhile, or the time is up.
+        SourceError: a source root is frozen, so that no scan of it will finish.
+    """
+    deadline = time.monotonic() + timeout_seconds if timeout_seconds is not None else None
+    wanted = rung = _ring(settings)
+    while True:
+        roots, jobs = ledger.read(_look)
+        behind = [root for root in roots if root.started < wanted or root.unsettled]
+        if not behind and not jobs.unfinished:
+            return
+        if deadline is not None and time.monotonic() > deadline:
+            raise DaemonGone(
+                f"not idle after {timeout_seconds:g} s: {_why(behind, jobs)}", "casparian status"
+            )
+        _refuse_frozen(behind)
+        if daemon_lock.holder(settings.database.daemon_lock) is None:
+            raise DaemonGone(f"the daemon ended: {_why(behind, jobs)}", "casparian start")
+        if any(_due(root, rung) for root in behind):
+            rung = _ring(settings)
+        time.sleep(POLL_SECONDS)
+
+
+def _look(connection: Connection) -> tuple[list[Any], Waiting]:
+    """One snapshot: a scan that has finished has queued its jobs before."""
+    return list(views.scans(connection)), views.waiting(connection, PAUSED)
+
+
+def _ring(settings: Settings) -> float:
+    """Ask for a full scan; when that was, seconds since the epoch."""
+    now = time.time()
+    if control.ask(settings.database, Ring(scan=True)) is None:
+        raise DaemonGone("no daemon runs, so nothing would become idle", "casparian start")
+    return now
+
+
+def _due(root: Any, rung: float) -> bool:
+    """A scan since we rang found unsettled files, which could be at rest by now."""
+    return bool(
+        root.started >= rung
+        and root.unsettled
+        and time.time() >= root.finished + root.settle_seconds
+    )
+
+
+def _refuse_frozen(roots: list[Any]) -> None:
+    for root in roots:
+        if root.problem and not _is_there(root.path):
+            raise SourceError(root.problem, "mount or restore it, or: casparian source remove")
+
+
+def _is_there(path: str) -> bool:
+    try:
+        with os.scandir(path) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
+
+
+def _why(behind: list[Any], jobs: Waiting) -> str:
+    scans = [f"source root {root.name} is not scanned or not settled" for root in behind]
+    work = f"{jobs.queued} jobs queued, {jobs.running} running, {jobs.committing} committing"
+    return "; ".join([*scans, work, *filter(None, [jobs.reason])])

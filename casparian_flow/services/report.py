@@ -1,0 +1,100 @@
+"""How things stand, and what is plainly missing."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from casparian_flow import daemon_lock
+from casparian_flow.config import Settings
+from casparian_flow.db import jobs, views
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.routing import compile_pattern
+from casparian_flow.db.views import Row
+from casparian_flow.engine import sinks
+from casparian_flow.errors import CasparianError
+
+
+class Advice(NamedTuple):
+    """Something that is missing, and what to type next."""
+
+    words: str
+    command: str
+
+
+def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
+    """Daemon, source roots, jobs, plugins, sinks, why jobs wait or failed, and advice."""
+    topics = ledger.read(views.topics)
+    return {
+        "database": str(settings.database.path),
+        "daemon": daemon_lock.holder(settings.database.daemon_lock),
+        "sources": ledger.read(views.roots),
+        "jobs": ledger.read(jobs.counts),
+        "reasons": ledger.read(views.reasons),
+        "plugins": [row for row in ledger.read(views.plugins) if row["active"]],
+        "sinks": _sinks(settings, topics),
+        "advice": [advice._asdict() for advice in advise(settings, ledger)],
+    }
+
+
+def _sinks(settings: Settings, topics: list[Row]) -> list[Row]:
+    """Every sink that a topic goes to, with its absolute place or what is wrong with it."""
+    found: dict[str, Row] = {}
+    for topic in topics:
+        uri = topic["uri"]
+        sink = found.setdefault(uri, {"uri": uri, "place": "", "topics": "", "rows": 0})
+        try:
+            sink["place"] = sinks.resolve(uri, settings.home)
+        except CasparianError as error:
+            sink["place"] = error.message
+        sink["topics"] = ", ".join(filter(None, [sink["topics"], topic["topic"]]))
+        sink["rows"] += topic["rows"]
+    return list(found.values())
+
+
+def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
+    """What stands between the files and their tables, most fundamental first."""
+    roots = [root for root in ledger.read(views.roots) if root["active"]]
+    plugins = ledger.read(views.plugins)
+    counts = ledger.read(jobs.counts)
+    files = sum(root["files"] for root in roots)
+    daemon = daemon_lock.holder(settings.database.daemon_lock)
+    found = []
+    if not roots:
+        found.append(Advice("no source root: nothing is looked at", "casparian source add DIR"))
+    if not plugins:
+        found.append(
+            Advice(
+                "no plugin is published: files are recorded, and nothing is made of them",
+                "casparian publish PLUGIN.py",
+            )
+        )
+    for root in roots:
+        if root["problem"]:
+            found.append(Advice(root["problem"], "mount or restore it, then: casparian scan"))
+        elif not root["scanned_at"] and not daemon:
+            command = f"casparian scan {root['name']}"
+            found.append(Advice(f"source root {root['name']} was never scanned", command))
+    for rule in ledger.read(views.rules):
+        if fault := rule_fault(rule["pattern"]):
+            words = f"rule {rule['id']} matches nothing: {fault}"
+            found.append(Advice(words, f"casparian rules remove {rule['id']}"))
+    if files and plugins and not counts:
+        words = f"no jobs queued: no rule that a plugin subscribes to matches any of {files} files"
+        found.append(Advice(words, "casparian rules list"))
+    if counts.get("QUEUED") and not daemon:
+        words = f"{counts['QUEUED']} jobs are queued and no daemon works them"
+        found.append(Advice(words, "casparian start   (or: casparian scan --drain)"))
+    if counts.get("FAILED"):
+        command = "casparian jobs --status FAILED"
+        found.append(Advice(f"{counts['FAILED']} jobs failed", command))
+    return found
+
+
+def rule_fault(pattern: str) -> str:
+    """Why a rule that was written into the table by other means matches nothing; else empty."""
+    try:
+        compile_pattern(pattern)
+    except (ValueError, re.error) as error:
+        return str(error)
+    return ""

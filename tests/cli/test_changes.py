@@ -1,0 +1,170 @@
+"""Configuration, source roots, rules and topics: what works, and what is refused and why."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from casparian_flow import config
+from tests.cli.conftest import Casparian
+from tests.plugs import ROWS
+
+
+def test_init_makes_a_complete_configuration_and_says_what_to_type(bare: Casparian) -> None:
+    done = bare.run("init")
+    assert "casparian source add DIR" in done.stderr
+    file = bare.folder / config.FILE_NAME
+    assert tomllib.loads(file.read_text()) == {
+        "database": {"db_location": "casparian_flow.sqlite3"}
+    }
+    uncommented = file.read_text().replace("# [", "[").replace(" = ", "=")
+    lines = [line.removeprefix("# ") if "=" in line else line for line in uncommented.splitlines()]
+    file.write_text("\n".join(lines))
+    assert config.load(str(file)) == config.load(str(_minimal(bare.folder)))
+
+
+def _minimal(folder: Path) -> Path:
+    file = folder / "minimal.toml"
+    file.write_text('[database]\ndb_location = "casparian_flow.sqlite3"\n')
+    return file
+
+
+def test_init_keeps_what_is_there(casparian: Casparian) -> None:
+    file = casparian.folder / config.FILE_NAME
+    before = file.read_text()
+    assert "is there already" in casparian.out("init")
+    assert file.read_text() == before
+
+
+def test_init_goes_where_it_is_told(bare: Casparian, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare.run("init", "below")
+    assert (bare.folder / "below" / config.FILE_NAME).is_file()
+    monkeypatch.setenv("CASPARIAN_CONFIG", str(bare.folder / "named.toml"))
+    bare.run("init")
+    assert (bare.folder / "named.toml").is_file()
+    assert bare.json("source", "list") == []
+
+
+def test_a_scan_of_the_configurations_own_folder_sees_none_of_ours(casparian: Casparian) -> None:
+    (casparian.folder / "mine.txt").write_text("mine")
+    casparian.run("source", "add", ".", "--settle", "0")
+    casparian.run("scan")
+    assert [row["rel_path"] for row in casparian.json("files")] == ["mine.txt"]
+
+
+def test_without_a_configuration_every_place_tried_is_named(bare: Casparian) -> None:
+    words = bare.err("status", code=78)
+    assert "--config" in words
+    assert "$CASPARIAN_CONFIG" in words
+    assert "casparian init" in words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[database\n", "not valid TOML"),
+        ("[database]\nlocation = 1\n", "location"),
+        ("[workers]\ncount = -1\n", "count"),
+    ],
+)
+def test_a_broken_configuration_is_refused(bare: Casparian, text: str, words: str) -> None:
+    (bare.folder / config.FILE_NAME).write_text(text)
+    assert words in bare.err("status", code=78)
+
+
+def test_a_database_of_another_program_is_left_alone(casparian: Casparian) -> None:
+    path = casparian.folder / "casparian_flow.sqlite3"
+    path.unlink()
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE theirs (a)")
+    other.close()
+    assert "another program" in casparian.err("status", code=74)
+    path.write_text("prose, and no database at all; but long enough to be looked at as one")
+    assert "not a SQLite database" in casparian.err("status", code=74)
+
+
+def test_a_source_root_comes_and_goes_and_comes_back(casparian: Casparian, source: Path) -> None:
+    (source / "a.txt").write_text("a")
+    casparian.run("scan")
+    casparian.run("source", "remove", "in")
+    assert not casparian.json("source", "list")[0]["active"]
+    assert "no active root" not in casparian.out("files")
+    assert "source list" in casparian.err("source", "remove", "in", code=66)
+    assert "no active source root named in" in casparian.err("scan", "in", code=66)
+    casparian.run("source", "add", source, "--name", "inbox", "--ignore", "*.bak")
+    (root,) = casparian.json("source", "list")
+    assert (root["name"], root["active"], root["ignore"], root["settle_seconds"]) == (
+        "inbox", True, "*.bak", 0.0,
+    )  # fmt: skip
+    (source / "b.bak").write_text("b")
+    casparian.run("scan")
+    assert [row["rel_path"] for row in casparian.json("files")] == ["a.txt"]
+
+
+def test_what_cannot_be_a_source_root_is_refused(casparian: Casparian, source: Path) -> None:
+    def refused(*arguments: str | Path) -> str:
+        return casparian.err("source", "add", *arguments, code=66)
+
+    (source / "file").write_text("")
+    (source / "inner").mkdir()
+    other = source.parent / "other"
+    other.mkdir()
+    (source.parent / "link").symlink_to(source)
+    assert "No such file" in refused(source / "missing")
+    assert "Not a directory" in refused(source / "file")
+    assert "is inside" in refused(source / "inner")
+    assert "contains" in refused(source.parent)
+    assert "already: in" in refused(source)
+    assert "already: in" in refused(source.parent / "link")
+    assert "taken" in refused(other, "--name", "in")
+    assert "name" in refused(other, "--name", "a/b")
+    assert "ignore pattern" in refused(other, "--ignore", "!")
+    assert "settle" in refused(other, "--settle", "-1")
+    assert "settle" in refused(other, "--settle", "nan")
+    strange = os.fsdecode(os.fsencode(source.parent) + b"/\xff")
+    Path(strange).mkdir()
+    assert "not UTF-8" in refused(strange)
+    assert len(casparian.json("source", "list")) == 1
+
+
+def test_a_rule_queues_what_it_asks_for(casparian: Casparian, source: Path) -> None:
+    (source / "a.log").write_text("a")
+    casparian.run("publish", casparian.plugin("rows", ROWS))
+    casparian.run("scan")
+    assert "no jobs queued" in casparian.err("status")
+    assert "1 jobs queued" in casparian.out("rules", "add", "*.log", "plugin:rows")
+    rules = casparian.json("rules", "list")
+    assert [(rule["pattern"], rule["plugins"]) for rule in rules] == [
+        ("*.txt", "rows"), ("*.log", "rows"),
+    ]  # fmt: skip
+    assert "already" in casparian.err("rules", "add", "*.log", "plugin:rows", code=78)
+    casparian.run("rules", "remove", str(rules[1]["id"]))
+    assert "no rule" in casparian.err("rules", "remove", "99", code=66)
+    assert "pattern" in casparian.err("rules", "add", "/", "tag", code=78)
+    assert "tag" in casparian.err("rules", "add", "*", "a,b", code=78)
+    assert "1 jobs are queued and no daemon works them" in casparian.err("status")
+
+
+def test_a_topic_goes_where_it_is_sent(casparian: Casparian, source: Path) -> None:
+    assert "no plugin is named" in casparian.err("topics", "set", "rows", "a", "b", code=66)
+    casparian.run("publish", casparian.plugin("rows", ROWS))
+    set_lines = ("topics", "set", "rows", "lines")
+    assert "scheme 'ftp'" in casparian.err(*set_lines, "ftp://x", code=78)
+    assert "mode" in casparian.err(*set_lines, "parquet://x", "--mode", "sometimes", code=78)
+    assert "had no topic 'other'" in casparian.err(
+        "topics", "set", "rows", "other", "parquet://output"
+    )
+    casparian.run(*set_lines, "sqlite:///tables.sqlite3")
+    (source / "a.txt").write_text("one\ntwo\n")
+    casparian.run("scan", "--drain")
+    topics = {row["topic"]: (row["uri"], row["rows"]) for row in casparian.json("topics")}
+    assert topics == {"lines": ("sqlite:///tables.sqlite3", 2), "other": ("parquet://output", 0)}
+    assert casparian.json("topics", "list") == casparian.json("topics")
+    assert casparian.json("query", "SELECT line FROM lines ORDER BY line") == [
+        {"line": "one"}, {"line": "two"},
+    ]  # fmt: skip
+    assert casparian.json("verify")["problems"] == []

@@ -1,0 +1,46 @@
+"""`--help` is quick, and docs/cli.md says the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli.conftest import Casparian
+from tests.cli.write_docs import block, documented, every_command
+
+
+@pytest.mark.parametrize("words", every_command(), ids=" ".join)
+def test_the_docs_say_what_help_says(words: tuple[str, ...]) -> None:
+    assert documented().get(words) == block(words), "run: python -m tests.cli.write_docs"
+
+
+def test_the_docs_have_no_command_that_is_not_there() -> None:
+    assert set(documented()) == set(every_command())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["scan", "--help"], ["jobs", "show", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from casparian_flow.cli import main
+sys.argv = ["casparian", *{arguments!r}]
+try:
+    main()
+except SystemExit:
+    pass
+print("LOADED", *{{name.partition(".")[0] for name in sys.modules}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.rpartition("LOADED")[2].split())
+    heavy = "sqlalchemy pandas pyarrow duckdb zmq nacl watchdog rich msgspec asyncio numpy uv"
+    assert not loaded & set(heavy.split())
+
+
+def test_wrong_usage_is_told_by_the_command_itself(bare: Casparian) -> None:
+    assert "No such command 'frob'" in bare.err("frob", code=2)
+    assert "Missing argument" in bare.err("source", "add", code=2)
+    assert "--idle" in bare.err("wait", code=2)
+    assert "QUEUED" in bare.err("jobs", "--status", "FROB", code=2)
+    assert "--failed" in bare.err("jobs", "retry", code=2)

@@ -1,0 +1,185 @@
+"""Replay a real revision history into a watched root under a running daemon, and compare.
+
+    python -m tests.e2e.replay sp500 [--commits N] [--flood]
+    python -m tests.e2e.replay countries
+
+The events file is the oracle. Waiting until idle after each commit, the ledger must hold exactly
+one version for each path and consecutive distinct content; flooding, every recorded version must
+be a content the path has had, and every path's last content must be recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from sqlalchemy import select
+
+from casparian_flow import config
+from casparian_flow.config import Settings
+from casparian_flow.db import jobs
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import FileLocation, FileVersion
+from casparian_flow.main import open_ledger
+from casparian_flow.services.idle import wait_until_idle
+from tests.conftest import write_config
+from tests.factories import add_root
+from tests.plugs import publish_file
+
+REPOSITORY = Path(__file__).parents[2]
+HISTORIES = REPOSITORY.parent / "shared" / "data" / "histories"
+IDLE_SECONDS = 300.0
+
+
+class Event(NamedTuple):
+    """One change of one path in one commit."""
+
+    seq: int
+    status: str
+    path: str
+    sha256: str
+
+
+def events(name: str, commits: int | None) -> list[Event]:
+    """The events of a history, up to a number of commits."""
+    with open(HISTORIES / f"{name}.events.csv", newline="") as file:
+        rows = [
+            Event(int(r["seq"]), r["status"], r["path"], r["sha256"]) for r in csv.DictReader(file)
+        ]
+    return [event for event in rows if commits is None or event.seq <= commits]
+
+
+def apply(burst: Sequence[Event], blobs: Path, root: Path) -> None:
+    """Write, replace and remove files, each content by temporary file and rename."""
+    for event in burst:
+        target = root / event.path
+        if event.status == "D":
+            target.unlink()
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.tmp")
+        shutil.copyfile(blobs / event.sha256, temporary)
+        temporary.replace(target)
+
+
+@contextmanager
+def daemon(settings: Settings) -> Iterator[None]:
+    """`casparian start` as a process of its own, stopped by SIGTERM."""
+    command = [sys.executable, "-m", "casparian_flow.cli", "start"]
+    environment = {**os.environ, "CASPARIAN_CONFIG": str(settings.home / config.FILE_NAME)}
+    with (
+        open(settings.home / "daemon.log", "w") as log,
+        subprocess.Popen(command, env=environment, stderr=log, stdout=log) as process,
+    ):
+        try:
+            while not settings.database.control_socket.exists():
+                if process.poll() is not None:
+                    raise AssertionError((settings.home / "daemon.log").read_text())
+                time.sleep(0.02)
+            yield
+        finally:
+            process.terminate()
+            status = process.wait(60)
+        assert status == 0, (settings.home / "daemon.log").read_text()
+
+
+def recorded(ledger: Ledger) -> tuple[dict[str, list[str]], set[str]]:
+    """Path -> hashes of its versions in order; and the paths that are there now."""
+    query = (
+        select(FileLocation.rel_path, FileVersion.content_hash, FileLocation.gone_at)
+        .join(FileVersion, FileVersion.location_id == FileLocation.id)
+        .order_by(FileLocation.rel_path, FileVersion.ordinal)
+    )
+    versions: dict[str, list[str]] = defaultdict(list)
+    present = set()
+    for path, content, gone_at in ledger.read(lambda c: c.execute(query).all()):
+        versions[path].append(content)
+        if gone_at is None:
+            present.add(path)
+    return versions, present
+
+
+def problems(ledger: Ledger, history: Sequence[Event], flood: bool) -> list[str]:
+    """How the ledger differs from the oracle; empty where it does not."""
+    contents: dict[str, list[str]] = defaultdict(list)
+    last: dict[str, str] = {}
+    for event in history:
+        last[event.path] = "" if event.status == "D" else event.sha256
+        if event.status != "D" and contents[event.path][-1:] != [event.sha256]:
+            contents[event.path].append(event.sha256)
+    versions, present = recorded(ledger)
+    found = []
+    if present != {path for path, content in last.items() if content}:
+        found.append("the files that are there are not those of the last commit")
+    if not flood:
+        wrong = [
+            path for path in contents.keys() | versions.keys() if contents[path] != versions[path]
+        ]
+        return [*found, *(f"{path}: versions differ from the history" for path in wrong)]
+    for path, hashes in versions.items():
+        if not set(hashes) <= set(contents[path]):
+            found.append(f"{path}: a version that is no content of its history")
+    for path, content in last.items():
+        if content and versions[path][-1:] != [content]:
+            found.append(f"{path}: its last content is not recorded")
+    return found
+
+
+def replay(folder: Path, name: str, commits: int | None, flood: bool) -> dict[str, int]:
+    """Run a history in `folder`; the figures of the run.
+
+    Raises:
+        AssertionError: the ledger differs from the oracle, or a job is unfinished.
+    """
+    history = events(name, commits)
+    blobs = folder / "blobs"
+    with tarfile.open(HISTORIES / f"{name}.blobs.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    settings = write_config(folder / "flow")
+    root = folder / "root"
+    root.mkdir()
+    with open_ledger(settings) as ledger:
+        add_root(ledger, root)
+        publish_file(ledger, settings, REPOSITORY / "plugins" / "delimited.py", "1.0.0")
+        with daemon(settings):
+            for _, burst in groupby(history, key=lambda event: event.seq):
+                apply(list(burst), blobs, root)
+                if not flood:
+                    wait_until_idle(settings, ledger, IDLE_SECONDS)
+            wait_until_idle(settings, ledger, IDLE_SECONDS)
+        found = problems(ledger, history, flood)
+        assert not found, "\n".join(found[:20])
+        counts = ledger.read(jobs.counts)
+        assert not counts.keys() & set(jobs.UNFINISHED), counts
+        versions = sum(map(len, recorded(ledger)[0].values()))
+    return {"events": len(history), "versions": versions, **counts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.e2e.replay")
+    parser.add_argument("name", choices=["sp500", "countries"])
+    parser.add_argument("--commits", type=int)
+    parser.add_argument("--flood", action="store_true")
+    options = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="replay-") as folder:
+        figures = replay(Path(folder), options.name, options.commits, options.flood)
+    took = time.monotonic() - started
+    print(f"{options.name}: the ledger equals the history after {took:.0f} s: {figures}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""`casparian demo`, as a newcomer runs it; and that what it needs ships with the package."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HASH = r"[0-9a-f]{64}"
+
+
+def demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "casparian_flow.cli", "demo", *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
+    home = tmp_path / "demo"
+    done = demo(home)
+    assert done.returncode == 0, done.stderr
+    orders = re.findall(r"^inbox +orders\.csv +(\d) ", done.stdout, re.MULTILINE)
+    assert orders == ["1", "2"]
+    assert re.findall(r"^inbox +stations\.tsv +(\d) ", done.stdout, re.MULTILINE) == ["1"]
+    hashes = re.findall(rf"^hash (?:in row|in ledger|on disk) +({HASH})", done.stdout, re.MULTILINE)
+    assert len(hashes) == 3
+    assert len(set(hashes)) == 1
+    assert "4 fields where the header has 5" in done.stdout
+    assert "東京" in done.stdout
+    assert "everything holds" in done.stdout
+    assert (home / "inbox" / "orders.csv").is_file()
+    assert list((home / "output" / "delimited").glob("*.parquet"))
+
+
+def test_a_directory_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    done = demo(tmp_path)
+    assert done.returncode == 1
+    assert "is not empty" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_every_package_is_listed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    folders = {file.parent for file in (ROOT / "casparian_flow").rglob("*.py")}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(settings["packages"]) == names | set(settings["package-dir"])
+    assert {ROOT / folder for folder in settings["package-dir"].values()} == {ROOT / "plugins"}

@@ -1,0 +1,26 @@
+"""Real revision histories, in short; `python -m tests.e2e.replay` runs them whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.replay import HISTORIES, replay
+
+pytestmark = pytest.mark.skipif(
+    not HISTORIES.is_dir(), reason="shared data not present: real histories are not replayed"
+)
+
+
+def test_the_first_commits_one_by_one(tmp_path: Path) -> None:
+    figures = replay(tmp_path, "sp500", commits=50, flood=False)
+    assert figures["versions"] == figures["COMPLETED"]
+
+
+def test_identical_rewrites_give_no_version(tmp_path: Path) -> None:
+    replay(tmp_path, "countries", commits=25, flood=False)
+
+
+def test_a_flood(tmp_path: Path) -> None:
+    replay(tmp_path, "sp500", commits=None, flood=True)

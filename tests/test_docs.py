@@ -1,0 +1,125 @@
+"""The pages say what is so: settings, states, names, commands and snippets."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from casparian_flow import config
+from casparian_flow.cli import init
+from casparian_flow.config import Settings
+from casparian_flow.db.models import JobStatus
+from casparian_flow.db.schema import migrations
+from tests.cli.write_docs import every_command
+from tests.conftest import write_config
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+
+WORDS = """
+    Source root, Location, Version, Routing rule, Plugin, Topic, Sink, Job, Attempt, Receipt, Guest,
+    Worker, Scout, Sentinel, Committer, Architect, Gatekeeper
+"""
+CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
+FENCE = r"```{}\n(.*?)```"
+
+
+def read(name: str) -> str:
+    return (DOCS / name).read_text("utf-8")
+
+
+def snippets(page: Path, language: str) -> list[str]:
+    return re.findall(FENCE.format(language), page.read_text("utf-8"), re.DOTALL)
+
+
+def test_every_setting_stands_with_its_default() -> None:
+    rows = re.findall(r"^\| `(\w+\.\w+)` \| `([^`]+)` \|", read("configuration.md"), re.MULTILINE)
+    sections = msgspec.to_builtins(Settings(), enc_hook=str)
+    del sections["home"]
+    defaults = {f"{s}.{k}": json.dumps(v) for s, keys in sections.items() for k, v in keys.items()}
+    assert dict(rows) == defaults
+
+
+def test_the_configuration_here_is_what_init_writes() -> None:
+    assert (ROOT / config.FILE_NAME).read_text("utf-8") == init._text()
+
+
+def test_the_arrows_are_those_of_the_database() -> None:
+    page = read("job_lifecycle.md")
+    drawn = re.findall(r"^    (\w+) --> (\w+):", page, re.MULTILINE)
+    trigger = migrations()[0].partition("TRIGGER cf_processing_queue_arrows")[2]
+    allowed = re.findall(r"'(\w+)>(\w+)'", trigger)
+    assert len(allowed) > len(JobStatus)
+    assert sorted(drawn) == sorted(allowed)
+    assert re.findall(r"^\| `([A-Z]+)` \|", page, re.MULTILINE) == list(JobStatus)
+
+
+def test_every_word_is_defined_once() -> None:
+    defined = re.findall(r"^\| \*\*(.+?)\*\* \|", read("glossary.md"), re.MULTILINE)
+    assert len(set(defined)) == len(defined)
+    assert {word.strip() for word in WORDS.split(",")} <= set(defined)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_in_the_pages_are_there(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for name in re.findall(r"`(casparian_flow(?:\.\w+)+)`", text):
+        if name != config.DatabaseSettings().db_location:
+            resolve(name)
+    for other in re.findall(r"\]\(([\w/.]+)\)", text):
+        assert (page.parent / other).exists(), other
+    for other in re.findall(r"\bdocs/(?:\w+/)?\w+(?:\.md)?", text):
+        assert any(ROOT.glob(f"{other}*")), other
+
+
+def resolve(name: str) -> Any:
+    """A module, or something in one."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        parent, _, attribute = name.rpartition(".")
+        return getattr(resolve(parent), attribute)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_pages_are_there(page: Path) -> None:
+    known = set(every_command())
+    groups = {words[:1] for words in known if len(words) > 1}
+    for code in CODE.findall(page.read_text("utf-8")):
+        for verb, member in re.findall(r"(?<![\w/-])casparian ([a-z]+)(?: ([a-z]+)\b)?", code):
+            assert (verb,) in known, code
+            assert not member or (verb,) not in groups or (verb, member) in known, code
+
+
+def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    finance = tmp_path / "inbox" / "data" / "finance.csv"
+    finance.parent.mkdir(parents=True)
+    finance.write_text("month,euro\n1,2\n")
+    page = DOCS / "python_api.md"
+    names: dict[str, Any] = {}
+    for code in snippets(page, "python"):
+        exec(compile(code, str(page), "exec"), names)
+    assert names["report"].versions == 1
+    names["engine"].dispose()
+    (query,) = snippets(page, "sql")
+    with closing(sqlite3.connect(tmp_path / "casparian_flow.sqlite3")) as database:
+        (row,) = database.execute(query).fetchall()
+    assert row[0] == "data/finance.csv"
+
+
+def test_the_plugin_of_the_pages_is_one() -> None:
+    from casparian_flow.security.manifest import read_manifest
+
+    (source,) = snippets(DOCS / "writing_a_plugin.md", "python")
+    assert read_manifest(source.encode(), "sales.py").topics == ["sales_data"]
