@@ -113,23 +113,26 @@ def _run_daemon(home: Path) -> None:
 
 
 async def _watch_and_edit(settings: Settings, home: Path, line: Line) -> None:
-    import asyncio
-
     from casparian_flow import main
     from casparian_flow.services import demo as stage
 
-    idle = ("wait", "--idle", "--timeout", str(PATIENCE_SECONDS))
     async with main.running(settings, "casparian demo", workers=WORKERS, watch=True) as daemon:
-        progress = asyncio.create_task(_show_progress(daemon, line))
-        try:
-            await asyncio.to_thread(_casparian, *idle)
-            context.say(f"{stage.EDITED} is edited in place: order 1004 gets its missing field")
-            stage.edit(home)
-            context.say(f"{stage.TOUCHED} is touched: new times, the same bytes\n")
-            stage.touch(home)
-            await asyncio.to_thread(_casparian, *idle)
-        finally:
-            progress.cancel()
+        await _until_idle(daemon, line)
+        context.say(f"{stage.EDITED} is edited in place: order 1004 gets its missing field")
+        stage.edit(home)
+        context.say(f"{stage.TOUCHED} is touched: new times, the same bytes\n")
+        stage.touch(home)
+        await _until_idle(daemon, line)
+
+
+async def _until_idle(daemon: Daemon, line: Line) -> None:
+    import asyncio
+
+    progress = asyncio.create_task(_show_progress(daemon, line))
+    try:
+        await asyncio.to_thread(_casparian, "wait", "--idle", "--timeout", str(PATIENCE_SECONDS))
+    finally:
+        progress.cancel()
 
 
 async def _show_progress(daemon: Daemon, line: Line) -> None:
@@ -176,15 +179,14 @@ def _prove(settings: Settings) -> None:
 
 def _look_further(home: Path) -> None:
     """Commands to paste, whether or not the environment's programs are on the PATH."""
-    program = sys.argv[0] if Path(sys.argv[0]).name == "casparian" else "casparian"
-    command = shlex.join([str(Path(program).absolute()) if "/" in program else program])
+    program = Path(sys.argv[0])
+    command = str(program.absolute()) if program.name == "casparian" else "casparian"
     context.say(f"  cd {shlex.quote(str(home))}")
     for words in (
         "status",
         "jobs show 1",
-        "files",
         'query "select * from delimited_history"',
         "verify --json",
-        "start        (then edit a file in inbox, and: rm -r it all when you are done)",
+        "start          (and edit a file in inbox meanwhile)",
     ):
-        context.say(f"  {command} {words}")
+        context.say(f"  {shlex.quote(command)} {words}")

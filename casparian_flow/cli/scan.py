@@ -28,6 +28,9 @@ POLL_SECONDS = 0.2
 POLL_SHARE = 10
 """Looking at a long queue takes a while: at most a tenth of the time is spent on it."""
 
+PATIENCE_SECONDS = 6.0
+"""A paused job is tried again within the Committer's pause; what still waits then is stuck."""
+
 STUCK_LOOKS = 8
 """Looks that find nothing running before a job that is free to run counts as stuck: more than
 the Sentinel's slow poll."""
@@ -184,13 +187,14 @@ async def _done(
     from casparian_flow.engine.committer import PAUSED
 
     calm = 0
+    patience = time.monotonic() + PATIENCE_SECONDS
     while True:
         began = time.monotonic()
         left = await here.ledger.read_soon(lambda c: views.waiting(c, PAUSED, up_to))
         if not left.unfinished:
             return ""
         line.show(waiting(left))
-        calm = calm + 1 if _is_stuck(left) else 0
+        calm = calm + 1 if _is_stuck(left) and began > patience else 0
         if calm and (left.paused == left.unfinished or calm > STUCK_LOOKS):
             return left.reason
         if of_daemon and daemon_lock.holder(here.settings.database.daemon_lock) is None:

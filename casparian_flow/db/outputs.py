@@ -20,18 +20,23 @@ from casparian_flow.protocol import Published, StagedOutput
 
 
 def plan(connection: Connection, decided: Sequence[tuple[int, list[StagedOutput]]]) -> None:
-    """Write down what decided jobs will publish; a retried job's earlier plan is renewed."""
+    """Write down what decided jobs will publish.
+
+    What an earlier try of a job planned and did not publish is forgotten: its sinks may be others
+    by now. What it did publish stays as it is.
+    """
+    execute_many(
+        connection,
+        "DELETE FROM cf_output WHERE job_id = ? AND state <> 'PUBLISHED'",
+        [(job_id,) for job_id, _ in decided],
+    )
     execute_many(
         connection,
         """
         INSERT INTO cf_output (job_id, topic, uri, location, mode, output_key, state, stage,
                                target, rows, size_bytes, digest)
         VALUES (?, ?, ?, ?, ?, ?, 'PLANNED', ?, '', ?, ?, ?)
-        ON CONFLICT (job_id, topic, uri) DO UPDATE
-        SET state = 'PLANNED', stage = excluded.stage, rows = excluded.rows,
-            size_bytes = excluded.size_bytes, digest = excluded.digest,
-            location = excluded.location
-        WHERE state <> 'PUBLISHED'
+        ON CONFLICT (job_id, topic, uri) DO NOTHING
         """,
         [
             (job_id, s.topic, s.uri, s.location, s.mode, s.output_key, s.stage, s.rows,

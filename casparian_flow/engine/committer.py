@@ -26,7 +26,7 @@ from casparian_flow.config import JobSettings
 from casparian_flow.db import audit, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
 from casparian_flow.engine import sinks
-from casparian_flow.errors import JobError, LedgerError, Unavailable
+from casparian_flow.errors import JobError, LedgerError, SinkUnavailable, Unavailable
 from casparian_flow.protocol import Outcome, Published, Receipt, StagedOutput
 
 log = logging.getLogger(__name__)
@@ -169,14 +169,18 @@ class Committer:
         for location, group in by_sink.items():
             self._sick.pop(location, None)
             found = await asyncio.to_thread(_publish, location, [o.staged for o in group])
+            waiting = []
             for output, outcome in zip(group, found, strict=True):
                 if isinstance(outcome, Published):
                     done.append((output, outcome))
                 elif isinstance(outcome, Unavailable):
-                    await self._pause(location, outcome, [o.job_id for o in group])
+                    waiting.append((output.job_id, outcome))
                 else:
                     refused.append((output, outcome))
+            if waiting:
+                await self._pause(location, waiting[0][1], [job_id for job_id, _ in waiting])
         await self._complete(done, refused)
+        await asyncio.to_thread(_remove_stages, [output.staged for output, _ in refused])
 
     async def _complete(
         self,
@@ -228,10 +232,15 @@ def _attempt(worker: str, end: Receipt) -> jobs.Ended:
 
 
 def _publish(location: str, staged: list[StagedOutput]) -> list[Published | JobError]:
-    return sinks.open_sink(location).publish(staged)
+    try:
+        return sinks.open_sink(location).publish(staged)
+    except Exception as error:
+        # A fault nobody foresaw in one sink must not end the daemon, nor lose what was decided.
+        log.exception("sink %s failed in a way we did not expect", location)
+        return [SinkUnavailable(f"{type(error).__name__}: {error}")] * len(staged)
 
 
 def _remove_stages(staged: Sequence[StagedOutput]) -> None:
-    """A result that came too late leaves nothing behind; its job belongs to another attempt."""
+    """What will never be published leaves nothing behind."""
     for output in staged:
         Path(output.stage).unlink(missing_ok=True)

@@ -208,6 +208,8 @@ class Sentinel:
                 guests=self._settings.workers.guests,
             ),
         )
+        if self._draining:  # it comes while we leave; nobody else would tell it
+            await self._send(identity, protocol.Drain(grace_seconds=0.0))
 
     async def _dispatch(self) -> None:
         """Claim for whoever has room; sleep until the bell rings or the poll is due."""

@@ -99,7 +99,7 @@ def test_failed_jobs_are_told_with_their_reason_and_can_be_retried(
     assert casparian.json("verify")["problems"] == []
 
 
-def test_an_output_folder_that_cannot_be_written_is_named(
+def test_an_output_folder_that_cannot_be_written_is_named_and_waited_for(
     casparian: Casparian, source: Path
 ) -> None:
     casparian.run("publish", casparian.plugin("rows", ROWS))
@@ -107,6 +107,8 @@ def test_an_output_folder_that_cannot_be_written_is_named(
     (source / "a.txt").write_text("one")
     done = casparian.run("scan", "--drain", code=1)
     assert str(casparian.folder / "output") in done.stderr
+    (casparian.folder / "output").unlink()
+    assert "1 jobs COMPLETED" in casparian.out("scan", "--drain")
 
 
 def test_a_root_that_is_gone_is_an_error_and_nothing_is_inferred(

@@ -21,7 +21,11 @@ VERBS: dict[str, tuple[Callable[[Connection, int], object], set[JobStatus], JobS
         {JobStatus.QUEUED},
         JobStatus.RUNNING,
     ),
-    "decide": (lambda c, job: jobs.decide(c, [(job, 1)]), {JobStatus.RUNNING}, JobStatus.COMMITTING),
+    "decide": (
+        lambda c, job: jobs.decide(c, [(job, 1)]),
+        {JobStatus.RUNNING},
+        JobStatus.COMMITTING,
+    ),
     "complete": (
         lambda c, job: jobs.complete(c, [job]),
         {JobStatus.COMMITTING},
@@ -131,8 +135,9 @@ def test_a_version_is_queued_once_for_a_plugin_whatever_its_version(ledger: Ledg
     job = add_job(ledger, JobStatus.COMPLETED)
     row = ledger.read(
         lambda c: c.execute(
-            select(ProcessingJob.file_version_id, ProcessingJob.plugin_id, ProcessingJob.plugin_name)
-            .where(ProcessingJob.id == job)
+            select(
+                ProcessingJob.file_version_id, ProcessingJob.plugin_id, ProcessingJob.plugin_name
+            ).where(ProcessingJob.id == job)
         ).one()
     )  # fmt: skip
     wanted = Wanted(row.plugin_id, row.plugin_name, 0)

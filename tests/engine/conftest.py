@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.engine.guests import artifact
 
 from casparian_flow.engine.bridge import Guest, bundle
 from casparian_flow.engine.venv_manager import EnvironmentStore, lock_dependencies
+from tests.engine.guests import artifact
 
 
 @pytest.fixture(scope="session")

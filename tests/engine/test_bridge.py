@@ -13,7 +13,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.engine.guests import SECONDS, Start, artifact, file_info, loaded, plugin, run
 
 from casparian_flow.engine.bridge import Guest, bundle
 from casparian_flow.errors import (
@@ -21,6 +20,7 @@ from casparian_flow.errors import (
     PluginTimeout,
     Unavailable,
 )
+from tests.engine.guests import SECONDS, Start, artifact, file_info, loaded, plugin, run
 
 RAW_BATCH = """
 import __main__

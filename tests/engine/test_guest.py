@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from tests.engine.guests import SECONDS, Start, file_info, loaded, plugin, run
 
 from casparian_flow.engine.job_log import HEAD, TAIL
 from casparian_flow.errors import (
@@ -15,6 +14,7 @@ from casparian_flow.errors import (
     OutputRefused,
     PluginFailed,
 )
+from tests.engine.guests import SECONDS, Start, file_info, loaded, plugin, run
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""Sinks that are full, foreign or misplaced: what is paused, what fails, and what is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+from sqlalchemy import insert, select, update
+
+from casparian_flow import main
+from casparian_flow.config import Settings
+from casparian_flow.db import jobs
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import FileVersion, Plugin, ProcessingJob, TopicConfig
+from casparian_flow.engine.committer import PAUSED
+from casparian_flow.engine.dispatch import output_key
+from casparian_flow.services.scan import scan
+from tests.e2e.test_daemon import PATIENCE, all_done, outcomes, work_off
+from tests.factories import add_root
+from tests.plugs import ROWS, publish
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem with room for next to nothing."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+        pytest.skip("only root can mount: a full disk is untested")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_pauses_the_sink_costs_no_attempt_and_resumes(
+    ledger: Ledger,
+    settings: Settings,
+    source: Path,
+    small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("casparian_flow.engine.committer.PAUSE_SECONDS", 0.2)
+    root = add_root(ledger, source)
+    sink = f'pattern="*.txt", sinks={{"lines": "parquet://{small_disk}/out"}}'
+    publish(ledger, settings, "rows", ROWS.replace('pattern="*.txt", topic="lines"', sink), "1.0.0")
+    (source / "large.txt").write_bytes(
+        b"\n".join(os.urandom(24).hex().encode() for _ in range(9000))
+    )
+    (source / "small.txt").write_text("fits")
+    scan(ledger, root)
+
+    async def story() -> None:
+        async with main.running(settings, "test", workers=1, watch=False) as daemon:
+            await paused(daemon.ledger)
+            remount = ["mount", "-o", "remount,size=64m", str(small_disk)]
+            subprocess.run(remount, check=True)
+            assert await all_done(daemon) == {"COMPLETED": 2}
+
+    asyncio.run(story())
+    attempts = select(ProcessingJob.attempts)
+    assert set(ledger.read(lambda c: c.execute(attempts).scalars().all())) == {1}
+    assert ds.dataset(small_disk / "out" / "lines").count_rows() == 9001
+
+
+async def paused(ledger: Ledger) -> None:
+    """Wait until some job waits for its sink."""
+    waits = select(ProcessingJob.id).where(ProcessingJob.reason.startswith(PAUSED))
+    async with asyncio.timeout(PATIENCE):
+        while not await ledger.read_soon(lambda c: c.execute(waits).first()):
+            await asyncio.sleep(0.02)
+
+
+def test_a_foreign_file_at_the_target_is_left_alone_and_the_job_says_so(
+    ledger: Ledger, settings: Settings, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    (source / "a.txt").write_text("one")
+    scan(ledger, root)
+    facts = [
+        ledger.read(lambda c, column=column: c.execute(select(column)).scalar_one())
+        for column in (FileVersion.content_hash, Plugin.artifact_hash)
+    ]
+    key = output_key("source", b"a.txt", facts[0], 1, facts[1], "lines", "parquet://output")
+    target = settings.home / "output" / "lines" / f"{key[:32]}.parquet"
+    target.parent.mkdir(parents=True)
+    target.write_text("somebody else's")
+    assert work_off(settings) == {"FAILED": 1}
+    assert "untouched" in outcomes(ledger)["a.txt"][1]
+    assert target.read_text() == "somebody else's"
+    assert not list((settings.home / "output" / ".casparian" / "stage").iterdir())
+    # The person moves the topic elsewhere and tries again.
+    ledger.write(
+        lambda c: c.execute(update(TopicConfig).values(uri="sqlite:///out.sqlite3")).rowcount
+    )
+    ledger.write(lambda c: jobs.retry(c, [1]))
+    assert work_off(settings) == {"COMPLETED": 1}
+
+
+def test_a_topic_may_go_to_two_sinks(ledger: Ledger, settings: Settings, source: Path) -> None:
+    root = add_root(ledger, source)
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    ledger.write(
+        lambda c: (
+            c.execute(
+                insert(TopicConfig).values(
+                    plugin_name="rows",
+                    topic_name="lines",
+                    uri="sqlite:///second.sqlite3",
+                    mode="append",
+                )
+            ).rowcount
+        )
+    )
+    (source / "a.txt").write_text("one\ntwo")
+    scan(ledger, root)
+    assert work_off(settings) == {"COMPLETED": 1}
+    assert ds.dataset(settings.home / "output" / "lines").count_rows() == 2
+    assert (settings.home / "second.sqlite3").exists()
+
+
+def test_a_sink_nobody_can_open_fails_the_job_in_words(
+    ledger: Ledger, settings: Settings, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    ledger.write(lambda c: c.execute(update(TopicConfig).values(uri="carrier-pigeon://x")).rowcount)
+    (source / "a.txt").write_text("one")
+    scan(ledger, root)
+    assert work_off(settings) == {"FAILED": 1}
+    assert "carrier-pigeon" in outcomes(ledger)["a.txt"][1]
