@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,7 @@ from casparian_flow import config, daemon_lock
 from casparian_flow.atomic import make_folder
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs, outputs, plugins
-from casparian_flow.db.access import Ledger, get_engine
+from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.engine import sinks
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import ledger_tag
@@ -37,6 +37,9 @@ from casparian_flow.services.watch import Watch
 
 log = logging.getLogger(__name__)
 
+ECHO_SECONDS = 1.0
+"""`timeout` and some shells signal a process and its group: two signals that mean one."""
+
 
 @dataclass
 class Daemon:
@@ -45,17 +48,6 @@ class Daemon:
     ledger: Ledger
     sentinel: Sentinel
     watch: Watch | None
-
-
-@contextlib.contextmanager
-def open_ledger(settings: Settings) -> Iterator[Ledger]:
-    """The ledger of a configuration, for as long as the block runs."""
-    engine = get_engine(settings.database)
-    try:
-        with Ledger(engine) as ledger:
-            yield ledger
-    finally:
-        engine.dispose()
 
 
 @contextlib.asynccontextmanager
@@ -80,7 +72,7 @@ async def running(
         LedgerError: the database cannot be used.
     """
     with contextlib.ExitStack() as stack:
-        ledger = stack.enter_context(open_ledger(settings))
+        ledger = stack.enter_context(open_ledger(settings.database))
         stack.enter_context(daemon_lock.hold(settings.database.daemon_lock, role))
         epoch = await ledger.write_soon(partial(_begin, limit=settings.jobs.max_attempts))
         await asyncio.to_thread(_sweep, settings, ledger)
@@ -156,17 +148,21 @@ def _placed(connection: Connection) -> set[str]:
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
-    """Set `stop` at the first SIGTERM or SIGINT; at the second, end now.
+    """Set `stop` at the first SIGTERM or SIGINT; at a second one, end now.
 
     Ending now is safe: the kernel takes the guests with us, and the ledger says what was held.
     """
+    loop = asyncio.get_running_loop()
+    first = 0.0
 
     def react() -> None:
-        if stop.is_set():
+        nonlocal first
+        if not stop.is_set():
+            first = loop.time()
+            stop.set()
+        elif loop.time() - first > ECHO_SECONDS:
             os._exit(130)
-        stop.set()
 
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, react)
 

@@ -10,8 +10,7 @@ import pytest
 
 from casparian_flow import config
 from casparian_flow.config import Settings
-from casparian_flow.db.access import Ledger
-from casparian_flow.main import open_ledger
+from casparian_flow.db.access import Ledger, open_ledger
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,7 +48,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def ledger(settings: Settings) -> Iterator[Ledger]:
-    with open_ledger(settings) as ledger:
+    with open_ledger(settings.database) as ledger:
         yield ledger
 
 

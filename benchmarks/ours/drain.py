@@ -11,15 +11,16 @@ from pathlib import Path
 from casparian_flow import config, main
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
+from casparian_flow.db.access import open_ledger
 from casparian_flow.db.models import JobStatus
 from casparian_flow.services import scout
 
-LOOK_SECONDS = 0.02
+LOOK_SECONDS = 0.1
 
 
 def queue_by_scan(settings: Settings) -> float:
     """Seconds to find, hash, record and queue everything."""
-    with main.open_ledger(settings) as ledger:
+    with open_ledger(settings.database) as ledger:
         started = time.perf_counter()
         for root in scout.roots(ledger):
             scout.scan_until_settled(ledger, root)

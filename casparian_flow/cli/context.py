@@ -46,15 +46,11 @@ def group(words: str, **options: Any) -> typer.Typer:
 def opened(ctx: typer.Context) -> Iterator[Here]:
     """The configuration and ledger of a command, for as long as the block runs."""
     from casparian_flow import config
-    from casparian_flow.db.access import Ledger, get_engine
+    from casparian_flow.db.access import open_ledger
 
     settings = config.load(ctx.obj)
-    engine = get_engine(settings.database)
-    try:
-        with Ledger(engine) as ledger:
-            yield Here(settings, ledger)
-    finally:
-        engine.dispose()
+    with open_ledger(settings.database) as ledger:
+        yield Here(settings, ledger)
 
 
 def say(words: str) -> None:

@@ -161,12 +161,12 @@ def _show_tables() -> None:
 
 
 def _prove(settings: Settings) -> None:
+    from casparian_flow.db.access import open_ledger
     from casparian_flow.errors import CasparianError
-    from casparian_flow.main import open_ledger
     from casparian_flow.services import demo as stage
 
     _say("One row, traced to the bytes it came from")
-    with open_ledger(settings) as ledger:
+    with open_ledger(settings.database) as ledger:
         if broken := stage.broken_promises(ledger):
             raise CasparianError(
                 "\n  ".join(["not as the demo promises:", *broken]), "casparian jobs show ID"

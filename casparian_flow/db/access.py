@@ -8,11 +8,12 @@ all that wait share one transaction (group commit), because an fsync costs more 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -195,6 +196,21 @@ class Ledger:
                 future.set_result(result)
             else:
                 future.set_exception(failure)
+
+
+@contextlib.contextmanager
+def open_ledger(database: DatabaseSettings) -> Iterator[Ledger]:
+    """The ledger, for as long as the block runs.
+
+    Raises:
+        LedgerError: the database cannot be used; nothing was changed.
+    """
+    engine = get_engine(database)
+    try:
+        with Ledger(engine) as ledger:
+            yield ledger
+    finally:
+        engine.dispose()
 
 
 def _refusal(error: Exception) -> Exception:

@@ -31,9 +31,8 @@ from sqlalchemy import select
 from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileLocation, FileVersion
-from casparian_flow.main import open_ledger
 from casparian_flow.services.idle import wait_until_idle
 from tests.conftest import write_config
 from tests.factories import add_root
@@ -151,7 +150,7 @@ def replay(folder: Path, name: str, commits: int | None, flood: bool) -> dict[st
     settings = write_config(folder / "flow")
     root = folder / "root"
     root.mkdir()
-    with open_ledger(settings) as ledger:
+    with open_ledger(settings.database) as ledger:
         add_root(ledger, root)
         publish_file(ledger, settings, REPOSITORY / "plugins" / "delimited.py", "1.0.0")
         with daemon(settings):

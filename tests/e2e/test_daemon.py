@@ -291,3 +291,13 @@ def test_a_stop_releases_what_runs_and_the_next_start_finishes_it(
     (source / "0.do").write_text("fine")
     scan(ledger, root)
     assert work_off(settings) == {"COMPLETED": 30, "SUPERSEDED": 1}
+
+
+def test_a_daemon_that_is_left_at_once_leaves(settings: Settings) -> None:
+    """Its workers had no time to introduce themselves."""
+
+    async def story() -> None:
+        async with asyncio.timeout(PATIENCE), main.running(settings, "x", workers=2, watch=True):
+            pass
+
+    asyncio.run(story())

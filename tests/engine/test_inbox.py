@@ -44,11 +44,13 @@ def test_the_bytes_arrive_under_the_original_name(tmp_path: Path, inbox: Path, n
     assert not list(inbox.iterdir())
 
 
-def test_two_files_of_one_name_do_not_meet(tmp_path: Path, inbox: Path) -> None:
+def test_what_a_plugin_left_under_the_name_is_replaced(tmp_path: Path, inbox: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_bytes(CONTENT)
-    placed = {place(os.fsencode(file), inbox, b"a.csv", HASH) for _ in range(3)}
-    assert len(placed) == 3
+    (inbox / "a.csv").mkdir()
+    (inbox / "a.csv" / "left").write_text("by the plugin")
+    for _ in range(2):
+        assert place(os.fsencode(file), inbox, b"a.csv", HASH).read_bytes() == CONTENT
 
 
 def test_blocks_are_shared_where_the_filesystem_can(

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from casparian_flow import atomic
 from casparian_flow.config import Settings
-from casparian_flow.db.access import Ledger, get_engine
+from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.files import Stat
 from casparian_flow.db.models import (
     FileLocation,
@@ -30,7 +30,6 @@ from casparian_flow.db.models import (
     SourceRoot,
 )
 from casparian_flow.errors import SourceError
-from casparian_flow.main import open_ledger
 from casparian_flow.services import scan as scan_module
 from casparian_flow.services import walk
 from casparian_flow.services.look import hash_file, is_racy
@@ -383,14 +382,14 @@ def test_scans_at_once_record_everything_once(settings: Settings, source: Path) 
     code = (
         "import sys\n"
         "from casparian_flow import config\n"
-        "from casparian_flow.main import open_ledger\n"
+        "from casparian_flow.db.access import open_ledger\n"
         "from casparian_flow.services.scout import roots, scan_until_settled\n"
-        "with open_ledger(config.load(sys.argv[1])) as ledger:\n"
+        "with open_ledger(config.load(sys.argv[1]).database) as ledger:\n"
         "    print(scan_until_settled(ledger, roots(ledger)[0]).problem)\n"
     )
     for n in range(300):
         put(source / f"d{n % 7}/f{n}", str(n))
-    with open_ledger(settings) as ledger:
+    with open_ledger(settings.database) as ledger:
         add_root(ledger, source)
         config_file = str(settings.home / "global_config.toml")
         crowd = [
@@ -423,7 +422,7 @@ def test_any_history_is_recorded_content_by_content(
     source = base / "source"
     source.mkdir()
     wanted: dict[bytes, list[int]] = {}
-    with open_ledger(write_config(base / "flow")) as ledger:
+    with open_ledger(write_config(base / "flow").database) as ledger:
         root = add_root(ledger, source)
         for burst in edits:
             for name, kind, size in burst:
