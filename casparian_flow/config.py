@@ -58,6 +58,11 @@ class DatabaseSettings(Section, frozen=True):
         return self.state_folder / f"{self.path.name}.daemon"
 
     @property
+    def token(self) -> Path:
+        """What a worker or a client reads to prove that it shares the daemon's files."""
+        return self.state_folder / f"{self.path.name}.token"
+
+    @property
     def guests_folder(self) -> Path:
         """One folder a running guest, with the guest's inbox in it."""
         return self.state_folder / "guests"

@@ -24,7 +24,7 @@ from sqlalchemy import Connection
 from casparian_flow import config, daemon_lock
 from casparian_flow.atomic import make_folder
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, outputs, plugins
+from casparian_flow.db import audit, jobs, outputs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.engine import sinks
 from casparian_flow.engine.committer import Committer
@@ -125,6 +125,8 @@ def _begin(connection: Connection, limit: int) -> int:
         jobs.add_attempts(connection, job.epoch, [ended])
         if job.attempts >= limit:
             jobs.fail(connection, job.id, job.fence, reason)
+            event = audit.Event("fail", f"job {job.id}", {"reason": reason})
+            audit.append(connection, "recovery", [event])
         else:
             jobs.requeue(connection, job.id, job.fence, reason=reason)
     return epoch

@@ -114,6 +114,7 @@ class Proof(Message, frozen=True):
     """Who the worker is, and what the file said."""
 
     worker: str
+    """Empty for a client, which may then send one Deploy or Ring."""
     pid: int
     token: str
 

@@ -29,7 +29,7 @@ LAYERS = [
     ["services.look", "services.walk"],
     ["engine.bridge", "engine.batches", "engine.job_log", "engine.inbox", "engine.venv_manager"],
     ["engine.sinks"],
-    ["db.files", "db.outputs", "db.views", "db.wiring", "db.invariants"],
+    ["db.files", "db.roots", "db.outputs", "db.views", "db.wiring", "db.invariants"],
     ["db.jobs", "db.plugins", "db.audit"],
     ["db.routing"],
     ["db.access"],

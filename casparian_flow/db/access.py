@@ -98,6 +98,7 @@ class Ledger:
         self._requests: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
+        self._closed = False
         self._thread = threading.Thread(target=self._serve, name="ledger-writer", daemon=True)
         self._thread.start()
 
@@ -114,6 +115,7 @@ class Ledger:
 
     def close(self) -> None:
         """Finish what was submitted, then stop the thread; the engine stays the caller's."""
+        self._closed = True
         self._requests.put(None)
         self._thread.join()
 
@@ -150,7 +152,12 @@ class Ledger:
 
     def _submit(self, work: Work[T]) -> Future[T]:
         future: Future[T] = Future()
-        self._requests.put((work, future))
+        # A coroutine that is cancelled while it waits must not take back what is being written.
+        future.set_running_or_notify_cancel()
+        if self._closed:
+            future.set_exception(LedgerError("the ledger is closed: we are stopping"))
+        else:
+            self._requests.put((work, future))
         return future
 
     def _serve(self) -> None:
@@ -214,9 +221,9 @@ def open_ledger(database: DatabaseSettings) -> Iterator[Ledger]:
 
 
 def _refusal(error: Exception) -> Exception:
-    if isinstance(error, DBAPIError):
+    if isinstance(error, DBAPIError | sqlite3.Error):
         refusal = LedgerError(
-            f"the ledger could not be written: {error.orig}",
+            f"the ledger could not be written: {getattr(error, 'orig', error)}",
             "nothing of this step was recorded; free space or permissions, then try again",
         )
         refusal.__cause__ = error

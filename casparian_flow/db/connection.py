@@ -9,11 +9,14 @@ also fairer than SQLite's own busy handler, which sleeps and retries.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sqlite3
 import time
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT_BYTES = 4 << 20
 """The write-ahead log is copied into the database when it is larger than this."""
@@ -44,15 +47,24 @@ class LedgerConnection(sqlite3.Connection):
             return
         fcntl.flock(self._gate, fcntl.LOCK_EX)
         self.writing = True
-        if self.in_transaction:
-            super().rollback()
-        self.execute("BEGIN IMMEDIATE")
+        try:
+            if self.in_transaction:
+                super().rollback()
+            self.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error:
+            self._leave()
+            raise
 
     def commit(self) -> None:
         super().commit()
-        if self.writing:
-            self._checkpoint_if_due()
-        self._leave()
+        try:
+            if self.writing:
+                self._checkpoint_if_due()
+        except sqlite3.Error as error:
+            # What was committed is committed: the log is only copied later than we would like.
+            log.warning("the write-ahead log could not be copied: %s", error)
+        finally:
+            self._leave()
 
     def rollback(self) -> None:
         super().rollback()

@@ -1,4 +1,4 @@
-"""Source roots, directories, locations and versions: what Scout reads and records.
+"""Directories, locations and versions: what Scout reads and records.
 
 The inventory goes through executemany on the driver's connection: the ORM costs twenty times a
 plain directory walk here, this costs about three.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sqlalchemy import Connection, bindparam, select, text, update
-from sqlalchemy.dialects.sqlite import insert
 
 from casparian_flow.db import jobs
 from casparian_flow.db.access import execute_many
@@ -19,8 +18,7 @@ from casparian_flow.db.models import (
     Directory,
     FileLocation,
     FileVersion,
-    ScanState,
-    SourceRoot,
+    ProcessingJob,
     utcnow,
 )
 from casparian_flow.db.routing import Routing
@@ -97,33 +95,6 @@ def display(path: bytes) -> str:
 def route_text(path: bytes) -> str:
     """A relative path for matching against patterns, losslessly."""
     return os.fsdecode(path)
-
-
-def active_roots(connection: Connection) -> Sequence[Any]:
-    """Every active source root: id, path, name, ignore, settle_seconds."""
-    columns = SourceRoot.__table__.columns
-    return connection.execute(
-        select(*columns).where(SourceRoot.active).order_by(SourceRoot.id)
-    ).all()
-
-
-def scan_state(connection: Connection, root_id: int) -> Any:
-    """The root's ScanState row; None before its first scan."""
-    columns = ScanState.__table__.columns
-    return connection.execute(select(*columns).where(ScanState.source_root_id == root_id)).first()
-
-
-def save_scan_state(connection: Connection, root_id: int, **values: Any) -> None:
-    """Change columns of the root's ScanState, creating it."""
-    fresh = {
-        "started": 0.0, "finished": 0.0, "files": 0, "unreadable": 0, "unsettled": 0,
-        "problem": "", "routed": "",
-    }  # fmt: skip
-    connection.execute(
-        insert(ScanState)
-        .values(source_root_id=root_id, **{**fresh, **values})
-        .on_conflict_do_update(index_elements=["source_root_id"], set_=values)
-    )
 
 
 def directory_digest(connection: Connection, root_id: int, path: bytes) -> bytes | None:
@@ -269,7 +240,12 @@ def record(
     ]
     version_ids = _add_versions(connection, changed, current, now)
     _save_looks(connection, fresh, current, version_ids)
-    job_ids = jobs.enqueue(
+    confirmed = [
+        now_known.version_id
+        for s, now_known in ((s, current[s.path]) for s in fresh)
+        if now_known.version_id is not None and s.content_hash == now_known.content_hash
+    ]
+    job_ids = jobs.revive(connection, confirmed) + jobs.enqueue(
         connection,
         [
             (version_ids[s.path], wanted)
@@ -345,6 +321,26 @@ def _save_looks(
             )
             for s in sightings
         ],
+    )
+
+
+def doubt(connection: Connection, job_id: int) -> None:
+    """Have the next scan read a job's file again: its bytes were not what was recorded.
+
+    Should they be back by then, the scan finds no new version, and revives the job.
+    """
+    location = (
+        select(FileVersion.location_id)
+        .join(ProcessingJob, ProcessingJob.file_version_id == FileVersion.id)
+        .where(ProcessingJob.id == job_id)
+        .scalar_subquery()
+    )
+    connection.execute(
+        update(FileLocation).where(FileLocation.id == location).values(device=None, inode=None)
+    )
+    folder = select(FileLocation.directory_id).where(FileLocation.id == location)
+    connection.execute(
+        update(Directory).where(Directory.id == folder.scalar_subquery()).values(digest=None)
     )
 
 

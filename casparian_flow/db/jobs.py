@@ -10,8 +10,8 @@
     fail        RUNNING              FAILED       (id, fence)
     supersede   RUNNING              SUPERSEDED   (id, fence)
     abort       QUEUED               ABORTED      -
-    recover     RUNNING              QUEUED       an older epoch
     retry       FAILED, ABORTED      QUEUED       -
+    revive      SUPERSEDED           QUEUED       the version's bytes are there again
 
 No other module assigns a status. The guard is (id, fence): with the status alone, a slow loser
 would complete the winner's job. A verb returns what it changed.
@@ -38,7 +38,6 @@ from casparian_flow.db.models import (
 )
 from casparian_flow.db.routing import Wanted
 
-FINISHED = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.ABORTED, JobStatus.SUPERSEDED)
 UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)
 
 
@@ -141,11 +140,11 @@ _HELD = (
 )  # fmt: skip
 
 
-def decide(connection: Connection, held: Sequence[tuple[int, int]]) -> set[int]:
+def decide(connection: Connection, held: Sequence[tuple[int, int]]) -> set[tuple[int, int]]:
     """Let attempts (job id, fence) win: from here their outputs will be published.
 
     Returns:
-        Ids of the jobs that moved; the others' attempts came too late.
+        Those that moved; the others came too late.
     """
     if not held:
         return set()
@@ -154,11 +153,11 @@ def decide(connection: Connection, held: Sequence[tuple[int, int]]) -> set[int]:
         UPDATE cf_processing_queue SET status = 'COMMITTING', worker = NULL
         WHERE status = 'RUNNING' AND (id, fence) IN
             (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))
-        RETURNING id
+        RETURNING id, fence
         """,
         (json.dumps(held),),
     )
-    return set(moved.scalars())
+    return {(job_id, fence) for job_id, fence in moved}
 
 
 def requeue(
@@ -282,6 +281,23 @@ def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
             .where(
                 ProcessingJob.id.in_(job_ids),
                 ProcessingJob.status.in_([JobStatus.FAILED, JobStatus.ABORTED]),
+            )
+            .values(
+                status=JobStatus.QUEUED, attempts=0, not_before=0.0, reason="", finished_at=None
+            )
+            .returning(ProcessingJob.id)
+        ).scalars()
+    )
+
+
+def revive(connection: Connection, version_ids: Sequence[int]) -> list[int]:
+    """Queue superseded jobs of versions whose bytes a scan has found in their place again."""
+    return list(
+        connection.execute(
+            update(ProcessingJob)
+            .where(
+                ProcessingJob.file_version_id.in_(version_ids),
+                ProcessingJob.status == JobStatus.SUPERSEDED,
             )
             .values(
                 status=JobStatus.QUEUED, attempts=0, not_before=0.0, reason="", finished_at=None

@@ -109,6 +109,19 @@ def mark_published(connection: Connection, done: Sequence[tuple[int, Published]]
         )
 
 
+def targets(connection: Connection, job_ids: Sequence[int]) -> dict[int, list[str]]:
+    """Where the published outputs of each of these jobs are, with their rows, in words."""
+    found: dict[int, list[str]] = {job_id: [] for job_id in job_ids}
+    rows = connection.execute(
+        select(Output.job_id, Output.target, Output.rows)
+        .where(Output.job_id.in_(job_ids), Output.state == OutputState.PUBLISHED)
+        .order_by(Output.id)
+    )
+    for job_id, target, count in rows:
+        found[job_id].append(f"{target}: {count} rows")
+    return found
+
+
 def mark_refused(connection: Connection, output_ids: Sequence[int]) -> None:
     """Record that a sink will never take these."""
     if output_ids:

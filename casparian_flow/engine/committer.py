@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 from sqlalchemy import Connection
 
 from casparian_flow.config import JobSettings
-from casparian_flow.db import audit, jobs, outputs
+from casparian_flow.db import audit, files, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
 from casparian_flow.engine import sinks
 from casparian_flow.errors import JobError, LedgerError, SinkUnavailable, Unavailable
@@ -118,18 +118,16 @@ class Committer:
         """Give every receipt its consequence; returns the staged files of those that were late."""
         staged = [end for _, end in group if end.outcome is Outcome.STAGED]
         moved = jobs.decide(connection, [(end.job_id, end.fence) for end in staged])
-        outputs.plan(
-            connection, [(end.job_id, end.outputs) for end in staged if end.job_id in moved]
-        )
+        decided = [end for end in staged if (end.job_id, end.fence) in moved]
+        outputs.plan(connection, [(end.job_id, end.outputs) for end in decided])
         moved |= {
-            end.job_id
+            (end.job_id, end.fence)
             for _, end in group
             if end.outcome is not Outcome.STAGED and self._without_output(connection, end)
         }
-        jobs.add_attempts(
-            connection, self._epoch, [_attempt(*end) for end in group if end[1].job_id in moved]
-        )
-        late = [end for _, end in group if end.job_id not in moved]
+        in_time = [end for end in group if (end.receipt.job_id, end.receipt.fence) in moved]
+        jobs.add_attempts(connection, self._epoch, [_attempt(*end) for end in in_time])
+        late = [end for _, end in group if (end.job_id, end.fence) not in moved]
         for end in late:
             log.warning("job %d: a result under fence %d came too late", end.job_id, end.fence)
         return [output for end in late for output in end.outputs]
@@ -137,7 +135,10 @@ class Committer:
     def _without_output(self, connection: Connection, end: Receipt) -> bool:
         """Move a job whose attempt produced nothing; False when it was another's by now."""
         if end.outcome is Outcome.SUPERSEDED:
-            return jobs.supersede(connection, end.job_id, end.fence, end.error)
+            moved = jobs.supersede(connection, end.job_id, end.fence, end.error)
+            if moved:
+                files.doubt(connection, end.job_id)
+            return moved
         if end.outcome is Outcome.RELEASED:
             return jobs.requeue(
                 connection, end.job_id, end.fence,
@@ -196,12 +197,9 @@ class Committer:
                 detail = {"reason": error.message, "topic": output.staged.topic}
                 events.append(audit.Event("refuse", f"job {output.job_id}", detail))
             finished = jobs.complete(connection, outputs.decided_without_debts(connection))
-            committed: dict[int, list[str]] = {job_id: [] for job_id in finished}
-            for output, seen in done:
-                committed.setdefault(output.job_id, []).append(f"{seen.target}: {seen.rows} rows")
             events += [
                 audit.Event("commit", f"job {job_id}", {"outputs": targets})
-                for job_id, targets in committed.items()
+                for job_id, targets in outputs.targets(connection, finished).items()
             ]
             audit.append(connection, ACTOR, events)
 

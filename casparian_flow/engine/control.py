@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import zmq
 
 from casparian_flow import daemon_lock, protocol
@@ -28,6 +30,8 @@ def ask(
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.linger = 0
         socket.connect(f"ipc://{database.control_socket}")
+        proof = protocol.Proof(worker="", pid=os.getpid(), token=_token(database))
+        socket.send_multipart(protocol.encode(proof))
         socket.send_multipart(protocol.encode(message))
         if not socket.poll(ANSWER_SECONDS * 1000):
             about = daemon_lock.holder(database.daemon_lock)
@@ -38,6 +42,16 @@ def ask(
                 "look at it, or stop it: what is in the ledger is safe",
             )
         reply = protocol.decode(socket.recv_multipart())
+    if isinstance(reply, protocol.Refused):
+        raise DaemonGone(f"the daemon refused us: {reply.reason}", "run this as the daemon's user")
     if not isinstance(reply, protocol.Reply):
         raise ProtocolError(f"the daemon answered with a {type(reply).__name__}")
     return reply
+
+
+def _token(database: DatabaseSettings) -> str:
+    """What only those who may read the daemon's files know."""
+    try:
+        return database.token.read_text()
+    except OSError:
+        return ""

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, plugins
+from casparian_flow.db import audit, jobs, plugins
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError
 from casparian_flow.protocol import Assignment, OutputPlan
@@ -49,6 +49,8 @@ class Dispatcher:
             except CasparianError as error:
                 # A sink URI that a person wrote into the table and nobody can open.
                 jobs.fail(connection, job.id, job.fence, error.message)
+                event = audit.Event("fail", f"job {job.id}", {"reason": error.message})
+                audit.append(connection, "sentinel", [event])
         return assignments
 
     def _paused(

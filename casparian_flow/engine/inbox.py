@@ -22,6 +22,8 @@ from casparian_flow.errors import Superseded, Unavailable
 FICLONE = 0x40049409
 """Linux's ioctl that makes one file share another's blocks; instant, where it is possible."""
 BUFFER_BYTES = 1 << 20
+PATH_MAX = 4096
+"""Bytes of a path that Linux takes in one call, the closing NUL among them."""
 OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """Follow no symlink, wait for no FIFO's writer."""
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
@@ -82,7 +84,7 @@ def opened(path: bytes) -> Iterator[FileIO]:
     """The regular file at `path`, for reading."""
     with io_faults(f"cannot open {os.fsdecode(path)!r}"):
         try:
-            file = FileIO(path, "rb", opener=lambda name, _: os.open(name, OPEN))
+            file = FileIO(path, "rb", opener=lambda name, _: open_any(os.fsencode(name), OPEN))
         except OSError as error:
             if error.errno not in GONE:
                 raise
@@ -91,6 +93,22 @@ def opened(path: bytes) -> Iterator[FileIO]:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise gone(path, "it is not a regular file any more")
         yield file
+
+
+def open_any(path: bytes, flags: int) -> int:
+    """`os.open` for an absolute path of any length: component by component past the kernel's."""
+    if len(path) < PATH_MAX:
+        return os.open(path, flags)
+    *folders, name = path.strip(b"/").split(b"/")
+    here = os.open(b"/", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for folder in folders:
+            deeper = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
+            os.close(here)
+            here = deeper
+        return os.open(name, flags, dir_fd=here)
+    finally:
+        os.close(here)
 
 
 def copy(source: FileIO, target: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import shutil
 import tempfile
 import threading
@@ -40,6 +41,8 @@ from casparian_flow.protocol import (
     Welcome,
 )
 from casparian_flow.sdk import FileInfo
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -116,7 +119,7 @@ class Runner:
         if self._halted.is_set():
             return _ended(job, Outcome.RELEASED)
         started = time.monotonic()
-        log = ""
+        said = ""
         try:
             if artifact.refusal:
                 raise OutputRefused(artifact.refusal)
@@ -126,12 +129,12 @@ class Runner:
                 stages = self._stage(seat, job)
             finally:
                 self._running = None
-                log = seat.guest.take_log()
-        except JobError as error:
+                said = seat.guest.take_log()
+        except Exception as fault:  # noqa: BLE001 - sorted by _job_error
             if self._halted.is_set():
-                return _ended(job, Outcome.RELEASED, log=log)
-            return _failed(job, error, log, time.monotonic() - started)
-        return _Ran(job, stages, log, time.monotonic() - started)
+                return _ended(job, Outcome.RELEASED, log=said)
+            return _failed(job, _job_error(fault), said, time.monotonic() - started)
+        return _Ran(job, stages, said, time.monotonic() - started)
 
     def _stage(self, seat: _Seat, job: Assignment) -> list[Stage]:
         plans = _by_topic(job.outputs)
@@ -149,10 +152,10 @@ class Runner:
             ):
                 for topic, batch in batches:
                     if topic not in stages:
-                        stages[topic] = [
-                            sinks.open_sink(plan.location).open_stage(plan, lineage, job.attempt)
-                            for plan in plans[topic]
-                        ]
+                        stages[topic] = []
+                        for plan in plans[topic]:
+                            sink = sinks.open_sink(plan.location)
+                            stages[topic].append(sink.open_stage(plan, lineage, job.attempt))
                     for stage in stages[topic]:
                         stage.write(batch)
                 for stage in _flat(stages):
@@ -216,6 +219,16 @@ class Runner:
         finally:
             self._running = None
         return seat
+
+
+def _job_error(fault: Exception) -> JobError:
+    """A fault nobody foresaw costs the job an attempt, and not the daemon its life."""
+    if isinstance(fault, JobError):
+        return fault
+    if isinstance(fault, OSError):
+        return Unavailable(f"{fault.strerror or fault}: {fault.filename or 'this machine'}")
+    log.exception("an attempt failed in a way we did not expect", exc_info=fault)
+    return JobError(f"{type(fault).__name__}: {fault}")
 
 
 def _staged(ran: _Ran, sealed: Iterator[StagedOutput]) -> Receipt:

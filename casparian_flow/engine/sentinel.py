@@ -85,11 +85,13 @@ class Sentinel:
         self._deploy = deploy
         self._ring = ring
         self._peers: dict[bytes, Peer] = {}
+        self._clients: set[bytes] = set()
         self._bell = bell
+        self._answers: set[asyncio.Task[None]] = set()
         self._draining = False
         self._empty = asyncio.Event()
         self._token = secrets.token_hex(32)
-        self._token_path = settings.database.state_folder / f"{settings.database.path.name}.token"
+        self._token_path = settings.database.token
         self.dropped = 0
         """Messages that were not ours."""
 
@@ -153,14 +155,19 @@ class Sentinel:
                 self.dropped += 1
                 log.warning("dropped a message (%d so far): %s", self.dropped, error)
                 continue
-            await self._hear(identity, message)
+            try:
+                await self._hear(identity, message)
+            except LedgerError as error:
+                log.error("a %s was not answered: %s", type(message).__name__, error.message)
 
     async def _hear(self, identity: bytes, message: AnyMessage) -> None:
         match message:
-            case protocol.Deploy():
-                asyncio.get_running_loop().create_task(self._answer_deploy(identity, message))
+            case protocol.Deploy() if identity in self._clients:
+                self._clients.discard(identity)
+                self._answers.add(asyncio.create_task(self._answer_deploy(identity, message)))
                 return
-            case protocol.Ring(scan=scan):
+            case protocol.Ring(scan=scan) if identity in self._clients:
+                self._clients.discard(identity)
                 self._bell.set()
                 if scan:
                     self._ring()
@@ -188,7 +195,7 @@ class Sentinel:
                 await self._lose(identity, "left")
 
     async def _admit(self, identity: bytes, proof: protocol.Proof) -> None:
-        if not secrets.compare_digest(proof.token, self._token):
+        if not secrets.compare_digest(proof.token.encode(), self._token.encode()):
             reason = (
                 f"it cannot read {self._token_path}: a worker must run on this machine, as this "
                 "user, with the Sentinel's files in reach"
@@ -196,7 +203,13 @@ class Sentinel:
             log.warning("refused worker %s: %s", proof.worker, reason)
             await self._send(identity, protocol.Refused(reason=reason))
             return
+        if not proof.worker:
+            self._clients.add(identity)
+            return
+        if identity in self._peers:
+            return
         self._peers[identity] = Peer(proof.worker, remote=proof.pid != os.getpid())
+        self._empty.clear()
         guest = self._settings.guest
         await self._send(
             identity,
@@ -240,6 +253,11 @@ class Sentinel:
 
     async def _artifact(self, plugin_id: int) -> protocol.Artifact:
         row = await self._ledger.read_soon(partial(plugins.get, plugin_id=plugin_id))
+        if row is None:
+            return protocol.Artifact(
+                plugin_id=plugin_id, name="", version="", source=b"", lock="", topics=[],
+                refusal=f"there is no plugin {plugin_id}",
+            )  # fmt: skip
         topics = await self._ledger.read_soon(partial(plugins.topics_of, plugin=row))
         return protocol.Artifact(
             plugin_id=plugin_id,
@@ -264,18 +282,23 @@ class Sentinel:
         while True:
             await asyncio.sleep(LEASE_SECONDS / 3)
             horizon = time.monotonic() - LEASE_SECONDS
-            for identity, peer in list(self._peers.items()):
-                if peer.remote and peer.seen < horizon:
-                    await self._lose(identity, f"was silent for {LEASE_SECONDS:g} s")
+            silent = [i for i, p in self._peers.items() if p.remote and p.seen < horizon]
+            for identity in silent:
+                try:
+                    # It may be one of its jobs that killed it: the attempts count.
+                    await self._lose(identity, f"was silent for {LEASE_SECONDS:g} s", refund=False)
+                except LedgerError as error:
+                    log.error("the jobs of a lost worker wait: %s", error.message)
 
-    async def _lose(self, identity: bytes, why: str) -> None:
+    async def _lose(self, identity: bytes, why: str, refund: bool = True) -> None:
         """Forget a worker and put what it still holds back into the queue."""
-        peer = self._peers.pop(identity)
+        peer = self._peers[identity]
         for job_id, fence in peer.held.items():
             log.warning("worker %s %s; job %d goes back to the queue", peer.name, why, job_id)
             await self._ledger.write_soon(
-                partial(jobs.requeue, job_id=job_id, fence=fence, reason="", refund=True)
+                partial(jobs.requeue, job_id=job_id, fence=fence, reason="", refund=refund)
             )
+        del self._peers[identity]
         if not self._peers:
             self._empty.set()
         self._bell.set()

@@ -59,6 +59,7 @@ class Worker:
         self._runner: Runner | None = None
         self._jobs: asyncio.Queue[list[Assignment]] = asyncio.Queue()
         self._artifacts: dict[int, asyncio.Future[Artifact]] = {}
+        self._stale = False
         self._pace = PREFETCH_SECONDS
         self._draining = asyncio.Event()
 
@@ -114,9 +115,7 @@ class Worker:
                     protocol.Proof(worker=self._name, pid=os.getpid(), token=_read_token(path))
                 )
             case protocol.Welcome():
-                if self._runner is None:
-                    self._runner = Runner(message, self._cache)
-                await self._pull()
+                await self._begin(message)
             case protocol.Refused(reason=reason):
                 raise DaemonGone(f"the Sentinel refused worker {self._name}: {reason}")
             case protocol.Assign(jobs=jobs):
@@ -128,6 +127,16 @@ class Worker:
                 self.stop(grace)
             case _:
                 log.warning("worker %s cannot use a %s", self._name, type(message).__name__)
+
+    async def _begin(self, welcome: protocol.Welcome) -> None:
+        """Serve a Sentinel; a new one has swept away the guests we had under the old one."""
+        if self._runner is None:
+            self._runner = Runner(welcome, self._cache)
+        else:
+            self._stale = True
+            for plugin_id in [n for n, future in self._artifacts.items() if not future.done()]:
+                await self._send(protocol.Fetch(plugin_id=plugin_id))
+        await self._pull()
 
     async def _work(self) -> None:
         """Run one assigned batch after another; end when draining and nothing is in hand."""
@@ -151,6 +160,9 @@ class Worker:
     async def _run(self, batch: Sequence[Assignment]) -> None:
         assert self._runner is not None
         loop = asyncio.get_running_loop()
+        if self._stale:
+            self._stale = False
+            await loop.run_in_executor(self._thread, self._runner.close)
         artifacts = {n: await self._artifact(n) for n in {job.plugin_id for job in batch}}
         work = [(job, artifacts[job.plugin_id]) for job in batch]
         started = loop.time()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import threading
 
 from casparian_flow.db.files import Stat
 
@@ -17,16 +18,19 @@ COARSE_NS = 2_000_000_000
 READ_BYTES = 1 << 20
 
 
-def hash_file(name: bytes, folder: int) -> tuple[str, Stat] | None:
+def hash_file(
+    name: bytes, folder: int, stop: threading.Event | None = None
+) -> tuple[str, Stat] | None:
     """Read a file once and hash it.
 
     Args:
         name: its name in the directory.
         folder: descriptor of the directory.
+        stop: gives up when set.
 
     Returns:
-        SHA-256 and the stat identity, or None when it changed while it was read, or is not a
-        regular file any more.
+        SHA-256 and the stat identity, or None when it changed while it was read, is not a
+        regular file any more, or was given up.
 
     Raises:
         OSError: it cannot be opened or read.
@@ -43,6 +47,8 @@ def hash_file(name: bytes, folder: int) -> tuple[str, Stat] | None:
         while block := file.read(READ_BYTES):
             digest.update(block)
             length += len(block)
+            if stop and stop.is_set():
+                return None
         torn = Stat.of(os.fstat(descriptor)) != before or length != before.size
     return None if torn else (digest.hexdigest(), before)
 

@@ -8,6 +8,7 @@ same transaction.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from casparian_flow.db import files
+from casparian_flow.db import files, roots
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.files import Known, Sighting, Stat
 from casparian_flow.db.routing import Routing
@@ -67,26 +68,32 @@ class ScanReport:
     """Why the root is frozen; nothing is inferred from a frozen root."""
 
 
-def scan(ledger: Ledger, root: Root, only: Iterable[bytes] | None = None) -> ScanReport:
+def scan(
+    ledger: Ledger,
+    root: Root,
+    only: Iterable[bytes] | None = None,
+    stop: threading.Event | None = None,
+) -> ScanReport:
     """Look once, recording what is at rest.
 
     Args:
         only: directories (relative paths) to look at; those among their subdirectories that the
             ledger does not know are walked too. None is a full scan.
+        stop: ends the scan early when set; what was found so far is recorded.
 
     Raises:
         LedgerError: the ledger could not be written; finished batches stay recorded.
     """
-    return _Scan(ledger, root).run(only)
+    return _Scan(ledger, root, stop or threading.Event()).run(only)
 
 
 class _Scan:
     """The state of one pass over one root."""
 
-    def __init__(self, ledger: Ledger, root: Root) -> None:
+    def __init__(self, ledger: Ledger, root: Root, stop: threading.Event) -> None:
         self.ledger = ledger
         self.root = root
-        self.ignore = Ignore(root.ignore)
+        self.stop = stop
         self.report = ScanReport(root.name)
         self.started = time.time()
         self.routing = ledger.read(Routing)
@@ -96,6 +103,10 @@ class _Scan:
 
     def run(self, only: Iterable[bytes] | None) -> ScanReport:
         try:
+            self.ignore = Ignore(self.root.ignore)
+        except ValueError as error:
+            return self._freeze(f"has an ignore pattern that is none ({error})")
+        try:
             descriptor = os.open(self.root.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             return self._freeze(f"cannot be read ({error.strerror})")
@@ -104,11 +115,13 @@ class _Scan:
             if self._looks_unmounted(descriptor, device):
                 return self._freeze("is empty and on another device than before (unmounted?)")
             for listing in self._listings(descriptor, only):
+                if self.stop.is_set():
+                    break
                 self._compare(listing)
             self._flush()
         finally:
             os.close(descriptor)
-        if only is None:
+        if only is None and not self.stop.is_set():
             self._route_all()
             self._finish(device)
         return self.report
@@ -152,18 +165,29 @@ class _Scan:
         self.report.files += listing.files
         if self._read(files.directory_digest, listing.path) == listing.digest:
             return
-        quiet = True
         # A folder's row must be there before its files' rows point to it.
         self._folders.append((listing.path, None))
+        try:
+            quiet = self._compare_files(listing)
+            if not self.stop.is_set():
+                self._find_gone(listing)
+        except OSError as error:
+            self._unreadable(listing.path, str(error.strerror))
+            return
+        # A sighting that lost a race was recorded as unsettled when its batch was flushed.
+        if quiet and listing.path not in self.report.unsettled:
+            self._folders.append((listing.path, listing.digest))
+
+    def _compare_files(self, listing: Listing) -> bool:
+        """Record what changed; True if no file here needs a further look."""
+        quiet = True
         for chunk in walk.chunks(listing, self.ignore):
             paths = [walk.join(listing.path, name) for name, _ in chunk]
             known = self._read(files.known, paths)
             for (name, status), path in zip(chunk, paths, strict=True):
                 quiet &= self._compare_file(listing, name, path, Stat.of(status), known.get(path))
             self._flush_if_due()
-        quiet &= self._find_gone(listing)
-        if quiet:
-            self._folders.append((listing.path, listing.digest))
+        return quiet
 
     def _compare_file(
         self, listing: Listing, name: bytes, path: bytes, found: Stat, known: Known | None
@@ -172,13 +196,15 @@ class _Scan:
         same = known is not None and known.present and known.stat == found
         if known is not None and same and not known.racy:
             return True
+        if self.stop.is_set():
+            return False
         wait = self._unrest(found)
         if wait > 0:
             self.report.unsettled.add(listing.path)
             self.report.settles_in = max(self.report.settles_in, wait)
             return False
         try:
-            content = hash_file(name, listing.descriptor)
+            content = hash_file(name, listing.descriptor, self.stop)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -206,8 +232,8 @@ class _Scan:
             return 0.0  # The clock was set back: its age says nothing, and it is racy until then.
         return self.root.settle_seconds - (now - newest_stamp(found, now)) / 1e9
 
-    def _find_gone(self, listing: Listing) -> bool:
-        """Mark what is no longer here; True where the directory was seen whole."""
+    def _find_gone(self, listing: Listing) -> None:
+        """Mark what is no longer here."""
         here = {name for name, _ in listing.entries}
         gone = [
             path
@@ -224,7 +250,6 @@ class _Scan:
             self._flush()
             self._write(lambda c: self._forget(c, gone, lost))
             self.report.gone += len(gone)
-        return True
 
     def _forget(self, connection: Connection, gone: list[bytes], lost: list[bytes]) -> None:
         if gone:
@@ -263,14 +288,14 @@ class _Scan:
 
     def _route_all(self) -> None:
         """After a change of rules or plugins, give every present version the jobs it lacks."""
-        state = self.ledger.read(lambda c: files.scan_state(c, self.root.id))
+        state = self.ledger.read(lambda c: roots.scan_state(c, self.root.id))
         if state is not None and state.routed == self.routing.fingerprint:
             return
         self.report.job_ids += route_root(self.ledger, self.root.id, self.routing)
 
     def _finish(self, device: int) -> None:
         self._write(
-            lambda c: files.save_scan_state(
+            lambda c: roots.save_scan_state(
                 c,
                 self.root.id,
                 started=self.started,
@@ -284,7 +309,7 @@ class _Scan:
         )
 
     def _looks_unmounted(self, descriptor: int, device: int) -> bool:
-        state = self.ledger.read(lambda c: files.scan_state(c, self.root.id))
+        state = self.ledger.read(lambda c: roots.scan_state(c, self.root.id))
         if state is None or state.device in (None, device):
             return False
         with os.scandir(descriptor) as entries:
@@ -293,7 +318,7 @@ class _Scan:
     def _freeze(self, why: str) -> ScanReport:
         """Remember that the root cannot be seen; no deletion is inferred from that."""
         self.report.problem = f"source root {self.root.name} ({self.root.path}) {why}"
-        self._write(lambda c: files.save_scan_state(c, self.root.id, problem=self.report.problem))
+        self._write(lambda c: roots.save_scan_state(c, self.root.id, problem=self.report.problem))
         return self.report
 
     def _read(self, query: Any, argument: Any) -> Any:
@@ -312,7 +337,7 @@ def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
         chunk = partial(files.route_chunk, root_id=root_id, after=last, routing=routing)
         after, queued = ledger.write(chunk)
         job_ids += queued
-    ledger.write(lambda c: files.save_scan_state(c, root_id, routed=routing.fingerprint))
+    ledger.write(lambda c: roots.save_scan_state(c, root_id, routed=routing.fingerprint))
     return job_ids
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from casparian_flow.db import files
+from casparian_flow.db import roots as db_roots
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import SourceRoot
 from casparian_flow.errors import SourceError
@@ -86,7 +86,7 @@ def roots(ledger: Ledger, names: Sequence[str] = ()) -> list[Root]:
     """
     found = [
         Root(row.id, row.path, row.name, row.ignore, row.settle_seconds)
-        for row in ledger.read(files.active_roots)
+        for row in ledger.read(db_roots.active_roots)
     ]
     unknown = set(names) - {root.name for root in found}
     if unknown:

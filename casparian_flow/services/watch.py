@@ -53,6 +53,7 @@ class Watch:
         self._hints = _Hints()
         self._watchers: dict[int, tuple[Root, ObservedWatch | None]] = {}
         self._rung = True
+        self._stop = threading.Event()
         self.last: dict[str, ScanReport] = {}
         """The last full scan of each root, by name."""
 
@@ -82,7 +83,12 @@ class Watch:
 
     async def _turn(self, observer: BaseObserver) -> None:
         rung, self._rung = self._rung, False
-        known = await asyncio.to_thread(roots, self._ledger)
+        try:
+            known = await asyncio.to_thread(roots, self._ledger)
+        except LedgerError as error:
+            log.error("no source root is scanned: %s", error.message)
+            await asyncio.sleep(self._rescan_seconds)
+            return
         self._follow(observer, known)
         for root in known:
             if rung or self._full.get(root.id, 0.0) <= time.monotonic():
@@ -94,8 +100,16 @@ class Watch:
         started = time.monotonic()
         if only is None:
             self._hints.due(root.id, everything=True)
+        scanning = asyncio.create_task(
+            asyncio.to_thread(scan, self._ledger, root, only, self._stop)
+        )
         try:
-            report = await asyncio.to_thread(scan, self._ledger, root, only)
+            report = await asyncio.shield(scanning)
+        except asyncio.CancelledError:
+            # The thread goes on without us: it must be gone before the ledger is.
+            self._stop.set()
+            await asyncio.wait([scanning])
+            raise
         except LedgerError as error:
             log.error("%s: %s", root.name, error.message)
             self._full[root.id] = time.monotonic() + self._rescan_seconds
@@ -128,6 +142,7 @@ class Watch:
                     observer.unschedule(watch)
                 del self._watchers[root_id]
                 self._full.pop(root_id, None)
+                self._hints.due(root_id, everything=True)
         for root in known:
             if root.id not in self._watchers:
                 self._watchers[root.id] = (root, self._watch(observer, root))

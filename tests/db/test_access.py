@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -12,7 +15,7 @@ from sqlalchemy import Connection, func, insert, select, text
 from sqlalchemy.orm import Session
 
 from casparian_flow.config import Settings
-from casparian_flow.db.access import Ledger, get_engine
+from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.models import RoutingRule, SourceRoot
 from casparian_flow.errors import LedgerError
 
@@ -140,3 +143,43 @@ def test_processes_take_turns(ledger: Ledger, settings: Settings) -> None:
         ledger.write(lambda c, n=n: add_rule(c, f"here-{n}"))
     assert [one.wait() for one in crowd] == [0] * 4
     assert ledger.read(rules) == 250
+
+
+def test_a_waiter_that_is_cancelled_takes_nothing_with_it(ledger: Ledger) -> None:
+    inside, release = threading.Event(), threading.Event()
+
+    def slow(connection: Connection) -> None:
+        inside.set()
+        assert release.wait(10)
+        add_rule(connection, "*.csv")
+
+    async def story() -> None:
+        waiting = asyncio.create_task(ledger.write_soon(slow))
+        await asyncio.to_thread(inside.wait, 10)
+        waiting.cancel()
+        release.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(story())
+    ledger.write(lambda c: add_rule(c, "*.tsv"))
+    assert ledger.read(rules) == 2
+
+
+def test_a_foreign_lock_is_an_error_in_words_and_passes(ledger: Ledger, settings: Settings) -> None:
+    ledger.write(lambda c: c.execute(text("PRAGMA busy_timeout = 50")).all())
+    foreign = sqlite3.connect(settings.database.path, isolation_level=None)
+    foreign.execute("BEGIN IMMEDIATE")
+    with pytest.raises(LedgerError, match="locked"):
+        ledger.write(lambda c: add_rule(c, "*.csv"))
+    foreign.execute("ROLLBACK")
+    foreign.close()
+    ledger.write(lambda c: add_rule(c, "*.csv"))
+    assert ledger.read(rules) == 1
+
+
+def test_a_closed_ledger_says_so(settings: Settings) -> None:
+    with open_ledger(settings.database) as ledger:
+        pass
+    with pytest.raises(LedgerError, match="closed"):
+        ledger.write(rules)

@@ -15,6 +15,12 @@ from casparian_flow.db.models import JobStatus, ProcessingJob, utcnow
 from casparian_flow.db.routing import Wanted
 from tests.factories import add_job
 
+
+def version_of(connection: Connection, job: int) -> int:
+    query = select(ProcessingJob.file_version_id).where(ProcessingJob.id == job)
+    return connection.execute(query).scalar_one()
+
+
 VERBS: dict[str, tuple[Callable[[Connection, int], object], set[JobStatus], JobStatus]] = {
     "claim": (
         lambda c, job: jobs.claim(c, "w2", 1, 10),
@@ -42,6 +48,11 @@ VERBS: dict[str, tuple[Callable[[Connection, int], object], set[JobStatus], JobS
         lambda c, job: jobs.supersede(c, job, 1, "gone"),
         {JobStatus.RUNNING},
         JobStatus.SUPERSEDED,
+    ),
+    "revive": (
+        lambda c, job: jobs.revive(c, [version_of(c, job)]),
+        {JobStatus.SUPERSEDED},
+        JobStatus.QUEUED,
     ),
     "abort": (lambda c, job: jobs.abort(c, [job]), {JobStatus.QUEUED}, JobStatus.ABORTED),
     "retry": (
@@ -76,7 +87,7 @@ ARROWS = {
     "FAILED": {"QUEUED"},
     "ABORTED": {"QUEUED"},
     "COMPLETED": set(),
-    "SUPERSEDED": set(),
+    "SUPERSEDED": {"QUEUED"},
 }
 
 
@@ -109,7 +120,7 @@ def test_a_slow_loser_cannot_touch_the_winners_attempt(ledger: Ledger) -> None:
         lambda c: jobs.requeue(c, job, 1, reason="late"),
     ):
         assert not ledger.write(verb)
-    assert ledger.write(lambda c: jobs.decide(c, [(job, 2)])) == {job}
+    assert ledger.write(lambda c: jobs.decide(c, [(job, 2)])) == {(job, 2)}
 
 
 def test_claims_go_by_priority_then_age_and_wait_for_their_time(ledger: Ledger) -> None:

@@ -148,6 +148,21 @@ def test_bytes_that_changed_before_they_ran_are_superseded(
     assert work_off(settings) == {"COMPLETED": 2, "SUPERSEDED": 2}
 
 
+def test_bytes_that_come_back_are_worked_after_all(
+    ledger: Ledger, source: Path, settings: Settings
+) -> None:
+    """The job ran while the source root was away: nothing of it may be lost."""
+    root = add_root(ledger, source)
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    (source / "a.txt").write_text("one")
+    scan(ledger, root)
+    source.rename(source.with_name("away"))
+    assert work_off(settings) == {"SUPERSEDED": 1}
+    source.with_name("away").rename(source)
+    assert len(scan(ledger, root).job_ids) == 1
+    assert work_off(settings) == {"COMPLETED": 1}
+
+
 def test_a_large_file_is_read_in_place_and_proved_twice(
     ledger: Ledger, tmp_path: Path, source: Path
 ) -> None:

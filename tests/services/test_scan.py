@@ -225,7 +225,7 @@ def test_an_unreadable_file_is_named_and_read_later(
     put(source / "secret", "1").chmod(0)
     if os.geteuid() == 0:  # whom no mode keeps out: let the open itself refuse
 
-        def refuse(name: bytes, folder: int) -> tuple[str, Stat] | None:
+        def refuse(name: bytes, folder: int, _stop: threading.Event) -> tuple[str, Stat] | None:
             if name == b"secret":
                 raise PermissionError(13, "Permission denied")
             return hash_file(name, folder)
@@ -276,6 +276,40 @@ def test_a_one_shot_waits_and_takes_the_last_content(ledger: Ledger, source: Pat
 
     assert scan_until_settled(ledger, root, Stop()).versions == 1
     assert history(ledger) == {b"growing": [20]}
+
+
+def test_a_scan_told_to_stop_records_what_it_has_and_claims_no_more(
+    ledger: Ledger, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    put(source / "f", "1")
+    stop = threading.Event()
+    stop.set()
+    assert scan(ledger, root, stop=stop).versions == 0
+    assert ledger.read(lambda c: c.execute(select(ScanState.finished)).scalar()) is None
+    assert scan(ledger, root).versions == 1
+
+
+def test_a_sighting_that_lost_a_race_is_looked_at_again(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another scan records a version between our look and our transaction."""
+    root = add_root(ledger, source)
+    file = put(source / "f", "first")
+    monkeypatch.setattr(scan_module, "BATCH_FILES", 1)  # flush before the directory is done
+    real = scan_module.hash_file
+
+    def slow(name: bytes, folder: int, stop: threading.Event) -> tuple[str, Stat] | None:
+        found = real(name, folder, stop)
+        monkeypatch.setattr(scan_module, "hash_file", real)
+        scan(ledger, root)  # the other scan
+        put(file, "second")
+        return found
+
+    monkeypatch.setattr(scan_module, "hash_file", slow)
+    scan(ledger, root)
+    scan(ledger, root)
+    assert history(ledger) == {b"f": [5, 6]}
 
 
 def stamps(seconds_ago: float, whole: bool = False) -> Stat:
