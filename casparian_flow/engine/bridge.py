@@ -33,6 +33,7 @@ import pyarrow as pa
 from casparian_flow.atomic import make_folder
 from casparian_flow.engine.batches import Tally, TopicEnd
 from casparian_flow.engine.frames import CONTROL_LIMIT, HEADER, TOPIC_LENGTH, Kind, pack
+from casparian_flow.engine.guest_process import descendants, environment, exit_words
 from casparian_flow.engine.job_log import JobLog
 from casparian_flow.errors import (
     GuestDied,
@@ -49,6 +50,8 @@ from casparian_flow.sdk import FileInfo
 BUNDLED = ("__init__.py", "sdk.py", "engine/__init__.py", "engine/frames.py", "engine/guest.py")
 QUIT_SECONDS = 2.0
 """How long a guest may take to leave when asked; it has no work to save."""
+READ_AHEAD = 64 << 10
+"""Bytes taken from the wire at once: a small job is one system call."""
 T = TypeVar("T")
 
 
@@ -125,6 +128,7 @@ class Guest:
         self._batch_limit = batch_limit
         self._log = JobLog()
         self._idle = False
+        self._ahead = bytearray()
         self._deadline = 0.0
         self._wire, theirs = socket.socketpair()
         script = bundle / "casparian_flow" / "engine" / "guest.py"
@@ -208,8 +212,9 @@ class Guest:
     @property
     def alive(self) -> bool:
         """Whether it can run another job: a waiting guest is silent, a dead one's wire is not."""
-        ready = self._selector.select(0) if self._idle else []
-        return self._idle and all(key.fileobj is not self._wire for key, _ in ready)
+        if not self._idle or self._ahead:
+            return False
+        return all(key.fileobj is not self._wire for key, _ in self._selector.select(0))
 
     def interrupt(self) -> None:
         """From another thread: end what runs; the thread that runs it sees GuestDied and kills."""
@@ -341,8 +346,19 @@ class Guest:
         return kind, length
 
     def _read(self, length: int) -> pa.Buffer:
+        """Exactly so many bytes; what one system call brings beyond them waits for the next."""
+        while len(self._ahead) < length <= READ_AHEAD:
+            self._await_wire()
+            received = self._wire.recv(READ_AHEAD)
+            if not received:
+                raise ConnectionResetError("the guest closed the wire")
+            self._ahead += received
         buffer = pa.allocate_buffer(length)
-        rest = memoryview(buffer)
+        rest = memoryview(buffer).cast("B")
+        taken = min(length, len(self._ahead))
+        rest[:taken] = self._ahead[:taken]
+        del self._ahead[:taken]
+        rest = rest[taken:]
         while rest:
             self._await_wire()
             count = self._wire.recv_into(rest)
@@ -367,33 +383,3 @@ class Guest:
         if waiting:
             self._log.write(os.read(self._pipe.fileno(), waiting))
         return int(waiting)
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """All that a guest inherits of ours: no variable of the host's, so no secret in one."""
-    return {
-        "LANG": "C.UTF-8",
-        "HOME": str(folder),
-        "TMPDIR": str(folder),
-        "PATH": os.defpath,
-        # One job, one core: workers run side by side, and each thread reserves address space.
-        "OPENBLAS_NUM_THREADS": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def exit_words(returncode: int) -> str:
-    """How a process ended: `was killed by SIGSEGV`, `ended with exit status 0`."""
-    if returncode >= 0:
-        return f"ended with exit status {returncode}"
-    names = {int(number): number.name for number in signal.Signals}
-    return f"was killed by {names.get(-returncode, f'signal {-returncode}')}"
-
-
-def descendants(pid: int) -> Iterator[int]:
-    """Every process below `pid`, as far as the kernel lists them (Linux)."""
-    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, listing.read_text().split()):
-                yield from descendants(child)
-                yield child

@@ -26,7 +26,7 @@ import traceback
 import types
 from collections.abc import Iterator
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,13 +77,16 @@ def die_with_host(wire: socket.socket) -> None:
 
 def serve(wire: socket.socket) -> None:
     """Answer LOAD, then every RUN, until QUIT or the end of the wire."""
-    from casparian_flow.engine.frames import Kind
+    from casparian_flow.engine.frames import BATCH_BYTES, Kind
     from casparian_flow.sdk import FileInfo
 
-    with wire.makefile("rb") as incoming:
+    with (
+        wire.makefile("rb") as incoming,
+        cast("BinaryIO", wire.makefile("wb", BATCH_BYTES)) as outgoing,
+    ):
         head, _, source = receive(incoming)[2].partition(b"\n")
         plugin = json.loads(head)
-        attempt = Attempt(wire, 0, plugin)
+        attempt = Attempt(outgoing, 0, plugin)
         try:
             handler = attempt.load(source)
         except BaseException as error:  # noqa: BLE001  a plugin may raise SystemExit too
@@ -94,7 +97,7 @@ def serve(wire: socket.socket) -> None:
             kind, job, payload = receive(incoming)
             if kind != Kind.RUN:
                 return
-            attempt = Attempt(wire, job, plugin)
+            attempt = Attempt(outgoing, job, plugin)
             try:
                 attempt.run(handler, FileInfo(**json.loads(payload)))
             except BaseException as error:  # noqa: BLE001
@@ -118,12 +121,12 @@ class Attempt:
     """One run of the plugin over one file, or its loading (job 0), as the wire sees it.
 
     Args:
-        wire: the socket to the host.
+        wire: the way to the host; buffered, so that few messages carry a small job.
         job: the number that every frame of this attempt carries.
         plugin: the head of LOAD: name, version, topics and batch_limit (bytes of a BATCH).
     """
 
-    def __init__(self, wire: socket.socket, job: int, plugin: dict[str, Any]) -> None:
+    def __init__(self, wire: BinaryIO, job: int, plugin: dict[str, Any]) -> None:
         self._wire = wire
         self._job = job
         self._name: str = plugin["name"]
@@ -198,10 +201,12 @@ class Attempt:
         self.send(Kind.FAILED, json.dumps(failure).encode())
 
     def send(self, kind: Kind, payload: bytes = b"") -> None:
-        """Send a small frame."""
-        from casparian_flow.engine.frames import pack
+        """Send a small frame, and all that waits before it unless more is to come."""
+        from casparian_flow.engine.frames import Kind, pack
 
-        self._wire.sendall(pack(kind, self._job, payload))
+        self._wire.write(pack(kind, self._job, payload))
+        if kind != Kind.END:
+            self._wire.flush()
 
     @property
     def _file_name(self) -> str:
@@ -268,8 +273,9 @@ class Attempt:
             if batch.schema != tally.schema:
                 raise self._refuse(changed(topic, tally.schema, batch.schema))
             tally.add(batch.num_rows, stream)
-            self._wire.sendall(HEADER.pack(Kind.BATCH, self._job, length) + head)
-            self._wire.sendall(stream)
+            self._wire.write(HEADER.pack(Kind.BATCH, self._job, length) + head)
+            self._wire.write(stream)
+            self._wire.flush()
 
 
 class Tally:

@@ -87,7 +87,9 @@ class Stage:
         try:
             make_folder(folder.parent, mode=0o700)
             make_folder(folder, mode=0o700)
-            self._file = self.path.open("x+b")
+            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+            # Arrow's own file: a Python one would be called back for every few bytes.
+            self._file = pa.OSFile(str(self.path), "wb")
         except OSError as error:
             raise unavailable(error, folder) from error
 
@@ -117,7 +119,7 @@ class Stage:
             self._flush()
             with self._storing(pa.Table.from_batches([], self._columns)):
                 self._writer.close()
-                self._file.flush()
+                self._file.close()
 
     def seal(self) -> StagedOutput:
         """Make the file's data durable; the module's `seal` makes its name so.
@@ -127,11 +129,10 @@ class Stage:
         """
         self.finish()
         try:
-            size = self._file.seek(0, os.SEEK_END)
-            self._file.seek(0)
-            digest = hashlib.file_digest(self._file, "sha256").hexdigest()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
         except OSError as error:
             raise unavailable(error, self.path) from error
         return StagedOutput(
