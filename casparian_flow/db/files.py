@@ -116,29 +116,23 @@ def child_directories(connection: Connection, root_id: int, path: bytes) -> list
     )
 
 
-_KNOWN = (
-    select(
-        FileLocation.path, FileLocation.id, FileLocation.device, FileLocation.inode,
-        FileLocation.size_bytes, FileLocation.mtime_ns, FileLocation.ctime_ns, FileLocation.racy,
-        FileLocation.gone_at, FileLocation.current_version_id, FileVersion.content_hash,
-        FileLocation.problem,
-    )
-    .outerjoin(FileVersion, FileVersion.id == FileLocation.current_version_id)
-    .where(
-        FileLocation.source_root_id == bindparam("root_id"),
-        FileLocation.path.in_(bindparam("paths", expanding=True)),
-    )
-)  # fmt: skip
+_KNOWN = """
+SELECT l.path, l.id, l.device, l.inode, l.size_bytes, l.mtime_ns, l.ctime_ns, l.racy, l.gone_at,
+       l.current_version_id, v.content_hash, l.problem
+FROM cf_file_location l LEFT JOIN cf_file_version v ON v.id = l.current_version_id
+WHERE l.source_root_id = ? AND l.path IN ({marks})
+"""
 
 
 def known(connection: Connection, root_id: int, paths: Sequence[bytes]) -> dict[bytes, Known]:
     """What the ledger knows of these locations."""
-    rows = connection.execute(_KNOWN, {"root_id": root_id, "paths": list(paths)})
+    statement = _KNOWN.format(marks=",".join("?" * len(paths)))
+    rows = connection.exec_driver_sql(statement, (root_id, *paths))
     return {
         row[0]: Known(
             row[1],
             None if row[2] is None else Stat._make(row[2:7]),
-            row[7], row[8] is None, row[9], row[10], row[11],
+            bool(row[7]), row[8] is None, row[9], row[10], row[11],
         )
         for row in rows
     }  # fmt: skip
