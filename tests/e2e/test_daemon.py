@@ -98,7 +98,6 @@ def test_files_become_rows_that_say_where_they_came_from(
 def test_every_way_a_plugin_can_fail_is_a_reason_and_the_next_job_runs(
     ledger: Ledger, tmp_path: Path, source: Path
 ) -> None:
-    settings = write_config(tmp_path / "flow", "")
     settings = write_config(tmp_path / "flow", "[guest]\nrecycle_jobs = 3\n")
     root = add_root(ledger, source)
     publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
