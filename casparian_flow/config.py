@@ -12,7 +12,7 @@ import os
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -112,7 +112,29 @@ class JobSettings(Section, frozen=True):
 
 
 class GuestSettings(Section, frozen=True):
-    """Limits of the processes that run plugin code."""
+    """Limits of the processes that run plugin code; a plugin's MANIFEST may only lower them."""
+
+    sandbox: Literal["required", "best-effort", "off"] = "required"
+    """`required` runs no plugin where the sandbox is not whole; `best-effort` takes what the
+    platform has; `off` takes nothing. What a job ran under stands in its attempt."""
+
+    memory_bytes: Count = 4 << 30
+    """Address space of a guest; what its allocators reserve counts, not only what they use."""
+
+    cpu_seconds: Positive = 3600.0
+    """Processor time of one attempt, all threads together."""
+
+    scratch_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30
+    """Scratch space a plugin may have that asks for it in its MANIFEST; else it has none."""
+
+    network: bool = False
+    """Whether plugins that declare it in their MANIFEST may use the network."""
+
+    output_limit_bytes: Count = 64 << 30
+    """Arrow bytes that one attempt may publish."""
+
+    environments_bytes: Count = 20 << 30
+    """Plugins' environments kept on this machine; beyond it the least recently used ones go."""
 
     copy_limit_bytes: Count = 1 << 30
     """A larger file is not copied to the inbox: it is hashed in place before and after the run."""
@@ -129,6 +151,33 @@ class OutputSettings(Section, frozen=True):
 
     default_uri: str = "parquet://output"
     """Sink of a topic that neither the MANIFEST nor `casparian topics set` names."""
+
+
+class GatekeeperSettings(Section, frozen=True):
+    """What the Gatekeeper lets pass, besides its ruleset; docs/security.md has the rules."""
+
+    allow: list[str] = []
+    """Exceptions, such as `import:os` or `name:getattr`."""
+
+    forbid: list[str] = []
+    """What is refused besides, such as `import:requests`; it wins over `allow`."""
+
+
+class AzureSettings(Section, frozen=True):
+    """Azure AD, where publishers must sign in to it; both ids empty: local keys alone."""
+
+    tenant_id: str = ""
+    """GUID of the tenant; `AZURE_TENANT_ID` wins."""
+
+    client_id: str = ""
+    """GUID of the application; `AZURE_CLIENT_ID` wins."""
+
+    publishers: list[str] = []
+    """Object ids of those who may publish; empty: everyone whom the tenant gives a token."""
+
+    @property
+    def required(self) -> bool:
+        return bool(self.tenant_id and self.client_id)
 
 
 class ListenSettings(Section, frozen=True):
@@ -150,6 +199,8 @@ class Settings(Section, frozen=True):
     jobs: JobSettings = JobSettings()
     guest: GuestSettings = GuestSettings()
     output: OutputSettings = OutputSettings()
+    gatekeeper: GatekeeperSettings = GatekeeperSettings()
+    azure: AzureSettings = AzureSettings()
     listen: ListenSettings = ListenSettings()
 
 
@@ -188,7 +239,24 @@ def load(path: str | None = None) -> Settings:
         raise ConfigError(f"{file}: {error}", "docs/configuration.md lists every key") from error
     home = file.parent
     database = DatabaseSettings(db_location=str(home / checked.database.path))
-    return msgspec.structs.replace(checked, home=home, database=database)
+    return msgspec.structs.replace(
+        checked, home=home, database=database, azure=_azure(checked.azure, file)
+    )
+
+
+def _azure(written: AzureSettings, file: Path) -> AzureSettings:
+    """What the file says of Azure, under what the environment says."""
+    effective = msgspec.structs.replace(
+        written,
+        tenant_id=os.environ.get("AZURE_TENANT_ID") or written.tenant_id,
+        client_id=os.environ.get("AZURE_CLIENT_ID") or written.client_id,
+    )
+    if bool(effective.tenant_id) != bool(effective.client_id):
+        raise ConfigError(
+            f"only one of Azure's tenant and client id is set (environment, or [azure] in {file})",
+            "set both AZURE_TENANT_ID and AZURE_CLIENT_ID, or neither",
+        )
+    return effective
 
 
 def find(path: str | None = None) -> Path:

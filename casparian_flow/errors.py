@@ -8,13 +8,17 @@
     ├── SourceError              a source root cannot be used
     ├── NotFound                 nothing by that name
     ├── PluginError              a plugin file cannot be published
-    │   └── PublishConflict      that version exists with other bytes
+    │   ├── PublishConflict      that version exists with other bytes
+    │   └── PolicyRefused        the Gatekeeper found something in its source
+    ├── AuthError                who publishes is not known, or may not
+    ├── SandboxUnavailable       this machine cannot hold plugins as the configuration requires
     ├── ProtocolError            a message that is not ours
     └── JobError                 an attempt of a job ended without output
         ├── PluginFailed         the plugin raised (retried)
         ├── PluginTimeout        the plugin outran its wall clock (retried)
         ├── GuestDied            the guest process ended under the job (retried)
         ├── EnvironmentFailed    the plugin's environment cannot be built (retried)
+        ├── ArtifactRefused      the artifact, its signature or its key is not in order (permanent)
         ├── OutputRefused        what it published cannot be stored (permanent)
         │   └── SinkConflict     the target is there and is not ours (permanent)
         ├── Superseded           the version's bytes are gone or changed
@@ -92,6 +96,22 @@ class PublishConflict(PluginError):
     """The version exists already with other bytes."""
 
 
+class PolicyRefused(PluginError):
+    """The Gatekeeper found something in a plugin's source that the policy forbids."""
+
+
+class AuthError(CasparianError):
+    """Who publishes, trusts or revokes is not known here, or may not do it."""
+
+    exit_code = 77
+
+
+class SandboxUnavailable(CasparianError):
+    """This machine cannot give the sandbox that the configuration requires; nothing was run."""
+
+    exit_code = 78
+
+
 class ProtocolError(CasparianError):
     """A message that is not one of ours."""
 
@@ -120,6 +140,12 @@ class GuestDied(JobError):
 
 class EnvironmentFailed(JobError):
     """The plugin's locked environment cannot be built here and now."""
+
+
+class ArtifactRefused(JobError):
+    """The artifact is not what was signed, or its key or itself was revoked; it was not run."""
+
+    retryable = False
 
 
 class OutputRefused(JobError):

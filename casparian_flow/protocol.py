@@ -16,6 +16,7 @@ from enum import StrEnum
 
 import msgspec
 
+from casparian_flow.config import GuestSettings
 from casparian_flow.errors import ProtocolError
 
 VERSION = b"CF1"
@@ -123,10 +124,9 @@ class Welcome(Message, frozen=True):
     """The worker may pull jobs, under these limits."""
 
     guests_folder: str
-    copy_limit_bytes: int
-    batch_limit_bytes: int
-    recycle_jobs: int
     guests: int
+    """Warm guests to keep."""
+    limits: GuestSettings
 
 
 class Refused(Message, frozen=True):
@@ -162,6 +162,11 @@ class Artifact(Message, frozen=True):
     source: bytes
     lock: str
     topics: list[str]
+    memory_bytes: int = 0
+    scratch_bytes: int = 0
+    """Both as the MANIFEST asks; the Worker grants no more than its limits. 0 memory: the limit."""
+    network: bool = False
+    """Whether the MANIFEST asks for the network."""
     refusal: str = ""
     """Why it may not be run; empty where it may."""
 
@@ -177,6 +182,8 @@ class Receipt(Record, frozen=True):
     retryable: bool = True
     log: str = ""
     seconds: float = 0.0
+    sandbox: str = ""
+    """What the guest was held by, as the host saw it before any plugin code ran."""
 
 
 class Conclude(Message, frozen=True):
@@ -208,6 +215,12 @@ class Deploy(Message, frozen=True):
     lock: str
     public_key: bytes
     signature: bytes
+    statement: bytes = b""
+    """What was signed, byte for byte: `security.signing` says what is in it."""
+    token: str = ""
+    """Azure AD access token, where publishers sign in; never stored."""
+    dry_run: bool = False
+    """Check everything, change nothing."""
 
 
 class Ring(Message, frozen=True):

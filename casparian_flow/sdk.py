@@ -52,6 +52,16 @@ class PluginMetadata:
     timeout_seconds: float = 0.0
     """Wall clock of one attempt; 0 takes the configured limit, which it can only lower."""
 
+    memory_bytes: int = 0
+    """Address space of its process; 0 takes the configured limit, which it can only lower."""
+
+    scratch_bytes: int = 0
+    """Space for temporary files, in the folder that `tempfile` uses; 0: nothing can be written.
+    The configuration may grant less."""
+
+    network: bool = False
+    """Whether it needs the network. It gets it only where the configuration allows it too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileInfo:

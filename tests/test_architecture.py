@@ -42,6 +42,7 @@ LAYERS = [
     ["db.access"],
     ["db.schema", "db.connection"],
     ["db.models"],
+    ["db.states"],
     ["engine.guest", "security", "protocol", "engine.frames"],
     ["config", "daemon_lock"],
     ["errors", "atomic", "sdk"],

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +25,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, validates
 
-
-class JobStatus(StrEnum):
-    """Where a job is; docs/job_lifecycle.md draws the arrows."""
-
-    QUEUED = "QUEUED"
-    """Waits for a worker, or for `not_before`."""
-    RUNNING = "RUNNING"
-    """A worker holds it under the current fence."""
-    COMMITTING = "COMMITTING"
-    """Decided: its output will be published, whatever happens."""
-    COMPLETED = "COMPLETED"
-    """Every output is visible in its sink."""
-    FAILED = "FAILED"
-    """Attempts used up, or an error that would repeat: the dead letters."""
-    ABORTED = "ABORTED"
-    """A person said no."""
-    SUPERSEDED = "SUPERSEDED"
-    """The version's bytes were gone or changed before it could run."""
-
-
-class OutputState(StrEnum):
-    """Where an output is."""
-
-    PLANNED = "PLANNED"
-    PUBLISHED = "PUBLISHED"
-    REFUSED = "REFUSED"
+from casparian_flow.db.states import JobStatus as JobStatus  # noqa: PLC0414  users import it here
+from casparian_flow.db.states import OutputState as OutputState  # noqa: PLC0414
 
 
 def utcnow() -> datetime:
@@ -238,6 +213,40 @@ class Plugin(Base):
     publisher: Mapped[str]
     """Who published: the key's id."""
     deployed_at: Mapped[datetime] = mapped_column(default=utcnow)
+    statement: Mapped[bytes | None]
+    """What was signed, byte for byte; NULL where an earlier release signed it in its own form."""
+    verdict: Mapped[str] = mapped_column(default="", server_default="")
+    """JSON: the Gatekeeper's ruleset and policy under which it was let in."""
+
+
+class TrustStatement(Base):
+    """What people signed about keys and plugins, in order: the trust of this ledger.
+
+    Replaying the rows from the first gives which keys are trusted for which plugins, which keys
+    are revoked, and which versions were activated or disabled.
+    """
+
+    __tablename__ = "cf_trust_statement"
+
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    """trust-key, revoke-key, rotate-key, activate, disable."""
+    payload: Mapped[bytes]
+    """What was signed, byte for byte: JSON, with the hash of the row before in it."""
+    public_key: Mapped[bytes]
+    signature: Mapped[bytes]
+    countersignature: Mapped[bytes] = mapped_column(default=b"")
+    """The new key's signature over the same bytes, where a key is rotated."""
+    recorded_at: Mapped[datetime] = mapped_column(default=utcnow)
+
+
+class LedgerIdentity(Base):
+    """The one row that tells this ledger from every other; signatures name it."""
+
+    __tablename__ = "cf_ledger_identity"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """32 random hexadecimal digits, made when the ledger was."""
 
 
 class PluginConfig(Base):
@@ -320,6 +329,8 @@ class Attempt(Base):
     """What the plugin printed, and its traceback; at most 64 KiB."""
     seconds: Mapped[float] = mapped_column(default=0.0)
     ended_at: Mapped[datetime] = mapped_column(default=utcnow)
+    sandbox: Mapped[str] = mapped_column(default="", server_default="")
+    """What the guest was held by; empty where none ran."""
 
 
 class Output(Base):

@@ -71,12 +71,13 @@ class Runner:
     """Runs batches of jobs, one at a time, on the thread that calls it.
 
     Args:
-        limits: what the Sentinel's Welcome said.
+        welcome: what the Sentinel said when it let this worker in.
         cache: where environments and the guest's files are kept.
     """
 
-    def __init__(self, limits: Welcome, cache: Path) -> None:
-        self._limits = limits
+    def __init__(self, welcome: Welcome, cache: Path) -> None:
+        self._welcome = welcome
+        self._limits = welcome.limits
         self._cache = cache
         self._environments = EnvironmentStore(cache / "envs")
         self._seats: OrderedDict[int, _Seat] = OrderedDict()
@@ -189,7 +190,7 @@ class Runner:
             seat.leave()
             seat = None
         if seat is None:
-            while len(self._seats) >= self._limits.guests:
+            while len(self._seats) >= self._welcome.guests:
                 self._seats.popitem(last=False)[1].leave()
             seat = self._start(artifact)
         self._seats[artifact.plugin_id] = seat
@@ -197,7 +198,7 @@ class Runner:
 
     def _start(self, artifact: Artifact) -> _Seat:
         python, packages = self._environments.python(artifact.lock)
-        parent = Path(self._limits.guests_folder)
+        parent = Path(self._welcome.guests_folder)
         try:
             make_folder(parent, mode=0o700)
             folder = Path(tempfile.mkdtemp(dir=parent))

@@ -210,15 +210,12 @@ class Sentinel:
             return
         self._peers[identity] = Peer(proof.worker, remote=proof.pid != os.getpid())
         self._empty.clear()
-        guest = self._settings.guest
         await self._send(
             identity,
             protocol.Welcome(
                 guests_folder=str(self._settings.database.guests_folder),
-                copy_limit_bytes=guest.copy_limit_bytes,
-                batch_limit_bytes=guest.batch_limit_bytes,
-                recycle_jobs=guest.recycle_jobs,
                 guests=self._settings.workers.guests,
+                limits=self._settings.guest,
             ),
         )
         if self._draining:  # it comes while we leave; nobody else would tell it

@@ -32,6 +32,7 @@ _TOPIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _UNSTORABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _LIMIT = 10**9
 """Numbers beyond it are mistakes, and some would not fit a database column."""
+_BYTES_LIMIT = 1 << 50
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +50,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Topic -> sink URI as written; its scheme is not checked here."""
     timeout_seconds: float
     """0 takes the configured limit."""
+    memory_bytes: int = 0
+    """0 takes the configured limit."""
+    scratch_bytes: int = 0
+    network: bool = False
 
 
 def read_manifest(source: bytes, file_name: str) -> Manifest:
@@ -73,6 +78,9 @@ def read_manifest(source: bytes, file_name: str) -> Manifest:
         subscriptions=_texts(fields.get("subscriptions", ())),
         sinks=fields.get("sinks", {}),
         timeout_seconds=float(fields.get("timeout_seconds", 0)),
+        memory_bytes=fields.get("memory_bytes", 0),
+        scratch_bytes=fields.get("scratch_bytes", 0),
+        network=fields.get("network", False),
     )
     for fault, hint in _faults(manifest):
         raise PluginError(f"{file_name}: {fault}", hint)
@@ -268,6 +276,14 @@ def _is_whole(value: object) -> bool:
     return type(value) is int and abs(value) < _LIMIT
 
 
+def _is_bytes(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _BYTES_LIMIT
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and type(value) is not bool and 0 <= value < _LIMIT
 
@@ -285,6 +301,9 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "name": (_is_text, "a string"),
     "version": (_is_text, "a string"),
     "timeout_seconds": (_is_seconds, "a number of seconds, 0 or more"),
+    "memory_bytes": (_is_bytes, "a number of bytes, such as 2_000_000_000"),
+    "scratch_bytes": (_is_bytes, "a number of bytes, such as 100_000_000"),
+    "network": (_is_flag, "True or False"),
 }
 """The fields of `sdk.PluginMetadata`: what each accepts, and that in words."""
 

@@ -19,14 +19,19 @@ from casparian_flow.db.models import Base
 from casparian_flow.errors import LedgerError
 
 
-def layout(connection: Connection) -> list[tuple[str, ...]]:
+def parts(sql: str) -> list[str]:
+    """What a CREATE says, in any order: a column that was added later comes last."""
+    return sorted(re.split(r", (?![^()]*\))", re.sub(r"\s+", " ", sql).rstrip(" )")))
+
+
+def layout(connection: Connection) -> list[tuple[object, ...]]:
     rows = connection.execute(
         text(
             "SELECT type, name, tbl_name, sql FROM sqlite_schema WHERE type <> 'trigger' "
             "AND name NOT LIKE 'sqlite_%' ORDER BY type, name"
         )
     )
-    return [(*row[:3], re.sub(r"\s+", " ", row[3] or "")) for row in rows]
+    return [(*row[:3], parts(row[3] or "")) for row in rows]
 
 
 def database(folder: Path) -> DatabaseSettings:

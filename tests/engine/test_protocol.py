@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from casparian_flow import protocol
+from casparian_flow.config import GuestSettings
 from casparian_flow.errors import ProtocolError
 
 MESSAGES = typing.get_args(protocol.AnyMessage)
@@ -24,6 +25,7 @@ def values(kind: object) -> st.SearchStrategy[object]:
         bool: st.booleans(),
         float: st.floats(allow_nan=False),
         protocol.Outcome: st.sampled_from(protocol.Outcome),
+        GuestSettings: st.builds(GuestSettings, recycle_jobs=st.integers(1, 2**63 - 1)),
     }
     if kind in simple:
         return simple[kind]

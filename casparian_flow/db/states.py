@@ -1,0 +1,32 @@
+"""Where a job and an output can be: the words of the status columns."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class JobStatus(StrEnum):
+    """Where a job is; docs/job_lifecycle.md draws the arrows."""
+
+    QUEUED = "QUEUED"
+    """Waits for a worker, or for `not_before`."""
+    RUNNING = "RUNNING"
+    """A worker holds it under the current fence."""
+    COMMITTING = "COMMITTING"
+    """Decided: its output will be published, whatever happens."""
+    COMPLETED = "COMPLETED"
+    """Every output is visible in its sink."""
+    FAILED = "FAILED"
+    """Attempts used up, or an error that would repeat: the dead letters."""
+    ABORTED = "ABORTED"
+    """A person said no."""
+    SUPERSEDED = "SUPERSEDED"
+    """The version's bytes were gone or changed before it could run."""
+
+
+class OutputState(StrEnum):
+    """Where an output is."""
+
+    PLANNED = "PLANNED"
+    PUBLISHED = "PUBLISHED"
+    REFUSED = "REFUSED"
