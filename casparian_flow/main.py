@@ -26,12 +26,13 @@ from casparian_flow.atomic import make_folder
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, jobs, outputs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.engine import sinks
+from casparian_flow.engine import canary, sinks
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import ledger_tag
 from casparian_flow.engine.sentinel import INPROC, Sentinel
 from casparian_flow.engine.worker_client import Worker
 from casparian_flow.errors import CasparianError
+from casparian_flow.security import sandbox
 from casparian_flow.services import architect
 from casparian_flow.services.watch import Watch
 
@@ -69,11 +70,15 @@ async def running(
 
     Raises:
         DaemonRunning: another process is the daemon.
+        SandboxUnavailable: the sandbox is required, and does not hold on this machine.
         LedgerError: the database cannot be used.
     """
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(open_ledger(settings.database))
         stack.enter_context(daemon_lock.hold(settings.database.daemon_lock, role))
+        sandbox.shield_host()
+        if workers:
+            await asyncio.to_thread(canary.check, settings.guest, config.cache_folder())
         epoch = await ledger.write_soon(partial(_begin, limit=settings.jobs.max_attempts))
         await asyncio.to_thread(_sweep, settings, ledger)
         context = stack.enter_context(zmq.asyncio.Context())

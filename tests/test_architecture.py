@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from casparian_flow.engine.bundle import BUNDLED
+
 PACKAGE = Path(__file__).parent.parent / "casparian_flow"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -28,7 +30,9 @@ LAYERS = [
     ["services.scan", "engine.committer", "engine.dispatch", "engine.runner", "engine.control"],
     ["services.look", "services.walk"],
     [
+        "engine.canary",
         "engine.bridge",
+        "engine.bundle",
         "engine.batches",
         "engine.job_log",
         "engine.guest_process",
@@ -43,7 +47,7 @@ LAYERS = [
     ["db.schema", "db.connection"],
     ["db.models"],
     ["db.states"],
-    ["engine.guest", "security", "protocol", "engine.frames"],
+    ["engine.guest", "engine.attempt", "security", "protocol", "engine.frames"],
     ["config", "daemon_lock"],
     ["errors", "atomic", "sdk"],
 ]
@@ -131,9 +135,10 @@ def test_the_workers_side_never_touches_the_ledger() -> None:
 
 def test_the_guest_needs_the_standard_library_only() -> None:
     standard = sys.stdlib_module_names | {"__future__", "casparian_flow"}
-    for name in ("sdk.py", "engine/frames.py", "__init__.py"):
-        assert external(PACKAGE / name) <= standard, name
-    assert external(PACKAGE / "engine/guest.py") <= standard | {"pyarrow"}
+    for name in BUNDLED:
+        more = {"pyarrow"} if name == "engine/attempt.py" else set()
+        assert external(PACKAGE / name) <= standard | more, name
+        assert imports(PACKAGE / name) <= {module_name(PACKAGE / other) for other in BUNDLED}, name
 
 
 def test_sql_lives_in_db_and_sinks() -> None:

@@ -8,7 +8,9 @@ import sysconfig
 import time
 from pathlib import Path
 
-from casparian_flow.engine.bridge import Guest, bundle
+from casparian_flow.config import GuestSettings
+from casparian_flow.engine.bridge import Guest
+from casparian_flow.engine.bundle import bundle
 from casparian_flow.protocol import Artifact
 from casparian_flow.sdk import FileInfo
 
@@ -27,10 +29,13 @@ def main(mib: int) -> None:
         version_id=1, job_id=1,
     )  # fmt: skip
     folder = Path.cwd()
+    for inner in ("in", "tmp"):
+        (folder / inner).mkdir()
     packages = Path(sysconfig.get_path("purelib"))
     with Guest(
         Path(sys.executable), packages, artifact,
-        folder=folder, bundle=bundle(folder / "cache"), batch_limit=BATCH_LIMIT,
+        folder=folder, bundle=bundle(folder / "cache"),
+        limits=GuestSettings(batch_limit_bytes=BATCH_LIMIT),
     ) as guest:  # fmt: skip
         guest.load()
         started = time.perf_counter()

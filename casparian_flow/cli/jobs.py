@@ -78,6 +78,8 @@ def _show(job: dict[str, Any]) -> None:
             f"\nattempt {attempt['fence']}: {attempt['outcome']} after {attempt['seconds']:.2f} s"
             f" on {attempt['worker']}, {context.cell('ended_at', attempt['ended_at'])}"
         )
+        if attempt["sandbox"]:
+            context.say(f"  sandbox: {attempt['sandbox']}")
         if attempt["error"]:
             context.say(f"  {attempt['error']}")
         for line in attempt["log"].splitlines():

@@ -25,6 +25,7 @@ def status(ctx: typer.Context, as_json: AsJson = False) -> None:
         return
     context.say(f"database  {found['database']}")
     context.say(f"daemon    {_who(found['daemon'])}")
+    context.say(f"sandbox   {_sandbox(found['sandbox'], found['held_by'])}")
     counts = ", ".join(f"{n} {s}" for s, n in sorted(found["jobs"].items()))
     context.say(f"jobs      {counts or 'none'}")
     _section("sources", found["sources"], "name path active files unreadable scanned_at problem")
@@ -40,6 +41,12 @@ def _who(daemon: dict[str, Any] | None) -> str:
     if not daemon:
         return "not running"
     return "{role}, process {pid} on {host}, since {since}".format_map(daemon)
+
+
+def _sandbox(mode: str, held_by: str) -> str:
+    if mode == "required":
+        return f"{mode} (the last guest was held by {held_by})" if held_by else mode
+    return f"{mode.upper()}: plugins may do what the missing layers would forbid ({held_by or '?'})"
 
 
 def _section(title: str, rows: list[dict[str, Any]], columns: str) -> None:

@@ -51,6 +51,8 @@ class Ended(NamedTuple):
     error: str
     log: str
     seconds: float
+    sandbox: str = ""
+    """What the guest was held by."""
 
 
 def enqueue(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: str) -> list[int]:
@@ -237,8 +239,8 @@ def add_attempts(connection: Connection, epoch: int, ended: Sequence[Ended]) -> 
         connection,
         """
         INSERT INTO cf_attempt
-            (epoch, ended_at, job_id, fence, worker, outcome, error, log, seconds)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+            (epoch, ended_at, job_id, fence, worker, outcome, error, log, seconds, sandbox)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
         """,
         [(epoch, now, *end) for end in ended],
     )

@@ -161,7 +161,7 @@ def job(connection: Connection, job_id: int) -> Row | None:
     attempts = _rows(
         connection,
         """
-        SELECT fence, outcome, seconds, worker, ended_at, error, log
+        SELECT fence, outcome, seconds, worker, ended_at, error, log, sandbox
         FROM cf_attempt WHERE job_id = :id ORDER BY fence
         """,
         id=job_id,
@@ -175,6 +175,12 @@ def job(connection: Connection, job_id: int) -> Row | None:
         id=job_id,
     )
     return {**found[0], **facts[0], "attempt_log": attempts, "outputs": outputs}
+
+
+def last_sandbox(connection: Connection) -> str:
+    """What the guest of the newest attempt was held by; empty before the first."""
+    query = text("SELECT sandbox FROM cf_attempt WHERE sandbox <> '' ORDER BY id DESC LIMIT 1")
+    return connection.execute(query).scalar() or ""
 
 
 def job_ids(connection: Connection, statuses: Sequence[str]) -> list[int]:

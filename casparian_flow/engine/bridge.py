@@ -10,30 +10,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import selectors
-import shutil
 import signal
 import socket
 import struct
 import subprocess
-import tempfile
 import termios
 import time
-from collections.abc import Generator, Iterator
-from importlib import resources
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 import msgspec
 import pyarrow as pa
 
-from casparian_flow.atomic import make_folder
+from casparian_flow.config import GuestSettings
 from casparian_flow.engine.batches import Tally, TopicEnd
 from casparian_flow.engine.frames import CONTROL_LIMIT, HEADER, TOPIC_LENGTH, Kind, pack
-from casparian_flow.engine.guest_process import descendants, environment, exit_words
+from casparian_flow.engine.guest_process import (
+    CpuClock,
+    confinement,
+    descendants,
+    environment,
+    exit_words,
+)
 from casparian_flow.engine.job_log import JobLog
 from casparian_flow.errors import (
     GuestDied,
@@ -46,42 +48,13 @@ from casparian_flow.errors import (
 )
 from casparian_flow.protocol import Artifact, Record
 from casparian_flow.sdk import FileInfo
+from casparian_flow.security.sandbox import LAYERS
 
-BUNDLED = ("__init__.py", "sdk.py", "engine/__init__.py", "engine/frames.py", "engine/guest.py")
 QUIT_SECONDS = 2.0
 """How long a guest may take to leave when asked; it has no work to save."""
 READ_AHEAD = 64 << 10
 """Bytes taken from the wire at once: a small job is one system call."""
 T = TypeVar("T")
-
-
-def bundle(cache: Path) -> Path:
-    """The folder that holds what a guest imports from us, and nothing else; made once.
-
-    Args:
-        cache: a folder that may be deleted at any time, such as `config.cache_folder()`.
-    """
-    package = resources.files("casparian_flow")
-    files = {name: package.joinpath(name).read_bytes() for name in BUNDLED}
-    digest = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
-    folder = cache / "guest" / digest
-    if folder.is_dir():
-        return folder
-    make_folder(folder.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{digest[:8]}.", dir=folder.parent))
-    try:
-        for name, content in files.items():
-            file = temporary / "casparian_flow" / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
-            file.chmod(0o444)
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was first, with the same bytes
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 class Failure(Record, frozen=True):
@@ -90,6 +63,14 @@ class Failure(Record, frozen=True):
     kind: Literal["refused", "exception"]
     message: str
     traceback: str
+
+
+class Locked(Record, frozen=True):
+    """What a guest says holds it, before any code that is not ours has run there."""
+
+    layers: list[str]
+    missing: dict[str, str]
+    """Layer -> why it is not there."""
 
 
 class Guest:
@@ -102,9 +83,11 @@ class Guest:
         python: the interpreter of the plugin's environment.
         site_packages: where that environment's packages are.
         artifact: the plugin, verified.
-        folder: the guest's own folder, which must exist: its home, current and temporary folder.
+        folder: the guest's own folder: its home. It must exist, with `in` (its inbox) and `tmp`
+            (its scratch folder) in it.
         bundle: what `bundle()` returned.
-        batch_limit: bytes; a larger batch ends the guest before it is read.
+        limits: what any guest may have at most; the artifact may ask for less.
+        read: paths it may read besides its packages and its inbox.
 
     Raises:
         Unavailable: the process cannot be started.
@@ -118,14 +101,22 @@ class Guest:
         *,
         folder: Path,
         bundle: Path,
-        batch_limit: int,
+        limits: GuestSettings,
+        read: Sequence[str] = (),
     ) -> None:
         self.jobs_served = 0
+        self.sandbox = ""
+        """What holds it, once it is loaded: `limits, namespaces, landlock, seccomp`."""
+        self.compiled_anew: list[str] = []
+        """Source files it imported that had no byte code, once it is loaded."""
         self.ends: dict[str, TopicEnd] = {}
         """Per topic, what the last successful job sent; empty while a job runs or has failed."""
         self._artifact = artifact
         self._who = f"plugin {artifact.name} {artifact.version}"
-        self._batch_limit = batch_limit
+        self._limits = limits
+        self._confinement = confinement(
+            artifact, limits, folder, [str(site_packages), str(bundle), *read]
+        )
         self._log = JobLog()
         self._idle = False
         self._ahead = bytearray()
@@ -134,7 +125,10 @@ class Guest:
         script = bundle / "casparian_flow" / "engine" / "guest.py"
         try:
             self._process = subprocess.Popen(
-                [python, "-I", "-S", script, str(theirs.fileno()), site_packages],
+                [
+                    python, "-I", "-S", script, str(theirs.fileno()), site_packages,
+                    json.dumps(dataclasses.asdict(self._confinement)),
+                ],
                 cwd=folder,
                 env=environment(folder),
                 pass_fds=[theirs.fileno()],
@@ -143,7 +137,7 @@ class Guest:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-            )
+            )  # fmt: skip
         except OSError as error:
             self._wire.close()
             raise Unavailable(f"cannot start {self._who} with {python}: {error}") from error
@@ -151,6 +145,7 @@ class Guest:
             theirs.close()
         assert self._process.stdout is not None
         self._pipe = self._process.stdout
+        self._clock = CpuClock(self._process.pid, limits.cpu_seconds)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wire, selectors.EVENT_READ)
         self._selector.register(self._pipe, selectors.EVENT_READ)
@@ -161,19 +156,29 @@ class Guest:
         Raises:
             PluginFailed: importing it raised.
             OutputRefused: it has no Handler.
+            Unavailable: the sandbox is not what the configuration requires; no code of the plugin
+                or its packages has run.
             PluginTimeout, GuestDied: as `run`.
         """
         artifact = self._artifact
-        head = {"name": artifact.name, "version": artifact.version, "topics": artifact.topics}
-        line = json.dumps(head | {"batch_limit": self._batch_limit}).encode() + b"\n"
+        head = {
+            "name": artifact.name,
+            "version": artifact.version,
+            "topics": artifact.topics,
+            "batch_limit": self._limits.batch_limit_bytes,
+            "scratch": self._confinement.scratch if self._confinement.scratch_bytes else "",
+        }
         try:
             with self._exchange(timeout_seconds):
+                self._expect_locked()
+                line = json.dumps(head).encode() + b"\n"
                 self._wire.sendall(pack(Kind.LOAD, 0, line + artifact.source))
                 kind, length = self._header(job=0)
                 if kind == Kind.FAILED:
                     raise self._failure(length)
-                if kind != Kind.READY or length:
+                if kind != Kind.READY:
                     raise ProtocolError(f"{kind.name} where READY was due")
+                self.compiled_anew = self._record(length, list[str])
         except JobError:
             self.kill()
             raise
@@ -209,6 +214,18 @@ class Guest:
         log, self._log = self._log, JobLog()
         return log.text()
 
+    def _expect_locked(self) -> None:
+        """The guest's word on its sandbox; believed, since only our code can have spoken."""
+        kind, length = self._header(job=0)
+        if kind != Kind.LOCKED:
+            raise ProtocolError(f"{kind.name} where LOCKED was due")
+        said = self._record(length, Locked)
+        self.sandbox = ", ".join(said.layers) or "off"
+        lacking = {name: why for name, why in said.missing.items() if name in LAYERS}
+        if lacking and self._limits.sandbox == "required":
+            words = "; ".join(f"no {name}: {why}" for name, why in lacking.items())
+            raise Unavailable(f"the guest sandbox is not whole: {words}")
+
     @property
     def alive(self) -> bool:
         """Whether it can run another job: a waiting guest is silent, a dead one's wire is not."""
@@ -225,6 +242,7 @@ class Guest:
         """Ask the guest to leave, and kill it if it does not; may be called twice."""
         if self.alive:
             self._deadline = time.monotonic() + QUIT_SECONDS
+            self._process.send_signal(signal.SIGCONT)
             with contextlib.suppress(OSError):
                 self._wire.sendall(pack(Kind.QUIT, 0))
                 self._await_wire()
@@ -258,6 +276,8 @@ class Guest:
         """A question and its whole answer; whatever cuts it short kills the guest."""
         self._idle = False
         self._deadline = time.monotonic() + timeout_seconds
+        self._clock.start()
+        self._process.send_signal(signal.SIGCONT)
         hint = "see the job's log for what the plugin printed"
         try:
             self._wire.settimeout(timeout_seconds)
@@ -266,9 +286,15 @@ class Guest:
             self._finish()
             raise
         except TimeoutError as error:
+            spent = self._clock.left() <= 0
             self.kill()
-            what = f"{self._who} ran longer than {timeout_seconds:g} s and was killed"
-            raise PluginTimeout(what, "raise timeout_seconds under [jobs]") from error
+            limit, key = (
+                (f"{self._limits.cpu_seconds:g} s of processor time", "cpu_seconds under [guest]")
+                if spent
+                else (f"{timeout_seconds:g} s", "timeout_seconds under [jobs]")
+            )
+            what = f"{self._who} ran longer than {limit} and was killed"
+            raise PluginTimeout(what, f"raise {key}") from error
         except OSError as error:
             self.kill()
             words = exit_words(self._process.returncode)
@@ -285,15 +311,24 @@ class Guest:
             self._finish()
 
     def _finish(self) -> None:
+        """Stop the guest until its next job: a thread it left behind works on nobody's account."""
+        self._process.send_signal(signal.SIGSTOP)
         self._drain()
         self._idle = True
 
     def _stream(self, job: int) -> Generator[tuple[str, pa.RecordBatch], None, dict[str, TopicEnd]]:
         tallies: dict[str, Tally] = {}
         ends: dict[str, TopicEnd] = {}
+        received = 0
         while True:
             kind, length = self._header(job)
             if kind == Kind.BATCH:
+                received += length
+                if received > self._limits.output_limit_bytes:
+                    self.kill()
+                    limit = self._limits.output_limit_bytes
+                    what = f"{self._who} published more than {limit} bytes for one file"
+                    raise OutputRefused(what, "raise output_limit_bytes under [guest]")
                 topic, data = self._batch(length)
                 if topic in ends or topic not in self._artifact.topics:
                     raise ProtocolError(f"a batch for topic {topic!r}, which is not open to it")
@@ -338,7 +373,7 @@ class Guest:
             kind = Kind(number)
         except ValueError:
             raise ProtocolError(f"a frame of unknown kind {number}") from None
-        limit = self._batch_limit if kind == Kind.BATCH else CONTROL_LIMIT
+        limit = self._limits.batch_limit_bytes if kind == Kind.BATCH else CONTROL_LIMIT
         if length > limit:
             raise ProtocolError(f"a {kind.name} of {length} bytes; the limit is {limit}")
         if its_job != job:
@@ -369,7 +404,7 @@ class Guest:
 
     def _await_wire(self) -> None:
         """Wait for the guest to speak; keep emptying the pipe it prints to meanwhile."""
-        while (remaining := self._deadline - time.monotonic()) > 0:
+        while (remaining := min(self._deadline - time.monotonic(), self._clock.left())) > 0:
             ready = {key.fileobj for key, _ in self._selector.select(remaining)}
             if self._pipe in ready and not self._drain():
                 self._selector.unregister(self._pipe)  # the plugin closed its standard streams

@@ -225,8 +225,9 @@ class Committer:
 
 def _attempt(worker: str, end: Receipt) -> jobs.Ended:
     return jobs.Ended(
-        end.job_id, end.fence, worker, end.outcome.value, end.error, end.log, end.seconds
-    )
+        end.job_id, end.fence, worker, end.outcome.value, end.error, end.log, end.seconds,
+        end.sandbox,
+    )  # fmt: skip
 
 
 def _publish(location: str, staged: list[StagedOutput]) -> list[Published | JobError]:

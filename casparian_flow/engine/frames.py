@@ -1,13 +1,14 @@
 """The frames between a worker and its guest: pure, standard library only.
 
 A frame is a 17 byte header (kind, job number, payload length; big endian) and a payload. Each
-side owns one end of an inherited socketpair. The job number lets the host tell a stale frame
-from a live one; it is 0 for LOAD, QUIT, READY and the FAILED of a plugin that cannot be loaded.
+side owns one end of an inherited socketpair. The job number lets the host tell a stale frame from
+a live one; it is 0 for LOAD, QUIT, LOCKED, READY and the FAILED of a plugin that cannot be loaded.
 
 Host to guest: LOAD (one JSON line, then the plugin's source), RUN (JSON), QUIT.
-Guest to host: READY, BATCH (a topic's name, then one whole Arrow IPC stream with one batch),
-END (JSON: a topic's batches, rows and SHA-256 over its IPC bytes), DONE, FAILED (JSON).
-End of file is never success: only DONE is.
+Guest to host: LOCKED (JSON: what holds it, sent before any code but ours has run), READY (JSON:
+the modules that were imported without byte code), BATCH (a topic's name, then one whole Arrow IPC
+stream with one batch), END (JSON: a topic's batches, rows and SHA-256 over its IPC bytes), DONE,
+FAILED (JSON). End of file is never success: only DONE is.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Kind(IntEnum):
     LOAD = 1
     RUN = 2
     QUIT = 3
+    LOCKED = 15
     READY = 16
     BATCH = 17
     END = 18

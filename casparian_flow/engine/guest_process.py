@@ -1,12 +1,18 @@
-"""What a guest's process inherits, how it ended, and what it started."""
+"""What a guest's process inherits and may have, what it uses, how it ended, what it started."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from casparian_flow.config import GuestSettings
+from casparian_flow.protocol import Artifact
+from casparian_flow.security.sandbox import Confinement
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -14,12 +20,57 @@ def environment(folder: Path) -> dict[str, str]:
     return {
         "LANG": "C.UTF-8",
         "HOME": str(folder),
-        "TMPDIR": str(folder),
+        "TMPDIR": str(folder / "tmp"),
         "PATH": os.defpath,
         # One job, one core: workers run side by side, and each thread reserves address space.
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def confinement(
+    artifact: Artifact, limits: GuestSettings, folder: Path, read: list[str]
+) -> Confinement:
+    """What a guest may have: what the plugin asks for, and no more than the limits."""
+    return Confinement(
+        mode=limits.sandbox,
+        home=os.path.realpath(folder),
+        read=read,
+        memory_bytes=min(artifact.memory_bytes or limits.memory_bytes, limits.memory_bytes),
+        scratch_bytes=min(artifact.scratch_bytes, limits.scratch_bytes),
+        network=artifact.network and limits.network,
+    )
+
+
+class CpuClock:
+    """Processor time of another process, all its threads, since a moment.
+
+    Args:
+        pid: a child nobody has waited for yet.
+        limit_seconds: what it may use from `start` on.
+    """
+
+    def __init__(self, pid: int, limit_seconds: float) -> None:
+        # CPUCLOCK_SCHED of a process, as clock_getcpuclockid(3) makes it on Linux.
+        self._clock = (~pid << 3) | 2
+        self._limit = limit_seconds
+        self._most = limit_seconds
+
+    def start(self) -> None:
+        """Count from here."""
+        self._most = self._used() + self._limit
+
+    def left(self) -> float:
+        """Seconds of wall clock before which it cannot have used it up, on all cores at once."""
+        return (self._most - self._used()) / (os.cpu_count() or 1)
+
+    def _used(self) -> float:
+        if sys.platform != "linux":  # measured nowhere else; the wall clock bounds it
+            return 0.0
+        try:
+            return time.clock_gettime(self._clock)
+        except OSError:  # it has ended
+            return 0.0
 
 
 def exit_words(returncode: int) -> str:

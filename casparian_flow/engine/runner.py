@@ -21,13 +21,14 @@ from pathlib import Path
 
 from casparian_flow.atomic import make_folder
 from casparian_flow.engine import inbox, sinks
-from casparian_flow.engine.bridge import Guest, bundle
+from casparian_flow.engine.bridge import Guest
+from casparian_flow.engine.bundle import bundle
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.engine.venv_manager import EnvironmentStore
 from casparian_flow.errors import (
+    ArtifactRefused,
     JobError,
-    OutputRefused,
     Superseded,
     Unavailable,
 )
@@ -65,6 +66,7 @@ class _Ran:
     stages: list[Stage]
     log: str
     seconds: float
+    sandbox: str
 
 
 class Runner:
@@ -95,7 +97,7 @@ class Runner:
                 stage.discard()
             fault = error
             return [
-                _failed(o.job, fault, o.log, o.seconds) if isinstance(o, _Ran) else o
+                _failed(o.job, fault, o.log, o.seconds, o.sandbox) if isinstance(o, _Ran) else o
                 for o in outcomes
             ]
         return [_staged(o, sealed) if isinstance(o, _Ran) else o for o in outcomes]
@@ -120,22 +122,35 @@ class Runner:
         if self._halted.is_set():
             return _ended(job, Outcome.RELEASED)
         started = time.monotonic()
-        said = ""
+        said = sandbox = ""
         try:
             if artifact.refusal:
-                raise OutputRefused(artifact.refusal)
-            seat = self._seat(artifact)
-            self._running = seat.guest
-            try:
-                stages = self._stage(seat, job)
-            finally:
-                self._running = None
-                said = seat.guest.take_log()
+                raise ArtifactRefused(artifact.refusal)
+            with self._seated(job, artifact) as seat:
+                sandbox = seat.guest.sandbox
+                self._running = seat.guest
+                try:
+                    stages = self._stage(seat, job)
+                finally:
+                    self._running = None
+                    said = seat.guest.take_log()
         except Exception as fault:  # noqa: BLE001 - sorted by _job_error
             if self._halted.is_set():
                 return _ended(job, Outcome.RELEASED, log=said)
-            return _failed(job, _job_error(fault), said, time.monotonic() - started)
-        return _Ran(job, stages, said, time.monotonic() - started)
+            return _failed(job, _job_error(fault), said, time.monotonic() - started, sandbox)
+        return _Ran(job, stages, said, time.monotonic() - started, sandbox)
+
+    @contextlib.contextmanager
+    def _seated(self, job: Assignment, artifact: Artifact) -> Iterator[_Seat]:
+        """A guest for the job. Rights cannot be added later: a large file gets one of its own."""
+        if job.size_bytes <= self._limits.copy_limit_bytes:
+            yield self._seat(artifact)
+            return
+        seat = self._start(artifact, read=[_text(job.path)])
+        try:
+            yield seat
+        finally:
+            seat.leave()
 
     def _stage(self, seat: _Seat, job: Assignment) -> list[Stage]:
         plans = _by_topic(job.outputs)
@@ -174,7 +189,7 @@ class Runner:
         if job.size_bytes > self._limits.copy_limit_bytes:
             # Too large to copy: proved to be the version before the run, and again after it.
             _expect(job)
-            yield _file(job, Path(job.path.decode("utf-8", "surrogateescape")))
+            yield _file(job, Path(_text(job.path)))
             _expect(job)
             return
         placed = inbox.place(job.path, seat.folder / "in", name, job.content_hash)
@@ -196,18 +211,19 @@ class Runner:
         self._seats[artifact.plugin_id] = seat
         return seat
 
-    def _start(self, artifact: Artifact) -> _Seat:
+    def _start(self, artifact: Artifact, read: Sequence[str] = ()) -> _Seat:
         python, packages = self._environments.python(artifact.lock)
         parent = Path(self._welcome.guests_folder)
         try:
             make_folder(parent, mode=0o700)
             folder = Path(tempfile.mkdtemp(dir=parent))
             (folder / "in").mkdir()
+            (folder / "tmp").mkdir()
         except OSError as error:
             raise Unavailable(f"cannot make a guest's folder in {parent}: {error}") from error
         guest = Guest(
             python, packages, artifact,
-            folder=folder, bundle=bundle(self._cache), batch_limit=self._limits.batch_limit_bytes,
+            folder=folder, bundle=bundle(self._cache), limits=self._limits, read=read,
         )  # fmt: skip
         seat = _Seat(guest, folder)
         self._running = guest
@@ -240,6 +256,7 @@ def _staged(ran: _Ran, sealed: Iterator[StagedOutput]) -> Receipt:
         outputs=list(itertools.islice(sealed, len(ran.stages))),
         log=ran.log,
         seconds=ran.seconds,
+        sandbox=ran.sandbox,
     )
 
 
@@ -252,6 +269,10 @@ def _by_topic(plans: Sequence[OutputPlan]) -> dict[str, list[OutputPlan]]:
 
 def _flat(stages: dict[str, list[Stage]]) -> list[Stage]:
     return [stage for group in stages.values() for stage in group]
+
+
+def _text(path: bytes) -> str:
+    return path.decode("utf-8", "surrogateescape")
 
 
 def _expect(job: Assignment) -> None:
@@ -275,7 +296,7 @@ def _ended(job: Assignment, outcome: Outcome, log: str = "") -> Receipt:
     return Receipt(job_id=job.job_id, fence=job.fence, outcome=outcome, log=log)
 
 
-def _failed(job: Assignment, error: JobError, log: str, seconds: float) -> Receipt:
+def _failed(job: Assignment, error: JobError, log: str, seconds: float, sandbox: str) -> Receipt:
     match error:
         case Superseded():
             outcome = Outcome.SUPERSEDED
@@ -291,4 +312,5 @@ def _failed(job: Assignment, error: JobError, log: str, seconds: float) -> Recei
         retryable=error.retryable,
         log=log or error.log,
         seconds=seconds,
+        sandbox=sandbox,
     )

@@ -29,6 +29,8 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         "database": str(settings.database.path),
         "daemon": daemon_lock.holder(settings.database.daemon_lock),
         "sources": ledger.read(views.roots),
+        "sandbox": settings.guest.sandbox,
+        "held_by": ledger.read(views.last_sandbox),
         "jobs": ledger.read(jobs.counts),
         "reasons": ledger.read(views.reasons),
         "plugins": [row for row in ledger.read(views.plugins) if row["active"]],

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from casparian_flow.engine.bridge import Guest, bundle
+from casparian_flow.config import GuestSettings
+from casparian_flow.engine.bridge import Guest
+from casparian_flow.engine.bundle import bundle
 from casparian_flow.engine.venv_manager import EnvironmentStore, lock_dependencies
 from tests.engine.guests import artifact
 
@@ -43,15 +46,22 @@ def start(
     before = len(os.listdir("/proc/self/fd"))
     guests: list[Guest] = []
 
-    def start(source: bytes, topics: tuple[str, ...] = ("t",), limit: int = 64 << 20) -> Guest:
+    def start(
+        source: bytes,
+        topics: tuple[str, ...] = ("t",),
+        limit: int = 64 << 20,
+        wants: dict[str, Any] | None = None,
+        **limits: Any,
+    ) -> Guest:
         folder = tmp_path / "guest"
-        folder.mkdir(exist_ok=True)
+        for inner in ("in", "tmp"):
+            (folder / inner).mkdir(exist_ok=True, parents=True)
         guest = Guest(
             *environment,
-            artifact(source, topics),
+            artifact(source, topics, **(wants or {})),
             folder=folder,
             bundle=bundle_folder,
-            batch_limit=limit,
+            limits=GuestSettings(batch_limit_bytes=limit, **limits),
         )
         guests.append(guest)
         return guest

@@ -30,10 +30,11 @@ def plugin(body: str) -> bytes:
     return (PREAMBLE + textwrap.indent(textwrap.dedent(body), " " * 8)).encode()
 
 
-def artifact(source: bytes, topics: tuple[str, ...] = ("t",)) -> Artifact:
+def artifact(source: bytes, topics: tuple[str, ...] = ("t",), **wants: Any) -> Artifact:
     return Artifact(
-        plugin_id=1, name="demo", version="1.0.0", source=source, lock="", topics=list(topics)
-    )
+        plugin_id=1, name="demo", version="1.0.0", source=source, lock="", topics=list(topics),
+        **wants,
+    )  # fmt: skip
 
 
 def file_info(path: str = "/nowhere/a.csv", job_id: int = 7, **changes: Any) -> FileInfo:
@@ -57,7 +58,7 @@ def run(guest: Guest, **facts: object) -> dict[str, pa.Table]:
     return {topic: pa.Table.from_batches(batches) for topic, batches in received.items()}
 
 
-def loaded(start: Start, body: str, *arguments: object) -> Guest:
-    guest = start(plugin(body), *arguments)
+def loaded(start: Start, body: str, *arguments: object, **limits: object) -> Guest:
+    guest = start(plugin(body), *arguments, **limits)
     guest.load()
     return guest

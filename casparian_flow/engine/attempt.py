@@ -1,0 +1,288 @@
+"""One run of a plugin over one file, in the guest: what it publishes becomes frames on the wire.
+
+Standard library only, and pyarrow once the plugin's environment is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import linecache
+import logging
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from casparian_flow.engine.frames import (
+    BATCH_BYTES,
+    BATCH_ROWS,
+    HEADER,
+    TOPIC_LENGTH,
+    Kind,
+    pack,
+)
+from casparian_flow.sdk import BasePlugin, FileInfo
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+TRACEBACK_LIMIT = 1 << 16
+"""Characters of a traceback that are sent; its end says most."""
+ACCEPTED = (
+    "publish takes a pandas DataFrame, a pyarrow Table, RecordBatch or RecordBatchReader, "
+    "anything with __arrow_c_stream__ (polars, DuckDB), or an iterator of these"
+)
+
+
+class Attempt:
+    """One run of the plugin over one file, or its loading (job 0), as the wire sees it.
+
+    Args:
+        wire: the way to the host; buffered, so that few messages carry a small job.
+        job: the number that every frame of this attempt carries.
+        plugin: the head of LOAD: name, version, topics and batch_limit (bytes of a BATCH).
+    """
+
+    def __init__(self, wire: BinaryIO, job: int, plugin: dict[str, Any]) -> None:
+        self._wire = wire
+        self._job = job
+        self._name: str = plugin["name"]
+        self._topics: list[str] = plugin["topics"]
+        self._batch_limit: int = plugin["batch_limit"]
+        self._open: dict[str, Tally] = {}
+        self._lock = threading.Lock()  # a plugin may publish from several threads
+        self._refusal: Exception | None = None
+
+    def load(self, source: bytes) -> BasePlugin:
+        """Run the plugin's module and make its Handler.
+
+        The bytes the host verified are compiled as they came; no file is read.
+        """
+        lines = importlib.util.decode_source(source).splitlines(keepends=True)
+        linecache.cache[self._file_name] = (len(source), None, lines, self._file_name)
+        module = types.ModuleType("casparian_plugin")
+        module.__file__ = self._file_name
+        sys.modules[module.__name__] = module  # dataclasses and pickle look themselves up
+        exec(compile(source, self._file_name, "exec"), module.__dict__)  # noqa: S102  our purpose
+        handler = module.__dict__.get("Handler")
+        if not (isinstance(handler, type) and issubclass(handler, BasePlugin)):
+            raise self._refuse(TypeError(f"plugin {self._name} has no class Handler(BasePlugin)"))
+        return handler()
+
+    def run(self, handler: BasePlugin, file: FileInfo) -> None:
+        """Execute the plugin over one file; a refusal it swallowed fails the attempt all the same.
+
+        Otherwise rows could be missing from a job that completed.
+        """
+        handler.file = file
+        handler._publish = self.publish
+        handler.execute(file.path)
+        if self._refusal:
+            raise self._refusal
+
+    def publish(self, topic: str, data: Any) -> None:
+        """What `BasePlugin.publish` does: send `data` in batches of about a mebibyte."""
+        if topic not in self._topics:
+            declared = ", ".join(self._topics) or "none"
+            raise self._refuse(ValueError(f"topic {topic!r} is not declared; declared: {declared}"))
+        for reader in self._readers(topic, data):
+            self._publish_stream(topic, reader)
+
+    def finish(self) -> None:
+        """Say what was sent, and that it is all."""
+        flush()
+        for topic, tally in self._open.items():
+            end = {"topic": topic, "batches": tally.batches, "rows": tally.rows}
+            self.send(Kind.END, json.dumps(end | {"digest": tally.digest.hexdigest()}).encode())
+        self.send(Kind.DONE)
+
+    def fail(self, error: BaseException) -> None:
+        """Say that the attempt ended without output, and why."""
+        flush()
+        frames = error.__traceback__
+        while frames and frames.tb_frame.f_code.co_filename != self._file_name:
+            frames = frames.tb_next
+        text = "".join(traceback.format_exception(type(error), error, frames))[-TRACEBACK_LIMIT:]
+        last_line = text.rstrip().rpartition("\n")[2]
+        failure = {
+            "kind": "refused" if self._refusal else "exception",
+            "message": printable(str(self._refusal) if self._refusal else last_line),
+            "traceback": printable(text),
+        }
+        self.send(Kind.FAILED, json.dumps(failure).encode())
+
+    def send(self, kind: Kind, payload: bytes = b"") -> None:
+        """Send a small frame, and all that waits before it unless more is to come."""
+        self._wire.write(pack(kind, self._job, payload))
+        if kind != Kind.END:
+            self._wire.flush()
+
+    @property
+    def _file_name(self) -> str:
+        return f"{self._name}.py"
+
+    def _refuse(self, error: Exception) -> Exception:
+        """Note that the host must treat this attempt as refused, whatever the plugin catches."""
+        self._refusal = self._refusal or error
+        return error
+
+    def _readers(self, topic: str, data: Any) -> Iterator[pa.RecordBatchReader]:
+        if is_tabular(data):
+            yield self._reader(topic, data)
+        elif isinstance(data, Iterator):
+            for item in data:
+                yield self._reader(topic, item)
+        else:
+            raise self._refuse(not_tabular(topic, data))
+
+    def _reader(self, topic: str, data: Any) -> pa.RecordBatchReader:
+        import pyarrow as pa
+
+        if not is_tabular(data):
+            raise self._refuse(not_tabular(topic, data))
+        try:
+            if is_dataframe(data):
+                data = pa.Table.from_pandas(data)
+            return pa.RecordBatchReader.from_stream(data)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            what = f"topic {topic!r}: this {type(data).__name__} is not a table: {error}"
+            raise self._refuse(TypeError(what)) from error
+
+    def _publish_stream(self, topic: str, reader: pa.RecordBatchReader) -> None:
+        empty = True
+        for batch in reader:
+            if batch.num_rows and not batch.num_columns:
+                what = f"topic {topic!r} was given {batch.num_rows} rows without any column"
+                raise self._refuse(ValueError(what))
+            for piece in pieces(batch):
+                self._publish_batch(topic, piece)
+                empty = False
+        if empty and len(reader.schema):
+            self._publish_batch(topic, empty_batch(reader.schema))
+
+    def _publish_batch(self, topic: str, batch: pa.RecordBatch) -> None:
+        batch = plain(batch)
+        stream = ipc_stream(batch)
+        name = topic.encode()
+        head = TOPIC_LENGTH.pack(len(name)) + name
+        length = len(head) + stream.size
+        if length > self._batch_limit:
+            if batch.num_rows < 2:
+                what = f"topic {topic!r}: one row has {stream.size} bytes"
+                hint = f"the limit is {self._batch_limit} ([guest] batch_limit_bytes)"
+                raise self._refuse(ValueError(f"{what}; {hint}"))
+            half = batch.num_rows // 2
+            self._publish_batch(topic, batch.slice(0, half))
+            self._publish_batch(topic, batch.slice(half))
+            return
+        with self._lock:
+            tally = self._open.setdefault(topic, Tally(batch.schema))
+            if batch.schema != tally.schema:
+                raise self._refuse(changed(topic, tally.schema, batch.schema))
+            tally.add(batch.num_rows, stream)
+            self._wire.write(HEADER.pack(Kind.BATCH, self._job, length) + head)
+            self._wire.write(stream)
+            self._wire.flush()
+
+
+class Tally:
+    """What went to one topic in one attempt."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self.batches = 0
+        self.rows = 0
+        self.digest = hashlib.sha256()
+
+    def add(self, rows: int, stream: pa.Buffer) -> None:
+        """Count one batch and its IPC bytes."""
+        self.batches += 1
+        self.rows += rows
+        self.digest.update(stream)
+
+
+def is_dataframe(data: Any) -> bool:
+    """Whether it is a pandas DataFrame; pandas before 2.2 has no `__arrow_c_stream__`."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(data, pandas.DataFrame)
+
+
+def is_tabular(data: Any) -> bool:
+    """Whether it says of itself that it is a table."""
+    return is_dataframe(data) or hasattr(data, "__arrow_c_stream__")
+
+
+def not_tabular(topic: str, data: Any) -> TypeError:
+    """The refusal of something that is no table."""
+    return TypeError(f"topic {topic!r} was given a {type(data).__name__}; {ACCEPTED}")
+
+
+def changed(topic: str, before: pa.Schema, after: pa.Schema) -> ValueError:
+    """The refusal of a batch whose columns are not those of the topic's first."""
+    import pyarrow as pa
+
+    pairs = zip_longest([str(pa.schema([f])) for f in before], [str(pa.schema([f])) for f in after])
+    old, new = next((old or "absent", new or "absent") for old, new in pairs if old != new)
+    return ValueError(
+        f"the columns of topic {topic!r} changed: first `{old}`, now `{new}`; give explicit "
+        "dtypes, such as pd.read_csv(..., dtype={...}), so that every batch has the same columns"
+    )
+
+
+def pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """The batch in slices of about BATCH_BYTES; no rows, no slices."""
+    fitting = batch.num_rows * BATCH_BYTES // max(batch.nbytes, 1)
+    rows = min(max(fitting, 1), BATCH_ROWS)
+    for start in range(0, batch.num_rows, rows):
+        yield batch.slice(start, rows)
+
+
+def plain(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch without dictionaries and metadata.
+
+    Both differ between chunks of one table (a category's index type follows the number of its
+    values), which would look like a change of columns.
+    """
+    import pyarrow as pa
+
+    def decoded(column: Any) -> Any:
+        return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+    columns = [decoded(column) for column in batch.columns]
+    fields = [f.with_type(c.type) for f, c in zip(batch.schema, columns, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+
+
+def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
+    """No rows of these columns."""
+    import pyarrow as pa
+
+    return pa.RecordBatch.from_arrays([pa.nulls(0, f.type) for f in schema], schema=schema)
+
+
+def ipc_stream(batch: pa.RecordBatch) -> pa.Buffer:
+    """A whole, uncompressed IPC stream with just this batch."""
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def flush() -> None:
+    """Send what the plugin printed and logged on its way, whatever it did to the streams."""
+    for stream in (*logging.getLogger().handlers, sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def printable(text: str) -> str:
+    """The text with lone surrogates, as in names that are not UTF-8, escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,114 @@
+"""Before a worker takes jobs: a real guest tries to get out, and no job runs where it succeeds.
+
+A version number says what a kernel should do; the canary says what it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from casparian_flow.config import GuestSettings
+from casparian_flow.engine.bridge import Guest
+from casparian_flow.engine.bundle import bundle
+from casparian_flow.errors import JobError, PluginFailed, SandboxUnavailable
+from casparian_flow.protocol import Artifact
+
+log = logging.getLogger(__name__)
+
+HINT = (
+    'run on Linux 5.13 or newer, x86-64, with Landlock, or set [guest] sandbox = "best-effort" '
+    "(plugins can then do what the missing layers would forbid; docs/security.md)"
+)
+
+ATTEMPTS = """
+import os, socket
+
+def read_outside(): open(SECRET).read()
+def write_outside(): open(SECRET, "a").close()
+def change_a_mode(): os.chmod(SECRET, 0o666)
+def read_the_hosts_environment(): open(f"/proc/{os.getppid()}/environ").read()
+def connect_by_tcp(): socket.create_connection(("127.0.0.1", PORT), 1).close()
+def send_by_udp():
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", PORT))
+def signal_the_host(): os.kill(os.getppid(), 0)
+def start_a_process():
+    if os.fork() == 0:
+        os._exit(0)
+
+escaped = []
+for attempt in (
+    read_outside, write_outside, change_a_mode, read_the_hosts_environment, connect_by_tcp,
+    send_by_udp, signal_the_host, start_a_process,
+):
+    try:
+        attempt()
+    except OSError:
+        continue
+    escaped.append(attempt.__name__.replace("_", " "))
+if escaped:
+    raise RuntimeError("it could " + ", ".join(escaped))
+
+from casparian_flow.sdk import BasePlugin
+
+class Handler(BasePlugin):
+    pass
+"""
+
+
+def check(limits: GuestSettings, cache: Path) -> str:
+    """Try the sandbox on this machine, as configured; what holds guests here, in words.
+
+    Args:
+        limits: `sandbox` in it decides what is required.
+        cache: where the guest's files are kept.
+
+    Raises:
+        SandboxUnavailable: it is required, and a layer is missing or does not hold.
+        Unavailable: the canary could not be started.
+    """
+    if limits.sandbox == "off":
+        log.warning("[guest] sandbox is off: plugins run with all your rights")
+        return "off"
+    with _placed() as (folder, port):
+        source = f"SECRET = {str(folder / 'secret')!r}\nPORT = {port}\n{ATTEMPTS}".encode()
+        artifact = Artifact(
+            plugin_id=0, name="canary", version="0", source=source, lock="", topics=[]
+        )
+        files = bundle(cache)
+        with Guest(
+            Path(sys.executable), files, artifact, folder=folder, bundle=files, limits=limits
+        ) as guest:
+            try:
+                guest.load()
+            except JobError as error:
+                escaped = isinstance(error, PluginFailed)
+                words = (
+                    f"the guest sandbox does not hold: {error.message}"
+                    if escaped
+                    else (error.message)
+                )
+                if limits.sandbox == "required":
+                    raise SandboxUnavailable(f"{words}; no plugin was run", HINT) from error
+                log.warning("[guest] sandbox is best-effort: %s", words)
+            return guest.sandbox
+
+
+@contextlib.contextmanager
+def _placed() -> Iterator[tuple[Path, int]]:
+    """A guest's folder, with a file that is not its to read, and a port that answers."""
+    with (
+        tempfile.TemporaryDirectory(prefix="casparian-canary-") as name,
+        socket.create_server(("127.0.0.1", 0)) as server,
+    ):
+        folder = Path(os.path.realpath(name))
+        for inner in ("in", "tmp"):
+            (folder / inner).mkdir()
+        (folder / "secret").write_text("not for guests")
+        yield folder, server.getsockname()[1]

@@ -1,0 +1,145 @@
+"""What holds a guest: limits, a root of its own, Landlock and seccomp, in this order.
+
+`lock_down` runs in the guest before any code that is not ours; `shield_host` in the process that
+starts guests. The recipe and what each layer leaves open is in docs/security.md.
+
+Standard library only: this file is copied beside the guest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from casparian_flow.security import kernel, landlock, namespaces, seccomp
+
+LAYERS = ("limits", "landlock", "seccomp")
+"""What `required` requires. The fourth, `namespaces`, closes what remains where a machine has it:
+see docs/security.md."""
+
+_SYSTEM = (
+    "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache",
+    "/etc/localtime", "/usr/share/zoneinfo",
+)  # fmt: skip
+"""Shared libraries and time zones: what any interpreter reads besides its own."""
+_RESOLVER = (
+    "/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf", "/etc/gai.conf", "/etc/services",
+    "/etc/ssl", "/etc/pki", "/etc/ca-certificates", "/usr/share/ca-certificates",
+)  # fmt: skip
+"""What going out to the network reads."""
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confinement:
+    """What one guest may have; crosses to the guest as JSON on its command line."""
+
+    mode: str
+    """`required`, `best-effort` or `off`, as configured."""
+    home: str
+    """The guest's own folder, with its inbox `in` and, where granted, its scratch folder `tmp`."""
+    read: list[str]
+    """What it may read besides the interpreter: its packages, our bundle, a large file."""
+    memory_bytes: int
+    scratch_bytes: int
+    network: bool
+
+    @property
+    def scratch(self) -> str:
+        """Where temporary files go, where that was granted."""
+        return os.path.join(self.home, "tmp")
+
+
+@dataclass
+class Level:
+    """What holds a guest, as it was when plugin code began."""
+
+    layers: list[str] = field(default_factory=list)
+    """Those that are there; `network` among them where that was granted."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Layer -> why it is not there."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything that `required` requires is there."""
+        return not self.missing.keys() & set(LAYERS)
+
+
+def lock_down(allowed: Confinement) -> Level:
+    """Give up, for good, all that the guest is not allowed. One thread, before foreign code.
+
+    A layer that the machine does not have is named in the result; the caller decides.
+    """
+    level = Level()
+    if allowed.mode == "off":
+        level.missing = dict.fromkeys(LAYERS, "[guest] sandbox is off")
+        return level
+    with _layer(level, "limits"):
+        _limit(allowed)
+    if sys.platform != "linux":
+        level.missing |= dict.fromkeys(LAYERS[1:], f"{sys.platform} has no such thing")
+    elif not seccomp.available():
+        words = f"only x86-64 is supported, and this is {os.uname().machine}"
+        level.missing |= dict.fromkeys(LAYERS[1:], words)
+    else:
+        _confine(allowed, level)
+    if allowed.network:
+        level.layers.append("network")
+    return level
+
+
+def shield_host() -> None:
+    """Close this process's memory, environment and descriptors to others of the same user.
+
+    Without it they are open in `/proc` to every process of the user, sandboxed or not. Costs us
+    core dumps, and debuggers of the same user.
+    """
+    if sys.platform == "linux":
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+
+
+def _confine(allowed: Confinement, level: Level) -> None:
+    """The layers of Linux."""
+    size = allowed.scratch_bytes
+    read = [path for path in sys.path if os.path.exists(path)]
+    read += [os.path.join(sys.base_prefix, "lib"), *_SYSTEM, *allowed.read]
+    read += [os.path.join(allowed.home, "in"), *(_RESOLVER if allowed.network else ())]
+    with _layer(level, "namespaces"):
+        namespaces.enter(allowed.home, read, _DEVICES, allowed.scratch, size)
+    kernel.drop_capabilities()
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    with _layer(level, "landlock"):
+        write = [*_DEVICES, *([allowed.scratch] if size else [])]
+        landlock.install([os.path.realpath(path) for path in read], write, allowed.network)
+    with _layer(level, "seccomp"):
+        seccomp.install(os.getpid(), allowed.network)
+
+
+@contextlib.contextmanager
+def _layer(level: Level, name: str) -> Iterator[None]:
+    """Note that a layer is there, or why it is not."""
+    try:
+        yield
+    except OSError as error:
+        level.missing[name] = f"{error.filename or name}: {error.strerror or error}"
+    else:
+        level.layers.append(name)
+
+
+def _limit(allowed: Confinement) -> None:
+    """Limits of the process; its processor time is measured by the host, job by job."""
+    limits = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_NOFILE: 256,
+        resource.RLIMIT_FSIZE: allowed.scratch_bytes,
+        resource.RLIMIT_AS: allowed.memory_bytes,
+    }
+    for limit, value in limits.items():
+        _, most = resource.getrlimit(limit)
+        least = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(limit, (least, least))
