@@ -35,6 +35,7 @@ LAYERS = [
         "engine.bundle",
         "engine.batches",
         "engine.job_log",
+        "engine.reports",
         "engine.guest_process",
         "engine.inbox",
         "engine.venv_manager",

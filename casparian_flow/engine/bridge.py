@@ -21,7 +21,7 @@ import termios
 import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Self, TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -37,6 +37,7 @@ from casparian_flow.engine.guest_process import (
     exit_words,
 )
 from casparian_flow.engine.job_log import JobLog
+from casparian_flow.engine.reports import Failure, Locked
 from casparian_flow.errors import (
     GuestDied,
     JobError,
@@ -46,7 +47,7 @@ from casparian_flow.errors import (
     ProtocolError,
     Unavailable,
 )
-from casparian_flow.protocol import Artifact, Record
+from casparian_flow.protocol import Artifact
 from casparian_flow.sdk import FileInfo
 from casparian_flow.security.sandbox import LAYERS
 
@@ -55,22 +56,6 @@ QUIT_SECONDS = 2.0
 READ_AHEAD = 64 << 10
 """Bytes taken from the wire at once: a small job is one system call."""
 T = TypeVar("T")
-
-
-class Failure(Record, frozen=True):
-    """What a guest says of an attempt that ended without output."""
-
-    kind: Literal["refused", "exception"]
-    message: str
-    traceback: str
-
-
-class Locked(Record, frozen=True):
-    """What a guest says holds it, before any code that is not ours has run there."""
-
-    layers: list[str]
-    missing: dict[str, str]
-    """Layer -> why it is not there."""
 
 
 class Guest:
