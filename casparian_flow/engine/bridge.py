@@ -16,7 +16,6 @@ import selectors
 import signal
 import socket
 import struct
-import subprocess
 import termios
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -33,8 +32,8 @@ from casparian_flow.engine.guest_process import (
     CpuClock,
     confinement,
     descendants,
-    environment,
     exit_words,
+    spawn,
 )
 from casparian_flow.engine.job_log import JobLog
 from casparian_flow.engine.reports import Failure, Locked
@@ -109,20 +108,7 @@ class Guest:
         self._wire, theirs = socket.socketpair()
         script = bundle / "casparian_flow" / "engine" / "guest.py"
         try:
-            self._process = subprocess.Popen(
-                [
-                    python, "-I", "-S", script, str(theirs.fileno()), site_packages,
-                    json.dumps(dataclasses.asdict(self._confinement)),
-                ],
-                cwd=folder,
-                env=environment(folder),
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                bufsize=0,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )  # fmt: skip
+            self._process = spawn(python, script, theirs, site_packages, self._confinement)
         except OSError as error:
             self._wire.close()
             raise Unavailable(f"cannot start {self._who} with {python}: {error}") from error

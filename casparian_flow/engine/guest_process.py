@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from socket import socket
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
 from casparian_flow.config import GuestSettings
 from casparian_flow.protocol import Artifact
 from casparian_flow.security.sandbox import Confinement
 
 
-def environment(folder: Path) -> dict[str, str]:
+def environment(allowed: Confinement) -> dict[str, str]:
     """All that a guest inherits of ours: no variable of the host's, so no secret in one."""
     return {
         "LANG": "C.UTF-8",
-        "HOME": str(folder),
-        "TMPDIR": str(folder / "tmp"),
+        "HOME": allowed.home,
+        "TMPDIR": allowed.scratch,
         "PATH": os.defpath,
         # One job, one core: workers run side by side, and each thread reserves address space.
         "OPENBLAS_NUM_THREADS": "1",
@@ -39,6 +43,28 @@ def confinement(
         memory_bytes=min(artifact.memory_bytes or limits.memory_bytes, limits.memory_bytes),
         scratch_bytes=min(artifact.scratch_bytes, limits.scratch_bytes),
         network=artifact.network and limits.network,
+    )
+
+
+def spawn(
+    python: Path, script: Path, wire: socket, site_packages: Path, allowed: Confinement
+) -> Popen[bytes]:
+    """Start a guest with one end of the wire, a clean environment, and nothing else of ours.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    said = json.dumps(dataclasses.asdict(allowed))
+    return Popen(
+        [python, "-I", "-S", script, str(wire.fileno()), site_packages, said],
+        cwd=allowed.home,
+        env=environment(allowed),
+        pass_fds=[wire.fileno()],
+        start_new_session=True,
+        bufsize=0,
+        stdin=DEVNULL,
+        stdout=PIPE,
+        stderr=STDOUT,
     )
 
 
