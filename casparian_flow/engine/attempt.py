@@ -69,7 +69,8 @@ class Attempt:
         module = types.ModuleType("casparian_plugin")
         module.__file__ = self._file_name
         sys.modules[module.__name__] = module  # dataclasses and pickle look themselves up
-        exec(compile(source, self._file_name, "exec"), module.__dict__)  # noqa: S102  our purpose
+        code = compile(source, self._file_name, "exec", dont_inherit=True)
+        exec(code, module.__dict__)  # noqa: S102  our purpose
         handler = module.__dict__.get("Handler")
         if not (isinstance(handler, type) and issubclass(handler, BasePlugin)):
             raise self._refuse(TypeError(f"plugin {self._name} has no class Handler(BasePlugin)"))
