@@ -30,9 +30,9 @@ kept.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -98,7 +98,7 @@ def is_lines(path: str) -> bool:
     with open(path, "rb") as file:
         first = next((line for line in file if line.strip()), b"")
         more = any(line.strip() for line in file)
-    if os.path.splitext(path)[1].lower() in LINES:
+    if PurePath(path).suffix.lower() in LINES:
         return first.strip() not in (b"{", b"[")
     if not more:
         return False

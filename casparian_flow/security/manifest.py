@@ -9,10 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
-import io
 import re
-import tokenize
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -21,9 +18,7 @@ import msgspec
 from packaging.version import InvalidVersion, Version
 
 from casparian_flow.errors import PluginError
-
-SOURCE_LIMIT = 1 << 20
-"""Bytes. A plugin is a page of code; parsing takes hundreds of times its size in memory."""
+from casparian_flow.security.source import parse, printable
 
 EXAMPLE = 'MANIFEST = PluginMetadata(pattern="*.csv", topic="sales_data", subscriptions=["csv"])'
 
@@ -66,7 +61,12 @@ def read_manifest(source: bytes, file_name: str) -> Manifest:
     Raises:
         PluginError: the source is not a plugin. The message says which line or field and why.
     """
-    module = _Module(source, file_name)
+    return manifest_in(parse(source, file_name), source, file_name)
+
+
+def manifest_in(tree: ast.Module, source: bytes, file_name: str) -> Manifest:
+    """`read_manifest` of a source that is parsed already, as `tree`."""
+    module = _Module(tree, source, file_name)
     fields = module.manifest_fields()
     module.check_handler()
     manifest = Manifest(
@@ -90,10 +90,10 @@ def read_manifest(source: bytes, file_name: str) -> Manifest:
 class _Module:
     """A plugin's source, parsed."""
 
-    def __init__(self, source: bytes, file_name: str) -> None:
+    def __init__(self, tree: ast.Module, source: bytes, file_name: str) -> None:
         self.file_name = file_name
         self.lines = source.removeprefix(b"\xef\xbb\xbf").splitlines()
-        self.statements = list(_module_level(_parse(source, file_name)))
+        self.statements = list(_module_level(tree))
         self.aliases = {
             alias.asname: alias.name
             for statement in self.statements
@@ -197,39 +197,7 @@ class _Module:
         """
         end = node.end_col_offset if node.end_lineno == node.lineno else None
         line = self.lines[node.lineno - 1][node.col_offset : end].decode(errors="replace")
-        return _printable(line) + ("" if end is not None and len(line) <= 60 else "...")
-
-
-def _parse(source: bytes, file_name: str) -> ast.Module:
-    if len(source) > SOURCE_LIMIT:
-        raise PluginError(
-            f"{file_name} has {len(source)} bytes; a plugin may have {SOURCE_LIMIT}",
-            "move data out of the source, and code into a package that it depends on",
-        )
-    if b"\0" in source:
-        raise PluginError(f"{file_name} has NUL bytes: it is not Python source", "publish a .py")
-    try:
-        # Other codecs are not only rare: some take hours to decode what they were not made for.
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
-        if encoding not in ("utf-8", "utf-8-sig"):
-            raise SyntaxError(f"the source says that its encoding is {encoding}, not UTF-8")
-        with warnings.catch_warnings():
-            # An author's "\d" is between the author and Python.
-            warnings.simplefilter("ignore")
-            return ast.parse(source, file_name)
-    # Bytes that are not UTF-8 are a SyntaxError in most places, a UnicodeDecodeError in some.
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None)
-        text = _printable((getattr(error, "text", None) or "").strip())
-        raise PluginError(
-            f"{file_name}{f' line {line}' if line else ''}: {getattr(error, 'msg', error)}"
-            + (f": {text}" if text else ""),
-            "mend that line, and save the file as UTF-8",
-        ) from error
-    except (RecursionError, MemoryError) as error:
-        raise PluginError(
-            f"{file_name} nests expressions too deeply to be read", "split the deepest one"
-        ) from error
+        return printable(line) + ("" if end is not None and len(line) <= 60 else "...")
 
 
 def _module_level(parent: ast.Module | ast.ClassDef) -> Iterator[ast.stmt]:
@@ -257,11 +225,6 @@ def _bound(statement: ast.stmt) -> list[str]:
         case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
             return [alias.asname or alias.name for alias in aliases]
     return []
-
-
-def _printable(text: str) -> str:
-    """The start of a stranger's text, without what would move a terminal's cursor."""
-    return "".join(character if character.isprintable() else "?" for character in text[:60])
 
 
 def _is_text(value: object) -> bool:
