@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import selectors
 import signal
@@ -116,7 +117,7 @@ class Guest:
             theirs.close()
         assert self._process.stdout is not None
         self._pipe = self._process.stdout
-        self._clock = CpuClock(self._process.pid, limits.cpu_seconds)
+        self._clock = CpuClock(self._process.pid)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wire, selectors.EVENT_READ)
         self._selector.register(self._pipe, selectors.EVENT_READ)
@@ -140,7 +141,7 @@ class Guest:
             "scratch": self._confinement.scratch if self._confinement.scratch_bytes else "",
         }
         try:
-            with self._exchange(timeout_seconds):
+            with self._exchange(timeout_seconds, math.inf):
                 self._expect_locked()
                 line = json.dumps(head).encode() + b"\n"
                 self._wire.sendall(pack(Kind.LOAD, 0, line + artifact.source))
@@ -175,7 +176,7 @@ class Guest:
         """
         self.ends = {}
         self.jobs_served += 1
-        with self._exchange(timeout_seconds):
+        with self._exchange(timeout_seconds, self._limits.cpu_seconds):
             request = json.dumps(dataclasses.asdict(file)).encode()
             self._wire.sendall(pack(Kind.RUN, file.job_id, request))
             self.ends = yield from self._stream(file.job_id)
@@ -243,24 +244,25 @@ class Guest:
         self.close()
 
     @contextlib.contextmanager
-    def _exchange(self, timeout_seconds: float) -> Iterator[None]:
+    def _exchange(self, timeout_seconds: float, cpu_seconds: float) -> Iterator[None]:
         """A question and its whole answer; whatever cuts it short kills the guest."""
         self._idle = False
         self._deadline = time.monotonic() + timeout_seconds
-        self._clock.start()
+        self._clock.start(cpu_seconds)
         self._process.send_signal(signal.SIGCONT)
         hint = "see the job's log for what the plugin printed"
         try:
             self._wire.settimeout(timeout_seconds)
             yield
         except (PluginFailed, OutputRefused):
-            self._finish()
+            if self._process.returncode is None:
+                self._finish()
             raise
         except TimeoutError as error:
             spent = self._clock.left() <= 0
             self.kill()
             limit, key = (
-                (f"{self._limits.cpu_seconds:g} s of processor time", "cpu_seconds under [guest]")
+                (f"{cpu_seconds:g} s of processor time", "cpu_seconds under [guest]")
                 if spent
                 else (f"{timeout_seconds:g} s", "timeout_seconds under [jobs]")
             )

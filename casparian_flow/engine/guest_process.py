@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -73,18 +74,16 @@ class CpuClock:
 
     Args:
         pid: a child nobody has waited for yet.
-        limit_seconds: what it may use from `start` on.
     """
 
-    def __init__(self, pid: int, limit_seconds: float) -> None:
+    def __init__(self, pid: int) -> None:
         # CPUCLOCK_SCHED of a process, as clock_getcpuclockid(3) makes it on Linux.
         self._clock = (~pid << 3) | 2
-        self._limit = limit_seconds
-        self._most = limit_seconds
+        self._most = math.inf
 
-    def start(self) -> None:
-        """Count from here."""
-        self._most = self._used() + self._limit
+    def start(self, limit_seconds: float) -> None:
+        """Count from here; it may use so much."""
+        self._most = self._used() + limit_seconds
 
     def left(self) -> float:
         """Seconds of wall clock before which it cannot have used it up, on all cores at once."""

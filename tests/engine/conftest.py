@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def start(
         topics: tuple[str, ...] = ("t",),
         limit: int = 64 << 20,
         wants: dict[str, Any] | None = None,
+        read: Sequence[str] = (),
         **limits: Any,
     ) -> Guest:
         folder = tmp_path / "guest"
@@ -62,6 +63,7 @@ def start(
             folder=folder,
             bundle=bundle_folder,
             limits=GuestSettings(batch_limit_bytes=limit, **limits),
+            read=read,
         )
         guests.append(guest)
         return guest

@@ -1,5 +1,5 @@
 """The guests' environment, as the tests of the engine have it."""
 
-from tests.engine.conftest import bundle_folder, default_lock, environment, store
+from tests.engine.conftest import bundle_folder, default_lock, environment, start, store
 
-__all__ = ["bundle_folder", "default_lock", "environment", "store"]
+__all__ = ["bundle_folder", "default_lock", "environment", "start", "store"]

@@ -17,6 +17,7 @@ from casparian_flow.engine.bridge import Guest
 from casparian_flow.errors import JobError
 from tests.engine.guests import SECONDS, artifact, file_info, plugin
 from tests.hostile.attacks import ATTACKS, Attack
+from tests.security import corpus
 
 BODY = """
 import ctypes, socket
@@ -31,6 +32,19 @@ except BaseException as error:
 else:
     self.publish("t", pa.table({"harm": [True], "error": [""]}))
 """
+
+
+CORPUS = """
+import types
+module = types.ModuleType("hostile")
+exec(compile({source!r}, "hostile.py", "exec", dont_inherit=True), module.__dict__)
+tables = []
+handler = module.Handler()
+handler._publish = lambda topic, data: tables.append(data)
+handler.execute({path!r})
+if not tables[0]["harm"][0].as_py(): raise OSError("no harm")
+"""
+"""Runs a whole plugin of the Gatekeeper's corpus, as if nobody had read it."""
 
 
 class Victim(NamedTuple):
@@ -145,6 +159,12 @@ class Cell:
         assert (before.st_mode, before.st_mtime_ns) == (after.st_mode, after.st_mtime_ns)
         return dict(rows[0])
 
+    def run_plugin(self, source: bytes) -> dict[str, Any]:
+        """The same for a whole plugin, whose input says where the secret is."""
+        placed = self._folder / "in" / "secret.txt"
+        placed.write_text(self._targets["secret"])
+        return self.run(CORPUS.format(source=source, path=str(placed)))
+
     def close(self) -> None:
         if self._guest:
             self._guest.close()
@@ -174,3 +194,13 @@ def test_an_attack_does_no_harm(attack: Attack, cell: Cell, victim: Victim) -> N
     assert "NameError" not in outcome["error"]
     assert "SyntaxError" not in outcome["error"]
     assert cell.run("pass")["harm"]  # the next job completes
+
+
+@pytest.mark.parametrize("attack", corpus.ATTACKS, ids=lambda attack: attack.id)
+def test_what_the_gatekeeper_would_have_found_does_no_harm_either(
+    attack: corpus.Attack, cell: Cell, victim: Victim
+) -> None:
+    outcome = cell.run_plugin(attack.source)
+    assert victim.harms() == []
+    assert not outcome["harm"]
+    assert cell.run("pass")["harm"]
