@@ -7,7 +7,7 @@ from pathlib import Path
 from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db.access import Ledger
-from casparian_flow.engine import venv_manager
+from casparian_flow.engine import locking
 from casparian_flow.services import architect
 
 ROWS = """
@@ -62,6 +62,6 @@ def publish(ledger: Ledger, settings: Settings, name: str, source: str, version:
 
 def publish_file(ledger: Ledger, settings: Settings, file: Path, version: str) -> str:
     source, manifest = architect.read_plugin(file)
-    lock = venv_manager.lock_dependencies(file)
+    lock = locking.lock_dependencies(file)
     signed = architect.sign(file, source, lock, manifest.name, version, config.keys_folder())
     return architect.deploy(ledger, settings, signed)

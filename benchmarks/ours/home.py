@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 from casparian_flow import config
 from casparian_flow.db.access import open_ledger
 from casparian_flow.db.models import SourceRoot
-from casparian_flow.engine import venv_manager
+from casparian_flow.engine import locking
+from casparian_flow.engine.venv_manager import EnvironmentStore
 from casparian_flow.services import architect
 
 
@@ -23,12 +24,13 @@ def main(source: str, *plugins: str) -> None:
             db.commit()
         for file in map(Path, plugins):
             code, manifest = architect.read_plugin(file)
-            lock = venv_manager.lock_dependencies(file)
+            lock = locking.lock_dependencies(file)
             keys = config.keys_folder()
             signed = architect.sign(file, code, lock, manifest.name, "1.0.0", keys)
             architect.deploy(ledger, settings, signed)
             # Built here, so that no run pays for what a machine does once.
-            venv_manager.EnvironmentStore(config.cache_folder() / "envs").python(lock)
+            limit = settings.guest.environments_bytes
+            EnvironmentStore(config.cache_folder() / "envs", limit).lease(lock).release()
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def publish(
     Files that are known already and that it wants are queued.
     """
     from casparian_flow import config
+    from casparian_flow.engine.undeclared import check_imports
     from casparian_flow.engine.venv_manager import EnvironmentStore
     from casparian_flow.security import signing
     from casparian_flow.security.manifest import normal_version
@@ -43,8 +44,13 @@ def publish(
         lock = _lock(here, file, source, manifest.name, chosen)
         pins = sum("==" in line for line in lock.splitlines())
         context.note(f"locked       {pins} packages, each with its hashes")
-        python, _ = EnvironmentStore(config.cache_folder() / "envs").python(lock)
-        context.note(f"environment  {python.parent.parent}")
+        store = EnvironmentStore(
+            config.cache_folder() / "envs", here.settings.guest.environments_bytes
+        )
+        with store.lease(lock) as lease:
+            context.note(f"environment  {lease.site_packages}")
+            for note in check_imports(file, source, lease.site_packages):
+                context.note(note)
         keys = config.keys_folder()
         message = architect.sign(file, source, lock, manifest.name, chosen, keys)
         context.note(f"artifact     sha256 {signing.artifact_hash(source, lock)}")
@@ -58,7 +64,7 @@ def _lock(here: Here, file: Path, source: bytes, name: str, version: str) -> str
     Newer packages may have appeared since: without this, publishing again would be a conflict.
     """
     from casparian_flow.db import plugins
-    from casparian_flow.engine.venv_manager import lock_dependencies
+    from casparian_flow.engine.locking import lock_dependencies
 
     known = here.ledger.read(lambda c: plugins.find(c, name, version))
     if known is not None and known.source == source:

@@ -25,7 +25,7 @@ from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.engine.sinks.stage import Stage
-from casparian_flow.engine.venv_manager import EnvironmentStore
+from casparian_flow.engine.venv_manager import EnvironmentStore, Lease
 from casparian_flow.errors import (
     ArtifactRefused,
     JobError,
@@ -48,14 +48,16 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Seat:
-    """A warm guest and the folder it lives in."""
+    """A warm guest, the folder it lives in, and its environment."""
 
     guest: Guest
     folder: Path
+    lease: Lease
 
     def leave(self) -> None:
         self.guest.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.lease.release()
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Runner:
         self._welcome = welcome
         self._limits = welcome.limits
         self._cache = cache
-        self._environments = EnvironmentStore(cache / "envs")
+        self._environments = EnvironmentStore(cache / "envs", self._limits.environments_bytes)
         self._seats: OrderedDict[int, _Seat] = OrderedDict()
         self._running: Guest | None = None
         self._halted = threading.Event()
@@ -212,7 +214,14 @@ class Runner:
         return seat
 
     def _start(self, artifact: Artifact, read: Sequence[str] = ()) -> _Seat:
-        python, packages = self._environments.python(artifact.lock)
+        lease = self._environments.lease(artifact.lock)
+        try:
+            return self._settle(artifact, lease, read)
+        except BaseException:
+            lease.release()
+            raise
+
+    def _settle(self, artifact: Artifact, lease: Lease, read: Sequence[str]) -> _Seat:
         parent = Path(self._welcome.guests_folder)
         try:
             make_folder(parent, mode=0o700)
@@ -222,10 +231,10 @@ class Runner:
         except OSError as error:
             raise Unavailable(f"cannot make a guest's folder in {parent}: {error}") from error
         guest = Guest(
-            python, packages, artifact,
+            lease.python, lease.site_packages, artifact,
             folder=folder, bundle=bundle(self._cache), limits=self._limits, read=read,
         )  # fmt: skip
-        seat = _Seat(guest, folder)
+        seat = _Seat(guest, folder, lease)
         self._running = guest
         try:
             guest.load()

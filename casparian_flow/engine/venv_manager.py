@@ -1,89 +1,108 @@
-"""Plugins' environments: locked once when published, built once a machine.
+"""Plugins' environments on this machine: one folder a lock, shared by all plugins that have it.
 
-A lock is the text of a requirements file: every package pinned, every wheel's hash listed. uv
-resolves and installs; sources are never built, since building runs their code.
+A folder holds packages and nothing that we run: no interpreter and no `pyvenv.cfg`. A wheel may
+put a file anywhere in it, and one that replaced `pyvenv.cfg` would choose the standard library
+that a guest starts with, before any sandbox is there. What we know of a folder stands beside it,
+out of a wheel's reach:
+
+    <key>/       what the guest adds to `sys.path`
+    <key>.ok     the folder is whole; its size in bytes is in it, its mtime is the last use
+    <key>.lock   held, shared, by who uses the folder, and alone by who builds or removes it
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
+import os
 import platform
-import re
-import subprocess
+import shutil
 import sys
 import sysconfig
-import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 
-import uv
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from casparian_flow.atomic import fsync_path, make_folder, write_once
+from casparian_flow.engine import byte_code
+from casparian_flow.engine.locking import check_lock, run_uv
+from casparian_flow.errors import ArtifactRefused, EnvironmentFailed, PluginError, Unavailable
 
-from casparian_flow.atomic import exclusive, make_folder, write_once
-from casparian_flow.errors import CasparianError, EnvironmentFailed, PluginError
-
-PYARROW = "pyarrow>=23.0.1"
-"""What the guest itself needs; older ones have holes that hostile data gets through."""
-DEFAULT = ("pandas>=2.2", PYARROW)
-"""The environment of a plugin that declares none."""
-COMPILE = ("pip", "compile", "--universal", "--generate-hashes", "--no-build")
-EXPORT = ("export", "--frozen", "--no-emit-project", "--no-dev")
-PLAIN = ("--quiet", "--no-header", "--no-annotate")
-SCRIPT_BLOCK = re.compile(r"(?m)^# /// script\s*$\n(?P<body>(?:^#(?:| .*)$\n)+?)^# ///\s*$")
-"""PEP 723's own expression, for blocks of the type it defines."""
-ERROR_LINES = 12
-"""Lines of uv's complaint that are shown; its reason comes last."""
-
-
-def lock_dependencies(plugin: Path) -> str:
-    """Pin what a plugin needs, with hashes, for every platform; the lock's text.
-
-    Taken from the plugin's PEP 723 block, else from the `uv.lock` or the `pyproject.toml` beside
-    it, else the default environment. pyarrow is added, for the guest, to all but a `uv.lock`.
-
-    Raises:
-        PluginError: the declaration is broken, does not fit this Python, or cannot be resolved.
-    """
-    project = plugin.with_name("pyproject.toml")
-    script = script_block(plugin)
-    if script is not None:
-        check_python(plugin, script.get("requires-python"))
-        return resolve(plugin, [PYARROW], plugin)
-    if not project.is_file():
-        return resolve(plugin, DEFAULT)
-    if plugin.with_name("uv.lock").is_file():
-        return export(plugin)
-    return resolve(plugin, [PYARROW], project)
+SYNC = ("pip", "sync", "--quiet", "--require-hashes", "--no-build")
 
 
 class EnvironmentStore:
-    """The environments of this machine, one folder each, named by what is in them.
+    """The environments of this machine, each named by what is in it.
 
     Args:
         root: such as `config.cache_folder() / "envs"`; may be deleted while no guest runs.
+        limit_bytes: beyond it those least recently used go, but none that is leased.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, limit_bytes: int) -> None:
         self._root = root
+        self._limit_bytes = limit_bytes
 
-    def python(self, lock: str) -> tuple[Path, Path]:
-        """The interpreter and the site-packages of a lock's environment, built where missing.
+    def lease(self, lock: str) -> Lease:
+        """The environment of a lock, built where it is missing; release the lease after use.
 
         Whoever asks first builds; others, threads or processes, wait for it.
 
         Raises:
+            ArtifactRefused: the lock holds anything but pinned packages with hashes.
             EnvironmentFailed: uv could not build it; nothing half-built is ever returned.
+            Unavailable: the store's folder cannot be written.
         """
         folder = self._root / environment_key(lock)
-        python = folder / "bin" / "python"
-        done = folder / ".ok"
-        make_folder(self._root)
-        with exclusive(folder.with_suffix(".lock")):
-            # The interpreter the link leads to may have been removed since.
-            if not (done.exists() and python.exists()):
-                build(folder, python, lock)
-                write_once(done, b"")
-        return python, Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+        try:
+            make_folder(self._root)
+            with contextlib.ExitStack() as undo:
+                descriptor = open_lock(folder)
+                undo.callback(os.close, descriptor)
+                # Between holding it alone and sharing it nobody does: it may be removed then.
+                while not in_use(folder, descriptor):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                    if not marker(folder).exists():
+                        build(folder, lock, descriptor)
+                        evict(self._root, self._limit_bytes)
+                undo.pop_all()
+        except OSError as error:
+            raise Unavailable(
+                f"the environments in {self._root} cannot be used: {error}",
+                "see that the folder can be written and its disk has room",
+            ) from error
+        return Lease(folder, descriptor)
+
+
+class Lease:
+    """The use of an environment: it stays as it is, in every process's eyes, until `release`.
+
+    Attributes:
+        python: the interpreter to run with it; none of the environment's own.
+        site_packages: the folder to import from.
+    """
+
+    def __init__(self, site_packages: Path, descriptor: int) -> None:
+        self.python = Path(sys.executable).resolve()
+        self.site_packages = site_packages
+        self._descriptor = descriptor
+
+    def compile(self, modules: Iterable[str]) -> None:
+        """Cache the byte code of modules that a guest imported without; see `byte_code`."""
+        byte_code.compile_modules(self.python, self.site_packages, modules)
+
+    def release(self) -> None:
+        """Give it back; may be called twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 def environment_key(lock: str) -> str:
@@ -92,101 +111,88 @@ def environment_key(lock: str) -> str:
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
-def build(folder: Path, python: Path, lock: str) -> None:
-    """Make the environment from nothing."""
+def marker(folder: Path) -> Path:
+    """The file that says that an environment is whole."""
+    return folder.with_suffix(".ok")
+
+
+def open_lock(folder: Path) -> int:
+    """A descriptor of its own for an environment's lock, not yet held."""
+    return os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def in_use(folder: Path, descriptor: int) -> bool:
+    """Share the environment's lock and note the use; False where there is no environment."""
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    try:
+        os.utime(marker(folder))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def build(folder: Path, lock: str, descriptor: int) -> None:
+    """Make the environment from nothing, holding its lock alone.
+
+    uv holds the lock too: if this process is killed, the next one waits until uv has ended.
+    """
 
     def failed(words: str) -> EnvironmentFailed:
         return EnvironmentFailed(
             f"the plugin's environment cannot be built in {folder}: {words}",
-            "see that the package index can be reached from here",
+            "see that the package index can be reached from here: uv is told which one by its "
+            "variables or by the uv.toml of this user, not by files beside a plugin",
         )
 
-    sync = ("pip", "sync", "--require-hashes", "--no-build")
     try:
-        run_uv(["venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], failed)
-        run_uv([*sync, "--quiet", "--python", str(python), "-"], failed, stdin=lock)
-    except OSError as error:
-        raise failed(str(error)) from error
+        check_lock(lock, "the plugin's lock")
+    except PluginError as error:
+        raise ArtifactRefused(error.message, error.hint) from error
+    if folder.exists():
+        shutil.rmtree(folder)
+    command = [*SYNC, "--python", sys.executable, "--target", str(folder), "-"]
+    # In our own folder, since uv takes settings from the current one and those above it.
+    run_uv(command, failed, folder=folder.parent, stdin=lock, holds=[descriptor])
+    os.sync()  # or a power cut could keep the marker and lose what it vouches for
+    write_once(marker(folder), str(size_bytes(folder)).encode())
 
 
-def resolve(plugin: Path, extra: Sequence[str], *declared: Path) -> str:
-    """Pin these requirements and those that the declaring files list."""
-    command = [*COMPILE, *PLAIN, "--python", sys.executable, "-", *map(str, declared)]
-    return run_uv(command, cannot_lock(plugin), stdin="\n".join(extra), folder=plugin.parent)
+def size_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder; one that has several names is counted once."""
+    sizes: dict[tuple[int, int], int] = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            look = os.lstat(os.path.join(parent, name))
+            sizes[look.st_dev, look.st_ino] = look.st_size
+    return sum(sizes.values())
 
 
-def export(plugin: Path) -> str:
-    """The pins of the `uv.lock` beside the plugin, as they are."""
-    lock = run_uv([*EXPORT, *PLAIN], cannot_lock(plugin), folder=plugin.parent)
-    pinned = re.search(r"(?m)^pyarrow==([^\s;]+)", lock)
-    if not pinned or not SpecifierSet(PYARROW.removeprefix("pyarrow")).contains(pinned[1]):
-        found = pinned[0] if pinned else "no pyarrow"
-        raise PluginError(
-            f"{plugin.with_name('uv.lock')} has {found}, and the guest needs {PYARROW}",
-            f"uv add '{PYARROW}'",
-        )
-    return lock
+def evict(root: Path, limit_bytes: int) -> None:
+    """Remove what is not whole, then what was least recently used, down to the limit."""
+    known: list[tuple[int, int, Path]] = []
+    for folder in root.iterdir():
+        if not folder.is_dir():
+            continue
+        try:
+            used = marker(folder).stat().st_mtime_ns
+            known.append((used, int(marker(folder).read_bytes()), folder))
+        except (FileNotFoundError, ValueError):
+            remove(folder)
+    excess = sum(size for _, size, _ in known) - limit_bytes
+    for _, size, folder in sorted(known):
+        if excess > 0 and remove(folder):
+            excess -= size
 
 
-def cannot_lock(plugin: Path) -> Callable[[str], PluginError]:
-    """The error of a resolution that failed, around uv's own words."""
-    return lambda words: PluginError(
-        f"the dependencies of {plugin} cannot be locked: {words}",
-        "only packages that have wheels can be used; mend the plugin's dependencies",
-    )
-
-
-def run_uv(
-    arguments: list[str],
-    failed: Callable[[str], CasparianError],
-    *,
-    stdin: str = "",
-    folder: Path | None = None,
-) -> str:
-    """Run uv to its end; what it printed. It sees our environment: the index is the user's."""
-    command = [uv.find_uv_bin(), *arguments]
-    done = subprocess.run(
-        command, input=stdin, cwd=folder, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise failed("\n".join(done.stderr.strip().splitlines()[-ERROR_LINES:]))
-    return done.stdout
-
-
-def script_block(plugin: Path) -> dict[str, object] | None:
-    """The plugin's PEP 723 metadata; None where it has none."""
-    try:
-        text = plugin.read_text("utf-8", errors="replace")
-    except OSError as error:
-        raise PluginError(f"cannot read {plugin}: {error.strerror}") from error
-    blocks = [match["body"] for match in SCRIPT_BLOCK.finditer(text)]
-    if not blocks:
-        return None
-    if len(blocks) > 1:
-        raise PluginError(f"{plugin} has {len(blocks)} `# /// script` blocks", "keep one")
-    lines = [line[2:] for line in blocks[0].splitlines()]
-    return parse_toml(plugin, "\n".join(lines))
-
-
-def parse_toml(file: Path, text: str) -> dict[str, object]:
-    """The tables in this text, which stands in `file`."""
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise PluginError(f"the metadata in {file} is not TOML: {error}", "mend it") from error
-
-
-def check_python(file: Path, requires: object) -> None:
-    """Refuse a `requires-python` that the Python running this does not meet."""
-    if requires is None:
-        return
-    ours = platform.python_version()
-    try:
-        fits = SpecifierSet(str(requires)).contains(ours, prereleases=True)
-    except InvalidSpecifier as error:
-        raise PluginError(f"{file}: requires-python {requires!r} is not a version range") from error
-    if not fits:
-        raise PluginError(
-            f"{file} requires Python {requires}, and plugins run on {ours} here",
-            "relax requires-python, or run casparian with a Python that fits",
-        )
+def remove(folder: Path) -> bool:
+    """Remove an environment, unless somebody uses, builds or removes it: then False."""
+    with os.fdopen(open_lock(folder)) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        # First, and durably: half an environment is never taken for one.
+        marker(folder).unlink(missing_ok=True)
+        fsync_path(folder.parent)
+        shutil.rmtree(folder, ignore_errors=True)
+        return True

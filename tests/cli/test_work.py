@@ -71,6 +71,7 @@ def test_publishing_twice_changes_nothing(filled: Casparian) -> None:
         (ROWS.replace("class Handler", "class Reader"), "Handler"),
         (ROWS.replace('"*.txt"', "pattern()"), "line 5"),
         (ROWS.replace('topic="lines"', 'sinks={"lines": "ftp://x"}'), "ftp"),
+        (ROWS + "import requests\n", "imports requests, which its environment does not have"),
     ],
 )
 def test_what_is_no_plugin_is_refused(casparian: Casparian, plugin: str, words: str) -> None:

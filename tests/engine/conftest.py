@@ -12,7 +12,8 @@ import pytest
 from casparian_flow.config import GuestSettings
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
-from casparian_flow.engine.venv_manager import EnvironmentStore, lock_dependencies
+from casparian_flow.engine.locking import lock_dependencies
+from casparian_flow.engine.venv_manager import EnvironmentStore
 from tests.engine.guests import artifact
 
 
@@ -25,12 +26,13 @@ def default_lock(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> EnvironmentStore:
-    return EnvironmentStore(tmp_path_factory.mktemp("envs"))
+    return EnvironmentStore(tmp_path_factory.mktemp("envs"), limit_bytes=4 << 30)
 
 
 @pytest.fixture(scope="session")
-def environment(store: EnvironmentStore, default_lock: str) -> tuple[Path, Path]:
-    return store.python(default_lock)
+def environment(store: EnvironmentStore, default_lock: str) -> Iterator[tuple[Path, Path]]:
+    with store.lease(default_lock) as lease:
+        yield lease.python, lease.site_packages
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,238 @@
+"""A plugin's lock: made once, when it is published, and checked by everyone who gets one.
+
+A lock is the text of a requirements file: every package pinned, every wheel's hash listed, and
+nothing else. uv resolves; sources are never built, since building runs their code.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import uv
+from packaging.markers import InvalidMarker, Marker
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from casparian_flow.errors import CasparianError, PluginError
+
+PYARROW = "pyarrow>=23.0.1"
+"""What the guest itself needs; older ones have holes that hostile data gets through."""
+DEFAULT = ("pandas>=2.2", PYARROW)
+"""The environment of a plugin that declares none."""
+COMPILE = ("pip", "compile", "--universal", "--generate-hashes", "--no-build")
+EXPORT = ("export", "--frozen", "--no-emit-project", "--no-dev")
+"""Frozen, or else uv runs the interpreter that it finds in a `.venv` beside the plugin."""
+PLAIN = ("--quiet", "--no-header", "--no-annotate")
+SCRIPT_BLOCK = re.compile(r"(?m)^# /// script\s*$\n(?P<body>(?:^#(?:| .*)$\n)+?)^# ///\s*$")
+"""PEP 723's own expression, for blocks of the type it defines."""
+ERROR_LINES = 12
+"""Lines of uv's complaint that are shown; its reason comes last."""
+LOCK_LIMIT = 1 << 20
+"""Bytes; some three hundred packages."""
+PIN = re.compile(
+    r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==(?P<version>[A-Za-z0-9.!+_-]+)"
+    r"(?: ; (?P<marker>[A-Za-z0-9 ._()'\"<>=!~+-]+?))?"
+    r"(?: --hash=sha256:[0-9a-f]{64})+"
+)
+HASH = re.compile(r" --hash=sha256:[0-9a-f]{64}(?= |$)")
+
+
+class Pin(NamedTuple):
+    """One package of a lock."""
+
+    name: str
+    version: str
+    marker: str
+    """Where it is needed, as PEP 508 writes it; empty: everywhere."""
+
+
+def lock_dependencies(plugin: Path) -> str:
+    """Pin what a plugin needs, with hashes, for every platform; the lock's text.
+
+    Taken from the plugin's PEP 723 block, else from the `uv.lock` or the `pyproject.toml` beside
+    it, else the default environment. pyarrow is added, for the guest, to all but a `uv.lock`.
+
+    Raises:
+        PluginError: the declaration is broken, does not fit this Python, cannot be resolved, or
+            names what has no pin and no hash, such as a URL.
+    """
+    lock = resolved(plugin)
+    check_lock(lock, f"the lock of {plugin}")
+    return lock
+
+
+def check_lock(lock: str, what: str) -> list[Pin]:
+    """Read a lock, which may be a stranger's: pinned packages with hashes, and nothing else.
+
+    No option, URL, path or comment gets through to uv, and nothing that only looks like one line.
+
+    Args:
+        what: whose lock it is, for the message.
+
+    Raises:
+        PluginError: it holds anything else, nothing, or too much; the message says the line.
+    """
+    if len(lock) > LOCK_LIMIT:
+        raise PluginError(
+            f"{what} has {len(lock)} bytes; a lock may have {LOCK_LIMIT}",
+            "depend on fewer packages: some three hundred fit",
+        )
+    pins = []
+    number = 1
+    for requirement in re.split(r"(?<! \\)\n", lock):
+        if requirement:
+            pins.append(read_pin(requirement, f"{what}, line {number}"))
+        number += requirement.count("\n") + 1
+    if not pins:
+        raise PluginError(f"{what} pins no package", "publish the plugin again")
+    return pins
+
+
+def read_pin(requirement: str, where: str) -> Pin:
+    """One requirement of a lock, which goes on over lines that end in a backslash."""
+    text = re.sub(r" \\\n +", " ", requirement)
+    found = PIN.fullmatch(text)
+    hint = "depend on versions that a package index has as wheels, and publish the plugin again"
+    if not found:
+        shown = HASH.sub("", text)[:80]
+        raise PluginError(f"{where}: {shown!a} is not a pinned package with its hashes", hint)
+    name, version, marker = found["name"], found["version"], found["marker"] or ""
+    try:
+        Version(version)
+        if marker:
+            Marker(marker)
+    except (InvalidVersion, InvalidMarker, RecursionError) as error:
+        shown = f"{name}=={version} ; {marker}"[:80]
+        raise PluginError(f"{where}: {shown!a} is not a requirement of PEP 508", hint) from error
+    return Pin(name, version, marker)
+
+
+def declared(plugin: Path) -> set[str]:
+    """The names of the packages that a plugin asks for itself, normalised.
+
+    Raises:
+        PluginError: it cannot be read, or its metadata is not TOML.
+    """
+    script = script_block(plugin)
+    project = plugin.with_name("pyproject.toml")
+    found: object = list(DEFAULT)
+    if script is not None:
+        found = script.get("dependencies")
+    elif project.is_file():
+        table = parse_toml(project, project.read_text("utf-8")).get("project")
+        found = table.get("dependencies") if isinstance(table, dict) else None
+    texts = map(str, found) if isinstance(found, list) else ()
+    names = [re.match(r"[A-Za-z0-9._-]+", text.strip()) for text in (*texts, PYARROW)]
+    return {canonicalize_name(name[0]) for name in names if name}
+
+
+def resolved(plugin: Path) -> str:
+    """What uv makes of the plugin's own declaration, or of none."""
+    project = plugin.with_name("pyproject.toml")
+    script = script_block(plugin)
+    if script is not None:
+        check_python(plugin, script.get("requires-python"))
+        return resolve(plugin, [PYARROW], plugin)
+    if not project.is_file():
+        return resolve(plugin, DEFAULT)
+    if plugin.with_name("uv.lock").is_file():
+        return export(plugin)
+    return resolve(plugin, [PYARROW], project)
+
+
+def resolve(plugin: Path, extra: Sequence[str], *declared: Path) -> str:
+    """Pin these requirements and those that the declaring files list."""
+    command = [*COMPILE, *PLAIN, "--python", sys.executable, "-", *map(str, declared)]
+    return run_uv(command, cannot_lock(plugin), stdin="\n".join(extra), folder=plugin.parent)
+
+
+def export(plugin: Path) -> str:
+    """The pins of the `uv.lock` beside the plugin, as they are."""
+    lock = run_uv([*EXPORT, *PLAIN], cannot_lock(plugin), folder=plugin.parent)
+    pinned = re.search(r"(?m)^pyarrow==([^\s;]+)", lock)
+    if not pinned or not SpecifierSet(PYARROW.removeprefix("pyarrow")).contains(pinned[1]):
+        found = pinned[0] if pinned else "no pyarrow"
+        raise PluginError(
+            f"{plugin.with_name('uv.lock')} has {found}, and the guest needs {PYARROW}",
+            f"uv add '{PYARROW}'",
+        )
+    return lock
+
+
+def cannot_lock(plugin: Path) -> Callable[[str], PluginError]:
+    """The error of a resolution that failed, around uv's own words."""
+    return lambda words: PluginError(
+        f"the dependencies of {plugin} cannot be locked: {words}",
+        "only packages that have wheels can be used; mend the plugin's dependencies",
+    )
+
+
+def run_uv(
+    arguments: list[str],
+    failed: Callable[[str], CasparianError],
+    *,
+    folder: Path,
+    stdin: str = "",
+    holds: Sequence[int] = (),
+) -> str:
+    """Run uv to its end; what it printed. It sees our environment: the index is the user's.
+
+    Args:
+        folder: where it runs; it reads the configuration that it finds there and above.
+        holds: descriptors that it keeps open, even when this process ends before it.
+    """
+    command = [uv.find_uv_bin(), *arguments]
+    done = subprocess.run(
+        command, input=stdin, cwd=folder, pass_fds=holds, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise failed("\n".join(done.stderr.strip().splitlines()[-ERROR_LINES:]))
+    return done.stdout
+
+
+def script_block(plugin: Path) -> dict[str, object] | None:
+    """The plugin's PEP 723 metadata; None where it has none."""
+    try:
+        text = plugin.read_text("utf-8", errors="replace")
+    except OSError as error:
+        raise PluginError(f"cannot read {plugin}: {error.strerror}") from error
+    blocks = [match["body"] for match in SCRIPT_BLOCK.finditer(text)]
+    if not blocks:
+        return None
+    if len(blocks) > 1:
+        raise PluginError(f"{plugin} has {len(blocks)} `# /// script` blocks", "keep one")
+    lines = [line[2:] for line in blocks[0].splitlines()]
+    return parse_toml(plugin, "\n".join(lines))
+
+
+def parse_toml(file: Path, text: str) -> dict[str, object]:
+    """The tables in this text, which stands in `file`."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PluginError(f"the metadata in {file} is not TOML: {error}", "mend it") from error
+
+
+def check_python(file: Path, requires: object) -> None:
+    """Refuse a `requires-python` that the Python running this does not meet."""
+    if requires is None:
+        return
+    ours = platform.python_version()
+    try:
+        fits = SpecifierSet(str(requires)).contains(ours, prereleases=True)
+    except InvalidSpecifier as error:
+        raise PluginError(f"{file}: requires-python {requires!r} is not a version range") from error
+    if not fits:
+        raise PluginError(
+            f"{file} requires Python {requires}, and plugins run on {ours} here",
+            "relax requires-python, or run casparian with a Python that fits",
+        )
