@@ -25,7 +25,7 @@ def main(source: str, *plugins: str) -> None:
             code, manifest = architect.read_plugin(file)
             lock = venv_manager.lock_dependencies(file)
             keys = config.keys_folder()
-            signed = architect.sign(file, code, lock, manifest.name, "1.0.0", keys)
+            signed = architect.sign(ledger, file, code, lock, manifest.name, "1.0.0", keys)
             architect.deploy(ledger, settings, signed)
             # Built here, so that no run pays for what a machine does once.
             venv_manager.EnvironmentStore(config.cache_folder() / "envs").python(lock)

@@ -23,10 +23,14 @@ def publish(
             metavar="V", help="Its version; else the MANIFEST's, else the next patch release."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do and check everything, but deploy nothing.")
+    ] = False,
 ) -> None:
     """Lock, sign and deploy a plugin.
 
-    Files that are known already and that it wants are queued.
+    Files that are known already and that it wants are queued. The first key that publishes into a
+    ledger becomes the one that is trusted there; others must be trusted first (casparian keys).
     """
     from casparian_flow import config
     from casparian_flow.engine.venv_manager import EnvironmentStore
@@ -45,11 +49,15 @@ def publish(
         context.note(f"locked       {pins} packages, each with its hashes")
         python, _ = EnvironmentStore(config.cache_folder() / "envs").python(lock)
         context.note(f"environment  {python.parent.parent}")
-        keys = config.keys_folder()
-        message = architect.sign(file, source, lock, manifest.name, chosen, keys)
         context.note(f"artifact     sha256 {signing.artifact_hash(source, lock)}")
+        message = architect.sign(
+            here.ledger, file, source, lock, manifest.name, chosen, config.keys_folder(),
+            dry_run=dry_run,
+        )  # fmt: skip
         context.note(f"signed       by key {signing.key_id(message.public_key)}")
-        context.say(_deploy(here, message))
+        words = _deploy(here, message)
+        context.note("checked      signature, statement, artifact, and what the key may publish")
+        context.say(words)
 
 
 def _lock(here: Here, file: Path, source: bytes, name: str, version: str) -> str:
@@ -69,12 +77,14 @@ def _lock(here: Here, file: Path, source: bytes, name: str, version: str) -> str
 def _deploy(here: Here, message: Deploy) -> str:
     """Through the daemon where one runs, else directly; what was done, in words."""
     from casparian_flow.engine import control
-    from casparian_flow.errors import PluginError
+    from casparian_flow.errors import CasparianError
     from casparian_flow.services import architect
 
     reply = control.ask(here.settings.database, message)
     if reply is None:
         return architect.deploy(here.ledger, here.settings, message)
     if not reply.ok:
-        raise PluginError(reply.text, reply.hint)
+        error = CasparianError(reply.text, reply.hint)
+        error.exit_code = reply.exit_code
+        raise error
     return reply.text

@@ -25,12 +25,7 @@ from casparian_flow.engine.bridge import Guest, bundle
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.engine.venv_manager import EnvironmentStore
-from casparian_flow.errors import (
-    JobError,
-    OutputRefused,
-    Superseded,
-    Unavailable,
-)
+from casparian_flow.errors import ArtifactRefused, JobError, Superseded, Unavailable
 from casparian_flow.protocol import (
     Artifact,
     Assignment,
@@ -123,7 +118,7 @@ class Runner:
         said = ""
         try:
             if artifact.refusal:
-                raise OutputRefused(artifact.refusal)
+                raise ArtifactRefused(artifact.refusal)
             seat = self._seat(artifact)
             self._running = seat.guest
             try:
