@@ -42,7 +42,7 @@ class CasparianError(Exception):
         hint: what to do or type next; empty where there is nothing better to say.
     """
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

@@ -206,17 +206,25 @@ class Drain(Message, frozen=True):
     grace_seconds: float
 
 
+class Introduction(Record, frozen=True):
+    """The first row of a trust log: a key that trusts itself, where nobody else is trusted yet."""
+
+    payload: bytes
+    signature: bytes
+
+
 class Deploy(Message, frozen=True):
     """A signed plugin, from `casparian publish`."""
 
     file_name: str
-    version: str
     source: bytes
     lock: str
     public_key: bytes
     signature: bytes
-    statement: bytes = b""
+    statement: bytes
     """What was signed, byte for byte: `security.signing` says what is in it."""
+    introduction: Introduction | None = None
+    """Of the publisher's key, where the ledger trusts none yet; else it is passed over."""
     token: str = ""
     """Azure AD access token, where publishers sign in; never stored."""
     dry_run: bool = False
@@ -235,6 +243,8 @@ class Reply(Message, frozen=True):
     ok: bool
     text: str
     hint: str = ""
+    exit_code: int = 0
+    """What the command line should end with, where it is not ok."""
 
 
 AnyMessage = (

@@ -30,13 +30,17 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         runtime.rmdir()
 
 
+POLICY = '[gatekeeper]\nallow = ["import:ctypes", "import:os", "import:sys"]\n'
+"""What the plugins of the tests misbehave with."""
+
+
 def write_config(folder: Path, extra: str = "") -> Settings:
     """A configuration file in `folder`, loaded; retries are quick."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / config.FILE_NAME
     file.write_text(
         '[database]\ndb_location = "casparian_flow.sqlite3"\n'
-        f"[jobs]\nretry_seconds = 0.1\n[workers]\ncount = 2\n{extra}"
+        f"[jobs]\nretry_seconds = 0.1\n[workers]\ncount = 2\n{POLICY}{extra}"
     )
     return config.load(str(file))
 

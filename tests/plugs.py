@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db.access import Ledger
 from casparian_flow.engine import locking
+from casparian_flow.protocol import Deploy
 from casparian_flow.services import architect
 
 ROWS = """
@@ -53,6 +55,24 @@ class Handler(BasePlugin):
 """
 
 
+LOCK = f"rows-dep==1.0 \\\n    --hash=sha256:{'0' * 64}\n"
+"""Of plugins that are deployed and never run."""
+
+
+def signed(
+    ledger: Ledger,
+    keys: Path,
+    source: str = ROWS,
+    version: str = "1.0.0",
+    name: str = "rows",
+    **options: Any,
+) -> Deploy:
+    """A plugin as `casparian publish` sends it, without an environment."""
+    lock = options.pop("lock", LOCK)
+    file = Path(f"{name}.py")
+    return architect.sign(ledger, file, source.encode(), lock, name, version, keys, **options)
+
+
 def publish(ledger: Ledger, settings: Settings, name: str, source: str, version: str) -> str:
     """Lock, sign and deploy a plugin's source; the environment is built on first use."""
     file = settings.home / f"{name}.py"
@@ -63,5 +83,6 @@ def publish(ledger: Ledger, settings: Settings, name: str, source: str, version:
 def publish_file(ledger: Ledger, settings: Settings, file: Path, version: str) -> str:
     source, manifest = architect.read_plugin(file)
     lock = locking.lock_dependencies(file)
-    signed = architect.sign(file, source, lock, manifest.name, version, config.keys_folder())
+    keys = config.keys_folder()
+    signed = architect.sign(ledger, file, source, lock, manifest.name, version, keys)
     return architect.deploy(ledger, settings, signed)

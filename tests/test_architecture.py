@@ -19,6 +19,8 @@ LAYERS = [
     ["main"],
     [
         "services.changes",
+        "services.keys",
+        "services.plugins",
         "services.report",
         "services.idle",
         "services.verify",
@@ -45,7 +47,7 @@ LAYERS = [
     ],
     ["engine.sinks"],
     ["db.files", "db.roots", "db.outputs", "db.views", "db.wiring", "db.invariants"],
-    ["db.jobs", "db.plugins", "db.audit"],
+    ["db.jobs", "db.plugins", "db.trust", "db.audit"],
     ["db.routing"],
     ["db.access"],
     ["db.schema", "db.connection"],

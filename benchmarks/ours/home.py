@@ -26,7 +26,7 @@ def main(source: str, *plugins: str) -> None:
             code, manifest = architect.read_plugin(file)
             lock = locking.lock_dependencies(file)
             keys = config.keys_folder()
-            signed = architect.sign(file, code, lock, manifest.name, "1.0.0", keys)
+            signed = architect.sign(ledger, file, code, lock, manifest.name, "1.0.0", keys)
             architect.deploy(ledger, settings, signed)
             # Built here, so that no run pays for what a machine does once.
             limit = settings.guest.environments_bytes

@@ -12,11 +12,14 @@ from typing import Annotated
 import typer
 
 from casparian_flow.cli import (
+    audit,
     context,
     demo,
     init,
     jobs,
+    keys,
     look,
+    plugins,
     publish,
     query,
     routing,
@@ -41,11 +44,13 @@ app.command()(look.status)
 app.add_typer(jobs.app, name="jobs")
 app.command()(look.files)
 app.command()(look.versions)
-app.command()(look.plugins)
+app.add_typer(plugins.app, name="plugins")
+app.add_typer(keys.app, name="keys")
 app.add_typer(routing.app, name="rules")
 app.add_typer(topics.app, name="topics")
 app.command()(query.query)
 app.command()(look.verify)
+app.add_typer(audit.app, name="audit")
 app.command()(demo.demo)
 
 

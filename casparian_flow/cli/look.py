@@ -1,4 +1,4 @@
-"""The commands that only look: status, files, versions, plugins, verify."""
+"""The commands that only look: status, files, versions, verify."""
 
 from __future__ import annotations
 
@@ -120,16 +120,6 @@ def _versions(here: Here, path: str) -> list[dict[str, Any]]:
                 )
             )
     return rows
-
-
-def plugins(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """List every deployed plugin version."""
-    from casparian_flow.db import views
-
-    with context.opened(ctx) as (_, ledger):
-        rows = ledger.read(views.plugins)
-    columns = "name version active artifact key_id deployed_at topics subscriptions"
-    context.listing(rows, as_json, columns, "no plugins\n  try: casparian publish PLUGIN.py")
 
 
 def verify(ctx: typer.Context, as_json: AsJson = False) -> None:

@@ -11,7 +11,9 @@ from casparian_flow.cli import context
 
 if TYPE_CHECKING:
     from casparian_flow.cli.context import Here
+    from casparian_flow.config import Settings
     from casparian_flow.protocol import Deploy
+    from casparian_flow.security.manifest import Manifest
 
 
 def publish(
@@ -23,16 +25,21 @@ def publish(
             metavar="V", help="Its version; else the MANIFEST's, else the next patch release."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do and check everything, but deploy nothing.")
+    ] = False,
 ) -> None:
     """Lock, sign and deploy a plugin.
 
-    Files that are known already and that it wants are queued.
+    Files that are known already and that it wants are queued. The first key that publishes into a
+    ledger becomes the one that is trusted there; others must be trusted first (casparian keys).
     """
     from casparian_flow import config
     from casparian_flow.engine.undeclared import check_imports
     from casparian_flow.engine.venv_manager import EnvironmentStore
-    from casparian_flow.security import signing
+    from casparian_flow.security import gatekeeper, signing
     from casparian_flow.security.manifest import normal_version
+    from casparian_flow.security.rules import RULESET, Policy
     from casparian_flow.services import architect
 
     file = Path(plugin).absolute()
@@ -41,6 +48,9 @@ def publish(
         chosen = normal_version(version or manifest.version, file.name)
         chosen = chosen or architect.next_version(here.ledger, manifest.name)
         context.note(f"plugin       {manifest.name} {chosen}")
+        gatekeeper.inspect(source, file.name, Policy.of(here.settings.gatekeeper)).require()
+        context.note(f"gatekeeper   nothing found (ruleset {RULESET})")
+        context.note(f"limits       {_limits(manifest, here.settings)}")
         lock = _lock(here, file, source, manifest.name, chosen)
         pins = sum("==" in line for line in lock.splitlines())
         context.note(f"locked       {pins} packages, each with its hashes")
@@ -51,11 +61,30 @@ def publish(
             context.note(f"environment  {lease.site_packages}")
             for note in check_imports(file, source, lease.site_packages):
                 context.note(note)
-        keys = config.keys_folder()
-        message = architect.sign(file, source, lock, manifest.name, chosen, keys)
         context.note(f"artifact     sha256 {signing.artifact_hash(source, lock)}")
+        message = architect.sign(
+            here.ledger, file, source, lock, manifest.name, chosen, config.keys_folder(),
+            dry_run=dry_run,
+        )  # fmt: skip
         context.note(f"signed       by key {signing.key_id(message.public_key)}")
-        context.say(_deploy(here, message))
+        words = _deploy(here, message)
+        context.note("checked      signature, statement, artifact, and what the key may publish")
+        context.say(words)
+
+
+def _limits(manifest: Manifest, settings: Settings) -> str:
+    """What the plugin will be held to, and whether it asks for what it does not get."""
+    guest = settings.guest
+    memory = min(manifest.memory_bytes or guest.memory_bytes, guest.memory_bytes)
+    seconds = min(manifest.timeout_seconds or settings.jobs.timeout_seconds,
+                  settings.jobs.timeout_seconds)  # fmt: skip
+    scratch = min(manifest.scratch_bytes, guest.scratch_bytes)
+    network = "granted" if guest.network else "NOT granted ([guest] network is false)"
+    return (
+        f"{memory >> 20} MiB of memory, {seconds:g} s, "
+        f"scratch {f'{scratch >> 20} MiB' if scratch else 'none'}, "
+        f"network {network if manifest.network else 'none'}, sandbox {guest.sandbox}"
+    )
 
 
 def _lock(here: Here, file: Path, source: bytes, name: str, version: str) -> str:
@@ -75,12 +104,14 @@ def _lock(here: Here, file: Path, source: bytes, name: str, version: str) -> str
 def _deploy(here: Here, message: Deploy) -> str:
     """Through the daemon where one runs, else directly; what was done, in words."""
     from casparian_flow.engine import control
-    from casparian_flow.errors import PluginError
+    from casparian_flow.errors import CasparianError
     from casparian_flow.services import architect
 
     reply = control.ask(here.settings.database, message)
     if reply is None:
         return architect.deploy(here.ledger, here.settings, message)
     if not reply.ok:
-        raise PluginError(reply.text, reply.hint)
+        error = CasparianError(reply.text, reply.hint)
+        error.exit_code = reply.exit_code
+        raise error
     return reply.text

@@ -29,12 +29,26 @@ class Event(NamedTuple):
     detail: dict[str, Any]
 
 
+class Head(NamedTuple):
+    """The end of the chain at some moment: who has noted it can prove what was before."""
+
+    seq: int
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.hash}"
+
+
+def head(connection: Connection) -> Head:
+    """The last row; 0 and `GENESIS` where there is none."""
+    query = select(AuditEntry.seq, AuditEntry.hash).order_by(AuditEntry.seq.desc()).limit(1)
+    last = connection.execute(query).first()
+    return Head(*last) if last else Head(0, GENESIS)
+
+
 def append(connection: Connection, actor: str, events: Iterable[Event]) -> None:
     """Add rows in the caller's transaction, which must be a writing one."""
-    last = connection.execute(
-        select(AuditEntry.seq, AuditEntry.hash).order_by(AuditEntry.seq.desc()).limit(1)
-    ).first()
-    seq, previous = (last.seq, last.hash) if last else (0, GENESIS)
+    seq, previous = head(connection)
     at = utcnow().isoformat()
     rows = []
     for event in events:
@@ -54,6 +68,16 @@ def append(connection: Connection, actor: str, events: Iterable[Event]) -> None:
         connection.execute(insert(AuditEntry), rows)
 
 
+def lost(connection: Connection, noted: Head) -> Iterable[str]:
+    """A sentence if a head that was noted earlier is not in the chain any more."""
+    query = select(AuditEntry.hash).where(AuditEntry.seq == noted.seq)
+    found = connection.execute(query).scalar() or (GENESIS if noted.seq == 0 else None)
+    if found is None:
+        yield f"audit: row {noted.seq}, whose hash was noted, is missing: the end was cut off"
+    elif found != noted.hash:
+        yield f"audit: row {noted.seq} has another hash than was noted: it was written anew"
+
+
 def problems(connection: Connection) -> Iterable[str]:
     """One sentence for each break in the chain."""
     expected, previous = 1, GENESIS
@@ -61,9 +85,10 @@ def problems(connection: Connection) -> Iterable[str]:
     for found in connection.execute(select(*columns).order_by(AuditEntry.seq)).mappings():
         row = dict(found)
         claimed = row.pop("hash")
-        if row["seq"] != expected:
+        is_next = row["seq"] == expected
+        if not is_next:
             yield f"audit: row {expected} is missing"
-        elif row["previous"] != previous or claimed != _hash(row):
+        if claimed != _hash(row) or (is_next and row["previous"] != previous):
             yield f"audit: row {row['seq']} was altered"
         expected, previous = row["seq"] + 1, claimed
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-from sqlalchemy import Connection, select, text
-
-from casparian_flow.db.models import Plugin
+from sqlalchemy import Connection, text
 
 _BREAKS = {
     "location {0} ({1}): its versions are not numbered 1, 2, 3, ...": """
@@ -76,8 +73,3 @@ def sizes(connection: Connection) -> dict[str, int]:
         "audit rows": "SELECT count(*) FROM cf_audit",
     }
     return {name: connection.execute(text(query)).scalar_one() for name, query in tables.items()}
-
-
-def artifacts(connection: Connection) -> Iterable[Any]:
-    """Every deployed plugin, whole."""
-    return connection.execute(select(*Plugin.__table__.columns))

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, func, select, text, update
+from sqlalchemy import Connection, LargeBinary, bindparam, cast, func, select, text, update
 
 from casparian_flow.db.access import execute_many
 from casparian_flow.db.models import (
@@ -118,7 +118,8 @@ def claimed(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
         select(
             ProcessingJob.id, ProcessingJob.fence, ProcessingJob.attempts,
             ProcessingJob.plugin_id, Plugin.name.label("plugin_name"),
-            Plugin.version.label("plugin_version"), Plugin.artifact_hash, Plugin.manifest,
+            Plugin.version.label("plugin_version"), Plugin.artifact_hash,
+            cast(Plugin.manifest, LargeBinary).label("manifest"),  # it need not be text any more
             FileVersion.id.label("version_id"), FileVersion.ordinal, FileVersion.content_hash,
             FileVersion.size_bytes, FileLocation.path, FileLocation.rel_path,
             SourceRoot.name.label("source"), SourceRoot.path.label("root_path"),

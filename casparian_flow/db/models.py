@@ -237,7 +237,6 @@ class TrustStatement(Base):
     signature: Mapped[bytes]
     countersignature: Mapped[bytes] = mapped_column(default=b"")
     """The new key's signature over the same bytes, where a key is rotated."""
-    recorded_at: Mapped[datetime] = mapped_column(default=utcnow)
 
 
 class LedgerIdentity(Base):
@@ -374,10 +373,14 @@ class Epoch(Base):
     host: Mapped[str]
 
 
+_ABOUT_TRUST = "action IN ('trust-key', 'revoke-key', 'rotate-key', 'activate', 'disable')"
+
+
 class AuditEntry(Base):
     """What people did and what was committed, each row hashed with the one before."""
 
     __tablename__ = "cf_audit"
+    __table_args__ = (Index("ix_cf_audit_trust", "seq", sqlite_where=text(_ABOUT_TRUST)),)
 
     seq: Mapped[int] = mapped_column(primary_key=True)
     at: Mapped[str]

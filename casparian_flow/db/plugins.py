@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import os
 import socket
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
 from packaging.version import Version
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, LargeBinary, and_, cast, insert, select, update
 
 from casparian_flow.db.models import Epoch, Plugin, PluginConfig, RoutingRule, TopicConfig
 from casparian_flow.db.routing import tags_of
-from casparian_flow.errors import CasparianError
+from casparian_flow.errors import ArtifactRefused, CasparianError
 from casparian_flow.security import signing
+from casparian_flow.security.manifest import Manifest, read_manifest
+from casparian_flow.security.trust import Trust
 
 
 def find(connection: Connection, name: str, version: str) -> Any:
@@ -25,12 +28,6 @@ def find(connection: Connection, name: str, version: str) -> Any:
     ).first()
 
 
-def get(connection: Connection, plugin_id: int) -> Any:
-    """The Plugin row with this id; None where there is none."""
-    columns = Plugin.__table__.columns
-    return connection.execute(select(*columns).where(Plugin.id == plugin_id)).first()
-
-
 def versions(connection: Connection, name: str) -> list[Version]:
     """Every deployed version of a plugin, oldest first by PEP 440."""
     return sorted(
@@ -38,6 +35,44 @@ def versions(connection: Connection, name: str) -> list[Version]:
             Version, connection.execute(select(Plugin.version).where(Plugin.name == name)).scalars()
         )
     )
+
+
+def newest(connection: Connection, name: str, trust: Trust) -> str:
+    """The newest version, by PEP 440, that nobody has stopped; empty where there is none.
+
+    A version that may not run must not stand in the way of those that come after.
+    """
+    columns = (Plugin.version, Plugin.publisher)
+    rows = connection.execute(
+        select(*columns).where(Plugin.name == name, Plugin.statement.is_not(None))
+    )
+    fit = [row.version for row in rows if not trust.stopped(row.publisher, name, row.version)]
+    return max(fit, key=Version, default="")
+
+
+def active(connection: Connection, name: str) -> str | None:
+    """The version that takes new jobs; None where none does."""
+    return connection.execute(
+        select(PluginConfig.active_version).where(PluginConfig.plugin_name == name)
+    ).scalar()
+
+
+def deactivate(connection: Connection, trust: Trust) -> list[str]:
+    """Route nothing more to versions that were stopped; those, as `name version`."""
+    rows = connection.execute(
+        select(Plugin.name, Plugin.version, Plugin.publisher).join(
+            PluginConfig,
+            and_(
+                PluginConfig.plugin_name == Plugin.name,
+                PluginConfig.active_version == Plugin.version,
+            ),
+        )
+    ).all()
+    stopped = [row for row in rows if trust.stopped(row.publisher, row.name, row.version)]
+    names = [row.name for row in stopped]
+    statement = update(PluginConfig).where(PluginConfig.plugin_name.in_(names))
+    connection.execute(statement.values(active_version=None))
+    return [f"{row.name} {row.version}" for row in stopped]
 
 
 def add(connection: Connection, **columns: Any) -> int:
@@ -122,18 +157,114 @@ def ids(connection: Connection, names: Iterable[str]) -> list[int]:
 def topics_of(connection: Connection, plugin: Any) -> list[str]:
     """Every topic a plugin may publish to: what its MANIFEST declares and what people added."""
     placed = [row.topic_name for row in topics(connection).get(plugin.name, [])]
-    return list(dict.fromkeys([*json.loads(plugin.manifest)["topics"], *placed]))
+    return list(dict.fromkeys([*manifest_of(plugin.manifest).topics, *placed]))
 
 
-def refusal(plugin: Any) -> str:
-    """Why an artifact may not be run: its bytes are not those that were signed. Empty: it may."""
-    statement = signing.Statement(
-        plugin=plugin.name,
-        version=plugin.version,
-        artifact_sha256=signing.artifact_hash(plugin.source, plugin.lock),
+class Stored(NamedTuple):
+    """A deployed plugin as it stands in the ledger, whatever somebody made of it."""
+
+    id: int
+    source: bytes
+    public_key: bytes
+    signature: bytes
+    statement: bytes | None
+    name: str
+    version: str
+    manifest: str
+    artifact_hash: str
+    publisher: str
+    verdict: str
+    lock: str
+    """Bytes that are not UTF-8 are surrogates."""
+
+
+# All but the id as bytes: what was damaged must be refused in words, not break the reader.
+# The first four stay bytes.
+_STORED = [
+    cast(column, LargeBinary)
+    for column in (
+        Plugin.source, Plugin.public_key, Plugin.signature, Plugin.statement, Plugin.name,
+        Plugin.version, Plugin.manifest, Plugin.artifact_hash, Plugin.publisher, Plugin.verdict,
+        Plugin.lock,
     )
+]  # fmt: skip
+
+
+def stored(connection: Connection, *which: Any) -> list[Stored]:
+    """Deployed plugins to be checked, in the order they came.
+
+    Args:
+        which: conditions on `Plugin`; none means all.
+    """
+    query = select(Plugin.id, *_STORED).where(*which).order_by(Plugin.id)
+    return [_stored(*row) for row in connection.execute(query)]
+
+
+def _stored(plugin_id: int, *columns: Any) -> Stored:
+    blobs, shown, lock = columns[:4], columns[4:-1], columns[-1]
+    texts = (text.decode("utf-8", "backslashreplace") for text in shown)
+    return Stored._make([plugin_id, *blobs, *texts, lock.decode("utf-8", "surrogateescape")])
+
+
+def manifest_of(text: str | bytes) -> Manifest:
+    """The MANIFEST that was stored with a plugin; what an older release did not store is 0.
+
+    Raises:
+        ArtifactRefused: it is damaged.
+    """
     try:
-        signing.verify(plugin.public_key, plugin.signature, statement)
+        return msgspec.json.decode(text, type=Manifest)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ArtifactRefused(f"its stored MANIFEST is damaged: {error}") from error
+
+
+def fault(plugin: Stored, trust: Trust) -> str:
+    """Why an artifact is not what a trusted key signed; empty where it is.
+
+    Everything is checked anew: the bytes against their hash, the signature over the stored
+    statement, the statement against the row, and the signer against the trust log.
+    """
+    try:
+        _check(plugin, trust)
     except CasparianError as error:
-        return f"plugin {plugin.name} {plugin.version} was not run: {error.message}"
+        return error.message
+    return ""
+
+
+def _check(plugin: Stored, trust: Trust) -> None:
+    if trust.broken:
+        raise ArtifactRefused(trust.broken)
+    if plugin.statement is None:
+        raise ArtifactRefused(
+            "an earlier release signed it in a form that proves less: publish it again under a "
+            "new version"
+        )
+    if signing.artifact_hash(plugin.source, plugin.lock) != plugin.artifact_hash:
+        raise ArtifactRefused("its source or lock is not what its artifact hash names")
+    statement = signing.verify(
+        signing.Publish, plugin.statement, plugin.signature, plugin.public_key
+    )
+    signing.check_published(
+        statement, trust.ledger_id, plugin.name, plugin.version, plugin.source, plugin.lock,
+        plugin.public_key,
+    )  # fmt: skip
+    if plugin.publisher != statement.publisher_key_id:
+        raise ArtifactRefused("its publisher is not the key that signed it")
+    if manifest_of(plugin.manifest) != _manifest_in(plugin.source, plugin.name):
+        raise ArtifactRefused("its stored MANIFEST is not the one in its source")
+    if words := trust.unfit(plugin.publisher, plugin.name):
+        raise ArtifactRefused(words)
+
+
+@functools.lru_cache(maxsize=64)
+def _manifest_in(source: bytes, name: str) -> Manifest:
+    """Remembered, for parsing takes longer than everything else that is checked before a run."""
+    return read_manifest(source, f"{name}.py")
+
+
+def refusal(plugin: Stored, trust: Trust) -> str:
+    """Why an artifact may not be run; empty where it may."""
+    stopped = trust.stopped(plugin.publisher, plugin.name, plugin.version)
+    if words := fault(plugin, trust) or stopped:
+        return f"plugin {plugin.name} {plugin.version} may not run: {words}"
     return ""

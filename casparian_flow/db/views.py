@@ -79,6 +79,22 @@ def plugins(connection: Connection) -> list[Row]:
     )
 
 
+def audit(connection: Connection, limit: int, subject: str | None) -> list[Row]:
+    """Rows of the audit, the newest first.
+
+    Args:
+        subject: a glob over what they are about.
+    """
+    return _rows(
+        connection,
+        """
+        SELECT seq, at AS recorded_at, actor, action, subject, detail FROM cf_audit
+        WHERE :subject IS NULL OR subject GLOB :subject ORDER BY seq DESC LIMIT :limit
+        """,
+        limit=limit, subject=subject,
+    )  # fmt: skip
+
+
 def topics(connection: Connection) -> list[Row]:
     """Where every topic goes, and what is there of it."""
     return _rows(

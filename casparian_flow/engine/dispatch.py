@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, jobs, plugins
+from casparian_flow.db import audit, jobs, plugins, trust
+from casparian_flow.db.models import Plugin
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError
-from casparian_flow.protocol import Assignment, OutputPlan
+from casparian_flow.protocol import Artifact, Assignment, OutputPlan
 
 
 class Dispatcher:
@@ -47,7 +47,7 @@ class Dispatcher:
             try:
                 assignments.append(self._assignment(job, topics.get(job.plugin_name, [])))
             except CasparianError as error:
-                # A sink URI that a person wrote into the table and nobody can open.
+                # A sink URI that a person wrote into the table and nobody can open, for one.
                 jobs.fail(connection, job.id, job.fence, error.message)
                 event = audit.Event("fail", f"job {job.id}", {"reason": error.message})
                 audit.append(connection, "sentinel", [event])
@@ -70,8 +70,8 @@ class Dispatcher:
             return False
 
     def _assignment(self, job: Any, placed: Sequence[Any]) -> Assignment:
-        manifest = json.loads(job.manifest)
-        declared = set(manifest["topics"]) - {row.topic_name for row in placed}
+        manifest = plugins.manifest_of(job.manifest)
+        declared = set(manifest.topics) - {row.topic_name for row in placed}
         places = [(row.topic_name, row.uri, row.mode) for row in placed]
         places += [
             (topic, self._settings.output.default_uri, "append") for topic in sorted(declared)
@@ -89,7 +89,7 @@ class Dispatcher:
             rel_path=job.rel_path,
             content_hash=job.content_hash,
             size_bytes=job.size_bytes,
-            timeout_seconds=min(manifest["timeout_seconds"] or ceiling, ceiling),
+            timeout_seconds=min(manifest.timeout_seconds or ceiling, ceiling),
             outputs=[self._plan(job, *place) for place in places],
         )
 
@@ -102,6 +102,37 @@ class Dispatcher:
             mode=mode,
             output_key=output_key(*facts),
         )
+
+
+def artifact(connection: Connection, plugin_id: int) -> Artifact:
+    """A plugin's bytes for a worker, checked as they stand in the ledger at this moment.
+
+    What may not be run is not sent, but why.
+    """
+    found = plugins.stored(connection, Plugin.id == plugin_id)
+    if not found:
+        return _refused(plugin_id, f"there is no plugin {plugin_id}")
+    plugin = found[0]
+    if refusal := plugins.refusal(plugin, trust.read(connection)):
+        return _refused(plugin_id, refusal)
+    manifest = plugins.manifest_of(plugin.manifest)
+    return Artifact(
+        plugin_id=plugin_id,
+        name=plugin.name,
+        version=plugin.version,
+        source=plugin.source,
+        lock=plugin.lock,
+        topics=plugins.topics_of(connection, plugin),
+        memory_bytes=manifest.memory_bytes,
+        scratch_bytes=manifest.scratch_bytes,
+        network=manifest.network,
+    )
+
+
+def _refused(plugin_id: int, refusal: str) -> Artifact:
+    return Artifact(
+        plugin_id=plugin_id, name="", version="", source=b"", lock="", topics=[], refusal=refusal
+    )
 
 
 def output_key(

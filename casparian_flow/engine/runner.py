@@ -244,6 +244,8 @@ class Runner:
             raise
         finally:
             self._running = None
+        if guest.compiled_anew:  # by the first guest of an environment; the next ones read it
+            lease.compile(guest.compiled_anew)
         return seat
 
 

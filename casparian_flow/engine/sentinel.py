@@ -22,10 +22,10 @@ import zmq.asyncio
 
 from casparian_flow import atomic, protocol
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, plugins
+from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
 from casparian_flow.engine.committer import Committer
-from casparian_flow.engine.dispatch import Dispatcher
+from casparian_flow.engine.dispatch import Dispatcher, artifact
 from casparian_flow.errors import CasparianError, LedgerError, ProtocolError
 from casparian_flow.protocol import AnyMessage, Conclude
 
@@ -186,7 +186,8 @@ class Sentinel:
                 peer.free = free
                 self._bell.set()
             case protocol.Fetch(plugin_id=plugin_id):
-                await self._send(identity, await self._artifact(plugin_id))
+                checked = partial(artifact, plugin_id=plugin_id)
+                await self._send(identity, await self._ledger.read_soon(checked))
             case Conclude(receipts=receipts):
                 for receipt in receipts:
                     peer.held.pop(receipt.job_id, None)
@@ -248,29 +249,13 @@ class Sentinel:
         peer.held.update((job.job_id, job.fence) for job in assignments)
         await self._send(identity, protocol.Assign(jobs=assignments))
 
-    async def _artifact(self, plugin_id: int) -> protocol.Artifact:
-        row = await self._ledger.read_soon(partial(plugins.get, plugin_id=plugin_id))
-        if row is None:
-            return protocol.Artifact(
-                plugin_id=plugin_id, name="", version="", source=b"", lock="", topics=[],
-                refusal=f"there is no plugin {plugin_id}",
-            )  # fmt: skip
-        topics = await self._ledger.read_soon(partial(plugins.topics_of, plugin=row))
-        return protocol.Artifact(
-            plugin_id=plugin_id,
-            name=row.name,
-            version=row.version,
-            source=row.source,
-            lock=row.lock,
-            topics=topics,
-            refusal=plugins.refusal(row),
-        )
-
     async def _answer_deploy(self, identity: bytes, message: protocol.Deploy) -> None:
         try:
             reply = protocol.Reply(ok=True, text=await self._deploy(message))
         except CasparianError as error:
-            reply = protocol.Reply(ok=False, text=error.message, hint=error.hint)
+            reply = protocol.Reply(
+                ok=False, text=error.message, hint=error.hint, exit_code=error.exit_code
+            )
         self._bell.set()
         await self._send(identity, reply)
 

@@ -30,7 +30,7 @@ _LIMIT = 10**9
 _BYTES_LIMIT = 1 << 50
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A plugin's MANIFEST, checked; `sdk.PluginMetadata` says what each field is for."""
 
     name: str

@@ -1,35 +1,87 @@
-"""Ed25519 signatures of published plugins, and the key of the person who publishes.
+"""Signed statements: what Ed25519 signs here, as bytes that anybody can rebuild and check.
 
-What is hashed and what is signed are bytes anybody can rebuild; both are spelled out below, and
-changing either would orphan every signature ever made.
+A statement is a JSON object in one canonical form: UTF-8, sorted keys, no spaces, no floats. What
+is signed is DSSE's pre-authentication encoding of it, which names the kind of statement, so that
+none passes for one of another kind. Payload and signature are stored as they are: a signature is
+verified over the stored bytes, and the same bytes are then parsed. Changing anything below would
+orphan every signature ever made.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shlex
-from pathlib import Path
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from casparian_flow.atomic import exclusive, make_folder, write_once
-from casparian_flow.errors import PluginError
+from casparian_flow.errors import AuthError, PluginError
 
 if TYPE_CHECKING:
     from nacl.signing import SigningKey
 
-PAYLOAD_TYPE = b"application/vnd.casparian.publish.v1+json"
+
+class Statement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The base of everything that is signed; each field is in the signed bytes."""
+
+    kind: ClassVar[str]
+    """Part of the signed type: `application/vnd.casparian.<kind>.v1+json`."""
+
+    schema: Literal[1] = 1
+    ledger_id: str
+    """The one ledger it is for: in another it says nothing."""
+    issued_at: str
+    """When it was signed, by the signer's clock: ISO 8601, UTC."""
 
 
-class Statement(msgspec.Struct, frozen=True, kw_only=True):
-    """What a publisher signs: these bytes are this version of this plugin."""
+class LocalAuth(
+    msgspec.Struct, frozen=True, tag_field="method", tag="local", forbid_unknown_fields=True
+):
+    """The publisher is who holds the key."""
+
+
+LOCAL = LocalAuth()
+
+
+class AzureAuth(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    tag_field="method",
+    tag="azure",
+    forbid_unknown_fields=True,
+):
+    """The publisher signed in to Azure AD as well."""
+
+    tenant: str
+    object_id: str
+    issuer: str
+
+
+class Publish(Statement, frozen=True):
+    """These bytes are this version of this plugin."""
+
+    kind = "publish"
 
     plugin: str
     version: str
     artifact_sha256: str
     """`artifact_hash` of what is published."""
+    artifact_size: int
+    """Bytes of source and lock together."""
+    lock_sha256: str
+    publisher_key_id: str
+    auth: LocalAuth | AzureAuth
+
+
+class Signed(NamedTuple):
+    """A statement's bytes and the signature over them."""
+
+    payload: bytes
+    signature: bytes
+
+
+S = TypeVar("S", bound=Statement)
 
 
 def artifact_hash(source: bytes, lock: str) -> str:
@@ -40,112 +92,121 @@ def artifact_hash(source: bytes, lock: str) -> str:
     bytes from moving between the parts unseen.
     """
     digest = hashlib.sha256(b"casparian.artifact.v1\n")
-    for part, data in ((b"source", source), (b"lock", lock.encode())):
+    for part, data in ((b"source", source), (b"lock", _lock_bytes(lock))):
         digest.update(b"%s %d\n" % (part, len(data)))
         digest.update(data)
     return digest.hexdigest()
 
 
 def key_id(public_key: bytes) -> str:
-    """The name of a publisher's key: SHA-256 of its 32 public bytes, hexadecimal."""
+    """The name of a key: SHA-256 of its 32 public bytes, hexadecimal."""
     return hashlib.sha256(public_key).hexdigest()
 
 
-def sign(key: SigningKey, statement: Statement) -> bytes:
-    """The 64 byte signature of a statement."""
-    return key.sign(_signed_bytes(statement, key.verify_key.encode())).signature
+def now() -> str:
+    """The time that a statement carries."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def verify(public_key: bytes, signature: bytes, statement: Statement) -> None:
-    """Return if `public_key`, and no other, signed exactly this statement.
+def sign(key: SigningKey, statement: Statement) -> Signed:
+    """A statement's canonical bytes and its 64 byte signature."""
+    payload = _canonical(statement)
+    return Signed(payload, key.sign(_signed_bytes(statement.kind, payload)).signature)
+
+
+def verify(kind: type[S], payload: bytes, signature: bytes, public_key: bytes) -> S:
+    """The statement in these bytes, if this key signed them as one of this kind.
+
+    The signature is verified first; nothing of a payload that nobody signed is parsed.
 
     Raises:
-        PluginError: it did not, or the key or the signature is malformed.
+        AuthError: it did not sign them, the key or the signature is malformed, or what it signed
+            is not such a statement in its canonical form.
+    """
+    check_signature(kind.kind, payload, signature, public_key)
+    try:
+        statement = msgspec.json.decode(payload, type=kind)
+        # A key that is there twice, a field that is missing, a space: written again, it differs.
+        canonical = _canonical(statement) == payload
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise AuthError(f"what was signed is not a {kind.kind} statement: {error}") from error
+    if not canonical:
+        raise AuthError(f"what was signed is a {kind.kind} statement, but not in canonical form")
+    return statement
+
+
+def check_signature(kind: str, payload: bytes, signature: bytes, public_key: bytes) -> None:
+    """Return if this key, and no other, signed this payload as a statement of this kind.
+
+    Raises:
+        AuthError: it did not, or the key or the signature is malformed.
     """
     from nacl.exceptions import BadSignatureError
     from nacl.signing import VerifyKey
 
     try:
-        VerifyKey(public_key).verify(_signed_bytes(statement, public_key), signature)
+        VerifyKey(public_key).verify(_signed_bytes(kind, payload), signature)
     # A key or signature of the wrong length is a ValueError, not a bad signature.
     except (BadSignatureError, ValueError) as error:
-        raise PluginError(
-            f"signature does not match {statement.plugin} {statement.version}: its name, version, "
-            f"source or lock is not what key {key_id(public_key)[:16]} signed",
-            "publish the plugin again",
+        raise AuthError(
+            f"signature does not match: key {key_id(public_key)[:16]} did not sign this "
+            f"{kind} statement",
+            "sign it again",
         ) from error
 
 
-def local_key(folder: Path) -> SigningKey:
-    """This person's signing key, created on first use.
+def publishing(
+    ledger_id: str, plugin: str, version: str, source: bytes, lock: str, public_key: bytes,
+    auth: LocalAuth | AzureAuth,
+) -> Publish:  # fmt: skip
+    """What the publisher of these bytes has to sign."""
+    locked = _lock_bytes(lock)
+    return Publish(
+        ledger_id=ledger_id,
+        issued_at=now(),
+        plugin=plugin,
+        version=version,
+        artifact_sha256=artifact_hash(source, lock),
+        artifact_size=len(source) + len(locked),
+        lock_sha256=hashlib.sha256(locked).hexdigest(),
+        publisher_key_id=key_id(public_key),
+        auth=auth,
+    )
 
-    Args:
-        folder: holds `default.key`, the seed as 64 hexadecimal digits (0600, in a 0700 folder).
+
+def check_published(
+    statement: Publish, ledger_id: str, plugin: str, version: str, source: bytes, lock: str,
+    public_key: bytes,
+) -> None:  # fmt: skip
+    """Return if a verified statement is about exactly this; all is rebuilt and compared.
 
     Raises:
-        PluginError: the key cannot be read or created, is not a key, or is not private: another
-            owner, or any right of the group or of others, on the file or on the folder.
+        PluginError: it is about something else; the message names what differs.
     """
-    from nacl.signing import SigningKey
-
-    path = folder / "default.key"
-    try:
-        make_folder(folder, mode=0o700)
-        _check_private(folder, os.stat(folder), "700")
-        if not path.exists():
-            _create_key(path)
-        with open(path, "rb") as file:
-            _check_private(path, os.fstat(file.fileno()), "600")
-            text = file.read()
-    except OSError as error:
+    found = publishing(ledger_id, plugin, version, source, lock, public_key, statement.auth)
+    differing = [
+        field
+        for field in Publish.__struct_fields__
+        if field != "issued_at" and getattr(found, field) != getattr(statement, field)
+    ]
+    if differing:
         raise PluginError(
-            f"cannot use the signing key {path}: {error.strerror}",
-            f"make {folder} a folder that you own and can write to",
-        ) from error
-    try:
-        return SigningKey(bytes.fromhex(text.decode("ascii")))
-    except ValueError as error:
-        raise PluginError(
-            f"{path} is not a signing key: expected 64 hexadecimal digits",
-            f"restore it from a backup, or move it away to get a new one: "
-            f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.broken')}",
-        ) from error
-
-
-def _create_key(path: Path) -> None:
-    """Write a new seed, unless another process was first: a key once used is never replaced."""
-    from nacl.signing import SigningKey
-
-    with exclusive(path.with_name(f"{path.name}.lock")):
-        if not path.exists():
-            write_once(path, SigningKey.generate().encode().hex().encode() + b"\n", mode=0o600)
-
-
-def _check_private(path: Path, info: os.stat_result, mode: str) -> None:
-    quoted = shlex.quote(str(path))
-    if info.st_uid != os.geteuid():
-        raise PluginError(
-            f"{path} belongs to user {info.st_uid}, not to you; it will not be used to sign",
-            f"sudo chown {os.geteuid()} {quoted}",
-        )
-    if info.st_mode & 0o077:
-        raise PluginError(
-            f"{path} is open to other users (mode {info.st_mode & 0o777:o}); "
-            "it will not be used to sign",
-            f"chmod {mode} {quoted}",
+            f"the signed statement is about something else: {', '.join(differing)} of what is "
+            f"here differs from what key {key_id(public_key)[:16]} signed",
+            "publish it again",
         )
 
 
-def _signed_bytes(statement: Statement, public_key: bytes) -> bytes:
-    """DSSE's pre-authentication encoding, so that no other kind of message passes for this one.
+def _canonical(statement: Statement) -> bytes:
+    return msgspec.json.encode(statement, order="sorted")
 
-    `DSSEv1 <length> <type> <length> <payload>`; the payload is JSON with sorted keys, no spaces,
-    in UTF-8. The key is named in it from the key in use: a statement cannot name another's.
-    """
-    fields = {
-        "schema": 1,
-        **msgspec.structs.asdict(statement),
-        "publisher_key_id": key_id(public_key),
-    }
-    payload = msgspec.json.encode(fields, order="sorted")
-    return b"DSSEv1 %d %s %d %s" % (len(PAYLOAD_TYPE), PAYLOAD_TYPE, len(payload), payload)
+
+def _signed_bytes(kind: str, payload: bytes) -> bytes:
+    """`DSSEv1 <length> <type> <length> <payload>`."""
+    media_type = b"application/vnd.casparian.%s.v1+json" % kind.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(media_type), media_type, len(payload), payload)
+
+
+def _lock_bytes(lock: str) -> bytes:
+    """A lock read from a damaged ledger may hold bytes that are not UTF-8, as surrogates."""
+    return lock.encode("utf-8", "surrogateescape")

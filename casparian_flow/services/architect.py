@@ -1,12 +1,15 @@
 """The Architect: a signed plugin becomes a deployed one, wired to rules, topics and files.
 
 The publisher's side makes a `Deploy`; the ledger's side trusts nothing it says: it reads the
-MANIFEST again (by AST, never running the code), rebuilds the hash and checks the signature.
+MANIFEST again (by AST, never running the code), rebuilds what must have been signed, checks the
+signature over it, and asks the trust log whether the key may publish this plugin.
 """
 
 from __future__ import annotations
 
 import json
+import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,23 @@ from packaging.version import Version
 from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, plugins
+from casparian_flow.db import audit, plugins, trust, wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.routing import Routing
 from casparian_flow.engine import sinks
-from casparian_flow.errors import PluginError, PublishConflict
-from casparian_flow.protocol import Deploy
-from casparian_flow.security import signing
+from casparian_flow.engine.locking import check_lock
+from casparian_flow.errors import AuthError, PluginError, PublishConflict
+from casparian_flow.protocol import Deploy, Introduction
+from casparian_flow.security import gatekeeper, keys, signing
 from casparian_flow.security.manifest import Manifest, normal_version, read_manifest
+from casparian_flow.security.rules import Policy
+from casparian_flow.security.signing import AzureAuth, LocalAuth, Publish
+from casparian_flow.security.statements import Row, TrustKey
+from casparian_flow.security.trust import Key, introduction
 from casparian_flow.services import scan, scout
+
+FIRST = "{} is the first of this ledger: it is trusted with every plugin and every key\n"
+"""Said when a key was trusted because nobody else was."""
 
 
 def next_version(ledger: Ledger, name: str) -> str:
@@ -45,64 +56,102 @@ def read_plugin(file: Path) -> tuple[bytes, Manifest]:
     return source, read_manifest(source, file.name)
 
 
-def sign(file: Path, source: bytes, lock: str, name: str, version: str, keys: Path) -> Deploy:
-    """Sign a plugin with this person's key, which is made on first use.
+def sign(
+    ledger: Ledger,
+    file: Path,
+    source: bytes,
+    lock: str,
+    name: str,
+    version: str,
+    folder: Path,
+    *,
+    auth: LocalAuth | AzureAuth = signing.LOCAL,
+    token: str = "",
+    dry_run: bool = False,
+) -> Deploy:
+    """Sign a plugin for this ledger, with this person's key, which is made on first use.
+
+    Where the ledger trusts no key yet, this one introduces itself as its first.
+
+    Args:
+        folder: where the keys are.
+        auth: how the publisher proved who they are.
+        token: what they proved it with, where they signed in.
+        dry_run: have everything checked, and nothing changed.
 
     Raises:
         PluginError: the key cannot be used, because others can read it for one.
     """
-    key = signing.local_key(keys)
-    statement = signing.Statement(
-        plugin=name, version=version, artifact_sha256=signing.artifact_hash(source, lock)
-    )
+    key = keys.local_key(folder)
+    public_key = key.verify_key.encode()
+    trusted = ledger.read(trust.read)
+    statement = signing.publishing(trusted.ledger_id, name, version, source, lock, public_key, auth)
+    payload, signature = signing.sign(key, statement)
+    first = None if trusted.seq else introduction(key, trusted.ledger_id, person())
     return Deploy(
         file_name=file.name,
-        version=version,
         source=source,
         lock=lock,
-        public_key=key.verify_key.encode(),
-        signature=signing.sign(key, statement),
+        public_key=public_key,
+        signature=signature,
+        statement=payload,
+        introduction=first and Introduction(payload=first.payload, signature=first.signature),
+        token=token,
+        dry_run=dry_run,
     )
+
+
+def person() -> str:
+    """Who we are, for a key that nobody else has named."""
+    return f"{wiring.actor()}@{socket.gethostname()}"
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """What was sent, and what it was found to be."""
+
+    message: Deploy
+    statement: Publish
+    manifest: Manifest
+    verdict: dict[str, Any]
+    """The Gatekeeper's: ruleset, policy and outcome."""
+    uris: dict[str, str]
+    """Topic -> the sink it goes to, unless somebody has placed it."""
+    signed_in: dict[str, str]
+    """Who signed in to publish it; empty where the key alone says who it is."""
+
+
+class _DryRun(Exception):
+    """Takes back what the transaction did; carries what it was going to say."""
 
 
 def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
     """Check and record a plugin, wire it, and queue the files it wants; says what it did.
 
-    Deploying the same bytes again changes nothing and is no error.
+    Deploying the same bytes again changes nothing and is no error. A dry run is the whole
+    transaction, taken back.
 
     Raises:
         PluginError: it is not what was signed, or is not a plugin.
+        PolicyRefused: the Gatekeeper found something in it.
         PublishConflict: the version exists with other bytes.
+        AuthError: the signature does not hold, or who signed may not publish this plugin here.
         ConfigError: one of its sinks cannot be opened.
     """
-    manifest = read_manifest(message.source, message.file_name)
-    version = normal_version(message.version, message.file_name)
-    artifact = signing.artifact_hash(message.source, message.lock)
-    statement = signing.Statement(plugin=manifest.name, version=version, artifact_sha256=artifact)
-    signing.verify(message.public_key, message.signature, statement)
-    default = settings.output.default_uri
-    uris = {topic: manifest.sinks.get(topic, default) for topic in manifest.topics}
-    for uri in uris.values():
-        sinks.resolve(uri, settings.home)
-    row = {
-        "name": manifest.name,
-        "version": version,
-        "source": message.source,
-        "lock": message.lock,
-        "manifest": json.dumps(msgspec.to_builtins(manifest), sort_keys=True),
-        "artifact_hash": artifact,
-        "public_key": message.public_key,
-        "signature": message.signature,
-        "publisher": signing.key_id(message.public_key),
-    }
-    is_new = ledger.write(lambda c: _record(c, row, manifest, uris))
-    if not is_new:
-        return f"{manifest.name} {version} is deployed already, with the same bytes"
+    candidate = _examine(settings, message, ledger.read(trust.ledger_id))
+
+    def work(connection: Connection) -> str:
+        words = _record(connection, candidate)
+        if message.dry_run:
+            raise _DryRun(words)
+        return words
+
+    try:
+        words = ledger.write(work)
+    except _DryRun as undone:
+        return f"a dry run: nothing was changed; without --dry-run it is:\n{undone}"
     queued = queue_missing(ledger)
-    return (
-        f"deployed {manifest.name} {version} (artifact {artifact[:12]}); "
-        f"{queued} job{'' if queued == 1 else 's'} queued for files already known"
-    )
+    return f"{words}; {queued} job{'' if queued == 1 else 's'} queued for files already known"
 
 
 def queue_missing(ledger: Ledger) -> int:
@@ -111,31 +160,159 @@ def queue_missing(ledger: Ledger) -> int:
     return sum(len(scan.route_root(ledger, root.id, routing)) for root in scout.roots(ledger))
 
 
-def _record(
-    connection: Connection, row: dict[str, Any], manifest: Manifest, uris: dict[str, str]
-) -> bool:
-    """One transaction: artifact, rules, subscription, topics, audit. False: it was there."""
-    name, version = row["name"], row["version"]
-    if known := plugins.find(connection, name, version):
-        if known.artifact_hash == row["artifact_hash"]:
-            return False
-        raise PublishConflict(
-            f"{name} {version} exists already with other bytes "
-            f"(artifact {known.artifact_hash[:12]}, this one {row['artifact_hash'][:12]})",
-            f"a published version never changes: publish with --version {_after(Version(version))}",
-        )
-    plugins.add(connection, **row)
-    newest = plugins.versions(connection, name)[-1]
-    if newest == Version(version):
-        tag = f"plugin:{name}"
-        plugins.replace_rules(connection, tag, manifest.patterns, manifest.priority)
-        plugins.subscribe(connection, name, [tag, *manifest.subscriptions], version)
+def wire(
+    connection: Connection, name: str, version: str, manifest: Manifest, uris: dict[str, str]
+) -> None:
+    """Make a deployed version the active one: its rules, subscriptions and topics."""
+    tag = f"plugin:{name}"
+    plugins.replace_rules(connection, tag, manifest.patterns, manifest.priority)
+    plugins.subscribe(connection, name, [tag, *manifest.subscriptions], version)
     plugins.add_topics(connection, name, uris)
-    detail = {"artifact": row["artifact_hash"], "key": row["publisher"], "topics": uris}
-    audit.append(
-        connection, "publisher", [audit.Event("publish", f"plugin {name} {version}", detail)]
+
+
+def places(settings: Settings, manifest: Manifest) -> dict[str, str]:
+    """Where each topic goes unless somebody has placed it: topic -> sink URI.
+
+    Raises:
+        ConfigError: a sink cannot be opened.
+    """
+    uris = {t: manifest.sinks.get(t, settings.output.default_uri) for t in manifest.topics}
+    for uri in uris.values():
+        sinks.resolve(uri, settings.home)
+    return uris
+
+
+def _examine(settings: Settings, message: Deploy, ledger_id: str) -> _Candidate:
+    """Everything that can be checked without looking at who is trusted."""
+    policy = Policy.of(settings.gatekeeper)
+    statement = signing.verify(Publish, message.statement, message.signature, message.public_key)
+    inspection = gatekeeper.inspect(message.source, message.file_name, policy)
+    inspection.require()
+    manifest = inspection.manifest
+    check_lock(message.lock, f"the lock of {manifest.name}")
+    version = normal_version(statement.version, message.file_name)
+    signing.check_published(
+        statement, ledger_id, manifest.name, version, message.source, message.lock,
+        message.public_key,
+    )  # fmt: skip
+    signed_in = _authenticate(settings, message, statement)
+    uris = places(settings, manifest)
+    return _Candidate(message, statement, manifest, inspection.verdict, uris, signed_in)
+
+
+def _authenticate(settings: Settings, message: Deploy, statement: Publish) -> dict[str, str]:
+    """Who signed in to publish this, proved by their token; empty where nobody needs to.
+
+    Raises:
+        AuthError: somebody must have and has not, or is not whom the statement names.
+    """
+    if not settings.azure.required:
+        if isinstance(statement.auth, AzureAuth):
+            raise AuthError(
+                "the plugin was signed for a publisher who signed in to Azure, and this "
+                "configuration knows no Azure",
+                "set AZURE_TENANT_ID and AZURE_CLIENT_ID for the daemon as well",
+            )
+        return {}
+    if not message.token:
+        raise AuthError(
+            "publishers must sign in to Azure here, and nobody has",
+            "set AZURE_TENANT_ID and AZURE_CLIENT_ID, then: casparian publish PLUGIN.py",
+        )
+    from casparian_flow.security import identity  # type: ignore[attr-defined]
+
+    publisher = identity.validate(settings.azure, message.token)
+    proved = AzureAuth(
+        tenant=publisher.tenant, object_id=publisher.object_id, issuer=publisher.issuer
     )
-    return True
+    if statement.auth != proved:
+        raise AuthError(
+            "the plugin was signed for another publisher than the one who signed in",
+            "publish it again, and sign in as yourself",
+        )
+    return {"object_id": publisher.object_id, "tenant": publisher.tenant, "name": publisher.name}
+
+
+def _record(connection: Connection, candidate: _Candidate) -> str:
+    """One transaction: first key, artifact, rules, subscription, topics, audit; in words."""
+    introduced = _introduce(connection, candidate)
+    name, version = candidate.manifest.name, candidate.statement.version
+    trusted = trust.read(connection)
+    key = trusted.authorize(candidate.message.public_key, name)
+    stopped = trusted.stopped(key.key_id, name, version)
+    if _is_there(connection, candidate):
+        words = f"{name} {version} is deployed already, with the same bytes"
+        return f"{words}, and {stopped}" if stopped else words
+    _add(connection, candidate, key)
+    words = f"{introduced}deployed {name} {version}"
+    words += f" (artifact {candidate.statement.artifact_sha256[:12]})"
+    if stopped:
+        return f"{words}, which takes no jobs: {stopped}"
+    newest = plugins.newest(connection, name, trusted)
+    if newest != version:
+        return f"{words}, which takes no jobs: {newest} is newer"
+    wire(connection, name, version, candidate.manifest, candidate.uris)
+    return words
+
+
+def _introduce(connection: Connection, candidate: _Candidate) -> str:
+    """Where no key is trusted, trust the publisher's: whoever can write this ledger owns it."""
+    message = candidate.message
+    if message.introduction is None or trust.read(connection).seq:
+        return ""
+    offered = message.introduction
+    row = Row(1, TrustKey.kind, offered.payload, message.public_key, offered.signature, b"")
+    actor = candidate.signed_in.get("name") or wiring.actor()
+    (key,) = trust.append(connection, row, actor).keys.values()
+    return FIRST.format(key)
+
+
+def _is_there(connection: Connection, candidate: _Candidate) -> bool:
+    """Whether the version is deployed with these bytes.
+
+    Raises:
+        PublishConflict: it is, with others.
+    """
+    name, version = candidate.manifest.name, candidate.statement.version
+    artifact = candidate.statement.artifact_sha256
+    known = plugins.find(connection, name, version)
+    if known is None:
+        return False
+    if known.artifact_hash == artifact:
+        return True
+    raise PublishConflict(
+        f"{name} {version} exists already with other bytes "
+        f"(artifact {known.artifact_hash[:12]}, this one {artifact[:12]})",
+        f"a published version never changes: publish with --version {_after(Version(version))}",
+    )
+
+
+def _add(connection: Connection, candidate: _Candidate, key: Key) -> None:
+    message, statement, manifest = candidate.message, candidate.statement, candidate.manifest
+    plugins.add(
+        connection,
+        name=manifest.name,
+        version=statement.version,
+        source=message.source,
+        lock=message.lock,
+        manifest=json.dumps(msgspec.to_builtins(manifest), sort_keys=True),
+        artifact_hash=statement.artifact_sha256,
+        public_key=message.public_key,
+        signature=message.signature,
+        publisher=key.key_id,
+        statement=message.statement,
+        verdict=json.dumps(candidate.verdict, sort_keys=True),
+    )
+    detail = {
+        "artifact": statement.artifact_sha256,
+        "key": key.key_id,
+        "owner": key.owner,
+        "topics": candidate.uris,
+        "gatekeeper": candidate.verdict,
+        **({"azure": candidate.signed_in} if candidate.signed_in else {}),
+    }
+    event = audit.Event("publish", f"plugin {manifest.name} {statement.version}", detail)
+    audit.append(connection, candidate.signed_in.get("name") or key.owner, [event])
 
 
 def _after(version: Version) -> str:

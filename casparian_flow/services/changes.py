@@ -30,6 +30,22 @@ CHUNK = 10_000
 """Jobs changed in one transaction."""
 
 
+WORDS_LIMIT = 200
+"""Characters of an owner's name or of a reason."""
+
+
+def check_words(what: str, words: str) -> None:
+    """Return if these words can be kept for ever and shown to anybody.
+
+    Raises:
+        CasparianError: they are empty, too many, or would move a terminal's cursor.
+    """
+    if not words.strip() or not words.isprintable() or len(words) > WORDS_LIMIT:
+        raise CasparianError(
+            f"{words[:80]!r} cannot be the {what}", f"use 1 to {WORDS_LIMIT} printable characters"
+        )
+
+
 def ring(settings: Settings, *, scan: bool = False) -> None:
     """Tell the daemon, if one runs, that the ledger has changed.
 

@@ -71,6 +71,10 @@ def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
                 "casparian publish PLUGIN.py",
             )
         )
+    active = {plugin["name"] for plugin in plugins if plugin["active"]}
+    for name in sorted({plugin["name"] for plugin in plugins} - active):
+        words = f"no version of plugin {name} takes new jobs"
+        found.append(Advice(words, f"casparian plugins verify {name}"))
     for root in roots:
         if root["problem"]:
             found.append(Advice(root["problem"], "mount or restore it, then: casparian scan"))

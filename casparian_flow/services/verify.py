@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection
 
 from casparian_flow import daemon_lock
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, invariants, outputs, plugins
+from casparian_flow.db import audit, invariants, outputs, plugins, trust
 from casparian_flow.db.access import Ledger
+from casparian_flow.db.plugins import Stored
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim
-from casparian_flow.security import signing
+from casparian_flow.security.trust import Trust
 
 
 @dataclass
@@ -44,13 +45,19 @@ def verify(settings: Settings, ledger: Ledger) -> Verdict:
 
 def _check_ledger(connection: Connection) -> tuple[Verdict, dict[str, list[Claim]]]:
     """One snapshot of the ledger: its breaks, and what it claims of each sink."""
-    artifacts = list(_refused_artifacts(connection))
+    trusted = trust.read(connection)
+    artifacts = plugins.stored(connection)
     problems = [
         *invariants.breaks(connection),
         *audit.problems(connection),
-        *(problem for problem in artifacts if problem),
+        *filter(None, [trusted.broken]),
+        *_faults(artifacts, trusted),
     ]
-    checked = {**invariants.sizes(connection), "plugins": len(artifacts)}
+    checked = {
+        **invariants.sizes(connection),
+        "plugins": len(artifacts),
+        "trust statements": trusted.seq,
+    }
     claims: dict[str, list[Claim]] = defaultdict(list)
     for row in outputs.published(connection):
         claims[row.location].append(
@@ -66,10 +73,8 @@ def _check_ledger(connection: Connection) -> tuple[Verdict, dict[str, list[Claim
     return Verdict(checked, problems), claims
 
 
-def _refused_artifacts(connection: Connection) -> Iterator[str]:
-    """For each artifact what is wrong with it, or nothing."""
-    for plugin in invariants.artifacts(connection):
-        if signing.artifact_hash(plugin.source, plugin.lock) != plugin.artifact_hash:
-            yield f"plugin {plugin.name} {plugin.version} is not the artifact its hash names"
-        else:
-            yield plugins.refusal(plugin)
+def _faults(artifacts: Sequence[Stored], trusted: Trust) -> Iterator[str]:
+    """What is wrong with each artifact. That somebody disabled it or revoked its key is not."""
+    for plugin in artifacts:
+        if words := plugins.fault(plugin, trusted):
+            yield f"plugin {plugin.name} {plugin.version}: {words}"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from casparian_flow import config
+from tests.conftest import POLICY
 from tests.plugs import ROWS
 
 COMMAND = [sys.executable, "-W", "error::ResourceWarning", "-m", "casparian_flow.cli"]
@@ -53,7 +54,7 @@ def initialized(folder: Path) -> Casparian:
     made = Casparian(folder)
     made.run("init")
     with (folder / config.FILE_NAME).open("a") as file:
-        file.write("\n[jobs]\nretry_seconds = 0.1\n[workers]\ncount = 2\n")
+        file.write("\n[jobs]\nretry_seconds = 0.1\n[workers]\ncount = 2\n" + POLICY)
     return made
 
 

@@ -46,3 +46,32 @@ def test_a_missing_row_is_named(ledger: Ledger) -> None:
     fill(ledger)
     tamper(ledger, "DELETE FROM cf_audit WHERE seq = 7")
     assert problems(ledger)[0] == "audit: row 7 is missing"
+
+
+def lost(ledger: Ledger, head: audit.Head) -> list[str]:
+    return ledger.read(lambda c: list(audit.lost(c, head)))
+
+
+def test_a_head_that_was_noted_is_still_there(ledger: Ledger) -> None:
+    start = ledger.read(audit.head)
+    fill(ledger)
+    noted = ledger.read(audit.head)
+    assert (start, noted.seq) == (audit.Head(0, audit.GENESIS), 10)
+    fill(ledger)
+    assert lost(ledger, start) == lost(ledger, noted) == []
+    assert lost(ledger, noted._replace(hash="0" * 64))
+
+
+def test_an_end_that_was_cut_off_is_seen_by_who_noted_it(ledger: Ledger) -> None:
+    fill(ledger)
+    noted = ledger.read(audit.head)
+    tamper(ledger, "DELETE FROM cf_audit WHERE seq > 8")
+    assert problems(ledger) == []
+    assert lost(ledger, noted) == [
+        "audit: row 10, whose hash was noted, is missing: the end was cut off"
+    ]
+    fill(ledger)
+    assert problems(ledger) == []
+    assert lost(ledger, noted) == [
+        "audit: row 10 has another hash than was noted: it was written anew"
+    ]

@@ -14,7 +14,7 @@ from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
 from casparian_flow.engine.locking import lock_dependencies
 from casparian_flow.engine.venv_manager import EnvironmentStore
-from tests.engine.guests import artifact
+from tests.engine.guests import artifact, plugin
 
 
 @pytest.fixture(scope="session")
@@ -30,14 +30,29 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EnvironmentStore:
 
 
 @pytest.fixture(scope="session")
-def environment(store: EnvironmentStore, default_lock: str) -> Iterator[tuple[Path, Path]]:
-    with store.lease(default_lock) as lease:
-        yield lease.python, lease.site_packages
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundle(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
-def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bundle(tmp_path_factory.mktemp("cache"))
+def environment(
+    store: EnvironmentStore,
+    default_lock: str,
+    bundle_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Path, Path]]:
+    """The default environment, with the byte code of what its first guest imported."""
+    folder = tmp_path_factory.mktemp("first")
+    for inner in ("in", "tmp"):
+        (folder / inner).mkdir()
+    with store.lease(default_lock) as lease:
+        with Guest(
+            lease.python, lease.site_packages, artifact(b"import pandas\n" + plugin("pass")),
+            folder=folder, bundle=bundle_folder, limits=GuestSettings(),
+        ) as guest:  # fmt: skip
+            guest.load()
+            lease.compile(guest.compiled_anew)
+        yield lease.python, lease.site_packages
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import typing
 
 import msgspec
@@ -31,6 +32,8 @@ def values(kind: object) -> st.SearchStrategy[object]:
         return simple[kind]
     if typing.get_origin(kind) is list:
         return st.lists(values(typing.get_args(kind)[0]), max_size=3)
+    if isinstance(kind, types.UnionType):
+        return st.none() | records(typing.get_args(kind)[0])
     return records(kind)
 
 

@@ -14,9 +14,11 @@ CREATE TABLE cf_trust_statement (
     public_key BLOB NOT NULL, 
     signature BLOB NOT NULL, 
     countersignature BLOB NOT NULL, 
-    recorded_at DATETIME NOT NULL, 
     CONSTRAINT pk_cf_trust_statement PRIMARY KEY (seq)
 );
+
+CREATE INDEX ix_cf_audit_trust ON cf_audit (seq)
+WHERE action IN ('trust-key', 'revoke-key', 'rotate-key', 'activate', 'disable');
 
 CREATE TABLE cf_ledger_identity (
     id VARCHAR NOT NULL, 

@@ -1,0 +1,284 @@
+"""Who is trusted with what: the replay of what people signed about keys and plugins.
+
+The trust log is a chain of signed statements, each with the hash of the one before. The first is
+a key's own; every later one must be signed by a key that was trusted at that point for what the
+statement does. Nothing is believed because it stands in a table: replaying the rows is how trust
+is read, each time. Pure: `db.trust` reads and appends the rows.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import itertools
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from casparian_flow.errors import AuthError
+from casparian_flow.security import signing
+from casparian_flow.security.statements import (
+    EVERYTHING,
+    GENESIS,
+    KINDS,
+    Activate,
+    Disable,
+    Link,
+    RevokeKey,
+    RotateKey,
+    Row,
+    TrustKey,
+    public_bytes,
+    written,
+)
+
+if TYPE_CHECKING:
+    from nacl.signing import SigningKey
+
+
+class Standing(StrEnum):
+    """What a key that is known may do."""
+
+    TRUSTED = "trusted"
+    RETIRED = "retired"
+    REVOKED = "revoked"
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True):
+    """A key that the trust log speaks of."""
+
+    key_id: str
+    public_key: str
+    """32 bytes, hexadecimal."""
+    owner: str
+    plugins: str
+    since: str
+    """When it was trusted."""
+    standing: Standing = Standing.TRUSTED
+    reason: str = ""
+    """Why it was revoked, or which key took its place."""
+
+    def covers(self, plugin: str) -> bool:
+        """Whether it was trusted with the plugin of this name."""
+        return fnmatch.fnmatchcase(plugin, self.plugins)
+
+    def __str__(self) -> str:
+        return f"key {self.key_id[:16]} of {self.owner}"
+
+
+class Trust(msgspec.Struct, frozen=True, kw_only=True):
+    """What the trust log says up to some row; a value."""
+
+    ledger_id: str
+    keys: Mapping[str, Key] = {}
+    """Key id -> key; every key that was ever trusted."""
+    disabled: Mapping[tuple[str, str | None], str] = {}
+    """(plugin, version or None for all) -> why it may not run; empty: it was activated since."""
+    seq: int = 0
+    """The last row's number."""
+    head: str = GENESIS
+    """The last row's digest."""
+    broken: str = ""
+    """Which row does not hold, and why: then nothing is trusted. Empty where all rows hold."""
+
+    def authorize(self, public_key: bytes, plugin: str | None) -> Key:
+        """The key, if it may act for this plugin now.
+
+        Args:
+            plugin: its name; None where the deed is about keys.
+
+        Raises:
+            AuthError: the log does not hold, or the key is not trusted, not any more, or not with
+                this.
+        """
+        found = self._trusted(public_key)
+        if plugin is None and found.plugins != EVERYTHING:
+            raise AuthError(
+                f"{found} is trusted with plugins {found.plugins}, and not with keys",
+                f"somebody trusted with {EVERYTHING!r} must do this: casparian keys list",
+            )
+        if plugin is not None and not found.covers(plugin):
+            raise AuthError(
+                f"{found} is trusted with plugins {found.plugins}, and not with {plugin}",
+                f"somebody trusted with {EVERYTHING!r} runs: casparian keys trust "
+                f"{found.public_key} --owner NAME --plugins GLOB",
+            )
+        return found
+
+    def _trusted(self, public_key: bytes) -> Key:
+        if self.broken:
+            raise AuthError(self.broken, "casparian verify")
+        found = self.keys.get(signing.key_id(public_key))
+        if found is None:
+            raise self._stranger(public_key)
+        if found.standing is not Standing.TRUSTED:
+            raise AuthError(
+                f"{found} is {found.standing}: {found.reason}",
+                "sign with a key that is trusted: casparian keys list",
+            )
+        return found
+
+    def _stranger(self, public_key: bytes) -> AuthError:
+        name = signing.key_id(public_key)[:16]
+        if not self.keys:
+            return AuthError(
+                f"this ledger trusts no key yet, so not key {name}",
+                "casparian publish PLUGIN.py   (its key becomes the first)",
+            )
+        return AuthError(
+            f"key {name} is not trusted in this ledger",
+            f"somebody whose key is trusted runs: casparian keys trust {public_key.hex()} "
+            "--owner NAME",
+        )
+
+    def unfit(self, key_id: str, plugin: str) -> str:
+        """Why a key was not one to publish this plugin; empty where it was, or still is."""
+        key = self.keys.get(key_id)
+        if key is None:
+            return f"key {key_id[:16]}, which signed it, was never trusted in this ledger"
+        if not key.covers(plugin):
+            return f"{key}, which signed it, is trusted with plugins {key.plugins} only"
+        return ""
+
+    def stopped(self, key_id: str, plugin: str, version: str) -> str:
+        """Why somebody does not want this version to run; empty where nobody has said so."""
+        key = self.keys.get(key_id)
+        if key and key.standing is Standing.REVOKED:
+            return f"{key}, which signed it, was revoked: {key.reason}"
+        every = self.disabled.get((plugin, None), "")
+        if reason := self.disabled.get((plugin, version), every):
+            return f"it was disabled: {reason}"
+        return ""
+
+    def link(self, key: SigningKey) -> dict[str, Any]:
+        """What the next statement has in common with every other, signed by this key."""
+        return {
+            "ledger_id": self.ledger_id,
+            "issued_at": signing.now(),
+            "seq": self.seq + 1,
+            "previous": self.head,
+            "signer_key_id": signing.key_id(key.verify_key.encode()),
+        }
+
+    def after(self, row: Row) -> Trust:
+        """This trust and one more row.
+
+        Raises:
+            AuthError: the row is not the next one, was not signed, or its signer may not do what
+                it does.
+        """
+        if self.broken:
+            raise AuthError(self.broken, "casparian verify")
+        if row.seq != self.seq + 1:
+            raise AuthError(f"row {self.seq + 1} of the trust log is missing")
+        kind = KINDS.get(row.kind)
+        if kind is None:
+            raise AuthError(f"{row.kind!r} is not a kind of statement")
+        statement = signing.verify(kind, row.payload, row.signature, row.public_key)
+        if statement.ledger_id != self.ledger_id:
+            raise AuthError("the statement is for another ledger")
+        if (statement.seq, statement.previous) != (row.seq, self.head):
+            raise AuthError("the statement does not follow the row before it")
+        if statement.signer_key_id != signing.key_id(row.public_key):
+            raise AuthError("the statement names another key than the one that signed it")
+        if row.countersignature and not isinstance(statement, RotateKey):
+            raise AuthError("the statement has a second signature, which it must not have")
+        changed = self._apply(statement, row)
+        return msgspec.structs.replace(changed, seq=row.seq, head=row.digest)
+
+    def _apply(self, statement: Link, row: Row) -> Trust:
+        match statement:
+            case TrustKey():
+                return self._trust(statement, row)
+            case RevokeKey(key_id=key_id, reason=reason):
+                self.authorize(row.public_key, None)
+                if key_id not in self.keys:
+                    raise AuthError(f"key {key_id[:16]} was never trusted")
+                return self._with(self.keys[key_id], standing=Standing.REVOKED, reason=reason)
+            case RotateKey():
+                return self._rotate(statement, row)
+            case Activate(plugin=plugin, version=version):
+                self.authorize(row.public_key, plugin)
+                return self._says({**self.disabled, (plugin, version): ""})
+            case Disable(plugin=plugin, version=None, reason=reason):
+                self.authorize(row.public_key, plugin)
+                others = {what: why for what, why in self.disabled.items() if what[0] != plugin}
+                return self._says({**others, (plugin, None): reason})
+            case Disable(plugin=plugin, version=version, reason=reason):
+                self.authorize(row.public_key, plugin)
+                return self._says({**self.disabled, (plugin, version): reason})
+        raise AuthError(f"nobody knows what a {statement.kind} does")
+
+    def _trust(self, statement: TrustKey, row: Row) -> Trust:
+        if not self.keys:
+            if statement.public_key != row.public_key.hex() or statement.plugins != EVERYTHING:
+                raise AuthError("the first key must be trusted by itself, and with everything")
+        else:
+            self.authorize(row.public_key, None)
+        added = Key(
+            key_id=signing.key_id(public_bytes(statement.public_key)),
+            public_key=statement.public_key,
+            owner=statement.owner,
+            plugins=statement.plugins,
+            since=statement.issued_at,
+        )
+        known = self.keys.get(added.key_id)
+        if known and known.standing is not Standing.TRUSTED:
+            raise AuthError(f"{known} is {known.standing}, and stays so", "trust another key")
+        return self._with(added)
+
+    def _rotate(self, statement: RotateKey, row: Row) -> Trust:
+        """A key may always hand on what it has itself, and no more; both must want it."""
+        earlier = self._trusted(row.public_key)
+        new = public_bytes(statement.public_key)
+        signing.check_signature(statement.kind, row.payload, row.countersignature, new)
+        if known := self.keys.get(signing.key_id(new)):
+            raise AuthError(f"{known} is known already: a rotation needs a new key")
+        successor = msgspec.structs.replace(
+            earlier,
+            key_id=signing.key_id(new),
+            public_key=statement.public_key,
+            since=statement.issued_at,
+        )
+        reason = f"key {successor.key_id[:16]} took its place"
+        return self._with(earlier, standing=Standing.RETIRED, reason=reason)._with(successor)
+
+    def _with(self, key: Key, **changes: Any) -> Trust:
+        changed = msgspec.structs.replace(key, **changes)
+        return msgspec.structs.replace(self, keys={**self.keys, key.key_id: changed})
+
+    def _says(self, disabled: dict[tuple[str, str | None], str]) -> Trust:
+        return msgspec.structs.replace(self, disabled=disabled)
+
+
+def introduction(key: SigningKey, ledger_id: str, owner: str) -> Row:
+    """The first row of a trust log: a key trusts itself with everything."""
+    public_key = key.verify_key.encode().hex()
+    link = Trust(ledger_id=ledger_id).link(key)
+    return written(key, TrustKey(**link, public_key=public_key, owner=owner, plugins=EVERYTHING))
+
+
+@functools.lru_cache(maxsize=4)
+def replay(ledger_id: str, rows: tuple[Row, ...], audited: tuple[str, ...]) -> Trust:
+    """What a whole trust log says; remembered, for the log is read before every run.
+
+    Args:
+        audited: the digests of the rows, as the audit has them: a log that was cut short is one
+            row away from a log that never had more.
+    """
+    trust = Trust(ledger_id=ledger_id)
+    try:
+        for row in rows:
+            trust = trust.after(row)
+    except AuthError as error:
+        words = f"row {trust.seq + 1} of the trust log does not hold: {error.message}"
+        return msgspec.structs.replace(trust, broken=words)
+    digests = [row.digest for row in rows]
+    for number, pair in enumerate(itertools.zip_longest(digests, audited), 1):
+        if pair[0] != pair[1]:
+            words = "is missing, and the audit has it" if pair[0] is None else "is not in the audit"
+            words = f"row {number} of the trust log {words}"
+            return msgspec.structs.replace(trust, broken=words)
+    return trust

@@ -1,0 +1,152 @@
+"""Trust in a daemon that runs: what may not run does not, says so in its jobs, and comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, func, select, text
+
+from casparian_flow import config, main
+from casparian_flow.config import Settings
+from casparian_flow.db import audit, jobs, plugins, views
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import FileVersion, utcnow
+from casparian_flow.db.routing import Wanted
+from casparian_flow.main import Daemon
+from casparian_flow.security import keys as key_files
+from casparian_flow.security.signing import key_id
+from casparian_flow.services import changes, keys
+from casparian_flow.services import plugins as versions
+from casparian_flow.services.scan import Root, scan
+from casparian_flow.services.verify import verify
+from tests.e2e.test_daemon import all_done, outcomes, work_off
+from tests.factories import add_root
+from tests.plugs import ROWS, publish
+
+
+@pytest.fixture(autouse=True)
+def own_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rotation here must not touch the key of other tests."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+
+
+@pytest.fixture
+def root(ledger: Ledger, source: Path) -> Root:
+    return add_root(ledger, source)
+
+
+def own_key() -> str:
+    return key_id(key_files.local_key(config.keys_folder()).verify_key.encode())
+
+
+def tamper(ledger: Ledger) -> None:
+    def work(connection: Connection) -> None:
+        connection.execute(text("DROP TRIGGER cf_plugin_no_update"))
+        connection.execute(text("UPDATE cf_plugin SET source = source || CAST('#' AS BLOB)"))
+
+    ledger.write(work)
+
+
+def disable(ledger: Ledger, settings: Settings) -> None:
+    versions.disable(ledger, settings, config.keys_folder(), "rows", "1.0.0", "wrong totals")
+
+
+def revoke(ledger: Ledger, settings: Settings) -> None:
+    old = own_key()
+    keys.rotate(ledger, settings, config.keys_folder())
+    keys.revoke(ledger, settings, config.keys_folder(), old, "laptop stolen")
+
+
+@pytest.mark.parametrize(
+    ("stop", "words"),
+    [
+        (disable, "it was disabled: wrong totals"),
+        (revoke, "was revoked: laptop stolen"),
+        (lambda ledger, settings: tamper(ledger), "is not what its artifact hash names"),
+    ],
+    ids=["disabled", "revoked", "tampered"],
+)
+def test_a_job_that_waits_for_what_may_not_run_fails_and_says_why(
+    ledger: Ledger, settings: Settings, source: Path, root: Root,
+    stop: Callable[[Ledger, Settings], None], words: str,
+) -> None:  # fmt: skip
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    (source / "a.txt").write_text("one\n")
+    scan(ledger, root)
+    stop(ledger, settings)
+    assert work_off(settings) == {"FAILED": 1}
+    reason = outcomes(ledger)["a.txt"][1]
+    assert reason.startswith("plugin rows 1.0.0 may not run: ")
+    assert words in reason
+    (row,) = ledger.read(lambda c: views.audit(c, 1, "job *"))
+    assert row["action"] == "fail"
+    assert words in json.loads(row["detail"])["reason"]
+    job = ledger.read(lambda c: views.job(c, 1))
+    assert job
+    assert len(job["attempt_log"]) == 1  # permanent: no second attempt
+    assert job["outputs"] == []
+
+
+def test_a_warm_guest_runs_nothing_more_once_its_version_is_disabled(
+    ledger: Ledger, settings: Settings, source: Path, root: Root
+) -> None:
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    folder = config.keys_folder()
+
+    def queue(connection: Connection) -> None:
+        """What a scan would have queued an instant before the version was disabled."""
+        version = connection.execute(select(func.max(FileVersion.id))).scalar_one()
+        plugin = plugins.find(connection, "rows", "1.0.0")
+        pairs = [(version, Wanted(plugin.id, "rows", 0))]
+        jobs.enqueue(connection, pairs, utcnow().isoformat())
+
+    async def look(name: str) -> None:
+        (source / name).write_text(f"{name}\n")
+        await asyncio.to_thread(scan, ledger, root)
+
+    async def work(daemon: Daemon) -> dict[str, int]:
+        await asyncio.to_thread(changes.ring, settings)
+        return await all_done(daemon)
+
+    async def story() -> None:
+        async with main.running(settings, "test", workers=1, watch=False) as daemon:
+            await look("a.txt")
+            assert await work(daemon) == {"COMPLETED": 1}
+            await asyncio.to_thread(
+                versions.disable, ledger, settings, folder, "rows", None, "wrong totals"
+            )
+            await look("b.txt")
+            assert await work(daemon) == {"COMPLETED": 1}  # nothing is routed to it
+            await ledger.write_soon(queue)
+            assert await work(daemon) == {"COMPLETED": 1, "FAILED": 1}
+            assert "it was disabled: wrong totals" in outcomes(ledger)["b.txt"][1]
+            await asyncio.to_thread(
+                versions.activate, ledger, settings, folder, "rows", "1.0.0", "was right"
+            )
+            await asyncio.to_thread(changes.retry_jobs, ledger, settings, None)
+            assert await work(daemon) == {"COMPLETED": 2}
+
+    asyncio.run(story())
+    assert ledger.read(lambda c: list(audit.problems(c))) == []
+    assert verify(settings, ledger).problems == []
+
+
+def test_files_that_came_while_nothing_was_active_get_their_jobs_afterwards(
+    ledger: Ledger, settings: Settings, source: Path, root: Root
+) -> None:
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    publish(ledger, settings, "rows", ROWS + "\n", "2.0.0")
+    folder = config.keys_folder()
+    versions.disable(ledger, settings, folder, "rows", "2.0.0", "wrong totals")
+    (source / "a.txt").write_text("one\n")
+    scan(ledger, root)
+    assert ledger.read(jobs.counts) == {}
+    said = versions.activate(ledger, settings, folder, "rows", "1.0.0", "back")
+    assert said == "rows 1.0.0 takes new jobs; 1 queued for files already known"
+    assert work_off(settings) == {"COMPLETED": 1}
+    (job,) = ledger.read(lambda c: views.jobs(c, 9))
+    assert job["plugin_version"] == "1.0.0"
