@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -23,6 +24,9 @@ FILE_NAME = "global_config.toml"
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+
+_GUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_LOOPBACK = re.compile(r"https://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -175,9 +179,29 @@ class AzureSettings(Section, frozen=True):
     publishers: list[str] = []
     """Object ids of those who may publish; empty: everyone whom the tenant gives a token."""
 
+    def __post_init__(self) -> None:
+        """Tokens name GUIDs in lower case; `common` and `organizations` would be any tenant."""
+        checked = {
+            "tenant_id": self.tenant_id and _guid("tenant id", self.tenant_id),
+            "client_id": self.client_id and _guid("client id", self.client_id),
+            "publishers": [_guid("publisher", each) for each in self.publishers],
+        }
+        for name, value in checked.items():
+            msgspec.structs.force_setattr(self, name, value)
+
     @property
     def required(self) -> bool:
         return bool(self.tenant_id and self.client_id)
+
+
+def _guid(what: str, text: str) -> str:
+    if not _GUID.fullmatch(text.lower()):
+        raise ConfigError(
+            f"Azure's {what} {text[:80]!r} is not a GUID, such as "
+            "6e74172b-be56-4843-9ff4-e66a39bb12e3",
+            "copy it from the Azure portal; names, `common` and `organizations` will not do",
+        )
+    return text.lower()
 
 
 class ListenSettings(Section, frozen=True):
@@ -257,6 +281,44 @@ def _azure(written: AzureSettings, file: Path) -> AzureSettings:
             "set both AZURE_TENANT_ID and AZURE_CLIENT_ID, or neither",
         )
     return effective
+
+
+class Authority(NamedTuple):
+    """Where identities come from, in place of Azure AD."""
+
+    url: str
+    """`https://` and a host of this machine, perhaps a port; no slash at the end."""
+
+    ca: Path
+    """The certificate that signed the authority's own, in PEM."""
+
+
+def test_authority() -> Authority | None:
+    """What `CASPARIAN_TEST_AUTHORITY` and `CASPARIAN_TEST_AUTHORITY_CA` name; None: Azure AD.
+
+    A test stands in for Azure AD with it. Only this machine can be named, over TLS, and whoever
+    uses it says so each time.
+
+    Raises:
+        ConfigError: it is not such an address, or its CA file is not there.
+    """
+    url = os.environ.get("CASPARIAN_TEST_AUTHORITY")
+    if not url:
+        return None
+    if not _LOOPBACK.fullmatch(url):
+        raise ConfigError(
+            f"CASPARIAN_TEST_AUTHORITY {url[:80]!r} is not an address of this machine, such as "
+            "https://localhost:8443; it is for tests only",
+            "unset CASPARIAN_TEST_AUTHORITY",
+        )
+    ca = Path(os.environ.get("CASPARIAN_TEST_AUTHORITY_CA", ""))
+    if not ca.is_file():
+        raise ConfigError(
+            f"CASPARIAN_TEST_AUTHORITY is set, but CASPARIAN_TEST_AUTHORITY_CA {str(ca)!r} "
+            "is not a file",
+            "name the authority's CA file, or unset both",
+        )
+    return Authority(url, ca)
 
 
 def find(path: str | None = None) -> Path:

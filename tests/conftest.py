@@ -22,7 +22,8 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
         patch.setenv("XDG_CONFIG_HOME", str(base / "config"))
         patch.setenv("XDG_RUNTIME_DIR", str(runtime))
-        patch.delenv("CASPARIAN_CONFIG", raising=False)
+        for name in ("CASPARIAN_CONFIG", "AZURE_TENANT_ID", "AZURE_CLIENT_ID"):
+            patch.delenv(name, raising=False)
         yield base
     for left in sorted(runtime.rglob("*"), reverse=True):
         left.rmdir() if left.is_dir() else left.unlink()

@@ -175,7 +175,7 @@ def test_no_module_is_named_like_one_of_the_standard_library() -> None:
 def test_help_imports_nothing_heavy() -> None:
     heavy = {
         "sqlalchemy", "pandas", "pyarrow", "duckdb", "zmq", "nacl", "watchdog", "numpy", "asyncio",
-        "uv", "pathspec", "wcmatch",
+        "uv", "pathspec", "wcmatch", "msal", "jwt", "requests", "cryptography",
     }  # fmt: skip
     code = (
         "import sys\n"
