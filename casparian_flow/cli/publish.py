@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from casparian_flow.config import Settings
     from casparian_flow.protocol import Deploy
     from casparian_flow.security.manifest import Manifest
+    from casparian_flow.security.signing import AzureAuth, LocalAuth
 
 
 def publish(
@@ -62,9 +63,10 @@ def publish(
             for note in check_imports(file, source, lease.site_packages):
                 context.note(note)
         context.note(f"artifact     sha256 {signing.artifact_hash(source, lock)}")
+        auth, token = _sign_in(here)
         message = architect.sign(
             here.ledger, file, source, lock, manifest.name, chosen, config.keys_folder(),
-            dry_run=dry_run,
+            auth=auth, token=token, dry_run=dry_run,
         )  # fmt: skip
         context.note(f"signed       by key {signing.key_id(message.public_key)}")
         words = _deploy(here, message)
@@ -85,6 +87,22 @@ def _limits(manifest: Manifest, settings: Settings) -> str:
         f"scratch {f'{scratch >> 20} MiB' if scratch else 'none'}, "
         f"network {network if manifest.network else 'none'}, sandbox {guest.sandbox}"
     )
+
+
+def _sign_in(here: Here) -> tuple[LocalAuth | AzureAuth, str]:
+    """Who publishes, and the token that proves it; the key alone where no sign-in is configured."""
+    from casparian_flow.security.signing import LOCAL, AzureAuth
+
+    azure = here.settings.azure
+    if not azure.required:
+        return LOCAL, ""
+    from casparian_flow.security import identity
+
+    token = identity.sign_in(azure, context.note)
+    who = identity.validate(azure, token)
+    context.note(f"signed in    as {who.name} (object {who.object_id})")
+    auth = AzureAuth(tenant=who.tenant, object_id=who.object_id, issuer=who.issuer)
+    return auth, token
 
 
 def _lock(here: Here, file: Path, source: bytes, name: str, version: str) -> str:

@@ -189,12 +189,12 @@ def _examine(settings: Settings, message: Deploy, ledger_id: str) -> _Candidate:
     inspection = gatekeeper.inspect(message.source, message.file_name, policy)
     inspection.require()
     manifest = inspection.manifest
-    check_lock(message.lock, f"the lock of {manifest.name}")
     version = normal_version(statement.version, message.file_name)
     signing.check_published(
         statement, ledger_id, manifest.name, version, message.source, message.lock,
         message.public_key,
     )  # fmt: skip
+    check_lock(message.lock, f"the lock of {manifest.name}")
     signed_in = _authenticate(settings, message, statement)
     uris = places(settings, manifest)
     return _Candidate(message, statement, manifest, inspection.verdict, uris, signed_in)
@@ -219,7 +219,7 @@ def _authenticate(settings: Settings, message: Deploy, statement: Publish) -> di
             "publishers must sign in to Azure here, and nobody has",
             "set AZURE_TENANT_ID and AZURE_CLIENT_ID, then: casparian publish PLUGIN.py",
         )
-    from casparian_flow.security import identity  # type: ignore[attr-defined]
+    from casparian_flow.security import identity
 
     publisher = identity.validate(settings.azure, message.token)
     proved = AzureAuth(

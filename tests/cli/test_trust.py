@@ -86,7 +86,16 @@ def test_every_step_of_a_publish_is_seen_and_a_dry_run_deploys_nothing(
     file = casparian.plugin("rows", ROWS)
     done = casparian.run("publish", file, "--version", "1.0.0", "--dry-run")
     steps = [line.split()[0] for line in done.stderr.splitlines()]
-    assert steps == ["plugin", "locked", "environment", "artifact", "signed", "checked"]
+    assert steps == [
+        "plugin",
+        "gatekeeper",
+        "limits",
+        "locked",
+        "environment",
+        "artifact",
+        "signed",
+        "checked",
+    ]
     assert "nothing was changed" in done.stdout
     assert casparian.json("plugins") == []
     assert casparian.json("audit", "show") == []

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import msgspec
 import pytest
@@ -114,7 +115,7 @@ def test_the_same_bytes_again_are_no_error_and_other_bytes_are(
     error = refused(ledger, settings, signed(ledger, keys, OTHER), "exists already with other")
     assert "--version 1.0.1" in error.hint
     assert error.exit_code == 65
-    refused(ledger, settings, signed(ledger, keys, lock=LOCK + "more==1\n"), "other bytes")
+    refused(ledger, settings, signed(ledger, keys, lock=LOCK.replace("1.0", "1.1")), "other bytes")
 
 
 def test_newer_by_pep_440_becomes_active(ledger: Ledger, settings: Settings, keys: Path) -> None:
@@ -213,7 +214,7 @@ def test_an_introduction_of_anybody_else_is_refused(
 def test_where_publishers_must_sign_in_a_key_alone_is_not_enough(
     ledger: Ledger, settings: Settings, keys: Path
 ) -> None:
-    azure = AzureSettings(tenant_id="t", client_id="c")
+    azure = AzureSettings(tenant_id=str(uuid4()), client_id=str(uuid4()))
     strict = msgspec.structs.replace(settings, azure=azure)
     error = refused(ledger, strict, signed(ledger, keys), "must sign in to Azure")
     assert isinstance(error, AuthError)

@@ -289,7 +289,7 @@ def test_what_is_not_there_is_named(here: Ledger, settings: Settings, folder: Pa
 def test_a_difference_is_of_source_and_of_pins(
     here: Ledger, settings: Settings, folder: Path
 ) -> None:
-    more = LOCK + "more==2.0 \\\n    --hash=sha256:00\n"
+    more = LOCK + "more==2.0 \\\n    --hash=sha256:" + "0" * 64 + "\n"
     architect.deploy(here, settings, signed(here, folder, OTHER, "2.1.0", lock=more))
     assert plugins.diff(here, "rows", "1.0.0", "2.0.0").splitlines()[:2] == [
         "--- rows.py 1.0.0", "+++ rows.py 2.0.0",
