@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.inputs import SEED, csv_files, tiny_files
 from benchmarks.measure import Benchmark, Command, Side, execute
+from casparian_flow.config import FILE_NAME
 
 HERE = Path(__file__).parent
 CLI = (sys.executable, "-m", "casparian_flow.cli")
@@ -33,6 +34,28 @@ def small_files(inputs: Path, quick: bool) -> Benchmark:
     return Benchmark(text, [
         Side("Pool(2)", _alone(_python("peers/pandas_pool.py", source))),
         Side("ours", _in_copy(home, _python("ours/drain.py")), peers=("Pool(2)",)),
+    ])  # fmt: skip
+
+
+def sandbox(inputs: Path, quick: bool) -> Benchmark:
+    """The same small files, with the sandbox and without."""
+    source = csv_files(inputs / "source", 100 if quick else 1_000)
+    held = _home(inputs, source, plugin="tables.py")
+    execute(_python("ours/scan.py"), held)
+    free = inputs / "free"
+    shutil.copytree(held, free)
+    with (free / FILE_NAME).open("a") as file:
+        file.write('\n[guest]\nsandbox = "off"\n')
+    text = (
+        f"{len(list(source.iterdir())):,} CSV files of 8.1 KB, known and queued, to one Parquet "
+        "file each by our daemon with two workers: with the sandbox `required`, against the same "
+        "with the sandbox `off`. `jobs` begins when the daemon is up and contains the guests' "
+        "start and imports; the whole process contains the canary's guest."
+    )
+    drain = _python("ours/drain.py")
+    return Benchmark(text, [
+        Side("off", _in_copy(free, drain)),
+        Side("required", _in_copy(held, drain), peers=("off",)),
     ])  # fmt: skip
 
 
@@ -179,5 +202,5 @@ def _scanned(inputs: Path, home: Path) -> Path:
 
 BENCHMARKS = {
     made.__name__: made
-    for made in (small_files, queue, scan_100k, help, oneshot, sink_sqlite, stream)
+    for made in (small_files, sandbox, queue, scan_100k, help, oneshot, sink_sqlite, stream)
 }
