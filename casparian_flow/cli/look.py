@@ -25,6 +25,8 @@ def status(ctx: typer.Context, as_json: AsJson = False) -> None:
         return
     context.say(f"database  {found['database']}")
     context.say(f"daemon    {_who(found['daemon'])}")
+    if found["refused"]:
+        context.say(f"wire      refused: {_counted(found['refused'])}")
     counts = ", ".join(f"{n} {s}" for s, n in sorted(found["jobs"].items()))
     context.say(f"jobs      {counts or 'none'}")
     _section("sources", found["sources"], "name path active files unreadable scanned_at problem")
@@ -40,6 +42,10 @@ def _who(daemon: dict[str, Any] | None) -> str:
     if not daemon:
         return "not running"
     return "{role}, process {pid} on {host}, since {since}".format_map(daemon)
+
+
+def _counted(refused: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in refused.items())
 
 
 def _section(title: str, rows: list[dict[str, Any]], columns: str) -> None:
