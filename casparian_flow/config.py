@@ -45,7 +45,7 @@ class DatabaseSettings(Section, frozen=True):
 
     @property
     def state_folder(self) -> Path:
-        """Locks, tokens and guests' folders live beside the database they belong to.
+        """Locks and guests' folders live beside the database they belong to.
 
         Two configurations that name one database therefore meet the same locks.
         """
@@ -62,11 +62,6 @@ class DatabaseSettings(Section, frozen=True):
         return self.state_folder / f"{self.path.name}.daemon"
 
     @property
-    def token(self) -> Path:
-        """What a worker or a client reads to prove that it shares the daemon's files."""
-        return self.state_folder / f"{self.path.name}.token"
-
-    @property
     def guests_folder(self) -> Path:
         """One folder a running guest, with the guest's inbox in it."""
         return self.state_folder / "guests"
@@ -76,6 +71,11 @@ class DatabaseSettings(Section, frozen=True):
         """The daemon's local socket; in a short folder, since a socket path has 108 bytes."""
         digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:24]
         return runtime_folder() / f"{digest}.sock"
+
+    @property
+    def control_endpoint(self) -> str:
+        """The same as a ZeroMQ address."""
+        return f"ipc://{self.control_socket}"
 
 
 class ScanSettings(Section, frozen=True):
@@ -349,7 +349,7 @@ def named(path: str | None = None) -> Path | None:
 
 
 def runtime_folder() -> Path:
-    """A short, private folder for sockets."""
+    """A short, private folder for sockets and their keys; `engine.wire` sees to it that it is."""
     named = os.environ.get("XDG_RUNTIME_DIR")
     if named:
         return Path(named) / "casparian"

@@ -22,7 +22,6 @@ import zmq.asyncio
 from sqlalchemy import Connection
 
 from casparian_flow import config, daemon_lock
-from casparian_flow.atomic import make_folder
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, jobs, outputs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
@@ -66,12 +65,13 @@ async def running(
         role: the command line we are, for whoever finds the lock taken.
         workers: Workers in this process.
         watch: scan and watch the source roots.
-        endpoints: addresses to listen on for Workers in other processes.
+        endpoints: TCP addresses to listen on for Workers in other processes.
 
     Raises:
         DaemonRunning: another process is the daemon.
         SandboxUnavailable: the sandbox is required, and does not hold on this machine.
         LedgerError: the database cannot be used.
+        CasparianError: an address cannot be listened on.
     """
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(open_ledger(settings.database))
@@ -80,12 +80,12 @@ async def running(
         if workers:
             await asyncio.to_thread(canary.check, settings.guest, config.cache_folder())
         epoch = await ledger.write_soon(partial(_begin, limit=settings.jobs.max_attempts))
-        await asyncio.to_thread(_sweep, settings, ledger)
         context = stack.enter_context(zmq.asyncio.Context())
         bell = asyncio.Event()
         scout = Watch(ledger, settings.scan.rescan_seconds, on_jobs=bell.set)
         committer = Committer(ledger, epoch, settings.jobs, on_change=bell.set)
         sentinel = Sentinel(
+            context,
             settings,
             ledger,
             epoch,
@@ -94,10 +94,9 @@ async def running(
             deploy=lambda plugin: asyncio.to_thread(architect.deploy, ledger, settings, plugin),
             ring=scout.ring,
         )
-        make_folder(settings.database.control_socket.parent, mode=0o700)
-        control = f"ipc://{settings.database.control_socket}"
-        sentinel.bind(context, [INPROC, control, *endpoints])
         stack.callback(sentinel.close)
+        sentinel.bind(endpoints)  # before the sweep: a client that knows of us finds us
+        await asyncio.to_thread(_sweep, settings, ledger)
         async with asyncio.TaskGroup() as group:
             publishing = group.create_task(committer.run())
             serving = group.create_task(sentinel.run())

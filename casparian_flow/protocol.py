@@ -4,10 +4,12 @@ Pure: imports no zmq. A message is two frames, the protocol version and a Messag
 tag names the type. Table data never travels here: a Worker stages it on disk and sends a receipt.
 The ledger is the truth, so every message may be lost, repeated or late without harm.
 
-    Worker -> Sentinel   Hello, Proof, Ready, Fetch, Conclude, Heartbeat, Goodbye
-    Sentinel -> Worker   Challenge, Welcome, Refused, Assign, Artifact, Drain
-    client -> Sentinel   Deploy, Ring
+    Worker -> Sentinel   Hello, Ready, Fetch, Conclude, Heartbeat, Goodbye
+    Sentinel -> Worker   Unknown, Welcome, Assign, Artifact, Drain
+    client -> Sentinel   Deploy, Ring, Ask
     Sentinel -> client   Reply
+
+Who may send anything at all was settled before, in ZeroMQ's own handshake (`engine.wire`).
 """
 
 from __future__ import annotations
@@ -104,35 +106,24 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Hello(Message, frozen=True):
     """A worker is there."""
 
-
-class Challenge(Message, frozen=True):
-    """Prove that you see our filesystem: read this file. Sent to every peer we do not know."""
-
-    token_path: str
-
-
-class Proof(Message, frozen=True):
-    """Who the worker is, and what the file said."""
-
     worker: str
-    """Empty for a client, which may then send one Deploy or Ring."""
-    pid: int
-    token: str
+    """Its name, which no other worker has."""
+
+
+class Unknown(Message, frozen=True):
+    """Say Hello: the Sentinel does not know this peer, and did not use what it sent."""
 
 
 class Welcome(Message, frozen=True):
     """The worker may pull jobs, under these limits."""
 
     guests_folder: str
+    inode: int
+    """Of the folder around `guests_folder`: a worker that sees another there, or none, does not
+    share our filesystem and leaves."""
     guests: int
     """Warm guests to keep."""
     limits: GuestSettings
-
-
-class Refused(Message, frozen=True):
-    """The Sentinel will not work with this peer."""
-
-    reason: str
 
 
 class Ready(Message, frozen=True):
@@ -237,6 +228,10 @@ class Ring(Message, frozen=True):
     scan: bool = False
 
 
+class Ask(Message, frozen=True):
+    """What has the wire refused so far? The Reply's text is a JSON object: kind -> count."""
+
+
 class Reply(Message, frozen=True):
     """The answer to a client."""
 
@@ -248,8 +243,8 @@ class Reply(Message, frozen=True):
 
 
 AnyMessage = (
-    Hello | Challenge | Proof | Welcome | Refused | Ready | Assign | Fetch | Artifact | Conclude
-    | Heartbeat | Goodbye | Drain | Deploy | Ring | Reply
+    Hello | Unknown | Welcome | Ready | Assign | Fetch | Artifact | Conclude
+    | Heartbeat | Goodbye | Drain | Deploy | Ring | Ask | Reply
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

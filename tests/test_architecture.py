@@ -44,6 +44,8 @@ LAYERS = [
         "engine.undeclared",
         "engine.byte_code",
         "engine.locking",
+        "engine.handshake",
+        "engine.wire",
     ],
     ["engine.sinks"],
     ["db.files", "db.roots", "db.outputs", "db.views", "db.wiring", "db.invariants"],
@@ -159,7 +161,8 @@ def test_sql_lives_in_db_and_sinks() -> None:
 
 def test_zmq_lives_at_the_sockets() -> None:
     users = {module_name(path) for path in CODE if "zmq" in external(path)}
-    assert users == {"engine.sentinel", "engine.worker_client", "engine.control", "main"}
+    sockets = {"sentinel", "handshake", "wire", "worker_client", "control"}
+    assert users == {"main", *(f"engine.{name}" for name in sockets)}
 
 
 def test_the_environment_is_read_in_config_only() -> None:

@@ -26,6 +26,8 @@ def status(ctx: typer.Context, as_json: AsJson = False) -> None:
     context.say(f"database  {found['database']}")
     context.say(f"daemon    {_who(found['daemon'])}")
     context.say(f"sandbox   {_sandbox(found['sandbox'], found['held_by'])}")
+    if found["refused"]:
+        context.say(f"wire      refused: {_counted(found['refused'])}")
     counts = ", ".join(f"{n} {s}" for s, n in sorted(found["jobs"].items()))
     context.say(f"jobs      {counts or 'none'}")
     _section("sources", found["sources"], "name path active files unreadable scanned_at problem")
@@ -47,6 +49,10 @@ def _sandbox(mode: str, held_by: str) -> str:
     if mode == "required":
         return f"{mode} (the last guest was held by {held_by})" if held_by else mode
     return f"{mode.upper()}: plugins may do what the missing layers would forbid ({held_by or '?'})"
+
+
+def _counted(refused: dict[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in refused.items())
 
 
 def _section(title: str, rows: list[dict[str, Any]], columns: str) -> None:

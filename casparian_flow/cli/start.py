@@ -80,7 +80,9 @@ def _state(here: Here, daemon: Daemon) -> str:
     files = sum(r["files"] for r in here.ledger.read(views.roots) if r["active"])
     workers = f"{daemon.sentinel.workers} workers"
     paused = here.ledger.read(lambda c: views.waiting(c, PAUSED)).reason
-    return " | ".join(filter(None, [f"{files} files", _counts(here), workers, paused]))
+    refused = str(daemon.sentinel.refused)
+    wire = f"wire refused: {refused}" if refused else ""
+    return " | ".join(filter(None, [f"{files} files", _counts(here), workers, paused, wire]))
 
 
 def _counts(here: Here) -> str:

@@ -2,56 +2,121 @@
 
 from __future__ import annotations
 
-import os
+import time
 
+import msgspec
 import zmq
 
 from casparian_flow import daemon_lock, protocol
 from casparian_flow.config import DatabaseSettings
-from casparian_flow.errors import DaemonGone, ProtocolError
+from casparian_flow.engine import wire
+from casparian_flow.errors import ConfigError, DaemonGone, ProtocolError
 
 ANSWER_SECONDS = 30.0
 """How long a daemon may take: it may be publishing a plugin."""
 
+KEY_SECONDS = 5.0
+"""How long a daemon that starts may take to leave its key."""
+
+GLANCE_SECONDS = 2.0
+"""How long a daemon may take to say what it could as well not say."""
+
+_AS_WHOM = "run this as the daemon's user, with the same XDG_RUNTIME_DIR"
+
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_FAILED |= zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+
 
 def ask(
-    database: DatabaseSettings, message: protocol.Deploy | protocol.Ring
+    database: DatabaseSettings,
+    message: protocol.Deploy | protocol.Ring | protocol.Ask,
+    patience: float = ANSWER_SECONDS,
 ) -> protocol.Reply | None:
     """Send a message to the daemon of this database.
+
+    Args:
+        patience: seconds to wait for its answer.
 
     Returns:
         Its reply; None where no daemon runs.
 
     Raises:
-        DaemonGone: one runs, and does not answer.
+        DaemonGone: one runs, and refuses us or does not answer.
     """
-    if daemon_lock.holder(database.daemon_lock) is None:
-        return None
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.linger = 0
-        socket.connect(f"ipc://{database.control_socket}")
-        proof = protocol.Proof(worker="", pid=os.getpid(), token=_token(database))
-        socket.send_multipart(protocol.encode(proof))
-        socket.send_multipart(protocol.encode(message))
-        if not socket.poll(ANSWER_SECONDS * 1000):
-            about = daemon_lock.holder(database.daemon_lock)
-            if about is None:
+    refused: wire.Key | None = None
+    while about := daemon_lock.holder(database.daemon_lock):
+        key = _key(database.control_endpoint, refused, min(patience, KEY_SECONDS))
+        try:
+            frames = _exchange(database.control_endpoint, key, protocol.encode(message), patience)
+        except TimeoutError as error:
+            if daemon_lock.holder(database.daemon_lock) is None:
                 return None
             raise DaemonGone(
                 f"the daemon (process {about.get('pid', '?')}) does not answer",
                 "look at it, or stop it: what is in the ledger is safe",
-            )
-        reply = protocol.decode(socket.recv_multipart())
-    if isinstance(reply, protocol.Refused):
-        raise DaemonGone(f"the daemon refused us: {reply.reason}", "run this as the daemon's user")
-    if not isinstance(reply, protocol.Reply):
-        raise ProtocolError(f"the daemon answered with a {type(reply).__name__}")
-    return reply
+            ) from error
+        if frames is not None:
+            return _reply(frames)
+        refused = key  # unless it is of a daemon that died, and another one has just started
+    return None
 
 
-def _token(database: DatabaseSettings) -> str:
-    """What only those who may read the daemon's files know."""
+def refusals(database: DatabaseSettings) -> dict[str, int]:
+    """What the daemon's wire has refused so far, by kind; empty where no daemon says anything."""
     try:
-        return database.token.read_text()
-    except OSError:
-        return ""
+        reply = ask(database, protocol.Ask(), GLANCE_SECONDS)
+    except DaemonGone:
+        return {}
+    return msgspec.json.decode(reply.text, type=dict[str, int]) if reply else {}
+
+
+def _key(endpoint: str, refused: wire.Key | None, patience: float) -> wire.Key:
+    """The daemon's key, which only those know who may enter its user's runtime folder."""
+    file = wire.key_file(endpoint)
+    deadline = time.monotonic() + patience
+    try:
+        while (key := wire.read_key(endpoint)) is None:
+            if time.monotonic() > deadline:
+                raise DaemonGone(f"the daemon left no key for us: there is no {file}", _AS_WHOM)
+            time.sleep(0.05)
+    except ConfigError as error:
+        raise DaemonGone(error.message, error.hint) from error
+    if key == refused:
+        raise DaemonGone(f"the daemon refused us: its key is not the one in {file}", _AS_WHOM)
+    return key
+
+
+def _exchange(
+    endpoint: str, key: wire.Key, message: list[bytes], patience: float
+) -> list[bytes] | None:
+    """The frames of the answer; None where the other end does not have this key.
+
+    Raises:
+        TimeoutError: it has not answered.
+    """
+    with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
+        wire.tune(peer)
+        peer.linger = 0
+        with peer.get_monitor_socket(_FAILED) as monitor:
+            wire.connect(peer, endpoint, key)
+            peer.send_multipart(message)
+            poller = zmq.Poller()
+            poller.register(peer, zmq.POLLIN)
+            poller.register(monitor, zmq.POLLIN)
+            started = time.monotonic()
+            ready = dict(poller.poll(patience * 1000))
+            took = time.monotonic() - started
+            peer.disable_monitor()
+        if peer in ready:
+            frames: list[bytes] = peer.recv_multipart()
+            return frames
+        if not ready or took * 1000 > wire.HANDSHAKE_MS / 2:
+            raise TimeoutError  # a refusal comes at once; this one is stuck
+        return None
+
+
+def _reply(frames: list[bytes]) -> protocol.Reply:
+    message = protocol.decode(frames)
+    if not isinstance(message, protocol.Reply):
+        raise ProtocolError(f"the daemon answered with a {type(message).__name__}")
+    return message

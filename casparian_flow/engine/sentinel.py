@@ -1,8 +1,8 @@
 """The Sentinel: gives claimed jobs to workers that ask, and their receipts to the Committer.
 
 ZeroMQ is a doorbell here and the ledger is the truth: any message may be lost, and a slow poll
-finds what a lost one would have told. Peers are known by the ROUTER's identity and speak only
-after they have proved that they share our filesystem.
+finds what a lost one would have told. Peers speak only after `engine.handshake` has let their
+connection through; they are known by the ROUTER's identity together with that connection.
 """
 
 from __future__ import annotations
@@ -11,21 +11,23 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import msgspec
 import zmq
 import zmq.asyncio
 
-from casparian_flow import atomic, protocol
+from casparian_flow import protocol
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
+from casparian_flow.engine import wire
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import Dispatcher, artifact
+from casparian_flow.engine.handshake import Handshake, Refusal, Refusals
 from casparian_flow.errors import CasparianError, LedgerError, ProtocolError
 from casparian_flow.protocol import AnyMessage, Conclude
 
@@ -44,10 +46,11 @@ _PARTS_LIMIT = 8
 
 @dataclass
 class Peer:
-    """A worker that proved itself."""
+    """A worker that said Hello."""
 
     name: str
-    remote: bool
+    connection: str
+    """The User-Id of the connection it came by; empty for one of our own process."""
     free: int = 0
     seen: float = field(default_factory=time.monotonic)
     held: dict[int, int] = field(default_factory=dict)
@@ -58,6 +61,7 @@ class Sentinel:
     """One ROUTER socket, and what is known of the peers behind it.
 
     Args:
+        context: the process's zmq context; whoever made it closes the Sentinel before it.
         settings: limits and places.
         ledger: the truth.
         epoch: this daemon run.
@@ -69,6 +73,7 @@ class Sentinel:
 
     def __init__(
         self,
+        context: zmq.asyncio.Context,
         settings: Settings,
         ledger: Ledger,
         epoch: int,
@@ -85,44 +90,62 @@ class Sentinel:
         self._deploy = deploy
         self._ring = ring
         self._peers: dict[bytes, Peer] = {}
-        self._clients: set[bytes] = set()
         self._bell = bell
         self._answers: set[asyncio.Task[None]] = set()
         self._draining = False
         self._empty = asyncio.Event()
-        self._token = secrets.token_hex(32)
-        self._token_path = settings.database.token
-        self.dropped = 0
-        """Messages that were not ours."""
+        self.refused = Refusals()
+        """Connections and messages that were not ours, by kind."""
+        self._socket = context.socket(zmq.ROUTER)
+        self._handshake = Handshake(context, self.refused)
+        self._keys: list[str] = []
+        """Endpoints whose key we have left."""
 
     @property
     def workers(self) -> int:
         """Workers that are here now."""
         return len(self._peers)
 
-    def bind(self, context: zmq.asyncio.Context, endpoints: list[str]) -> None:
-        """Open the socket.
+    def bind(self, endpoints: Sequence[str] = ()) -> None:
+        """Open the socket, for this process, for clients of this machine and at TCP endpoints.
 
         Raises:
+            ConfigError: an endpoint is not on the loopback interface, or the folder of sockets
+                and keys is not ours alone.
             CasparianError: an address cannot be used; the message says why.
         """
-        atomic.write_once(self._token_path, self._token.encode(), mode=0o600)
-        self._socket = context.socket(zmq.ROUTER)
-        self._socket.linger = 1000
-        self._socket.maxmsgsize = protocol.FRAME_LIMIT
+        wire.require_zmq()
+        hint = '[listen] endpoint = "tcp://127.0.0.1:5555" in the configuration'
+        remote = [wire.loopback(endpoint, hint) for endpoint in endpoints]
+        local = self._settings.database.control_endpoint
+        wire.private_folder()
+        wire.tune(self._socket)
         self._socket.router_mandatory = True
-        for endpoint in endpoints:
-            try:
-                self._socket.bind(endpoint)
-            except zmq.ZMQError as error:
-                raise CasparianError(
-                    f"cannot listen on {endpoint}: {error.strerror}",
-                    "another program may use that address; see [listen] in the configuration",
-                ) from error
+        self._handshake.guard(self._socket)
+        for endpoint in remote:
+            self._open(endpoint)
+        # Not before: where another Sentinel has the port, its key stays. The local socket comes
+        # last: whoever finds it finds its key, and the daemon lock says that nobody else has it.
+        for endpoint in (*remote, local):
+            wire.leave_key(endpoint, self._handshake.key)
+            self._keys.append(endpoint)
+        self._open(local)
+        self._open(INPROC)
+
+    def _open(self, endpoint: str) -> None:
+        self._socket.ipv6 = "[" in endpoint
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise CasparianError(
+                f"cannot listen on {endpoint}: {error.strerror}",
+                "another program may use that address; see [listen] in the configuration",
+            ) from error
 
     async def run(self) -> None:
         """Serve until cancelled."""
         async with asyncio.TaskGroup() as group:
+            group.create_task(self._handshake.run())
             group.create_task(self._listen())
             group.create_task(self._dispatch())
             group.create_task(self._reap())
@@ -142,43 +165,59 @@ class Sentinel:
     def close(self) -> None:
         """Let go of the socket; after `run` was cancelled."""
         self._socket.close()
-        self._token_path.unlink(missing_ok=True)
+        self._handshake.close()
+        for endpoint in self._keys:
+            wire.key_file(endpoint).unlink(missing_ok=True)
 
     async def _listen(self) -> None:
         while True:
-            identity, *frames = await self._socket.recv_multipart()
-            try:
-                if len(frames) > _PARTS_LIMIT:
-                    raise ProtocolError(f"a message of {len(frames)} parts")
-                message = protocol.decode(frames)
-            except ProtocolError as error:
-                self.dropped += 1
-                log.warning("dropped a message (%d so far): %s", self.dropped, error)
+            identity, *frames = await self._socket.recv_multipart(copy=False)
+            connection = self._handshake.heard(frames[-1])
+            message = self._read(identity.bytes, connection, frames)
+            if message is None:
                 continue
             try:
-                await self._hear(identity, message)
+                await self._hear(identity.bytes, connection, message)
             except LedgerError as error:
                 log.error("a %s was not answered: %s", type(message).__name__, error.message)
 
-    async def _hear(self, identity: bytes, message: AnyMessage) -> None:
+    def _read(self, identity: bytes, connection: str, frames: list[zmq.Frame]) -> AnyMessage | None:
+        """The message in these frames; None where it was refused."""
+        peer = self._peers.get(identity)
+        if not _is_generated(identity) or (peer and peer.connection != connection):
+            self.refused.refuse(Refusal.IDENTITY, f"a message under routing id {identity!r}")
+        elif len(frames) > _PARTS_LIMIT:
+            self.refused.refuse(Refusal.PARTS, f"a message of {len(frames)} parts")
+        else:
+            try:
+                return protocol.decode([frame.bytes for frame in frames])
+            except ProtocolError as error:
+                self.refused.refuse(Refusal.MALFORMED, error.message)
+        return None
+
+    async def _hear(self, identity: bytes, connection: str, message: AnyMessage) -> None:
         match message:
-            case protocol.Deploy() if identity in self._clients:
-                self._clients.discard(identity)
+            case protocol.Deploy():
                 self._answers.add(asyncio.create_task(self._answer_deploy(identity, message)))
                 return
-            case protocol.Ring(scan=scan) if identity in self._clients:
-                self._clients.discard(identity)
+            case protocol.Ring(scan=scan):
                 self._bell.set()
                 if scan:
                     self._ring()
                 await self._send(identity, protocol.Reply(ok=True, text="rung"))
                 return
-            case protocol.Proof():
-                await self._admit(identity, message)
+            case protocol.Ask():
+                counts = msgspec.json.encode(self.refused).decode()
+                await self._send(identity, protocol.Reply(ok=True, text=counts))
+                return
+            case protocol.Hello(worker=name):
+                await self._admit(identity, Peer(name, connection))
                 return
         peer = self._peers.get(identity)
         if peer is None:
-            await self._send(identity, protocol.Challenge(token_path=str(self._token_path)))
+            kind = type(message).__name__
+            self.refused.refuse(Refusal.UNADMITTED, f"a {kind} of a peer that has not said Hello")
+            await self._send(identity, protocol.Unknown())
             return
         peer.seen = time.monotonic()
         match message:
@@ -195,26 +234,18 @@ class Sentinel:
             case protocol.Goodbye():
                 await self._lose(identity, "left")
 
-    async def _admit(self, identity: bytes, proof: protocol.Proof) -> None:
-        if not secrets.compare_digest(proof.token.encode(), self._token.encode()):
-            reason = (
-                f"it cannot read {self._token_path}: a worker must run on this machine, as this "
-                "user, with the Sentinel's files in reach"
-            )
-            log.warning("refused worker %s: %s", proof.worker, reason)
-            await self._send(identity, protocol.Refused(reason=reason))
-            return
-        if not proof.worker:
-            self._clients.add(identity)
-            return
+    async def _admit(self, identity: bytes, peer: Peer) -> None:
         if identity in self._peers:
             return
-        self._peers[identity] = Peer(proof.worker, remote=proof.pid != os.getpid())
+        self._peers[identity] = peer
         self._empty.clear()
+        log.info("worker %s is here", peer.name)
+        database = self._settings.database
         await self._send(
             identity,
             protocol.Welcome(
-                guests_folder=str(self._settings.database.guests_folder),
+                guests_folder=str(database.guests_folder),
+                inode=os.stat(database.state_folder).st_ino,
                 guests=self._settings.workers.guests,
                 limits=self._settings.guest,
             ),
@@ -264,7 +295,7 @@ class Sentinel:
         while True:
             await asyncio.sleep(LEASE_SECONDS / 3)
             horizon = time.monotonic() - LEASE_SECONDS
-            silent = [i for i, p in self._peers.items() if p.remote and p.seen < horizon]
+            silent = [i for i, p in self._peers.items() if p.connection and p.seen < horizon]
             for identity in silent:
                 try:
                     # It may be one of its jobs that killed it: the attempts count.
@@ -287,6 +318,13 @@ class Sentinel:
 
     async def _send(self, identity: bytes, message: AnyMessage) -> None:
         try:
-            await self._socket.send_multipart([identity, *protocol.encode(message)])
+            # Whoever does not read must not make the others wait: the message is lost instead.
+            frames = [identity, *protocol.encode(message)]
+            await self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            log.debug("a peer is gone: %s", error)
+            log.debug("a peer is gone, or does not read: %s", error)
+
+
+def _is_generated(identity: bytes) -> bool:
+    """Whether libzmq gave the peer its routing id: nobody of ours brings one."""
+    return len(identity) == 5 and identity[0] == 0

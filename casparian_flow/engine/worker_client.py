@@ -4,8 +4,9 @@ Inside the daemon it is a task over an inproc socket; alone it is
 
     python -m casparian_flow.engine.worker_client --connect tcp://localhost:5555
 
-It reads no ledger. What it needs of a job is in the assignment, and what it made of it is staged
-on the disk that it shares with the Sentinel.
+which finds the Sentinel by the key that one left (`engine.wire`), and waits for one that is not
+up yet. It reads no ledger. What it needs of a job is in the assignment, and what it made of it is
+staged on the disk that it shares with the Sentinel.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import zmq
 import zmq.asyncio
 
 from casparian_flow import protocol
+from casparian_flow.engine import wire
 from casparian_flow.engine.runner import Runner
 from casparian_flow.errors import CasparianError, DaemonGone, ProtocolError
 from casparian_flow.protocol import AnyMessage, Artifact, Assignment, Conclude
@@ -31,6 +33,9 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
 """How often a worker says that it lives, however busy its thread is."""
+
+KEY_SECONDS = 0.5
+"""How often a worker of another process looks whether a Sentinel has left a new key."""
 
 PREFETCH_SECONDS = 0.25
 """Work a worker asks for ahead: many jobs where they are short, one where they are long."""
@@ -44,16 +49,16 @@ class Worker:
     Args:
         name: unique among the Sentinel's workers.
         context: the process's zmq context (inproc sockets meet in one context only).
-        endpoint: where the Sentinel listens.
+        endpoint: where the Sentinel listens: an inproc address, or TCP with a host in numbers.
         cache: where environments are kept.
     """
 
     def __init__(self, name: str, context: zmq.asyncio.Context, endpoint: str, cache: Path) -> None:
         self._name = name
         self._cache = cache
+        self._endpoint = endpoint
         self._socket = context.socket(zmq.DEALER)
-        self._socket.linger = 1000
-        self._socket.connect(endpoint)
+        wire.tune(self._socket)
         # One thread for life: the kernel kills guests when the thread that started them ends.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"worker-{name}")
         self._runner: Runner | None = None
@@ -67,9 +72,15 @@ class Worker:
         """Introduce ourselves, then serve until the Sentinel says Drain.
 
         Raises:
-            DaemonGone: the Sentinel refuses this worker; the message says why.
+            DaemonGone: this worker cannot serve that Sentinel; the message says why.
+            ConfigError: the Sentinel's key cannot be read, or could be somebody else's.
         """
-        tasks = [asyncio.create_task(t) for t in (self._listen(), self._work(), self._beat())]
+        loops = [self._listen(), self._work(), self._beat()]
+        if self._endpoint.startswith("inproc:"):
+            self._socket.connect(self._endpoint)
+        else:
+            loops.append(self._follow())
+        tasks = [asyncio.create_task(loop) for loop in loops]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -95,11 +106,11 @@ class Worker:
             await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.close)
         self._thread.shutdown()
         with contextlib.suppress(zmq.ZMQError):
-            await self._send(protocol.Goodbye())
+            await self._send(protocol.Goodbye(), flags=zmq.NOBLOCK)
         self._socket.close()
 
     async def _listen(self) -> None:
-        await self._send(protocol.Hello())
+        await self._send(protocol.Hello(worker=self._name))
         while True:
             try:
                 message = protocol.decode(await self._socket.recv_multipart())
@@ -110,14 +121,10 @@ class Worker:
 
     async def _hear(self, message: AnyMessage) -> None:
         match message:
-            case protocol.Challenge(token_path=path):
-                await self._send(
-                    protocol.Proof(worker=self._name, pid=os.getpid(), token=_read_token(path))
-                )
+            case protocol.Unknown():
+                await self._send(protocol.Hello(worker=self._name))
             case protocol.Welcome():
                 await self._begin(message)
-            case protocol.Refused(reason=reason):
-                raise DaemonGone(f"the Sentinel refused worker {self._name}: {reason}")
             case protocol.Assign(jobs=jobs):
                 self._jobs.put_nowait(jobs)
             case protocol.Artifact(plugin_id=plugin_id):
@@ -130,6 +137,7 @@ class Worker:
 
     async def _begin(self, welcome: protocol.Welcome) -> None:
         """Serve a Sentinel; a new one has swept away the guests we had under the old one."""
+        _check_shared(welcome)
         if self._runner is None:
             self._runner = Runner(welcome, self._cache)
         else:
@@ -187,20 +195,55 @@ class Worker:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             await self._send(protocol.Heartbeat())
 
-    async def _send(self, message: AnyMessage) -> None:
-        await self._socket.send_multipart(protocol.encode(message))
+    async def _follow(self) -> None:
+        """Connect when a Sentinel has left its key, and anew when a later one has left another."""
+        used: wire.Key | None = None
+        self._socket.reconnect_ivl = 1_000  # slower than we look: few attempts with an old key
+        while True:
+            key = wire.read_key(self._endpoint)
+            if key and used and key != used:
+                log.info("worker %s: another Sentinel is there", self._name)
+                self._socket.disconnect(self._endpoint)
+                wire.connect(self._socket, self._endpoint, key)
+                await self._send(protocol.Hello(worker=self._name))
+            elif key and not used:
+                wire.connect(self._socket, self._endpoint, key)  # the first Hello waits for this
+            used = key or used
+            await asyncio.sleep(KEY_SECONDS)
+
+    async def _send(self, message: AnyMessage, flags: int = 0) -> None:
+        await self._socket.send_multipart(protocol.encode(message), flags=flags)
 
 
-def _read_token(path: str) -> str:
+def _check_shared(welcome: protocol.Welcome) -> None:
+    """What a worker stages must be where the Sentinel looks for it."""
+    folder = Path(welcome.guests_folder).parent
     try:
-        return Path(path).read_text()
-    except OSError as error:
-        log.error("cannot read the Sentinel's token %s: %s", path, error)
-        return ""
+        shared = os.stat(folder).st_ino == welcome.inode
+    except OSError:
+        shared = False
+    if not shared:
+        raise DaemonGone(
+            f"this worker does not share the Sentinel's files: {folder} is another folder here",
+            "run it on the Sentinel's machine, as its user, with that folder in reach",
+        )
 
 
 async def serve(endpoint: str, cache: Path) -> None:
-    """Run one Worker as a process of its own, until SIGTERM, SIGINT or the Sentinel's Drain."""
+    """Run one Worker as a process of its own, until SIGTERM, SIGINT or the Sentinel's Drain.
+
+    Raises:
+        ConfigError: the endpoint is not on the loopback interface, or its key cannot be read.
+        DaemonGone: this worker cannot serve that Sentinel.
+    """
+    wire.require_zmq()
+    endpoint = wire.loopback(endpoint, "--connect tcp://localhost:5555")
+    if wire.read_key(endpoint) is None:
+        log.warning(
+            "no Sentinel of this user listens at %s: none has left its key in %s. Waiting for one "
+            "(python -m casparian_flow.main, as this user and with the same XDG_RUNTIME_DIR)",
+            endpoint, wire.key_file(endpoint),
+        )  # fmt: skip
     with zmq.asyncio.Context() as context:
         worker = Worker(f"{os.uname().nodename}-{os.getpid()}", context, endpoint, cache)
         loop = asyncio.get_running_loop()
@@ -229,7 +272,8 @@ def main() -> None:
     try:
         asyncio.run(serve(options.connect, config.cache_folder()))
     except CasparianError as error:
-        print(f"error: {error.message}", file=sys.stderr)  # noqa: T201
+        hint = f"\n  try: {error.hint}" if error.hint else ""
+        print(f"error: {error.message}{hint}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
 
 

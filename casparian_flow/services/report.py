@@ -23,11 +23,14 @@ class Advice(NamedTuple):
 
 
 def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
-    """Daemon, source roots, jobs, plugins, sinks, why jobs wait or failed, and advice."""
+    """Daemon, what its wire refused, source roots, jobs, plugins, sinks, why jobs wait or failed,
+    and advice."""
     topics = ledger.read(views.topics)
+    daemon = daemon_lock.holder(settings.database.daemon_lock)
     return {
         "database": str(settings.database.path),
-        "daemon": daemon_lock.holder(settings.database.daemon_lock),
+        "daemon": daemon,
+        "refused": _refused(settings) if daemon else {},
         "sources": ledger.read(views.roots),
         "sandbox": settings.guest.sandbox,
         "held_by": ledger.read(views.last_sandbox),
@@ -37,6 +40,12 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         "sinks": _sinks(settings, topics),
         "advice": [advice._asdict() for advice in advise(settings, ledger)],
     }
+
+
+def _refused(settings: Settings) -> dict[str, int]:
+    from casparian_flow.engine import control
+
+    return control.refusals(settings.database)
 
 
 def _sinks(settings: Settings, topics: list[Row]) -> list[Row]:

@@ -61,7 +61,7 @@ def test_a_cut_message_is_refused(message: protocol.AnyMessage, cut: int) -> Non
 
 
 def test_another_version_is_refused() -> None:
-    _, body = protocol.encode(protocol.Hello())
+    _, body = protocol.encode(protocol.Heartbeat())
     with pytest.raises(ProtocolError):
         protocol.decode([b"CF0", body])
 

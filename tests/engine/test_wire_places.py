@@ -1,0 +1,228 @@
+"""Where the wire may be, and who finds the key to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from casparian_flow import config, daemon_lock, main, protocol
+from casparian_flow.config import GuestSettings, Settings
+from casparian_flow.engine import control, wire, worker_client
+from casparian_flow.errors import CasparianError, ConfigError, DaemonGone
+from tests.conftest import write_config
+from tests.engine.wires import PATIENCE, attacked, free_endpoint, until
+
+ELSEWHERE = [
+    "tcp://*:5555", "tcp://0.0.0.0:5555", "tcp://0:5555", "tcp://[::]:5555", "tcp://lo:5555",
+    "tcp://192.0.2.1:5555", "tcp://far:5555", "tcp://both:5555", "tcp://127.0.0.1:*",
+    "tcp://127.0.0.1:0", "tcp://127.0.0.1:65536", "tcp://127.0.0.1", "127.0.0.1:5555",
+    "tcp://192.0.2.1:1;127.0.0.1:5555", "udp://[::1]:5", "pgm://127.0.0.1:5555",
+    "ipc:///tmp/socket", "inproc://sentinel",
+]  # fmt: skip
+
+
+def test_only_the_loopback_interface_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"ours": ["127.0.0.1", "::1"], "both": ["127.0.0.1", "192.0.2.1"], "far": ["192.0.2.1"]}
+    real = socket.getaddrinfo
+
+    def look_up(host: str, port: None, **options: object) -> list[object]:
+        if host in names:
+            return [(0, 0, 0, "", (address, 0)) for address in names[host]]
+        return list(real(host, port, **options))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    used = {
+        "tcp://127.0.0.1:5555": "tcp://127.0.0.1:5555",
+        "tcp://127.8.8.8:5555": "tcp://127.8.8.8:5555",
+        "tcp://[::1]:5555": "tcp://[::1]:5555",
+        "tcp://ours:5555": "tcp://127.0.0.1:5555",
+    }
+    for endpoint, address in used.items():
+        assert wire.loopback(endpoint, "") == address
+        assert wire.key_file(endpoint) == config.runtime_folder() / "tcp-5555.key"
+    for endpoint in ELSEWHERE:
+        with pytest.raises(ConfigError, match="scale-out") as refused:
+            wire.loopback(endpoint, "the hint")
+        assert refused.value.message.startswith(endpoint)
+
+
+@pytest.mark.parametrize("module", ["main", "engine.worker_client"])
+def test_another_interface_is_refused_in_words(tmp_path: Path, module: str) -> None:
+    settings = write_config(tmp_path / "flow", '[listen]\nendpoint = "tcp://0.0.0.0:5555"\n')
+    place = ["--config", str(settings.home / config.FILE_NAME)]
+    arguments = place if module == "main" else ["--connect", "tcp://0.0.0.0:5555"]
+    done = subprocess.run(
+        [sys.executable, "-m", f"casparian_flow.{module}", *arguments],
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 78
+    assert "error: tcp://0.0.0.0:5555 is not" in done.stderr
+    assert "authenticated remote workers come with scale-out" in done.stderr
+    assert "  try: " in done.stderr
+
+
+def has_ipv6() -> bool:
+    try:
+        free_endpoint("::1")
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_ipv6_is_served(settings: Settings) -> None:
+    async def story() -> None:
+        async with attacked(settings, free_endpoint("::1")) as target:
+            assert await target.good.works()
+
+    asyncio.run(story())
+
+
+def test_a_client_without_the_key_is_told_at_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "KEY_SECONDS", 0.1)
+    file = wire.key_file(settings.database.control_endpoint)
+
+    async def story() -> None:
+        async with attacked(settings) as target:
+            right = file.read_bytes()
+            wrong = wire.Key(zmq.curve_keypair()[0], zmq.curve_keypair()[1])
+            wire.leave_key(settings.database.control_endpoint, wrong)
+            with pytest.raises(DaemonGone, match="refused us") as refused:
+                await asyncio.to_thread(control.ask, settings.database, protocol.Ring())
+            assert "the daemon's user" in refused.value.hint
+            file.unlink()
+            with pytest.raises(DaemonGone, match="left no key"):
+                await asyncio.to_thread(control.ask, settings.database, protocol.Ring())
+            file.write_bytes(b"no key")
+            with pytest.raises(DaemonGone, match="is not a key"):
+                await asyncio.to_thread(control.ask, settings.database, protocol.Ring())
+            file.write_bytes(right)
+            assert await asyncio.to_thread(control.ask, settings.database, protocol.Ring())
+            await target.refuses("stranger")
+
+    asyncio.run(story())
+
+
+def test_a_daemon_that_does_not_answer_is_not_waited_for_forever(settings: Settings) -> None:
+    database = settings.database
+    assert control.ask(database, protocol.Ring()) is None
+    database.state_folder.mkdir(mode=0o700)
+    stale = wire.Key(zmq.curve_keypair()[0], zmq.curve_keypair()[1])
+    wire.leave_key(database.control_endpoint, stale)
+    with (
+        daemon_lock.hold(database.daemon_lock, "stuck"),
+        pytest.raises(DaemonGone, match="does not answer"),
+    ):
+        control.ask(database, protocol.Ring(), patience=0.2)
+    wire.key_file(database.control_endpoint).unlink()
+
+
+def test_a_key_in_a_folder_of_others_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    folder = config.runtime_folder()
+    assert wire.read_key("tcp://127.0.0.1:5555") is None
+    assert folder.stat().st_mode & 0o777 == 0o700
+    wire.leave_key("tcp://127.0.0.1:5555", wire.Key(b"a" * 40, b"b" * 40))
+    assert (folder / "tcp-5555.key").stat().st_mode & 0o777 == 0o600
+    folder.chmod(0o750)
+    with pytest.raises(ConfigError, match="open to other users") as refused:
+        wire.read_key("tcp://127.0.0.1:5555")
+    assert refused.value.hint.startswith(f"chmod 700 {folder}")
+    folder.chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 4242)
+        with pytest.raises(ConfigError, match="not a folder of user 4242"):
+            wire.read_key("tcp://127.0.0.1:5555")
+    folder.rename(tmp_path / "real")
+    folder.symlink_to(tmp_path / "real")
+    with pytest.raises(ConfigError, match="not a folder of user"):
+        wire.read_key("tcp://127.0.0.1:5555")
+
+
+def test_an_old_libzmq_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire.require_zmq()
+    monkeypatch.setattr(zmq, "zmq_version_info", lambda: (4, 3, 4))
+    with pytest.raises(CasparianError, match=r"libzmq 4\.3\.4 .* must be 4\.3\.5"):
+        wire.require_zmq()
+
+
+@contextlib.contextmanager
+def process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """One of our commands, killed at the end if it is still there."""
+    command = [sys.executable, "-m", f"casparian_flow.{module}", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def said(running: subprocess.Popen[str], words: str) -> None:
+    assert running.stderr is not None
+    heard = ""
+    for line in running.stderr:
+        heard += line
+        if words in line:
+            return
+    raise AssertionError(f"it ended and never said {words!r}:\n{heard}")
+
+
+def test_a_worker_waits_for_a_sentinel_and_follows_it_to_its_next_key(tmp_path: Path) -> None:
+    endpoint = free_endpoint()
+    settings = write_config(tmp_path / "flow", f'[listen]\nendpoint = "{endpoint}"\n')
+    place = str(settings.home / config.FILE_NAME)
+    named = endpoint.replace("127.0.0.1", "localhost")
+
+    async def next_sentinel() -> None:
+        async with main.running(
+            settings, "test", workers=0, watch=False, endpoints=[endpoint]
+        ) as daemon:
+            await until(lambda: daemon.sentinel.workers == 1)
+
+    with process("engine.worker_client", "--connect", named) as worker:
+        said(worker, "Waiting for one")
+        with process("main", "--config", place) as sentinel:
+            said(sentinel, "is here")
+            sentinel.send_signal(signal.SIGKILL)
+        asyncio.run(next_sentinel())
+        said(worker, "worker left")
+        assert worker.wait(PATIENCE) == 0
+
+
+def test_a_worker_that_cannot_trust_its_key_says_so_and_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "casparian").mkdir(mode=0o755)
+    with process("engine.worker_client", "--connect", free_endpoint()) as worker:
+        said(worker, "is open to other users")
+        said(worker, "try: chmod 700")
+        assert worker.wait(PATIENCE) == ConfigError.exit_code
+
+
+def test_a_worker_of_another_filesystem_leaves(tmp_path: Path) -> None:
+    def welcome(folder: Path, inode: int) -> protocol.Welcome:
+        return protocol.Welcome(
+            guests_folder=str(folder / "guests"), inode=inode, guests=1, limits=GuestSettings()
+        )
+
+    inode = tmp_path.stat().st_ino
+    worker_client._check_shared(welcome(tmp_path, inode))
+    for other in (welcome(tmp_path, inode + 1), welcome(tmp_path / "absent", inode)):
+        with pytest.raises(DaemonGone, match="does not share") as refused:
+            worker_client._check_shared(other)
+        assert "Sentinel's machine" in refused.value.hint
