@@ -24,10 +24,11 @@ import zmq
 import zmq.asyncio
 
 from casparian_flow import protocol
-from casparian_flow.engine import wire
+from casparian_flow.engine import canary, wire
 from casparian_flow.engine.runner import Runner
 from casparian_flow.errors import CasparianError, DaemonGone, ProtocolError
 from casparian_flow.protocol import AnyMessage, Artifact, Assignment, Conclude
+from casparian_flow.security import sandbox
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +75,13 @@ class Worker:
         Raises:
             DaemonGone: this worker cannot serve that Sentinel; the message says why.
             ConfigError: the Sentinel's key cannot be read, or could be somebody else's.
+            SandboxUnavailable: the sandbox is required, and does not hold here.
         """
         loops = [self._listen(), self._work(), self._beat()]
-        if self._endpoint.startswith("inproc:"):
-            self._socket.connect(self._endpoint)
-        else:
+        if self._alone:
             loops.append(self._follow())
+        else:
+            self._socket.connect(self._endpoint)
         tasks = [asyncio.create_task(loop) for loop in loops]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -90,6 +92,11 @@ class Worker:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._leave()
+
+    @property
+    def _alone(self) -> bool:
+        """Whether the Sentinel is in another process: nobody has then tried our sandbox."""
+        return not self._endpoint.startswith("inproc:")
 
     def stop(self, grace_seconds: float) -> None:
         """Take no further job; the running one may finish within the grace, then it is killed."""
@@ -139,6 +146,12 @@ class Worker:
         """Serve a Sentinel; a new one has swept away the guests we had under the old one."""
         _check_shared(welcome)
         if self._runner is None:
+            if self._alone:
+                loop = asyncio.get_running_loop()
+                trial = loop.run_in_executor(
+                    self._thread, canary.check, welcome.limits, self._cache
+                )
+                await trial
             self._runner = Runner(welcome, self._cache)
         else:
             self._stale = True
@@ -237,6 +250,7 @@ async def serve(endpoint: str, cache: Path) -> None:
         DaemonGone: this worker cannot serve that Sentinel.
     """
     wire.require_zmq()
+    sandbox.shield_host()
     endpoint = wire.loopback(endpoint, "--connect tcp://localhost:5555")
     if wire.read_key(endpoint) is None:
         log.warning(
