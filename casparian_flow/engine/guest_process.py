@@ -30,6 +30,9 @@ def environment(allowed: Confinement) -> dict[str, str]:
         # One job, one core: workers run side by side, and each thread reserves address space.
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
+        # What polars would read in /proc: taken for none, it spills to a disk that is not there.
+        "POLARS_OVERRIDE_TOTAL_MEMORY_MB": str(allowed.memory_bytes >> 20),
+        "POLARS_TEMP_DIR": allowed.scratch,
     }
 
 
