@@ -40,7 +40,6 @@ def test_each_job_has_its_own_processor_time(start: Start) -> None:
     import time
     end = time.process_time() + 0.5
     while time.process_time() < end: pass
-    self.publish("t", pa.table({'n': [1]}))
     """
     guest = loaded(start, body, cpu_seconds=0.9)
     for _ in range(3):
