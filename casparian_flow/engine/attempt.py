@@ -95,13 +95,13 @@ class Attempt:
         for reader in self._readers(topic, data):
             self._publish_stream(topic, reader)
 
-    def finish(self) -> None:
-        """Say what was sent, and that it is all."""
+    def finish(self, news: bytes) -> None:
+        """Say what was sent, that it is all, and what the host may want to know besides."""
         flush()
         for topic, tally in self._open.items():
             end = {"topic": topic, "batches": tally.batches, "rows": tally.rows}
             self.send(Kind.END, json.dumps(end | {"digest": tally.digest.hexdigest()}).encode())
-        self.send(Kind.DONE)
+        self.send(Kind.DONE, news)
 
     def fail(self, error: BaseException) -> None:
         """Say that the attempt ended without output, and why."""

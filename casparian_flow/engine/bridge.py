@@ -93,7 +93,7 @@ class Guest:
         self.sandbox = ""
         """What holds it, once it is loaded: `limits, namespaces, landlock, seccomp`."""
         self.compiled_anew: list[str] = []
-        """Source files it imported that had no byte code, once it is loaded."""
+        """Source files that it imported lately and that have no byte code."""
         self.ends: dict[str, TopicEnd] = {}
         """Per topic, what the last successful job sent; empty while a job runs or has failed."""
         self._artifact = artifact
@@ -313,7 +313,9 @@ class Guest:
                 ends[end.topic] = end
             elif kind == Kind.FAILED:
                 raise self._failure(length)
-            elif kind == Kind.DONE and not length and ends.keys() == tallies.keys():
+            elif kind == Kind.DONE and ends.keys() == tallies.keys():
+                if length:
+                    self.compiled_anew = self._record(length, list[str])
                 return ends
             else:
                 raise ProtocolError(f"{kind.name} where it was not due")

@@ -7,8 +7,8 @@ a live one; it is 0 for LOAD, QUIT, LOCKED, READY and the FAILED of a plugin tha
 Host to guest: LOAD (one JSON line, then the plugin's source), RUN (JSON), QUIT.
 Guest to host: LOCKED (JSON: what holds it, sent before any code but ours has run), READY (JSON:
 the modules that were imported without byte code), BATCH (a topic's name, then one whole Arrow IPC
-stream with one batch), END (JSON: a topic's batches, rows and SHA-256 over its IPC bytes), DONE,
-FAILED (JSON). End of file is never success: only DONE is.
+stream with one batch), END (JSON: a topic's batches, rows and SHA-256 over its IPC bytes), DONE
+(nothing, or JSON like READY's), FAILED (JSON). End of file is never success: only DONE is.
 """
 
 from __future__ import annotations

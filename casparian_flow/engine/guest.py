@@ -90,7 +90,8 @@ def serve(wire: socket.socket, site_packages: str) -> None:
         except BaseException as error:  # noqa: BLE001  a plugin may raise SystemExit too
             attempt.fail(error)
             return
-        attempt.send(Kind.READY, json.dumps(list(compiled_anew(site_packages))).encode())
+        attempt.send(Kind.READY, compiled_anew(site_packages))
+        loaded = len(sys.modules)
         while True:
             kind, job, payload = receive(incoming)
             if kind != Kind.RUN:
@@ -101,12 +102,18 @@ def serve(wire: socket.socket, site_packages: str) -> None:
             except BaseException as error:  # noqa: BLE001
                 attempt.fail(error)
             else:
-                attempt.finish()
+                news = compiled_anew(site_packages) if len(sys.modules) > loaded else b""
+                loaded = len(sys.modules)
+                attempt.finish(news)
             clear(plugin["scratch"])
 
 
-def compiled_anew(site_packages: str) -> Iterator[str]:
-    """Source files of the environment whose byte code was not there when they were imported."""
+def compiled_anew(site_packages: str) -> bytes:
+    """Source files of the environment that were imported and have no byte code, as JSON."""
+    return json.dumps(list(_without_byte_code(site_packages))).encode()
+
+
+def _without_byte_code(site_packages: str) -> Iterator[str]:
     from casparian_flow.engine.attempt import printable
 
     for module in list(sys.modules.values()):

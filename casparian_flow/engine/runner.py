@@ -54,6 +54,12 @@ class _Seat:
     folder: Path
     lease: Lease
 
+    def keep_byte_code(self) -> None:
+        """Have what the first guest of an environment compiled at hand for those after it."""
+        modules, self.guest.compiled_anew = self.guest.compiled_anew, []
+        if modules:
+            self.lease.compile(modules)
+
     def leave(self) -> None:
         self.guest.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -133,6 +139,7 @@ class Runner:
                 self._running = seat.guest
                 try:
                     stages = self._stage(seat, job)
+                    seat.keep_byte_code()
                 finally:
                     self._running = None
                     said = seat.guest.take_log()
@@ -244,8 +251,7 @@ class Runner:
             raise
         finally:
             self._running = None
-        if guest.compiled_anew:  # by the first guest of an environment; the next ones read it
-            lease.compile(guest.compiled_anew)
+        seat.keep_byte_code()
         return seat
 
 

@@ -14,7 +14,7 @@ from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
 from casparian_flow.engine.locking import lock_dependencies
 from casparian_flow.engine.venv_manager import EnvironmentStore
-from tests.engine.guests import artifact, plugin
+from tests.engine.guests import artifact, plugin, run
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +45,15 @@ def environment(
     folder = tmp_path_factory.mktemp("first")
     for inner in ("in", "tmp"):
         (folder / inner).mkdir()
+    publishes = plugin("import pandas\nself.publish('t', pa.table({'n': [1]}))")
     with store.lease(default_lock) as lease:
         with Guest(
-            lease.python, lease.site_packages, artifact(b"import pandas\n" + plugin("pass")),
+            lease.python, lease.site_packages, artifact(publishes),
             folder=folder, bundle=bundle_folder, limits=GuestSettings(),
         ) as guest:  # fmt: skip
             guest.load()
+            lease.compile(guest.compiled_anew)
+            run(guest)
             lease.compile(guest.compiled_anew)
         yield lease.python, lease.site_packages
 
