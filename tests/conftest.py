@@ -24,6 +24,8 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_RUNTIME_DIR", str(runtime))
         for name in ("CASPARIAN_CONFIG", "AZURE_TENANT_ID", "AZURE_CLIENT_ID"):
             patch.delenv(name, raising=False)
+        # Else every command of a test compiles the package anew.
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         yield base
     for left in sorted(runtime.rglob("*"), reverse=True):
         left.rmdir() if left.is_dir() else left.unlink()
