@@ -14,7 +14,7 @@ import psutil
 import pytest
 import zmq
 
-from casparian_flow import config, main, protocol
+from casparian_flow import main, protocol
 from casparian_flow.config import Settings
 from casparian_flow.db.access import open_ledger
 from casparian_flow.engine import control, wire
@@ -259,7 +259,9 @@ def test_a_second_sentinel_takes_nothing_from_the_first(settings: Settings, tmp_
             assert await target.good.works()
             reply = await asyncio.to_thread(control.ask, settings.database, protocol.Ring())
             assert reply == protocol.Reply(ok=True, text="rung")
-        assert not list(config.runtime_folder().glob("*.key"))
+            key_file = wire.key_file(target.endpoint)
+            assert key_file.is_file()
+        assert not key_file.exists()
 
     asyncio.run(story())
 
