@@ -1,4 +1,4 @@
-"""Settings: one TOML file, checked as a whole, with every default visible here.
+"""Settings: one TOML file, checked as a whole; `sections` has its tables with every default.
 
 The file is found as `--config`, else `$CASPARIAN_CONFIG`, else the nearest `global_config.toml`
 upward from the current directory. Relative paths in it are relative to its folder. This module
@@ -13,24 +13,27 @@ import re
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from casparian_flow.atomic import STATE_FOLDER
 from casparian_flow.errors import ConfigError
+from casparian_flow.sections import (
+    AzureSettings,
+    GatekeeperSettings,
+    GuestSettings,
+    JobSettings,
+    ListenSettings,
+    OutputSettings,
+    ScanSettings,
+    Section,
+    WorkerSettings,
+)
 
 FILE_NAME = "global_config.toml"
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
-
-_GUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _LOOPBACK = re.compile(r"https://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
-
-
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A table of the configuration file; an unknown key in it is an error."""
 
 
 class DatabaseSettings(Section, frozen=True):
@@ -76,139 +79,6 @@ class DatabaseSettings(Section, frozen=True):
     def control_endpoint(self) -> str:
         """The same as a ZeroMQ address."""
         return f"ipc://{self.control_socket}"
-
-
-class ScanSettings(Section, frozen=True):
-    """How often the daemon looks at everything, whatever the watcher said."""
-
-    rescan_seconds: Positive = 60.0
-    """Pause between full scans of a source root; events only hasten what a scan would find."""
-
-
-class WorkerSettings(Section, frozen=True):
-    """The pool of workers inside the daemon."""
-
-    count: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
-    """Workers to run; 0 means one a core, at most 8."""
-
-    guests: Count = 4
-    """Warm guests a worker keeps; a guest serves one plugin version."""
-
-    @property
-    def effective(self) -> int:
-        return self.count or min(os.cpu_count() or 1, 8)
-
-
-class JobSettings(Section, frozen=True):
-    """How long and how often a job may run."""
-
-    timeout_seconds: Positive = 600.0
-    """Wall clock of one attempt; a plugin's MANIFEST may only lower it."""
-
-    max_attempts: Count = 3
-    """Attempts before a job is FAILED."""
-
-    retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 5.0
-    """Pause before the second attempt; four times as long before each further one."""
-
-    drain_seconds: Positive = 20.0
-    """How long running jobs may finish after SIGTERM before they are released."""
-
-
-class GuestSettings(Section, frozen=True):
-    """Limits of the processes that run plugin code; a plugin's MANIFEST may only lower them."""
-
-    sandbox: Literal["required", "best-effort", "off"] = "required"
-    """`required` runs no plugin where the sandbox is not whole; `best-effort` takes what the
-    platform has; `off` takes nothing. What a job ran under stands in its attempt."""
-
-    memory_bytes: Count = 4 << 30
-    """Address space of a guest; what its allocators reserve counts, not only what they use."""
-
-    cpu_seconds: Positive = 3600.0
-    """Processor time of one attempt, all threads together."""
-
-    scratch_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30
-    """Scratch space a plugin may have that asks for it in its MANIFEST; else it has none."""
-
-    network: bool = False
-    """Whether plugins that declare it in their MANIFEST may use the network."""
-
-    output_limit_bytes: Count = 64 << 30
-    """Arrow bytes that one attempt may publish."""
-
-    environments_bytes: Count = 20 << 30
-    """Plugins' environments kept on this machine; beyond it the least recently used ones go."""
-
-    copy_limit_bytes: Count = 1 << 30
-    """A larger file is not copied to the inbox: it is hashed in place before and after the run."""
-
-    batch_limit_bytes: Count = 256 << 20
-    """A guest that sends a larger batch is stopped before the batch is read."""
-
-    recycle_jobs: Count = 1000
-    """Jobs after which a guest is replaced by a fresh one."""
-
-
-class OutputSettings(Section, frozen=True):
-    """Where topics go that nobody placed."""
-
-    default_uri: str = "parquet://output"
-    """Sink of a topic that neither the MANIFEST nor `casparian topics set` names."""
-
-
-class GatekeeperSettings(Section, frozen=True):
-    """What the Gatekeeper lets pass, besides its ruleset; docs/security.md has the rules."""
-
-    allow: list[str] = []
-    """Exceptions, such as `import:os` or `name:getattr`."""
-
-    forbid: list[str] = []
-    """What is refused besides, such as `import:requests`; it wins over `allow`."""
-
-
-class AzureSettings(Section, frozen=True):
-    """Azure AD, where publishers must sign in to it; both ids empty: local keys alone."""
-
-    tenant_id: str = ""
-    """GUID of the tenant; `AZURE_TENANT_ID` wins."""
-
-    client_id: str = ""
-    """GUID of the application; `AZURE_CLIENT_ID` wins."""
-
-    publishers: list[str] = []
-    """Object ids of those who may publish; empty: everyone whom the tenant gives a token."""
-
-    def __post_init__(self) -> None:
-        """Tokens name GUIDs in lower case; `common` and `organizations` would be any tenant."""
-        checked = {
-            "tenant_id": self.tenant_id and _guid("tenant id", self.tenant_id),
-            "client_id": self.client_id and _guid("client id", self.client_id),
-            "publishers": [_guid("publisher", each) for each in self.publishers],
-        }
-        for name, value in checked.items():
-            msgspec.structs.force_setattr(self, name, value)
-
-    @property
-    def required(self) -> bool:
-        return bool(self.tenant_id and self.client_id)
-
-
-def _guid(what: str, text: str) -> str:
-    if not _GUID.fullmatch(text.lower()):
-        raise ConfigError(
-            f"Azure's {what} {text[:80]!r} is not a GUID, such as "
-            "6e74172b-be56-4843-9ff4-e66a39bb12e3",
-            "copy it from the Azure portal; names, `common` and `organizations` will not do",
-        )
-    return text.lower()
-
-
-class ListenSettings(Section, frozen=True):
-    """The socket of `python -m casparian_flow.main`."""
-
-    endpoint: str = "tcp://127.0.0.1:5555"
-    """Where workers in other processes connect; the loopback interface only."""
 
 
 class Settings(Section, frozen=True):

@@ -18,8 +18,8 @@ from enum import StrEnum
 
 import msgspec
 
-from casparian_flow.config import GuestSettings
 from casparian_flow.errors import ProtocolError
+from casparian_flow.sections import GuestSettings
 
 VERSION = b"CF1"
 FRAME_LIMIT = 64 << 20

@@ -54,10 +54,12 @@ LAYERS = [
     ["db.access"],
     ["db.schema", "db.connection"],
     ["db.models"],
-    ["db.states"],
+    ["db.evidence"],
+    ["db.base", "db.states"],
     ["engine.guest", "engine.attempt", "security", "protocol", "engine.frames"],
     ["config", "daemon_lock"],
-    ["errors", "atomic", "sdk"],
+    ["sections"],
+    ["errors", "atomic", "sdk", "crashpoints"],
 ]
 """From the roof down; a module may import from its own layer and from those below."""
 

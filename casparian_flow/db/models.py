@@ -9,7 +9,7 @@ classes; everything else is written by `db.files`, `db.jobs` and `db.plugins` on
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,24 @@ from sqlalchemy import (
     CheckConstraint,
     ForeignKey,
     Index,
-    MetaData,
     UniqueConstraint,
     func,
     select,
     text,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, validates
+from sqlalchemy.orm import Mapped, mapped_column, relationship, validates
 
-from casparian_flow.db.states import JobStatus as JobStatus  # noqa: PLC0414  users import it here
-from casparian_flow.db.states import OutputState as OutputState  # noqa: PLC0414
-
-
-def utcnow() -> datetime:
-    """Now, in UTC, without a zone: the form of every `_at` column."""
-    return datetime.now(UTC).replace(tzinfo=None)
+# What users import from here is all of it, wherever it is written down.
+from casparian_flow.db.base import Base as Base
+from casparian_flow.db.base import utcnow as utcnow
+from casparian_flow.db.evidence import Attempt as Attempt
+from casparian_flow.db.evidence import AuditEntry as AuditEntry
+from casparian_flow.db.evidence import Epoch as Epoch
+from casparian_flow.db.evidence import LedgerIdentity as LedgerIdentity
+from casparian_flow.db.evidence import Plugin as Plugin
+from casparian_flow.db.evidence import TrustStatement as TrustStatement
+from casparian_flow.db.states import JobStatus as JobStatus
+from casparian_flow.db.states import OutputState as OutputState
 
 
 def _name_of_root(context: Any) -> str:
@@ -44,20 +47,6 @@ def _name_of_root(context: Any) -> str:
     )
     names = (base if n == 1 else f"{base}-{n}" for n in range(1, len(taken) + 2))
     return next(name for name in names if name not in taken)
-
-
-class Base(DeclarativeBase):
-    """Declarative base; constraint names are fixed so that migrations can name them."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
 
 
 class SourceRoot(Base):
@@ -194,60 +183,6 @@ class RoutingRule(Base):
     priority: Mapped[int] = mapped_column(default=0)
 
 
-class Plugin(Base):
-    """A deployed artifact: immutable."""
-
-    __tablename__ = "cf_plugin"
-    __table_args__ = (UniqueConstraint("name", "version"),)
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    version: Mapped[str]
-    source: Mapped[bytes]
-    lock: Mapped[str]
-    manifest: Mapped[str]
-    """JSON of what was read from the source."""
-    artifact_hash: Mapped[str]
-    public_key: Mapped[bytes]
-    signature: Mapped[bytes]
-    publisher: Mapped[str]
-    """Who published: the key's id."""
-    deployed_at: Mapped[datetime] = mapped_column(default=utcnow)
-    statement: Mapped[bytes | None]
-    """What was signed, byte for byte; NULL where an earlier release signed it in its own form."""
-    verdict: Mapped[str] = mapped_column(default="", server_default="")
-    """JSON: the Gatekeeper's ruleset and policy under which it was let in."""
-
-
-class TrustStatement(Base):
-    """What people signed about keys and plugins, in order: the trust of this ledger.
-
-    Replaying the rows from the first gives which keys are trusted for which plugins, which keys
-    are revoked, and which versions were activated or disabled.
-    """
-
-    __tablename__ = "cf_trust_statement"
-
-    seq: Mapped[int] = mapped_column(primary_key=True)
-    kind: Mapped[str]
-    """trust-key, revoke-key, rotate-key, activate, disable."""
-    payload: Mapped[bytes]
-    """What was signed, byte for byte: JSON, with the hash of the row before in it."""
-    public_key: Mapped[bytes]
-    signature: Mapped[bytes]
-    countersignature: Mapped[bytes] = mapped_column(default=b"")
-    """The new key's signature over the same bytes, where a key is rotated."""
-
-
-class LedgerIdentity(Base):
-    """The one row that tells this ledger from every other; signatures name it."""
-
-    __tablename__ = "cf_ledger_identity"
-
-    id: Mapped[str] = mapped_column(primary_key=True)
-    """32 random hexadecimal digits, made when the ledger was."""
-
-
 class PluginConfig(Base):
     """What a plugin subscribes to, and which of its versions takes new jobs."""
 
@@ -311,27 +246,6 @@ class ProcessingJob(Base):
     finished_at: Mapped[datetime | None]
 
 
-class Attempt(Base):
-    """One run of a job, written when it ended."""
-
-    __tablename__ = "cf_attempt"
-    __table_args__ = (UniqueConstraint("job_id", "fence"),)
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    job_id: Mapped[int] = mapped_column(ForeignKey("cf_processing_queue.id"))
-    fence: Mapped[int]
-    epoch: Mapped[int] = mapped_column(ForeignKey("cf_epoch.id"))
-    worker: Mapped[str]
-    outcome: Mapped[str]
-    error: Mapped[str] = mapped_column(default="")
-    log: Mapped[str] = mapped_column(default="")
-    """What the plugin printed, and its traceback; at most 64 KiB."""
-    seconds: Mapped[float] = mapped_column(default=0.0)
-    ended_at: Mapped[datetime] = mapped_column(default=utcnow)
-    sandbox: Mapped[str] = mapped_column(default="", server_default="")
-    """What the guest was held by; empty where none ran."""
-
-
 class Output(Base):
     """One output of a job: planned when the job was decided, then published."""
 
@@ -360,35 +274,3 @@ class Output(Base):
     size_bytes: Mapped[int]
     digest: Mapped[str]
     published_at: Mapped[datetime | None]
-
-
-class Epoch(Base):
-    """One run of a process that claims jobs; the newest is the only living one."""
-
-    __tablename__ = "cf_epoch"
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    started_at: Mapped[datetime] = mapped_column(default=utcnow)
-    pid: Mapped[int]
-    host: Mapped[str]
-
-
-_ABOUT_TRUST = "action IN ('trust-key', 'revoke-key', 'rotate-key', 'activate', 'disable')"
-
-
-class AuditEntry(Base):
-    """What people did and what was committed, each row hashed with the one before."""
-
-    __tablename__ = "cf_audit"
-    __table_args__ = (Index("ix_cf_audit_trust", "seq", sqlite_where=text(_ABOUT_TRUST)),)
-
-    seq: Mapped[int] = mapped_column(primary_key=True)
-    at: Mapped[str]
-    actor: Mapped[str]
-    action: Mapped[str]
-    subject: Mapped[str]
-    detail: Mapped[str]
-    """JSON."""
-    previous: Mapped[str]
-    hash: Mapped[str]
-    """SHA-256 over every other column, hexadecimal."""

@@ -26,7 +26,6 @@ from typing import Self, TypeVar
 import msgspec
 import pyarrow as pa
 
-from casparian_flow.config import GuestSettings
 from casparian_flow.engine.batches import Tally, TopicEnd
 from casparian_flow.engine.frames import CONTROL_LIMIT, HEADER, TOPIC_LENGTH, Kind, pack
 from casparian_flow.engine.guest_process import (
@@ -49,6 +48,7 @@ from casparian_flow.errors import (
 )
 from casparian_flow.protocol import Artifact
 from casparian_flow.sdk import FileInfo
+from casparian_flow.sections import GuestSettings
 from casparian_flow.security.sandbox import LAYERS
 
 QUIT_SECONDS = 2.0

@@ -14,11 +14,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from casparian_flow.config import GuestSettings
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
 from casparian_flow.errors import JobError, PluginFailed, SandboxUnavailable
 from casparian_flow.protocol import Artifact
+from casparian_flow.sections import GuestSettings
 
 log = logging.getLogger(__name__)
 

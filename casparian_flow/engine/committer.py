@@ -22,12 +22,12 @@ from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Connection
 
-from casparian_flow.config import JobSettings
 from casparian_flow.db import audit, files, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
 from casparian_flow.engine import sinks
 from casparian_flow.errors import JobError, LedgerError, SinkUnavailable, Unavailable
 from casparian_flow.protocol import Outcome, Published, Receipt, StagedOutput
+from casparian_flow.sections import JobSettings
 
 log = logging.getLogger(__name__)
 

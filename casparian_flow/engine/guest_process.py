@@ -15,8 +15,8 @@ from pathlib import Path
 from socket import socket
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
-from casparian_flow.config import GuestSettings
 from casparian_flow.protocol import Artifact
+from casparian_flow.sections import GuestSettings
 from casparian_flow.security.sandbox import Confinement
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from casparian_flow.config import AzureSettings
 from casparian_flow.errors import AuthError
+from casparian_flow.sections import AzureSettings
 from casparian_flow.security import authority
 
 SCOPE = "publish"

@@ -23,7 +23,7 @@ from casparian_flow.errors import ConfigError
 from casparian_flow.security.source import printable
 
 if TYPE_CHECKING:
-    from casparian_flow.config import GatekeeperSettings
+    from casparian_flow.sections import GatekeeperSettings
 
 RULESET = "1"
 """Changes whenever a source may be judged otherwise than before."""

@@ -16,9 +16,10 @@ import pytest
 import zmq
 
 from casparian_flow import config, daemon_lock, main, protocol
-from casparian_flow.config import GuestSettings, Settings
+from casparian_flow.config import Settings
 from casparian_flow.engine import control, wire, worker_client
 from casparian_flow.errors import CasparianError, ConfigError, DaemonGone
+from casparian_flow.sections import GuestSettings
 from tests.conftest import write_config
 from tests.engine.wires import PATIENCE, attacked, free_endpoint, until
 

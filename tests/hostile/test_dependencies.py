@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow.config import GuestSettings
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.venv_manager import EnvironmentStore
+from casparian_flow.sections import GuestSettings
 from tests import wheels
 from tests.engine.guests import artifact, plugin, run
 

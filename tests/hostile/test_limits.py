@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow.config import GuestSettings
 from casparian_flow.engine import canary
 from casparian_flow.errors import (
     GuestDied,
@@ -19,6 +18,7 @@ from casparian_flow.errors import (
     SandboxUnavailable,
     Unavailable,
 )
+from casparian_flow.sections import GuestSettings
 from casparian_flow.security import landlock
 from tests.engine.guests import Start, file_info, loaded, plugin, run
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from casparian_flow import config
-from casparian_flow.config import AzureSettings
 from casparian_flow.errors import AuthError, ConfigError
+from casparian_flow.sections import AzureSettings
 from casparian_flow.security import authority
 from casparian_flow.security.identity import sign_in, validate
 from tests.conftest import write_config
