@@ -1,16 +1,20 @@
-"""The command line as a person has it: a process of its own, in a folder of its own."""
+"""The command line in a folder of its own."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from casparian_flow import config
+from casparian_flow.cli import main
 from tests.conftest import POLICY
 from tests.plugs import ROWS
 
@@ -24,14 +28,28 @@ class Casparian:
         self.folder = folder
 
     def run(self, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """A command in this process: the suite has hundreds, and starting one takes a second."""
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(SystemExit) as ended,
+        ):
+            patch.setattr(sys, "argv", ["casparian", *map(str, arguments)])
+            main()
+        done = subprocess.CompletedProcess(arguments, 0, out.getvalue(), err.getvalue())
+        done.returncode = int(ended.value.code or 0)
+        return _held(done, code)
+
+    def process(self, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """The same command as a person has it: a process of its own."""
         done = subprocess.run(
             [*COMMAND, *map(str, arguments)],
             cwd=self.folder, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
-        assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
-        assert "Exception ignored" not in done.stderr
-        return done
+        return _held(done, code)
 
     def out(self, *arguments: str | Path, code: int = 0) -> str:
         return self.run(*arguments, code=code).stdout
@@ -46,6 +64,13 @@ class Casparian:
         file = self.folder / f"{name}.py"
         file.write_text(source)
         return file
+
+
+def _held(done: subprocess.CompletedProcess[str], code: int) -> subprocess.CompletedProcess[str]:
+    assert done.returncode == code, f"{done.args}: {done.returncode}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    return done
 
 
 def initialized(folder: Path) -> Casparian:
@@ -66,15 +91,18 @@ def add_source(casparian: Casparian) -> Path:
     return folder
 
 
-def fill(casparian: Casparian) -> Casparian:
+Run = Callable[..., object]
+
+
+def fill(casparian: Casparian, run: Run) -> Casparian:
     """Two files worked, one of them edited and worked again."""
     source = add_source(casparian)
-    casparian.run("publish", casparian.plugin("rows", ROWS), "--version", "1.0.0")
+    run("publish", casparian.plugin("rows", ROWS), "--version", "1.0.0")
     (source / "a.txt").write_text("one\ntwo\n")
     (source / "b\n.txt").write_text("three\n")
-    casparian.run("scan", "--drain")
+    run("scan", "--drain")
     (source / "a.txt").write_text("edited\n")
-    casparian.run("scan", "in", "--drain")
+    run("scan", "in", "--drain")
     return casparian
 
 
@@ -99,10 +127,11 @@ def source(casparian: Casparian) -> Path:
 @pytest.fixture
 def filled(casparian: Casparian) -> Casparian:
     """To be changed."""
-    return fill(casparian)
+    return fill(casparian, casparian.run)
 
 
 @pytest.fixture(scope="session")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Casparian:
-    """To be looked at only."""
-    return fill(initialized(tmp_path_factory.mktemp("shown") / "flow"))
+    """To be looked at only; made by processes of their own."""
+    made = initialized(tmp_path_factory.mktemp("shown") / "flow")
+    return fill(made, made.process)

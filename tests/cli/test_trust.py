@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import signal
 import sqlite3
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from casparian_flow import config
-from casparian_flow.cli import main
 from casparian_flow.db.access import open_ledger
 from casparian_flow.services import architect
 from tests.cli.conftest import COMMAND, Casparian
@@ -36,28 +33,10 @@ def as_stranger(tmp_path: Path) -> object:
         yield
 
 
-class InProcess(Casparian):
-    """The same without a process for each command: here are many, and what they do is quick."""
-
-    def run(self, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-        out, err = io.StringIO(), io.StringIO()
-        with (
-            contextlib.chdir(self.folder),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.MonkeyPatch.context() as patch,
-            pytest.raises(SystemExit) as ended,
-        ):
-            patch.setattr(sys, "argv", ["casparian", *map(str, arguments)])
-            main()
-        assert ended.value.code == code, f"{arguments}: {ended.value.code}\n{err.getvalue()}"
-        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
-
-
 @pytest.fixture
 def casparian(tmp_path: Path) -> Casparian:
     write_config(tmp_path / "flow")
-    return InProcess(tmp_path / "flow")
+    return Casparian(tmp_path / "flow")
 
 
 def deploy(casparian: Casparian, version: str, source: str = ROWS) -> None:
