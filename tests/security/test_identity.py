@@ -7,6 +7,7 @@ import logging
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -136,6 +137,15 @@ def test_an_authority_cannot_send_us_to_plain_http(azure: StandIn) -> None:
         sign_in(AZURE, quiet)
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """A shell starts what runs in the background with Ctrl-C ignored, the suite too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_ends_it(azure: StandIn, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     azure.answers = ["authorization_pending"] * 100
     monkeypatch.setattr(clock, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
