@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ def show(
     subject: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Only about this: 'plugin sales*'.")
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="The seals too, which say what each transaction wrote.")
+    ] = False,
     limit: Limit = 50,
     as_json: AsJson = False,
 ) -> None:
@@ -25,10 +28,19 @@ def show(
     from casparian_flow.db import views
 
     with context.opened(ctx) as (_, ledger):
-        rows = ledger.read(lambda c: views.audit(c, limit, subject))
+        rows = ledger.read(lambda c: views.audit(c, limit, subject, every))
+    if not as_json:
+        rows = [{**row, "detail": _in_short(row)} for row in rows]
     context.listing(
         rows, as_json, "seq recorded_at actor action subject detail", "no such audit rows"
     )
+
+
+def _in_short(row: dict[str, Any]) -> str:
+    """A row's detail; of a seal, how many rows it holds: the digests are for `verify`."""
+    from casparian_flow.db import replay
+
+    return replay.in_short(row["detail"]) if row["action"] == "seal" else str(row["detail"])
 
 
 @app.command()

@@ -131,17 +131,23 @@ def _versions(here: Here, path: str) -> list[dict[str, Any]]:
 def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
     """Check every claim of the ledger.
 
-    Against itself, its audit, the signatures of plugins, and every output in its sink.
+    Against itself, its audit and the seals in it, the signatures of plugins, and every output in
+    its sink. A row that was altered, added or removed by other hands is named. Ends with 1 if
+    anything is wrong.
     """
+    from dataclasses import asdict
+
     from casparian_flow.services.verify import verify as check
 
     with context.opened(ctx) as (settings, ledger):
         verdict = check(settings, ledger)
     if as_json:
-        context.document({"checked": verdict.checked, "problems": verdict.problems})
+        context.document(asdict(verdict))
     else:
         context.say("checked: " + ", ".join(f"{n} {what}" for what, n in verdict.checked.items()))
         for problem in verdict.problems:
             context.say(f"problem: {problem}")
+        for note in verdict.notes:
+            context.say(f"note: {note}")
         context.say(f"{len(verdict.problems)} problems" if verdict.problems else "everything holds")
     raise typer.Exit(1 if verdict.problems else 0)

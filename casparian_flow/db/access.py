@@ -2,7 +2,8 @@
 
 `get_engine` is what users' scripts know: a SQLAlchemy engine over the ledger, safe beside a
 running daemon. `Ledger` is what the system uses: coroutines and threads hand it functions, and
-all that wait share one transaction (group commit), because an fsync costs more than the work.
+all that wait share one transaction (group commit), because an fsync costs more than the work. What
+a transaction wrote is sealed before it is committed (see `db.seals`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from casparian_flow.config import DatabaseSettings
-from casparian_flow.db import schema
+from casparian_flow.db import schema, seals
 from casparian_flow.db.connection import LedgerConnection
 from casparian_flow.errors import LedgerError
 
@@ -65,7 +66,7 @@ def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
 
 def _on_begin(connection: Connection) -> None:
     # sqlite3's own implicit BEGIN would leave DDL and SELECT outside the transaction.
-    raw = _raw(connection)
+    raw = driver(connection)
     if connection.get_execution_options().get("writes"):
         raw.begin_writing()
     else:
@@ -77,7 +78,8 @@ def _on_execute(_c: Connection, cursor: Any, statement: str, *_rest: object) -> 
         cursor.connection.begin_writing()
 
 
-def _raw(connection: Connection) -> LedgerConnection:
+def driver(connection: Connection) -> LedgerConnection:
+    """What SQLAlchemy's connection stands on."""
     return cast(LedgerConnection, connection.connection.dbapi_connection)
 
 
@@ -162,6 +164,8 @@ class Ledger:
 
     def _serve(self) -> None:
         with self.engine.connect().execution_options(writes=True) as connection:
+            # Back in the pool, it would seal what its next user writes.
+            connection.detach()
             while group := self._next_group():
                 self._commit(connection, group)
 
@@ -184,6 +188,7 @@ class Ledger:
         outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
         try:
             with connection.begin():
+                marks = seals.begin(driver(connection))
                 for work, future in group:
                     try:
                         # One request's error must not undo the others'.
@@ -193,6 +198,7 @@ class Ledger:
                         raise
                     except Exception as error:  # noqa: BLE001 - handed to whoever asked
                         outcomes.append((future, None, error))
+                seals.seal(driver(connection), marks)
         except Exception as error:  # noqa: BLE001 - handed to everyone in the group
             refusal = _refusal(error)
             for _work, future in group:

@@ -106,7 +106,10 @@ class AuditEntry(Base):
     """What people did and what was committed, each row hashed with the one before."""
 
     __tablename__ = "cf_audit"
-    __table_args__ = (Index("ix_cf_audit_trust", "seq", sqlite_where=text(_ABOUT_TRUST)),)
+    __table_args__ = (
+        Index("ix_cf_audit_trust", "seq", sqlite_where=text(_ABOUT_TRUST)),
+        Index("ix_cf_audit_seal", "seq", sqlite_where=text("action = 'seal'")),
+    )
 
     seq: Mapped[int] = mapped_column(primary_key=True)
     at: Mapped[str]

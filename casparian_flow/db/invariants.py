@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from sqlalchemy import Connection, text
 
+from casparian_flow.db.replay import told
+
 _BREAKS = {
     "location {0} ({1}): its versions are not numbered 1, 2, 3, ...": """
         SELECT l.id, l.rel_path FROM cf_file_version v JOIN cf_file_location l
@@ -37,6 +39,12 @@ _BREAKS = {
         SELECT id, status FROM cf_processing_queue
         WHERE status IN ('FAILED', 'SUPERSEDED') AND reason = ''
         """,
+    "job {0} is FAILED, and neither an attempt nor the audit says so": """
+        SELECT j.id FROM cf_processing_queue j
+        WHERE j.status = 'FAILED'
+        AND NOT EXISTS (SELECT 1 FROM cf_attempt a WHERE a.job_id = j.id AND a.fence = j.fence)
+        AND 'job ' || j.id NOT IN (SELECT subject FROM cf_audit WHERE action IN ('fail', 'refuse'))
+        """,
     "job {0} is COMPLETED, and the audit has no commit of it": """
         SELECT substr(subject, 5) FROM (
             SELECT 'job ' || id AS subject FROM cf_processing_queue WHERE status = 'COMPLETED'
@@ -49,11 +57,15 @@ _BREAKS = {
 def breaks(connection: Connection) -> Iterator[str]:
     """Every invariant that does not hold."""
     for words, query in _BREAKS.items():
-        for row in connection.execute(text(query)):
-            yield words.format(*row)
+        yield from told("the ledger", _broken(connection, words, query))
     for (found,) in connection.execute(text("PRAGMA integrity_check")):
         if found != "ok":
             yield f"the database is damaged: {found}"
+
+
+def _broken(connection: Connection, words: str, query: str) -> Iterator[str]:
+    for row in connection.execute(text(query)):
+        yield words.format(*row)
 
 
 def running(connection: Connection) -> Iterator[str]:

@@ -14,6 +14,7 @@ from importlib.resources import files
 
 from casparian_flow import atomic
 from casparian_flow.config import DatabaseSettings
+from casparian_flow.db import seals
 from casparian_flow.db.connection import LedgerConnection
 from casparian_flow.errors import LedgerError
 
@@ -23,12 +24,21 @@ APPLICATION_ID = 0x43464C57
 _NOT_A_DATABASE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 
 
+_AFTER = {"0006_seals.sql": seals.seal_what_is_there}
+"""What SQL alone cannot do, in the same transaction as a migration's statements."""
+
+
 @functools.cache
-def migrations() -> list[str]:
-    """The SQL of every migration, oldest first."""
+def _scripts() -> list[tuple[str, str]]:
+    """(file name, SQL) of every migration, oldest first."""
     folder = files("casparian_flow.db") / "migrations"
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".sql"))
-    return [(folder / name).read_text("utf-8") for name in names]
+    return [(name, (folder / name).read_text("utf-8")) for name in names]
+
+
+def migrations() -> list[str]:
+    """The SQL of every migration, oldest first."""
+    return [script for _, script in _scripts()]
 
 
 def bring_up_to_date(database: DatabaseSettings) -> None:
@@ -96,12 +106,14 @@ def _version(connection: sqlite3.Connection, database: DatabaseSettings) -> int:
 
 def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:
     _enter_wal(connection, database)
-    for number in range(len(migrations())):
+    for number, (name, script) in enumerate(_scripts()):
         connection.begin_writing()
         # Another process may have been faster while we waited for the gate.
         if _version(connection, database) == number:
-            for statement in _statements(migrations()[number]):
+            for statement in _statements(script):
                 connection.execute(statement)
+            if after := _AFTER.get(name):
+                after(connection)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {number + 1}")
         connection.commit()

@@ -30,3 +30,18 @@ class OutputState(StrEnum):
     PLANNED = "PLANNED"
     PUBLISHED = "PUBLISHED"
     REFUSED = "REFUSED"
+
+
+JOB_ARROWS = {
+    "": {"QUEUED"},
+    "QUEUED": {"RUNNING", "ABORTED", "SUPERSEDED"},
+    "RUNNING": {"COMMITTING", "QUEUED", "FAILED", "ABORTED", "SUPERSEDED"},
+    "COMMITTING": {"COMPLETED", "FAILED"},
+    "FAILED": {"QUEUED"},
+    "ABORTED": {"QUEUED"},
+    "SUPERSEDED": {"QUEUED"},
+}
+"""Where a job may go from each status, and from nothing; triggers of the database say the same."""
+
+OUTPUT_ARROWS = {"": {"PLANNED"}, "PLANNED": {"PUBLISHED", "REFUSED", ""}, "REFUSED": {""}}
+"""Where an output may go; to nothing, since a new plan forgets what was not published."""

@@ -79,19 +79,23 @@ def plugins(connection: Connection) -> list[Row]:
     )
 
 
-def audit(connection: Connection, limit: int, subject: str | None) -> list[Row]:
+def audit(
+    connection: Connection, limit: int, subject: str | None, every: bool = False
+) -> list[Row]:
     """Rows of the audit, the newest first.
 
     Args:
         subject: a glob over what they are about.
+        every: the seals among them.
     """
     return _rows(
         connection,
         """
         SELECT seq, at AS recorded_at, actor, action, subject, detail FROM cf_audit
-        WHERE :subject IS NULL OR subject GLOB :subject ORDER BY seq DESC LIMIT :limit
+        WHERE (:subject IS NULL OR subject GLOB :subject) AND (:every OR action <> 'seal')
+        ORDER BY seq DESC LIMIT :limit
         """,
-        limit=limit, subject=subject,
+        limit=limit, subject=subject, every=every,
     )  # fmt: skip
 
 

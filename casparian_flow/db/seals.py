@@ -1,0 +1,253 @@
+"""Seals: what stands in the ledger is written into the audit's chain as hashes of its rows.
+
+Each transaction of `db.access.Ledger` that wrote versions, attempts, outputs or jobs ends with one
+audit row, the seal: which rows, which moves from state to state, and the digest of each row. A
+verb cannot forget it, for no verb does it: versions and attempts only grow, so the new ones are
+those above the highest id at the start; of outputs and jobs, triggers on the writer's connection
+note every change. The triggers are temporary objects, which no other connection has: what somebody
+else writes is in no seal, and `db.replay` names it.
+
+Nothing here imports SQLAlchemy, since the migration that begins the seals does it too.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from casparian_flow.crashpoints import crashpoint
+from casparian_flow.db import chain
+from casparian_flow.db.states import JOB_ARROWS, OUTPUT_ARROWS
+
+ACTION = "seal"
+
+ROWS, EARLIER = "rows", "rows of an earlier release"
+"""What a seal is about."""
+
+DIGEST_BYTES = 24
+"""Of a row's SHA-256: 192 bits, so that even who chooses both rows has 2^96 to try."""
+
+SEALED_AT_ONCE = 2_000
+"""Rows in one seal of a migration, so that an old ledger need not fit into memory."""
+
+
+class Covered(NamedTuple):
+    """A table whose rows are sealed."""
+
+    name: str
+    """Its word in the glossary, plural."""
+    table: str
+    state: str = ""
+    """The column that says where a row is; empty where rows are written once and stay."""
+    fence: str = "0"
+    """What orders its moves."""
+    fixed: tuple[str, ...] = ()
+    """Columns that are what they are from the first; empty: every one. Frozen: seals hold them."""
+    whole: tuple[str, ...] = ()
+    """States in which every column is sealed too."""
+    arrows: dict[str, set[str]] = {}  # noqa: RUF012  a constant
+
+    @property
+    def one(self) -> str:
+        """The word for one row."""
+        return self.name[:-1]
+
+
+COVERED = (
+    Covered("versions", "cf_file_version"),
+    Covered("attempts", "cf_attempt"),
+    Covered(
+        "outputs", "cf_output", "state",
+        fixed=("id", "job_id", "topic", "uri", "location", "mode", "output_key", "size_bytes"),
+        whole=("PLANNED", "PUBLISHED", "REFUSED"), arrows=OUTPUT_ARROWS,
+    ),
+    Covered(
+        "jobs", "cf_processing_queue", "status", "fence",
+        fixed=("id", "file_version_id", "plugin_id", "plugin_name", "created_at"),
+        # While a job lives, what it waits for changes without a move.
+        whole=("COMPLETED", "FAILED", "ABORTED", "SUPERSEDED"), arrows=JOB_ARROWS,
+    ),
+)  # fmt: skip
+
+GROWING = [covered for covered in COVERED if not covered.state]
+MOVING = [covered for covered in COVERED if covered.state]
+
+Marks = dict[str, int]
+"""Table -> its highest id when the transaction began."""
+
+
+def digest(values: Sequence[Any]) -> bytes:
+    """What a seal holds of a row, or of the fixed part of one.
+
+    The bytes that are hashed are the Python literal of the tuple in ASCII, which tells text from
+    bytes, whole numbers from others and NULL from all, and lets nothing move between columns.
+    """
+    return hashlib.sha256(ascii(tuple(values)).encode()).digest()[:DIGEST_BYTES]
+
+
+@contextlib.contextmanager
+def exact(connection: sqlite3.Connection) -> Iterator[None]:
+    """Read text that is none as surrogates, for as long as the block runs, instead of failing."""
+    before = connection.text_factory
+    connection.text_factory = _text
+    try:
+        yield
+    finally:
+        connection.text_factory = before
+
+
+def _text(found: bytes) -> str:
+    return found.decode("utf-8", "surrogateescape")
+
+
+def begin(connection: sqlite3.Connection) -> Marks:
+    """Watch what this transaction writes; at its start, with the write lock held."""
+    (watching,) = connection.execute("SELECT count(*) FROM sqlite_temp_master").fetchone()
+    if not watching:
+        for statement in _watches():
+            connection.execute(statement)
+    return {
+        covered.table: connection.execute(
+            f"SELECT coalesce(max(id), 0) FROM {covered.table}"
+        ).fetchone()[0]
+        for covered in GROWING
+    }
+
+
+def _watches() -> Iterator[str]:
+    yield (
+        "CREATE TEMP TABLE cf_moved (n INTEGER PRIMARY KEY, what TEXT, id INTEGER, was TEXT, "
+        "now TEXT, fence INTEGER)"
+    )
+    for covered in MOVING:
+        old, new = f"OLD.{covered.state}", f"NEW.{covered.state}"
+        fence = covered.fence if covered.fence == "0" else f"NEW.{covered.fence}"
+        whole = ", ".join(f"'{state}'" for state in covered.whole)
+        for event, when, row in (
+            ("INSERT", "TRUE", f"NEW.id, '', {new}, {fence}"),
+            ("UPDATE", f"{old} <> {new} OR {new} IN ({whole})", f"NEW.id, {old}, {new}, {fence}"),
+            ("DELETE", "TRUE", f"OLD.id, {old}, '', 0"),
+        ):
+            yield (
+                f"CREATE TEMP TRIGGER cf_seal_{covered.name}_{event} "
+                f"AFTER {event} ON main.{covered.table} WHEN {when} BEGIN "
+                "INSERT INTO cf_moved (what, id, was, now, fence) "
+                f"VALUES ('{covered.name}', {row}); END"
+            )
+
+
+def seal(connection: sqlite3.Connection, marks: Marks) -> None:
+    """Write what the transaction did into the audit; its last statement before the commit."""
+    sealed = {}
+    with exact(connection):
+        for covered in GROWING:
+            above = f"id > {marks[covered.table]}"
+            sealed[covered.name] = _sealed(connection, covered, [], above, "")
+        for covered in MOVING:
+            moves = connection.execute(
+                "SELECT id, was, now, fence FROM cf_moved WHERE what = ? ORDER BY n",
+                (covered.name,),
+            ).fetchall()
+            if moves:
+                ids = f"id IN (SELECT id FROM cf_moved WHERE what = '{covered.name}'"
+                sealed[covered.name] = _sealed(
+                    connection, covered, moves, f"{ids} AND was = '')", f"{ids})"
+                )
+    _append(connection, ROWS, sealed)
+    connection.execute("DELETE FROM cf_moved")
+
+
+def seal_what_is_there(connection: sqlite3.Connection) -> None:
+    """Seal every row there is: once, in the migration that begins the seals."""
+    for covered in COVERED:
+        low = 0
+        while high := _next(connection, covered, low):
+            within = f"id > {low} AND id <= {high}"
+            with exact(connection):
+                moves = connection.execute(
+                    f"SELECT id, '', {covered.state}, {covered.fence} FROM {covered.table} "
+                    f"WHERE {within} ORDER BY id"
+                ).fetchall() if covered.state else []  # fmt: skip
+                part = _sealed(connection, covered, moves, within, within)
+            _append(connection, EARLIER, {covered.name: part})
+            low = high
+
+
+def _next(connection: sqlite3.Connection, covered: Covered, after: int) -> int | None:
+    """The id up to which the next seal of a migration goes; None after the last."""
+    (last,) = connection.execute(
+        f"SELECT max(id) FROM (SELECT id FROM {covered.table} WHERE id > ? ORDER BY id LIMIT ?)",
+        (after, SEALED_AT_ONCE),
+    ).fetchone()
+    return last  # type: ignore[no-any-return]
+
+
+def _sealed(
+    connection: sqlite3.Connection,
+    covered: Covered,
+    moves: list[tuple[Any, ...]],
+    born: str,
+    changed: str,
+) -> dict[str, Any]:
+    """What a seal says of a table.
+
+    Args:
+        born, changed: conditions on its rows: those that are new, those that changed.
+    """
+    columns = ", ".join(covered.fixed) or "*"
+    found: dict[str, Any] = {
+        "moves": _in_runs(moves),
+        "born": _digests(
+            connection, f"SELECT {columns} FROM {covered.table} WHERE {born} ORDER BY id"
+        ),
+    }
+    if changed and covered.whole:
+        states = ", ".join(f"'{state}'" for state in covered.whole)
+        found["whole"] = _digests(
+            connection,
+            f"SELECT * FROM {covered.table} WHERE {changed} AND {covered.state} IN ({states}) "
+            "ORDER BY id",
+        )
+    return {name: value for name, value in found.items() if value}
+
+
+def _digests(connection: sqlite3.Connection, query: str) -> dict[str, Any]:
+    """The digests of rows whose first column is their id; empty where there are none."""
+    cursor = connection.execute(query)
+    rows = cursor.fetchall()
+    if not rows:
+        return {}
+    return {
+        "ids": [run[:2] for run in _in_runs((row[0],) for row in rows)],
+        "columns": len(cursor.description),
+        "digests": base64.b64encode(b"".join(map(digest, rows))).decode(),
+    }
+
+
+def _in_runs(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    """Rows (id, ...) with neighbours that go on with the next id and the same rest taken together.
+
+    Each is [first id, last id, ...].
+    """
+    runs: list[list[Any]] = []
+    for number, *rest in rows:
+        if runs and runs[-1][1] + 1 == number and runs[-1][2:] == rest:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number, *rest])
+    return runs
+
+
+def _append(connection: sqlite3.Connection, subject: str, sealed: dict[str, Any]) -> None:
+    detail = {name: part for name, part in sealed.items() if part}
+    if not detail:
+        return
+    last = connection.execute("SELECT seq, hash FROM cf_audit ORDER BY seq DESC LIMIT 1").fetchone()
+    head = chain.Head(*last) if last else chain.Head(0, chain.GENESIS)
+    (row,) = chain.link(head, "ledger", [chain.Event(ACTION, subject, detail)])
+    connection.execute(f"INSERT INTO cf_audit ({', '.join(row)}) VALUES (:{', :'.join(row)})", row)
+    crashpoint("seals.sealed")
