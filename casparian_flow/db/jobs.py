@@ -262,10 +262,9 @@ def note(connection: Connection, job_ids: Sequence[int], reason: str) -> None:
 
 
 def attempts(connection: Connection, job_id: int) -> int:
-    """Attempts counted against the job so far, the running one among them."""
-    return connection.execute(
-        select(ProcessingJob.attempts).where(ProcessingJob.id == job_id)
-    ).scalar_one()
+    """Attempts counted against the job so far, the running one among them; 0: no such job."""
+    query = select(ProcessingJob.attempts).where(ProcessingJob.id == job_id)
+    return connection.execute(query).scalar() or 0
 
 
 def held(connection: Connection, before_epoch: int) -> Sequence[Any]:

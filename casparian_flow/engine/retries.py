@@ -41,9 +41,9 @@ def pause(limits: JobSettings, attempts: int) -> float:
     together do not come back together (M. Brooker, Exponential Backoff And Jitter, 2015).
 
     Args:
-        attempts: how many the job has had; at least 1.
+        attempts: how many the job has had, the one that failed among them.
     """
-    longest = limits.retry_seconds * 4.0 ** min(attempts - 1, 16)
+    longest = limits.retry_seconds * 4.0 ** min(max(attempts - 1, 0), 16)
     return random.uniform(0.0, min(longest, PAUSE_LIMIT_SECONDS))  # noqa: S311  no secret
 
 
