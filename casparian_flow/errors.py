@@ -17,6 +17,7 @@
         ├── PluginFailed         the plugin raised (retried)
         ├── PluginTimeout        the plugin outran its wall clock (retried)
         ├── GuestDied            the guest process ended under the job (retried)
+        ├── OutOfMemory          it needed more memory than there was (retried once)
         ├── EnvironmentFailed    the plugin's environment cannot be built (retried)
         ├── ArtifactRefused      the artifact, its signature or its key is not in order (permanent)
         ├── OutputRefused        what it published cannot be stored (permanent)
@@ -122,8 +123,6 @@ class JobError(CasparianError):
     """An attempt of a job ended without output; `retryable` says whether another may succeed."""
 
     retryable: ClassVar[bool] = True
-    log: str = ""
-    """What the plugin printed before, where that is not kept elsewhere."""
 
 
 class PluginFailed(JobError):
@@ -136,6 +135,10 @@ class PluginTimeout(JobError):
 
 class GuestDied(JobError):
     """The guest process ended, or broke the protocol, while it ran the job."""
+
+
+class OutOfMemory(JobError):
+    """The plugin needed more memory than its guest may have, or than the machine had."""
 
 
 class EnvironmentFailed(JobError):

@@ -23,9 +23,9 @@ from sqlalchemy import Connection
 
 from casparian_flow import config, daemon_lock
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, jobs, outputs, plugins
+from casparian_flow.db import outputs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.engine import canary, sinks
+from casparian_flow.engine import canary, in_hand, retries, sinks
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import ledger_tag
 from casparian_flow.engine.sentinel import INPROC, Sentinel
@@ -79,7 +79,9 @@ async def running(
         sandbox.shield_host()
         if workers:
             await asyncio.to_thread(canary.check, settings.guest, config.cache_folder())
-        epoch = await ledger.write_soon(partial(_begin, limit=settings.jobs.max_attempts))
+        guests = settings.database.guests_folder
+        begin = partial(retries.begin, limits=settings.jobs, guests_folder=guests)
+        epoch = await ledger.write_soon(begin)
         context = stack.enter_context(zmq.asyncio.Context())
         bell = asyncio.Event()
         scout = Watch(ledger, settings.scan.rescan_seconds, on_jobs=bell.set)
@@ -120,22 +122,6 @@ async def running(
                 await committer.finish()
 
 
-def _begin(connection: Connection, limit: int) -> int:
-    """Start an epoch. What an older one left RUNNING is dead: we hold the daemon lock."""
-    epoch = plugins.begin_epoch(connection)
-    for job in jobs.held(connection, epoch):
-        reason = f"the daemon ended while it ran ({job.attempts} of {limit} attempts)"
-        ended = jobs.Ended(job.id, job.fence, job.worker, "LOST", reason, "", 0.0)
-        jobs.add_attempts(connection, job.epoch, [ended])
-        if job.attempts >= limit:
-            jobs.fail(connection, job.id, job.fence, reason)
-            event = audit.Event("fail", f"job {job.id}", {"reason": reason})
-            audit.append(connection, "recovery", [event])
-        else:
-            jobs.requeue(connection, job.id, job.fence, reason=reason)
-    return epoch
-
-
 def _sweep(settings: Settings, ledger: Ledger) -> None:
     """Remove what a dead daemon left: guests' folders, and staged files nobody decided."""
     shutil.rmtree(settings.database.guests_folder, ignore_errors=True)
@@ -156,7 +142,8 @@ def _placed(connection: Connection) -> set[str]:
 def stop_on_signals(stop: asyncio.Event) -> None:
     """Set `stop` at the first SIGTERM or SIGINT; at a second one, end now.
 
-    Ending now is safe: the kernel takes the guests with us, and the ledger says what was held.
+    Ending now is safe: the kernel takes the guests with us, and the ledger says what was held. The
+    attempts count, since nobody waited for them; no job is taken for the cause of our end.
     """
     loop = asyncio.get_running_loop()
     first = 0.0
@@ -167,6 +154,7 @@ def stop_on_signals(stop: asyncio.Event) -> None:
             first = loop.time()
             stop.set()
         elif loop.time() - first > ECHO_SECONDS:
+            in_hand.let_go()
             os._exit(130)
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -5,7 +5,7 @@ tag names the type. Table data never travels here: a Worker stages it on disk an
 The ledger is the truth, so every message may be lost, repeated or late without harm.
 
     Worker -> Sentinel   Hello, Ready, Fetch, Conclude, Heartbeat, Goodbye
-    Sentinel -> Worker   Unknown, Welcome, Assign, Artifact, Drain
+    Sentinel -> Worker   Unknown, Welcome, Assign, Granted, Artifact, Drain
     client -> Sentinel   Deploy, Ring, Ask
     Sentinel -> client   Reply
 
@@ -90,6 +90,24 @@ class Published(Record, frozen=True):
     """True where an earlier attempt had published it already."""
 
 
+class Evidence(Record, frozen=True):
+    """What the host saw of an attempt, besides what the plugin printed."""
+
+    fault: str = ""
+    """The class of the error (`casparian_flow.errors`); empty where it ended well."""
+    signal: str = ""
+    """What ended the guest, such as `SIGSEGV`; empty where no signal did."""
+    exit_code: int | None = None
+    """Of the guest; None where it lives on or a signal ended it."""
+    batches: int = 0
+    rows: int = 0
+    """What had come of its output when it ended."""
+    max_rss_bytes: int = 0
+    """The most memory the guest has held so far; 0 where nobody measured it."""
+    cpu_seconds: float = 0.0
+    """Processor time of the guest in this attempt."""
+
+
 class Outcome(StrEnum):
     """How an attempt ended."""
 
@@ -124,6 +142,8 @@ class Welcome(Message, frozen=True):
     guests: int
     """Warm guests to keep."""
     limits: GuestSettings
+    lease_seconds: float = 0.0
+    """A worker that is silent so long loses its jobs; 0 where it cannot be lost without us."""
 
 
 class Ready(Message, frozen=True):
@@ -175,6 +195,7 @@ class Receipt(Record, frozen=True):
     seconds: float = 0.0
     sandbox: str = ""
     """What the guest was held by, as the host saw it before any plugin code ran."""
+    evidence: Evidence = Evidence()
 
 
 class Conclude(Message, frozen=True):
@@ -184,7 +205,22 @@ class Conclude(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
-    """The worker is alive, though it may be busy."""
+    """The worker is alive, though it may be busy. Answered by Granted."""
+
+    sent: float
+    """Some clock of the worker's own, above 0."""
+
+
+class Granted(Message, frozen=True):
+    """What the worker holds in the Sentinel's eyes, after every message of it until now.
+
+    It drops what it holds besides; what is not known to it, or has ended, it says (again).
+    """
+
+    jobs: list[tuple[int, int]]
+    """(job id, fence)."""
+    sent: float = 0.0
+    """Of the heartbeat that this answers; 0 where jobs were taken away unasked."""
 
 
 class Goodbye(Message, frozen=True):
@@ -243,7 +279,7 @@ class Reply(Message, frozen=True):
 
 
 AnyMessage = (
-    Hello | Unknown | Welcome | Ready | Assign | Fetch | Artifact | Conclude
+    Hello | Unknown | Welcome | Ready | Assign | Fetch | Artifact | Conclude | Granted
     | Heartbeat | Goodbye | Drain | Deploy | Ring | Ask | Reply
 )  # fmt: skip
 

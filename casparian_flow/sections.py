@@ -54,7 +54,8 @@ class JobSettings(Section, frozen=True):
     """Attempts before a job is FAILED."""
 
     retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 5.0
-    """Pause before the second attempt; four times as long before each further one."""
+    """Longest pause before the second attempt; four times as long before each further one, at
+    most 15 minutes. How long it really is, is drawn anew each time."""
 
     drain_seconds: Positive = 20.0
     """How long running jobs may finish after SIGTERM before they are released."""

@@ -20,6 +20,12 @@ from casparian_flow.db.models import (
 )
 from casparian_flow.services.scan import Root
 
+MANIFEST = (
+    '{"name": "p", "version": "1", "patterns": [], "topics": [], "priority": 0,'
+    ' "subscriptions": [], "sinks": {}, "timeout_seconds": 0}'
+)
+"""Of a plugin whose jobs can be given to a worker, and that cannot be run."""
+
 
 def add_root(ledger: Ledger, path: Path, **columns: object) -> Root:
     """An active source root; settle 0 unless told otherwise."""
@@ -77,7 +83,7 @@ def add_job(ledger: Ledger, status: JobStatus = JobStatus.QUEUED, **columns: obj
         plugin = connection.execute(
             insert(Plugin)
             .values(
-                name=f"p{epoch}", version="1", source=b"", lock="", manifest="{}",
+                name=f"p{epoch}", version="1", source=b"", lock="", manifest=MANIFEST,
                 artifact_hash=str(epoch), public_key=b"", signature=b"", publisher="",
             )
             .returning(Plugin.id)

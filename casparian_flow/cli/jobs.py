@@ -80,6 +80,8 @@ def _show(job: dict[str, Any]) -> None:
         )
         if attempt["sandbox"]:
             context.say(f"  sandbox: {attempt['sandbox']}")
+        if evidence := _evidence(attempt):
+            context.say(f"  {evidence}")
         if attempt["error"]:
             context.say(f"  {attempt['error']}")
         for line in attempt["log"].splitlines():
@@ -92,6 +94,23 @@ def _show(job: dict[str, Any]) -> None:
         context.say("\nthe plugin published nothing for this file")
 
 
+def _evidence(attempt: dict[str, Any]) -> str:
+    """What the host saw, as far as there was something to see."""
+    code = attempt["exit_code"]
+    facts = {
+        "fault": attempt["fault"],
+        "signal": attempt["signal"],
+        "exit status": str(code) if code is not None else "",
+        "received": f"{attempt['batches']} batches, {attempt['rows']} rows",
+        "memory": f"{attempt['max_rss_bytes'] >> 20} MiB at most",
+        "processor": f"{attempt['cpu_seconds']:.2f} s",
+    }
+    measured = attempt["max_rss_bytes"] or attempt["batches"]
+    if not measured and not attempt["fault"]:
+        return ""
+    return "; ".join(f"{name}: {words}" for name, words in facts.items() if words)
+
+
 @app.command()
 def retry(
     ctx: typer.Context,
@@ -99,6 +118,16 @@ def retry(
         list[int] | None, typer.Argument(metavar="ID", help="As in `casparian jobs`.")
     ] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Every FAILED job.")] = False,
+    plugin: Annotated[
+        str | None, typer.Option(metavar="PLUGIN", help="With --failed: only this plugin's.")
+    ] = None,
+    path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GLOB",
+            help="With --failed: only of files whose path matches; * crosses /.",
+        ),
+    ] = None,
 ) -> None:
     """Queue failed or aborted jobs again.
 
@@ -108,14 +137,20 @@ def retry(
 
     if bool(job_ids) == failed:
         raise typer.BadParameter("name jobs, or say --failed")
+    if not failed and (plugin or path):
+        raise typer.BadParameter("--plugin and --path choose among the jobs of --failed")
     with context.opened(ctx) as (settings, ledger):
-        count = changes.retry_jobs(ledger, settings, job_ids or None)
+        count = changes.retry_jobs(ledger, settings, job_ids or None, plugin=plugin, path=path)
     context.say(f"{count} jobs queued")
 
 
 @app.command()
 def abort(ctx: typer.Context, job_ids: Ids) -> None:
-    """End queued jobs; nothing will run for them."""
+    """End queued and running jobs.
+
+    Nothing will run for them, and what runs is ended within seconds. A job whose output is
+    decided (COMMITTING) is refused.
+    """
     from casparian_flow.services import changes
 
     with context.opened(ctx) as (settings, ledger):

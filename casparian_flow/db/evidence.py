@@ -97,6 +97,19 @@ class Attempt(Base):
     ended_at: Mapped[datetime] = mapped_column(default=utcnow)
     sandbox: Mapped[str] = mapped_column(default="", server_default="")
     """What the guest was held by; empty where none ran."""
+    fault: Mapped[str] = mapped_column(default="", server_default="")
+    """The class of the error (`casparian_flow.errors`); empty where it ended well."""
+    signal: Mapped[str] = mapped_column(default="", server_default="")
+    """What ended the guest, such as `SIGSEGV`; empty where no signal did."""
+    exit_code: Mapped[int | None]
+    """Of the guest; NULL where it lived on or a signal ended it."""
+    batches: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    rows: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """What had come of its output when it ended."""
+    max_rss_bytes: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """The most memory its guest had held so far; 0 where nobody measured it."""
+    cpu_seconds: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
+    """Processor time of the guest in this attempt."""
 
 
 _ABOUT_TRUST = "action IN ('trust-key', 'revoke-key', 'rotate-key', 'activate', 'disable')"

@@ -9,7 +9,7 @@
     requeue     RUNNING              QUEUED       (id, fence)
     fail        RUNNING              FAILED       (id, fence)
     supersede   RUNNING              SUPERSEDED   (id, fence)
-    abort       QUEUED               ABORTED      -
+    abort       QUEUED, RUNNING      ABORTED      -
     retry       FAILED, ABORTED      QUEUED       -
     revive      SUPERSEDED           QUEUED       the version's bytes are there again
 
@@ -22,11 +22,23 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from sqlalchemy import Connection, LargeBinary, bindparam, cast, func, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    LargeBinary,
+    bindparam,
+    cast,
+    func,
+    select,
+    text,
+    tuple_,
+    update,
+)
 
 from casparian_flow.db.access import execute_many
+from casparian_flow.db.attempts import Ended, add_attempts
 from casparian_flow.db.models import (
     FileLocation,
     FileVersion,
@@ -40,19 +52,11 @@ from casparian_flow.db.routing import Wanted
 
 UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)
 
+ALONE_AFTER = 2
+"""Deaths of the daemon with a job in hand after which the job runs with no other beside it."""
 
-class Ended(NamedTuple):
-    """How an attempt ended, as it goes into the ledger."""
-
-    job_id: int
-    fence: int
-    worker: str
-    outcome: str
-    error: str
-    log: str
-    seconds: float
-    sandbox: str = ""
-    """What the guest was held by."""
+Pair = tuple[int, int]
+"""A job's id and the fence it is held under: one attempt."""
 
 
 def enqueue(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: str) -> list[int]:
@@ -82,11 +86,21 @@ def claim(
 ) -> list[int]:
     """Take up to `limit` due jobs, highest priority first, and count an attempt of each.
 
+    A job that was in hand when the daemon died too often takes its turn as any other, and then
+    nothing else is claimed until it has ended.
+
     Args:
         avoid: plugin ids whose sinks or environment are out of order at the moment.
     """
+    others, crashes = connection.execute(
+        select(func.count(), func.max(ProcessingJob.crashes)).where(
+            ProcessingJob.status == JobStatus.RUNNING
+        )
+    ).one()
+    if others and crashes >= ALONE_AFTER:
+        return []
     due = (
-        select(ProcessingJob.id)
+        select(ProcessingJob.id, ProcessingJob.crashes)
         .where(
             ProcessingJob.status == JobStatus.QUEUED,
             ProcessingJob.not_before <= time.time(),
@@ -95,10 +109,11 @@ def claim(
         .order_by(ProcessingJob.priority.desc(), ProcessingJob.id)
         .limit(limit)
     )
+    chosen = _in_turn(connection.execute(due).all(), others)
     return list(
         connection.execute(
             update(ProcessingJob)
-            .where(ProcessingJob.id.in_(due))
+            .where(ProcessingJob.id.in_(chosen))
             .values(
                 status=JobStatus.RUNNING,
                 fence=ProcessingJob.fence + 1,
@@ -110,6 +125,17 @@ def claim(
             .returning(ProcessingJob.id)
         ).scalars()
     )
+
+
+def _in_turn(due: Sequence[Any], others: int) -> list[int]:
+    """The jobs before the first that must run alone; or that one, if it is first and nothing runs.
+
+    Args:
+        others: how many are running.
+    """
+    ids = [job.id for job in due]
+    alone = next((n for n, job in enumerate(due) if job.crashes >= ALONE_AFTER), len(ids))
+    return ids[:alone] or ([] if others else ids[:1])
 
 
 def claimed(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
@@ -143,7 +169,7 @@ _HELD = (
 )  # fmt: skip
 
 
-def decide(connection: Connection, held: Sequence[tuple[int, int]]) -> set[tuple[int, int]]:
+def decide(connection: Connection, held: Sequence[Pair]) -> set[Pair]:
     """Let attempts (job id, fence) win: from here their outputs will be published.
 
     Returns:
@@ -165,13 +191,14 @@ def decide(connection: Connection, held: Sequence[tuple[int, int]]) -> set[tuple
 
 def requeue(
     connection: Connection, job_id: int, fence: int, *,
-    reason: str, delay_seconds: float = 0.0, refund: bool = False,
+    reason: str, delay_seconds: float = 0.0, refund: bool = False, crashed: bool = False,
 ) -> bool:  # fmt: skip
     """Give the job back to the queue.
 
     Args:
         delay_seconds: pause before it can be claimed again.
         refund: the attempt was not the job's fault and does not count.
+        crashed: the daemon died with it in hand.
     """
     statement = _HELD.values(
         status=JobStatus.QUEUED,
@@ -179,6 +206,7 @@ def requeue(
         not_before=time.time() + delay_seconds,
         reason=reason,
         attempts=ProcessingJob.attempts - (1 if refund else 0),
+        crashes=ProcessingJob.crashes + (1 if crashed else 0),
     )
     return _moved(connection, statement, job_id, fence)
 
@@ -233,47 +261,55 @@ def note(connection: Connection, job_ids: Sequence[int], reason: str) -> None:
     )
 
 
-def add_attempts(connection: Connection, epoch: int, ended: Sequence[Ended]) -> None:
-    """Keep the history of attempts; one row each, never changed."""
-    now = utcnow().isoformat(" ")
-    execute_many(
-        connection,
-        """
-        INSERT INTO cf_attempt
-            (epoch, ended_at, job_id, fence, worker, outcome, error, log, seconds, sandbox)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-        """,
-        [(epoch, now, *end) for end in ended],
-    )
-
-
 def attempts(connection: Connection, job_id: int) -> int:
-    """Attempts counted against the job so far, the running one among them."""
-    return connection.execute(
-        select(ProcessingJob.attempts).where(ProcessingJob.id == job_id)
-    ).scalar_one()
+    """Attempts counted against the job so far, the running one among them; 0: no such job."""
+    query = select(ProcessingJob.attempts).where(ProcessingJob.id == job_id)
+    return connection.execute(query).scalar() or 0
 
 
 def held(connection: Connection, before_epoch: int) -> Sequence[Any]:
     """RUNNING jobs of earlier epochs: their daemon is dead, since we hold its lock."""
+    return _running(connection, ProcessingJob.epoch < before_epoch)
+
+
+def granted(connection: Connection, pairs: Iterable[Pair]) -> Sequence[Any]:
+    """Those of these attempts that run by the ledger's word."""
+    return _running(connection, tuple_(ProcessingJob.id, ProcessingJob.fence).in_(list(pairs)))
+
+
+def _running(connection: Connection, which: ColumnElement[bool]) -> Sequence[Any]:
     return connection.execute(
         select(
-            ProcessingJob.id, ProcessingJob.fence, ProcessingJob.attempts, ProcessingJob.epoch,
-            ProcessingJob.worker,
-        ).where(ProcessingJob.status == JobStatus.RUNNING, ProcessingJob.epoch < before_epoch)
+            ProcessingJob.id, ProcessingJob.fence, ProcessingJob.attempts, ProcessingJob.crashes,
+            ProcessingJob.epoch, ProcessingJob.worker,
+        )
+        .where(ProcessingJob.status == JobStatus.RUNNING, which)
+        .order_by(ProcessingJob.worker, ProcessingJob.id)
     ).all()  # fmt: skip
 
 
-def abort(connection: Connection, job_ids: Sequence[int]) -> list[int]:
-    """End queued jobs on a person's word; running and decided ones are left alone."""
+def abort(connection: Connection, job_ids: Sequence[int], who: str) -> list[int]:
+    """End queued and running jobs on a person's word; decided ones are left alone.
+
+    What a running attempt still brings is refused, since its job runs no more.
+    """
+    for job in _running(connection, ProcessingJob.id.in_(job_ids)):
+        ended = Ended(job.id, job.fence, job.worker, "ABORTED", f"aborted by {who}")
+        add_attempts(connection, job.epoch, [ended])
     return list(
         connection.execute(
             update(ProcessingJob)
-            .where(ProcessingJob.id.in_(job_ids), ProcessingJob.status == JobStatus.QUEUED)
-            .values(status=JobStatus.ABORTED, reason="aborted", finished_at=utcnow())
+            .where(
+                ProcessingJob.id.in_(job_ids),
+                ProcessingJob.status.in_([JobStatus.QUEUED, JobStatus.RUNNING]),
+            )
+            .values(
+                status=JobStatus.ABORTED, worker=None, reason=f"aborted by {who}",
+                finished_at=utcnow(),
+            )
             .returning(ProcessingJob.id)
         ).scalars()
-    )
+    )  # fmt: skip
 
 
 def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:

@@ -242,6 +242,8 @@ class ProcessingJob(Base):
     """The daemon run that claimed it last."""
     reason: Mapped[str] = mapped_column(default="")
     """Why it waits, failed or was superseded, in words."""
+    crashes: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """Daemons that died while a guest had it in hand; see `engine.retries`."""
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
     finished_at: Mapped[datetime | None]
 

@@ -70,6 +70,14 @@ def unpublished(connection: Connection) -> list[tuple[int, int, StagedOutput]]:
     ]  # fmt: skip
 
 
+def stages(connection: Connection, job_ids: Sequence[int]) -> set[str]:
+    """The staged files that are still to be published for these jobs."""
+    query = select(Output.stage).where(
+        Output.job_id.in_(job_ids), Output.state == OutputState.PLANNED
+    )
+    return set(connection.execute(query).scalars())
+
+
 def decided_without_debts(connection: Connection) -> list[int]:
     """Decided jobs whose outputs are all published: they only have to be completed."""
     return list(

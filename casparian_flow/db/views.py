@@ -181,7 +181,8 @@ def job(connection: Connection, job_id: int) -> Row | None:
     attempts = _rows(
         connection,
         """
-        SELECT fence, outcome, seconds, worker, ended_at, error, log, sandbox
+        SELECT fence, outcome, seconds, worker, ended_at, error, fault, "signal", exit_code,
+               batches, "rows", max_rss_bytes, cpu_seconds, log, sandbox
         FROM cf_attempt WHERE job_id = :id ORDER BY fence
         """,
         id=job_id,
@@ -203,10 +204,33 @@ def last_sandbox(connection: Connection) -> str:
     return connection.execute(query).scalar() or ""
 
 
-def job_ids(connection: Connection, statuses: Sequence[str]) -> list[int]:
-    """Ids of every job in one of these statuses."""
-    query = text("SELECT id FROM cf_processing_queue WHERE status = :status ORDER BY id")
-    return [i for s in statuses for i in connection.execute(query, {"status": s}).scalars()]
+def job_ids(
+    connection: Connection,
+    statuses: Sequence[str],
+    plugin: str | None = None,
+    path: str | None = None,
+) -> list[int]:
+    """Ids of every job in one of these statuses.
+
+    Args:
+        path: a glob over the path relative to the source root; `*` crosses directories.
+    """
+    query = text(
+        """
+        SELECT id FROM cf_processing_queue j
+        WHERE status = :status AND (:plugin IS NULL OR plugin_name = :plugin)
+          AND (:path IS NULL OR EXISTS (
+              SELECT 1 FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id
+              WHERE v.id = j.file_version_id AND l.rel_path GLOB :path))
+        ORDER BY id
+        """
+    )
+    chosen = {"plugin": plugin, "path": path}
+    return [
+        job_id
+        for status in statuses
+        for job_id in connection.execute(query, {"status": status, **chosen}).scalars()
+    ]
 
 
 def reasons(connection: Connection) -> list[Row]:

@@ -29,10 +29,9 @@ import pyarrow as pa
 from casparian_flow.engine.batches import Tally, TopicEnd
 from casparian_flow.engine.frames import CONTROL_LIMIT, HEADER, TOPIC_LENGTH, Kind, pack
 from casparian_flow.engine.guest_process import (
-    CpuClock,
+    Meter,
     confinement,
-    descendants,
-    exit_words,
+    kill_tree,
     spawn,
 )
 from casparian_flow.engine.job_log import JobLog
@@ -46,7 +45,7 @@ from casparian_flow.errors import (
     ProtocolError,
     Unavailable,
 )
-from casparian_flow.protocol import Artifact
+from casparian_flow.protocol import Artifact, Evidence
 from casparian_flow.sdk import FileInfo
 from casparian_flow.sections import GuestSettings
 from casparian_flow.security.sandbox import LAYERS
@@ -103,22 +102,23 @@ class Guest:
             artifact, limits, folder, [str(site_packages), str(bundle), *read]
         )
         self._log = JobLog()
+        self._tallies: dict[str, Tally] = {}
         self._idle = False
         self._ahead = bytearray()
         self._deadline = 0.0
-        self._wire, theirs = socket.socketpair()
         script = bundle / "casparian_flow" / "engine" / "guest.py"
-        try:
-            self._process = spawn(python, script, theirs, site_packages, self._confinement)
-        except OSError as error:
-            self._wire.close()
-            raise Unavailable(f"cannot start {self._who} with {python}: {error}") from error
-        finally:
+        with contextlib.ExitStack() as undo:
+            try:
+                self._selector = undo.enter_context(selectors.DefaultSelector())
+                self._wire, theirs = map(undo.enter_context, socket.socketpair())
+                self._process = spawn(python, script, theirs, site_packages, self._confinement)
+            except OSError as error:
+                raise Unavailable(f"cannot start {self._who} with {python}: {error}") from error
             theirs.close()
+            undo.pop_all()
         assert self._process.stdout is not None
         self._pipe = self._process.stdout
-        self._clock = CpuClock(self._process.pid)
-        self._selector = selectors.DefaultSelector()
+        self._meter = Meter(self._process)
         self._selector.register(self._wire, selectors.EVENT_READ)
         self._selector.register(self._pipe, selectors.EVENT_READ)
 
@@ -126,7 +126,7 @@ class Guest:
         """Send the plugin and wait until it is imported; the guest is dead if that fails.
 
         Raises:
-            PluginFailed: importing it raised.
+            PluginFailed, OutOfMemory: importing it raised.
             OutputRefused: it has no Handler.
             Unavailable: the sandbox is not what the configuration requires; no code of the plugin
                 or its packages has run.
@@ -169,7 +169,7 @@ class Guest:
             timeout_seconds: wall clock of the whole run, the caller's own work included.
 
         Raises:
-            PluginFailed: the plugin raised; the traceback is in the log.
+            PluginFailed, OutOfMemory: the plugin raised; the traceback is in the log.
             OutputRefused: what it published is no table, or not one the topic can take.
             PluginTimeout: it outran the time and was killed.
             GuestDied: the process ended or broke the protocol.
@@ -185,6 +185,12 @@ class Guest:
         """What the plugin printed since the last call, and the traceback of a failed job."""
         log, self._log = self._log, JobLog()
         return log.text()
+
+    @property
+    def evidence(self) -> Evidence:
+        """What is known of its last job, or of its loading, besides what it printed."""
+        ends = [tally.end() for tally in self._tallies.values()]
+        return self._meter.evidence(sum(e.batches for e in ends), sum(e.rows for e in ends))
 
     def _expect_locked(self) -> None:
         """The guest's word on its sandbox; believed, since only our code can have spoken."""
@@ -214,7 +220,7 @@ class Guest:
         """Ask the guest to leave, and kill it if it does not; may be called twice."""
         if self.alive:
             self._deadline = time.monotonic() + QUIT_SECONDS
-            self._process.send_signal(signal.SIGCONT)
+            self._signal(signal.SIGCONT)
             with contextlib.suppress(OSError):
                 self._wire.sendall(pack(Kind.QUIT, 0))
                 self._await_wire()
@@ -225,13 +231,8 @@ class Guest:
         self._idle = False
         if self._process.returncode is not None:
             return
-        for pid in descendants(self._process.pid):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        # Nobody has waited for the process yet, so that its number, and its group's, is still its.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        kill_tree(self._process.pid)
+        self._meter.reap()
         self._drain()
         self._selector.close()
         self._pipe.close()
@@ -247,10 +248,10 @@ class Guest:
     def _exchange(self, timeout_seconds: float, cpu_seconds: float) -> Iterator[None]:
         """A question and its whole answer; whatever cuts it short kills the guest."""
         self._idle = False
+        self._tallies = {}
         self._deadline = time.monotonic() + timeout_seconds
-        self._clock.start(cpu_seconds)
-        self._process.send_signal(signal.SIGCONT)
-        hint = "see the job's log for what the plugin printed"
+        self._meter.start(cpu_seconds)
+        self._signal(signal.SIGCONT)
         try:
             self._wire.settimeout(timeout_seconds)
             yield
@@ -259,7 +260,7 @@ class Guest:
                 self._finish()
             raise
         except TimeoutError as error:
-            spent = self._clock.left() <= 0
+            spent = self._meter.left() <= 0
             self.kill()
             limit, key = (
                 (f"{cpu_seconds:g} s of processor time", "cpu_seconds under [guest]")
@@ -269,28 +270,32 @@ class Guest:
             what = f"{self._who} ran longer than {limit} and was killed"
             raise PluginTimeout(what, f"raise {key}") from error
         except OSError as error:
+            by_itself = self._meter.has_ended()
             self.kill()
-            words = exit_words(self._process.returncode)
-            raise GuestDied(f"the guest of {self._who} {words}", hint) from error
+            raise self._meter.cause(self._who, by_itself) from error
         except ProtocolError as error:
             self.kill()
-            raise GuestDied(
-                f"the guest of {self._who} broke the protocol: {error}", hint
-            ) from error
+            what = f"the guest of {self._who} broke the protocol: {error}"
+            raise GuestDied(what, "see the job's log for what the plugin printed") from error
         except BaseException:
             self.kill()
             raise
         else:
             self._finish()
 
+    def _signal(self, number: int) -> None:
+        # Not Popen.send_signal, which could wait for the process, and free its number for others.
+        if self._process.returncode is None:
+            os.kill(self._process.pid, number)
+
     def _finish(self) -> None:
         """Stop the guest until its next job: a thread it left behind works on nobody's account."""
-        self._process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
         self._drain()
         self._idle = True
 
     def _stream(self, job: int) -> Generator[tuple[str, pa.RecordBatch], None, dict[str, TopicEnd]]:
-        tallies: dict[str, Tally] = {}
+        tallies = self._tallies
         ends: dict[str, TopicEnd] = {}
         received = 0
         while True:
@@ -332,9 +337,7 @@ class Guest:
         failure = self._record(length, Failure)
         self._drain()
         self._log.write(failure.traceback.encode())
-        if failure.kind == "refused":
-            return OutputRefused(f"{self._who}: {failure.message}", "mend the plugin, publish it")
-        return PluginFailed(f"{self._who}: {failure.message}", "the traceback is in the job's log")
+        return failure.error(self._who, self._confinement.memory_bytes)
 
     def _record(self, length: int, kind: type[T]) -> T:
         try:
@@ -379,7 +382,7 @@ class Guest:
 
     def _await_wire(self) -> None:
         """Wait for the guest to speak; keep emptying the pipe it prints to meanwhile."""
-        while (remaining := min(self._deadline - time.monotonic(), self._clock.left())) > 0:
+        while (remaining := min(self._deadline - time.monotonic(), self._meter.left())) > 0:
             ready = {key.fileobj for key, _ in self._selector.select(remaining)}
             if self._pipe in ready and not self._drain():
                 self._selector.unregister(self._pipe)  # the plugin closed its standard streams

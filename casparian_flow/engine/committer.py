@@ -20,11 +20,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import msgspec
 from sqlalchemy import Connection
 
-from casparian_flow.db import audit, files, jobs, outputs
+from casparian_flow.db import attempts, audit, files, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
-from casparian_flow.engine import sinks
+from casparian_flow.engine import retries, sinks
 from casparian_flow.errors import JobError, LedgerError, SinkUnavailable, Unavailable
 from casparian_flow.protocol import Outcome, Published, Receipt, StagedOutput
 from casparian_flow.sections import JobSettings
@@ -116,6 +117,11 @@ class Committer:
 
     def _decide(self, connection: Connection, group: Sequence[_Ended]) -> list[StagedOutput]:
         """Give every receipt its consequence; returns the staged files of those that were late."""
+        # Any message may come twice; what it says counts once.
+        first: dict[jobs.Pair, _Ended] = {}
+        for each in group:
+            first.setdefault((each.receipt.job_id, each.receipt.fence), each)
+        group = list(first.values())
         staged = [end for _, end in group if end.outcome is Outcome.STAGED]
         moved = jobs.decide(connection, [(end.job_id, end.fence) for end in staged])
         decided = [end for end in staged if (end.job_id, end.fence) in moved]
@@ -126,11 +132,13 @@ class Committer:
             if end.outcome is not Outcome.STAGED and self._without_output(connection, end)
         }
         in_time = [end for end in group if (end.receipt.job_id, end.receipt.fence) in moved]
-        jobs.add_attempts(connection, self._epoch, [_attempt(*end) for end in in_time])
+        attempts.add_attempts(connection, self._epoch, [_attempt(*end) for end in in_time])
         late = [end for _, end in group if (end.job_id, end.fence) not in moved]
         for end in late:
             log.warning("job %d: a result under fence %d came too late", end.job_id, end.fence)
-        return [output for end in late for output in end.outputs]
+        # The repeated receipt of a decided attempt names the very files that will be published.
+        owed = outputs.stages(connection, [end.job_id for end in late])
+        return [output for end in late for output in end.outputs if output.stage not in owed]
 
     def _without_output(self, connection: Connection, end: Receipt) -> bool:
         """Move a job whose attempt produced nothing; False when it was another's by now."""
@@ -145,17 +153,7 @@ class Committer:
                 reason=f"{PAUSED}{end.error}" if end.error else "",
                 delay_seconds=PAUSE_SECONDS if end.error else 0.0, refund=True,
             )  # fmt: skip
-        attempts = jobs.attempts(connection, end.job_id)
-        if end.retryable and attempts < self._limits.max_attempts:
-            delay = self._limits.retry_seconds * 4 ** (attempts - 1)
-            return jobs.requeue(
-                connection, end.job_id, end.fence, reason=end.error, delay_seconds=delay
-            )
-        moved = jobs.fail(connection, end.job_id, end.fence, end.error)
-        if moved:
-            event = audit.Event("fail", f"job {end.job_id}", {"reason": end.error})
-            audit.append(connection, ACTOR, [event])
-        return moved
+        return retries.after_failure(connection, end, self._limits, ACTOR)
 
     async def _settle(self) -> None:
         """Publish and complete everything that is decided, but for what a paused sink holds."""
@@ -223,10 +221,10 @@ class Committer:
                 await asyncio.sleep(PAUSE_SECONDS)
 
 
-def _attempt(worker: str, end: Receipt) -> jobs.Ended:
-    return jobs.Ended(
+def _attempt(worker: str, end: Receipt) -> attempts.Ended:
+    return attempts.Ended(
         end.job_id, end.fence, worker, end.outcome.value, end.error, end.log, end.seconds,
-        end.sandbox,
+        end.sandbox, **msgspec.structs.asdict(end.evidence),
     )  # fmt: skip
 
 

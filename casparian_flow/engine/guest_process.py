@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -15,9 +16,13 @@ from pathlib import Path
 from socket import socket
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
-from casparian_flow.protocol import Artifact
+from casparian_flow.errors import GuestDied, JobError, OutOfMemory
+from casparian_flow.protocol import Artifact, Evidence
 from casparian_flow.sections import GuestSettings
 from casparian_flow.security.sandbox import Confinement
+
+ENDING_SECONDS = 0.2
+"""Between the end of a process's wire and its own end, if it is ending."""
 
 
 def environment(allowed: Confinement) -> dict[str, str]:
@@ -72,27 +77,79 @@ def spawn(
     )
 
 
-class CpuClock:
-    """Processor time of another process, all its threads, since a moment.
+class Meter:
+    """Processor time and memory of another process, all its threads.
 
     Args:
-        pid: a child nobody has waited for yet.
+        process: a child nobody has waited for yet.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, process: Popen[bytes]) -> None:
+        self._process = process
         # CPUCLOCK_SCHED of a process, as clock_getcpuclockid(3) makes it on Linux.
-        self._clock = (~pid << 3) | 2
+        self._clock = (~process.pid << 3) | 2
+        self._began = 0.0
         self._most = math.inf
+        self._usage: resource.struct_rusage | None = None
+        self._oom_kills = _oom_kills()
 
     def start(self, limit_seconds: float) -> None:
         """Count from here; it may use so much."""
-        self._most = self._used() + limit_seconds
+        self._began = self._used()
+        self._most = self._began + limit_seconds
 
     def left(self) -> float:
         """Seconds of wall clock before which it cannot have used it up, on all cores at once."""
         return (self._most - self._used()) / (os.cpu_count() or 1)
 
+    def has_ended(self) -> bool:
+        """Whether the process has ended, or ends by itself within a moment."""
+        deadline = time.monotonic() + ENDING_SECONDS
+        while self._process.returncode is None and sys.platform == "linux":
+            if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
+
+    def reap(self) -> None:
+        """Wait for the process and take its last word on what it used."""
+        _, status, self._usage = os.wait4(self._process.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+
+    def cause(self, who: str, by_itself: bool) -> JobError:
+        """Why a process that was reaped ended, though it had not been asked to.
+
+        Args:
+            who: whose guest it was.
+            by_itself: it had ended before we killed it.
+        """
+        code = self._process.returncode
+        words = exit_words(code) if by_itself else "closed the wire, and we killed it"
+        hint = "see the job's log for what the plugin printed"
+        if not by_itself or code != -signal.SIGKILL:
+            return GuestDied(f"the guest of {who} {words}", hint)
+        if _oom_kills() == self._oom_kills:
+            return GuestDied(f"the guest of {who} {words}, and not by us", hint)
+        what = f"the machine had no memory left, and it held {self._rss() >> 20} MiB"
+        return OutOfMemory(f"the guest of {who} {words}: {what}", "give the plugin smaller files")
+
+    def evidence(self, batches: int, rows: int) -> Evidence:
+        """What is known of the process, for the attempt that began at `start`."""
+        code = self._process.returncode
+        return Evidence(
+            signal=signal_name(-code) if code is not None and code < 0 else "",
+            exit_code=code if code is not None and code >= 0 else None,
+            batches=batches,
+            rows=rows,
+            max_rss_bytes=self._rss(),
+            cpu_seconds=max(0.0, self._used() - self._began),
+        )
+
     def _used(self) -> float:
+        if self._usage:
+            return self._usage.ru_utime + self._usage.ru_stime
         if sys.platform != "linux":  # measured nowhere else; the wall clock bounds it
             return 0.0
         try:
@@ -100,13 +157,48 @@ class CpuClock:
         except OSError:  # it has ended
             return 0.0
 
+    def _rss(self) -> int:
+        if self._usage:
+            return self._usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        try:
+            status = Path(f"/proc/{self._process.pid}/status").read_text()
+        except OSError:
+            return 0
+        return int((status.partition("VmHWM:")[2].split() or ["0"])[0]) << 10
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed a process for want of memory since it was started."""
+    try:
+        counters = Path("/proc/vmstat").read_text()
+    except OSError:
+        return 0
+    return int((counters.partition("oom_kill ")[2].split() or ["0"])[0])
+
+
+def signal_name(number: int) -> str:
+    """`SIGSEGV`, or `signal 40` where it has no name."""
+    names = {int(each): each.name for each in signal.Signals}
+    return names.get(number, f"signal {number}")
+
 
 def exit_words(returncode: int) -> str:
     """How a process ended: `was killed by SIGSEGV`, `ended with exit status 0`."""
     if returncode >= 0:
         return f"ended with exit status {returncode}"
-    names = {int(number): number.name for number in signal.Signals}
-    return f"was killed by {names.get(-returncode, f'signal {-returncode}')}"
+    return f"was killed by {signal_name(-returncode)}"
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process that leads its group, and all below it.
+
+    Nobody has waited for it yet, so that its number, and its group's, is still its.
+    """
+    for each in descendants(pid):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(each, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> Iterator[int]:

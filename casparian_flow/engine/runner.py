@@ -15,12 +15,15 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from casparian_flow.atomic import make_folder
-from casparian_flow.engine import inbox, sinks
+from casparian_flow.engine import in_hand, inbox, sinks
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
 from casparian_flow.engine.sinks.base import Lineage
@@ -35,6 +38,7 @@ from casparian_flow.errors import (
 from casparian_flow.protocol import (
     Artifact,
     Assignment,
+    Evidence,
     Outcome,
     OutputPlan,
     Receipt,
@@ -68,13 +72,25 @@ class _Seat:
 
 @dataclass
 class _Ran:
-    """A job that ran to its end: its stages wait to be sealed."""
+    """A job that ran; where it came to its end, its stages wait to be sealed."""
 
     job: Assignment
-    stages: list[Stage]
-    log: str
-    seconds: float
-    sandbox: str
+    stages: list[Stage] = field(default_factory=list)
+    log: str = ""
+    seconds: float = 0.0
+    sandbox: str = ""
+    evidence: Evidence = field(default_factory=Evidence)
+
+    def receipt(self, outcome: Outcome, **more: Any) -> Receipt:
+        return Receipt(
+            job_id=self.job.job_id,
+            fence=self.job.fence,
+            outcome=outcome,
+            log=self.log,
+            seconds=self.seconds,
+            sandbox=self.sandbox,
+            **{"evidence": self.evidence, **more},
+        )
 
 
 class Runner:
@@ -91,23 +107,31 @@ class Runner:
         self._cache = cache
         self._environments = EnvironmentStore(cache / "envs", self._limits.environments_bytes)
         self._seats: OrderedDict[int, _Seat] = OrderedDict()
-        self._running: Guest | None = None
         self._halted = threading.Event()
+        self._lock = threading.Lock()
+        self._current: tuple[int, int] | None = None
+        """The attempt that runs, as job id and fence."""
+        self._running: Guest | None = None
+        """What runs it, while it does; with `_lock` held it stays so."""
+        self._used: Guest | None = None
+        """The guest that ran it last; its log may wait to be taken."""
+        self._revoked: set[tuple[int, int]] = set()
 
     def run(self, jobs: Sequence[tuple[Assignment, Artifact]]) -> list[Receipt]:
         """Run each job, then seal what they staged; one receipt a job, in their order."""
         outcomes = [self._attempt(job, artifact) for job, artifact in jobs]
+        with self._lock:
+            over = self._revoked & {(job.job_id, job.fence) for job, _ in jobs}
+            self._revoked -= over
+        outcomes = [_kept(outcome, over) for outcome in outcomes]
         stages = [stage for o in outcomes if isinstance(o, _Ran) for stage in o.stages]
         try:
             sealed = iter(sinks.seal(stages))
-        except Unavailable as error:
+        except Exception as error:  # noqa: BLE001 - sorted by _job_error
             for stage in stages:
                 stage.discard()
-            fault = error
-            return [
-                _failed(o.job, fault, o.log, o.seconds, o.sandbox) if isinstance(o, _Ran) else o
-                for o in outcomes
-            ]
+            fault = _job_error(error)
+            return [_failed(o, fault) if isinstance(o, _Ran) else o for o in outcomes]
         return [_staged(o, sealed) if isinstance(o, _Ran) else o for o in outcomes]
 
     def halt(self, kill: bool = False) -> None:
@@ -116,8 +140,19 @@ class Runner:
         Jobs that did not come to their end are released.
         """
         self._halted.set()
-        if kill and (guest := self._running):
-            guest.interrupt()
+        with self._lock:
+            if kill and self._running:
+                self._running.interrupt()
+
+    def revoke(self, attempts: Set[tuple[int, int]]) -> None:
+        """From another thread: end these attempts (job id, fence), or do not begin them.
+
+        They were taken from us: their receipts say Released, and they leave no stage.
+        """
+        with self._lock:
+            self._revoked |= attempts
+            if self._current in attempts and self._running:
+                self._running.interrupt()
 
     def close(self) -> None:
         """Let every guest go."""
@@ -127,27 +162,53 @@ class Runner:
 
     def _attempt(self, job: Assignment, artifact: Artifact) -> _Ran | Receipt:
         """One attempt; whatever goes wrong becomes a receipt, and no stage is left behind."""
-        if self._halted.is_set():
-            return _ended(job, Outcome.RELEASED)
+        self._current, self._used = (job.job_id, job.fence), None
+        if self._unwanted():
+            return _released(job)
         started = time.monotonic()
-        said = sandbox = ""
+        ran = _Ran(job)
+        fault: JobError | None = None
         try:
             if artifact.refusal:
                 raise ArtifactRefused(artifact.refusal)
-            with self._seated(job, artifact) as seat:
-                sandbox = seat.guest.sandbox
-                self._running = seat.guest
-                try:
-                    stages = self._stage(seat, job)
-                    seat.keep_byte_code()
-                finally:
-                    self._running = None
-                    said = seat.guest.take_log()
-        except Exception as fault:  # noqa: BLE001 - sorted by _job_error
-            if self._halted.is_set():
-                return _ended(job, Outcome.RELEASED, log=said)
-            return _failed(job, _job_error(fault), said, time.monotonic() - started, sandbox)
-        return _Ran(job, stages, said, time.monotonic() - started, sandbox)
+            with in_hand.held(Path(self._welcome.guests_folder), *self._current):
+                ran.stages = self._run(job, artifact)
+        except Exception as error:  # noqa: BLE001 - sorted by _job_error
+            fault = _job_error(error)
+        ran.seconds = time.monotonic() - started
+        self._account(ran)
+        if fault and self._unwanted():
+            return _released(job, ran.log)
+        return _failed(ran, fault) if fault else ran
+
+    def _account(self, ran: _Ran) -> None:
+        """Take what the guest that ran it has said and used, if one did."""
+        if self._used:
+            ran.log, ran.sandbox = self._used.take_log(), self._used.sandbox
+            ran.evidence = self._used.evidence
+
+    def _run(self, job: Assignment, artifact: Artifact) -> list[Stage]:
+        with self._seated(job, artifact) as seat, self._minded(seat.guest):
+            stages = self._stage(seat, job)
+            seat.keep_byte_code()
+            return stages
+
+    @contextlib.contextmanager
+    def _minded(self, guest: Guest) -> Iterator[None]:
+        """While a guest works for the current attempt, another thread may end it."""
+        with self._lock:
+            self._running = self._used = guest
+            if self._current in self._revoked:
+                guest.interrupt()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running = None
+
+    def _unwanted(self) -> bool:
+        """Whether the current attempt was taken from us, or we are to begin none and end it."""
+        return self._halted.is_set() or self._current in self._revoked
 
     @contextlib.contextmanager
     def _seated(self, job: Assignment, artifact: Artifact) -> Iterator[_Seat]:
@@ -242,15 +303,12 @@ class Runner:
             folder=folder, bundle=bundle(self._cache), limits=self._limits, read=read,
         )  # fmt: skip
         seat = _Seat(guest, folder, lease)
-        self._running = guest
         try:
-            guest.load()
-        except JobError as error:
-            error.log = guest.take_log()
+            with self._minded(guest):
+                guest.load()
+        except JobError:
             seat.leave()
             raise
-        finally:
-            self._running = None
         seat.keep_byte_code()
         return seat
 
@@ -266,15 +324,17 @@ def _job_error(fault: Exception) -> JobError:
 
 
 def _staged(ran: _Ran, sealed: Iterator[StagedOutput]) -> Receipt:
-    return Receipt(
-        job_id=ran.job.job_id,
-        fence=ran.job.fence,
-        outcome=Outcome.STAGED,
-        outputs=list(itertools.islice(sealed, len(ran.stages))),
-        log=ran.log,
-        seconds=ran.seconds,
-        sandbox=ran.sandbox,
-    )
+    outputs = list(itertools.islice(sealed, len(ran.stages)))
+    return ran.receipt(Outcome.STAGED, outputs=outputs)
+
+
+def _kept(outcome: _Ran | Receipt, over: Set[tuple[int, int]]) -> _Ran | Receipt:
+    """The same, unless the attempt was taken from us when it had just run: nothing stays then."""
+    if isinstance(outcome, Receipt) or (outcome.job.job_id, outcome.job.fence) not in over:
+        return outcome
+    for stage in outcome.stages:
+        stage.discard()
+    return _released(outcome.job, outcome.log)
 
 
 def _by_topic(plans: Sequence[OutputPlan]) -> dict[str, list[OutputPlan]]:
@@ -309,11 +369,11 @@ def _file(job: Assignment, path: Path) -> FileInfo:
     )
 
 
-def _ended(job: Assignment, outcome: Outcome, log: str = "") -> Receipt:
-    return Receipt(job_id=job.job_id, fence=job.fence, outcome=outcome, log=log)
+def _released(job: Assignment, log: str = "") -> Receipt:
+    return Receipt(job_id=job.job_id, fence=job.fence, outcome=Outcome.RELEASED, log=log)
 
 
-def _failed(job: Assignment, error: JobError, log: str, seconds: float, sandbox: str) -> Receipt:
+def _failed(ran: _Ran, error: JobError) -> Receipt:
     match error:
         case Superseded():
             outcome = Outcome.SUPERSEDED
@@ -321,13 +381,5 @@ def _failed(job: Assignment, error: JobError, log: str, seconds: float, sandbox:
             outcome = Outcome.RELEASED
         case _:
             outcome = Outcome.FAILED
-    return Receipt(
-        job_id=job.job_id,
-        fence=job.fence,
-        outcome=outcome,
-        error=error.message,
-        retryable=error.retryable,
-        log=log or error.log,
-        seconds=seconds,
-        sandbox=sandbox,
-    )
+    evidence = msgspec.structs.replace(ran.evidence, fault=type(error).__name__)
+    return ran.receipt(outcome, error=error.message, retryable=error.retryable, evidence=evidence)

@@ -1,7 +1,8 @@
 """The Sentinel: gives claimed jobs to workers that ask, and their receipts to the Committer.
 
 ZeroMQ is a doorbell here and the ledger is the truth: any message may be lost, and a slow poll
-finds what a lost one would have told. Peers speak only after `engine.handshake` has let their
+finds what a lost one would have told. Each heartbeat of a worker is answered with what it holds in
+our eyes, so that both soon agree again. Peers speak only after `engine.handshake` has let their
 connection through; they are known by the ROUTER's identity together with that connection.
 """
 
@@ -22,9 +23,10 @@ import zmq.asyncio
 
 from casparian_flow import protocol
 from casparian_flow.config import Settings
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
-from casparian_flow.engine import wire
+from casparian_flow.engine import in_hand, retries, wire
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import Dispatcher, artifact
 from casparian_flow.engine.handshake import Handshake, Refusal, Refusals
@@ -39,7 +41,8 @@ POLL_SECONDS = 1.0
 """The net under the doorbell: how long a job can wait after a lost message."""
 
 LEASE_SECONDS = 30.0
-"""A worker in another process that is silent this long loses its jobs."""
+"""A worker in another process that is silent this long loses its jobs. Counted here, on a clock
+that nobody sets; the worker has ended them by itself after two thirds of it."""
 
 _PARTS_LIMIT = 8
 
@@ -94,6 +97,7 @@ class Sentinel:
         self._answers: set[asyncio.Task[None]] = set()
         self._draining = False
         self._empty = asyncio.Event()
+        self._rung = asyncio.Event()
         self.refused = Refusals()
         """Connections and messages that were not ours, by kind."""
         self._socket = context.socket(zmq.ROUTER)
@@ -149,6 +153,7 @@ class Sentinel:
             group.create_task(self._listen())
             group.create_task(self._dispatch())
             group.create_task(self._reap())
+            group.create_task(self._revoke())
 
     async def drain(self, grace_seconds: float) -> None:
         """Claim no more; have every worker finish or release what it holds, and leave."""
@@ -202,6 +207,7 @@ class Sentinel:
                 return
             case protocol.Ring(scan=scan):
                 self._bell.set()
+                self._rung.set()
                 if scan:
                     self._ring()
                 await self._send(identity, protocol.Reply(ok=True, text="rung"))
@@ -231,12 +237,17 @@ class Sentinel:
                 for receipt in receipts:
                     peer.held.pop(receipt.job_id, None)
                     self._committer.accept(peer.name, receipt)
+            case protocol.Heartbeat(sent=sent):
+                await self._tell(identity, peer, sent)
             case protocol.Goodbye():
                 await self._lose(identity, "left")
 
     async def _admit(self, identity: bytes, peer: Peer) -> None:
         if identity in self._peers:
             return
+        for other, known in list(self._peers.items()):
+            if known.name == peer.name:  # it is back, by another connection
+                peer.held = self._peers.pop(other).held
         self._peers[identity] = peer
         self._empty.clear()
         log.info("worker %s is here", peer.name)
@@ -248,6 +259,7 @@ class Sentinel:
                 inode=os.stat(database.state_folder).st_ino,
                 guests=self._settings.workers.guests,
                 limits=self._settings.guest,
+                lease_seconds=LEASE_SECONDS if peer.connection else 0.0,
             ),
         )
         if self._draining:  # it comes while we leave; nobody else would tell it
@@ -290,28 +302,73 @@ class Sentinel:
         self._bell.set()
         await self._send(identity, reply)
 
+    async def _tell(self, identity: bytes, peer: Peer, sent: float = 0.0) -> None:
+        await self._send(identity, protocol.Granted(jobs=list(peer.held.items()), sent=sent))
+
+    async def _revoke(self) -> None:
+        """Take from the workers what runs no more by the ledger's word: somebody aborted it."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._rung.wait()
+            self._rung.clear()
+            held = {pair for peer in self._peers.values() for pair in peer.held.items()}
+            if not held:
+                continue
+            try:
+                rows = await self._ledger.read_soon(partial(jobs.granted, pairs=held))
+            except LedgerError as error:
+                log.error("whether a job was aborted is not known: %s", error.message)
+                continue
+            over = held - {(row.id, row.fence) for row in rows}
+            for identity, peer in list(self._peers.items()):
+                if taken := over & peer.held.items():
+                    log.info("worker %s ends %d jobs that run no more", peer.name, len(taken))
+                    for job_id, _ in taken:
+                        del peer.held[job_id]
+                    await self._tell(identity, peer)
+
     async def _reap(self) -> None:
         """Take their jobs from workers of other processes that fell silent."""
         while True:
+            due = time.monotonic() + LEASE_SECONDS / 3
             await asyncio.sleep(LEASE_SECONDS / 3)
+            # While we were stopped or too busy we heard nobody: that is not their silence.
+            late = time.monotonic() - due
+            for peer in self._peers.values():
+                peer.seen += late
             horizon = time.monotonic() - LEASE_SECONDS
             silent = [i for i, p in self._peers.items() if p.connection and p.seen < horizon]
             for identity in silent:
                 try:
-                    # It may be one of its jobs that killed it: the attempts count.
-                    await self._lose(identity, f"was silent for {LEASE_SECONDS:g} s", refund=False)
+                    await self._lose(identity, f"was silent for {LEASE_SECONDS:g} s", silent=True)
                 except LedgerError as error:
                     log.error("the jobs of a lost worker wait: %s", error.message)
 
-    async def _lose(self, identity: bytes, why: str, refund: bool = True) -> None:
-        """Forget a worker and put what it still holds back into the queue."""
-        peer = self._peers[identity]
-        for job_id, fence in peer.held.items():
-            log.warning("worker %s %s; job %d goes back to the queue", peer.name, why, job_id)
-            await self._ledger.write_soon(
-                partial(jobs.requeue, job_id=job_id, fence=fence, reason="", refund=refund)
+    async def _lose(self, identity: bytes, why: str, *, silent: bool = False) -> None:
+        """Forget a worker and put what it still holds back into the queue.
+
+        Args:
+            silent: it did not say so: one of its jobs may have killed it.
+        """
+        if (peer := self._peers.get(identity)) is None:
+            return
+        words = f"worker {peer.name} {why}"
+        held = list(peer.held.items())
+        if held:
+            log.warning("%s; %d jobs go back to the queue", words, len(held))
+        work = partial(retries.release, pairs=held, why=words)
+        folder = self._settings.database.guests_folder
+        if silent:
+            hands = in_hand.read(folder)
+            work = partial(
+                retries.lose, pairs=held, hands=hands, limits=self._settings.jobs, why=words
             )
-        del self._peers[identity]
+        if held:
+            await self._ledger.write_soon(work)
+            crashpoint("sentinel.jobs_taken_back")
+            in_hand.forget(folder, held)
+        self._peers.pop(identity, None)
         if not self._peers:
             self._empty.set()
         self._bell.set()

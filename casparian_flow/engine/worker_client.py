@@ -16,6 +16,7 @@ import contextlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ import zmq.asyncio
 
 from casparian_flow import protocol
 from casparian_flow.engine import canary, wire
+from casparian_flow.engine.holdings import Holdings
 from casparian_flow.engine.runner import Runner
 from casparian_flow.errors import CasparianError, DaemonGone, ProtocolError
 from casparian_flow.protocol import AnyMessage, Artifact, Assignment, Conclude
@@ -33,10 +35,17 @@ from casparian_flow.security import sandbox
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 5.0
-"""How often a worker says that it lives, however busy its thread is."""
+"""How often a worker says that it lives, however busy its thread is; more often where its lease
+is short."""
+
+HEARTBEATS = 6
+"""Heartbeats in the time of a lease, at least."""
 
 KEY_SECONDS = 0.5
 """How often a worker of another process looks whether a Sentinel has left a new key."""
+
+FETCH_SECONDS = 10.0
+"""How long an artifact may take before it is asked for again: a message may be lost."""
 
 PREFETCH_SECONDS = 0.25
 """Work a worker asks for ahead: many jobs where they are short, one where they are long."""
@@ -65,6 +74,8 @@ class Worker:
         self._runner: Runner | None = None
         self._jobs: asyncio.Queue[list[Assignment]] = asyncio.Queue()
         self._artifacts: dict[int, asyncio.Future[Artifact]] = {}
+        self._holdings = Holdings()
+        self._lease = 0.0
         self._stale = False
         self._pace = PREFETCH_SECONDS
         self._draining = asyncio.Event()
@@ -133,7 +144,10 @@ class Worker:
             case protocol.Welcome():
                 await self._begin(message)
             case protocol.Assign(jobs=jobs):
-                self._jobs.put_nowait(jobs)
+                if new := self._holdings.take(jobs):
+                    self._jobs.put_nowait(new)
+            case protocol.Granted():
+                await self._compare(message)
             case protocol.Artifact(plugin_id=plugin_id):
                 if (future := self._artifacts.get(plugin_id)) and not future.done():
                     future.set_result(message)
@@ -145,6 +159,8 @@ class Worker:
     async def _begin(self, welcome: protocol.Welcome) -> None:
         """Serve a Sentinel; a new one has swept away the guests we had under the old one."""
         _check_shared(welcome)
+        self._lease = welcome.lease_seconds
+        self._holdings.renewed()
         if self._runner is None:
             if self._alone:
                 loop = asyncio.get_running_loop()
@@ -188,25 +204,49 @@ class Worker:
         work = [(job, artifacts[job.plugin_id]) for job in batch]
         started = loop.time()
         receipts = await loop.run_in_executor(self._thread, self._runner.run, work)
+        self._holdings.conclude(receipts)
         await self._send(Conclude(receipts=receipts))
         each = (loop.time() - started) / len(batch)
         self._pace = (self._pace + each) / 2
 
     async def _artifact(self, plugin_id: int) -> Artifact:
         """Fetched anew for each batch: whether it may run is the Sentinel's to say, each time."""
-        future: asyncio.Future[Artifact] = asyncio.get_running_loop().create_future()
-        self._artifacts[plugin_id] = future
-        await self._send(protocol.Fetch(plugin_id=plugin_id))
-        return await future
+        while True:
+            future: asyncio.Future[Artifact] = asyncio.get_running_loop().create_future()
+            self._artifacts[plugin_id] = future
+            await self._send(protocol.Fetch(plugin_id=plugin_id))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FETCH_SECONDS):
+                    return await future
 
     async def _pull(self) -> None:
         free = int(PREFETCH_SECONDS / self._pace)
         await self._send(protocol.Ready(free=max(1, min(free, PREFETCH_LIMIT))))
 
+    async def _compare(self, message: protocol.Granted) -> None:
+        revoked, again = self._holdings.compare(message)
+        if revoked and self._runner:
+            self._runner.revoke(revoked)
+        if again:
+            await self._send(Conclude(receipts=again))
+
     async def _beat(self) -> None:
+        """Say that we live; end what we hold before others may have it, if nobody hears us."""
         while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-            await self._send(protocol.Heartbeat())
+            pause = min(HEARTBEAT_SECONDS, self._lease / HEARTBEATS or HEARTBEAT_SECONDS)
+            await asyncio.sleep(pause)
+            if self._lease and self._holdings.safe_for(self._lease) <= pause:
+                self._let_go()
+            await self._send(protocol.Heartbeat(sent=time.monotonic()))
+            if self._runner and not self._draining.is_set() and not self._holdings.running():
+                await self._pull()  # the first time it was said, it may have been lost
+
+    def _let_go(self) -> None:
+        """The lease could not be renewed: end what runs; its receipts say Released."""
+        running = self._holdings.running()
+        if running and self._runner:
+            log.warning("worker %s lost touch with the Sentinel; its jobs are ended", self._name)
+            self._runner.revoke(running)
 
     async def _follow(self) -> None:
         """Connect when a Sentinel has left its key, and anew when a later one has left another."""

@@ -231,29 +231,39 @@ def set_topic(
     return ledger.write(work)
 
 
-def retry_jobs(ledger: Ledger, settings: Settings, job_ids: Sequence[int] | None) -> int:
+def retry_jobs(
+    ledger: Ledger,
+    settings: Settings,
+    job_ids: Sequence[int] | None,
+    *,
+    plugin: str | None = None,
+    path: str | None = None,
+) -> int:
     """Queue failed or aborted jobs again, with a fresh budget of attempts; how many.
 
     Args:
         job_ids: None means every FAILED one.
+        plugin: of the FAILED ones, only this plugin's.
+        path: of the FAILED ones, only those of files whose path matches this glob.
 
     Raises:
         NotFound: no job has one of these ids.
         CasparianError: some are neither FAILED nor ABORTED; the others were queued.
     """
     if job_ids is None:
-        job_ids = ledger.read(lambda c: views.job_ids(c, [JobStatus.FAILED]))
+        job_ids = ledger.read(lambda c: views.job_ids(c, [JobStatus.FAILED], plugin, path))
     return _change(ledger, settings, "retry", jobs.retry, job_ids, "FAILED or ABORTED")
 
 
 def abort_jobs(ledger: Ledger, settings: Settings, job_ids: Sequence[int]) -> int:
-    """End queued jobs; how many.
+    """End queued and running jobs; how many. The guest of a running one is killed.
 
     Raises:
         NotFound: no job has one of these ids.
-        CasparianError: some are not QUEUED; the others were aborted.
+        CasparianError: some have ended, or are decided; the others were aborted.
     """
-    return _change(ledger, settings, "abort", jobs.abort, job_ids, "QUEUED")
+    change = partial(jobs.abort, who=wiring.actor())
+    return _change(ledger, settings, "abort", change, job_ids, "QUEUED or RUNNING")
 
 
 def _change(
@@ -278,6 +288,11 @@ def _change(
         found = ledger.read(partial(views.job, job_id=job_id))
         if found is None:
             raise NotFound(f"there is no job {job_id}", "casparian jobs")
+        if verb == "abort" and found["status"] == JobStatus.COMMITTING:
+            raise CasparianError(
+                f"job {job_id} is decided already: its output will appear",
+                f"casparian jobs show {job_id}",
+            )
         raise CasparianError(
             f"job {job_id} is {found['status']}; only jobs that are {wanted} can be "
             f"{'retried' if verb == 'retry' else 'aborted'}",

@@ -54,7 +54,11 @@ VERBS: dict[str, tuple[Callable[[Connection, int], object], set[JobStatus], JobS
         {JobStatus.SUPERSEDED},
         JobStatus.QUEUED,
     ),
-    "abort": (lambda c, job: jobs.abort(c, [job]), {JobStatus.QUEUED}, JobStatus.ABORTED),
+    "abort": (
+        lambda c, job: jobs.abort(c, [job], "somebody"),
+        {JobStatus.QUEUED, JobStatus.RUNNING},
+        JobStatus.ABORTED,
+    ),
     "retry": (
         lambda c, job: jobs.retry(c, [job]),
         {JobStatus.FAILED, JobStatus.ABORTED},

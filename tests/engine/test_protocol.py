@@ -32,8 +32,10 @@ def values(kind: object) -> st.SearchStrategy[object]:
         return simple[kind]
     if typing.get_origin(kind) is list:
         return st.lists(values(typing.get_args(kind)[0]), max_size=3)
+    if typing.get_origin(kind) is tuple:
+        return st.tuples(*map(values, typing.get_args(kind)))
     if isinstance(kind, types.UnionType):
-        return st.none() | records(typing.get_args(kind)[0])
+        return st.none() | values(typing.get_args(kind)[0])
     return records(kind)
 
 
@@ -61,7 +63,7 @@ def test_a_cut_message_is_refused(message: protocol.AnyMessage, cut: int) -> Non
 
 
 def test_another_version_is_refused() -> None:
-    _, body = protocol.encode(protocol.Heartbeat())
+    _, body = protocol.encode(protocol.Heartbeat(sent=1.0))
     with pytest.raises(ProtocolError):
         protocol.decode([b"CF0", body])
 

@@ -1,0 +1,137 @@
+"""Which jobs are tried again, and when; and what becomes of those whose Worker or daemon is gone.
+
+    the attempt failed    again after a pause, while attempts are left and the error may pass
+    its Worker is gone    what it had in hand counts an attempt; what only waited there does not
+    the daemon is gone    the same, and it counts as a crash of the job: after two, the job runs
+                          alone (`jobs.claim`); after the third it is FAILED as poison
+
+Where nothing is known to have been in hand (a power cut, or a moment between two jobs), every
+attempt counts: a job that takes the whole machine with it must come to its end too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection
+
+from casparian_flow.db import audit, jobs, plugins
+from casparian_flow.db.attempts import Ended, add_attempts, faults
+from casparian_flow.db.jobs import Pair
+from casparian_flow.engine import in_hand
+from casparian_flow.errors import OutOfMemory
+from casparian_flow.protocol import Receipt
+from casparian_flow.sections import JobSettings
+
+PAUSE_LIMIT_SECONDS = 900.0
+"""The longest pause before a job is tried again."""
+
+POISON_AFTER = jobs.ALONE_AFTER + 1
+"""Deaths of the daemon with a job in hand after which it is not tried again."""
+
+_RECOVERY = "recovery"
+
+
+def pause(limits: JobSettings, attempts: int) -> float:
+    """Seconds before the next attempt: exponential, with full jitter, so that jobs that failed
+    together do not come back together (M. Brooker, Exponential Backoff And Jitter, 2015).
+
+    Args:
+        attempts: how many the job has had, the one that failed among them.
+    """
+    longest = limits.retry_seconds * 4.0 ** min(max(attempts - 1, 0), 16)
+    return random.uniform(0.0, min(longest, PAUSE_LIMIT_SECONDS))  # noqa: S311  no secret
+
+
+def after_failure(connection: Connection, end: Receipt, limits: JobSettings, actor: str) -> bool:
+    """Give a failed attempt its consequence; False when the job was another's by now."""
+    attempts = jobs.attempts(connection, end.job_id)
+    # With as much memory as before it would hardly get further: one more try, and no third.
+    fault = end.evidence.fault
+    vain = fault == OutOfMemory.__name__ and faults(connection, end.job_id, fault) > 0
+    if end.retryable and attempts < limits.max_attempts and not vain:
+        delay = pause(limits, attempts)
+        return jobs.requeue(
+            connection, end.job_id, end.fence, reason=end.error, delay_seconds=delay
+        )
+    return _fail(connection, end.job_id, end.fence, end.error, actor)
+
+
+def begin(connection: Connection, limits: JobSettings, guests_folder: Path) -> int:
+    """Start an epoch, which is returned. What an older one left RUNNING is dead: we hold the
+    daemon lock."""
+    epoch = plugins.begin_epoch(connection)
+    _take_back(
+        connection, jobs.held(connection, epoch), in_hand.read(guests_folder), limits,
+        "the daemon ended", daemon=True,
+    )  # fmt: skip
+    return epoch
+
+
+def lose(
+    connection: Connection, pairs: Iterable[Pair], hands: Set[Pair], limits: JobSettings, why: str
+) -> None:
+    """Take their jobs from a Worker that is gone, for all that is known.
+
+    Args:
+        hands: the attempts that are in somebody's hand.
+        why: which Worker, and what it did not do.
+    """
+    _take_back(connection, jobs.granted(connection, pairs), hands, limits, why, daemon=False)
+
+
+def release(connection: Connection, pairs: Iterable[Pair], why: str) -> None:
+    """Take their jobs from a Worker that leaves; their attempts do not count."""
+    for job in jobs.granted(connection, pairs):
+        _give_back(connection, job, why)
+
+
+def _take_back(
+    connection: Connection, rows: Sequence[Any], hands: Set[Pair], limits: JobSettings,
+    why: str, *, daemon: bool,
+) -> None:  # fmt: skip
+    for _, group in itertools.groupby(rows, lambda job: job.worker):
+        crew = list(group)
+        suspects = {(job.id, job.fence) for job in crew} & hands
+        for job in crew:
+            suspected = (job.id, job.fence) in suspects
+            if suspects and not suspected:
+                _give_back(connection, job, f"{why} before it began")
+            else:
+                _count(connection, job, limits, f"{why} while it ran", daemon and suspected)
+
+
+def _give_back(connection: Connection, job: Any, why: str) -> None:
+    ended = Ended(job.id, job.fence, job.worker, "RELEASED", why)
+    add_attempts(connection, job.epoch, [ended])
+    jobs.requeue(connection, job.id, job.fence, reason="", refund=True)
+
+
+def _count(connection: Connection, job: Any, limits: JobSettings, why: str, crashed: bool) -> None:
+    reason = f"{why} ({job.attempts} of {limits.max_attempts} attempts)"
+    crashes = job.crashes + crashed
+    poison = crashed and crashes >= POISON_AFTER
+    if poison:
+        reason = f"POISON: {why}, {crashes} times, the last time alone; it is not tried again"
+    elif crashes >= jobs.ALONE_AFTER:
+        reason += f"; it did so {crashes} times, so the job will run alone"
+    ended = Ended(job.id, job.fence, job.worker, "LOST", reason)
+    add_attempts(connection, job.epoch, [ended])
+    if poison or job.attempts >= limits.max_attempts:
+        _fail(connection, job.id, job.fence, reason, _RECOVERY)
+    else:
+        delay = pause(limits, job.attempts) if crashed else 0.0
+        jobs.requeue(
+            connection, job.id, job.fence, reason=reason, delay_seconds=delay, crashed=crashed
+        )
+
+
+def _fail(connection: Connection, job_id: int, fence: int, reason: str, actor: str) -> bool:
+    moved = jobs.fail(connection, job_id, fence, reason)
+    if moved:
+        audit.append(connection, actor, [audit.Event("fail", f"job {job_id}", {"reason": reason})])
+    return moved

@@ -1,0 +1,207 @@
+"""The Sentinel and workers of other processes: leases, repeated messages, jobs taken away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from casparian_flow import protocol
+from casparian_flow.config import Settings
+from casparian_flow.db import audit
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import Attempt, AuditEntry, JobStatus, ProcessingJob
+from casparian_flow.engine import sentinel
+from casparian_flow.errors import CasparianError
+from casparian_flow.protocol import Assignment, Conclude, Granted, Outcome, Receipt, StagedOutput
+from casparian_flow.services import changes
+from tests.engine.wires import PATIENCE, Attacked, Peer, attacked
+from tests.factories import add_job
+
+Story = Callable[[Attacked], Awaitable[None]]
+
+
+def play(settings: Settings, story: Story) -> None:
+    async def stage() -> None:
+        async with attacked(settings) as target:
+            await story(target)
+
+    asyncio.run(stage())
+
+
+async def joined(target: Attacked, name: str) -> Peer:
+    peer = target.peer()
+    await peer.send(protocol.Hello(worker=name))
+    assert isinstance(await peer.hear(), protocol.Welcome)
+    return peer
+
+
+async def assigned(peer: Peer, free: int = 10) -> list[Assignment]:
+    await peer.send(protocol.Ready(free=free))
+    message = await peer.hear()
+    assert isinstance(message, protocol.Assign)
+    return message.jobs
+
+
+async def granted(peer: Peer) -> list[tuple[int, int]]:
+    """What the Sentinel answers to a heartbeat."""
+    await peer.send(protocol.Heartbeat(sent=1.0))
+    while True:
+        message = await peer.hear()
+        assert isinstance(message, Granted), "the worker was not known any more"
+        if message.sent:
+            return message.jobs
+
+
+def state(ledger: Ledger, job: int) -> tuple[str, int, int]:
+    """Status, fence, attempts."""
+    columns = (ProcessingJob.status, ProcessingJob.fence, ProcessingJob.attempts)
+    query = select(*columns).where(ProcessingJob.id == job)
+    status, fence, attempts = ledger.read(lambda c: c.execute(query).one())
+    return status, fence, attempts
+
+
+async def becomes(ledger: Ledger, job: int, wanted: tuple[str, int, int]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while state(ledger, job) != wanted:
+            await asyncio.sleep(0.01)
+
+
+def staged(job: int, fence: int, stage: Path, sink: Path) -> Receipt:
+    stage.write_bytes(b"rows")
+    output = StagedOutput(
+        topic="t", uri="parquet://out", location=f"parquet://{sink}", mode="append",
+        output_key="k" * 64, stage=str(stage), rows=1, size_bytes=4, digest="",
+    )  # fmt: skip
+    return Receipt(job_id=job, fence=fence, outcome=Outcome.STAGED, outputs=[output])
+
+
+async def removed(file: Path) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while file.exists():
+            await asyncio.sleep(0.01)
+
+
+def test_a_silent_worker_loses_its_jobs_and_what_it_says_later_is_refused(
+    ledger: Ledger, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 0.3)
+    job, waiting = (add_job(ledger, fence=0, attempts=0) for _ in range(2))
+
+    async def story(target: Attacked) -> None:
+        asleep = await joined(target, "asleep")
+        assert [each.fence for each in await assigned(asleep)] == [1, 1]
+        settings.database.guests_folder.mkdir(parents=True, exist_ok=True)
+        (settings.database.guests_folder / f"hand-{job}-1").touch()
+        await becomes(ledger, job, ("QUEUED", 1, 1))
+        await becomes(ledger, waiting, ("QUEUED", 1, 0))
+        awake = await joined(target, "awake")
+        await assigned(awake)
+        stage = tmp_path / "stage"
+        await asleep.send(protocol.Hello(worker="asleep"))
+        await asleep.send(Conclude(receipts=[staged(job, 1, stage, tmp_path)]))
+        await removed(stage)
+        await awake.send(Conclude(receipts=[Receipt(job_id=job, fence=2, outcome=Outcome.STAGED)]))
+        await becomes(ledger, job, ("COMPLETED", 2, 2))
+
+    play(settings, story)
+    seen = select(Attempt.outcome).where(Attempt.job_id == job).order_by(Attempt.fence)
+    assert ledger.read(lambda c: list(c.execute(seen).scalars())) == ["LOST", "STAGED"]
+
+
+def test_nobody_is_lost_while_the_sentinel_itself_does_not_listen(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 1.5)
+    job = add_job(ledger, fence=0, attempts=0)
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "patient")
+        await assigned(peer)
+        for _ in range(2):
+            assert await granted(peer) == [(job, 1)]
+            time.sleep(2.5)  # the loop of the Sentinel, which is ours
+
+    play(settings, story)
+    assert state(ledger, job) == ("QUEUED", 1, 0), "it left in peace at the end"
+
+
+def test_a_worker_that_is_back_by_another_connection_keeps_its_jobs(
+    ledger: Ledger, settings: Settings
+) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "roamer")
+        await assigned(peer)
+        peer.socket.close()
+        again = await joined(target, "roamer")
+        assert await granted(again) == [(job, 1)]
+        await again.send(Conclude(receipts=[Receipt(job_id=job, fence=1, outcome=Outcome.STAGED)]))
+        await becomes(ledger, job, ("COMPLETED", 1, 1))
+
+    play(settings, story)
+
+
+def test_a_repeated_receipt_counts_once_and_spares_the_files_of_the_first(
+    ledger: Ledger, settings: Settings, tmp_path: Path
+) -> None:
+    """The sink is out of order, so that what was decided is not published yet."""
+    job, other = (add_job(ledger, fence=0, attempts=0) for _ in range(2))
+    sink = tmp_path / "sink"
+    sink.write_text("a file where the folder should be")
+    stage = tmp_path / "stage"
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "twice")
+        await assigned(peer)
+        first = staged(job, 1, stage, sink)
+        await peer.send(Conclude(receipts=[first, first]))
+        await becomes(ledger, job, ("COMMITTING", 1, 1))
+        await peer.send(Conclude(receipts=[first]))
+        ended = Receipt(job_id=other, fence=1, outcome=Outcome.FAILED, retryable=False, error="no")
+        await peer.send(Conclude(receipts=[ended, ended]), Conclude(receipts=[ended]))
+        await becomes(ledger, other, ("FAILED", 1, 1))
+
+    play(settings, story)
+    assert stage.exists(), "it is still to be published"
+    attempts = select(Attempt.outcome).order_by(Attempt.job_id)
+    assert ledger.read(lambda c: list(c.execute(attempts).scalars())) == ["STAGED", "FAILED"]
+
+
+def test_an_aborted_job_is_taken_from_its_worker_and_its_result_refused(
+    ledger: Ledger, settings: Settings, tmp_path: Path
+) -> None:
+    job, kept = (add_job(ledger, fence=0, attempts=0) for _ in range(2))
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "busy")
+        await assigned(peer)
+        assert await asyncio.to_thread(changes.abort_jobs, ledger, settings, [job]) == 1
+        assert await peer.hear() == Granted(jobs=[(kept, 1)])
+        stage = tmp_path / "stage"
+        await peer.send(Conclude(receipts=[staged(job, 1, stage, tmp_path)]))
+        await removed(stage)
+        assert await granted(peer) == [(kept, 1)]
+
+    play(settings, story)
+    assert state(ledger, job) == ("ABORTED", 1, 1)
+    ended = select(Attempt.outcome).where(Attempt.job_id == job)
+    assert ledger.read(lambda c: list(c.execute(ended).scalars())) == ["ABORTED"]
+    entry = select(AuditEntry.actor, AuditEntry.subject).where(AuditEntry.action == "abort")
+    actor, subject = ledger.read(lambda c: c.execute(entry).one())
+    assert subject == f"job {job}"
+    assert actor
+    assert ledger.read(lambda c: list(audit.problems(c))) == []
+
+
+def test_a_decided_job_is_not_aborted(ledger: Ledger, settings: Settings) -> None:
+    decided, queued = add_job(ledger, JobStatus.COMMITTING), add_job(ledger)
+    with pytest.raises(CasparianError, match="decided already: its output will appear"):
+        changes.abort_jobs(ledger, settings, [decided, queued])
+    assert state(ledger, decided)[0] == JobStatus.COMMITTING
+    assert state(ledger, queued)[0] == JobStatus.ABORTED

@@ -1,0 +1,196 @@
+"""Who is tried again, and when; what a death of a daemon or of a Worker costs a job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import select
+
+from casparian_flow.db import audit, jobs
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.attempts import Ended, add_attempts
+from casparian_flow.db.jobs import Pair
+from casparian_flow.db.models import Attempt, Epoch, JobStatus, ProcessingJob
+from casparian_flow.engine import in_hand, retries
+from casparian_flow.protocol import Evidence, Outcome, Receipt
+from casparian_flow.sections import JobSettings
+from tests.factories import add_job
+
+MANY = JobSettings(max_attempts=100, retry_seconds=0.0)
+
+
+def job_row(ledger: Ledger, job: int) -> ProcessingJob:
+    query = select(*ProcessingJob.__table__.columns).where(ProcessingJob.id == job)
+    return ledger.read(lambda c: c.execute(query).one())  # type: ignore[return-value]
+
+
+def attempts_of(ledger: Ledger, job: int) -> list[str]:
+    query = select(Attempt.outcome).where(Attempt.job_id == job).order_by(Attempt.fence)
+    return ledger.read(lambda c: list(c.execute(query).scalars()))
+
+
+def epoch(ledger: Ledger) -> int:
+    return ledger.read(lambda c: c.execute(select(Epoch.id).order_by(Epoch.id.desc())).scalar())  # type: ignore[return-value]
+
+
+def claim(ledger: Ledger, limit: int = 10, worker: str = "w") -> list[int]:
+    return ledger.write(lambda c: jobs.claim(c, worker, epoch(ledger), limit))
+
+
+def die(ledger: Ledger, folder: Path, hands: Sequence[Pair], limits: JobSettings = MANY) -> None:
+    """The daemon dies with these in hand, and the next one begins."""
+    folder.mkdir(exist_ok=True)
+    for job_id, fence in hands:
+        (folder / f"hand-{job_id}-{fence}").touch()
+    ledger.write(lambda c: retries.begin(c, limits, folder))
+    for file in folder.iterdir():
+        file.unlink()
+
+
+@given(seconds=st.floats(0, 1e6), attempts=st.integers(1, 10_000), share=st.floats(0, 1))
+def test_pauses_grow_have_jitter_and_a_limit(seconds: float, attempts: int, share: float) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("random.uniform", lambda low, high: low + share * (high - low))
+        found = retries.pause(JobSettings(retry_seconds=seconds), attempts)
+    wanted = share * min(seconds * 4.0 ** min(attempts - 1, 16), 900.0)
+    assert found == pytest.approx(wanted)
+
+
+def test_the_pause_is_drawn_anew_each_time() -> None:
+    limits = JobSettings(retry_seconds=5.0)
+    drawn = {retries.pause(limits, 2) for _ in range(20)}
+    assert len(drawn) == 20
+    assert all(0 <= pause <= 20 for pause in drawn)
+
+
+def test_a_failed_attempt_waits_in_the_ledger(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    job = add_job(ledger, JobStatus.RUNNING, attempts=1)
+    limits = JobSettings(retry_seconds=7.0)
+    end = Receipt(job_id=job, fence=1, outcome=Outcome.FAILED, error="no")
+    assert ledger.write(lambda c: retries.after_failure(c, end, limits, "test"))
+    assert job_row(ledger, job).not_before == 1007.0
+    assert not ledger.write(lambda c: retries.after_failure(c, end, limits, "test"))
+
+
+def test_want_of_memory_is_tried_once_more_and_not_a_third_time(ledger: Ledger) -> None:
+    job = add_job(ledger)
+    for wanted in (JobStatus.QUEUED, JobStatus.FAILED):
+        assert claim(ledger) == [job]
+        fence = job_row(ledger, job).fence
+        end = Receipt(
+            job_id=job, fence=fence, outcome=Outcome.FAILED, error="MemoryError",
+            evidence=Evidence(fault="OutOfMemory"),
+        )  # fmt: skip
+        ledger.write(partial(retries.after_failure, end=end, limits=MANY, actor="test"))
+        ended = Ended(job, fence, "w", "FAILED", "MemoryError", fault="OutOfMemory")
+        ledger.write(partial(add_attempts, epoch=epoch(ledger), ended=[ended]))
+        assert job_row(ledger, job).status == wanted
+
+
+def test_a_job_in_hand_when_the_daemon_died_is_told_from_those_that_waited(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    first, second, other = add_job(ledger), add_job(ledger), add_job(ledger)
+    ledger.write(lambda c: jobs.claim(c, "one", epoch(ledger), 2))
+    ledger.write(lambda c: jobs.claim(c, "two", epoch(ledger), 1))
+    die(ledger, tmp_path / "guests", [(first, 2)])
+    found = [job_row(ledger, job) for job in (first, second, other)]
+    assert [row.status for row in found] == ["QUEUED"] * 3
+    # `first` may be the cause; `second` waited behind it; of the other worker nothing is known.
+    assert [row.attempts for row in found] == [2, 1, 2]
+    assert [row.crashes for row in found] == [1, 0, 0]
+    assert [attempts_of(ledger, job) for job in (first, second, other)] == [
+        ["LOST"], ["RELEASED"], ["LOST"],
+    ]  # fmt: skip
+
+
+def test_poison_runs_alone_and_is_failed_the_third_time(ledger: Ledger, tmp_path: Path) -> None:
+    folder = tmp_path / "guests"
+    poison = add_job(ledger, priority=5, fence=0, attempts=0)
+    calm = [add_job(ledger, fence=0, attempts=0) for _ in range(3)]
+    for death in (1, 2):
+        assert claim(ledger, 2) == [poison, calm[0]]
+        die(ledger, folder, [(poison, death)])
+    assert "will run alone" in job_row(ledger, poison).reason
+    assert claim(ledger) == [poison]
+    assert claim(ledger, worker="other") == [], "nothing runs beside it"
+    die(ledger, folder, [(poison, 3)])
+    row = job_row(ledger, poison)
+    assert row.status == JobStatus.FAILED
+    assert row.reason.startswith("POISON: the daemon ended while it ran, 3 times")
+    assert sorted(claim(ledger)) == calm, "the others go on"
+    assert ledger.read(lambda c: list(audit.problems(c))) == []
+
+
+def test_a_suspect_waits_until_nothing_runs_and_only_then_holds_the_others_up(
+    ledger: Ledger,
+) -> None:
+    running = add_job(ledger, JobStatus.RUNNING)
+    before = add_job(ledger, priority=9)
+    suspect = add_job(ledger, priority=5, crashes=2)
+    after = add_job(ledger, priority=1)
+    assert claim(ledger) == [before]
+    assert claim(ledger) == [], "its turn has come, and something runs"
+    for job in (running, before):
+        fence = job_row(ledger, job).fence
+        ledger.write(partial(jobs.fail, job_id=job, fence=fence, reason="over"))
+    assert claim(ledger) == [suspect]
+    assert claim(ledger) == []
+    ledger.write(lambda c: jobs.requeue(c, suspect, 2, reason="again", delay_seconds=3600))
+    assert claim(ledger) == [after]
+
+
+def test_a_retried_poison_is_alone_again(ledger: Ledger, tmp_path: Path) -> None:
+    job = add_job(ledger, JobStatus.FAILED, crashes=2)
+    add_job(ledger)
+    ledger.write(lambda c: jobs.retry(c, [job]))
+    assert claim(ledger) == [job]
+    die(ledger, tmp_path / "guests", [(job, 2)])
+    assert job_row(ledger, job).status == JobStatus.FAILED
+
+
+def test_jobs_of_a_dead_daemon_have_a_budget(ledger: Ledger, tmp_path: Path) -> None:
+    """Where nothing is known to have been in hand, as after a power cut."""
+    job = add_job(ledger, attempts=0, fence=0)
+    limits = JobSettings(max_attempts=2)
+    for wanted in (JobStatus.QUEUED, JobStatus.FAILED):
+        claim(ledger)
+        die(ledger, tmp_path / "guests", [], limits)
+        assert job_row(ledger, job).status == wanted
+    assert "2 of 2 attempts" in job_row(ledger, job).reason
+
+
+def test_a_lost_worker_costs_what_it_had_in_hand_and_no_more(ledger: Ledger) -> None:
+    job, waiting = add_job(ledger, JobStatus.RUNNING), add_job(ledger, JobStatus.RUNNING)
+    pairs = [(job, 1), (waiting, 1), (99, 1)]
+    limits = JobSettings(max_attempts=1)
+    ledger.write(lambda c: retries.lose(c, pairs, {(job, 1)}, limits, "worker w was silent"))
+    assert job_row(ledger, job).status == JobStatus.FAILED
+    assert job_row(ledger, job).reason == "worker w was silent while it ran (1 of 1 attempts)"
+    assert (job_row(ledger, waiting).status, job_row(ledger, waiting).attempts) == ("QUEUED", 0)
+    ledger.write(lambda c: retries.lose(c, pairs, {(job, 1)}, limits, "again"))
+    assert attempts_of(ledger, job) == ["LOST"]
+
+
+def test_what_is_in_hand_can_be_read_until_it_is_not(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "guests"
+    with in_hand.held(folder, 7, 3):
+        (folder / "hand-x").touch()
+        assert in_hand.read(folder) == {(7, 3)}
+        in_hand.let_go()
+        assert in_hand.read(folder) == set()
+    with pytest.raises(KeyError), in_hand.held(folder, 8, 1):
+        raise KeyError
+    assert in_hand.read(folder) == set()
+    (folder / "hand-9-9").touch()
+    in_hand.forget(folder, [(9, 9), (10, 10)])
+    assert in_hand.read(folder) == set()

@@ -1,0 +1,352 @@
+"""The life of jobs as a state machine, played against the real database and the real verbs.
+
+Hypothesis calls the rules in any order; a model in a few lines says what each must do, and after
+every step the ledger must agree with it and with its own invariants. Receipts may be stale,
+repeated, or of attempts that were never given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sqlalchemy import Connection, insert, select
+
+from casparian_flow.config import DatabaseSettings
+from casparian_flow.db import audit, invariants, jobs, outputs
+from casparian_flow.db.access import Ledger, get_engine
+from casparian_flow.db.jobs import ALONE_AFTER, Pair
+from casparian_flow.db.models import (
+    AuditEntry,
+    Directory,
+    FileLocation,
+    FileVersion,
+    JobStatus,
+    ProcessingJob,
+    SourceRoot,
+    utcnow,
+)
+from casparian_flow.db.routing import Wanted
+from casparian_flow.engine import retries
+from casparian_flow.engine.committer import Committer, _Ended, _Owed
+from casparian_flow.errors import JobError, SinkConflict
+from casparian_flow.protocol import Evidence, Outcome, Published, Receipt, StagedOutput
+from casparian_flow.sections import JobSettings
+from tests.factories import add_plugin
+
+T = TypeVar("T")
+Q, R, C = JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING
+
+TOPICS = ("a", "b")
+
+
+@dataclass
+class Job:
+    """What the model knows of a job."""
+
+    id: int
+    version: int
+    priority: int
+    status: JobStatus = Q
+    fence: int = 0
+    attempts: int = 0
+    crashes: int = 0
+    worker: str = ""
+    starved: bool = False
+    """It has had an attempt that ran out of memory."""
+    planned: set[str] = field(default_factory=set)
+    published: set[str] = field(default_factory=set)
+
+    @property
+    def pair(self) -> Pair:
+        return self.id, self.fence
+
+
+class Life(RuleBasedStateMachine):
+    """Every verb of `db.jobs`, by those who call it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        memory = Path("/dev/shm")
+        place = memory if os.access(memory, os.W_OK) else None
+        self.folder = Path(tempfile.mkdtemp(prefix="life-", dir=place))
+        database = DatabaseSettings(db_location=str(self.folder / "ledger.sqlite3"))
+        self.engine = get_engine(database)
+        self.ledger = Ledger(self.engine)
+        self.jobs: dict[int, Job] = {}
+        self.issued: list[Pair] = []
+        """Every attempt that was ever given to a worker."""
+
+    @initialize(max_attempts=st.integers(1, 6))
+    def begin(self, max_attempts: int) -> None:
+        self.limits = JobSettings(max_attempts=max_attempts, retry_seconds=0.0)
+        self.plugins = [add_plugin(self.ledger, f"p{n}") for n in range(3)]
+        self.guests = self.folder / "guests"
+        self.guests.mkdir()
+        self.write(self._add_location)
+        self._start_epoch()
+
+    def write(self, work: Callable[[Connection], T]) -> T:
+        return self.ledger.write(work)
+
+    def _add_location(self, connection: Connection) -> None:
+        root = insert(SourceRoot).values(path="/nowhere", name="root", active=True, ignore="")
+        root_id = connection.execute(root.returning(SourceRoot.id)).scalar_one()
+        folder = insert(Directory).values(source_root_id=root_id, path=b"")
+        folder_id = connection.execute(folder.returning(Directory.id)).scalar_one()
+        self.places = {"source_root_id": root_id, "directory_id": folder_id}
+
+    def _start_epoch(self) -> None:
+        self.epoch = self.write(
+            partial(retries.begin, limits=self.limits, guests_folder=self.guests)
+        )
+        for file in self.guests.iterdir():
+            file.unlink()
+        self.committer = Committer(self.ledger, self.epoch, self.limits, lambda: None)
+
+    def of(self, *statuses: JobStatus) -> list[Job]:
+        return [job for job in self.jobs.values() if job.status in statuses]
+
+    # --- Scout ---
+
+    @rule(priority=st.integers(-1, 1), plugin=st.integers(0, 2))
+    def enqueue(self, priority: int, plugin: int) -> None:
+        number = len(self.jobs)
+
+        def work(connection: Connection) -> tuple[int, list[int]]:
+            location = insert(FileLocation).values(
+                path=str(number).encode(), rel_path=str(number), **self.places
+            )
+            location_id = connection.execute(location.returning(FileLocation.id)).scalar_one()
+            version = insert(FileVersion).values(
+                location_id=location_id, ordinal=1, content_hash="0" * 64, size_bytes=0
+            )
+            version_id = connection.execute(version.returning(FileVersion.id)).scalar_one()
+            connection.exec_driver_sql(
+                "UPDATE cf_file_location SET current_version_id = ? WHERE id = ?",
+                (version_id, location_id),
+            )
+            wanted = Wanted(self.plugins[plugin], f"p{plugin}", priority)
+            pairs = [(version_id, wanted)] * 2
+            return version_id, jobs.enqueue(connection, pairs, utcnow().isoformat(" "))
+
+        version, (job_id,) = self.write(work)
+        self.jobs[job_id] = Job(job_id, version, priority)
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def revive(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(list(self.jobs.values()))))
+        found = self.write(partial(jobs.revive, version_ids=[job.version for job in chosen]))
+        wanted = {job.id for job in chosen if job.status == JobStatus.SUPERSEDED}
+        assert set(found) == wanted
+        for job_id in wanted:
+            self.jobs[job_id].status, self.jobs[job_id].attempts = Q, 0
+
+    # --- Sentinel ---
+
+    @rule(limit=st.integers(1, 4), worker=st.sampled_from(["w1", "w2"]))
+    def claim(self, limit: int, worker: str) -> None:
+        found = self.write(partial(jobs.claim, worker=worker, epoch=self.epoch, limit=limit))
+        running = self.of(R)
+        due = sorted(self.of(Q), key=lambda job: (-job.priority, job.id))[:limit]
+        wanted = list(itertools.takewhile(lambda job: job.crashes < ALONE_AFTER, due))
+        if any(job.crashes >= ALONE_AFTER for job in running):
+            wanted = []
+        elif not wanted and not running:
+            wanted = due[:1]
+        assert sorted(found) == sorted(job.id for job in wanted)
+        for job in wanted:
+            job.status, job.worker = R, worker
+            job.fence += 1
+            job.attempts += 1
+            self.issued.append(job.pair)
+
+    @rule(data=st.data(), silent=st.booleans())
+    def worker_is_gone(self, data: st.DataObject, silent: bool) -> None:
+        pairs = data.draw(st.lists(self._any_pair(), unique=True))
+        hands = set(data.draw(st.lists(self._any_pair(), max_size=2)))
+        if silent:
+            self.write(
+                partial(retries.lose, pairs=pairs, hands=hands, limits=self.limits, why="gone")
+            )
+        else:
+            self.write(partial(retries.release, pairs=pairs, why="left"))
+        held = [job for job in self.of(R) if job.pair in pairs]
+        self._taken(held, hands if silent else None, daemon=False)
+
+    @rule(data=st.data())
+    def daemon_dies(self, data: st.DataObject) -> None:
+        hands = set(data.draw(st.lists(self._any_pair(), max_size=2)))
+        for job_id, fence in hands:
+            (self.guests / f"hand-{job_id}-{fence}").touch()
+        held = self.of(R)
+        self._start_epoch()
+        self._taken(held, hands, daemon=True)
+
+    def _taken(self, held: list[Job], hands: set[Pair] | None, *, daemon: bool) -> None:
+        for worker in {job.worker for job in held}:
+            crew = [job for job in held if job.worker == worker]
+            suspects = [job for job in crew if hands is not None and job.pair in hands]
+            for job in crew:
+                if hands is None or (suspects and job not in suspects):
+                    job.status = Q
+                    job.attempts -= 1
+                    continue
+                crashed = daemon and job in suspects
+                last = crashed and job.crashes + 1 > ALONE_AFTER
+                job.status = (
+                    JobStatus.FAILED if last or job.attempts >= self.limits.max_attempts else Q
+                )
+                job.crashes += crashed and job.status == Q
+
+    # --- Committer ---
+
+    @rule(data=st.data())
+    def receipts(self, data: st.DataObject) -> None:
+        group = data.draw(
+            st.lists(st.builds(self._receipt, self._any_pair(), _OUTCOMES), max_size=4)
+        )
+        group += data.draw(st.permutations(group))[: len(group) // 2]
+        over = self.write(
+            lambda c: self.committer._decide(c, [_Ended("w", receipt) for receipt in group])
+        )
+        first: dict[Pair, Receipt] = {}
+        for receipt in group:
+            first.setdefault((receipt.job_id, receipt.fence), receipt)
+        for pair, receipt in first.items():
+            job = self.jobs.get(pair[0])
+            if job and job.status == R and job.pair == pair:
+                self._ended(job, receipt)
+        owed = {output.stage for _, _, output in self.ledger.read(outputs.unpublished)}
+        assert not owed & {output.stage for output in over}, "what is decided lost its stage"
+
+    def _ended(self, job: Job, receipt: Receipt) -> None:
+        match receipt.outcome:
+            case Outcome.STAGED:
+                job.status = C
+                job.planned = {output.topic for output in receipt.outputs} - job.published
+            case Outcome.SUPERSEDED:
+                job.status = JobStatus.SUPERSEDED
+            case Outcome.RELEASED:
+                job.status = Q
+                job.attempts -= 1
+            case Outcome.FAILED:
+                starving = bool(receipt.evidence.fault)
+                again = receipt.retryable and job.attempts < self.limits.max_attempts
+                job.status = Q if again and not (starving and job.starved) else JobStatus.FAILED
+                job.starved |= starving
+
+    @rule(data=st.data(), refuse=st.booleans())
+    def publish(self, data: st.DataObject, refuse: bool) -> None:
+        owed = [_Owed(*row) for row in self.ledger.read(outputs.unpublished)]
+        assert {(o.job_id, o.staged.topic) for o in owed} == {
+            (job.id, topic) for job in self.of(C) for topic in job.planned
+        }
+        chosen = data.draw(st.lists(st.sampled_from(owed), unique_by=id)) if owed else []
+        refused: list[tuple[_Owed, JobError]] = [
+            (output, SinkConflict("it is another's")) for output in chosen[:1] if refuse
+        ]
+        done = [
+            (output, Published(target="there", rows=1, digest="", adopted=False))
+            for output in chosen[len(refused) :]
+        ]
+        asyncio.run(self.committer._complete(done, refused))
+        for output, _ in done:
+            job = self.jobs[output.job_id]
+            job.published.add(output.staged.topic)
+            job.planned.discard(output.staged.topic)
+        for output, _ in refused:
+            self.jobs[output.job_id].status = JobStatus.FAILED
+        for job in self.of(C):
+            if not job.planned:
+                job.status = JobStatus.COMPLETED
+
+    def _receipt(self, pair: Pair, ending: tuple[Outcome, bool, str, frozenset[str]]) -> Receipt:
+        outcome, retryable, fault, topics = ending
+        staged = [
+            StagedOutput(
+                topic=topic, uri="u", location="l", mode="append", output_key=f"{pair[0]}{topic}",
+                stage=f"{pair}{topic}", rows=1, size_bytes=1, digest="",
+            )
+            for topic in topics
+        ]  # fmt: skip
+        error = "" if outcome in (Outcome.STAGED, Outcome.RELEASED) else "no"
+        return Receipt(
+            job_id=pair[0], fence=pair[1], outcome=outcome, retryable=retryable, error=error,
+            outputs=staged if outcome is Outcome.STAGED else [], evidence=Evidence(fault=fault),
+        )  # fmt: skip
+
+    def _any_pair(self) -> st.SearchStrategy[Pair]:
+        """An attempt that runs, that did once, or that never was."""
+        known: list[st.SearchStrategy[Pair]] = [
+            st.sampled_from(pairs)
+            for pairs in ([job.pair for job in self.of(R)], self.issued)
+            if pairs
+        ]
+        return st.one_of(*known, st.tuples(st.integers(1, 9), st.integers(1, 9)))
+
+    # --- people ---
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(list(self.jobs)), unique=True))
+        found = self.write(partial(jobs.abort, job_ids=chosen, who="somebody"))
+        wanted = [job for job in self.of(Q, R) if job.id in chosen]
+        assert sorted(found) == sorted(job.id for job in wanted)
+        for job in wanted:
+            job.status = JobStatus.ABORTED
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def retry(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(list(self.jobs)), unique=True))
+        found = self.write(partial(jobs.retry, job_ids=chosen))
+        wanted = [j for j in self.of(JobStatus.FAILED, JobStatus.ABORTED) if j.id in chosen]
+        assert sorted(found) == sorted(job.id for job in wanted)
+        for job in wanted:
+            job.status, job.attempts = Q, 0
+
+    # --- what must hold ---
+
+    @invariant()
+    def the_ledger_agrees(self) -> None:
+        columns = ProcessingJob.__table__.columns
+        rows: Any = self.ledger.read(lambda c: c.execute(select(*columns)).all())
+        assert len(rows) == len(self.jobs)
+        for row in rows:
+            job = self.jobs[row.id]
+            found = (row.status, row.fence, row.attempts, row.crashes)
+            assert found == (job.status, job.fence, job.attempts, job.crashes), row.id
+            assert (row.finished_at is None) == (row.status in jobs.UNFINISHED)
+            assert 0 <= row.attempts <= row.fence
+        assert self.ledger.read(lambda c: list(invariants.breaks(c))) == []
+        commits = select(AuditEntry.subject).where(AuditEntry.action == "commit")
+        committed = Counter(self.ledger.read(lambda c: list(c.execute(commits).scalars())))
+        assert committed == {f"job {job.id}": 1 for job in self.of(JobStatus.COMPLETED)}
+
+    def teardown(self) -> None:
+        assert self.ledger.read(lambda c: list(audit.problems(c))) == []
+        self.ledger.close()
+        self.engine.dispose()
+        shutil.rmtree(self.folder)
+
+
+_OUTCOMES = st.tuples(
+    st.sampled_from(Outcome),
+    st.booleans(),
+    st.sampled_from(["", "", "OutOfMemory"]),
+    st.frozensets(st.sampled_from(TOPICS)),
+)
