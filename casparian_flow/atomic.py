@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from casparian_flow.crashpoints import crashpoint
+
 STATE_FOLDER = ".casparian"
 _OWNED = "owned"
 
@@ -36,7 +38,9 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
     make_folder(folder.parent)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=mode)
+    crashpoint("atomic.folder_made")
     fsync_path(folder.parent)
+    crashpoint("atomic.folder_synced")
 
 
 def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -52,8 +56,11 @@ def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        crashpoint("atomic.written")
         os.replace(temporary, path)
+        crashpoint("atomic.replaced")
         fsync_path(path.parent)
+        crashpoint("atomic.replacement_synced")
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

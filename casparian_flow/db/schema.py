@@ -14,6 +14,7 @@ from importlib.resources import files
 
 from casparian_flow import atomic
 from casparian_flow.config import DatabaseSettings
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import seals
 from casparian_flow.db.connection import LedgerConnection
 from casparian_flow.errors import LedgerError
@@ -112,11 +113,14 @@ def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:
         if _version(connection, database) == number:
             for statement in _statements(script):
                 connection.execute(statement)
+                crashpoint("schema.statement_run")
             if after := _AFTER.get(name):
                 after(connection)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {number + 1}")
+        crashpoint("schema.migration_written")
         connection.commit()
+        crashpoint("schema.migrated")
     # A scan of this folder must not take the ledger for a file that was dropped there.
     atomic.own(database.path.parent, f"{glob.escape(database.path.name)}*")
 
@@ -125,6 +129,7 @@ def _enter_wal(connection: LedgerConnection, database: DatabaseSettings) -> None
     """Write-ahead logging is a property of the file, and cannot be entered in a transaction."""
     with atomic.exclusive(database.gate):
         connection.execute("PRAGMA journal_mode = WAL")
+        crashpoint("schema.wal_entered")
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -22,6 +22,7 @@ import zmq.asyncio
 
 from casparian_flow import protocol
 from casparian_flow.config import Settings
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
 from casparian_flow.engine import wire
@@ -276,9 +277,11 @@ class Sentinel:
         assignments = await self._ledger.write_soon(claim) if ready else []
         if not assignments:
             return
+        crashpoint("sentinel.claimed")
         peer.free = 0
         peer.held.update((job.job_id, job.fence) for job in assignments)
         await self._send(identity, protocol.Assign(jobs=assignments))
+        crashpoint("sentinel.assigned")
 
     async def _answer_deploy(self, identity: bytes, message: protocol.Deploy) -> None:
         try:

@@ -284,6 +284,7 @@ def main() -> None:
         format="%(asctime)s %(levelname)s %(message)s",
     )
     try:
+        config.arm_crashpoints()
         asyncio.run(serve(options.connect, config.cache_folder()))
     except CasparianError as error:
         hint = f"\n  try: {error.hint}" if error.hint else ""
