@@ -95,6 +95,8 @@ def own(folder: Path, pattern: str) -> None:
     with exclusive(state / f"{_OWNED}.lock"):
         lines = owned(state)
         if pattern not in lines:
+            for left in state.glob(f".{_OWNED}.*.tmp"):  # by who died here; we hold the lock
+                left.unlink()
             write_once(state / _OWNED, "".join(f"{line}\n" for line in [*lines, pattern]).encode())
 
 

@@ -212,15 +212,17 @@ def arm_crashpoints() -> None:
         crashpoints.arm(crashpoints.Trap(at, log))
 
 
-def private_environment(folder: Path) -> dict[str, str]:
+def private_environment(person: Path, runtime: Path) -> dict[str, str]:
     """The environment of a command that must not touch this person's keys and daemons.
 
-    Its keys, sockets and configurations are in `folder`; plugin environments are shared.
+    Args:
+        person: holds its keys. Plugins' environments are shared with this person's own.
+        runtime: holds its sockets; short.
     """
     ours = {name: value for name, value in os.environ.items() if name not in _OF_A_PERSON}
     return ours | {
-        "XDG_CONFIG_HOME": str(folder),
-        "XDG_RUNTIME_DIR": str(folder),
+        "XDG_CONFIG_HOME": str(person),
+        "XDG_RUNTIME_DIR": str(runtime),
         "XDG_CACHE_HOME": str(cache_folder().parent),
     }
 

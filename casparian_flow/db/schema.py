@@ -106,6 +106,9 @@ def _version(connection: sqlite3.Connection, database: DatabaseSettings) -> int:
 
 
 def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:
+    # A scan of this folder must not take the ledger for a file that was dropped there. It is said
+    # first: whoever died after the last migration would never come here again.
+    atomic.own(database.path.parent, f"{glob.escape(database.path.name)}*")
     _enter_wal(connection, database)
     for number, (name, script) in enumerate(_scripts()):
         connection.begin_writing()
@@ -121,8 +124,6 @@ def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:
         crashpoint("schema.migration_written")
         connection.commit()
         crashpoint("schema.migrated")
-    # A scan of this folder must not take the ledger for a file that was dropped there.
-    atomic.own(database.path.parent, f"{glob.escape(database.path.name)}*")
 
 
 def _enter_wal(connection: LedgerConnection, database: DatabaseSettings) -> None:

@@ -24,6 +24,7 @@ import zmq
 import zmq.asyncio
 
 from casparian_flow import protocol
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import canary, wire
 from casparian_flow.engine.runner import Runner
 from casparian_flow.errors import CasparianError, DaemonGone, ProtocolError
@@ -189,6 +190,7 @@ class Worker:
         started = loop.time()
         receipts = await loop.run_in_executor(self._thread, self._runner.run, work)
         await self._send(Conclude(receipts=receipts))
+        crashpoint("worker.concluded")
         each = (loop.time() - started) / len(batch)
         self._pace = (self._pace + each) / 2
 
