@@ -5,8 +5,10 @@ Each command is a fork of it that runs the command line, so a trial costs what t
 and not a second of imports. What dies in a trial is a real process with its own descriptors and
 locks; the kernel cleans up after it as after any other.
 
-    us -> nursery      one JSON line an order
-    nursery -> us      one JSON line each time the child stops or ends
+    us -> nursery      one JSON line an order; an empty one ends a command that stopped
+    nursery -> us      one JSON line each time a command stops or ends
+
+Should we die, the nursery ends what has stopped, and itself.
 """
 
 from __future__ import annotations
@@ -52,7 +54,6 @@ class Order(msgspec.Struct, frozen=True):
 class Ended(msgspec.Struct, frozen=True):
     """What became of it."""
 
-    pid: int
     code: int
     """Its exit code; minus the signal that ended or stopped it."""
 
@@ -93,17 +94,20 @@ class Nursery:
         Args:
             while_stopped: what to do while it is stopped at its crash point; then it is killed.
         """
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(order) + b"\n")
-        self._process.stdin.flush()
+        self._tell(msgspec.json.encode(order))
         ended = self._answer()
         if ended.stopped:
             try:
                 while_stopped()
             finally:
-                os.kill(ended.pid, signal.SIGKILL)
+                self._tell(b"")
                 ended = self._answer()
         return ended.code
+
+    def _tell(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + b"\n")
+        self._process.stdin.flush()
 
     def _answer(self) -> Ended:
         assert self._process.stdout is not None
@@ -120,13 +124,15 @@ def _serve() -> None:
     from casparian_flow.services import changes, report, verify  # noqa: F401
 
     answers = os.dup(1)
-    for line in sys.stdin.buffer:
+    while line := sys.stdin.buffer.readline():
         pid = os.fork()
         if pid == 0:
             _obey(msgspec.json.decode(line, type=Order))
         ended = _wait(pid)
-        while ended.stopped:
+        if ended.stopped:
             os.write(answers, msgspec.json.encode(ended) + b"\n")
+            sys.stdin.buffer.readline()
+            os.kill(pid, signal.SIGKILL)
             ended = _wait(pid)
         os.write(answers, msgspec.json.encode(ended) + b"\n")
 
@@ -134,8 +140,8 @@ def _serve() -> None:
 def _wait(pid: int) -> Ended:
     _, status = os.waitpid(pid, os.WUNTRACED)
     if os.WIFSTOPPED(status):
-        return Ended(pid, -os.WSTOPSIG(status), stopped=True)
-    return Ended(pid, os.waitstatus_to_exitcode(status))
+        return Ended(-os.WSTOPSIG(status), stopped=True)
+    return Ended(os.waitstatus_to_exitcode(status))
 
 
 def _obey(order: Order) -> None:
