@@ -49,21 +49,35 @@ def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
     Raises:
         OSError: nothing was changed, and the temporary file is gone.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-        with os.fdopen(descriptor, "wb") as file:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with os.fdopen(_take(temporary, mode), "wb") as file:
+        try:
+            file.truncate(0)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        crashpoint("atomic.written")
-        os.replace(temporary, path)
-        crashpoint("atomic.replaced")
-        fsync_path(path.parent)
-        crashpoint("atomic.replacement_synced")
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            crashpoint("atomic.written")
+            os.replace(temporary, path)
+            crashpoint("atomic.replaced")
+            fsync_path(path.parent)
+            crashpoint("atomic.replacement_synced")
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _take(temporary: Path, mode: int) -> int:
+    """The temporary file, ours alone while it is open.
+
+    It has one name for all, so what somebody left who died is taken over, not left for ever.
+    """
+    while True:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
+                return descriptor
+        os.close(descriptor)  # whoever had it before us has given it its name
 
 
 @contextlib.contextmanager
@@ -95,8 +109,6 @@ def own(folder: Path, pattern: str) -> None:
     with exclusive(state / f"{_OWNED}.lock"):
         lines = owned(state)
         if pattern not in lines:
-            for left in state.glob(f".{_OWNED}.*.tmp"):  # by who died here; we hold the lock
-                left.unlink()
             write_once(state / _OWNED, "".join(f"{line}\n" for line in [*lines, pattern]).encode())
 
 

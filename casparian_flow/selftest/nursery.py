@@ -28,7 +28,7 @@ import msgspec
 from casparian_flow import crashpoints
 from casparian_flow.crashpoints import Trap
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 300
 """A command that takes longer hangs: the kernel's alarm ends it."""
 
 
