@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from casparian_flow.crashpoints import crashpoint
+
 STATE_FOLDER = ".casparian"
 _OWNED = "owned"
 
@@ -36,7 +38,9 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
     make_folder(folder.parent)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=mode)
+    crashpoint("atomic.folder_made")
     fsync_path(folder.parent)
+    crashpoint("atomic.folder_synced")
 
 
 def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -45,18 +49,35 @@ def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
     Raises:
         OSError: nothing was changed, and the temporary file is gone.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-        with os.fdopen(descriptor, "wb") as file:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with os.fdopen(_take(temporary, mode), "wb") as file:
+        try:
+            file.truncate(0)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_path(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            crashpoint("atomic.written")
+            os.replace(temporary, path)
+            crashpoint("atomic.replaced")
+            fsync_path(path.parent)
+            crashpoint("atomic.replacement_synced")
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _take(temporary: Path, mode: int) -> int:
+    """The temporary file, ours alone while it is open.
+
+    It has one name for all, so what somebody left who died is taken over, not left for ever.
+    """
+    while True:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
+                return descriptor
+        os.close(descriptor)  # whoever had it before us has given it its name
 
 
 @contextlib.contextmanager

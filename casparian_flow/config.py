@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from casparian_flow import crashpoints
 from casparian_flow.atomic import STATE_FOLDER
 from casparian_flow.errors import ConfigError
 from casparian_flow.sections import (
@@ -32,6 +33,12 @@ from casparian_flow.sections import (
 )
 
 FILE_NAME = "global_config.toml"
+
+_OF_A_PERSON = {
+    "CASPARIAN_CONFIG", "CASPARIAN_CRASH_AT", "CASPARIAN_CRASH_LOG", "AZURE_TENANT_ID",
+    "AZURE_CLIENT_ID",
+}  # fmt: skip
+"""Variables that must not reach a command that is tried on a scratch tree."""
 
 _LOOPBACK = re.compile(r"https://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 
@@ -189,6 +196,35 @@ def test_authority() -> Authority | None:
             "name the authority's CA file, or unset both",
         )
     return Authority(url, ca)
+
+
+def arm_crashpoints() -> None:
+    """Have this process die at the crash point that `CASPARIAN_CRASH_AT` names (`name[:n]`).
+
+    `CASPARIAN_CRASH_LOG` names a file that gets a line for each one it comes to. Without either,
+    nothing happens.
+
+    Raises:
+        ConfigError: there is no crash point of that name, or the log cannot be written.
+    """
+    at, log = os.environ.get("CASPARIAN_CRASH_AT", ""), os.environ.get("CASPARIAN_CRASH_LOG", "")
+    if at or log:
+        crashpoints.arm(crashpoints.Trap(at, log))
+
+
+def private_environment(person: Path, runtime: Path) -> dict[str, str]:
+    """The environment of a command that must not touch this person's keys and daemons.
+
+    Args:
+        person: holds its keys. Plugins' environments are shared with this person's own.
+        runtime: holds its sockets; short.
+    """
+    ours = {name: value for name, value in os.environ.items() if name not in _OF_A_PERSON}
+    return ours | {
+        "XDG_CONFIG_HOME": str(person),
+        "XDG_RUNTIME_DIR": str(runtime),
+        "XDG_CACHE_HOME": str(cache_folder().parent),
+    }
 
 
 def find(path: str | None = None) -> Path:

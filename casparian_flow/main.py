@@ -23,6 +23,7 @@ from sqlalchemy import Connection
 
 from casparian_flow import config, daemon_lock
 from casparian_flow.config import Settings
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import outputs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.engine import canary, in_hand, retries, sinks
@@ -76,12 +77,14 @@ async def running(
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(open_ledger(settings.database))
         stack.enter_context(daemon_lock.hold(settings.database.daemon_lock, role))
+        crashpoint("main.locked")
         sandbox.shield_host()
         if workers:
             await asyncio.to_thread(canary.check, settings.guest, config.cache_folder())
         guests = settings.database.guests_folder
         begin = partial(retries.begin, limits=settings.jobs, guests_folder=guests)
         epoch = await ledger.write_soon(begin)
+        crashpoint("main.begun")
         context = stack.enter_context(zmq.asyncio.Context())
         bell = asyncio.Event()
         scout = Watch(ledger, settings.scan.rescan_seconds, on_jobs=bell.set)
@@ -120,11 +123,13 @@ async def running(
                 publishing.cancel()
                 await asyncio.gather(serving, publishing, return_exceptions=True)
                 await committer.finish()
+                crashpoint("main.stopped")
 
 
 def _sweep(settings: Settings, ledger: Ledger) -> None:
     """Remove what a dead daemon left: guests' folders, and staged files nobody decided."""
     shutil.rmtree(settings.database.guests_folder, ignore_errors=True)
+    crashpoint("main.guests_swept")
     owed = {staged.stage for _, _, staged in ledger.read(outputs.unpublished)}
     tag = ledger_tag(settings.database.path)
     for uri in {settings.output.default_uri, *ledger.read(_placed)}:
@@ -133,6 +138,7 @@ def _sweep(settings: Settings, ledger: Ledger) -> None:
             for file in folder.glob(f"{tag}-*"):
                 if str(file) not in owed:
                     file.unlink()
+                    crashpoint("main.stage_swept")
 
 
 def _placed(connection: Connection) -> set[str]:
@@ -196,6 +202,7 @@ def main() -> None:
         format="%(asctime)s %(levelname)s %(message)s",
     )
     try:
+        config.arm_crashpoints()
         asyncio.run(listen(config.load(options.config)))
     except (CasparianError, BaseExceptionGroup) as group:
         error = first_error(group)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "casparian_flow"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    ["cli", "__main__"],
+    ["cli", "__main__", "selftest"],
     ["main"],
     [
         "services.changes",

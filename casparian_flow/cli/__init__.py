@@ -24,6 +24,7 @@ from casparian_flow.cli import (
     query,
     routing,
     scan,
+    selftest,
     source,
     start,
     topics,
@@ -52,6 +53,7 @@ app.command()(query.query)
 app.command()(look.verify)
 app.add_typer(audit.app, name="audit")
 app.command()(demo.demo)
+app.command()(selftest.selftest)
 
 
 @app.callback()

@@ -48,6 +48,7 @@ def opened(ctx: typer.Context) -> Iterator[Here]:
     from casparian_flow import config
     from casparian_flow.db.access import open_ledger
 
+    config.arm_crashpoints()
     settings = config.load(ctx.obj)
     with open_ledger(settings.database) as ledger:
         yield Here(settings, ledger)

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from casparian_flow.crashpoints import crashpoint
+
 log = logging.getLogger(__name__)
 
 CHECKPOINT_BYTES = 4 << 20
@@ -78,6 +80,7 @@ class LedgerConnection(sqlite3.Connection):
         fcntl.flock(self._gate, fcntl.LOCK_EX)
         try:
             super().close()
+            crashpoint("connection.closed")
         finally:
             os.close(self._gate)
 
@@ -95,6 +98,7 @@ class LedgerConnection(sqlite3.Connection):
         self.execute("PRAGMA busy_timeout = 0")
         try:
             self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            crashpoint("connection.checkpointed")
         finally:
             self.execute(f"PRAGMA busy_timeout = {timeout}")
 

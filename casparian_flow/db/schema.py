@@ -14,6 +14,7 @@ from importlib.resources import files
 
 from casparian_flow import atomic
 from casparian_flow.config import DatabaseSettings
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import seals
 from casparian_flow.db.connection import LedgerConnection
 from casparian_flow.errors import LedgerError
@@ -105,6 +106,9 @@ def _version(connection: sqlite3.Connection, database: DatabaseSettings) -> int:
 
 
 def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:
+    # A scan of this folder must not take the ledger for a file that was dropped there. It is said
+    # first: whoever died after the last migration would never come here again.
+    atomic.own(database.path.parent, f"{glob.escape(database.path.name)}*")
     _enter_wal(connection, database)
     for number, (name, script) in enumerate(_scripts()):
         connection.begin_writing()
@@ -112,19 +116,21 @@ def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:
         if _version(connection, database) == number:
             for statement in _statements(script):
                 connection.execute(statement)
+                crashpoint("schema.statement_run")
             if after := _AFTER.get(name):
                 after(connection)
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {number + 1}")
+        crashpoint("schema.migration_written")
         connection.commit()
-    # A scan of this folder must not take the ledger for a file that was dropped there.
-    atomic.own(database.path.parent, f"{glob.escape(database.path.name)}*")
+        crashpoint("schema.migrated")
 
 
 def _enter_wal(connection: LedgerConnection, database: DatabaseSettings) -> None:
     """Write-ahead logging is a property of the file, and cannot be entered in a transaction."""
     with atomic.exclusive(database.gate):
         connection.execute("PRAGMA journal_mode = WAL")
+        crashpoint("schema.wal_entered")
 
 
 def _statements(script: str) -> Iterator[str]:

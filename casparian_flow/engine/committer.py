@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 from sqlalchemy import Connection
 
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import attempts, audit, files, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
 from casparian_flow.engine import retries, sinks
@@ -101,6 +102,7 @@ class Committer:
     async def _serve(self, group: Sequence[_Ended]) -> None:
         if group:
             fenced = await self._write(lambda c: self._decide(c, group))
+            crashpoint("committer.decided")
             await asyncio.to_thread(_remove_stages, fenced)
         await self._settle()
         self._on_change()
@@ -133,6 +135,7 @@ class Committer:
         }
         in_time = [end for end in group if (end.receipt.job_id, end.receipt.fence) in moved]
         attempts.add_attempts(connection, self._epoch, [_attempt(*end) for end in in_time])
+        crashpoint("committer.decision_written")
         late = [end for _, end in group if (end.job_id, end.fence) not in moved]
         for end in late:
             log.warning("job %d: a result under fence %d came too late", end.job_id, end.fence)
@@ -168,6 +171,7 @@ class Committer:
         for location, group in by_sink.items():
             self._sick.pop(location, None)
             found = await asyncio.to_thread(_publish, location, [o.staged for o in group])
+            crashpoint("committer.published")
             waiting = []
             for output, outcome in zip(group, found, strict=True):
                 if isinstance(outcome, Published):
@@ -189,6 +193,7 @@ class Committer:
         def work(connection: Connection) -> None:
             outputs.mark_published(connection, [(o.output_id, seen) for o, seen in done])
             outputs.mark_refused(connection, [o.output_id for o, _ in refused])
+            crashpoint("committer.outputs_marked")
             events = []
             for output, error in refused:
                 jobs.refuse(connection, output.job_id, error.message)
@@ -200,10 +205,12 @@ class Committer:
                 for job_id, targets in outputs.targets(connection, finished).items()
             ]
             audit.append(connection, ACTOR, events)
+            crashpoint("committer.completion_written")
 
         finishable = await self._ledger.read_soon(outputs.decided_without_debts)
         if done or refused or finishable:
             await self._write(work)
+            crashpoint("committer.completed")
 
     async def _pause(self, location: str, error: Unavailable, job_ids: list[int]) -> None:
         log.warning("sink %s is paused: %s", location, error.message)

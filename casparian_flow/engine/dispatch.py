@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, jobs, plugins, trust
 from casparian_flow.db.models import Plugin
 from casparian_flow.engine import sinks
@@ -42,6 +43,7 @@ class Dispatcher:
         topics = plugins.topics(connection)
         avoid = self._paused(connection, topics, sick) if sick else []
         job_ids = jobs.claim(connection, worker, self._epoch, limit, avoid)
+        crashpoint("dispatch.claim_written")
         assignments = []
         for job in jobs.claimed(connection, job_ids) if job_ids else []:
             try:

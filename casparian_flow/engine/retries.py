@@ -19,6 +19,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, jobs, plugins
 from casparian_flow.db.attempts import Ended, add_attempts, faults
 from casparian_flow.db.jobs import Pair
@@ -103,6 +104,7 @@ def _take_back(
                 _give_back(connection, job, f"{why} before it began")
             else:
                 _count(connection, job, limits, f"{why} while it ran", daemon and suspected)
+            crashpoint("retries.job_taken_back")
 
 
 def _give_back(connection: Connection, job: Any, why: str) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from casparian_flow.atomic import make_folder
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import in_hand, inbox, sinks
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
@@ -263,6 +264,7 @@ class Runner:
             _expect(job)
             return
         placed = inbox.place(job.path, seat.folder / "in", name, job.content_hash)
+        crashpoint("runner.file_placed")
         try:
             yield _file(job, placed)
         finally:
@@ -296,6 +298,7 @@ class Runner:
             folder = Path(tempfile.mkdtemp(dir=parent))
             (folder / "in").mkdir()
             (folder / "tmp").mkdir()
+            crashpoint("runner.guest_housed")
         except OSError as error:
             raise Unavailable(f"cannot make a guest's folder in {parent}: {error}") from error
         guest = Guest(

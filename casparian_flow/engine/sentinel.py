@@ -288,9 +288,11 @@ class Sentinel:
         assignments = await self._ledger.write_soon(claim) if ready else []
         if not assignments:
             return
+        crashpoint("sentinel.claimed")
         peer.free = 0
         peer.held.update((job.job_id, job.fence) for job in assignments)
         await self._send(identity, protocol.Assign(jobs=assignments))
+        crashpoint("sentinel.assigned")
 
     async def _answer_deploy(self, identity: bytes, message: protocol.Deploy) -> None:
         try:

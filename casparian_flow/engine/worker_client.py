@@ -25,6 +25,7 @@ import zmq
 import zmq.asyncio
 
 from casparian_flow import protocol
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import canary, wire
 from casparian_flow.engine.holdings import Holdings
 from casparian_flow.engine.runner import Runner
@@ -206,6 +207,7 @@ class Worker:
         receipts = await loop.run_in_executor(self._thread, self._runner.run, work)
         self._holdings.conclude(receipts)
         await self._send(Conclude(receipts=receipts))
+        crashpoint("worker.concluded")
         each = (loop.time() - started) / len(batch)
         self._pace = (self._pace + each) / 2
 
@@ -324,6 +326,7 @@ def main() -> None:
         format="%(asctime)s %(levelname)s %(message)s",
     )
     try:
+        config.arm_crashpoints()
         asyncio.run(serve(options.connect, config.cache_folder()))
     except CasparianError as error:
         hint = f"\n  try: {error.hint}" if error.hint else ""

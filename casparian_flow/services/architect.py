@@ -18,6 +18,7 @@ from packaging.version import Version
 from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, plugins, trust, wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.routing import Routing
@@ -144,12 +145,14 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
         words = _record(connection, candidate)
         if message.dry_run:
             raise _DryRun(words)
+        crashpoint("architect.deployment_written")
         return words
 
     try:
         words = ledger.write(work)
     except _DryRun as undone:
         return f"a dry run: nothing was changed; without --dry-run it is:\n{undone}"
+    crashpoint("architect.deployed")
     queued = queue_missing(ledger)
     return f"{words}; {queued} job{'' if queued == 1 else 's'} queued for files already known"
 

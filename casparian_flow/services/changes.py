@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 
 from casparian_flow import daemon_lock
 from casparian_flow.config import Settings
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import jobs, plugins, views, wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import JobStatus
@@ -92,6 +93,7 @@ def add_source(
         return wiring.add_root(connection, earlier, **columns)
 
     added = ledger.write(work)
+    crashpoint("changes.source_added")
     ring(settings, scan=True)
     return added
 

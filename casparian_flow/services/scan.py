@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import files, roots
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.files import Known, Sighting, Stat
@@ -117,6 +118,7 @@ class _Scan:
             for listing in self._listings(descriptor, only):
                 if self.stop.is_set():
                     break
+                crashpoint("scan.listed")
                 self._compare(listing)
             self._flush()
         finally:
@@ -217,6 +219,7 @@ class _Scan:
                 self.report.settles_in, self.root.settle_seconds, TORN_SECONDS
             )
             return False
+        crashpoint("scan.hashed")
         digest, looked = content
         racy = is_racy(looked, self.started)
         compared = known.version_id if known else None
@@ -249,6 +252,7 @@ class _Scan:
         if gone or lost:
             self._flush()
             self._write(lambda c: self._forget(c, gone, lost))
+            crashpoint("scan.gone_marked")
             self.report.gone += len(gone)
 
     def _forget(self, connection: Connection, gone: list[bytes], lost: list[bytes]) -> None:
@@ -279,9 +283,11 @@ class _Scan:
             if recorded.stale:
                 lost = [(path, None) for path in recorded.stale]
                 files.save_directories(connection, self.root.id, lost)
+            crashpoint("scan.batch_written")
             return recorded
 
         recorded = self._write(work)
+        crashpoint("scan.batch_committed")
         self.report.versions += recorded.versions
         self.report.job_ids += recorded.job_ids
         self.report.unsettled.update(recorded.stale)
@@ -307,6 +313,7 @@ class _Scan:
                 device=device,
             )
         )
+        crashpoint("scan.finished")
 
     def _looks_unmounted(self, descriptor: int, device: int) -> bool:
         state = self.ledger.read(lambda c: roots.scan_state(c, self.root.id))
@@ -337,7 +344,9 @@ def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
         chunk = partial(files.route_chunk, root_id=root_id, after=last, routing=routing)
         after, queued = ledger.write(chunk)
         job_ids += queued
+        crashpoint("scan.routed")
     ledger.write(lambda c: roots.save_scan_state(c, root_id, routed=routing.fingerprint))
+    crashpoint("scan.routing_noted")
     return job_ids
 
 

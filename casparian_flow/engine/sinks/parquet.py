@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from casparian_flow import atomic
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks.base import Claim, Lineage, is_disk_fault, lost, unavailable
 from casparian_flow.engine.sinks.stage import OUTPUT_KEY, Stage
 from casparian_flow.errors import JobError, SinkConflict, SinkUnavailable
@@ -54,6 +55,7 @@ class ParquetSink:
                 else:
                     with contextlib.suppress(OSError):
                         Path(output.stage).unlink()
+                    crashpoint("parquet.unstaged")
         return outcomes
 
     def check(self, claims: Sequence[Claim]) -> list[str]:
@@ -65,8 +67,10 @@ class ParquetSink:
         target = self.root / output.topic / f"{output.output_key[:32]}.parquet"
         try:
             atomic.own(self.root, glob.escape(output.topic))
+            crashpoint("parquet.owned")
             atomic.make_folder(target.parent)
             os.link(output.stage, target)
+            crashpoint("parquet.linked")
         except OSError as error:
             if os.path.lexists(target):
                 return _adopt(target, output)
@@ -86,6 +90,7 @@ def _sync(folder: Path) -> SinkUnavailable | None:
         atomic.fsync_path(folder)
     except OSError as error:
         return unavailable(error, folder)
+    crashpoint("parquet.synced")
     return None
 
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from casparian_flow import atomic
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks.base import (
     LINEAGE,
     Claim,
@@ -81,6 +82,7 @@ class SqliteSink:
             if isinstance(outcome, Published):
                 with contextlib.suppress(OSError):
                     Path(output.stage).unlink()
+                crashpoint("sqlite.unstaged")
         return outcomes
 
     def check(self, claims: Sequence[Claim]) -> list[str]:
@@ -112,6 +114,7 @@ class SqliteSink:
         ):
             if not self.path.stat().st_size:  # ours to choose: readers never block the writer
                 connection.execute("PRAGMA journal_mode = WAL")
+                crashpoint("sqlite.created")
             connection.execute("PRAGMA synchronous = FULL")
             yield connection
 
@@ -121,7 +124,11 @@ class SqliteSink:
         try:
             with connection:  # commits, or rolls back what raises
                 connection.execute("BEGIN IMMEDIATE")
-                return self._adopt(connection, output) or self._insert(connection, output)
+                crashpoint("sqlite.begun")
+                published = self._adopt(connection, output) or self._insert(connection, output)
+                crashpoint("sqlite.all_written")
+            crashpoint("sqlite.committed")
+            return published
         except JobError as error:
             return error
         except sqlite3.Error as error:
@@ -147,13 +154,16 @@ class SqliteSink:
                     datetime.now(UTC).isoformat(timespec="seconds"),
                 ),
             )  # fmt: skip
+            crashpoint("sqlite.ledger_written")
             columns = _fit_table(connection, output.topic, columns_of(staged.schema_arrow))
+            crashpoint("sqlite.table_fitted")
             names = ", ".join(_quote(column.name) for column in columns)
             marks = ", ".join("?" * len(columns))
             insert = f"INSERT INTO {_quote(output.topic)} ({names}) VALUES ({marks})"  # noqa: S608
             for batch in staged.iter_batches(BATCH_ROWS):
                 values = [c.values(a) for c, a in zip(columns, batch.columns, strict=True)]
                 connection.executemany(insert, zip(*values, strict=True))
+                crashpoint("sqlite.rows_written")
         return self._published(output, output.rows, output.digest, adopted=False)
 
     def _published(

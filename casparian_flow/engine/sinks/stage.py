@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from casparian_flow.atomic import fsync_path, make_folder
+from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks.base import LINEAGE, Lineage, is_disk_fault, unavailable
 from casparian_flow.errors import OutputRefused
 from casparian_flow.protocol import OutputPlan, StagedOutput
@@ -49,6 +50,7 @@ def seal(stages: Sequence[Stage]) -> list[StagedOutput]:
             fsync_path(folder)
         except OSError as error:
             raise unavailable(error, folder) from error
+        crashpoint("stage.sealed")
     return sealed
 
 
@@ -88,6 +90,7 @@ class Stage:
             make_folder(folder.parent, mode=0o700)
             make_folder(folder, mode=0o700)
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+            crashpoint("stage.made")
             # Arrow's own file: a Python one would be called back for every few bytes.
             self._file = pa.OSFile(str(self.path), "wb")
         except OSError as error:
@@ -120,6 +123,7 @@ class Stage:
             with self._storing(pa.Table.from_batches([], self._columns)):
                 self._writer.close()
                 self._file.close()
+            crashpoint("stage.finished")
 
     def seal(self) -> StagedOutput:
         """Make the file's data durable; the module's `seal` makes its name so.
@@ -133,6 +137,7 @@ class Stage:
                 size = os.fstat(file.fileno()).st_size
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
+            crashpoint("stage.synced")
         except OSError as error:
             raise unavailable(error, self.path) from error
         return StagedOutput(
@@ -180,6 +185,7 @@ class Stage:
         table = pa.Table.from_arrays([*columns.columns, *constants], schema=self._schema)
         with self._storing(columns):
             self._writer.write_table(table, row_group_size=GROUP_ROWS)
+        crashpoint("stage.written")
         self._rows += self._pending_rows
         self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
 

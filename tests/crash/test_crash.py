@@ -1,0 +1,155 @@
+"""Crashes at named points, power cuts, and proof that the harness would notice."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from casparian_flow import crashpoints
+from casparian_flow.atomic import fsync_path
+from casparian_flow.crashpoints import Trap
+from casparian_flow.errors import ConfigError
+from casparian_flow.selftest import oracle
+from casparian_flow.selftest.matrix import Matrix, Point, staged
+from casparian_flow.selftest.scene import Ground
+from tests.cli.conftest import Casparian, casparian, source  # noqa: F401
+from tests.crash.power import LoopGround, why_not
+
+DOCS = Path(__file__).parents[2] / "docs"
+SAMPLE = ("sqlite.ledger_written", "parquet.linked")
+"""Of hundreds; `python -m tests.crash` tries them all."""
+
+Stage = tuple[Matrix, list[Point]]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """One topic in Parquet and one in SQLite, after a clean run."""
+    ground = Ground(tmp_path_factory.mktemp("crash"))
+    ground.prepare()
+    with staged(ground, ["parquet", "sqlite"], print, Matrix) as matrix:
+        yield matrix, matrix.record()
+
+
+RARE = {"connection.checkpointed", "retries.job_taken_back", "main.stage_swept"}
+"""What only a log of four megabytes, or a recovery, comes to."""
+
+
+def documented() -> list[str]:
+    """The crash points on a file's way to a table, as the page lists them."""
+    page = (DOCS / "job_lifecycle.md").read_text("utf-8").partition("## Crash points")[2]
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    return re.findall(r"`([a-z_]+\.[a-z_]+)`", "\n".join(rows))
+
+
+def test_every_crash_point_has_a_name_of_its_own() -> None:
+    names = crashpoints.known()
+    assert len(set(names)) == len(names)
+    assert len(documented()) == len(set(documented())) > 50
+    assert set(documented()) <= set(names)
+
+
+def test_a_clean_run_comes_to_every_documented_crash_point(recorded: Stage) -> None:
+    assert set(documented()) - {point.name for point in recorded[1]} == RARE
+
+
+def test_a_trap_springs_at_its_hit_and_at_no_other(tmp_path: Path) -> None:
+    sprung: list[str] = []
+    log = tmp_path / "log"
+    trap = Trap("scan.listed:2", str(log), lambda: sprung.append(log.read_text()))
+    for name in ("scan.listed", "scan.hashed", "scan.listed", "scan.listed"):
+        trap(name)
+    assert sprung == ["scan.listed:1\nscan.hashed:1\nscan.listed:2\n"]
+
+
+@pytest.mark.parametrize("at", ["scan.lsited", "scan.listed:x", "nowhere:1"])
+def test_a_crash_point_that_is_none_is_refused(at: str) -> None:
+    with pytest.raises(ConfigError, match=at):
+        Trap(at)
+
+
+def test_the_environment_arms_a_command(casparian: Casparian, source: Path) -> None:  # noqa: F811
+    log = casparian.folder / "hits"
+    environment = {**os.environ, "CASPARIAN_CRASH_LOG": str(log)}
+
+    def scan(at: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "casparian_flow.cli", "scan"],
+            cwd=casparian.folder, env=environment | {"CASPARIAN_CRASH_AT": at},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    assert scan("scan.finished").returncode == -signal.SIGKILL
+    assert log.read_text().splitlines()[-1] == "scan.finished:1"
+    refused = scan("scan.fnished")
+    assert refused.returncode == 78
+    assert "there is no crash point 'scan.fnished'" in refused.stderr
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_what_was_killed_goes_on(recorded: Stage, name: str) -> None:
+    matrix, points = recorded
+    point = next(p for p in points if p.name == name and p.act == "second")
+    assert matrix.try_point(point), matrix.tally.violations
+
+
+def test_the_oracle_notices(recorded: Stage) -> None:
+    matrix, _ = recorded
+    act = matrix.back_to("second")
+    before = matrix.scene.acts[matrix.scene.acts.index(act) - 1]
+    assert oracle.faults(matrix.scene, before) == []
+    folder = matrix.ground.sink / "tables" / "lines"
+    first, second = sorted(folder.glob("*.parquet"))
+    moved = first.rename(matrix.ground.scratch / "moved")
+    assert any("LOST" in fault for fault in oracle.faults(matrix.scene, before))
+    moved.rename(first)
+    twice = shutil.copy(second, folder / "twice.parquet")
+    assert any("TWICE" in fault for fault in oracle.faults(matrix.scene, before))
+    Path(twice).unlink()
+    stage = matrix.ground.sink / "tables" / ".casparian" / "stage" / "left"
+    stage.touch()
+    assert oracle.faults(matrix.scene, before) == [f"left behind: {stage}"]
+
+
+def test_a_reader_notices_half_of_an_output(recorded: Stage) -> None:
+    import pyarrow.parquet as pq
+
+    matrix, _ = recorded
+    matrix.back_to("second")
+    reader = oracle.Reader(matrix.scene)
+    reader.look()
+    assert (reader.faults, reader.looks) == ([], 4)  # two jobs, two topics
+    folder = matrix.ground.sink / "tables" / "lines"
+    table = pq.read_table(max(folder.glob("*.parquet"), key=lambda p: p.stat().st_size))
+    pq.write_table(table.slice(1), folder / "half.parquet")
+    (folder / "torn.parquet").write_bytes(b"PAR1")
+    reader.look()
+    assert f"{table.num_rows - 1} of the {table.num_rows} rows" in reader.faults[0]
+    assert "a file that is none" in reader.faults[1]
+
+
+def test_a_power_cut_forgets_what_was_not_made_durable(tmp_path: Path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    ground = LoopGround(tmp_path, filesystems=2)
+    ground.prepare()
+    try:
+        for name in ("kept", "forgotten"):
+            (ground.home / name).write_bytes(b"x")
+        fsync_path(ground.home / "kept")
+        fsync_path(ground.home)
+        (ground.sink / "forgotten").write_bytes(b"x")
+        ground.cut()
+        ground.power_on()
+        assert (ground.home / "kept").read_bytes() == b"x"
+        assert not (ground.sink / "forgotten").exists()
+    finally:
+        ground.close()
