@@ -29,8 +29,16 @@ LAYERS = [
     ],
     ["services.watch", "services.architect"],
     ["services.scout", "engine.sentinel", "engine.worker_client"],
-    ["services.scan", "engine.committer", "engine.dispatch", "engine.runner", "engine.control"],
-    ["services.look", "services.walk"],
+    [
+        "services.scan",
+        "services.scrub",
+        "services.watcher",
+        "engine.committer",
+        "engine.dispatch",
+        "engine.runner",
+        "engine.control",
+    ],
+    ["services.look", "services.walk", "services.root", "services.vanished", "services.hints"],
     [
         "engine.canary",
         "engine.bridge",
@@ -48,6 +56,7 @@ LAYERS = [
         "engine.wire",
     ],
     ["engine.sinks"],
+    ["db.scrubs"],
     ["db.files", "db.roots", "db.outputs", "db.views", "db.wiring", "db.invariants"],
     ["db.jobs", "db.plugins", "db.trust", "db.audit"],
     ["db.routing"],
@@ -59,7 +68,7 @@ LAYERS = [
     ["engine.guest", "engine.attempt", "security", "protocol", "engine.frames"],
     ["config", "daemon_lock"],
     ["sections"],
-    ["errors", "atomic", "sdk", "crashpoints"],
+    ["errors", "atomic", "sdk", "crashpoints", "services.aside"],
 ]
 """From the roof down; a module may import from its own layer and from those below."""
 
