@@ -34,6 +34,7 @@ from casparian_flow.engine.worker_client import Worker
 from casparian_flow.errors import CasparianError
 from casparian_flow.security import sandbox
 from casparian_flow.services import architect
+from casparian_flow.services.scrub import Scrubber
 from casparian_flow.services.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ async def running(
         crashpoint("main.begun")
         context = stack.enter_context(zmq.asyncio.Context())
         bell = asyncio.Event()
-        scout = Watch(ledger, settings.scan.rescan_seconds, on_jobs=bell.set)
+        scout = Watch(ledger, settings.scan, on_jobs=bell.set)
+        scrubber = Scrubber(ledger, settings.scan, on_jobs=bell.set)
         committer = Committer(ledger, epoch, settings.jobs, on_change=bell.set)
         sentinel = Sentinel(
             context,
@@ -110,7 +112,8 @@ async def running(
                 for n in range(1, workers + 1)
             ]
             working = [group.create_task(worker.run()) for worker in crew]
-            scouting = [group.create_task(scout.run())] if watch else []
+            scouts = (scout, scrubber) if watch else ()
+            scouting = [group.create_task(each.run()) for each in scouts]
             try:
                 yield Daemon(ledger, sentinel, scout if watch else None)
             finally:

@@ -29,6 +29,15 @@ class ScanSettings(Section, frozen=True):
     rescan_seconds: Positive = 60.0
     """Pause between full scans of a source root; events only hasten what a scan would find."""
 
+    poll_seconds: Positive = 10.0
+    """The same where no watcher hears of all that changes: it is polled, or its watcher is ill."""
+
+    scrub_days: Annotated[float, msgspec.Meta(ge=0)] = 7.0
+    """Every file is read again this often, whatever its stamps say; 0 never does."""
+
+    scrub_bytes_per_second: Count = 20 << 20
+    """How much of it may be read in a second."""
+
 
 class WorkerSettings(Section, frozen=True):
     """The pool of workers inside the daemon."""

@@ -18,7 +18,7 @@ from casparian_flow.db.models import (
     ProcessingJob,
     SourceRoot,
 )
-from casparian_flow.services.scan import Root
+from casparian_flow.services.root import Root
 
 MANIFEST = (
     '{"name": "p", "version": "1", "patterns": [], "topics": [], "priority": 0,'
@@ -34,7 +34,7 @@ def add_root(ledger: Ledger, path: Path, **columns: object) -> Root:
 
     def work(connection: Connection) -> Root:
         row = connection.execute(insert(SourceRoot).values(values).returning(SourceRoot)).one()
-        return Root(row.id, row.path, row.name, row.ignore, row.settle_seconds)
+        return Root.of(row)
 
     return ledger.write(work)
 

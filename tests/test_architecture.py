@@ -31,13 +31,15 @@ LAYERS = [
     ["services.scout", "engine.sentinel", "engine.worker_client"],
     [
         "services.scan",
+        "services.scrub",
+        "services.watcher",
         "engine.committer",
         "engine.retries",
         "engine.dispatch",
         "engine.runner",
         "engine.control",
     ],
-    ["services.look", "services.walk"],
+    ["services.look", "services.walk", "services.root", "services.vanished", "services.hints"],
     [
         "engine.canary",
         "engine.bridge",
@@ -57,6 +59,7 @@ LAYERS = [
         "engine.wire",
     ],
     ["engine.sinks"],
+    ["db.scrubs"],
     ["db.files", "db.roots", "db.outputs", "db.views", "db.wiring", "db.invariants", "db.replay"],
     ["db.jobs", "db.attempts", "db.plugins", "db.trust", "db.audit"],
     ["db.routing"],
@@ -69,7 +72,7 @@ LAYERS = [
     ["engine.guest", "engine.attempt", "security", "protocol", "engine.frames"],
     ["config", "daemon_lock"],
     ["sections"],
-    ["errors", "atomic", "sdk", "crashpoints"],
+    ["errors", "atomic", "sdk", "crashpoints", "services.aside"],
 ]
 """From the roof down; a module may import from its own layer and from those below."""
 

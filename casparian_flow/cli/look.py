@@ -30,7 +30,9 @@ def status(ctx: typer.Context, as_json: AsJson = False) -> None:
         context.say(f"wire      refused: {_counted(found['refused'])}")
     counts = ", ".join(f"{n} {s}" for s, n in sorted(found["jobs"].items()))
     context.say(f"jobs      {counts or 'none'}")
-    _section("sources", found["sources"], "name path active files unreadable scanned_at problem")
+    context.say(f"scrub     {found['scrub']}")
+    columns = "name path active watch files unreadable waiting held missed hidden scanned_at"
+    _section("sources", found["sources"], f"{columns} scrubbed_at problem")
     _section("plugins", found["plugins"], "name version topics subscriptions")
     _section("sinks", found["sinks"], "uri topics rows place")
     _section("why jobs wait or failed", found["reasons"], "status jobs example reason")

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from casparian_flow.cli.context import Here
     from casparian_flow.cli.progress import Line
     from casparian_flow.db.views import Waiting
-    from casparian_flow.services.scan import ScanReport
+    from casparian_flow.services.root import ScanReport
+    from casparian_flow.services.scrub import ScrubReport
 
 FAILED, PARTIAL, INTERRUPTED = 1, 3, 130
 
@@ -45,6 +46,16 @@ def scan(
         bool,
         typer.Option("--drain", help="See the jobs through as well: work them, or wait for them."),
     ] = False,
+    scrub: Annotated[
+        bool,
+        typer.Option("--scrub", help="Read every file again: its stamps do not show every change."),
+    ] = False,
+    believe: Annotated[
+        bool,
+        typer.Option(
+            "--believe-deletions", help="Mark what is missing as deleted, however much it is."
+        ),
+    ] = False,
 ) -> None:
     """Look once for what changed and queue its jobs.
 
@@ -54,25 +65,36 @@ def scan(
 
     from casparian_flow.cli import progress
     from casparian_flow.services import changes, scout
+    from casparian_flow.services.scrub import scrub as read_again
 
     with context.opened(ctx) as here, progress.line() as line:
         wanted = set(_unfinished(here) if drain else ())
-        reports = []
+        reports, scrubs = [], []
         for root in scout.roots(here.ledger, names or ()):
             line.show(f"scanning {root.name} ({root.path})")
-            reports.append(scout.scan_until_settled(here.ledger, root))
+            reports.append(scout.scan_until_settled(here.ledger, root, believe=believe))
+            if scrub and not reports[-1].problem:
+                line.show(f"scrubbing {root.name} ({root.path})")
+                scrubs.append(read_again(here.ledger, root, anew=True))
         line.clear()
+        if believe:
+            changes.note_belief(here.ledger, reports)
         for report in reports:
             _print(report)
+        for scrubbed in scrubs:
+            _print_scrub(scrubbed)
         changes.ring(here.settings)
         reason = ""
         if drain:
             # A daemon may have found our files before us: its jobs for them are ours to await.
             wanted.update(_unfinished(here), *(report.job_ids for report in reports))
+            wanted.update(*(scrubbed.job_ids for scrubbed in scrubs))
         if wanted:
             reason = asyncio.run(_see_through(here, sorted(wanted), line))
             line.clear()
         code = _verdict(here, reports, sorted(wanted), reason)
+        if not code and any(scrubbed.unreadable for scrubbed in scrubs):
+            code = PARTIAL
     raise typer.Exit(code)
 
 
@@ -96,6 +118,24 @@ def _print(report: ScanReport) -> None:
         context.note(f"  and {len(report.unreadable) - SHOWN} more: casparian files --unreadable")
     if report.unsettled:
         context.note("  unsettled: files that kept changing; the next scan looks at them again")
+    if report.waiting:
+        context.note(f"  {report.waiting} files wait for their done file or their minimum age")
+    if report.held:
+        context.note(
+            f"  {report.held} files vanished at once; none is marked deleted yet"
+            f"\n    try: casparian scan {report.source} --believe-deletions   (if that is right)"
+        )
+
+
+def _print_scrub(report: ScrubReport) -> None:
+    context.say(
+        f"{report.source}: {report.files} files read again, {len(report.hidden)} with changes "
+        f"that their stamps did not show, {len(report.unreadable)} unreadable"
+    )
+    for words in report.hidden[:SHOWN]:
+        context.note(f"  changed: {words}")
+    for words in report.unreadable[:SHOWN]:
+        context.note(f"  unreadable: {words}")
 
 
 def _verdict(here: Here, reports: Sequence[ScanReport], wanted: Sequence[int], reason: str) -> int:
@@ -115,7 +155,7 @@ def _verdict(here: Here, reports: Sequence[ScanReport], wanted: Sequence[int], r
             raise SourceError(report.problem, "nothing is inferred from that; mount or restore it")
     if failed or reason:
         return INTERRUPTED if reason == _STOPPED else FAILED
-    return PARTIAL if any(r.unreadable or r.unsettled for r in reports) else 0
+    return PARTIAL if any(r.unreadable or r.unsettled or r.held for r in reports) else 0
 
 
 def _print_jobs(here: Here, wanted: Sequence[int], reason: str) -> bool:

@@ -12,6 +12,30 @@ from casparian_flow.cli.context import AsJson
 app = context.group("Add, list and remove watched directories.")
 
 
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Pass these over, as in a .gitignore; repeatable."),
+]
+Settle = Annotated[
+    float | None,
+    typer.Option(metavar="SECONDS", help="How long a file must be at rest; else 2."),
+]
+DoneFile = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Take a file only when this marker is beside it: '{name}.done', '{stem}.ok', or one "
+        "for the whole folder; '' for none.",
+    ),
+]
+MinAge = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS", help="Leave younger files to a later scan, without waiting for them."
+    ),
+]
+
+
 @app.command()
 def add(
     ctx: typer.Context,
@@ -19,14 +43,10 @@ def add(
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="What to call it; else the directory's name.")
     ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Pass these over, as in a .gitignore; repeatable."),
-    ] = None,
-    settle: Annotated[
-        float | None,
-        typer.Option(metavar="SECONDS", help="How long a file must be at rest; else 2."),
-    ] = None,
+    ignore: Ignore = None,
+    settle: Settle = None,
+    done_file: DoneFile = None,
+    min_age: MinAge = None,
 ) -> None:
     """Watch a directory.
 
@@ -34,21 +54,44 @@ def add(
     """
     from casparian_flow.services import changes
 
+    options = changes.SourceOptions(ignore or None, settle, done_file, min_age)
     with context.opened(ctx) as (settings, ledger):
-        added = changes.add_source(
-            ledger, settings, folder, name=name, ignore=ignore or (), settle_seconds=settle
-        )
+        added = changes.add_source(ledger, settings, folder, name=name, options=options)
     context.say(f"source root {added} added")
+
+
+@app.command("set")
+def set_(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As in `casparian source list`.")],
+    ignore: Ignore = None,
+    settle: Settle = None,
+    done_file: DoneFile = None,
+    min_age: MinAge = None,
+) -> None:
+    """Change the options of a source root.
+
+    What is not named stays. `--ignore` replaces the patterns there are; `--ignore ''` clears them.
+    """
+    from casparian_flow.services import changes
+
+    options = changes.SourceOptions(ignore or None, settle, done_file, min_age)
+    with context.opened(ctx) as (settings, ledger):
+        changed = changes.set_source(ledger, settings, name, options)
+    context.say(f"source root {name}: {', '.join(changed)} changed")
 
 
 @app.command("list")
 def list_(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """List every source root and its last scan."""
-    from casparian_flow.db import views
+    """List every source root, its options and its last scan."""
+    from casparian_flow.services import report
 
-    with context.opened(ctx) as (_, ledger):
-        rows = ledger.read(views.roots)
-    columns = "name path active files unreadable unsettled scanned_at problem"
+    with context.opened(ctx) as (settings, ledger):
+        rows = report.sources(settings, ledger)
+    columns = (
+        "name path active watch settle_seconds min_age_seconds done_file files unreadable "
+        "unsettled waiting held missed hidden scanned_at scrubbed_at problem"
+    )
     context.listing(rows, as_json, columns, "no source root\n  try: casparian source add DIR")
 
 

@@ -7,10 +7,10 @@ plain directory walk here, this costs about three.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, bindparam, select, text, update
+from sqlalchemy import Connection, func, select, text, update
 
 from casparian_flow.db import jobs
 from casparian_flow.db.access import execute_many
@@ -138,10 +138,32 @@ def known(connection: Connection, root_id: int, paths: Sequence[bytes]) -> dict[
     }  # fmt: skip
 
 
-def present_in(connection: Connection, root_id: int, directory: bytes) -> Iterator[bytes]:
-    """Paths of the present locations directly in a directory."""
+class Present(NamedTuple):
+    """A location that is there, as the ledger last saw it."""
+
+    path: bytes
+    device: int | None
+    inode: int | None
+    ctime_ns: int | None
+
+
+_PRESENT = (
+    FileLocation.path, FileLocation.device, FileLocation.inode, FileLocation.ctime_ns,
+)  # fmt: skip
+
+
+def count_present(connection: Connection, root_id: int) -> int:
+    """How many locations of a source root are there."""
+    query = select(func.count()).where(
+        FileLocation.source_root_id == root_id, FileLocation.gone_at.is_(None)
+    )
+    return connection.execute(query).scalar_one()
+
+
+def present_in(connection: Connection, root_id: int, directory: bytes) -> list[Present]:
+    """The present locations directly in a directory."""
     rows = connection.execute(
-        select(FileLocation.path)
+        select(*_PRESENT)
         .join(Directory, Directory.id == FileLocation.directory_id)
         .where(
             Directory.source_root_id == root_id,
@@ -149,22 +171,21 @@ def present_in(connection: Connection, root_id: int, directory: bytes) -> Iterat
             FileLocation.gone_at.is_(None),
         )
     )
-    yield from rows.scalars()
+    return [Present(*row) for row in rows]
 
 
-def present_under(connection: Connection, root_id: int, directory: bytes) -> list[bytes]:
-    """Paths of the present locations anywhere under a directory."""
+def present_under(connection: Connection, root_id: int, directory: bytes) -> list[Present]:
+    """The present locations anywhere under a directory."""
     low, high = directory + b"/", directory + b"0"  # '0' is the byte after '/'
-    return list(
-        connection.execute(
-            select(FileLocation.path).where(
-                FileLocation.source_root_id == root_id,
-                FileLocation.path >= low,
-                FileLocation.path < high,
-                FileLocation.gone_at.is_(None),
-            )
-        ).scalars()
+    rows = connection.execute(
+        select(*_PRESENT).where(
+            FileLocation.source_root_id == root_id,
+            FileLocation.path >= low,
+            FileLocation.path < high,
+            FileLocation.gone_at.is_(None),
+        )
     )
+    return [Present(*row) for row in rows]
 
 
 def forget_directory(connection: Connection, root_id: int, directory: bytes) -> None:
@@ -200,16 +221,15 @@ def _parent(path: bytes) -> bytes | None:
     return None if not path else path.rpartition(b"/")[0]
 
 
-def mark_gone(connection: Connection, root_id: int, paths: Sequence[bytes]) -> None:
-    """Mark locations deleted; their versions stay."""
-    connection.execute(
-        update(FileLocation)
-        .where(
-            FileLocation.source_root_id == bindparam("root_id"),
-            FileLocation.path == bindparam("gone_path"),
-        )
-        .values(gone_at=utcnow()),
-        [{"root_id": root_id, "gone_path": path} for path in paths],
+def mark_gone(connection: Connection, root_id: int, gone: Sequence[Present]) -> None:
+    """Mark locations deleted, unless another scan has seen them anew; their versions stay."""
+    execute_many(
+        connection,
+        """
+        UPDATE cf_file_location SET gone_at = ?1
+        WHERE source_root_id = ?2 AND path = ?3 AND inode IS ?4 AND ctime_ns IS ?5
+        """,
+        [(utcnow().isoformat(" "), root_id, p.path, p.inode, p.ctime_ns) for p in gone],
     )
 
 

@@ -63,7 +63,11 @@ class SourceRoot(Base):
     ignore: Mapped[str] = mapped_column(default="")
     """gitignore patterns, a line each, besides the built-in ones."""
     settle_seconds: Mapped[float] = mapped_column(default=2.0)
-    """A file younger than this is looked at twice before its content is believed."""
+    """A file that changed less than this ago is not at rest; one-shot scans wait for it."""
+    done_file: Mapped[str] = mapped_column(default="", server_default="")
+    """Name of the marker without which a file is not taken: `{name}.done`; empty for none."""
+    min_age_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """A file that changed less than this ago is left to a later scan; nobody waits for it."""
 
     locations: Mapped[list[FileLocation]] = relationship(back_populates="source_root")
 
@@ -95,6 +99,22 @@ class ScanState(Base):
     """Device of the root, to notice a lost mount."""
     routed: Mapped[str] = mapped_column(default="")
     """Fingerprint of the routing that every present location has been through."""
+    waiting: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Files that lack their done file or their minimum age."""
+    held: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Files that vanished with so many others at once that nobody believes it yet."""
+    held_since: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """When those were first found missing, seconds since the epoch; 0 where there are none."""
+    watch: Mapped[str] = mapped_column(default="", server_default="")
+    """How the daemon hears of changes: `watching`, `polling: why` or `degraded: why`."""
+    missed: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Changed files, ever, that the watcher should have announced and did not."""
+    scrub_after: Mapped[int] = mapped_column(default=0, server_default="0")
+    """The last location the scrub under way has read; 0 where none is."""
+    scrubbed: Mapped[float] = mapped_column(default=0.0, server_default="0")
+    """When every present file had last been read again, seconds since the epoch."""
+    hidden: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Changes, ever, that only a scrub has found: the stamps of the file did not show them."""
 
 
 class Directory(Base):

@@ -42,7 +42,15 @@ def roots(connection: Connection) -> list[Row]:
                coalesce(s.unreadable, 0) AS unreadable, coalesce(s.unsettled, 0) AS unsettled,
                CASE WHEN s.finished > 0
                     THEN strftime('%Y-%m-%d %H:%M:%f', s.finished, 'unixepoch') END AS scanned_at,
-               coalesce(s.problem, '') AS problem, r.settle_seconds, r."ignore"
+               coalesce(s.problem, '') AS problem, r.settle_seconds, r."ignore", r.done_file,
+               r.min_age_seconds, coalesce(s.watch, '') AS watch,
+               coalesce(s.waiting, 0) AS waiting, coalesce(s.held, 0) AS held,
+               CASE WHEN s.held_since > 0
+                    THEN strftime('%Y-%m-%d %H:%M:%f', s.held_since, 'unixepoch') END
+                    AS held_since_at,
+               coalesce(s.missed, 0) AS missed, coalesce(s.hidden, 0) AS hidden,
+               CASE WHEN s.scrubbed > 0
+                    THEN strftime('%Y-%m-%d %H:%M:%f', s.scrubbed, 'unixepoch') END AS scrubbed_at
         FROM cf_source_root r LEFT JOIN cf_scan_state s ON s.source_root_id = r.id
         ORDER BY r.name
         """,

@@ -44,6 +44,17 @@ def add_root(connection: Connection, root_id: int | None, **columns: Any) -> str
     return name
 
 
+def set_root(connection: Connection, name: str, **columns: Any) -> bool:
+    """Change an active root's options. False: no active root has that name."""
+    changed = connection.execute(
+        update(SourceRoot).where(SourceRoot.name == name, SourceRoot.active).values(**columns)
+    )
+    if not changed.rowcount:
+        return False
+    note(connection, "set-source", [f"source {name}"], **columns)
+    return True
+
+
 def remove_root(connection: Connection, name: str) -> bool:
     """Scan it no more; what is known of it stays. False: no active root has that name."""
     found = connection.execute(

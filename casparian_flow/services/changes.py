@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
@@ -21,11 +21,13 @@ from casparian_flow.db.routing import compile_pattern
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, ConfigError, DaemonGone, NotFound, SourceError
 from casparian_flow.services import architect
+from casparian_flow.services.root import ScanReport
 from casparian_flow.services.walk import Ignore
 
 log = logging.getLogger(__name__)
 
-SETTLE_LIMIT_SECONDS = 86_400.0
+LIMIT_SECONDS = 86_400.0 * 366
+"""Of a settle time and of a minimum age."""
 
 CHUNK = 10_000
 """Jobs changed in one transaction."""
@@ -64,14 +66,39 @@ def ring(settings: Settings, *, scan: bool = False) -> None:
         log.warning("%s; it will see the change at its next look", error.message)
 
 
+class SourceOptions(NamedTuple):
+    """What can be said of a source root; None leaves it as it is."""
+
+    ignore: Sequence[str] | None = None
+    """gitignore patterns, in place of those there are."""
+    settle_seconds: float | None = None
+    done_file: str | None = None
+    min_age_seconds: float | None = None
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of `SourceRoot` that are to change.
+
+        Raises:
+            SourceError: one of them cannot be meant.
+        """
+        for pattern in self.ignore or ():
+            _check_pattern(pattern)
+        _check_seconds("settle time", self.settle_seconds, "2 is the default")
+        _check_seconds("minimum age", self.min_age_seconds, "0 is the default")
+        if self.done_file:
+            _check_done_file(self.done_file)
+        ignore = None if self.ignore is None else "\n".join(self.ignore)
+        given = {**self._asdict(), "ignore": ignore}
+        return {name: value for name, value in given.items() if value is not None}
+
+
 def add_source(
     ledger: Ledger,
     settings: Settings,
     path: str,
     *,
     name: str | None = None,
-    ignore: Sequence[str] = (),
-    settle_seconds: float | None = None,
+    options: SourceOptions,
 ) -> str:
     """Watch a directory, or watch a removed one again; the source root's name.
 
@@ -80,9 +107,10 @@ def add_source(
     """
     path = os.path.abspath(path)
     _check_folder(path)
-    _check_options(name, ignore, settle_seconds)
-    given = {"name": name, "ignore": "\n".join(ignore) or None, "settle_seconds": settle_seconds}
-    columns = {"path": path, **{key: value for key, value in given.items() if value is not None}}
+    _check_name(name)
+    columns = {"path": path, **options.columns()}
+    if name is not None:
+        columns["name"] = name
 
     def work(connection: Connection) -> str:
         known = wiring.every_root(connection)
@@ -96,6 +124,22 @@ def add_source(
     crashpoint("changes.source_added")
     ring(settings, scan=True)
     return added
+
+
+def set_source(ledger: Ledger, settings: Settings, name: str, options: SourceOptions) -> list[str]:
+    """Change what is said of a source root, from its next scan on; what was changed.
+
+    Raises:
+        NotFound: no active source root has that name.
+        SourceError: an option cannot be meant, or none was given.
+    """
+    columns = options.columns()
+    if not columns:
+        raise SourceError("nothing to change", "casparian source set --help")
+    if not ledger.write(lambda c: wiring.set_root(c, name, **columns)):
+        raise NotFound(f"no active source root is named {name!r}", "casparian source list")
+    ring(settings, scan=True)
+    return sorted(columns)
 
 
 def _check_folder(path: str) -> None:
@@ -116,21 +160,36 @@ def _check_folder(path: str) -> None:
         ) from error
 
 
-def _check_options(name: str | None, ignore: Sequence[str], settle_seconds: float | None) -> None:
+def _check_name(name: str | None) -> None:
     if name is not None and (not name.isprintable() or not name.strip() or "/" in name):
         raise SourceError(f"{name!r} cannot be a source root's name", "use letters and digits")
-    for pattern in ignore:
-        try:
-            pattern.encode()
-            Ignore(pattern)
-        except ValueError as error:
-            raise SourceError(
-                f"{pattern!r} is not an ignore pattern: {error}", "write it as in a .gitignore"
-            ) from error
-    if settle_seconds is not None and not 0 <= settle_seconds <= SETTLE_LIMIT_SECONDS:
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        pattern.encode()
+        Ignore(pattern)
+    except ValueError as error:
         raise SourceError(
-            f"a settle time of {settle_seconds:g} s is out of range",
-            f"0 to {SETTLE_LIMIT_SECONDS:g} seconds; 2 is the default",
+            f"{pattern!r} is not an ignore pattern: {error}", "write it as in a .gitignore"
+        ) from error
+
+
+def _check_seconds(what: str, seconds: float | None, usual: str) -> None:
+    if seconds is not None and not 0 <= seconds <= LIMIT_SECONDS:
+        raise SourceError(
+            f"a {what} of {seconds:g} s is out of range", f"0 to {LIMIT_SECONDS:g} seconds; {usual}"
+        )
+
+
+def _check_done_file(done_file: str) -> None:
+    """A file must not be its own marker, nor a marker lie in another directory."""
+    rest = done_file.replace("{name}", "").replace("{stem}", "")
+    fits = rest.strip(".") and done_file.isprintable() and not set("/{}") & set(rest)
+    if not fits or len(done_file) > WORDS_LIMIT:
+        raise SourceError(
+            f"{done_file[:80]!r} cannot name done files",
+            "use '{name}.done', '{stem}.ok', or one name for a whole folder, such as '_SUCCESS'",
         )
 
 
@@ -148,7 +207,7 @@ def _check_place(path: str, name: str | None, known: Sequence[Any]) -> None:
         if here == there:
             raise SourceError(
                 f"{path} is a source root already: {root.name}",
-                f"casparian source remove {root.name}   (then add it with other options)",
+                f"casparian source set {root.name} --help   (to change its options)",
             )
         if os.path.commonpath([here, there]) in (here, there):
             inner, outer = ("is inside", "leave") if len(here) > len(there) else ("contains", "")
@@ -158,6 +217,18 @@ def _check_place(path: str, name: str | None, known: Sequence[Any]) -> None:
                 if outer
                 else f"casparian source remove {root.name}   (then add this one)",
             )
+
+
+def note_belief(ledger: Ledger, reports: Iterable[ScanReport]) -> None:
+    """Write down that a person had these scans mark what is missing as deleted."""
+
+    def work(connection: Connection) -> None:
+        for report in reports:
+            wiring.note(
+                connection, "believe-deletions", [f"source {report.source}"], gone=report.gone
+            )
+
+    ledger.write(work)
 
 
 def remove_source(ledger: Ledger, settings: Settings, name: str) -> None:

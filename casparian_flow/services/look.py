@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 import threading
+from collections.abc import Callable
 
 from casparian_flow.db.files import Stat
 
@@ -19,7 +20,10 @@ READ_BYTES = 1 << 20
 
 
 def hash_file(
-    name: bytes, folder: int, stop: threading.Event | None = None
+    name: bytes,
+    folder: int,
+    stop: threading.Event | None = None,
+    each: Callable[[int], None] | None = None,
 ) -> tuple[str, Stat] | None:
     """Read a file once and hash it.
 
@@ -27,6 +31,7 @@ def hash_file(
         name: its name in the directory.
         folder: descriptor of the directory.
         stop: gives up when set.
+        each: called after each block with its length; it may take its time.
 
     Returns:
         SHA-256 and the stat identity, or None when it changed while it was read, is not a
@@ -47,6 +52,8 @@ def hash_file(
         while block := file.read(READ_BYTES):
             digest.update(block)
             length += len(block)
+            if each:
+                each(len(block))
             if stop and stop.is_set():
                 return None
         torn = Stat.of(os.fstat(descriptor)) != before or length != before.size
@@ -68,3 +75,15 @@ def is_racy(found: Stat, started: float) -> bool:
     started_ns = int(started * 1e9)
     granularity = COARSE_NS if coarse else GRANULARITY_NS
     return newest_stamp(found, started_ns) + granularity >= started_ns
+
+
+def unrest(found: Stat, now_ns: int, seconds: float) -> float:
+    """Seconds until a file with these stamps has been quiet for so long; none if it has.
+
+    A ctime in the future means that the clock was set back: the file's age says nothing then, so
+    it is taken, and racy until the clock has passed its stamps. A clock that is set forward makes
+    every file look old; only its writer's next write tells that it was not at rest.
+    """
+    if seconds == 0 or found.ctime_ns > now_ns + COARSE_NS:
+        return 0.0
+    return max(0.0, seconds - (now_ns - newest_stamp(found, now_ns)) / 1e9)

@@ -31,7 +31,8 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         "database": str(settings.database.path),
         "daemon": daemon,
         "refused": _refused(settings) if daemon else {},
-        "sources": ledger.read(views.roots),
+        "sources": sources(settings, ledger),
+        "scrub": _scrub(settings),
         "sandbox": settings.guest.sandbox,
         "held_by": ledger.read(views.last_sandbox),
         "jobs": ledger.read(jobs.counts),
@@ -40,6 +41,24 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         "sinks": _sinks(settings, topics),
         "advice": [advice._asdict() for advice in advise(settings, ledger)],
     }
+
+
+def sources(settings: Settings, ledger: Ledger) -> list[Row]:
+    """Every source root with its options, its last scan, and how it is watched right now."""
+    rows = ledger.read(views.roots)
+    daemon = daemon_lock.holder(settings.database.daemon_lock)
+    for row in rows:
+        if not daemon or not row["active"]:
+            row["watch"] = "no"
+    return rows
+
+
+def _scrub(settings: Settings) -> str:
+    scan = settings.scan
+    if not scan.scrub_days:
+        return "OFF: a change that leaves a file's stamps as they were is never found"
+    rate = scan.scrub_bytes_per_second / (1 << 20)
+    return f"every {scan.scrub_days:g} days, {rate:.3g} MiB a second"
 
 
 def _refused(settings: Settings) -> dict[str, int]:
@@ -65,7 +84,7 @@ def _sinks(settings: Settings, topics: list[Row]) -> list[Row]:
 
 def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
     """What stands between the files and their tables, most fundamental first."""
-    roots = [root for root in ledger.read(views.roots) if root["active"]]
+    roots = [root for root in sources(settings, ledger) if root["active"]]
     plugins = ledger.read(views.plugins)
     counts = ledger.read(jobs.counts)
     files = sum(root["files"] for root in roots)
@@ -85,11 +104,7 @@ def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
         words = f"no version of plugin {name} takes new jobs"
         found.append(Advice(words, f"casparian plugins verify {name}"))
     for root in roots:
-        if root["problem"]:
-            found.append(Advice(root["problem"], "mount or restore it, then: casparian scan"))
-        elif not root["scanned_at"] and not daemon:
-            command = f"casparian scan {root['name']}"
-            found.append(Advice(f"source root {root['name']} was never scanned", command))
+        found += _advise_on(root, daemon is not None)
     for rule in ledger.read(views.rules):
         if fault := rule_fault(rule["pattern"]):
             words = f"rule {rule['id']} matches nothing: {fault}"
@@ -103,6 +118,28 @@ def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
     if counts.get("FAILED"):
         command = "casparian jobs --status FAILED"
         found.append(Advice(f"{counts['FAILED']} jobs failed", command))
+    return found
+
+
+def _advise_on(root: Row, watched: bool) -> list[Advice]:
+    """What keeps a source root from being seen, or believed."""
+    name = root["name"]
+    found = []
+    if root["held"]:
+        words = (
+            f"source root {name}: {root['held']} files vanished at once, first missed at "
+            f"{root['held_since_at'][:19]}Z; none is marked deleted before a day has passed"
+        )
+        command = f"mount or restore them, or: casparian scan {name} --believe-deletions"
+        found.append(Advice(words, command))
+    if root["watch"].startswith("degraded"):
+        words = f"the watcher of source root {name} is {root['watch']}; it is armed again and again"
+        found.append(Advice(words, "casparian status   (it is scanned more often meanwhile)"))
+    if root["problem"]:
+        found.append(Advice(root["problem"], "mount or restore it, then: casparian scan"))
+    elif not root["scanned_at"] and not watched:
+        command = f"casparian scan {name}"
+        found.append(Advice(f"source root {name} was never scanned", command))
     return found
 
 

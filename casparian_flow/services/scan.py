@@ -7,13 +7,13 @@ same transaction.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -23,7 +23,9 @@ from casparian_flow.db.access import Ledger
 from casparian_flow.db.files import Known, Sighting, Stat
 from casparian_flow.db.routing import Routing
 from casparian_flow.services import walk
-from casparian_flow.services.look import COARSE_NS, hash_file, is_racy, newest_stamp
+from casparian_flow.services.look import hash_file, is_racy, unrest
+from casparian_flow.services.root import Heard, Root, ScanReport
+from casparian_flow.services.vanished import Vanished
 from casparian_flow.services.walk import Ignore, Listing
 
 BATCH_FILES = 1000
@@ -35,38 +37,7 @@ BATCH_SECONDS = 0.5
 TORN_SECONDS = 0.05
 """Pause before a file that changed under our eyes is looked at again, at the least."""
 
-
-class Root(NamedTuple):
-    """A source root, free of the ORM."""
-
-    id: int
-    path: str
-    name: str
-    ignore: str
-    settle_seconds: float
-
-
-@dataclass
-class ScanReport:
-    """What a scan found."""
-
-    source: str
-    files: int = 0
-    """Files looked at, unchanged ones among them."""
-    versions: int = 0
-    """New versions recorded."""
-    job_ids: list[int] = field(default_factory=list)
-    """Jobs queued."""
-    gone: int = 0
-    """Locations marked deleted."""
-    unreadable: list[str] = field(default_factory=list)
-    """`path: why`, for each file or directory that could not be read."""
-    unsettled: set[bytes] = field(default_factory=set)
-    """Directories with files that were not at rest, or lost a race with another scan."""
-    settles_in: float = 0.0
-    """Seconds until all of those could be at rest."""
-    problem: str = ""
-    """Why the root is frozen; nothing is inferred from a frozen root."""
+_UNMOUNTED = "is empty and on another device than before (unmounted?)"
 
 
 def scan(
@@ -74,6 +45,9 @@ def scan(
     root: Root,
     only: Iterable[bytes] | None = None,
     stop: threading.Event | None = None,
+    *,
+    heard: Heard | None = None,
+    believe: bool = False,
 ) -> ScanReport:
     """Look once, recording what is at rest.
 
@@ -81,20 +55,32 @@ def scan(
         only: directories (relative paths) to look at; those among their subdirectories that the
             ledger does not know are walked too. None is a full scan.
         stop: ends the scan early when set; what was found so far is recorded.
+        heard: what the watcher watches, for the report to say what that leaves out.
+        believe: mark what is missing as deleted, however much it is (`services.vanished`).
 
     Raises:
         LedgerError: the ledger could not be written; finished batches stay recorded.
     """
-    return _Scan(ledger, root, stop or threading.Event()).run(only)
+    vanished = Vanished(root.id, full=only is None, believe=believe)
+    return _Scan(ledger, root, stop or threading.Event(), heard, vanished).run(only)
 
 
 class _Scan:
     """The state of one pass over one root."""
 
-    def __init__(self, ledger: Ledger, root: Root, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        root: Root,
+        stop: threading.Event,
+        heard: Heard | None,
+        vanished: Vanished,
+    ) -> None:
         self.ledger = ledger
         self.root = root
         self.stop = stop
+        self.heard = heard
+        self.vanished = vanished
         self.report = ScanReport(root.name)
         self.started = time.time()
         self.routing = ledger.read(Routing)
@@ -104,7 +90,7 @@ class _Scan:
 
     def run(self, only: Iterable[bytes] | None) -> ScanReport:
         try:
-            self.ignore = Ignore(self.root.ignore)
+            self.ignore = Ignore(self.root.ignore, self.root.done_file)
         except ValueError as error:
             return self._freeze(f"has an ignore pattern that is none ({error})")
         try:
@@ -114,7 +100,7 @@ class _Scan:
         try:
             device = Stat.of(os.fstat(descriptor)).device
             if self._looks_unmounted(descriptor, device):
-                return self._freeze("is empty and on another device than before (unmounted?)")
+                return self._freeze(_UNMOUNTED)
             for listing in self._listings(descriptor, only):
                 if self.stop.is_set():
                     break
@@ -123,6 +109,9 @@ class _Scan:
             self._flush()
         finally:
             os.close(descriptor)
+        if not self.stop.is_set():  # a part of a root says nothing of what is missing
+            self.report.gone, self.report.held = self._write(self.vanished.settle)
+            crashpoint("scan.vanished")
         if only is None and not self.stop.is_set():
             self._route_all()
             self._finish(device)
@@ -165,20 +154,30 @@ class _Scan:
             self._folders.append((listing.path, None))
             return
         self.report.files += listing.files
+        self._note_unheard(listing)
         if self._read(files.directory_digest, listing.path) == listing.digest:
             return
         # A folder's row must be there before its files' rows point to it.
         self._folders.append((listing.path, None))
         try:
             quiet = self._compare_files(listing)
-            if not self.stop.is_set():
-                self._find_gone(listing)
+            missing = self._find_gone(listing)
         except OSError as error:
             self._unreadable(listing.path, str(error.strerror))
             return
         # A sighting that lost a race was recorded as unsettled when its batch was flushed.
-        if quiet and listing.path not in self.report.unsettled:
+        if not quiet or listing.path in self.report.unsettled:
+            return
+        if missing:
+            self.vanished.when_believed(listing.path, listing.digest)
+        else:
             self._folders.append((listing.path, listing.digest))
+
+    def _note_unheard(self, listing: Listing) -> None:
+        if self.heard is not None and self.heard.inodes is not None:
+            inode = os.fstat(listing.descriptor).st_ino
+            if inode not in self.heard.inodes:
+                self.report.unheard.add(inode)
 
     def _compare_files(self, listing: Listing) -> bool:
         """Record what changed; True if no file here needs a further look."""
@@ -200,7 +199,11 @@ class _Scan:
             return True
         if self.stop.is_set():
             return False
-        wait = self._unrest(found)
+        now = time.time_ns()
+        if self._lacks_marker(listing, name) or unrest(found, now, self.root.min_age_seconds) > 0:
+            self.report.waiting += 1
+            return False
+        wait = unrest(found, now, self.root.settle_seconds)
         if wait > 0:
             self.report.unsettled.add(listing.path)
             self.report.settles_in = max(self.report.settles_in, wait)
@@ -223,25 +226,33 @@ class _Scan:
         digest, looked = content
         racy = is_racy(looked, self.started)
         compared = known.version_id if known else None
+        is_new = known is None or known.content_hash != digest
+        if is_new and self.heard is not None and looked.ctime_ns > self.heard.since * 1e9:
+            self.report.fresh.append(path)
         self._sightings.append(Sighting(path, listing.path, looked, digest, racy, compared))
         return not racy
 
-    def _unrest(self, found: Stat) -> float:
-        """Seconds until a file with these stamps has been quiet for the settle window."""
-        if self.root.settle_seconds == 0:
-            return 0.0
-        now = time.time_ns()
-        if found.ctime_ns > now + COARSE_NS:
-            return 0.0  # The clock was set back: its age says nothing, and it is racy until then.
-        return self.root.settle_seconds - (now - newest_stamp(found, now)) / 1e9
+    def _lacks_marker(self, listing: Listing, name: bytes) -> bool:
+        if not self.root.done_file:
+            return False
+        try:
+            marker = walk.marker(self.root.done_file, name)
+            os.stat(marker, dir_fd=listing.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return True
+        return False
 
-    def _find_gone(self, listing: Listing) -> None:
-        """Mark what is no longer here."""
+    def _find_gone(self, listing: Listing) -> bool:
+        """Remember what is no longer here; whether there is any.
+
+        Raises:
+            OSError: it looks as if a filesystem had been mounted here; nothing is inferred.
+        """
         here = {name for name, _ in listing.entries}
         gone = [
-            path
-            for path in self._read(lambda c, r, p: list(files.present_in(c, r, p)), listing.path)
-            if (name := path.rpartition(b"/")[2]) not in here
+            found
+            for found in self._read(files.present_in, listing.path)
+            if (name := found.path.rpartition(b"/")[2]) not in here
             and not walk.is_candidate(listing, name, self.ignore)
         ]
         known_folders = self._read(files.child_directories, listing.path)
@@ -249,17 +260,13 @@ class _Scan:
         lost = [path for path in known_folders if path not in folders]
         for folder in lost:
             gone += self._read(files.present_under, folder)
+        if gone and not listing.files and not listing.folders:
+            device = Stat.of(os.fstat(listing.descriptor)).device
+            if all(found.device not in (None, device) for found in gone):
+                raise OSError(errno.ENODEV, _UNMOUNTED)
         if gone or lost:
-            self._flush()
-            self._write(lambda c: self._forget(c, gone, lost))
-            crashpoint("scan.gone_marked")
-            self.report.gone += len(gone)
-
-    def _forget(self, connection: Connection, gone: list[bytes], lost: list[bytes]) -> None:
-        if gone:
-            files.mark_gone(connection, self.root.id, gone)
-        for folder in lost:
-            files.forget_directory(connection, self.root.id, folder)
+            self.vanished.add(gone, lost)
+        return bool(gone or lost)
 
     def _unreadable(self, path: bytes, why: str) -> None:
         self.report.unreadable.append(f"{self.root.name}/{files.display(path)}: {why}")
@@ -300,19 +307,18 @@ class _Scan:
         self.report.job_ids += route_root(self.ledger, self.root.id, self.routing)
 
     def _finish(self, device: int) -> None:
-        self._write(
-            lambda c: roots.save_scan_state(
-                c,
-                self.root.id,
-                started=self.started,
-                finished=time.time(),
-                files=self.report.files,
-                unreadable=len(self.report.unreadable),
-                unsettled=len(self.report.unsettled),
-                problem="",
-                device=device,
-            )
-        )
+        def work(connection: Connection) -> None:
+            state = roots.scan_state(connection, self.root.id)
+            found = {
+                "started": self.started, "finished": time.time(), "files": self.report.files,
+                "unreadable": len(self.report.unreadable), "waiting": self.report.waiting,
+                "unsettled": len(self.report.unsettled), "problem": "", "device": device,
+            }  # fmt: skip
+            if state is None or not state.finished:
+                found["scrubbed"] = time.time()  # a first scan has read every file
+            roots.save_scan_state(connection, self.root.id, **found)
+
+        self._write(work)
         crashpoint("scan.finished")
 
     def _looks_unmounted(self, descriptor: int, device: int) -> bool:

@@ -6,7 +6,7 @@ choose which directories are looked at sooner.
 
 Promise: every content that is at rest at a scan becomes a version. A file that changed less than
 the settle window ago is not at rest; a file whose stamps are younger than the clock can tell is
-hashed again at the next scan (git's racy rule).
+hashed again at the next scan (git's racy rule). docs/detection.md says what cannot be seen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from casparian_flow.db import roots as db_roots
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import SourceRoot
 from casparian_flow.errors import SourceError
-from casparian_flow.services.scan import Root, ScanReport, scan
+from casparian_flow.services.root import Root, ScanReport
+from casparian_flow.services.scan import scan
 
 SETTLE_ROUNDS = 5
 """Looks a one-shot scan spends on files that keep changing."""
@@ -47,7 +48,7 @@ class Scout:
         """
         self._db.add(root)
         self._db.commit()
-        known = Root(root.id, root.path, root.name, root.ignore, root.settle_seconds)
+        known = Root.of(root)
         self._db.commit()
         engine = self._db.get_bind()
         assert isinstance(engine, Engine)
@@ -60,11 +61,15 @@ class Scout:
 
 
 def scan_until_settled(
-    ledger: Ledger, root: Root, stop: threading.Event | None = None
+    ledger: Ledger, root: Root, stop: threading.Event | None = None, *, believe: bool = False
 ) -> ScanReport:
-    """A full scan, then one shared wait and another look for what was not at rest."""
+    """A full scan, then one shared wait and another look for what was not at rest.
+
+    Args:
+        believe: mark what is missing as deleted, however much it is (`services.vanished`).
+    """
     stop = stop or threading.Event()
-    report = scan(ledger, root)
+    report = scan(ledger, root, believe=believe)
     for _ in range(SETTLE_ROUNDS):
         if not report.unsettled or report.problem or stop.wait(report.settles_in):
             break
@@ -84,10 +89,7 @@ def roots(ledger: Ledger, names: Sequence[str] = ()) -> list[Root]:
     Raises:
         SourceError: a name that is no active root.
     """
-    found = [
-        Root(row.id, row.path, row.name, row.ignore, row.settle_seconds)
-        for row in ledger.read(db_roots.active_roots)
-    ]
+    found = [Root.of(row) for row in ledger.read(db_roots.active_roots)]
     unknown = set(names) - {root.name for root in found}
     if unknown:
         known = ", ".join(root.name for root in found) or "none"

@@ -31,11 +31,12 @@ _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class Ignore:
     """gitignore patterns of one source root; directories are pruned as git prunes them."""
 
-    def __init__(self, patterns: str) -> None:
+    def __init__(self, patterns: str, done_file: str = "") -> None:
         """Compile.
 
         Args:
             patterns: gitignore lines, besides the built-in ones; a `!` may take one of those back.
+            done_file: what markers are called (see `marker`); they are passed over.
 
         Raises:
             ValueError: a line that is not a pattern.
@@ -50,9 +51,12 @@ class Ignore:
                 list(BUILT_IN_IGNORES),
             )
         )
+        self._markers = marker_names(done_file) if done_file else None
 
     def file(self, folder: bytes, name: str) -> bool:
         """Whether a file is passed over."""
+        if self._markers and self._markers.fullmatch(name):
+            return True
         if self._spec:
             return self._spec.match_file(f"{_prefix(folder)}{name}")
         return self._files.match(name) is not None
@@ -62,6 +66,23 @@ class Ignore:
         if self._spec:
             return self._spec.match_file(f"{_prefix(folder)}{name}/")
         return self._folders.match(name) is not None
+
+
+def marker_names(done_file: str) -> re.Pattern[str]:
+    """What the names of a root's markers look like."""
+    parts = re.split(r"\{(?:name|stem)\}", done_file)
+    return re.compile("(?s:.+)".join(map(re.escape, parts)))
+
+
+def marker(done_file: str, name: bytes) -> bytes:
+    """The marker of a file, in the same directory.
+
+    Args:
+        done_file: `{name}` stands for the file's whole name, `{stem}` for the name without its
+            last extension; without either, one marker speaks for all files of its directory.
+    """
+    stem = os.path.splitext(name)[0]
+    return os.fsencode(done_file).replace(b"{name}", name).replace(b"{stem}", stem)
 
 
 class Listing(NamedTuple):

@@ -1,7 +1,8 @@
 """Scout inside the daemon: scans on a schedule, and sooner where a watcher heard something.
 
 Events are hints, the scan is the truth. watchdog can lose events without a word, so every source
-root is scanned in full again and again, and at once when the watcher says that it lost some.
+root is scanned in full again and again, and at once when a watcher lost some or was armed anew.
+Each full scan also tells what the watcher should have announced and did not.
 """
 
 from __future__ import annotations
@@ -9,30 +10,43 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
-from watchdog.events import (
-    EVENT_TYPE_CLOSED_NO_WRITE,
-    EVENT_TYPE_OPENED,
-    FileSystemEvent,
-    FileSystemEventHandler,
-)
-from watchdog.observers import Observer
-from watchdog.observers.api import BaseObserver, ObservedWatch
-
+from casparian_flow.db import roots as db_roots
 from casparian_flow.db.access import Ledger
 from casparian_flow.errors import LedgerError
-from casparian_flow.services.scan import Root, ScanReport, scan
+from casparian_flow.sections import ScanSettings
+from casparian_flow.services.aside import aside
+from casparian_flow.services.hints import Hints
+from casparian_flow.services.root import Root, ScanReport
+from casparian_flow.services.scan import scan
 from casparian_flow.services.scout import roots
+from casparian_flow.services.watcher import WATCHING, Watcher
 
 log = logging.getLogger(__name__)
 
 REST_FACTOR = 10
 """A root whose scan takes long is scanned less often: at most a tenth of the time."""
+
+LOOK_SECONDS = 5.0
+"""Pause before the watchers and the list of roots are looked at again, at the most."""
+
+GRACE_SECONDS = 5.0
+"""How long after a scan an event may still come for what the scan has found."""
+
+
+class _Found(NamedTuple):
+    """Files that a full scan found changed, until it is known which were announced."""
+
+    root: Root
+    paths: list[bytes]
+    heard: set[bytes]
+    judged_at: float
 
 
 class Watch:
@@ -40,18 +54,22 @@ class Watch:
 
     Args:
         ledger: where roots are read and findings recorded.
-        rescan_seconds: pause between full scans of a root.
+        settings: how often is scanned.
         on_jobs: called after a scan that queued jobs.
     """
 
-    def __init__(self, ledger: Ledger, rescan_seconds: float, on_jobs: Callable[[], None]) -> None:
+    def __init__(self, ledger: Ledger, settings: ScanSettings, on_jobs: Callable[[], None]) -> None:
         self._ledger = ledger
-        self._rescan_seconds = rescan_seconds
+        self._settings = settings
         self._on_jobs = on_jobs
         self._full: dict[int, float] = {}
         """Root id -> when its next full scan is due (monotonic seconds)."""
-        self._hints = _Hints()
-        self._watchers: dict[int, tuple[Root, ObservedWatch | None]] = {}
+        self._began: dict[int, float] = {}
+        """Root id -> start of its last full scan (seconds since the epoch)."""
+        self._hints = Hints()
+        self._watchers: dict[int, Watcher] = {}
+        self._states: dict[int, str] = {}
+        self._found: list[_Found] = []
         self._rung = True
         self._stop = threading.Event()
         self.last: dict[str, ScanReport] = {}
@@ -67,151 +85,121 @@ class Watch:
         self._hints.bind(asyncio.get_running_loop())
         # watchdog warns, at length, when a new folder is announced twice; that does no harm.
         warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
-        observer = Observer()
-        observer.start()
         try:
             with _overflows(self.ring):
                 while True:
                     self._hints.changed.clear()
-                    await self._turn(observer)
+                    await self._turn()
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(self._pause()):
                             await self._hints.changed.wait()
         finally:
-            observer.stop()
-            await asyncio.to_thread(observer.join)
+            await asyncio.to_thread(self._close)
 
-    async def _turn(self, observer: BaseObserver) -> None:
+    async def _turn(self) -> None:
         rung, self._rung = self._rung, False
         try:
             known = await asyncio.to_thread(roots, self._ledger)
+            await aside(self._stop, partial(self._follow, known))
+            for root in known:
+                if rung or self._full.get(root.id, 0.0) <= time.monotonic():
+                    await self._scan(root, None)
+                elif hinted := self._hints.due(root.id):
+                    await self._scan(root, hinted)
+            await self._judge()
+            await self._tell(known)
         except LedgerError as error:
             log.error("no source root is scanned: %s", error.message)
-            await asyncio.sleep(self._rescan_seconds)
-            return
-        self._follow(observer, known)
-        for root in known:
-            if rung or self._full.get(root.id, 0.0) <= time.monotonic():
-                await self._scan(root, None)
-            elif hinted := self._hints.due(root.id):
-                await self._scan(root, hinted)
+            await asyncio.sleep(self._settings.rescan_seconds)
 
     async def _scan(self, root: Root, only: set[bytes] | None) -> None:
-        started = time.monotonic()
+        started, began = time.monotonic(), time.time()
+        heard: set[bytes] = set()
         if only is None:
             self._hints.due(root.id, everything=True)
-        scanning = asyncio.create_task(
-            asyncio.to_thread(scan, self._ledger, root, only, self._stop)
-        )
+            heard = self._hints.take_heard(root.id)
         try:
-            report = await asyncio.shield(scanning)
-        except asyncio.CancelledError:
-            # The thread goes on without us: it must be gone before the ledger is.
-            self._stop.set()
-            await asyncio.wait([scanning])
-            raise
+            report = await aside(self._stop, partial(self._look, root, only))
         except LedgerError as error:
             log.error("%s: %s", root.name, error.message)
-            self._full[root.id] = time.monotonic() + self._rescan_seconds
+            self._full[root.id] = time.monotonic() + self._settings.rescan_seconds
             return
         for path in report.unsettled:
             self._hints.add(root.id, path, report.settles_in)
-        if report.problem:
-            log.warning("%s; nothing is inferred from that", report.problem)
-        if only is None:
-            self.last[root.name] = report
-            took = time.monotonic() - started
-            pause = max(self._rescan_seconds, REST_FACTOR * took)
-            self._full[root.id] = time.monotonic() + pause
         if report.job_ids:
             self._on_jobs()
+        if only is not None:
+            return
+        before = self.last.get(root.name)
+        if report.problem and (before is None or before.problem != report.problem):
+            log.warning("%s; nothing is inferred from that", report.problem)
+        self.last[root.name] = report
+        self._began[root.id] = began
+        now = time.monotonic()
+        if report.fresh:
+            self._found.append(_Found(root, report.fresh, heard, now + GRACE_SECONDS))
+        self._full[root.id] = now + max(self._interval(root, report), REST_FACTOR * (now - started))
+
+    def _look(self, root: Root, only: set[bytes] | None) -> ScanReport:
+        watcher = self._watchers[root.id]
+        heard = watcher.heard(self._began.get(root.id, 0.0)) if only is None else None
+        return scan(self._ledger, root, only, self._stop, heard=heard)
+
+    def _interval(self, root: Root, report: ScanReport) -> float:
+        """Seconds until the next full scan: fewer where the watcher is in doubt."""
+        watcher = self._watchers[root.id]
+        if watcher.confirm(report.unheard) and watcher.state == WATCHING:
+            return min(GRACE_SECONDS, self._settings.rescan_seconds)
+        slow, fast = self._settings.rescan_seconds, self._settings.poll_seconds
+        return slow if watcher.state == WATCHING else min(slow, fast)
+
+    async def _judge(self) -> None:
+        """Count what was found and never announced, once an event has had time to come."""
+        now = time.monotonic()
+        ripe = [found for found in self._found if found.judged_at <= now]
+        self._found = [found for found in self._found if found.judged_at > now]
+        for root, paths, heard, _ in ripe:
+            if missed := self._hints.missed(root.id, paths, heard):
+                log.warning("%s: the watcher announced %d files too few", root.name, missed)
+                work = partial(db_roots.count_up, root_id=root.id, missed=missed)
+                await self._ledger.write_soon(work)
+
+    async def _tell(self, known: list[Root]) -> None:
+        """Keep in the ledger how each root is watched."""
+        for root in known:
+            state = self._watchers[root.id].state
+            if self._states.get(root.id) == state:
+                continue
+            if state != WATCHING:
+                log.warning("source root %s is %s", root.name, state)
+            work = partial(db_roots.save_scan_state, root_id=root.id, watch=state)
+            await self._ledger.write_soon(work)
+            self._states[root.id] = state
 
     def _pause(self) -> float:
         """Seconds until something is due."""
-        due = [*self._full.values(), *self._hints.times()]
-        return max(
-            0.0, min(due, default=time.monotonic() + self._rescan_seconds) - time.monotonic()
-        )
+        due = [*self._full.values(), *self._hints.times(), *(f.judged_at for f in self._found)]
+        return max(0.0, min([*due, time.monotonic() + LOOK_SECONDS]) - time.monotonic())
 
-    def _follow(self, observer: BaseObserver, known: list[Root]) -> None:
-        """Watch new roots, and stop watching those that were removed or changed."""
+    def _follow(self, known: list[Root]) -> None:
+        """Watch new roots and not those that were removed or changed; see to the others."""
         current = {root.id: root for root in known}
-        for root_id, (root, watch) in list(self._watchers.items()):
-            if current.get(root_id) != root:
-                if watch:
-                    observer.unschedule(watch)
+        for root_id, watcher in list(self._watchers.items()):
+            if current.get(root_id) != watcher.root:
+                watcher.close()
                 del self._watchers[root_id]
                 self._full.pop(root_id, None)
+                self._states.pop(root_id, None)
                 self._hints.due(root_id, everything=True)
         for root in known:
             if root.id not in self._watchers:
-                self._watchers[root.id] = (root, self._watch(observer, root))
+                self._watchers[root.id] = Watcher(root, self._hints)
+            if self._watchers[root.id].look():
+                self._full.pop(root.id, None)
 
-    def _watch(self, observer: BaseObserver, root: Root) -> ObservedWatch | None:
-        try:
-            return observer.schedule(_Handler(root, self._hints), root.path, recursive=True)
-        except OSError as error:
-            log.warning(
-                "source root %s cannot be watched (%s): new files are found by the scan every "
-                "%g s", root.name, error.strerror, self._rescan_seconds,
-            )  # fmt: skip
-            return None
-
-
-class _Hints:
-    """Directories to look at, and when; filled by the watcher's thread."""
-
-    def __init__(self) -> None:
-        self.changed = asyncio.Event()
-        self._due: dict[int, dict[bytes, float]] = {}
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-
-    def wake(self) -> None:
-        if self._loop:
-            self._loop.call_soon_threadsafe(self.changed.set)
-
-    def add(self, root_id: int, path: bytes, after_seconds: float) -> None:
-        """Look at a directory after a while; an earlier time that is set already stays."""
-        with self._lock:
-            paths = self._due.setdefault(root_id, {})
-            fresh = path not in paths
-            paths.setdefault(path, time.monotonic() + after_seconds)
-        if fresh:
-            self.wake()
-
-    def due(self, root_id: int, everything: bool = False) -> set[bytes]:
-        """Take the directories whose time has come."""
-        now = time.monotonic()
-        with self._lock:
-            paths = self._due.get(root_id, {})
-            ready = {path for path, due in paths.items() if everything or due <= now}
-            for path in ready:
-                del paths[path]
-        return ready
-
-    def times(self) -> list[float]:
-        with self._lock:
-            return [due for paths in self._due.values() for due in paths.values()]
-
-
-class _Handler(FileSystemEventHandler):
-    """Turns events into hints: the directory in which something happened."""
-
-    def __init__(self, root: Root, hints: _Hints) -> None:
-        self._root = root
-        self._hints = hints
-        self._prefix = len(os.fsencode(root.path).rstrip(b"/")) + 1
-
-    def dispatch(self, event: FileSystemEvent) -> None:
-        if event.event_type in (EVENT_TYPE_OPENED, EVENT_TYPE_CLOSED_NO_WRITE):
-            return
-        for path in filter(None, (event.src_path, event.dest_path)):
-            relative = os.fsencode(str(path))[self._prefix :]
-            self._hints.add(self._root.id, relative.rpartition(b"/")[0], self._root.settle_seconds)
+    def _close(self) -> None:
+        for watcher in self._watchers.values():
+            watcher.close()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from sqlalchemy import func, insert, select
 
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileVersion, RoutingRule, SourceRoot
+from casparian_flow.sections import ScanSettings
 from casparian_flow.services.watch import Watch
 from tests.factories import add_plugin, add_root
 
@@ -22,11 +23,12 @@ PATIENCE = 20.0
 
 @contextlib.asynccontextmanager
 async def watching(
-    ledger: Ledger, rescan_seconds: float = 3600.0
+    ledger: Ledger, rescan_seconds: float = 3600.0, poll_seconds: float = 10.0
 ) -> AsyncIterator[tuple[Watch, asyncio.Event]]:
     """A running Watch, and an event that is set whenever it queued jobs."""
     queued = asyncio.Event()
-    watch = Watch(ledger, rescan_seconds, queued.set)
+    settings = ScanSettings(rescan_seconds=rescan_seconds, poll_seconds=poll_seconds)
+    watch = Watch(ledger, settings, queued.set)
     task = asyncio.create_task(watch.run())
     try:
         yield watch, queued
@@ -125,7 +127,7 @@ def test_lost_events_lead_to_a_full_scan(
 ) -> None:
     add_root(ledger, source)
     route_everything(ledger)
-    monkeypatch.setattr("casparian_flow.services.watch._Handler.dispatch", lambda *_: None)
+    monkeypatch.setattr("casparian_flow.services.watcher.Handler.dispatch", lambda *_: None)
 
     async def story() -> None:
         async with watching(ledger) as (watch, queued):
@@ -144,7 +146,7 @@ def test_the_schedule_finds_what_no_event_told(
 ) -> None:
     add_root(ledger, source)
     route_everything(ledger)
-    monkeypatch.setattr("casparian_flow.services.watch._Handler.dispatch", lambda *_: None)
+    monkeypatch.setattr("casparian_flow.services.watcher.Handler.dispatch", lambda *_: None)
 
     async def story() -> None:
         async with watching(ledger, rescan_seconds=0.1) as (_, queued):

@@ -1,0 +1,84 @@
+"""What a scan no longer finds, and whether to believe it.
+
+A lost mount, a share that answers with an empty list or a wrong directory all look like a mass
+deletion. Deletions are therefore put together over the whole scan and believed at its end. Many
+at once are held: nothing is marked deleted until a person says so, or until they have been
+missing for a day. Files that come back meanwhile were never gone, and nothing is loaded again.
+"""
+
+from __future__ import annotations
+
+import time
+
+from sqlalchemy import Connection
+
+from casparian_flow.db import files, roots
+from casparian_flow.db.files import Present
+
+MANY = 100
+"""Fewer files than this may vanish at once: an inbox that somebody has tidied up."""
+
+SHARE = 0.2
+"""Of the files that were there; a smaller share than this may vanish at once."""
+
+HOLD_SECONDS = 86_400.0
+"""After a day a lost mount has been noticed, and what is still missing is believed gone."""
+
+
+class Vanished:
+    """Deletions that one scan of one root has come across.
+
+    Args:
+        believe: a person said that they are real, however many.
+    """
+
+    def __init__(self, root_id: int, *, full: bool, believe: bool) -> None:
+        self._root_id = root_id
+        self._full = full
+        self._believe = believe
+        self._gone: list[Present] = []
+        self._lost: list[bytes] = []
+        self._digests: list[tuple[bytes, bytes | None]] = []
+
+    def add(self, gone: list[Present], lost: list[bytes]) -> None:
+        """Remember locations that are missing, and directories."""
+        self._gone += gone
+        self._lost += lost
+
+    def when_believed(self, folder: bytes, digest: bytes) -> None:
+        """A directory's digest that is true once these deletions are."""
+        self._digests.append((folder, digest))
+
+    def settle(self, connection: Connection) -> tuple[int, int]:
+        """Mark what is believed gone, in the caller's transaction; (gone, held).
+
+        What is not believed keeps its directories without a digest, so that the next scan
+        compares them again.
+        """
+        held_since = self._held_since(connection)
+        if self._full:
+            held = len(self._gone) if held_since else 0
+            roots.save_scan_state(connection, self._root_id, held=held, held_since=held_since)
+        if held_since:
+            return 0, len(self._gone)
+        files.mark_gone(connection, self._root_id, self._gone)
+        for folder in self._lost:
+            files.forget_directory(connection, self._root_id, folder)
+        files.save_directories(connection, self._root_id, self._digests)
+        return len(self._gone), 0
+
+    def _held_since(self, connection: Connection) -> float:
+        """Since when this many have been missing, in seconds since the epoch; 0: not held."""
+        state = roots.scan_state(connection, self._root_id)
+        before = state.held if state is not None else 0
+        if self._believe or not self._gone:
+            return 0.0
+        if before and not self._full:
+            return float(state.held_since)  # what a full scan has held is not believed by parts
+        few = len(self._gone) < MANY
+        if few or len(self._gone) < SHARE * files.count_present(connection, self._root_id):
+            return 0.0
+        now = time.time()
+        since = state.held_since if before and len(self._gone) - before < MANY else now
+        # A clock that was set back holds them for another day at the most.
+        return 0.0 if now - since > HOLD_SECONDS else float(min(since, now))
