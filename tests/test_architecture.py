@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["cli", "__main__"],
     ["main"],
+    ["services.backup"],
     [
         "services.changes",
         "services.keys",
@@ -58,6 +59,7 @@ LAYERS = [
     ],
     ["engine.sinks"],
     ["db.files", "db.roots", "db.outputs", "db.views", "db.wiring", "db.invariants", "db.replay"],
+    ["db.backup"],
     ["db.jobs", "db.attempts", "db.plugins", "db.trust", "db.audit"],
     ["db.routing"],
     ["db.access"],

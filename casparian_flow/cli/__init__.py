@@ -13,6 +13,7 @@ import typer
 
 from casparian_flow.cli import (
     audit,
+    backup,
     context,
     demo,
     init,
@@ -51,6 +52,7 @@ app.add_typer(topics.app, name="topics")
 app.command()(query.query)
 app.command()(look.verify)
 app.add_typer(audit.app, name="audit")
+app.command()(backup.backup)
 app.command()(demo.demo)
 
 

@@ -55,6 +55,8 @@ def bring_up_to_date(database: DatabaseSettings) -> None:
         try:
             if _version(connection, database) < len(migrations()):
                 _migrate(connection, database)
+            elif connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+                _enter_wal(connection, database)  # a copy that another tool has made
         finally:
             connection.close()
     except (sqlite3.Error, OSError) as error:

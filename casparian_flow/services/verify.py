@@ -38,7 +38,7 @@ def verify(settings: Settings, ledger: Ledger) -> Verdict:
     It may run beside a daemon: what the ledger claimed when this began is what is checked. A
     ledger that is damaged is read as far as it can be.
     """
-    verdict, claims = ledger.read(_check_ledger)
+    verdict, claims = ledger.read(check_ledger)
     if daemon_lock.holder(settings.database.daemon_lock) is None:
         running = ledger.read(lambda c: list(told("the jobs", invariants.running(c))))
         verdict.problems += running
@@ -49,7 +49,7 @@ def verify(settings: Settings, ledger: Ledger) -> Verdict:
     return verdict
 
 
-def _check_ledger(connection: Connection) -> tuple[Verdict, Claims]:
+def check_ledger(connection: Connection) -> tuple[Verdict, Claims]:
     """One snapshot of the ledger: its breaks, and what it claims of each sink."""
     verdict, claims = Verdict(), defaultdict[str, list[Claim]](list)
     with seals.exact(driver(connection)):
