@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["cli", "__main__"],
     ["main"],
-    ["services.backup"],
+    ["services.backup", "services.outputs"],
     [
         "services.changes",
         "services.keys",
@@ -38,7 +38,7 @@ LAYERS = [
         "engine.runner",
         "engine.control",
     ],
-    ["services.look", "services.walk"],
+    ["services.look", "services.walk", "services.inventory"],
     [
         "engine.canary",
         "engine.bridge",
@@ -60,7 +60,7 @@ LAYERS = [
     ["engine.sinks"],
     ["db.files", "db.roots", "db.outputs", "db.views", "db.wiring", "db.invariants", "db.replay"],
     ["db.backup"],
-    ["db.jobs", "db.attempts", "db.plugins", "db.trust", "db.audit"],
+    ["db.jobs", "db.attempts", "db.plugins", "db.trust", "db.audit", "db.found"],
     ["db.routing"],
     ["db.access"],
     ["db.schema", "db.connection"],
@@ -71,7 +71,7 @@ LAYERS = [
     ["engine.guest", "engine.attempt", "security", "protocol", "engine.frames"],
     ["config", "daemon_lock"],
     ["sections"],
-    ["errors", "atomic", "sdk", "crashpoints"],
+    ["errors", "atomic", "sdk", "crashpoints", "mounts"],
 ]
 """From the roof down; a module may import from its own layer and from those below."""
 

@@ -20,6 +20,7 @@ from casparian_flow.cli import (
     jobs,
     keys,
     look,
+    outputs,
     plugins,
     publish,
     query,
@@ -50,6 +51,7 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(routing.app, name="rules")
 app.add_typer(topics.app, name="topics")
 app.command()(query.query)
+app.add_typer(outputs.app, name="outputs")
 app.command()(look.verify)
 app.add_typer(audit.app, name="audit")
 app.command()(backup.backup)

@@ -53,9 +53,11 @@ def scan(
     import asyncio
 
     from casparian_flow.cli import progress
-    from casparian_flow.services import changes, scout
+    from casparian_flow.services import changes, inventory, scout
 
     with context.opened(ctx) as here, progress.line() as line:
+        for words in inventory.take(here.settings, here.ledger):
+            context.note(words)
         wanted = set(_unfinished(here) if drain else ())
         reports = []
         for root in scout.roots(here.ledger, names or ()):

@@ -16,7 +16,7 @@ from typing import cast
 from sqlalchemy import Connection, create_engine, select
 from sqlalchemy.exc import DBAPIError
 
-from casparian_flow.db import jobs
+from casparian_flow.db import jobs, seals
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import JobStatus, ProcessingJob
 from casparian_flow.db.schema import configure
@@ -33,14 +33,16 @@ def copy(ledger: Ledger, target: Path) -> None:
     """
 
     def work(connection: Connection) -> None:
-        source = cast(sqlite3.Connection, connection.connection.dbapi_connection)
+        source = _driver(connection)
         with contextlib.closing(sqlite3.connect(target)) as made:
             source.backup(made)
 
     try:
         ledger.read(work)
         with _opened(f"sqlite:///{target}") as connection, connection.begin():
+            marks = seals.begin(_driver(connection))
             _release(connection)
+            seals.seal(_driver(connection), marks)
     except (sqlite3.Error, DBAPIError) as error:
         raise LedgerError(
             f"the ledger could not be copied to {target.parent}: {getattr(error, 'orig', error)}",
@@ -60,10 +62,14 @@ def _opened(url: str) -> Iterator[Connection]:
     engine = create_engine(url)
     try:
         with engine.connect() as connection:
-            configure(cast(sqlite3.Connection, connection.connection.dbapi_connection))
+            configure(_driver(connection))
             yield connection
     finally:
         engine.dispose()
+
+
+def _driver(connection: Connection) -> sqlite3.Connection:
+    return cast(sqlite3.Connection, connection.connection.dbapi_connection)
 
 
 def _release(connection: Connection) -> None:

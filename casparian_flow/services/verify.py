@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from casparian_flow import daemon_lock
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, invariants, outputs, plugins, replay, seals, trust
+from casparian_flow.db import audit, found, invariants, outputs, plugins, replay, seals, trust
 from casparian_flow.db.access import Ledger, driver
 from casparian_flow.db.replay import told
 from casparian_flow.engine import sinks
@@ -87,7 +87,7 @@ def _faults(connection: Connection, verdict: Verdict) -> Iterator[str]:
 
 def _claims(connection: Connection, claims: Claims) -> Iterator[str]:
     """Collect what can be asked of the sinks; rows that make no sense were named already."""
-    for row in outputs.published(connection):
+    for row in [*outputs.published(connection), *found.claims(connection)]:
         if isinstance(row.rows, int) and isinstance(row.location, str):
             claim = Claim(
                 topic=row.topic,
