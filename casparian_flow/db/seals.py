@@ -1,11 +1,12 @@
 """Seals: what stands in the ledger is written into the audit's chain as hashes of its rows.
 
 Each transaction of `db.access.Ledger` that wrote versions, attempts, outputs or jobs ends with one
-audit row, the seal: which rows, which moves from state to state, and the digest of each row. A
-verb cannot forget it, for no verb does it: versions and attempts only grow, so the new ones are
-those above the highest id at the start, and those that were given an id below it; of these, and of
-outputs and jobs, triggers on the writer's connection note every change. The triggers are temporary objects, which no other connection has: what somebody
-else writes is in no seal, and `db.replay` names it.
+audit row, the seal: which rows, which moves from state to state, and the digest of each row. A verb
+cannot forget it, for no verb does it: versions and attempts only grow, so the new ones are those
+above the highest id at the start, and those that were given an id below it; of these, and of
+outputs and jobs, triggers on the writer's connection note every change. The triggers are temporary
+objects, which no other connection has: what somebody else writes is in no seal, and `db.replay`
+names it.
 
 Nothing here imports SQLAlchemy, since the migration that begins the seals does it too.
 """
