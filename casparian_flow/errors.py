@@ -3,6 +3,7 @@
     CasparianError
     ├── ConfigError              the configuration cannot be used
     ├── LedgerError              the database cannot be used
+    │   └── LedgerLost           it is gone, was replaced under us, or is damaged: we stop
     ├── DaemonRunning            another process holds the database's daemon lock
     ├── DaemonGone               the daemon we waited for does not answer
     ├── SourceError              a source root cannot be used
@@ -61,6 +62,10 @@ class LedgerError(CasparianError):
     """The database cannot be used as the ledger."""
 
     exit_code = 74
+
+
+class LedgerLost(LedgerError):
+    """The database was deleted, replaced or damaged under us; to go on would write into nothing."""
 
 
 class DaemonRunning(CasparianError):

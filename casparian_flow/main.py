@@ -1,6 +1,6 @@
 """The composition root: what a daemon consists of, in which order it starts and stops.
 
-    start   daemon lock, ledger, epoch, recovery, Committer, Sentinel, Workers, Scout
+    start   daemon lock, ledger, inventory, epoch, recovery, Committer, Sentinel, Workers, Scout
     stop    Scout (no new work), Workers (finish or release), Sentinel, Committer, ledger, lock
 
 `python -m casparian_flow.main` runs a Sentinel alone, listening for Workers.
@@ -24,16 +24,16 @@ from sqlalchemy import Connection
 from casparian_flow import config, daemon_lock
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import outputs, plugins
+from casparian_flow.db import invariants, outputs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.engine import canary, in_hand, retries, sinks
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import ledger_tag
 from casparian_flow.engine.sentinel import INPROC, Sentinel
 from casparian_flow.engine.worker_client import Worker
-from casparian_flow.errors import CasparianError
+from casparian_flow.errors import CasparianError, LedgerLost
 from casparian_flow.security import sandbox
-from casparian_flow.services import architect
+from casparian_flow.services import architect, inventory
 from casparian_flow.services.scrub import Scrubber
 from casparian_flow.services.watch import Watch
 
@@ -43,6 +43,10 @@ ECHO_SECONDS = 1.0
 """`timeout` and some shells signal a process and its group: two signals that mean one."""
 
 
+GUARD_SECONDS = 2.0
+"""How soon a daemon that is idle sees that its database was deleted or replaced."""
+
+
 @dataclass
 class Daemon:
     """What runs, for whoever wants to look at it or ring it."""
@@ -50,6 +54,8 @@ class Daemon:
     ledger: Ledger
     sentinel: Sentinel
     watch: Watch | None
+    adopted: Sequence[str] = ()
+    """What the sinks held and the ledger did not know when it began, a sentence a sink."""
 
 
 @contextlib.asynccontextmanager
@@ -73,6 +79,7 @@ async def running(
         DaemonRunning: another process is the daemon.
         SandboxUnavailable: the sandbox is required, and does not hold on this machine.
         LedgerError: the database cannot be used.
+        LedgerLost: it is damaged; or it was deleted or replaced while the block ran.
         CasparianError: an address cannot be listened on.
     """
     with contextlib.ExitStack() as stack:
@@ -82,6 +89,12 @@ async def running(
         sandbox.shield_host()
         if workers:
             await asyncio.to_thread(canary.check, settings.guest, config.cache_folder())
+        if found := await ledger.read_soon(invariants.damage):
+            raise LedgerLost(
+                f"{settings.database.path} is damaged: {found}; nothing was changed",
+                "put a backup in its place, then: casparian verify   (docs/disaster.md)",
+            )
+        adopted = await asyncio.to_thread(inventory.take, settings, ledger)
         guests = settings.database.guests_folder
         begin = partial(retries.begin, limits=settings.jobs, guests_folder=guests)
         epoch = await ledger.write_soon(begin)
@@ -114,19 +127,36 @@ async def running(
             working = [group.create_task(worker.run()) for worker in crew]
             scouts = (scout, scrubber) if watch else ()
             scouting = [group.create_task(each.run()) for each in scouts]
+            scouting.append(group.create_task(_guard(ledger)))
             try:
-                yield Daemon(ledger, sentinel, scout if watch else None)
+                yield Daemon(ledger, sentinel, scout if watch else None, adopted)
             finally:
                 for task in scouting:
                     task.cancel()
                 if not serving.done():
-                    await sentinel.drain(settings.jobs.drain_seconds)
+                    await sentinel.drain(_grace(settings, ledger))
                 await asyncio.gather(*working, return_exceptions=True)
                 serving.cancel()
                 publishing.cancel()
                 await asyncio.gather(serving, publishing, return_exceptions=True)
                 await committer.finish()
                 crashpoint("main.stopped")
+
+
+async def _guard(ledger: Ledger) -> None:
+    """Run until the ledger is gone: a daemon that has nothing to write must notice it as well."""
+    while True:
+        await asyncio.sleep(GUARD_SECONDS)
+        ledger.check_place()
+
+
+def _grace(settings: Settings, ledger: Ledger) -> float:
+    """How long jobs may finish; what they make for a ledger that is gone, nobody will record."""
+    try:
+        ledger.check_place()
+    except LedgerLost:
+        return 0.0
+    return settings.jobs.drain_seconds
 
 
 def _sweep(settings: Settings, ledger: Ledger) -> None:

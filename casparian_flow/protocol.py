@@ -40,6 +40,9 @@ class OutputPlan(Record, frozen=True):
     """The sink with its path made absolute; what the worker opens."""
     mode: str
     output_key: str
+    facts: dict[str, str] = {}
+    """What the output key is made of, in words: the sink keeps them beside the rows, so that who
+    has lost the ledger knows what is there."""
 
 
 class Assignment(Record, frozen=True):

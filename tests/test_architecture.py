@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["cli", "__main__", "selftest"],
     ["main"],
+    ["services.backup", "services.outputs"],
     [
         "services.changes",
         "services.keys",
@@ -39,7 +40,14 @@ LAYERS = [
         "engine.runner",
         "engine.control",
     ],
-    ["services.look", "services.walk", "services.root", "services.vanished", "services.hints"],
+    [
+        "services.look",
+        "services.walk",
+        "services.root",
+        "services.vanished",
+        "services.hints",
+        "services.inventory",
+    ],
     [
         "engine.canary",
         "engine.bridge",
@@ -61,7 +69,8 @@ LAYERS = [
     ["engine.sinks"],
     ["db.scrubs"],
     ["db.files", "db.roots", "db.outputs", "db.views", "db.wiring", "db.invariants", "db.replay"],
-    ["db.jobs", "db.attempts", "db.plugins", "db.trust", "db.audit"],
+    ["db.backup"],
+    ["db.jobs", "db.attempts", "db.plugins", "db.trust", "db.audit", "db.found"],
     ["db.routing"],
     ["db.access"],
     ["db.schema", "db.connection"],
@@ -72,7 +81,7 @@ LAYERS = [
     ["engine.guest", "engine.attempt", "security", "protocol", "engine.frames"],
     ["config", "daemon_lock"],
     ["sections"],
-    ["errors", "atomic", "sdk", "crashpoints", "services.aside"],
+    ["errors", "atomic", "sdk", "crashpoints", "mounts", "services.aside"],
 ]
 """From the roof down; a module may import from its own layer and from those below."""
 

@@ -13,12 +13,14 @@ import typer
 
 from casparian_flow.cli import (
     audit,
+    backup,
     context,
     demo,
     init,
     jobs,
     keys,
     look,
+    outputs,
     plugins,
     publish,
     query,
@@ -50,8 +52,10 @@ app.add_typer(keys.app, name="keys")
 app.add_typer(routing.app, name="rules")
 app.add_typer(topics.app, name="topics")
 app.command()(query.query)
+app.add_typer(outputs.app, name="outputs")
 app.command()(look.verify)
 app.add_typer(audit.app, name="audit")
+app.command()(backup.backup)
 app.command()(demo.demo)
 app.command()(selftest.selftest)
 

@@ -64,10 +64,12 @@ def scan(
     import asyncio
 
     from casparian_flow.cli import progress
-    from casparian_flow.services import changes, scout
+    from casparian_flow.services import changes, inventory, scout
     from casparian_flow.services.scrub import scrub as read_again
 
     with context.opened(ctx) as here, progress.line() as line:
+        for words in inventory.take(here.settings, here.ledger):
+            context.note(words)
         wanted = set(_unfinished(here) if drain else ())
         reports, scrubs = [], []
         for root in scout.roots(here.ledger, names or ()):

@@ -49,7 +49,7 @@ async def _run(here: Here, workers: int, line: Line) -> None:
     async with main.running(
         here.settings, "casparian start", workers=workers, watch=True
     ) as daemon:
-        line.write(f"{_watched(here)}\n")
+        line.write("".join(f"{words}\n" for words in [*daemon.adopted, _watched(here)]))
         while not stop.is_set():
             line.show(await asyncio.to_thread(_state, here, daemon))
             with contextlib.suppress(TimeoutError):

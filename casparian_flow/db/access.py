@@ -16,6 +16,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -24,8 +25,8 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import schema, seals
-from casparian_flow.db.connection import LedgerConnection
-from casparian_flow.errors import LedgerError
+from casparian_flow.db.connection import LedgerConnection, check_place, identity
+from casparian_flow.errors import LedgerError, LedgerLost
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
@@ -97,6 +98,8 @@ class Ledger:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._path = Path(str(engine.url.database))
+        self._place = identity(self._path)
         self._requests: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
@@ -121,17 +124,26 @@ class Ledger:
         self._requests.put(None)
         self._thread.join()
 
+    def check_place(self) -> None:
+        """Return if the database is still the file that was opened.
+
+        Raises:
+            LedgerLost: it was deleted or replaced.
+        """
+        check_place(self._path, self._place)
+
     def read(self, work: Work[T]) -> T:
         """Run `work` on a connection of this thread's, in one read transaction.
 
         Raises:
-            LedgerError: the database cannot be read (damaged, or its disk is gone).
+            LedgerError: the database cannot be read (its disk is gone, for one).
+            LedgerLost: it is damaged.
         """
         try:
             with self.engine.connect() as connection:
                 return work(connection)
         except DBAPIError as error:
-            raise LedgerError(
+            raise _damage(error) or LedgerError(
                 f"the ledger could not be read: {error.orig}",
                 "see that its disk is there and has room, then: casparian verify",
             ) from error
@@ -208,7 +220,7 @@ class Ledger:
             if failure is None:
                 future.set_result(result)
             else:
-                future.set_exception(failure)
+                future.set_exception(_damage(failure) or failure)
 
 
 @contextlib.contextmanager
@@ -226,9 +238,20 @@ def open_ledger(database: DatabaseSettings) -> Iterator[Ledger]:
         engine.dispose()
 
 
+def _damage(error: BaseException) -> LedgerLost | None:
+    """The error of a database whose pages make no sense; None for any other."""
+    found = getattr(error, "orig", error)
+    if getattr(found, "sqlite_errorcode", 0) & 0xFF not in schema.NOT_A_DATABASE:
+        return None
+    return LedgerLost(
+        f"the ledger is damaged: {found}",
+        "keep the file, put a backup in its place, then: casparian verify   (docs/disaster.md)",
+    )
+
+
 def _refusal(error: Exception) -> Exception:
     if isinstance(error, DBAPIError | sqlite3.Error):
-        refusal = LedgerError(
+        refusal = _damage(error) or LedgerError(
             f"the ledger could not be written: {getattr(error, 'orig', error)}",
             "nothing of this step was recorded; free space or permissions, then try again",
         )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from casparian_flow.crashpoints import crashpoint
+from casparian_flow.errors import LedgerLost
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +28,49 @@ CHECKPOINT_PAUSE_SECONDS = 1.0
 """A long reader can keep a checkpoint from finishing; do not try at every commit."""
 
 
-class LedgerConnection(sqlite3.Connection):
-    """A connection that holds the gate while it writes."""
+def identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of a file; None where it is not there."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
-    def __init__(self, gate: Path, path: str, *args: Any, **options: Any) -> None:
-        super().__init__(path, *args, **options)
+
+def check_place(path: Path, opened: tuple[int, int] | None) -> None:
+    """Return if a file is still the one that was opened: SQLite writes to a deleted one for ever.
+
+    Raises:
+        LedgerLost: it is not.
+    """
+    found = identity(path)
+    if found != opened:
+        raise LedgerLost(
+            f"{path} was {'replaced' if found else 'deleted'} while it was in use; nothing was "
+            "written since",
+            "put the file or a backup in its place, then: casparian verify   (docs/disaster.md)",
+        )
+
+
+class LedgerConnection(sqlite3.Connection):
+    """A connection that holds the gate while it writes.
+
+    Args:
+        gate: the file whose lock is the gate.
+        path: the database.
+        create: make it where it is not there; else that is an error, since a database that was
+            deleted under us must not come back empty.
+    """
+
+    def __init__(
+        self, gate: Path, path: str, *args: Any, create: bool = False, **options: Any
+    ) -> None:
+        self._path = Path(os.path.abspath(path))
+        mode = "rwc" if create else "rw"
+        super().__init__(f"{self._path.as_uri()}?mode={mode}", *args, **{**options, "uri": True})
+        self._place = identity(self._path)
         self._wal = Path(f"{path}-wal")
+        self._wal_place: tuple[int, int] | None = None
         self._gate = os.open(gate, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._next_checkpoint = 0.0
         self._closed = False
@@ -44,9 +82,13 @@ class LedgerConnection(sqlite3.Connection):
         A read transaction in progress starts anew: its snapshot may be older than the last
         commit, and writing on it would fail. What was read before may therefore be older than
         what is written now.
+
+        Raises:
+            LedgerLost: the file we have open is not the ledger any more.
         """
         if self.writing:
             return
+        self._check_place()
         fcntl.flock(self._gate, fcntl.LOCK_EX)
         self.writing = True
         try:
@@ -61,6 +103,7 @@ class LedgerConnection(sqlite3.Connection):
         super().commit()
         try:
             if self.writing:
+                self._wal_place = self._wal_place or identity(self._wal)
                 self._checkpoint_if_due()
         except sqlite3.Error as error:
             # What was committed is committed: the log is only copied later than we would like.
@@ -83,6 +126,11 @@ class LedgerConnection(sqlite3.Connection):
             crashpoint("connection.closed")
         finally:
             os.close(self._gate)
+
+    def _check_place(self) -> None:
+        check_place(self._path, self._place)
+        if self._wal_place is not None:  # it stays for as long as any connection is open
+            check_place(self._wal, self._wal_place)
 
     def _leave(self) -> None:
         if self.writing and not self.in_transaction:

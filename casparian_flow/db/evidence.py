@@ -112,6 +112,43 @@ class Attempt(Base):
     """Processor time of the guest in this attempt."""
 
 
+class FoundOutput(Base):
+    """An output that stood in a sink and not in this ledger, as an inventory found it.
+
+    The ledger was lost, or is older than its sinks. Its ids are not given again; the version and
+    the job that it names get them back when the version's content is found again.
+    """
+
+    __tablename__ = "cf_found_output"
+    __table_args__ = (
+        Index("ix_cf_found_output_version", "source", "path", "ordinal"),
+        Index("ix_cf_found_output_file_version_id", "file_version_id"),
+        Index("ix_cf_found_output_job_id", "job_id"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    output_key: Mapped[str] = mapped_column(unique=True)
+    location: Mapped[str]
+    """The sink with its path made absolute."""
+    topic: Mapped[str]
+    uri: Mapped[str]
+    target: Mapped[str]
+    rows: Mapped[int]
+    digest: Mapped[str]
+    job_id: Mapped[int]
+    file_version_id: Mapped[int]
+    source: Mapped[str]
+    """Name of the source root; empty where an earlier release published it."""
+    path: Mapped[bytes]
+    ordinal: Mapped[int]
+    content_hash: Mapped[str]
+    size_bytes: Mapped[int]
+    artifact_hash: Mapped[str]
+    plugin_name: Mapped[str]
+    plugin_version: Mapped[str]
+    found_at: Mapped[datetime] = mapped_column(default=utcnow)
+
+
 _ABOUT_TRUST = "action IN ('trust-key', 'revoke-key', 'rotate-key', 'activate', 'disable')"
 
 

@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, func, select, text, update
+from sqlalchemy import Connection, func, select, update
 
-from casparian_flow.db import jobs
+from casparian_flow.db import found, jobs
 from casparian_flow.db.access import execute_many
 from casparian_flow.db.models import (
     Directory,
@@ -249,15 +249,20 @@ def record(
     stale = [s for s in sightings if current[s.path].version_id != s.compared]
     lost = {s.path for s in stale}
     fresh = [s for s in sightings if s.path not in lost]
+    lacking = found.resumed(connection, root_id, [s.path for s in fresh if s.content_hash])
     changed = [
-        s for s in fresh if s.content_hash and s.content_hash != current[s.path].content_hash
+        s
+        for s in fresh
+        if s.content_hash and (s.path in lacking or s.content_hash != current[s.path].content_hash)
     ]
-    version_ids = _add_versions(connection, changed, current, now)
+    version_ids = _add_versions(connection, changed, current, lacking, now)
     _save_looks(connection, fresh, current, version_ids)
     confirmed = [
         now_known.version_id
         for s, now_known in ((s, current[s.path]) for s in fresh)
-        if now_known.version_id is not None and s.content_hash == now_known.content_hash
+        if now_known.version_id is not None
+        and s.content_hash == now_known.content_hash
+        and s.path not in version_ids
     ]
     job_ids = jobs.revive(connection, confirmed) + jobs.enqueue(
         connection,
@@ -287,13 +292,29 @@ def _add_locations(
 
 
 def _add_versions(
-    connection: Connection, changed: Sequence[Sighting], current: dict[bytes, Known], now: str
+    connection: Connection,
+    changed: Sequence[Sighting],
+    current: dict[bytes, Known],
+    lacking: dict[bytes, list[found.Resumed]],
+    now: str,
 ) -> dict[bytes, int]:
-    """Insert the next version of each location; ids are ours to give, under the write lock."""
-    last: int = connection.execute(
-        text("SELECT coalesce(max(id), 0) FROM cf_file_version")
-    ).scalar_one()
-    ids = {s.path: last + n for n, s in enumerate(changed, start=1)}
+    """Insert the next version of each location; ids are ours to give, under the write lock.
+
+    Versions that outputs in the sinks name and this ledger lacks come first; where the last of
+    them has the content that was seen, it is the one.
+    """
+    back = {
+        path: found.bring_back(connection, current[path].location_id, versions, now)
+        for path, versions in lacking.items()
+    }
+    ids = {
+        s.path: back[s.path][s.content_hash]
+        for s in changed
+        if s.content_hash in back.get(s.path, {})
+    }
+    changed = [s for s in changed if s.path not in ids]
+    last = found.last_version_id(connection)
+    ids |= {s.path: last + n for n, s in enumerate(changed, start=1)}
     execute_many(
         connection,
         """

@@ -12,6 +12,9 @@ _BREAKS = {
     "location {0} ({1}): its versions are not numbered 1, 2, 3, ...": """
         SELECT l.id, l.rel_path FROM cf_file_version v JOIN cf_file_location l
         ON l.id = v.location_id
+        JOIN cf_source_root r ON r.id = l.source_root_id
+        WHERE NOT EXISTS (SELECT 1 FROM cf_found_output f
+                          WHERE f.source = r.name AND f.path = l.path)
         GROUP BY l.id HAVING min(v.ordinal) <> 1 OR max(v.ordinal) <> count(*)
         """,
     "location {0} ({1}): its current version is not its last one": """
@@ -66,6 +69,12 @@ def breaks(connection: Connection) -> Iterator[str]:
 def _broken(connection: Connection, words: str, query: str) -> Iterator[str]:
     for row in connection.execute(text(query)):
         yield words.format(*row)
+
+
+def damage(connection: Connection) -> str:
+    """What is wrong with the database's pages, looked at in order and not in depth; else empty."""
+    found: str = connection.execute(text("PRAGMA quick_check(1)")).scalar_one()
+    return "" if found == "ok" else found
 
 
 def running(connection: Connection) -> Iterator[str]:

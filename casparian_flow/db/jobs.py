@@ -12,6 +12,7 @@
     abort       QUEUED, RUNNING      ABORTED      -
     retry       FAILED, ABORTED      QUEUED       -
     revive      SUPERSEDED           QUEUED       the version's bytes are there again
+    remake      COMPLETED            QUEUED       a person has its output made again
 
 No other module assigns a status. The guard is (id, fence): with the status alone, a slow loser
 would complete the winner's job. A verb returns what it changed.
@@ -31,12 +32,14 @@ from sqlalchemy import (
     bindparam,
     cast,
     func,
+    or_,
     select,
     text,
     tuple_,
     update,
 )
 
+from casparian_flow.db import found
 from casparian_flow.db.access import execute_many
 from casparian_flow.db.attempts import Ended, add_attempts
 from casparian_flow.db.models import (
@@ -55,30 +58,28 @@ UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)
 ALONE_AFTER = 2
 """Deaths of the daemon with a job in hand after which the job runs with no other beside it."""
 
+LONGEST_PAUSE_SECONDS = 3600.0
+"""No job waits longer for its next attempt. One that would have to was queued before the clock was
+set back: it is due."""
+
 Pair = tuple[int, int]
 """A job's id and the fence it is held under: one attempt."""
 
 
 def enqueue(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: str) -> list[int]:
-    """Queue a job for each (version id, wanted) that has none of that plugin; return new ids."""
-    last: int = connection.execute(
-        text("SELECT coalesce(max(id), 0) FROM cf_processing_queue")
-    ).scalar_one()
+    """Queue a job for each (version id, wanted) that has none of that plugin; return new ids.
+
+    What an inventory has found of the version counts: the same artifact's job comes back under its
+    old id, another one of the same plugin needs no job (see `db.found`).
+    """
+    last, free = connection.execute(text(found.BEFORE_ENQUEUE)).one()
     execute_many(
         connection,
-        """
-        INSERT INTO cf_processing_queue
-            (file_version_id, plugin_id, plugin_name, priority, created_at,
-             status, fence, attempts, not_before, reason)
-        SELECT ?1, ?2, ?3, ?4, ?5, 'QUEUED', 0, 0, 0.0, ''
-        WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
-                          WHERE file_version_id = ?1 AND plugin_name = ?3)
-        """,
+        found.ENQUEUE,
         [(version, w.plugin_id, w.plugin_name, w.priority, now) for version, w in pairs],
     )
-    return list(
-        connection.execute(select(ProcessingJob.id).where(ProcessingJob.id > last)).scalars()
-    )
+    new = (ProcessingJob.id > last) | ProcessingJob.id.in_(json.loads(free))
+    return list(connection.execute(select(ProcessingJob.id).where(new)).scalars())
 
 
 def claim(
@@ -103,7 +104,7 @@ def claim(
         select(ProcessingJob.id, ProcessingJob.crashes)
         .where(
             ProcessingJob.status == JobStatus.QUEUED,
-            ProcessingJob.not_before <= time.time(),
+            _is_due(),
             ProcessingJob.plugin_id.not_in(list(avoid)),
         )
         .order_by(ProcessingJob.priority.desc(), ProcessingJob.id)
@@ -136,6 +137,13 @@ def _in_turn(due: Sequence[Any], others: int) -> list[int]:
     ids = [job.id for job in due]
     alone = next((n for n, job in enumerate(due) if job.crashes >= ALONE_AFTER), len(ids))
     return ids[:alone] or ([] if others else ids[:1])
+
+
+def _is_due() -> ColumnElement[bool]:
+    now = time.time()
+    return or_(
+        ProcessingJob.not_before <= now, ProcessingJob.not_before > now + LONGEST_PAUSE_SECONDS
+    )
 
 
 def claimed(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
@@ -203,7 +211,7 @@ def requeue(
     statement = _HELD.values(
         status=JobStatus.QUEUED,
         worker=None,
-        not_before=time.time() + delay_seconds,
+        not_before=time.time() + min(delay_seconds, LONGEST_PAUSE_SECONDS),
         reason=reason,
         attempts=ProcessingJob.attempts - (1 if refund else 0),
         crashes=ProcessingJob.crashes + (1 if crashed else 0),
@@ -346,6 +354,20 @@ def revive(connection: Connection, version_ids: Sequence[int]) -> list[int]:
     )
 
 
+def remake(connection: Connection, job_ids: Sequence[int]) -> list[int]:
+    """Queue completed jobs whose output is in its sink no more, on a person's word."""
+    return list(
+        connection.execute(
+            update(ProcessingJob)
+            .where(ProcessingJob.id.in_(job_ids), ProcessingJob.status == JobStatus.COMPLETED)
+            .values(
+                status=JobStatus.QUEUED, attempts=0, not_before=0.0, reason="", finished_at=None
+            )
+            .returning(ProcessingJob.id)
+        ).scalars()
+    )
+
+
 def counts(connection: Connection) -> dict[str, int]:
     """Jobs in each status that has any."""
     rows = connection.execute(
@@ -356,9 +378,7 @@ def counts(connection: Connection) -> dict[str, int]:
 
 def claimable(connection: Connection) -> bool:
     """Whether any job could be claimed now."""
-    ready = select(ProcessingJob.id).where(
-        ProcessingJob.status == JobStatus.QUEUED, ProcessingJob.not_before <= time.time()
-    )
+    ready = select(ProcessingJob.id).where(ProcessingJob.status == JobStatus.QUEUED, _is_due())
     return connection.execute(ready.limit(1)).first() is not None
 
 

@@ -30,6 +30,7 @@ from casparian_flow.db.base import utcnow as utcnow
 from casparian_flow.db.evidence import Attempt as Attempt
 from casparian_flow.db.evidence import AuditEntry as AuditEntry
 from casparian_flow.db.evidence import Epoch as Epoch
+from casparian_flow.db.evidence import FoundOutput as FoundOutput
 from casparian_flow.db.evidence import LedgerIdentity as LedgerIdentity
 from casparian_flow.db.evidence import Plugin as Plugin
 from casparian_flow.db.evidence import TrustStatement as TrustStatement
@@ -266,6 +267,15 @@ class ProcessingJob(Base):
     """Daemons that died while a guest had it in hand; see `engine.retries`."""
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
     finished_at: Mapped[datetime | None]
+
+
+class ForgottenOutput(Base):
+    """A published output that a person took away on purpose: no claim on its sink any more."""
+
+    __tablename__ = "cf_forgotten_output"
+
+    output_key: Mapped[str] = mapped_column(primary_key=True)
+    forgotten_at: Mapped[datetime] = mapped_column(default=utcnow)
 
 
 class Output(Base):

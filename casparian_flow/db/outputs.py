@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
 
 from casparian_flow.db.access import execute_many
 from casparian_flow.db.models import (
     FileVersion,
+    ForgottenOutput,
     JobStatus,
     Output,
     OutputState,
@@ -139,7 +140,8 @@ def mark_refused(connection: Connection, output_ids: Sequence[int]) -> None:
 
 
 def published(connection: Connection) -> Iterable[Any]:
-    """Every published output with its version, job and plugin: what readers may see."""
+    """Every published output that nobody has forgotten, with its version, job and plugin: what
+    readers may see."""
     return connection.execute(
         select(
             Output.topic, Output.location, Output.target, Output.output_key, Output.rows,
@@ -148,6 +150,62 @@ def published(connection: Connection) -> Iterable[Any]:
         )
         .join(ProcessingJob, ProcessingJob.id == Output.job_id)
         .join(FileVersion, FileVersion.id == ProcessingJob.file_version_id)
-        .where(Output.state == OutputState.PUBLISHED)
+        .where(
+            Output.state == OutputState.PUBLISHED,
+            Output.output_key.not_in(select(ForgottenOutput.output_key)),
+        )
         .order_by(Output.id)
     )  # fmt: skip
+
+
+_NAMED = """
+SELECT o.output_key, o.topic, o.location, o.target, o.rows, o.digest, o.job_id, j.status,
+       r.name AS source, r.path AS root_path, l.path, l.rel_path, v.ordinal, v.content_hash,
+       o.output_key IN (SELECT output_key FROM cf_forgotten_output) AS forgotten
+FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
+JOIN cf_file_version v ON v.id = j.file_version_id
+JOIN cf_file_location l ON l.id = v.location_id
+JOIN cf_source_root r ON r.id = l.source_root_id
+WHERE o.state = 'PUBLISHED'
+UNION ALL
+SELECT f.output_key, f.topic, f.location, f.target, f.rows, f.digest, f.job_id, NULL,
+       f.source, r.path, f.path, CAST(f.path AS TEXT), f.ordinal, f.content_hash,
+       f.output_key IN (SELECT output_key FROM cf_forgotten_output)
+FROM cf_found_output f JOIN cf_source_root r ON r.name = f.source
+WHERE f.output_key NOT IN (SELECT output_key FROM cf_output WHERE state = 'PUBLISHED')
+"""
+"""Everything that stands in the sinks; what no job of this ledger has taken over has no status."""
+
+
+def named(connection: Connection, name: str) -> list[Any]:
+    """Published outputs by their target, or all those of a job by its id."""
+    query = f"SELECT * FROM ({_NAMED}) WHERE target = :name OR CAST(job_id AS TEXT) = :name"  # noqa: S608
+    return list(connection.execute(text(query), {"name": name}))
+
+
+def listed(connection: Connection, limit: int, topic: str | None) -> list[dict[str, Any]]:
+    """Published outputs, the newest first, as people and programs look at them."""
+    query = f"""
+        SELECT job_id AS job, topic, CASE WHEN forgotten THEN 'FORGOTTEN'
+               WHEN status IS NULL THEN 'ADOPTED' ELSE 'PUBLISHED' END AS state,
+               rows, source, rel_path, ordinal AS version, target, location AS sink, output_key
+        FROM ({_NAMED}) WHERE :topic IS NULL OR topic = :topic ORDER BY job_id DESC LIMIT :limit
+        """  # noqa: S608
+    found = connection.execute(text(query), {"topic": topic, "limit": limit}).mappings()
+    return [dict(row) for row in found]
+
+
+def forget(connection: Connection, keys: Sequence[str]) -> None:
+    """Claim these outputs no more."""
+    if keys:
+        connection.execute(insert(ForgottenOutput), [{"output_key": key} for key in keys])
+
+
+def unpublish(connection: Connection, keys: Sequence[str]) -> None:
+    """Owe these outputs again: they are not in their sinks, and their jobs are queued."""
+    connection.execute(delete(ForgottenOutput).where(ForgottenOutput.output_key.in_(keys)))
+    connection.execute(
+        update(Output)
+        .where(Output.output_key.in_(keys))
+        .values(state=OutputState.PLANNED, published_at=None, target="")
+    )

@@ -17,12 +17,13 @@ from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import seals
 from casparian_flow.db.connection import LedgerConnection
-from casparian_flow.errors import LedgerError
+from casparian_flow.errors import LedgerError, LedgerLost
 
 APPLICATION_ID = 0x43464C57
 """Marks a SQLite file as a ledger of ours ("CFLW")."""
 
-_NOT_A_DATABASE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+NOT_A_DATABASE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+"""Result codes of a file whose pages make no sense."""
 
 
 _AFTER = {"0006_seals.sql": seals.seal_what_is_there}
@@ -56,13 +57,17 @@ def bring_up_to_date(database: DatabaseSettings) -> None:
         try:
             if _version(connection, database) < len(migrations()):
                 _migrate(connection, database)
+            elif connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+                _enter_wal(connection, database)  # a copy that another tool has made
         finally:
             connection.close()
     except (sqlite3.Error, OSError) as error:
-        if getattr(error, "sqlite_errorcode", None) in _NOT_A_DATABASE:
-            raise LedgerError(
-                f"{database.path} is not a SQLite database, or is damaged: {error}",
-                "name another file in [database] db_location; this one was not touched",
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in NOT_A_DATABASE:
+            raise LedgerLost(
+                f"{database.path} is not a SQLite database, or is damaged: {error}; it was not "
+                "touched",
+                "put a backup in its place (docs/disaster.md), or name another file in "
+                "[database] db_location",
             ) from error
         raise LedgerError(
             f"cannot use the database {database.path}: {error}",
@@ -73,7 +78,7 @@ def bring_up_to_date(database: DatabaseSettings) -> None:
 def connect(database: DatabaseSettings) -> LedgerConnection:
     """A plain connection with our settings; the engine's connections get the same ones."""
     connection = LedgerConnection(
-        database.gate, str(database.path), timeout=30.0, isolation_level=None
+        database.gate, str(database.path), create=True, timeout=30.0, isolation_level=None
     )
     configure(connection)
     return connection

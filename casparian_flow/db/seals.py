@@ -1,11 +1,12 @@
 """Seals: what stands in the ledger is written into the audit's chain as hashes of its rows.
 
 Each transaction of `db.access.Ledger` that wrote versions, attempts, outputs or jobs ends with one
-audit row, the seal: which rows, which moves from state to state, and the digest of each row. A
-verb cannot forget it, for no verb does it: versions and attempts only grow, so the new ones are
-those above the highest id at the start; of outputs and jobs, triggers on the writer's connection
-note every change. The triggers are temporary objects, which no other connection has: what somebody
-else writes is in no seal, and `db.replay` names it.
+audit row, the seal: which rows, which moves from state to state, and the digest of each row. A verb
+cannot forget it, for no verb does it: versions and attempts only grow, so the new ones are those
+above the highest id at the start, and those that were given an id below it; of these, and of
+outputs and jobs, triggers on the writer's connection note every change. The triggers are temporary
+objects, which no other connection has: what somebody else writes is in no seal, and `db.replay`
+names it.
 
 Nothing here imports SQLAlchemy, since the migration that begins the seals does it too.
 """
@@ -123,6 +124,12 @@ def _watches() -> Iterator[str]:
         "CREATE TEMP TABLE cf_moved (n INTEGER PRIMARY KEY, what TEXT, id INTEGER, was TEXT, "
         "now TEXT, fence INTEGER)"
     )
+    for covered in GROWING:  # a version that comes back from a sink has its old id
+        yield (
+            f"CREATE TEMP TRIGGER cf_seal_{covered.name} AFTER INSERT ON main.{covered.table} "
+            f"WHEN NEW.id < (SELECT max(id) FROM main.{covered.table}) BEGIN "
+            f"INSERT INTO cf_moved (what, id) VALUES ('{covered.name}', NEW.id); END"
+        )
     for covered in MOVING:
         old, new = f"OLD.{covered.state}", f"NEW.{covered.state}"
         fence = covered.fence if covered.fence == "0" else f"NEW.{covered.fence}"
@@ -145,7 +152,10 @@ def seal(connection: sqlite3.Connection, marks: Marks) -> None:
     sealed = {}
     with exact(connection):
         for covered in GROWING:
-            above = f"id > {marks[covered.table]}"
+            above = (
+                f"(id > {marks[covered.table]} OR "
+                f"id IN (SELECT id FROM cf_moved WHERE what = '{covered.name}'))"
+            )
             sealed[covered.name] = _sealed(connection, covered, [], above, "")
         for covered in MOVING:
             moves = connection.execute(

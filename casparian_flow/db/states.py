@@ -37,11 +37,17 @@ JOB_ARROWS = {
     "QUEUED": {"RUNNING", "ABORTED", "SUPERSEDED"},
     "RUNNING": {"COMMITTING", "QUEUED", "FAILED", "ABORTED", "SUPERSEDED"},
     "COMMITTING": {"COMPLETED", "FAILED"},
+    "COMPLETED": {"QUEUED"},
     "FAILED": {"QUEUED"},
     "ABORTED": {"QUEUED"},
     "SUPERSEDED": {"QUEUED"},
 }
 """Where a job may go from each status, and from nothing; triggers of the database say the same."""
 
-OUTPUT_ARROWS = {"": {"PLANNED"}, "PLANNED": {"PUBLISHED", "REFUSED", ""}, "REFUSED": {""}}
+OUTPUT_ARROWS = {
+    "": {"PLANNED"},
+    "PLANNED": {"PUBLISHED", "REFUSED", ""},
+    "PUBLISHED": {"PLANNED"},
+    "REFUSED": {""},
+}
 """Where an output may go; to nothing, since a new plan forgets what was not published."""

@@ -27,7 +27,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import attempts, audit, files, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
 from casparian_flow.engine import retries, sinks
-from casparian_flow.errors import JobError, LedgerError, SinkUnavailable, Unavailable
+from casparian_flow.errors import JobError, LedgerError, LedgerLost, SinkUnavailable, Unavailable
 from casparian_flow.protocol import Outcome, Published, Receipt, StagedOutput
 from casparian_flow.sections import JobSettings
 
@@ -223,6 +223,8 @@ class Committer:
         while True:
             try:
                 return await self._ledger.write_soon(work)
+            except LedgerLost:
+                raise
             except LedgerError as error:
                 log.error("%s (trying again in %g s)", error.message, PAUSE_SECONDS)
                 await asyncio.sleep(PAUSE_SECONDS)

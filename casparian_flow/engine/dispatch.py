@@ -96,13 +96,22 @@ class Dispatcher:
         )
 
     def _plan(self, job: Any, topic: str, uri: str, mode: str) -> OutputPlan:
-        facts = (job.source, job.path, job.content_hash, job.ordinal, job.artifact_hash, topic, uri)
+        key = (job.source, job.path, job.content_hash, job.ordinal, job.artifact_hash, topic, uri)
         return OutputPlan(
             topic=topic,
             uri=uri,
             location=sinks.resolve(uri, self._settings.home),
             mode=mode,
-            output_key=output_key(*facts),
+            output_key=output_key(*key),
+            facts={
+                "source": job.source,
+                "path": job.path.hex(),
+                "ordinal": str(job.ordinal),
+                "size_bytes": str(job.size_bytes),
+                "artifact_hash": job.artifact_hash,
+                "plugin": job.plugin_name,
+                "uri": uri,
+            },
         )
 
 

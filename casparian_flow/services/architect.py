@@ -32,7 +32,7 @@ from casparian_flow.security.rules import Policy
 from casparian_flow.security.signing import AzureAuth, LocalAuth, Publish
 from casparian_flow.security.statements import Row, TrustKey
 from casparian_flow.security.trust import Key, introduction
-from casparian_flow.services import scan, scout
+from casparian_flow.services import inventory, scan, scout
 
 FIRST = "{} is the first of this ledger: it is trusted with every plugin and every key\n"
 """Said when a key was trusted because nobody else was."""
@@ -153,8 +153,10 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
     except _DryRun as undone:
         return f"a dry run: nothing was changed; without --dry-run it is:\n{undone}"
     crashpoint("architect.deployed")
+    adopted = inventory.take(settings, ledger)  # its sinks may hold what a lost ledger published
     queued = queue_missing(ledger)
-    return f"{words}; {queued} job{'' if queued == 1 else 's'} queued for files already known"
+    words += f"; {queued} job{'' if queued == 1 else 's'} queued for files already known"
+    return "\n".join([words, *adopted])
 
 
 def queue_missing(ledger: Ledger) -> int:

@@ -20,7 +20,7 @@ from casparian_flow.db.models import JobStatus
 from casparian_flow.db.routing import compile_pattern
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, ConfigError, DaemonGone, NotFound, SourceError
-from casparian_flow.services import architect
+from casparian_flow.services import architect, inventory
 from casparian_flow.services.root import ScanReport
 from casparian_flow.services.walk import Ignore
 
@@ -301,7 +301,9 @@ def set_topic(
         wiring.set_topic(connection, plugin, topic, uri, mode)
         return declared
 
-    return ledger.write(work)
+    declared = ledger.write(work)
+    inventory.take(settings, ledger)
+    return declared
 
 
 def retry_jobs(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from casparian_flow import daemon_lock
+from casparian_flow import daemon_lock, mounts
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs, views
 from casparian_flow.db.access import Ledger
@@ -13,6 +14,9 @@ from casparian_flow.db.routing import compile_pattern
 from casparian_flow.db.views import Row
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError
+
+WAL_LIMIT_BYTES = 64 << 20
+"""A write-ahead log that is larger is held by some reader: ours end in moments."""
 
 
 class Advice(NamedTuple):
@@ -89,7 +93,7 @@ def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
     counts = ledger.read(jobs.counts)
     files = sum(root["files"] for root in roots)
     daemon = daemon_lock.holder(settings.database.daemon_lock)
-    found = []
+    found = [*_dangers(settings)]
     if not roots:
         found.append(Advice("no source root: nothing is looked at", "casparian source add DIR"))
     if not plugins:
@@ -141,6 +145,21 @@ def _advise_on(root: Row, watched: bool) -> list[Advice]:
         command = f"casparian scan {name}"
         found.append(Advice(f"source root {name} was never scanned", command))
     return found
+
+
+def _dangers(settings: Settings) -> Iterator[Advice]:
+    """What threatens the ledger where it lies."""
+    path = settings.database.path
+    if words := mounts.doubt(path):
+        yield Advice(words, "move it to a local disk: [database] db_location")
+    wal = path.with_name(f"{path.name}-wal")
+    size = wal.stat().st_size if wal.exists() else 0
+    if size > WAL_LIMIT_BYTES:
+        words = (
+            f"the write-ahead log has {size >> 20} MiB: some program has been reading the database "
+            "for long, and it cannot shrink; work goes on"
+        )
+        yield Advice(words, f"fuser {path}   (names the programs; close the foreign one)")
 
 
 def rule_fault(pattern: str) -> str:

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import roots as db_roots
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import SourceRoot
 from casparian_flow.errors import SourceError
+from casparian_flow.services import inventory
 from casparian_flow.services.root import Root, ScanReport
 from casparian_flow.services.scan import scan
 
@@ -52,7 +54,9 @@ class Scout:
         self._db.commit()
         engine = self._db.get_bind()
         assert isinstance(engine, Engine)
+        database = DatabaseSettings(db_location=str(engine.url.database))
         with Ledger(engine) as ledger:
+            inventory.before_scan(database, ledger)
             report = scan_until_settled(ledger, known)
         self._db.expire_all()
         if report.problem:

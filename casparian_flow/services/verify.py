@@ -10,7 +10,7 @@ from sqlalchemy import Connection
 
 from casparian_flow import daemon_lock
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, invariants, outputs, plugins, replay, seals, trust
+from casparian_flow.db import audit, found, invariants, outputs, plugins, replay, seals, trust
 from casparian_flow.db.access import Ledger, driver
 from casparian_flow.db.replay import told
 from casparian_flow.engine import sinks
@@ -38,7 +38,7 @@ def verify(settings: Settings, ledger: Ledger) -> Verdict:
     It may run beside a daemon: what the ledger claimed when this began is what is checked. A
     ledger that is damaged is read as far as it can be.
     """
-    verdict, claims = ledger.read(_check_ledger)
+    verdict, claims = ledger.read(check_ledger)
     if daemon_lock.holder(settings.database.daemon_lock) is None:
         running = ledger.read(lambda c: list(told("the jobs", invariants.running(c))))
         verdict.problems += running
@@ -49,7 +49,7 @@ def verify(settings: Settings, ledger: Ledger) -> Verdict:
     return verdict
 
 
-def _check_ledger(connection: Connection) -> tuple[Verdict, Claims]:
+def check_ledger(connection: Connection) -> tuple[Verdict, Claims]:
     """One snapshot of the ledger: its breaks, and what it claims of each sink."""
     verdict, claims = Verdict(), defaultdict[str, list[Claim]](list)
     with seals.exact(driver(connection)):
@@ -87,7 +87,7 @@ def _faults(connection: Connection, verdict: Verdict) -> Iterator[str]:
 
 def _claims(connection: Connection, claims: Claims) -> Iterator[str]:
     """Collect what can be asked of the sinks; rows that make no sense were named already."""
-    for row in outputs.published(connection):
+    for row in [*outputs.published(connection), *found.claims(connection)]:
         if isinstance(row.rows, int) and isinstance(row.location, str):
             claim = Claim(
                 topic=row.topic,

@@ -34,6 +34,8 @@ def values(kind: object) -> st.SearchStrategy[object]:
         return st.lists(values(typing.get_args(kind)[0]), max_size=3)
     if typing.get_origin(kind) is tuple:
         return st.tuples(*map(values, typing.get_args(kind)))
+    if typing.get_origin(kind) is dict:
+        return st.dictionaries(*map(values, typing.get_args(kind)), max_size=3)
     if isinstance(kind, types.UnionType):
         return st.none() | values(typing.get_args(kind)[0])
     return records(kind)

@@ -9,7 +9,7 @@ key, however often it is asked. tests/sinks/test_contract.py holds every sink to
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeGuard
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 LINEAGE = ("_cf_file_version_id", "_cf_job_id", "_cf_source_hash", "_cf_plugin_version")
 """Columns on every row, reserved to us: where it came from and who made it."""
+
+
+KEY_DIGITS = 32
+"""Digits of an output key that tell it from every other; they name its Parquet file."""
 
 
 class Lineage(Record, frozen=True):
@@ -41,6 +45,66 @@ class Claim(Record, frozen=True):
     target: str
     rows: int
     digest: str
+
+
+class Found(Record, frozen=True):
+    """An output that stands in a sink, as the sink's own record of it says."""
+
+    topic: str
+    output_key: str
+    target: str
+    rows: int
+    digest: str
+    job_id: int
+    file_version_id: int
+    content_hash: str = ""
+    plugin_version: str = ""
+    source: str = ""
+    """Name of the source root; empty, as what follows, where an earlier release published it."""
+    path: bytes = b""
+    ordinal: int = 0
+    size_bytes: int = 0
+    artifact_hash: str = ""
+    plugin: str = ""
+    uri: str = ""
+
+
+def facts_of(footer: Mapping[bytes, bytes]) -> dict[str, str]:
+    """The facts that `stage.py` wrote into a file's footer, without the prefix of their names."""
+    return {
+        name.decode().removeprefix("casparian."): value.decode()
+        for name, value in footer.items()
+        if name.startswith(b"casparian.")
+    }
+
+
+def found(target: str, rows: int, digest: str, footer: Mapping[str, str]) -> Found:
+    """An output, from the facts that `stage.py` wrote down about it.
+
+    Args:
+        footer: as `facts_of` gives them.
+
+    Raises:
+        ValueError, KeyError: these are no facts of ours.
+    """
+    return Found(
+        topic=footer["topic"],
+        output_key=footer["output_key"],
+        target=target,
+        rows=rows,
+        digest=digest,
+        job_id=int(footer["job_id"]),
+        file_version_id=int(footer["file_version_id"]),
+        content_hash=footer.get("source_hash", ""),
+        plugin_version=footer.get("plugin_version", ""),
+        source=footer.get("source", ""),
+        path=bytes.fromhex(footer.get("path", "")),
+        ordinal=int(footer.get("ordinal", 0)),
+        size_bytes=int(footer.get("size_bytes", 0)),
+        artifact_hash=footer.get("artifact_hash", ""),
+        plugin=footer.get("plugin", ""),
+        uri=footer.get("uri", ""),
+    )
 
 
 class Sink(Protocol):
@@ -74,6 +138,25 @@ class Sink(Protocol):
 
     def check(self, claims: Sequence[Claim]) -> list[str]:
         """Compare claims with what is there; one sentence for each claim that does not hold."""
+
+    def inventory(self, known: Container[str]) -> Iterator[Found]:
+        """What is there of ours under other output keys. What cannot be read is passed over:
+        publishing to its name will say so.
+
+        Args:
+            known: the first `KEY_DIGITS` digits of each output key that is no news.
+
+        Raises:
+            SinkUnavailable: the sink is there and cannot be looked at.
+        """
+
+    def withdraw(self, claim: Claim) -> None:
+        """Make room for an output to be published again: nothing of it is left afterwards.
+
+        Raises:
+            SinkConflict: what stands in its place is not whole, and a person must move it away.
+            SinkUnavailable: full, locked, read-only.
+        """
 
 
 _WORDS = {

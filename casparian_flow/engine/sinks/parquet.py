@@ -11,7 +11,7 @@ import errno
 import glob
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +20,17 @@ import pyarrow.parquet as pq
 
 from casparian_flow import atomic
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks.base import Claim, Lineage, is_disk_fault, lost, unavailable
+from casparian_flow.engine.sinks.base import (
+    KEY_DIGITS,
+    Claim,
+    Found,
+    Lineage,
+    facts_of,
+    found,
+    is_disk_fault,
+    lost,
+    unavailable,
+)
 from casparian_flow.engine.sinks.stage import OUTPUT_KEY, Stage
 from casparian_flow.errors import JobError, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
@@ -62,9 +72,25 @@ class ParquetSink:
         """See `Sink.check`. Reads every byte of every claimed file."""
         return [f"{claim.target}: {fault}" for claim in claims if (fault := _fault(claim))]
 
+    def inventory(self, known: Container[str]) -> Iterator[Found]:
+        """See `Sink.inventory`. Names begin with the output key: a file is opened if it is new."""
+        try:
+            for file in sorted(self.root.glob("*/*.parquet")):
+                if len(file.stem) == KEY_DIGITS and file.stem not in known:
+                    yield from _read(file)
+        except OSError as error:
+            raise unavailable(error, self.root) from error
+
+    def withdraw(self, claim: Claim) -> None:
+        """See `Sink.withdraw`. We remove no file: what is there may be a person's work."""
+        if os.path.lexists(claim.target):
+            raise SinkConflict(
+                f"{claim.target} is there, and was altered", "move it elsewhere, then restore again"
+            )
+
     def _show(self, output: StagedOutput) -> Published | JobError:
         """Give the staged file its name among the topic's files, or adopt the one that has it."""
-        target = self.root / output.topic / f"{output.output_key[:32]}.parquet"
+        target = self.root / output.topic / f"{output.output_key[:KEY_DIGITS]}.parquet"
         try:
             atomic.own(self.root, glob.escape(output.topic))
             crashpoint("parquet.owned")
@@ -110,6 +136,19 @@ def _adopt(target: Path, output: StagedOutput) -> Published | JobError:
         f"{target} is not the output of this job; it was left untouched",
         "move it elsewhere, then retry the job",
     )
+
+
+def _read(file: Path) -> Iterator[Found]:
+    """The output that a file says it is, if its name says so too."""
+    with contextlib.suppress(ValueError, KeyError, pa.ArrowException, FileNotFoundError):
+        with file.open("rb") as opened:
+            footer = pq.read_metadata(opened)
+            facts = facts_of(footer.metadata or {})
+            opened.seek(0)
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        output = found(str(file), footer.num_rows, digest, facts)
+        if output.output_key.startswith(file.stem) and output.topic == file.parent.name:
+            yield output
 
 
 def _holds(file: BinaryIO, output_key: str, rows: int) -> bool:

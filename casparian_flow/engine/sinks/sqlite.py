@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,13 @@ import pyarrow.parquet as pq
 from casparian_flow import atomic
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks.base import (
+    KEY_DIGITS,
     LINEAGE,
     Claim,
+    Found,
     Lineage,
+    facts_of,
+    found,
     is_disk_fault,
     lost,
     unavailable,
@@ -45,7 +50,7 @@ _LEDGER = """
 CREATE TABLE IF NOT EXISTS _cf_outputs (
     output_key TEXT PRIMARY KEY, topic TEXT NOT NULL, job_id INTEGER NOT NULL,
     file_version_id INTEGER NOT NULL, rows INTEGER NOT NULL, digest TEXT NOT NULL,
-    published_at TEXT NOT NULL
+    published_at TEXT NOT NULL, facts TEXT NOT NULL DEFAULT ''
 )"""
 
 _PASSING = {
@@ -97,6 +102,50 @@ class SqliteSink:
                 faults += [f"{claim.target}: it cannot be read: {error}" for claim in claimed]
         return faults
 
+    def inventory(self, known: Container[str]) -> Iterator[Found]:
+        """See `Sink.inventory`. The ledger in the database says it all."""
+        if not self.path.exists():
+            return
+        uri = f"{self.path.as_uri()}?mode=ro"
+        try:
+            with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)) as opened:
+                opened.row_factory = sqlite3.Row
+                if opened.execute("SELECT 1 FROM pragma_table_info('_cf_outputs')").fetchone():
+                    for row in opened.execute("SELECT * FROM _cf_outputs ORDER BY rowid"):
+                        if row["output_key"][:KEY_DIGITS] not in known:
+                            yield self._found(row)
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_NOTADB:
+                raise self._refusal(error) from error
+
+    def withdraw(self, claim: Claim) -> None:
+        """See `Sink.withdraw`. What a person left of its rows goes with the ledger's row."""
+        if not self.path.exists():
+            return
+        try:
+            with self._open() as connection, connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.execute(_LEDGER)
+                found = connection.execute(
+                    "DELETE FROM _cf_outputs WHERE output_key = ? RETURNING job_id",
+                    [claim.output_key],
+                ).fetchone()
+                table = connection.execute(
+                    "SELECT 1 FROM pragma_table_info(?) WHERE name = '_cf_job_id'", [claim.topic]
+                ).fetchone()
+                if table:
+                    connection.execute(
+                        f"DELETE FROM {_quote(claim.topic)} WHERE _cf_job_id = ?",  # noqa: S608
+                        found or [claim.job_id],
+                    )
+        except (OSError, sqlite3.Error) as error:
+            raise self._refusal(error, claim.topic) from error
+
+    def _found(self, row: sqlite3.Row) -> Found:
+        columns = {name: str(row[name]) for name in row.keys()}  # noqa: SIM118  a Row is no dict
+        facts = {**columns, **json.loads(columns.get("facts") or "{}")}
+        return found(f"{self.path}:{row['topic']}", row["rows"], row["digest"], facts)
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection for writing.
@@ -137,6 +186,9 @@ class SqliteSink:
     def _adopt(self, connection: sqlite3.Connection, output: StagedOutput) -> Published | None:
         """What the ledger says of the output key, if anything."""
         connection.execute(_LEDGER)
+        columns = connection.execute("SELECT name FROM pragma_table_info('_cf_outputs')")
+        if ("facts",) not in columns.fetchall():  # an earlier release made it
+            connection.execute("ALTER TABLE _cf_outputs ADD COLUMN facts TEXT NOT NULL DEFAULT ''")
         known = connection.execute(
             "SELECT rows, digest FROM _cf_outputs WHERE output_key = ?", [output.output_key]
         ).fetchone()
@@ -147,11 +199,12 @@ class SqliteSink:
         with _reading(output) as staged:
             footer = staged.metadata.metadata
             connection.execute(
-                "INSERT INTO _cf_outputs VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO _cf_outputs VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     output.output_key, output.topic, int(footer[b"casparian.job_id"]),
                     int(footer[b"casparian.file_version_id"]), output.rows, output.digest,
                     datetime.now(UTC).isoformat(timespec="seconds"),
+                    json.dumps(facts_of(footer)),
                 ),
             )  # fmt: skip
             crashpoint("sqlite.ledger_written")

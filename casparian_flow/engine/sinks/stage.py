@@ -140,8 +140,10 @@ class Stage:
             crashpoint("stage.synced")
         except OSError as error:
             raise unavailable(error, self.path) from error
+        plan = msgspec.structs.asdict(self._plan)
+        del plan["facts"]  # they are in the footer
         return StagedOutput(
-            **msgspec.structs.asdict(self._plan),
+            **plan,
             stage=str(self.path),
             rows=self._rows,
             size_bytes=size,
@@ -166,6 +168,7 @@ class Stage:
         self._columns = columns.remove_metadata()
         constants = zip(LINEAGE, _LINEAGE_TYPES, strict=True)
         facts = {"topic": self._plan.topic, "output_key": self._plan.output_key}
+        facts |= self._plan.facts
         facts |= msgspec.structs.asdict(self._lineage)
         self._schema = pa.schema(
             [*columns, *(pa.field(name, kind) for name, kind in constants)],

@@ -1,0 +1,196 @@
+"""Outputs that stood in a sink and not in this ledger, and what follows from them.
+
+    ids         what a found output names is never given to anything else
+    versions    a location goes on after the greatest ordinal found of it; the same content gets
+                its version back, with its id
+    jobs        the same version and artifact get their job back, with its id; what another
+                version of the plugin has made of a version is not made again
+
+`db.files` and `db.jobs` ask here before they give an id.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, func, insert, select, text
+
+from casparian_flow.db.models import (
+    FileVersion,
+    ForgottenOutput,
+    FoundOutput,
+    Output,
+    OutputState,
+    SourceRoot,
+    TopicConfig,
+    utcnow,
+)
+
+
+class Resumed(NamedTuple):
+    """A version that a found output names and this ledger lacks."""
+
+    version_id: int
+    ordinal: int
+    content_hash: str
+    size_bytes: int
+
+
+def known_keys(connection: Connection) -> list[str]:
+    """Every output key this ledger has heard of."""
+    keys = select(Output.output_key).union(select(FoundOutput.output_key))
+    return list(connection.execute(keys).scalars())
+
+
+def placed_uris(connection: Connection) -> set[str]:
+    """The sinks that topics go to, as configured."""
+    return set(connection.execute(select(TopicConfig.uri)).scalars())
+
+
+def add(connection: Connection, rows: Sequence[dict[str, Any]]) -> int:
+    """Record found outputs, in the caller's transaction; how many were news.
+
+    Locations that have had more contents than this ledger knows are looked at by the next scan.
+    """
+    known = set(known_keys(connection))
+    fresh = [row for row in rows if row["output_key"] not in known]
+    if not fresh:
+        return 0
+    connection.execute(insert(FoundOutput), [{**row, "found_at": utcnow()} for row in fresh])
+    for statement in _DOUBT:
+        connection.execute(text(statement))
+    return len(fresh)
+
+
+_BEHIND = """
+    SELECT l.id FROM cf_found_output f
+    JOIN cf_source_root r ON r.name = f.source
+    JOIN cf_file_location l ON l.source_root_id = r.id AND l.path = f.path
+    WHERE f.ordinal >
+        (SELECT coalesce(max(ordinal), 0) FROM cf_file_version WHERE location_id = l.id)
+"""
+"""Locations that have had more contents than this ledger knows."""
+
+_DOUBT = (
+    f"UPDATE cf_file_location SET device = NULL, inode = NULL WHERE id IN ({_BEHIND})",  # noqa: S608
+    f"""
+    UPDATE cf_directory SET digest = NULL WHERE id IN
+        (SELECT directory_id FROM cf_file_location WHERE id IN ({_BEHIND}))
+    """,  # noqa: S608
+)
+
+
+def last_version_id(connection: Connection) -> int:
+    """The greatest version id ever given, as far as this ledger and its sinks know."""
+    return _greatest(connection, FileVersion.id, FoundOutput.file_version_id)
+
+
+def _greatest(connection: Connection, *columns: Any) -> int:
+    return max(connection.execute(select(func.max(c))).scalar() or 0 for c in columns)
+
+
+def resumed(
+    connection: Connection, root_id: int, paths: Sequence[bytes]
+) -> dict[bytes, list[Resumed]]:
+    """Of each of these locations the versions it lacks, in order; those that lack none are left
+    out."""
+    if connection.execute(select(FoundOutput.id).limit(1)).first() is None:
+        return {}
+    marks = ",".join("?" * len(paths))
+    rows = connection.exec_driver_sql(
+        f"""
+        SELECT f.path, min(f.file_version_id), f.ordinal, f.content_hash, max(f.size_bytes)
+        FROM cf_found_output f JOIN cf_source_root r ON r.name = f.source
+        JOIN cf_file_location l ON l.source_root_id = r.id AND l.path = f.path
+        WHERE r.id = ? AND f.path IN ({marks}) AND f.ordinal >
+            (SELECT coalesce(max(ordinal), 0) FROM cf_file_version WHERE location_id = l.id)
+        GROUP BY f.path, f.ordinal ORDER BY f.path, f.ordinal
+        """,  # noqa: S608
+        (root_id, *paths),
+    )
+    lacking: dict[bytes, list[Resumed]] = defaultdict(list)
+    for path, *version in rows:
+        lacking[path].append(Resumed(*version))
+    return dict(lacking)
+
+
+def bring_back(
+    connection: Connection, location_id: int, versions: Sequence[Resumed], now: str
+) -> dict[str, int]:
+    """Record versions that a location lacks, with their ids; the last one's hash -> its id.
+
+    An id that was given before the inventory stands for something else here: its version gets a
+    new one.
+    """
+    back: dict[str, int] = {}
+    for version in versions:
+        (number,) = connection.exec_driver_sql(
+            """
+            INSERT INTO cf_file_version
+                (id, location_id, ordinal, content_hash, size_bytes, detected_at)
+            SELECT CASE WHEN EXISTS (SELECT 1 FROM cf_file_version WHERE id = ?1) THEN ?2
+                   ELSE ?1 END, ?3, ?4, ?5, ?6, ?7
+            RETURNING id
+            """,
+            (version.version_id, last_version_id(connection) + 1, location_id, *version[1:], now),
+        ).one()
+        back = {version.content_hash: number}
+    return back
+
+
+def claims(connection: Connection) -> Sequence[Any]:
+    """Found outputs of our source roots that no job of ours has taken over: they are still there.
+
+    An output of a source root that this ledger does not have may be another ledger's.
+    """
+    ours = select(SourceRoot.name)
+    own = select(Output.output_key).where(Output.state == OutputState.PUBLISHED)
+    return connection.execute(
+        select(FoundOutput)
+        .with_only_columns(*FoundOutput.__table__.columns)
+        .where(
+            FoundOutput.source.in_(ours),
+            FoundOutput.output_key.not_in(own),
+            FoundOutput.output_key.not_in(select(ForgottenOutput.output_key)),
+        )
+        .order_by(FoundOutput.id)
+    ).all()
+
+
+BEFORE_ENQUEUE = """
+SELECT coalesce(max(id), 0), (
+    SELECT json_group_array(DISTINCT job_id) FROM cf_found_output f
+    WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue WHERE id = f.job_id))
+FROM cf_processing_queue
+"""
+"""The last job id, and those of found jobs that this ledger does not have."""
+
+_FOUND = """
+FROM cf_found_output f JOIN cf_file_version v ON v.id = ?1
+JOIN cf_file_location l ON l.id = v.location_id AND l.path = f.path
+JOIN cf_source_root r ON r.id = l.source_root_id AND r.name = f.source
+"""
+"""What an inventory has found of a version's location."""
+
+ENQUEUE = f"""
+INSERT INTO cf_processing_queue
+    (id, file_version_id, plugin_id, plugin_name, priority, created_at,
+     status, fence, attempts, not_before, reason)
+SELECT coalesce(
+        (SELECT f.job_id {_FOUND} WHERE f.ordinal = v.ordinal AND f.content_hash = v.content_hash
+         AND f.artifact_hash = (SELECT artifact_hash FROM cf_plugin WHERE id = ?2)
+         AND NOT EXISTS (SELECT 1 FROM cf_processing_queue WHERE id = f.job_id)),
+        1 + max((SELECT coalesce(max(id), 0) FROM cf_processing_queue),
+                (SELECT coalesce(max(job_id), 0) FROM cf_found_output))),
+    ?1, ?2, ?3, ?4, ?5, 'QUEUED', 0, 0, 0.0, ''
+WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
+                  WHERE file_version_id = ?1 AND plugin_name = ?3)
+  AND NOT EXISTS (SELECT 1 {_FOUND} WHERE f.ordinal = v.ordinal AND f.plugin_name = ?3
+                  AND f.content_hash = v.content_hash
+                  AND f.artifact_hash <> (SELECT artifact_hash FROM cf_plugin WHERE id = ?2))
+  AND NOT EXISTS (SELECT 1 {_FOUND} WHERE f.ordinal > (
+                  SELECT max(ordinal) FROM cf_file_version WHERE location_id = l.id))
+"""  # noqa: S608  - a location that lacks versions waits for the scan that gives them back
+"""A job for ?1 version, ?2 plugin, ?3 its name, ?4 priority, ?5 now; if it needs one."""

@@ -1,0 +1,148 @@
+"""What stands in the sinks and not in the ledger: it was lost, or is older than they are.
+
+Sinks know their outputs by output key, so this asks no clock and no mark: whatever a sink holds
+under a key the ledger has not heard of is found. It is written down before the ledger gives any
+id, so that nothing is made twice and no id stands for two things (`db.found` says how).
+
+The sinks that a ledger has had are noted beside it (`<database>.sinks`): a new ledger that takes
+the place of a lost one asks them too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from casparian_flow import atomic, daemon_lock
+from casparian_flow.config import DatabaseSettings, Settings
+from casparian_flow.crashpoints import crashpoint
+from casparian_flow.db import audit, found
+from casparian_flow.db.access import Ledger
+from casparian_flow.engine import sinks
+from casparian_flow.engine.sinks.base import KEY_DIGITS, Found
+from casparian_flow.errors import CasparianError
+
+log = logging.getLogger(__name__)
+
+ACTOR = "inventory"
+
+
+def take(settings: Settings, ledger: Ledger, uris: Iterable[str] = ()) -> list[str]:
+    """Adopt what the sinks hold and the ledger does not know; a sentence for each such sink.
+
+    Args:
+        uris: sinks that will be written to besides those that topics go to.
+
+    Raises:
+        LedgerError: the ledger could not be read or written.
+    """
+    wanted = {settings.output.default_uri, *uris, *ledger.read(found.placed_uris)}
+    return _take(settings.database, ledger, _locations(wanted, settings.home))
+
+
+def before_scan(database: DatabaseSettings, ledger: Ledger) -> list[str]:
+    """`take` of the sinks noted, where no daemon runs: one has done it when it began."""
+    if daemon_lock.holder(database.daemon_lock) is not None:
+        return []
+    return _take(database, ledger, [])
+
+
+def _take(database: DatabaseSettings, ledger: Ledger, locations: list[str]) -> list[str]:
+    noted = _noted(database)
+    _note(database, noted, locations)
+    known = {key[:KEY_DIGITS] for key in ledger.read(found.known_keys)}
+    words = []
+    for location in dict.fromkeys([*locations, *noted]):
+        try:
+            news = list(sinks.open_sink(location).inventory(known))
+        except CasparianError as error:
+            log.warning("the sink %s could not be inventoried: %s", location, error.message)
+            continue
+        if news:
+            words += _adopt(ledger, location, news)
+            known.update(output.output_key[:KEY_DIGITS] for output in news)
+    for sentence in words:
+        log.warning("%s", sentence)
+    return words
+
+
+def _adopt(ledger: Ledger, location: str, news: list[Found]) -> list[str]:
+    """Write them down in one transaction, with its audit row."""
+
+    def work(connection: Connection) -> int:
+        count = found.add(connection, [_row(location, output) for output in news])
+        if count:
+            detail = {
+                "outputs": count,
+                "rows": sum(output.rows for output in news),
+                "last_version_id": max(output.file_version_id for output in news),
+                "last_job_id": max(output.job_id for output in news),
+            }
+            audit.append(connection, ACTOR, [audit.Event("adopt", f"sink {location}", detail)])
+        return count
+
+    count = ledger.write(work)
+    crashpoint("inventory.adopted")
+    if not count:
+        return []
+    return [
+        f"{location} holds {count} output{'' if count == 1 else 's'} that this ledger did not "
+        "know (it was lost, or is older than its sinks): they are adopted, and not made again"
+    ]
+
+
+def _row(location: str, output: Found) -> dict[str, object]:
+    return {
+        "location": location, "output_key": output.output_key, "topic": output.topic,
+        "uri": output.uri, "target": output.target, "rows": output.rows, "digest": output.digest,
+        "job_id": output.job_id, "file_version_id": output.file_version_id,
+        "source": output.source, "path": output.path, "ordinal": output.ordinal,
+        "content_hash": output.content_hash, "size_bytes": output.size_bytes,
+        "artifact_hash": output.artifact_hash, "plugin_name": output.plugin,
+        "plugin_version": output.plugin_version,
+    }  # fmt: skip
+
+
+def _locations(uris: Iterable[str], home: Path) -> list[str]:
+    """Where these sinks are; one that nobody can open holds nothing."""
+    locations = []
+    for uri in sorted(uris):
+        try:
+            locations.append(sinks.resolve(uri, home))
+        except CasparianError as error:
+            log.warning("the sink %s is not inventoried: %s", uri, error.message)
+    return locations
+
+
+def _notes(database: DatabaseSettings) -> Path:
+    return database.state_folder / f"{database.path.name}.sinks"
+
+
+def _noted(database: DatabaseSettings) -> list[str]:
+    """The sinks that a ledger in this place has had. Paths start at the database's folder, so
+    that a copy of the whole folder means its own outputs."""
+    try:
+        lines = _notes(database).read_text("utf-8", "surrogateescape").splitlines()
+    except FileNotFoundError:
+        return []
+    return _locations(lines, database.path.parent)
+
+
+def _note(database: DatabaseSettings, noted: list[str], locations: list[str]) -> None:
+    if set(locations) <= set(noted):
+        return
+    lines = [_relative(each, database.path.parent) for each in dict.fromkeys([*noted, *locations])]
+    text = "".join(f"{line}\n" for line in lines)
+    atomic.write_once(_notes(database), text.encode("utf-8", "surrogateescape"))
+
+
+def _relative(location: str, folder: Path) -> str:
+    """The sink's URI from a folder on, where it lies below it."""
+    prefix = next(p for p in sinks.PREFIXES.values() if location.startswith(p))
+    path = location.removeprefix(prefix)
+    inside = os.path.commonpath([path, folder]) == str(folder)
+    return prefix + (os.path.relpath(path, folder) if inside else path)

@@ -1,0 +1,140 @@
+"""What a person does about an output that is gone or altered: forget it, or have it made again.
+
+An output that its sink holds whole is left alone by both: first comes the deletion, then the word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection
+
+from casparian_flow.config import Settings
+from casparian_flow.crashpoints import crashpoint
+from casparian_flow.db import jobs, outputs, wiring
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import JobStatus
+from casparian_flow.engine import sinks
+from casparian_flow.engine.sinks.base import Claim
+from casparian_flow.errors import CasparianError, NotFound
+from casparian_flow.services.changes import ring
+
+
+def forget(ledger: Ledger, name: str) -> list[str]:
+    """Claim outputs no more that are gone or altered: `verify` is content, and queries pass them
+    over. What the sink still has of them is left as it is. Their targets.
+
+    Args:
+        name: a job's id, or an output's target as `casparian outputs list` shows it.
+
+    Raises:
+        NotFound: no published output has that name.
+        CasparianError: the sink holds it whole.
+    """
+    broken = [row for row in _broken(_named(ledger, name), name) if not row.forgotten]
+
+    def work(connection: Connection) -> None:
+        outputs.forget(connection, [row.output_key for row in broken])
+        for row in broken:
+            wiring.note(
+                connection, "forget", [f"output {row.target}"], job=row.job_id, rows=row.rows
+            )
+
+    ledger.write(work)
+    return [row.target for row in broken]
+
+
+def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
+    """Have outputs that are gone or altered made again from their versions; the jobs queued.
+
+    Args:
+        name: as for `forget`; what was forgotten may be restored.
+
+    Raises:
+        NotFound: no published output has that name.
+        CasparianError: the sink holds it whole, its job is at work, or the version's bytes are not
+            there any more; nothing was changed.
+        SinkConflict: an altered file stands in its place.
+    """
+    broken = _broken(_named(ledger, name), name)
+    for row in broken:
+        _check_bytes(row)
+    for row in broken:
+        sinks.open_sink(row.location).withdraw(_claim(row))
+    crashpoint("outputs.withdrawn")
+
+    def work(connection: Connection) -> list[int]:
+        queued = jobs.remake(connection, sorted({row.job_id for row in broken}))
+        remade = [row for row in broken if row.job_id in queued]
+        outputs.unpublish(connection, [row.output_key for row in remade])
+        for row in remade:
+            wiring.note(connection, "restore", [f"output {row.target}"], job=row.job_id)
+        return queued
+
+    queued = ledger.write(work)
+    ring(settings)
+    return queued
+
+
+def _named(ledger: Ledger, name: str) -> list[Any]:
+    """The published outputs that a person means.
+
+    Raises:
+        NotFound: there are none.
+    """
+    target = os.path.abspath(name) if os.path.lexists(name) else name
+    rows = ledger.read(lambda c: outputs.named(c, target))
+    if not rows:
+        raise NotFound(f"no published output is named {name}", "casparian outputs list")
+    return rows
+
+
+def _broken(rows: Sequence[Any], name: str) -> list[Any]:
+    """Those that their sinks do not hold whole.
+
+    Raises:
+        CasparianError: there are none.
+    """
+    broken = [row for row in rows if sinks.open_sink(row.location).check([_claim(row)])]
+    if not broken:
+        raise CasparianError(
+            f"{name} is there, and whole; nothing was changed",
+            "delete it in its sink first, if it is to go",
+        )
+    return broken
+
+
+def _claim(row: Any) -> Claim:
+    return Claim(
+        topic=row.topic, output_key=row.output_key, job_id=row.job_id, target=row.target,
+        rows=row.rows, digest=row.digest,
+    )  # fmt: skip
+
+
+def _check_bytes(row: Any) -> None:
+    """Return if the output can be made again from the bytes of its version.
+
+    Raises:
+        CasparianError: why not.
+    """
+    if row.status != JobStatus.COMPLETED:
+        raise CasparianError(
+            f"job {row.job_id} is {row.status or 'of an earlier ledger'}; only what a completed "
+            "job gave can be restored",
+            f"casparian jobs show {row.job_id}",
+        )
+    path = os.path.join(os.fsencode(row.root_path), row.path)
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        found = ""
+    if found != row.content_hash:
+        raise CasparianError(
+            f"{row.rel_path} {'has changed' if found else 'is gone'} since version {row.ordinal}: "
+            f"the bytes that job {row.job_id} worked are not there any more; nothing was changed",
+            f"put that content back, or: casparian outputs forget {row.job_id}",
+        )

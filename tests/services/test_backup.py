@@ -1,0 +1,181 @@
+"""A backup is whole, checked, and never in the way."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select, text
+
+from casparian_flow import main
+from casparian_flow.config import Settings
+from casparian_flow.db import audit, jobs
+from casparian_flow.db import backup as db_backup
+from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.models import JobStatus, ProcessingJob
+from casparian_flow.db.wiring import note
+from casparian_flow.errors import CasparianError, LedgerError
+from casparian_flow.services import backup
+from casparian_flow.services.scan import scan
+from casparian_flow.services.verify import verify
+from tests.conftest import write_config
+from tests.e2e.test_daemon import all_done
+from tests.factories import add_job, add_root
+from tests.plugs import ROWS, publish
+
+
+def restore(settings: Settings, copy: Path) -> None:
+    """As docs/disaster.md says it: the old files away, the copy in their place."""
+    for file in settings.home.glob(f"{settings.database.path.name}*"):
+        file.unlink()
+    shutil.copyfile(copy, settings.database.path)
+
+
+def problems(settings: Settings) -> list[str]:
+    with open_ledger(settings.database) as ledger:
+        return verify(settings, ledger).problems
+
+
+def test_a_backup_taken_under_load_is_accepted_by_verify_and_goes_on(
+    settings: Settings, source: Path, tmp_path: Path
+) -> None:
+    copies = [tmp_path / f"copy-{n}.sqlite3" for n in range(3)]
+    with open_ledger(settings.database) as ledger:
+        root = add_root(ledger, source)
+        publish(ledger, settings, "rows", ROWS, "1.0.0")
+        for n in range(60):
+            (source / f"{n}.txt").write_text(f"{n}\n")
+        scan(ledger, root)
+
+        async def story() -> None:
+            async with main.running(settings, "test", workers=2, watch=False) as daemon:
+                for copy in copies:
+                    before = (await daemon.ledger.read_soon(jobs.counts)).get("COMPLETED", 0)
+                    await asyncio.to_thread(backup.make, settings, ledger, str(copy))
+                    while before == (await daemon.ledger.read_soon(jobs.counts)).get("COMPLETED"):
+                        await asyncio.sleep(0.01)
+                await all_done(daemon)
+
+        asyncio.run(story())
+    for copy in copies:
+        restore(settings, copy)
+        assert problems(settings) == []
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".copy")]
+
+
+def test_what_ran_is_queued_again_in_the_copy_and_not_in_the_ledger(
+    settings: Settings, ledger: Ledger, tmp_path: Path
+) -> None:
+    job_id = add_job(ledger, JobStatus.RUNNING)
+    db_backup.copy(ledger, tmp_path / "copy")
+    with closing(sqlite3.connect(tmp_path / "copy")) as copy:
+        found = copy.execute("SELECT id, status, attempts FROM cf_processing_queue").fetchall()
+    assert found == [(job_id, "QUEUED", 0)]
+    status = select(ProcessingJob.status)
+    assert ledger.read(lambda c: c.execute(status).scalar_one()) == JobStatus.RUNNING
+
+
+def test_it_says_what_it_holds(settings: Settings, ledger: Ledger, tmp_path: Path) -> None:
+    ledger.write(lambda c: note(c, "test", ["something"]))
+    made = backup.make(settings, ledger, str(tmp_path / "copy"))
+    assert made.head == str(ledger.read(audit.head))
+    assert made.holds["audit rows"] == 1
+    assert made.size_bytes == (tmp_path / "copy").stat().st_size
+    assert os.listdir(tmp_path / ".casparian")  # a scan of that folder passes it over
+
+
+def test_a_file_that_is_there_stays_unless_told_otherwise(
+    settings: Settings, ledger: Ledger, tmp_path: Path
+) -> None:
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    with pytest.raises(CasparianError, match="left untouched"):
+        backup.make(settings, ledger, str(target))
+    assert target.read_text() == "mine"
+    backup.make(settings, ledger, str(target), force=True)
+    assert target.read_bytes().startswith(b"SQLite format 3")
+
+
+@pytest.mark.parametrize("end", ["", "-wal"])
+def test_the_ledger_is_never_its_own_backup(settings: Settings, ledger: Ledger, end: str) -> None:
+    with pytest.raises(CasparianError, match="is the ledger itself"):
+        backup.make(settings, ledger, f"{settings.database.path}{end}", force=True)
+    link = settings.home / "link"
+    link.symlink_to(settings.database.path)
+    with pytest.raises(CasparianError, match="is the ledger itself"):
+        backup.make(settings, ledger, str(link), force=True)
+
+
+def test_a_ledger_that_does_not_hold_gives_no_backup(
+    settings: Settings, ledger: Ledger, tmp_path: Path
+) -> None:
+    ledger.write(lambda c: note(c, "test", ["something"]))
+    ledger.write(lambda c: c.execute(text("DROP TRIGGER cf_audit_no_update")).rowcount)
+    ledger.write(lambda c: c.execute(text("UPDATE cf_audit SET actor = 'nobody'")).rowcount)
+    with pytest.raises(LedgerError, match=r"row 1 was altered.*no backup was made"):
+        backup.make(settings, ledger, str(tmp_path / "copy"))
+    assert not list(tmp_path.glob("*copy*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem with room for next to nothing."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
+        pytest.skip("only root can mount: a full disk is untested")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_the_backup_that_is_there(
+    settings: Settings, ledger: Ledger, small_disk: Path
+) -> None:
+    (small_disk / "copy").write_text("yesterday's")
+    with pytest.raises(LedgerError, match="could not be copied"):
+        backup.make(settings, ledger, str(small_disk / "copy"), force=True)
+    assert (small_disk / "copy").read_text() == "yesterday's"
+    assert not [name for name in os.listdir(small_disk) if name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("place", ["backup.copied", "backup.durable"])
+def test_killed_before_it_has_its_name_leaves_none(tmp_path: Path, place: str) -> None:
+    settings = write_config(tmp_path / "flow")
+    code = (
+        "import os, sys\n"
+        "from casparian_flow import config, crashpoints\n"
+        "from casparian_flow.db.access import open_ledger\n"
+        "from casparian_flow.services import backup\n"
+        "crashpoints.arm(lambda name: os._exit(9) if name == sys.argv[3] else None)\n"
+        "settings = config.load(sys.argv[1])\n"
+        "with open_ledger(settings.database) as ledger:\n"
+        "    backup.make(settings, ledger, sys.argv[2])\n"
+    )
+    target = tmp_path / "copy"
+    command = [sys.executable, "-c", code, str(settings.home / "global_config.toml"), str(target)]
+    assert subprocess.run([*command, place], check=False).returncode == 9
+    assert not target.exists()
+    assert subprocess.run([*command, "none"], check=False).returncode == 0
+    restore(settings, target)
+    assert problems(settings) == []
+
+
+def test_a_copy_that_another_tool_made_is_put_into_write_ahead_logging(
+    settings: Settings, ledger: Ledger, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(settings.database.path)) as connection:
+        connection.execute("VACUUM INTO ?", [str(tmp_path / "copy")])
+    other = write_config(tmp_path / "other")
+    shutil.copyfile(tmp_path / "copy", other.database.path)
+    with open_ledger(other.database) as opened:
+        mode = opened.read(lambda c: c.execute(text("PRAGMA journal_mode")).scalar_one())
+    assert mode == "wal"

@@ -1,0 +1,73 @@
+"""Outputs that a person deleted or altered: named, forgotten, made again once."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from casparian_flow.db import jobs, views
+from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.errors import CasparianError, NotFound, SinkConflict
+from casparian_flow.services import outputs
+from tests.e2e.test_daemon import work_off
+from tests.e2e.test_disaster import Flow, asked, flow, problems
+
+__all__ = ["flow"]  # the fixture
+
+
+def take_away(flow: Flow, ledger: Ledger) -> str:
+    """Delete what job 1 gave, as a person would; its target."""
+    target: str = next(r["target"] for r in ledger.read(views.committed) if r["id"] == 1)
+    if "sqlite" in flow.plugin:
+        with closing(sqlite3.connect(flow.settings.home / "out.sqlite3")) as connection:
+            connection.execute("DELETE FROM lines WHERE _cf_job_id = 1 AND line = 'a1'")
+            connection.commit()
+    else:
+        Path(target).unlink()
+    return target
+
+
+def test_a_deleted_output_is_missing_then_forgotten_then_made_again_once(flow: Flow) -> None:
+    with open_ledger(flow.settings.database) as ledger:
+        root = flow.publish(ledger)
+        flow.work(ledger, root, a="a1\na2", b="b1")
+        with pytest.raises(CasparianError, match="whole"):
+            outputs.forget(ledger, "1")
+        with pytest.raises(CasparianError, match="whole"):
+            outputs.restore(ledger, flow.settings, "1")
+        before = flow.lines()
+        target = take_away(flow, ledger)
+        assert len(problems(flow, ledger)) == 1
+        assert outputs.forget(ledger, "1") == [target]
+        assert problems(flow, ledger) == []
+        assert asked(ledger, "SELECT line FROM lines") == ["b1"]
+        assert outputs.restore(ledger, flow.settings, "1") == [1]
+        assert work_off(flow.settings) == {"COMPLETED": 2}
+        assert flow.lines() == before
+        assert problems(flow, ledger) == []
+        assert asked(ledger, "SELECT line FROM lines") == ["a1", "a2", "b1"]
+        actions = ledger.read(lambda c: [row["action"] for row in views.audit(c, 99, "output *")])
+        assert actions == ["restore", "forget"]
+        take_away(flow, ledger)
+        (flow.source / "a.txt").write_text("changed since")
+        with pytest.raises(CasparianError, match="has changed since version 1"):
+            outputs.restore(ledger, flow.settings, "1")
+        assert ledger.read(jobs.counts) == {"COMPLETED": 2}
+
+
+@pytest.mark.parametrize("flow", ["parquet"], indirect=True)
+def test_an_altered_file_is_named_and_never_overwritten(flow: Flow) -> None:
+    with open_ledger(flow.settings.database) as ledger:
+        flow.work(ledger, flow.publish(ledger), a="a1")
+        target = Path(ledger.read(views.committed)[0]["target"])
+        target.write_bytes(target.read_bytes()[:-1] + b"!")
+        assert "its bytes have changed" in problems(flow, ledger)[0]
+        with pytest.raises(SinkConflict, match="was altered"):
+            outputs.restore(ledger, flow.settings, str(target))
+        assert target.read_bytes().endswith(b"!")
+        assert ledger.read(jobs.counts) == {"COMPLETED": 1}
+        with pytest.raises(NotFound):
+            outputs.forget(ledger, "7")
