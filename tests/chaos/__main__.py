@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.chaos.kills import Chaos
 from tests.chaos.place import Place, private_environment
-from tests.chaos.soak import Soak
+from tests.chaos.soak import soak
 from tests.chaos.tally import Tally
 
 
@@ -27,10 +27,10 @@ def main() -> None:
     kills = verbs.add_parser("kills", help="kill -9, checked every few kills")
     kills.add_argument("--count", type=int, default=500, help="kills the tally shall have")
     kills.add_argument("--every", type=int, default=25, help="kills between two checkpoints")
-    soak = verbs.add_parser("soak", help="load and faults for a long time")
-    soak.add_argument("--minutes", type=float, default=60.0)
-    soak.add_argument("--every", type=float, default=30.0, help="seconds between two faults")
-    for verb in (kills, soak):
+    soaks = verbs.add_parser("soak", help="load and faults for a long time")
+    soaks.add_argument("--minutes", type=float, default=60.0)
+    soaks.add_argument("--every", type=float, default=30.0, help="seconds between two faults")
+    for verb in (kills, soaks):
         verb.add_argument("--state", type=Path, required=True, help="folder that keeps everything")
         verb.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     options = parser.parse_args()
@@ -44,7 +44,7 @@ def main() -> None:
     seed = f"{options.seed}-{tally.total}"
     chaos = Chaos(Place(options.state), tally, seed)
     if options.verb == "soak":
-        verdict = Soak(chaos, seed, options.every).run(options.minutes * 60)
+        verdict = soak(chaos, seed, options.every, options.minutes * 60)
         print(tally.soaked(verdict))
         sys.exit(1 if tally.violations or not verdict.flat else 0)
     try:

@@ -6,6 +6,7 @@ Each dies with us (the kernel sees to it), so that an interrupted run leaves not
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import signal
 import subprocess
@@ -85,6 +86,7 @@ class Crew:
         with (self._place.logs / f"{role}.log").open("ab") as log:
             process = subprocess.Popen(
                 commands[role], cwd=self._place.flow, stdin=subprocess.DEVNULL, stdout=log,
+                env={**os.environ, "TMPDIR": str(self._place.temporary)},
                 stderr=log, start_new_session=True, preexec_fn=_die_with_parent,  # noqa: PLW1509 - it takes no lock
             )  # fmt: skip
         hand = Hand(role, process)

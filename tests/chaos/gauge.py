@@ -3,7 +3,8 @@
 Flat is said of one daemon's life, since a killed one starts anew: the median of the last third of
 its samples against the median of the first, after a warm-up. Medians, because a sample in the
 middle of a large scan says nothing; thirds, because that is a growth and not a slope through
-noise. The slope is printed beside it (Theil and Sen's: the median over all pairs of samples).
+noise. The slope of the last third is printed beside it (Theil and Sen's: the median over all
+pairs of samples).
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def judge(samples: Sequence[Sample], wal_peak_mb: float) -> Verdict:
     allowed = max(GROWTH_MB, GROWTH_SHARE * rss[0])
     holds = {
         f"memory       {rss[0]:.1f} -> {rss[1]:.1f} MB over {hours * 60:.0f} minutes "
-        f"(slope {slope(warm):+.1f} MB/h; limit +{allowed:.1f} MB)": rss[1] - rss[0] <= allowed,
+        f"(limit +{allowed:.1f} MB; slope at the end {slope(last):+.1f} MB/h)": rss[1] - rss[0]
+        <= allowed,
         f"descriptors  {descriptors[0]:g} -> {descriptors[1]:g} "
         f"(limit +{GROWTH_DESCRIPTORS})": descriptors[1] - descriptors[0] <= GROWTH_DESCRIPTORS,
         f"largest WAL  {wal_peak_mb:.1f} MB (limit {WAL_MB:g} MB)": wal_peak_mb < WAL_MB,

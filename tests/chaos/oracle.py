@@ -5,7 +5,7 @@ lost      a content at rest that is no version; a version without its jobs; a jo
 twice     rows of one output more than once; one content recorded twice in a row
 partial   an output with other rows than its content has; a version nobody ever wrote
 audit     `casparian verify` finds something
-left      a process, a stage or a guest's folder that outlived its owner
+left      a process, a stage, a guest's folder or a temporary file that outlived its owner
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def leftovers(place: Place) -> Iterator[str]:
     """What outlived its owner; no process of the product should run."""
     for process in processes(place):
         yield f"process {process.pid} is still there: {' '.join(process.cmdline())[:200]}"
-    for folder in (*place.stages(), place.settings.database.guests_folder):
+    guests = place.settings.database.guests_folder
+    for folder in (*place.stages(), guests, place.temporary):
         for file in folder.glob("*"):
             yield f"{file} was left behind"
 

@@ -83,6 +83,8 @@ class Place:
         self.flow = self.folder / "flow"
         self.root = self.folder / "source"
         self.logs = self.folder / "logs"
+        self.temporary = self.folder / "tmp"
+        """Where what we start keeps its temporary files; nothing may stay there."""
         self.sink = self.flow / "sink.sqlite3"
         self.ledger = self.flow / "casparian_flow.sqlite3"
         self.config = self.flow / config.FILE_NAME
@@ -119,7 +121,7 @@ class Place:
         return [self.flow / ".casparian" / "stage", self.flow / "output" / ".casparian" / "stage"]
 
     def _make(self) -> None:
-        for folder in (self.flow, self.root, self.logs):
+        for folder in (self.flow, self.root, self.logs, self.temporary):
             folder.mkdir(parents=True, exist_ok=True)
         self.config.write_text(CONFIG.format(port=_free_port()))
         with open_ledger(self.settings.database) as ledger:

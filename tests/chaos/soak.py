@@ -22,8 +22,30 @@ SAMPLES = 100
 """Of each half."""
 
 
+def soak(chaos: Chaos, seed: str, every: float, seconds: float) -> Verdict:
+    """The whole of it: load and faults, then the oracle; what the samples say.
+
+    Args:
+        chaos: of a new place: the disk that is mounted in it hides what was there.
+        every: seconds between two faults.
+    """
+    outputs = chaos.place.parquet.parent
+    disk = small_disk(outputs)
+    logs = LogGauge([chaos.place.ledger, chaos.place.sink])
+    logs.start()
+    with chaos.going():
+        samples = Soak(chaos, seed, every).run(seconds, disk=disk)
+        logs.end()
+        chaos.checkpoint()
+    if disk and not chaos.tally.violations:  # else what is on it is evidence
+        unmount(outputs)
+    verdict = judge(samples, logs.peak_mb)
+    chaos.tally.note("verdict", flat=verdict.flat, words=verdict.words)
+    return verdict
+
+
 class Soak:
-    """One soak over one place.
+    """Faults over one place.
 
     Args:
         chaos: load, readers and crew.
@@ -35,27 +57,19 @@ class Soak:
         self._chaos = chaos
         self._chance = random.Random(f"{seed}-faults")
         self._every = every
-        self._logs = LogGauge([chaos.place.ledger, chaos.place.sink])
 
-    def run(self, seconds: float) -> Verdict:
-        """Load and faults for so long, then the oracle; what the second half's samples say."""
-        place, tally = self._chaos.place, self._chaos.tally
-        disk = small_disk(place.parquet.parent)
+    def run(self, seconds: float, *, disk: bool) -> list[Sample]:
+        """Faults for so long, under the load of whoever calls; samples of the second half's daemon.
+
+        Args:
+            disk: the Parquet sink has a small disk of its own, which may be filled.
+        """
         if not disk:
-            tally.note("left out", fault="disk full: only root can mount a small disk")
-        with self._chaos.going():
-            faults = Faults(place, self._chaos.crew, self._chaos.load.turn, disk)
-            self._logs.start()
-            self._half("main", sorted(faults.all), faults, seconds / 2)
-            self._chaos.crew.kill_all()
-            samples = self._half("start", sorted(faults.gentle), faults, seconds / 2)
-            self._logs.end()
-            self._chaos.checkpoint()
-        if disk and not tally.violations:  # else what is on it is evidence
-            unmount(place.parquet.parent)
-        verdict = judge(samples, self._logs.peak_mb)
-        tally.note("verdict", flat=verdict.flat, words=verdict.words)
-        return verdict
+            self._chaos.tally.note("left out", fault="disk full: only root can mount a small disk")
+        faults = Faults(self._chaos.place, self._chaos.crew, self._chaos.load.turn, disk)
+        self._half("main", sorted(faults.all), faults, seconds / 2)
+        self._chaos.crew.kill_all()
+        return self._half("start", sorted(faults.gentle), faults, seconds / 2)
 
     def _half(self, way: str, names: list[str], faults: Faults, seconds: float) -> list[Sample]:
         """Every fault once before any comes twice; samples of the first process of the crew."""
