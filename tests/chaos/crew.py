@@ -146,7 +146,9 @@ class Crew:
         query = "SELECT id FROM cf_processing_queue WHERE status = 'FAILED'"
         if failed := [str(job) for (job,) in self._place.ask(query)]:
             note("retry", jobs=len(failed))
-            self._place.run("jobs", "retry", *failed)
+            retried = self._place.run("jobs", "retry", *failed)
+            if retried.returncode:
+                self._complain("lost", f"jobs retry: {retried.returncode}: {retried.stderr}")
             self._idle(daemon)
         daemon.process.terminate()
         try:
