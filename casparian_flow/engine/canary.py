@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from casparian_flow.atomic import exclusive, make_folder
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
 from casparian_flow.errors import JobError, PluginFailed, SandboxUnavailable
@@ -76,7 +77,7 @@ def check(limits: GuestSettings, cache: Path) -> str:
     if limits.sandbox == "off":
         log.warning("[guest] sandbox is off: plugins run with all your rights")
         return "off"
-    with _placed() as (folder, port):
+    with _placed(cache) as (folder, port):
         source = f"SECRET = {str(folder / 'secret')!r}\nPORT = {port}\n{ATTEMPTS}".encode()
         artifact = Artifact(
             plugin_id=0, name="canary", version="0", source=source, lock="", topics=[]
@@ -101,14 +102,23 @@ def check(limits: GuestSettings, cache: Path) -> str:
 
 
 @contextlib.contextmanager
-def _placed() -> Iterator[tuple[Path, int]]:
-    """A guest's folder, with a file that is not its to read, and a port that answers."""
+def _placed(cache: Path) -> Iterator[tuple[Path, int]]:
+    """A guest's folder, with a file that is not its to read, and a port that answers.
+
+    It is one folder, for one canary at a time: what a killed process left of its own is cleared
+    by the next one.
+    """
+    folder = Path(os.path.realpath(cache)) / "canary"
+    make_folder(folder.parent)
     with (
-        tempfile.TemporaryDirectory(prefix="casparian-canary-") as name,
+        exclusive(folder.with_suffix(".lock")),
         socket.create_server(("127.0.0.1", 0)) as server,
     ):
-        folder = Path(os.path.realpath(name))
-        for inner in ("in", "tmp"):
-            (folder / inner).mkdir()
-        (folder / "secret").write_text("not for guests")
-        yield folder, server.getsockname()[1]
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            for inner in ("in", "tmp"):
+                (folder / inner).mkdir(parents=True)
+            (folder / "secret").write_text("not for guests")
+            yield folder, server.getsockname()[1]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

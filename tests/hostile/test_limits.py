@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -190,6 +191,27 @@ def test_the_network_takes_two_to_grant(start: Start, wants: bool, grants: bool)
 
 def test_the_canary_passes_here(tmp_path: Path) -> None:
     assert canary.check(GuestSettings(), tmp_path) == "limits, namespaces, landlock, seccomp"
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from casparian_flow.engine import canary
+from casparian_flow.sections import GuestSettings
+
+canary.Guest = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+canary.check(GuestSettings(), Path("cache"))
+"""
+
+
+def test_the_next_canary_clears_what_a_killed_one_left(tmp_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", KILLED]
+    killed = subprocess.run(command, cwd=tmp_path, env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [file.name for file in tmp_path.rglob("secret")] == ["secret"]
+    canary.check(GuestSettings(), tmp_path / "cache")
+    assert not list(tmp_path.rglob("secret"))
 
 
 def lame_bundle(folder: Path) -> Path:
