@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -128,7 +127,7 @@ class Reader:
                 for count in seen.counts(self._scene.locations[topic], topic, self._known):
                     self.faults += filter(None, [self._fault(topic, *count)])
                     self.looks += 1
-            except (OSError, sqlite3.Error):
+            except seen.UNREADABLE:
                 pass  # not made yet, or being recovered: there is nothing to see
             except pa.ArrowException as error:
                 self.faults.append(f"a reader saw a file that is none, in {topic}: {error}")

@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 from casparian_flow.engine.sinks import PREFIXES
 from casparian_flow.engine.sinks.base import LINEAGE
 
+UNREADABLE = (OSError, sqlite3.Error)
+"""What reading a sink raises that is not made yet, or is just being recovered."""
+
 
 class Group(NamedTuple):
     """The rows of one job in one topic."""
