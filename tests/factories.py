@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sqlalchemy import Connection, insert
+from sqlalchemy import Connection, insert, update
 
 from casparian_flow.db import plugins
 from casparian_flow.db.access import Ledger
@@ -80,6 +80,11 @@ def add_job(ledger: Ledger, status: JobStatus = JobStatus.QUEUED, **columns: obj
             .values(location_id=location, ordinal=1, content_hash="0" * 64, size_bytes=0)
             .returning(FileVersion.id)
         ).scalar_one()
+        connection.execute(
+            update(FileLocation)
+            .where(FileLocation.id == location)
+            .values(current_version_id=version)
+        )
         plugin = connection.execute(
             insert(Plugin)
             .values(

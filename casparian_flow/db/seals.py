@@ -152,11 +152,12 @@ def seal(connection: sqlite3.Connection, marks: Marks) -> None:
     sealed = {}
     with exact(connection):
         for covered in GROWING:
-            above = (
-                f"(id > {marks[covered.table]} OR "
-                f"id IN (SELECT id FROM cf_moved WHERE what = '{covered.name}'))"
+            # Not OR: SQLite would walk through the whole table at every transaction.
+            new = (
+                f"id IN (SELECT id FROM {covered.table} WHERE id > {marks[covered.table]} "
+                f"UNION SELECT id FROM cf_moved WHERE what = '{covered.name}')"
             )
-            sealed[covered.name] = _sealed(connection, covered, [], above, "")
+            sealed[covered.name] = _sealed(connection, covered, [], new, "")
         for covered in MOVING:
             moves = connection.execute(
                 "SELECT id, was, now, fence FROM cf_moved WHERE what = ? ORDER BY n",
@@ -232,10 +233,17 @@ def _digests(connection: sqlite3.Connection, query: str) -> dict[str, Any]:
     if not rows:
         return {}
     return {
-        "ids": [run[:2] for run in _in_runs((row[0],) for row in rows)],
+        "ids": _runs([row[0] for row in rows]),
         "columns": len(cursor.description),
         "digests": base64.b64encode(b"".join(map(digest, rows))).decode(),
     }
+
+
+def _runs(ids: list[int]) -> list[list[int]]:
+    """Ids in their order as [first, last] each; a scan's are one run."""
+    if ids[-1] - ids[0] + 1 == len(ids):
+        return [[ids[0], ids[-1]]]
+    return _in_runs((row_id,) for row_id in ids)
 
 
 def _in_runs(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:

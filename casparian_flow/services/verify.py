@@ -62,6 +62,8 @@ def check_ledger(connection: Connection) -> tuple[Verdict, Claims]:
             ("the outputs", _claims(connection, claims)),
         ):
             verdict.problems += told(what, found)
+    # Damage is met by many questions.
+    verdict.problems = list(dict.fromkeys(verdict.problems))
     return verdict, claims
 
 

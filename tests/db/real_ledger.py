@@ -1,0 +1,113 @@
+"""A small ledger that came about by work: files found, jobs of every end, a few still waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection
+
+from casparian_flow import main
+from casparian_flow.config import Settings
+from casparian_flow.db import audit, invariants, jobs, replay, views
+from casparian_flow.db.access import driver, get_engine, open_ledger
+from casparian_flow.db.models import JobStatus
+from casparian_flow.services import changes
+from casparian_flow.services.scan import scan
+from tests.conftest import write_config
+from tests.factories import add_root
+from tests.plugs import BEHAVES, publish
+
+
+def worked(folder: Path) -> Settings:
+    """A ledger with versions, attempts, outputs, and jobs of every lasting status."""
+    settings = write_config(folder / "flow")
+    source = folder / "source"
+    source.mkdir()
+    with open_ledger(settings.database) as ledger:
+        root = add_root(ledger, source)
+        publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+        for what in ("fine", "also fine", "raise", "undeclared", "edited", "aborted"):
+            (source / f"{what}.do").write_text(what)
+        queued = scan(ledger, root).job_ids
+        (source / "edited.do").write_text("as it is now")
+        changes.abort_jobs(ledger, settings, queued[-1:])
+        asyncio.run(_work_off(settings))
+        (source / "waiting.do").write_text("waits")
+        scan(ledger, root)
+        found = ledger.read(jobs.counts)
+    ends = ("COMPLETED", "FAILED", "ABORTED", "SUPERSEDED", "QUEUED")
+    assert found.keys() == set(ends), found
+    return settings
+
+
+async def _work_off(settings: Settings) -> None:
+    async with (
+        asyncio.timeout(240),
+        main.running(settings, "test", workers=1, watch=False) as daemon,
+    ):
+        unfinished = [JobStatus(status) for status in jobs.UNFINISHED]
+        while await daemon.ledger.read_soon(lambda c: views.job_ids(c, unfinished)):
+            await asyncio.sleep(0.02)
+
+
+def said(connection: Connection) -> list[str]:
+    """All that `verify` says of the ledger itself."""
+    return [
+        *invariants.breaks(connection),
+        *audit.problems(connection),
+        *replay.problems(connection),
+    ]
+
+
+@contextmanager
+def attacker(settings: Settings) -> Iterator[sqlite3.Connection]:
+    """Who can write the file: no triggers of ours, no constraints, no gate."""
+    with closing(sqlite3.connect(settings.database.path, isolation_level=None)) as connection:
+        _disarm(connection)
+        yield connection
+
+
+def _disarm(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA foreign_keys = OFF")
+    connection.execute("PRAGMA ignore_check_constraints = ON")
+    names = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall()
+    for (name,) in names:
+        connection.execute(f"DROP TRIGGER {name}")
+
+
+class Altered:
+    """A ledger that is altered and asked, again and again; each change is taken back."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._engine = get_engine(settings.database)
+        with self._engine.connect() as connection:
+            _disarm(driver(connection))
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        with self._engine.connect() as connection:
+            return [tuple(row) for row in connection.exec_driver_sql(query)]
+
+    def after(
+        self, *statements: str | tuple[str, tuple[Any, ...]], replayed: bool = True
+    ) -> list[str]:
+        """What is said after these, of the audit's chain and of the rows it has."""
+        with self._engine.connect() as connection:
+            driver(connection).execute("PRAGMA foreign_keys = OFF")
+            driver(connection).execute("PRAGMA ignore_check_constraints = ON")
+            with connection.begin() as transaction:
+                for statement in statements:
+                    query, values = (statement, ()) if isinstance(statement, str) else statement
+                    driver(connection).execute(query, values)
+                found = list(audit.problems(connection))
+                if replayed:
+                    found += replay.problems(connection)
+                transaction.rollback()
+        return found

@@ -1,0 +1,332 @@
+"""Verbs that forget something, skip a move, or die in the middle: caught; all others: clean."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from sqlalchemy import Connection, text, update
+
+from casparian_flow.config import Settings
+from casparian_flow.db import invariants, jobs, outputs, replay, schema, seals
+from casparian_flow.db.access import Ledger, driver, open_ledger
+from casparian_flow.db.models import JobStatus, ProcessingJob
+from casparian_flow.db.states import JOB_ARROWS
+from casparian_flow.protocol import Published, StagedOutput
+from casparian_flow.services.scan import Root, scan
+from casparian_flow.services.verify import verify
+from tests.conftest import write_config
+from tests.db.real_ledger import attacker, said
+from tests.factories import add_job
+
+UNGUARDED = "DROP TRIGGER cf_processing_queue_arrows"
+
+
+def words(ledger: Ledger) -> str:
+    return "\n".join(ledger.read(said))
+
+
+def moved(status: str) -> Callable[[Connection, int], object]:
+    """A verb without any guard."""
+    return lambda c, job: c.execute(
+        update(ProcessingJob)
+        .where(ProcessingJob.id == job)
+        .values(status=status, worker="w" if status == "RUNNING" else None)
+    )
+
+
+def staged(job: int, topic: str = "t") -> StagedOutput:
+    return StagedOutput(
+        topic=topic, uri="u", location="l", mode="append", output_key=f"{job}-{topic}",
+        stage="", rows=1, size_bytes=1, digest="",
+    )  # fmt: skip
+
+
+def attempt(connection: Connection, job: int, fence: int, outcome: str = "STAGED") -> None:
+    jobs.add_attempts(connection, 1, [jobs.Ended(job, fence, "w", outcome, "", "", 0.1)])
+
+
+@pytest.mark.parametrize("start", JOB_ARROWS)
+def test_a_move_that_there_is_not_is_named_where_the_database_did_not_refuse_it(
+    ledger: Ledger, start: str
+) -> None:
+    """`complete` without `decide` and every other: the mutant's own records give it away."""
+    missing = sorted(set(JobStatus) - JOB_ARROWS.get(start, set()) - {start})
+    ledger.write(lambda c: c.execute(text(UNGUARDED)).rowcount)
+    for end in missing:
+        if start:
+            job = add_job(ledger, JobStatus(start))
+            ledger.write(lambda c, j=job, e=end: moved(e)(c, j) and None)
+        else:
+            job = add_job(ledger, JobStatus(end))
+        assert f"job {job} went from {start or 'nothing'} to {end} in row " in words(ledger)
+
+
+def test_an_attempt_that_lost_its_job_cannot_be_decided_unseen(ledger: Ledger) -> None:
+    """A `decide` that looks at the status only, and not at the fence."""
+    job = add_job(ledger)
+    ledger.write(lambda c: jobs.claim(c, "slow", 1, 1))
+    ledger.write(lambda c: jobs.requeue(c, job, 2, reason="silent"))
+    ledger.write(lambda c: jobs.claim(c, "quick", 1, 1))
+
+    def decide(connection: Connection) -> None:
+        moved("COMMITTING")(connection, job)
+        outputs.plan(connection, [(job, [staged(job)])])
+        attempt(connection, job, 2)
+
+    ledger.write(decide)
+    assert f"job {job} is COMMITTING, and no attempt of it staged its output" in words(ledger)
+
+
+def test_a_claim_without_a_new_fence_is_named(ledger: Ledger) -> None:
+    job = add_job(ledger)
+    ledger.write(lambda c: moved("RUNNING")(c, job) and None)
+    assert f"job {job} became RUNNING under fence 1 in row 2 of the audit, after fence 1" in words(
+        ledger
+    )
+
+
+def test_a_job_that_failed_without_a_word_is_named(ledger: Ledger) -> None:
+    job = add_job(ledger)
+    ledger.write(lambda c: jobs.claim(c, "w", 1, 1))
+    ledger.write(lambda c: jobs.fail(c, job, 2, "no"))
+    assert f"job {job} is FAILED, and neither an attempt nor the audit says so" in words(ledger)
+
+
+def test_a_verb_that_leaves_no_record_is_named(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = add_job(ledger)
+    ledger.write(lambda c: jobs.claim(c, "w", 1, 1))
+    assert words(ledger) == ""
+
+    def forgetful(connection: Connection) -> bool:
+        found = jobs.requeue(connection, job, 2, reason="again")
+        driver(connection).execute("DELETE FROM cf_moved")
+        return found
+
+    assert ledger.write(forgetful)
+    assert words(ledger) == (
+        f"job {job} is QUEUED, and row 2 of the audit has it RUNNING: it was moved by other hands"
+    )
+    monkeypatch.setattr(seals, "seal", lambda connection, marks: None)
+    other = add_job(ledger)
+    assert f"job {other} was added by other hands: it is in no seal" in words(ledger)
+
+
+def test_a_request_that_is_undone_is_not_sealed(ledger: Ledger) -> None:
+    job = add_job(ledger)
+
+    def fails(connection: Connection) -> None:
+        jobs.abort(connection, [job], "me")
+        raise ValueError("on second thoughts")
+
+    with pytest.raises(ValueError, match="second thoughts"):
+        ledger.write(fails)
+    ledger.write(lambda c: jobs.claim(c, "w", 1, 1))
+    assert words(ledger) == ""
+
+
+def test_what_another_connection_writes_is_in_no_seal(ledger: Ledger, settings: Settings) -> None:
+    """Through the triggers of the database and all; and the next of our transactions adds none."""
+    job = add_job(ledger)
+    with ledger.engine.begin() as connection:
+        jobs.abort(connection, [job], "me")
+    ledger.write(lambda c: jobs.claim(c, "w", 1, 1))
+    assert "it was moved by other hands" in words(ledger)
+    assert words(ledger) in verify(settings, ledger).problems
+
+
+def finish(connection: Connection, job: int) -> None:
+    """What the Committer does with a receipt."""
+    fence = connection.execute(
+        text("SELECT fence FROM cf_processing_queue WHERE id = :id"), {"id": job}
+    ).scalar_one()
+    if not jobs.decide(connection, [(job, fence)]):
+        return
+    outputs.plan(connection, [(job, [staged(job), staged(job, "other")])])
+    attempt(connection, job, fence)
+
+
+def publish(connection: Connection, job: int, refused: bool) -> None:
+    owed = [o for o in outputs.unpublished(connection) if o[1] == job]
+    for output, _, planned in owed[: 1 if refused else None]:
+        seen = Published(target="f", rows=planned.rows, digest="d", adopted=False)
+        outputs.mark_published(connection, [(output, seen)])
+    if refused and owed:
+        outputs.mark_refused(connection, [owed[1][0]])
+        jobs.refuse(connection, job, "never")
+    jobs.complete(connection, outputs.decided_without_debts(connection))
+
+
+def attempted(connection: Connection, job: int, verb: Callable[..., bool]) -> None:
+    row = connection.execute(
+        text("SELECT fence, status FROM cf_processing_queue WHERE id = :id"), {"id": job}
+    ).one()
+    if row.status == "RUNNING":
+        verb(connection, job, row.fence, reason="so it is")
+        attempt(connection, job, row.fence, "FAILED")
+
+
+VERBS: dict[str, Callable[[Connection, int], object]] = {
+    "claim": lambda c, job: jobs.claim(c, "w", 1, 2),
+    "finish": finish,
+    "publish": lambda c, job: publish(c, job, refused=False),
+    "refuse": lambda c, job: publish(c, job, refused=True),
+    "requeue": lambda c, job: attempted(c, job, jobs.requeue),
+    "fail": lambda c, job: attempted(c, job, jobs.fail),
+    "supersede": lambda c, job: attempted(c, job, jobs.supersede),
+    "abort": lambda c, job: jobs.abort(c, [job], "me"),
+    "retry": lambda c, job: jobs.retry(c, [job]),
+    "revive": lambda c, job: jobs.revive(c, [job]),
+    "note": lambda c, job: jobs.note(c, [job], "waits"),
+}
+
+
+@examples(
+    max_examples=15, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(
+    story=st.lists(
+        st.lists(st.tuples(st.sampled_from(sorted(VERBS)), st.integers(1, 3)), max_size=5),
+        min_size=3, max_size=10,
+    )
+)  # fmt: skip
+def test_whatever_the_verbs_do_the_audit_and_the_rows_agree(
+    tmp_path: Path, story: list[list[tuple[str, int]]]
+) -> None:
+    """Several verbs in one transaction among them, as when many requests share one."""
+    settings = write_config(tmp_path / os.urandom(6).hex())
+    with open_ledger(settings.database) as ledger:
+        for _ in range(3):
+            add_job(ledger)
+        for together in story:
+
+            def work(c: Connection, verbs: list[tuple[str, int]] = together) -> None:
+                for verb, job in verbs:
+                    VERBS[verb](c, job)
+
+            ledger.write(work)
+        assert ledger.read(lambda c: list(replay.problems(c))) == []
+
+
+def before_seals(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger with rows, as the release before the seals left it."""
+    scripts = schema._scripts()
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "_scripts", lambda: [s for s in scripts if s[0] < "0006"])
+        patch.setattr(seals, "seal", lambda connection, marks: None)
+        with open_ledger(settings.database) as ledger:
+            for status in (JobStatus.COMPLETED, JobStatus.RUNNING, JobStatus.QUEUED):
+                job = add_job(ledger, status)
+                ledger.write(lambda c, j=job: attempt(c, j, 1))
+                ledger.write(lambda c, j=job: outputs.plan(c, [(j, [staged(j)])]))
+
+
+def test_rows_of_an_earlier_release_are_sealed_once_and_said_to_be(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seals, "SEALED_AT_ONCE", 2)
+    before_seals(settings, monkeypatch)
+    with open_ledger(settings.database) as ledger:
+        assert ledger.read(lambda c: list(replay.problems(c))) == []
+        (note,) = verify(settings, ledger).notes
+        assert note.startswith("rows of an earlier release were sealed as they stood on ")
+        assert note.endswith("(audit, rows 1 to 8): what was altered before that is not seen")
+        ledger.write(lambda c: jobs.decide(c, [(2, 1)]))
+        add_job(ledger)
+        assert ledger.read(lambda c: list(replay.problems(c))) == []
+    with attacker(settings) as other:
+        other.execute("UPDATE cf_file_version SET size_bytes = 9 WHERE id = 3")
+        other.execute("UPDATE cf_processing_queue SET priority = 9 WHERE id = 1")
+    with open_ledger(settings.database) as ledger:
+        assert ledger.read(lambda c: list(replay.problems(c))) == [
+            "version 3 was altered", "job 1 was altered since it became COMPLETED",
+        ]  # fmt: skip
+
+
+def test_a_column_that_comes_later_has_its_default_in_rows_sealed_before(
+    ledger: Ledger, settings: Settings
+) -> None:
+    job = add_job(ledger)
+    ledger.write(lambda c: jobs.abort(c, [job], "me"))
+    with attacker(settings) as later:
+        later.execute("ALTER TABLE cf_processing_queue ADD COLUMN falls INTEGER DEFAULT 0 NOT NULL")
+        later.execute("ALTER TABLE cf_file_version ADD COLUMN remark VARCHAR DEFAULT '' NOT NULL")
+        later.execute("ALTER TABLE cf_file_version ADD COLUMN seen DOUBLE")
+    other = add_job(ledger)
+    ledger.write(lambda c: jobs.abort(c, [other], "me"))
+    assert words(ledger) == ""
+    with attacker(settings) as later:
+        later.execute("UPDATE cf_file_version SET remark = 'x' WHERE id = 1")
+        later.execute("UPDATE cf_file_version SET seen = 0 WHERE id = 2")
+        later.execute("UPDATE cf_processing_queue SET falls = 1")
+    assert words(ledger).splitlines() == [
+        "version 1 was altered", "version 2 was altered",
+        "job 1 was altered since it became ABORTED", "job 2 was altered since it became ABORTED",
+    ]  # fmt: skip
+
+
+KILLED = """
+import os, signal, sys
+from casparian_flow import config, crashpoints
+from casparian_flow.db.access import open_ledger
+from casparian_flow.services.scan import Root, scan
+from sqlalchemy import text
+
+left = int(sys.argv[2])
+
+def react(name):
+    global left
+    if name == "seals.sealed":
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+crashpoints.arm(react)
+with open_ledger(config.load(sys.argv[1]).database) as ledger:
+    row = ledger.read(lambda c: c.execute(text("SELECT * FROM cf_source_root")).mappings().one())
+    scan(ledger, Root(row["id"], row["path"], row["name"], row["ignore"], 0.0))
+"""
+
+
+def killed(settings: Settings, nth: int) -> None:
+    """Another process scans, and is killed when it has written its nth seal, before the commit."""
+    command = [sys.executable, "-c", KILLED, str(settings.home / "global_config.toml"), str(nth)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+
+
+def test_a_kill_between_seal_and_commit_leaves_neither(
+    settings: Settings, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the migration that begins the seals, and in a scan after it."""
+    before_seals(settings, monkeypatch)
+    with attacker(settings) as database:
+        database.execute("DELETE FROM cf_source_root")
+        database.execute(
+            "INSERT INTO cf_source_root (path, name, active, ignore, settle_seconds) "
+            f"VALUES ('{source}', 'in', 1, '', 0)"
+        )
+    for n in range(5):
+        (source / f"{n}.txt").write_text(str(n))
+    seed = random.Random(6)
+    killed(settings, seed.randrange(1, 5))  # of the migration's four
+    with attacker(settings) as database:
+        assert database.execute("SELECT count(*) FROM cf_audit").fetchone() == (0,)
+    killed(settings, 5)  # the scan's
+    with open_ledger(settings.database) as ledger:
+        assert ledger.read(lambda c: list(replay.problems(c))) == []
+        assert ledger.read(invariants.sizes)["versions"] == 3
+        root = ledger.read(lambda c: c.execute(text("SELECT * FROM cf_source_root")).one())
+        assert scan(ledger, Root(root.id, root.path, root.name, "", 0.0)).versions == 5
+        assert ledger.read(lambda c: list(replay.problems(c))) == []
