@@ -106,7 +106,10 @@ class Meter:
         """Whether the process has ended, or ends by itself within a moment."""
         deadline = time.monotonic() + ENDING_SECONDS
         while self._process.returncode is None and sys.platform == "linux":
-            if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            try:
+                if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    break
+            except ChildProcessError:
                 break
             if time.monotonic() > deadline:
                 return False
@@ -115,8 +118,12 @@ class Meter:
 
     def reap(self) -> None:
         """Wait for the process and take its last word on what it used."""
-        _, status, self._usage = os.wait4(self._process.pid, 0)
-        self._process.returncode = os.waitstatus_to_exitcode(status)
+        try:
+            _, status, self._usage = os.wait4(self._process.pid, 0)
+        except ChildProcessError:  # somebody else in this process has waited for it
+            self._process.wait()
+        else:
+            self._process.returncode = os.waitstatus_to_exitcode(status)
 
     def cause(self, who: str, by_itself: bool) -> JobError:
         """Why a process that was reaped ended, though it had not been asked to.

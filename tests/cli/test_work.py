@@ -92,7 +92,10 @@ def test_failed_jobs_are_told_with_their_reason_and_can_be_retried(
     assert "ValueError: no such thing" in done.stderr
     assert "1 jobs failed" in casparian.err("status")
     (failed,) = casparian.json("jobs", "--status", "failed")
-    assert "told to raise" in casparian.out("jobs", "show", str(failed["id"]))
+    shown = casparian.out("jobs", "show", str(failed["id"]))
+    assert "told to raise" in shown
+    assert "fault: PluginFailed; received: 0 batches, 0 rows; memory: " in shown
+    assert "0 jobs queued" in casparian.out("jobs", "retry", "--failed", "--path", "b*")
     assert "1 jobs queued" in casparian.out("jobs", "retry", "--failed")
     assert "1 jobs aborted" in casparian.out("jobs", "abort", str(failed["id"]))
     assert "is ABORTED" in casparian.err("jobs", "abort", str(failed["id"]), code=1)

@@ -99,6 +99,7 @@ def test_a_silent_worker_loses_its_jobs_and_what_it_says_later_is_refused(
         (settings.database.guests_folder / f"hand-{job}-1").touch()
         await becomes(ledger, job, ("QUEUED", 1, 1))
         await becomes(ledger, waiting, ("QUEUED", 1, 0))
+        monkeypatch.setattr(sentinel, "LEASE_SECONDS", 600.0)  # however slow the rest is
         awake = await joined(target, "awake")
         await assigned(awake)
         stage = tmp_path / "stage"
@@ -116,7 +117,7 @@ def test_a_silent_worker_loses_its_jobs_and_what_it_says_later_is_refused(
 def test_nobody_is_lost_while_the_sentinel_itself_does_not_listen(
     ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 0.6)
     job = add_job(ledger, fence=0, attempts=0)
 
     async def story(target: Attacked) -> None:
@@ -124,7 +125,7 @@ def test_nobody_is_lost_while_the_sentinel_itself_does_not_listen(
         await assigned(peer)
         for _ in range(2):
             assert await granted(peer) == [(job, 1)]
-            time.sleep(2.5)  # the loop of the Sentinel, which is ours
+            time.sleep(1.0)  # the loop of the Sentinel, which is ours
 
     play(settings, story)
     assert state(ledger, job) == ("QUEUED", 1, 0), "it left in peace at the end"

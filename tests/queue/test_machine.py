@@ -8,8 +8,8 @@ from tests.queue.machine import Life
 
 LifeOfJobs = Life.TestCase
 LifeOfJobs.settings = settings(
-    max_examples=15,
-    stateful_step_count=30,
+    max_examples=10,
+    stateful_step_count=25,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=list(HealthCheck),

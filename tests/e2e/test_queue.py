@@ -1,0 +1,221 @@
+"""The queue under fire: stopped workers, aborted jobs, poison, no processes, a lossy wire."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.dataset as ds
+import pytest
+from sqlalchemy import select
+
+from casparian_flow import config, main
+from casparian_flow.config import Settings
+from casparian_flow.db import jobs
+from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import Attempt, ProcessingJob
+from casparian_flow.engine import guest_process, sentinel
+from casparian_flow.services import changes
+from casparian_flow.services.scan import scan
+from casparian_flow.services.verify import verify
+from tests.conftest import write_config
+from tests.e2e.test_daemon import (
+    PATIENCE,
+    all_done,
+    free_endpoint,
+    orphans,
+    outcomes,
+    running,
+    start,
+    work_off,
+)
+from tests.factories import add_root
+from tests.plugs import BEHAVES, publish
+from tests.queue.lossy import lossy
+
+WORKER = "casparian_flow.engine.worker_client"
+
+
+def persistent(tmp_path: Path, extra: str = "") -> Settings:
+    """A configuration under which nothing fails for being unlucky."""
+    file = write_config(tmp_path / "flow", extra).home / "global_config.toml"
+    file.write_text(file.read_text().replace("[jobs]", "[jobs]\nmax_attempts = 50"))
+    return config.load(str(file))
+
+
+async def until(ledger: Ledger, status: str) -> None:
+    """Wait until a job has that status."""
+    async with asyncio.timeout(PATIENCE):
+        while not (await ledger.read_soon(jobs.counts)).get(status):
+            await asyncio.sleep(0.02)
+
+
+def rows(settings: Settings) -> list[str]:
+    return sorted(ds.dataset(settings.home / "output" / "done").to_table()["what"].to_pylist())
+
+
+def attempts(ledger: Ledger) -> list[str]:
+    query = select(Attempt.outcome).order_by(Attempt.job_id, Attempt.fence)
+    return ledger.read(lambda c: list(c.execute(query).scalars()))
+
+
+def test_a_worker_that_was_stopped_past_its_lease_finds_its_job_done_by_another(
+    ledger: Ledger, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = persistent(tmp_path)
+    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 2.0)
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    (source / "a.do").write_text("slow 3")
+    scan(ledger, root)
+    endpoint = free_endpoint()
+    command = (settings, WORKER, "--connect", endpoint)
+
+    async def story(first: subprocess.Popen[str], workers: contextlib.ExitStack) -> None:
+        async with main.running(
+            settings, "test", workers=0, watch=False, endpoints=[endpoint]
+        ) as daemon:
+            await asyncio.to_thread(running, ledger, settings, root)
+            first.send_signal(signal.SIGSTOP)
+            workers.callback(first.send_signal, signal.SIGCONT)
+            await until(ledger, "QUEUED")
+            monkeypatch.setattr(sentinel, "LEASE_SECONDS", 600.0)  # however slow the rest is
+            second = workers.enter_context(start(*command))
+            workers.callback(second.terminate)
+            assert await all_done(daemon) == {"COMPLETED": 1}
+            first.send_signal(signal.SIGCONT)
+            async with asyncio.timeout(PATIENCE):
+                while daemon.sentinel.workers < 2:
+                    await asyncio.sleep(0.02)
+
+    with contextlib.ExitStack() as workers:
+        first = workers.enter_context(start(*command))
+        workers.callback(first.terminate)
+        asyncio.run(story(first, workers))
+    assert rows(settings) == ["slow 3"]
+    assert attempts(ledger)[0] == "LOST"
+    assert attempts(ledger)[-1] == "STAGED"
+    assert not list((settings.home / "output" / ".casparian" / "stage").iterdir())
+    assert verify(settings, ledger).problems == []
+
+
+def test_an_aborted_job_is_killed_and_the_next_one_runs(
+    ledger: Ledger, settings: Settings, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    (source / "hang.do").write_text("hang")
+    (job,) = scan(ledger, root).job_ids
+
+    async def story() -> None:
+        async with main.running(settings, "test", workers=1, watch=False) as daemon:
+            await asyncio.to_thread(running, ledger, settings, root)
+            (guest,) = orphans()
+            await asyncio.to_thread(changes.abort_jobs, ledger, settings, [job])
+            async with asyncio.timeout(PATIENCE):
+                while psutil.pid_exists(guest.pid):
+                    await asyncio.sleep(0.02)
+            (source / "fine.do").write_text("fine")
+            await asyncio.to_thread(scan, ledger, root)
+            assert await all_done(daemon) == {"ABORTED": 1, "COMPLETED": 1}
+
+    asyncio.run(story())
+    assert rows(settings) == ["fine"]
+    assert attempts(ledger) == ["ABORTED", "STAGED"]
+    assert verify(settings, ledger).problems == []
+    (source / "hang.do").write_text("hang")  # the same bytes: the same version
+    changes.retry_jobs(ledger, settings, [job])
+    assert changes.abort_jobs(ledger, settings, [job]) == 1, "without a daemon too"
+
+
+KILLS = BEHAVES.replace('if what == "raise":', 'if what == "kill":\n            os.kill(os.getppid(), 9)\n        if what == "raise":')  # fmt: skip  # noqa: E501
+
+
+def test_a_job_that_kills_the_daemon_is_isolated_and_the_others_go_on(
+    ledger: Ledger, tmp_path: Path, source: Path
+) -> None:
+    settings = persistent(tmp_path, '[guest]\nsandbox = "off"\n')
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", KILLS, "1.0.0")
+    for n in range(12):
+        (source / f"{n:02}.do").write_text(f"fine {n}" if n != 5 else "kill")
+    scan(ledger, root)
+    codes: list[int] = []
+    while not codes or codes[-1] < 0:
+        with start(settings, "casparian_flow.cli", "scan", "--drain") as daemon:
+            daemon.communicate(timeout=PATIENCE)
+        codes.append(daemon.returncode)
+    assert codes == [-signal.SIGKILL] * 3 + [1]
+    found = outcomes(ledger)
+    status, reason = found.pop("05.do")
+    assert status == "FAILED"
+    assert reason.startswith("POISON: the daemon ended while it ran, 3 times, the last time alone")
+    assert {status for status, _ in found.values()} == {"COMPLETED"}
+    assert len(rows(settings)) == 11
+    assert verify(settings, ledger).problems == []
+
+
+def test_no_process_to_be_had_costs_no_attempt(
+    ledger: Ledger, settings: Settings, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("casparian_flow.engine.committer.PAUSE_SECONDS", 0.1)
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    (source / "a.do").write_text("fine")
+    real = guest_process.Popen
+    faults = [errno.EAGAIN, errno.ENOMEM, errno.EMFILE]
+
+    def fork(*arguments: Any, **options: Any) -> Any:
+        if faults:
+            raise OSError(faults[0], os.strerror(faults.pop(0)))
+        return real(*arguments, **options)
+
+    async def story() -> None:
+        async with main.running(settings, "test", workers=1, watch=False) as daemon:
+            monkeypatch.setattr(guest_process, "Popen", fork)
+            await asyncio.to_thread(scan, ledger, root)
+            assert await all_done(daemon) == {"COMPLETED": 1}
+
+    asyncio.run(story())
+    assert attempts(ledger) == ["RELEASED"] * 3 + ["STAGED"]
+    counted = select(ProcessingJob.attempts, ProcessingJob.fence)
+    assert tuple(ledger.read(lambda c: c.execute(counted).one())) == (1, 4)
+
+
+def test_want_of_memory_in_the_host_ends_the_job_and_not_the_daemon(
+    ledger: Ledger, settings: Settings, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    (source / "a.do").write_text("fine")
+    scan(ledger, root)
+
+    def seal(_stages: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("casparian_flow.engine.sinks.seal", seal)
+    assert work_off(settings) == {"FAILED": 1}
+    assert "MemoryError" in outcomes(ledger)["a.do"][1]
+    assert not list((settings.home / "output" / ".casparian" / "stage").iterdir())
+
+
+def test_a_wire_that_loses_repeats_and_delays_messages_does_no_harm(
+    ledger: Ledger, settings: Settings, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    for n in range(40):
+        (source / f"{n}.do").write_text(f"fine {n}")
+    scan(ledger, root)
+    with lossy(seed=7) as tally:
+        assert work_off(settings) == {"COMPLETED": 40}
+    assert min(tally.values()) > 0, tally
+    assert rows(settings) == sorted(f"fine {n}" for n in range(40))
+    assert verify(settings, ledger).problems == []
