@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Iterable
 
 HEARD_LIMIT = 200_000
 """Names kept between two full scans of a root; above it nothing is said of missed ones."""
+
+GRACE_SECONDS = 5.0
+"""How long after a scan an event may still come for what the scan has noticed."""
 
 
 class Hints:
@@ -18,6 +22,11 @@ class Hints:
         self.changed = asyncio.Event()
         self._due: dict[int, dict[bytes, float]] = {}
         self._heard: dict[int, set[bytes]] = {}
+        """Root id -> what was announced since its last full scan began."""
+        self._before: dict[int, set[bytes]] = {}
+        """The same of the time between that and the full scan before it."""
+        self._silent: dict[int, dict[bytes, float]] = {}
+        """Root id -> changed files nobody announced, and when to judge; never: it was counted."""
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -61,23 +70,45 @@ class Hints:
         with self._lock:
             return [due for folders in self._due.values() for due in folders.values()]
 
-    def take_heard(self, root_id: int) -> set[bytes]:
-        """Everything announced since the last call."""
+    def begin(self, root_id: int) -> None:
+        """A full scan of a root begins: what is announced from now on is another chapter."""
         with self._lock:
-            return self._heard.pop(root_id, set())
+            self._before[root_id] = heard = self._heard.pop(root_id, set())
+            self._silent[root_id] = {
+                path: at
+                for path, at in self._silent.get(root_id, {}).items()
+                if at != _COUNTED and not _announced(path, heard)
+            }
 
-    def missed(self, root_id: int, paths: Iterable[bytes], before: set[bytes]) -> int:
-        """How many of these files nobody has announced.
-
-        Args:
-            before: what was taken before they were found; what came later is looked up here.
-        """
+    def noticed(self, root_id: int, paths: Iterable[bytes]) -> None:
+        """A scan has seen that these files changed since the last full scan began."""
         with self._lock:
-            since = set(self._heard.get(root_id, ()))
-        if max(len(before), len(since)) > HEARD_LIMIT:
-            return 0
-        heard = before | since
-        return sum(not any(part in heard for part in _parts(path)) for path in paths)
+            before = self._before.get(root_id, set())
+            heard = self._heard.get(root_id, set())
+            if max(len(before), len(heard)) > HEARD_LIMIT:
+                return
+            silent = self._silent.setdefault(root_id, {})
+            for path in paths:
+                if not _announced(path, before) and not _announced(path, heard):
+                    silent.setdefault(path, time.monotonic() + GRACE_SECONDS)
+
+    def missed(self, root_id: int) -> int:
+        """How many of those noticed nobody has announced in time; each is counted once."""
+        now = time.monotonic()
+        with self._lock:
+            silent = self._silent.get(root_id, {})
+            heard = self._heard.get(root_id, set())
+            ripe = [path for path, at in silent.items() if at <= now]
+            silent.update(dict.fromkeys(ripe, _COUNTED))
+            return sum(not _announced(path, heard) for path in ripe)
+
+
+_COUNTED = math.inf
+
+
+def _announced(path: bytes, heard: set[bytes]) -> bool:
+    """Whether this path, or a directory above it, is among those."""
+    return bool(heard) and any(part in heard for part in _parts(path))
 
 
 def _parts(path: bytes) -> Iterable[bytes]:

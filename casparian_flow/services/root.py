@@ -49,7 +49,7 @@ class ScanReport:
     problem: str = ""
     """Why the root is frozen; nothing is inferred from a frozen root."""
     fresh: list[bytes] = field(default_factory=list)
-    """Paths of the versions recorded whose files changed since the watcher was armed."""
+    """Files that differ from the ledger, and changed when the watcher had to announce it."""
     unheard: set[int] = field(default_factory=set)
     """Inodes of the directories that the watcher does not watch."""
 
@@ -61,4 +61,4 @@ class Heard:
     since: float
     """When it was armed, seconds since the epoch."""
     inodes: frozenset[int] | None
-    """Of the directories it watches; None where the platform does not tell."""
+    """Of the directories it watches; None where the platform does not tell, or nobody asks."""

@@ -199,6 +199,8 @@ class _Scan:
             return True
         if self.stop.is_set():
             return False
+        if not same and self.heard is not None and found.ctime_ns > self.heard.since * 1e9:
+            self.report.fresh.append(path)
         now = time.time_ns()
         if self._lacks_marker(listing, name) or unrest(found, now, self.root.min_age_seconds) > 0:
             self.report.waiting += 1
@@ -226,9 +228,6 @@ class _Scan:
         digest, looked = content
         racy = is_racy(looked, self.started)
         compared = known.version_id if known else None
-        is_new = known is None or known.content_hash != digest
-        if is_new and self.heard is not None and looked.ctime_ns > self.heard.since * 1e9:
-            self.report.fresh.append(path)
         self._sightings.append(Sighting(path, listing.path, looked, digest, racy, compared))
         return not racy
 

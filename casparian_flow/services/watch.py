@@ -15,14 +15,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 from casparian_flow.db import roots as db_roots
 from casparian_flow.db.access import Ledger
 from casparian_flow.errors import LedgerError
 from casparian_flow.sections import ScanSettings
 from casparian_flow.services.aside import aside
-from casparian_flow.services.hints import Hints
+from casparian_flow.services.hints import GRACE_SECONDS, Hints
 from casparian_flow.services.root import Root, ScanReport
 from casparian_flow.services.scan import scan
 from casparian_flow.services.scout import roots
@@ -35,18 +34,6 @@ REST_FACTOR = 10
 
 LOOK_SECONDS = 5.0
 """Pause before the watchers and the list of roots are looked at again, at the most."""
-
-GRACE_SECONDS = 5.0
-"""How long after a scan an event may still come for what the scan has found."""
-
-
-class _Found(NamedTuple):
-    """Files that a full scan found changed, until it is known which were announced."""
-
-    root: Root
-    paths: list[bytes]
-    heard: set[bytes]
-    judged_at: float
 
 
 class Watch:
@@ -69,7 +56,6 @@ class Watch:
         self._hints = Hints()
         self._watchers: dict[int, Watcher] = {}
         self._states: dict[int, str] = {}
-        self._found: list[_Found] = []
         self._rung = True
         self._stop = threading.Event()
         self.last: dict[str, ScanReport] = {}
@@ -106,7 +92,7 @@ class Watch:
                     await self._scan(root, None)
                 elif hinted := self._hints.due(root.id):
                     await self._scan(root, hinted)
-            await self._judge()
+            await self._judge(known)
             await self._tell(known)
         except LedgerError as error:
             log.error("no source root is scanned: %s", error.message)
@@ -114,10 +100,9 @@ class Watch:
 
     async def _scan(self, root: Root, only: set[bytes] | None) -> None:
         started, began = time.monotonic(), time.time()
-        heard: set[bytes] = set()
         if only is None:
             self._hints.due(root.id, everything=True)
-            heard = self._hints.take_heard(root.id)
+            self._hints.begin(root.id)
         try:
             report = await aside(self._stop, partial(self._look, root, only))
         except LedgerError as error:
@@ -126,6 +111,7 @@ class Watch:
             return
         for path in report.unsettled:
             self._hints.add(root.id, path, report.settles_in)
+        self._hints.noticed(root.id, report.fresh)
         if report.job_ids:
             self._on_jobs()
         if only is not None:
@@ -136,13 +122,11 @@ class Watch:
         self.last[root.name] = report
         self._began[root.id] = began
         now = time.monotonic()
-        if report.fresh:
-            self._found.append(_Found(root, report.fresh, heard, now + GRACE_SECONDS))
         self._full[root.id] = now + max(self._interval(root, report), REST_FACTOR * (now - started))
 
     def _look(self, root: Root, only: set[bytes] | None) -> ScanReport:
         watcher = self._watchers[root.id]
-        heard = watcher.heard(self._began.get(root.id, 0.0)) if only is None else None
+        heard = watcher.heard(self._began.get(root.id, 0.0), full=only is None)
         return scan(self._ledger, root, only, self._stop, heard=heard)
 
     def _interval(self, root: Root, report: ScanReport) -> float:
@@ -153,13 +137,12 @@ class Watch:
         slow, fast = self._settings.rescan_seconds, self._settings.poll_seconds
         return slow if watcher.state == WATCHING else min(slow, fast)
 
-    async def _judge(self) -> None:
-        """Count what was found and never announced, once an event has had time to come."""
-        now = time.monotonic()
-        ripe = [found for found in self._found if found.judged_at <= now]
-        self._found = [found for found in self._found if found.judged_at > now]
-        for root, paths, heard, _ in ripe:
-            if missed := self._hints.missed(root.id, paths, heard):
+    async def _judge(self, known: list[Root]) -> None:
+        """Count what was noticed and never announced, once an event has had time to come."""
+        for root in known:
+            if self._watchers[root.id].busy:
+                continue
+            if missed := self._hints.missed(root.id):
                 log.warning("%s: the watcher announced %d files too few", root.name, missed)
                 work = partial(db_roots.count_up, root_id=root.id, missed=missed)
                 await self._ledger.write_soon(work)
@@ -178,8 +161,8 @@ class Watch:
 
     def _pause(self) -> float:
         """Seconds until something is due."""
-        due = [*self._full.values(), *self._hints.times(), *(f.judged_at for f in self._found)]
-        return max(0.0, min([*due, time.monotonic() + LOOK_SECONDS]) - time.monotonic())
+        now = time.monotonic()
+        return max(0.0, min([*self._full.values(), *self._hints.times(), now + LOOK_SECONDS]) - now)
 
     def _follow(self, known: list[Root]) -> None:
         """Watch new roots and not those that were removed or changed; see to the others."""

@@ -82,6 +82,11 @@ class Watcher:
             return f"polling: {self._network} tells of no changes that others make"
         return f"degraded: {self._trouble}" if self._trouble else WATCHING
 
+    @property
+    def busy(self) -> bool:
+        """Whether it has heard what it has not told yet."""
+        return self._observer is not None and not self._observer.event_queue.empty()
+
     def look(self) -> bool:
         """See whether it lives, and arm it if it does not.
 
@@ -96,15 +101,15 @@ class Watcher:
         due = self._observer is None or bool(self._trouble)
         return due and time.monotonic() >= self._again and self._arm()
 
-    def heard(self, since: float) -> Heard | None:
-        """What it watches, and since when it has had to announce what changes.
+    def heard(self, since: float, *, full: bool) -> Heard | None:
+        """Since when it has had to announce what changes, and for a full scan what it watches.
 
         Args:
             since: start of the last full scan, seconds since the epoch.
         """
         if not self._first_armed:
             return None
-        return Heard(max(self._first_armed, since), self._inodes())
+        return Heard(max(self._first_armed, since), self._inodes() if full else None)
 
     def confirm(self, unheard: set[int]) -> bool:
         """Take a full scan's word on which directories are not watched.

@@ -18,12 +18,16 @@ def say(words: str) -> None:
     print(words, flush=True)
 
 
+def _progress(tally: edits.Tally) -> None:
+    say(f"  {tally.edits} edits, {len(tally.missed)} missed ({tally.seconds:.0f} s)")
+
+
 def _edits(options: argparse.Namespace) -> bool:
     good = True
     for kind in options.filesystem or bench.FILESYSTEMS:
         try:
             with bench.mounted(kind) as place, bench.scratch(place) as scratch:
-                tally = edits.run(scratch, options.seed, options.edits, options.files)
+                tally = edits.run(scratch, options.seed, options.edits, options.files, _progress)
                 edits.run_mapped(scratch, options.seed, options.stores, 500, tally)
         except PermissionError as error:
             say(f"{kind}: NOT TRIED, it cannot be mounted here: {error}")

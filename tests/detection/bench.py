@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,10 @@ FILESYSTEMS = {
 
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
 """Images and ledgers are here, so that the disk's speed is no part of a proof."""
+
+
+PAUSE_SECONDS = 0.2
+"""Between two scans: the time is the editors' and writers'."""
 
 
 class Scratch(NamedTuple):
@@ -90,7 +95,7 @@ def current(ledger: Ledger) -> dict[bytes, str]:
         FileVersion, FileVersion.id == FileLocation.current_version_id
     )
     rows = ledger.read(lambda c: c.execute(query).all())
-    return dict(row._tuple() for row in rows)
+    return {row[0]: row[1] for row in rows}
 
 
 def versions(ledger: Ledger) -> list[tuple[bytes, str]]:
@@ -107,6 +112,7 @@ def scan_until_certain(ledger: Ledger, root: Root) -> int:
     """Scan until no stamp is too young to prove anything; how many scans that took."""
     racy = select(FileLocation.id).where(FileLocation.racy).limit(1)
     for count in range(1, 10_000):
+        time.sleep(PAUSE_SECONDS)
         report = scan(ledger, root)
         if not report.unsettled and ledger.read(lambda c: c.execute(racy).first()) is None:
             return count

@@ -12,13 +12,14 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from casparian_flow.db.files import Stat
 from casparian_flow.services.scan import scan
 from casparian_flow.services.scrub import scrub
-from tests.detection.bench import Scratch, current, scan_until_certain, versions
+from tests.detection.bench import PAUSE_SECONDS, Scratch, current, scan_until_certain, versions
 
 SIZE = 64
 KINDS = ("same size", "rename over", "through a hard link", "hard link over", "truncate and grow")
@@ -43,8 +44,12 @@ class Tally:
     seconds: float = 0.0
 
 
-def run(place: Scratch, seed: int, edits: int, files: int) -> Tally:
-    """Edit every file again and again while another thread scans; check after each round."""
+def run(place: Scratch, seed: int, edits: int, files: int, tell: Callable[[Tally], None]) -> Tally:
+    """Edit every file again and again while another thread scans; check after each round.
+
+    Args:
+        tell: called after each round.
+    """
     chance = random.Random(seed)
     tally = Tally()
     began = time.monotonic()
@@ -74,15 +79,16 @@ def run(place: Scratch, seed: int, edits: int, files: int) -> Tally:
             for path, content in wanted.items()
             if found.get(path) != content
         ]
+        tally.seconds = time.monotonic() - began
+        tell(tally)
     recorded = versions(place.ledger)
     tally.recorded = len(recorded)
     tally.foreign = sum(content not in written for _, content in recorded)
-    tally.seconds = time.monotonic() - began
     return tally
 
 
 def _scan_on(place: Scratch, done: threading.Event, tally: Tally) -> None:
-    while not done.is_set():
+    while not done.wait(PAUSE_SECONDS):
         scan(place.ledger, place.root)
         tally.scans += 1
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from casparian_flow.services.scan import scan
 from casparian_flow.services.scout import scan_until_settled
-from tests.detection.bench import Scratch, versions
+from tests.detection.bench import PAUSE_SECONDS, Scratch, versions
 
 OLD = 1_577_836_800
 """2020: what half of the writers set their mtimes to after each write, as `cp -p` would."""
@@ -124,7 +124,7 @@ def _finish(place: Scratch, writer: _Writer) -> None:
 
 
 def _scan_on(place: Scratch, done: threading.Event, tally: Tally) -> None:
-    while not done.is_set():
+    while not done.wait(PAUSE_SECONDS):
         scan(place.ledger, place.root)
         tally.scans += 1
 

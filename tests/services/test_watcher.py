@@ -1,0 +1,204 @@
+"""Watchers that go deaf: noticed, armed anew, and their roots scanned meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from watchdog.events import FileSystemEvent
+
+from casparian_flow.db import roots
+from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.services import hints as hints_module
+from casparian_flow.services import watch as watch_module
+from casparian_flow.services import watcher as watcher_module
+from casparian_flow.services.hints import Hints
+from casparian_flow.services.root import Root
+from casparian_flow.services.watcher import WATCHING, Handler, Watcher, network_filesystem
+from tests.conftest import write_config
+from tests.detection import missed
+from tests.factories import add_root
+from tests.services.test_watch import PATIENCE, versions, watching
+
+
+async def until(wanted: Any) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not wanted():
+            await asyncio.sleep(0.01)
+
+
+def state(ledger: Ledger, root: Root) -> Any:
+    return ledger.read(lambda c: roots.scan_state(c, root.id))
+
+
+def is_watched(ledger: Ledger, root: Root) -> bool:
+    found = state(ledger, root)
+    return found is not None and found.watch == WATCHING and found.finished > 0
+
+
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "LOOK_SECONDS", 0.05)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_watcher_whose_thread_dies_is_armed_anew_and_its_root_scanned(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = add_root(ledger, source)
+    hear = Handler.dispatch
+    states = []
+
+    def fail(_handler: Handler, _event: FileSystemEvent) -> None:
+        monkeypatch.setattr(Handler, "dispatch", hear)
+        raise RuntimeError("an error in a handler ends watchdog's thread")
+
+    def note(c: Any, root_id: int, **values: Any) -> None:
+        states.extend([values["watch"]] if "watch" in values else [])
+        save(c, root_id, **values)
+
+    save = roots.save_scan_state
+    monkeypatch.setattr(roots, "save_scan_state", note)
+
+    async def story() -> None:
+        async with watching(ledger):
+            await until(lambda: is_watched(ledger, root))
+            monkeypatch.setattr(Handler, "dispatch", fail)
+            (source / "killed-it").write_text("1")
+            await until(lambda: versions(ledger) == 1)
+            await until(lambda: len(states) >= 3 and is_watched(ledger, root))
+            (source / "heard-again").write_text("1")
+            await until(lambda: versions(ledger) == 2)
+
+    asyncio.run(story())
+    assert states[:3] == [WATCHING, "degraded: a thread of the watcher ended", WATCHING]
+
+
+def test_a_root_that_is_replaced_is_watched_anew(ledger: Ledger, source: Path) -> None:
+    root = add_root(ledger, source)
+
+    async def story() -> None:
+        async with watching(ledger):
+            await until(lambda: is_watched(ledger, root))
+            source.rename(source.with_name("away"))
+            await until(lambda: state(ledger, root).watch.startswith("degraded"))
+            source.mkdir()
+            (source / "first").write_text("1")
+            await until(lambda: versions(ledger) == 1 and is_watched(ledger, root))
+            (source / "second").write_text("1")
+            await until(lambda: versions(ledger) == 2)
+
+    asyncio.run(story())
+
+
+def test_a_network_filesystem_is_polled(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert network_filesystem(str(source)) == ""
+    assert network_filesystem(str(source / "missing")) == ""
+    root = add_root(ledger, source)
+    monkeypatch.setattr(watcher_module, "network_filesystem", lambda _: "NFS")
+
+    async def story() -> None:
+        async with watching(ledger, poll_seconds=0.1) as (watch, _):
+            await until(lambda: bool(watch.last))
+            (source / "f").write_text("1")
+            await until(lambda: versions(ledger) == 1)
+            assert state(ledger, root).watch.startswith("polling: NFS")
+
+    asyncio.run(story())
+
+
+def test_what_is_announced_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hints_module, "GRACE_SECONDS", 0.0)
+    hints = Hints()
+    hints.add(1, b"d", 0.0, b"d/before")
+    hints.begin(1)
+    hints.add(2, b"d", 0.0, b"d/of-another-root")
+    never = [b"d/never", b"d/of-another-root"]
+    hints.noticed(1, [b"d/before", b"d/late", b"moved-in/deep/f", *never])
+    hints.add(1, b"d", 0.0, b"d/late")
+    hints.add(1, b"", 0.0, b"moved-in")
+    assert hints.missed(1) == 2
+    hints.noticed(1, never)  # still unsettled, say: looked at again
+    assert hints.missed(1) == 0
+    hints.begin(1)
+    hints.noticed(1, [b"f"])
+    hints.add(1, b"", 0.0, b"f")
+    hints.begin(1)
+    assert hints.missed(1) == 0
+
+
+LIMITED = """
+import sys, time
+from pathlib import Path
+from casparian_flow.services.hints import Hints
+from casparian_flow.services.root import Root
+from casparian_flow.services.watcher import Watcher
+
+Path("/proc/sys/user/max_inotify_watches").write_text("50")
+watcher = Watcher(Root(1, sys.argv[1], "in", "", 0.0), Hints())
+assert watcher.look(), watcher.state
+folders = {p.stat().st_ino for p in [Path(sys.argv[1]), *Path(sys.argv[1]).rglob("*")]}
+unheard = folders - watcher.heard(0.0, full=True).inodes
+first, second = watcher.confirm(unheard), watcher.confirm(unheard)
+print(len(unheard), first, second, watcher.state, sep="|")
+Path("/proc/sys/user/max_inotify_watches").write_text("1000")
+while not watcher.look():
+    time.sleep(0.05)
+left = len(folders - watcher.heard(0.0, full=True).inodes)
+print(left, watcher.confirm(set()), watcher.state, sep="|")
+Path("/proc/sys/user/max_inotify_instances").write_text("0")
+other = Watcher(Root(2, sys.argv[1], "in", "", 0.0), Hints())
+print(other.look(), other.state, sep="|")
+watcher.close()
+"""
+
+
+def test_what_the_kernels_limits_leave_unwatched_is_noticed(source: Path) -> None:
+    for n in range(100):
+        (source / f"d{n}").mkdir()
+    command = ["unshare", "--user", "--map-root-user", sys.executable, "-c", LIMITED, str(source)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here: limits of the kernel are untested")
+    if "unshare" in done.stderr or "PermissionError" in done.stderr:
+        pytest.skip(f"no user namespace here, so limits are untested: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    limited, lifted, refused = done.stdout.splitlines()
+    assert limited.startswith("51|True|True|degraded: 51 folders are not watched")
+    assert lifted == "0|False|watching"
+    assert refused.startswith("False|degraded: it cannot be watched")
+
+
+def test_files_made_while_the_daemon_is_stopped_are_found_and_counted(tmp_path: Path) -> None:
+    """Six thousand files are more events than the kernel keeps by default: 16,384."""
+    tally = missed.run(tmp_path, 6000)
+    assert tally.recorded == 6000
+    assert 0 < tally.missed < 6000
+    assert tally.watch == WATCHING
+
+
+def test_a_watcher_ends_with_its_threads(source: Path) -> None:
+    watcher = Watcher(Root(1, str(source), "in", "", 0.0), Hints())
+    before = watcher_module._threads(), watcher_module._inotify()
+    assert watcher.heard(0.0, full=True) is None
+    assert watcher.look()
+    assert watcher_module._threads() - before[0]
+    assert not watcher.look()
+    watcher.close()
+    assert (watcher_module._threads(), watcher_module._inotify()) == before
+
+
+def test_the_settings_reach_the_status(tmp_path: Path) -> None:
+    from casparian_flow.services import report
+
+    for extra, words in (("", "every 7 days, 20 MiB a second"), ("scrub_days = 0\n", "OFF")):
+        settings = write_config(tmp_path / (extra[:5] or "usual"), f"[scan]\n{extra}")
+        with open_ledger(settings.database) as ledger:
+            assert report.status(settings, ledger)["scrub"].startswith(words)
