@@ -17,8 +17,6 @@ from casparian_flow.db.access import execute_many
 from casparian_flow.db.models import (
     Directory,
     FileLocation,
-    FileVersion,
-    ProcessingJob,
     utcnow,
 )
 from casparian_flow.db.routing import Routing
@@ -356,26 +354,6 @@ def _save_looks(
             )
             for s in sightings
         ],
-    )
-
-
-def doubt(connection: Connection, job_id: int) -> None:
-    """Have the next scan read a job's file again: its bytes were not what was recorded.
-
-    Should they be back by then, the scan finds no new version, and revives the job.
-    """
-    location = (
-        select(FileVersion.location_id)
-        .join(ProcessingJob, ProcessingJob.file_version_id == FileVersion.id)
-        .where(ProcessingJob.id == job_id)
-        .scalar_subquery()
-    )
-    connection.execute(
-        update(FileLocation).where(FileLocation.id == location).values(device=None, inode=None)
-    )
-    folder = select(FileLocation.directory_id).where(FileLocation.id == location)
-    connection.execute(
-        update(Directory).where(Directory.id == folder.scalar_subquery()).values(digest=None)
     )
 
 

@@ -194,3 +194,37 @@ WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
                   SELECT max(ordinal) FROM cf_file_version WHERE location_id = l.id))
 """  # noqa: S608  - a location that lacks versions waits for the scan that gives them back
 """A job for ?1 version, ?2 plugin, ?3 its name, ?4 priority, ?5 now; if it needs one."""
+
+COMMITTED = """
+WITH done AS (
+    SELECT j.id, l.source_root_id, l.path, v.ordinal, j.plugin_name, j.plugin_id
+    FROM cf_processing_queue j JOIN cf_file_version v ON v.id = j.file_version_id
+    JOIN cf_file_location l ON l.id = v.location_id
+    WHERE j.status = 'COMPLETED'
+), found AS (
+    SELECT f.job_id AS id, r.id AS source_root_id, f.path, f.ordinal, f.plugin_name,
+           coalesce(p.id, 0) AS plugin_id,
+           f.topic, f.location, f.target, f.output_key, f.id AS number
+    FROM cf_found_output f JOIN cf_source_root r ON r.name = f.source
+    LEFT JOIN cf_plugin p ON p.artifact_hash = f.artifact_hash
+    WHERE NOT EXISTS (SELECT 1 FROM cf_output o JOIN done ON done.id = o.job_id
+                      WHERE o.output_key = f.output_key)
+), work AS (
+    SELECT id, rank() OVER (
+        PARTITION BY source_root_id, path, plugin_name
+        ORDER BY ordinal DESC, plugin_id DESC) = 1 AS latest
+    FROM (SELECT id, source_root_id, path, ordinal, plugin_name, plugin_id FROM done UNION
+          SELECT id, source_root_id, path, ordinal, plugin_name, plugin_id FROM found)
+)
+SELECT topic, location, target, output_key, latest, min(number) AS id FROM (
+    SELECT o.topic, o.location, o.target, o.output_key, w.latest, o.id AS number, o.job_id
+    FROM cf_output o JOIN done ON done.id = o.job_id JOIN work w ON w.id = o.job_id
+    WHERE o.state = 'PUBLISHED'
+    UNION ALL
+    SELECT f.topic, f.location, f.target, f.output_key, w.latest, f.number, f.id
+    FROM found f JOIN work w ON w.id = f.id
+)
+WHERE output_key NOT IN (SELECT output_key FROM cf_forgotten_output)
+GROUP BY job_id, topic ORDER BY id
+"""
+"""Outputs of completed jobs, and found ones whose job has not come back: see `views.committed`."""

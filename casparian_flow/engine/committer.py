@@ -24,7 +24,7 @@ import msgspec
 from sqlalchemy import Connection
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import attempts, audit, files, jobs, outputs
+from casparian_flow.db import attempts, audit, doubts, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
 from casparian_flow.engine import retries, sinks
 from casparian_flow.errors import JobError, LedgerError, LedgerLost, SinkUnavailable, Unavailable
@@ -148,7 +148,7 @@ class Committer:
         if end.outcome is Outcome.SUPERSEDED:
             moved = jobs.supersede(connection, end.job_id, end.fence, end.error)
             if moved:
-                files.doubt(connection, end.job_id)
+                doubts.doubt(connection, end.job_id)
             return moved
         if end.outcome is Outcome.RELEASED:
             return jobs.requeue(

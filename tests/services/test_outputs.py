@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from casparian_flow.db import jobs, views
+from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.errors import CasparianError, NotFound, SinkConflict
 from casparian_flow.services import outputs
@@ -18,43 +19,49 @@ from tests.e2e.test_disaster import Flow, asked, flow, problems
 __all__ = ["flow"]  # the fixture
 
 
-def take_away(flow: Flow, ledger: Ledger) -> str:
-    """Delete what job 1 gave, as a person would; its target."""
-    target: str = next(r["target"] for r in ledger.read(views.committed) if r["id"] == 1)
+def of_a(ledger: Ledger) -> tuple[str, str]:
+    """The job of a.txt, and its target."""
+    rows = ledger.read(lambda c: db_outputs.listed(c, 99, "lines"))
+    row = next(row for row in rows if row["rel_path"] == "a.txt")
+    return str(row["job"]), row["target"]
+
+
+def take_away(flow: Flow, target: str) -> None:
+    """Delete what a.txt gave, as a person would."""
     if "sqlite" in flow.plugin:
         with closing(sqlite3.connect(flow.settings.home / "out.sqlite3")) as connection:
-            connection.execute("DELETE FROM lines WHERE _cf_job_id = 1 AND line = 'a1'")
+            connection.execute("DELETE FROM lines WHERE line = 'a1'")
             connection.commit()
     else:
         Path(target).unlink()
-    return target
 
 
 def test_a_deleted_output_is_missing_then_forgotten_then_made_again_once(flow: Flow) -> None:
     with open_ledger(flow.settings.database) as ledger:
         root = flow.publish(ledger)
         flow.work(ledger, root, a="a1\na2", b="b1")
+        job, target = of_a(ledger)
         with pytest.raises(CasparianError, match="whole"):
-            outputs.forget(ledger, "1")
+            outputs.forget(ledger, job)
         with pytest.raises(CasparianError, match="whole"):
-            outputs.restore(ledger, flow.settings, "1")
+            outputs.restore(ledger, flow.settings, job)
         before = flow.lines()
-        target = take_away(flow, ledger)
+        take_away(flow, target)
         assert len(problems(flow, ledger)) == 1
-        assert outputs.forget(ledger, "1") == [target]
+        assert outputs.forget(ledger, job) == [target]
         assert problems(flow, ledger) == []
         assert asked(ledger, "SELECT line FROM lines") == ["b1"]
-        assert outputs.restore(ledger, flow.settings, "1") == [1]
+        assert outputs.restore(ledger, flow.settings, job) == [int(job)]
         assert work_off(flow.settings) == {"COMPLETED": 2}
         assert flow.lines() == before
         assert problems(flow, ledger) == []
         assert asked(ledger, "SELECT line FROM lines") == ["a1", "a2", "b1"]
         actions = ledger.read(lambda c: [row["action"] for row in views.audit(c, 99, "output *")])
         assert actions == ["restore", "forget"]
-        take_away(flow, ledger)
+        take_away(flow, target)
         (flow.source / "a.txt").write_text("changed since")
         with pytest.raises(CasparianError, match="has changed since version 1"):
-            outputs.restore(ledger, flow.settings, "1")
+            outputs.restore(ledger, flow.settings, job)
         assert ledger.read(jobs.counts) == {"COMPLETED": 2}
 
 
