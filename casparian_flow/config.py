@@ -29,6 +29,7 @@ from casparian_flow.sections import (
     OutputSettings,
     ScanSettings,
     Section,
+    SnapshotSettings,
     WorkerSettings,
 )
 
@@ -48,6 +49,9 @@ class DatabaseSettings(Section, frozen=True):
 
     db_location: str = "casparian_flow.sqlite3"
     """Path of the SQLite database; created and brought up to date on first use."""
+
+    snapshots: SnapshotSettings = SnapshotSettings()
+    """The table `[snapshots]` (not a key of this one): a scan knows the database and no more."""
 
     @property
     def path(self) -> Path:
@@ -77,6 +81,15 @@ class DatabaseSettings(Section, frozen=True):
         return self.state_folder / "guests"
 
     @property
+    def snapshots_folder(self) -> Path:
+        """The store of this database's snapshots; `services.snapshots` says what is in it."""
+        return self.state_folder / "snapshots" / self.path.name
+
+    def snapshot(self, content_hash: str) -> Path:
+        """Where the store has this content, if it has it."""
+        return self.snapshots_folder / content_hash[:2] / content_hash
+
+    @property
     def control_socket(self) -> Path:
         """The daemon's local socket; in a short folder, since a socket path has 108 bytes."""
         digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:24]
@@ -96,6 +109,7 @@ class Settings(Section, frozen=True):
 
     database: DatabaseSettings = DatabaseSettings()
     scan: ScanSettings = ScanSettings()
+    snapshots: SnapshotSettings = SnapshotSettings()
     workers: WorkerSettings = WorkerSettings()
     jobs: JobSettings = JobSettings()
     guest: GuestSettings = GuestSettings()
@@ -133,13 +147,16 @@ def load(path: str | None = None) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}", "mend that line") from error
     try:
-        if "home" in raw:
-            raise msgspec.ValidationError("Object contains unknown field `home`")
+        for table, field in ((raw, "home"), (raw.get("database"), "snapshots")):
+            if isinstance(table, dict) and field in table:
+                raise msgspec.ValidationError(f"Object contains unknown field `{field}`")
         checked = msgspec.convert(raw, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{file}: {error}", "docs/configuration.md lists every key") from error
     home = file.parent
-    database = DatabaseSettings(db_location=str(home / checked.database.path))
+    database = DatabaseSettings(
+        db_location=str(home / checked.database.path), snapshots=checked.snapshots
+    )
     return msgspec.structs.replace(
         checked, home=home, database=database, azure=_azure(checked.azure, file)
     )

@@ -33,7 +33,7 @@ from casparian_flow.engine.sentinel import INPROC, Sentinel
 from casparian_flow.engine.worker_client import Worker
 from casparian_flow.errors import CasparianError, LedgerLost
 from casparian_flow.security import sandbox
-from casparian_flow.services import architect, inventory
+from casparian_flow.services import architect, inventory, snapshot_checks
 from casparian_flow.services.scrub import Scrubber
 from casparian_flow.services.watch import Watch
 
@@ -160,7 +160,10 @@ def _grace(settings: Settings, ledger: Ledger) -> float:
 
 
 def _sweep(settings: Settings, ledger: Ledger) -> None:
-    """Remove what a dead daemon left: guests' folders, and staged files nobody decided."""
+    """Remove what a dead daemon left: guests' folders, snapshots that nothing claims, and staged
+    files nobody decided."""
+    with contextlib.suppress(OSError):
+        snapshot_checks.sweep(ledger)
     shutil.rmtree(settings.database.guests_folder, ignore_errors=True)
     crashpoint("main.guests_swept")
     owed = {staged.stage for _, _, staged in ledger.read(outputs.unpublished)}

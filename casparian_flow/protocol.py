@@ -63,6 +63,8 @@ class Assignment(Record, frozen=True):
     size_bytes: int
     timeout_seconds: float
     outputs: list[OutputPlan]
+    snapshot: str = ""
+    """Absolute path of the version's bytes in the snapshot store; empty where it has none."""
 
 
 class StagedOutput(Record, frozen=True):

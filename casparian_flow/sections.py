@@ -39,6 +39,20 @@ class ScanSettings(Section, frozen=True):
     """How much of it may be read in a second."""
 
 
+class SnapshotSettings(Section, frozen=True):
+    """What is kept of the bytes of recorded versions; docs/snapshots.md says what each costs."""
+
+    mode: Literal["off", "reflink", "copy"] = "reflink"
+    """`reflink` shares a file's blocks where the filesystem can, which costs next to nothing, and
+    keeps nothing elsewhere; `copy` copies there; `off` keeps nothing anywhere."""
+
+    copy_limit_bytes: Count = 256 << 20
+    """A larger file is never copied; its blocks are shared, or it has no snapshot."""
+
+    keep_bytes: Count = 32 << 30
+    """Size of the store. What no unfinished job needs makes room, the longest unseen first."""
+
+
 class WorkerSettings(Section, frozen=True):
     """The pool of workers inside the daemon."""
 

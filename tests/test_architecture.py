@@ -48,6 +48,7 @@ LAYERS = [
         "services.hints",
         "services.inventory",
     ],
+    ["services.snapshots", "services.snapshot_checks"],
     [
         "engine.canary",
         "engine.bridge",
@@ -57,6 +58,7 @@ LAYERS = [
         "engine.reports",
         "engine.guest_process",
         "engine.inbox",
+        "engine.placing",
         "engine.in_hand",
         "engine.holdings",
         "engine.venv_manager",
@@ -77,6 +79,7 @@ LAYERS = [
         "db.wiring",
         "db.invariants",
         "db.replay",
+        "db.snapshots",
     ],
     ["db.backup"],
     ["db.jobs", "db.attempts", "db.plugins", "db.trust", "db.audit", "db.found"],

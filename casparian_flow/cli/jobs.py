@@ -131,7 +131,7 @@ def retry(
 ) -> None:
     """Queue failed or aborted jobs again.
 
-    With a fresh budget of attempts.
+    With a fresh budget of attempts. Superseded ones too, where their version has a snapshot.
     """
     from casparian_flow.services import changes
 

@@ -28,6 +28,7 @@ def status(ctx: typer.Context, as_json: AsJson = False) -> None:
     context.say(f"sandbox   {_sandbox(found['sandbox'], found['held_by'])}")
     if found["refused"]:
         context.say(f"wire      refused: {_counted(found['refused'])}")
+    context.say(f"snapshots {_snapshots(found['snapshots'])}")
     counts = ", ".join(f"{n} {s}" for s, n in sorted(found["jobs"].items()))
     context.say(f"jobs      {counts or 'none'}")
     context.say(f"scrub     {found['scrub']}")
@@ -51,6 +52,22 @@ def _sandbox(mode: str, held_by: str) -> str:
     if mode == "required":
         return f"{mode} (the last guest was held by {held_by})" if held_by else mode
     return f"{mode.upper()}: plugins may do what the missing layers would forbid ({held_by or '?'})"
+
+
+def _snapshots(store: dict[str, Any]) -> str:
+    """What is in force, for which sources, and what the store holds."""
+    held = f"{store['snapshots']} kept, {store['bytes']:,} of {store['keep_bytes']:,} bytes"
+    words = [f"{store['mode']} ({held})"]
+    if store["mode"] != "off":
+        otherwise = "copied" if store["mode"] == "copy" else "not kept, since blocks are not shared"
+        kinds = {True: "blocks shared", False: otherwise, None: "not tried: unreadable"}
+        sources = store["sources"] or {"this filesystem": store["shares"]}
+        for shares, kind in kinds.items():
+            if names := ", ".join(name for name, found in sources.items() if found is shares):
+                words.append(f"{kind}: {names}")
+    if store["unprotected_jobs"]:
+        words.append(f"{store['unprotected_jobs']} unfinished jobs have none")
+    return "; ".join(words)
 
 
 def _counted(refused: dict[str, int]) -> str:
@@ -133,9 +150,9 @@ def _versions(here: Here, path: str) -> list[dict[str, Any]]:
 def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
     """Check every claim of the ledger.
 
-    Against itself, its audit and the seals in it, the signatures of plugins, and every output in
-    its sink. A row that was altered, added or removed by other hands is named. Ends with 1 if
-    anything is wrong.
+    Against itself, its audit and the seals in it, the signatures of plugins, every output in its
+    sink, and every snapshot. A row that was altered, added or removed by other hands is named.
+    Ends with 1 if anything is wrong.
     """
     from dataclasses import asdict
 

@@ -54,6 +54,7 @@ def get_engine(database: DatabaseSettings) -> Engine:
             "timeout": 30.0,
             "isolation_level": None,
         },
+        execution_options={"database": database},
     )
     event.listen(engine, "connect", _on_connect)
     event.listen(engine, "begin", _on_begin)
@@ -106,6 +107,11 @@ class Ledger:
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="ledger-writer", daemon=True)
         self._thread.start()
+
+    @property
+    def database(self) -> DatabaseSettings:
+        """What the engine was made for."""
+        return cast(DatabaseSettings, self.engine.get_execution_options()["database"])
 
     def __enter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@
     fail        RUNNING              FAILED       (id, fence)
     supersede   RUNNING              SUPERSEDED   (id, fence)
     abort       QUEUED, RUNNING      ABORTED      -
-    retry       FAILED, ABORTED      QUEUED       -
+    retry       FAILED, ABORTED      QUEUED       - (and SUPERSEDED with a snapshot)
     revive      SUPERSEDED           QUEUED       the version's bytes are there again
     remake      COMPLETED            QUEUED       a person has its output made again
 
@@ -48,6 +48,7 @@ from casparian_flow.db.models import (
     JobStatus,
     Plugin,
     ProcessingJob,
+    Snapshot,
     SourceRoot,
     utcnow,
 )
@@ -157,11 +158,13 @@ def claimed(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
             FileVersion.id.label("version_id"), FileVersion.ordinal, FileVersion.content_hash,
             FileVersion.size_bytes, FileLocation.path, FileLocation.rel_path,
             SourceRoot.name.label("source"), SourceRoot.path.label("root_path"),
+            Snapshot.content_hash.label("snapshot"),
         )
         .join(Plugin, Plugin.id == ProcessingJob.plugin_id)
         .join(FileVersion, FileVersion.id == ProcessingJob.file_version_id)
         .join(FileLocation, FileLocation.id == FileVersion.location_id)
         .join(SourceRoot, SourceRoot.id == FileLocation.source_root_id)
+        .outerjoin(Snapshot, Snapshot.content_hash == FileVersion.content_hash)
         .where(ProcessingJob.id.in_(job_ids))
         .order_by(ProcessingJob.priority.desc(), ProcessingJob.id)
     ).all()  # fmt: skip
@@ -321,14 +324,15 @@ def abort(connection: Connection, job_ids: Sequence[int], who: str) -> list[int]
 
 
 def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
-    """Queue dead letters again with a fresh budget of attempts."""
+    """Queue dead letters, and superseded jobs with a snapshot, with a fresh budget of attempts."""
+    kept = select(FileVersion.id).join(Snapshot, Snapshot.content_hash == FileVersion.content_hash)
+    ended = ProcessingJob.status.in_([JobStatus.FAILED, JobStatus.ABORTED]) | (
+        ProcessingJob.file_version_id.in_(kept) & (ProcessingJob.status == JobStatus.SUPERSEDED)
+    )
     return list(
         connection.execute(
             update(ProcessingJob)
-            .where(
-                ProcessingJob.id.in_(job_ids),
-                ProcessingJob.status.in_([JobStatus.FAILED, JobStatus.ABORTED]),
-            )
+            .where(ProcessingJob.id.in_(job_ids), ended)
             .values(
                 status=JobStatus.QUEUED, attempts=0, not_before=0.0, reason="", finished_at=None
             )

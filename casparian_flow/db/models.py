@@ -306,3 +306,33 @@ class Output(Base):
     size_bytes: Mapped[int]
     digest: Mapped[str]
     published_at: Mapped[datetime | None]
+
+
+class Snapshot(Base):
+    """A content whose bytes the store has, for as long as it has them."""
+
+    __tablename__ = "cf_snapshot"
+    __table_args__ = (
+        CheckConstraint("length(content_hash) = 64", name="content_hash"),
+        CheckConstraint("size_bytes >= 0", name="size_bytes"),
+    )
+
+    content_hash: Mapped[str] = mapped_column(primary_key=True)
+    """SHA-256, hexadecimal: of as many versions as have this content."""
+    size_bytes: Mapped[int]
+    kept_at: Mapped[datetime] = mapped_column(index=True)
+    """When a scan last captured this content."""
+
+
+class SnapshotFault(Base):
+    """Why the store did not take what it should have; a single row."""
+
+    __tablename__ = "cf_snapshot_fault"
+    __table_args__ = (CheckConstraint("id = 1", name="single"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    words: Mapped[str]
+    """Empty where the last ones were taken."""
+    files: Mapped[int]
+    """Contents that were recorded without a snapshot since the store last took one."""
+    since: Mapped[datetime]

@@ -93,6 +93,7 @@ class Dispatcher:
             size_bytes=job.size_bytes,
             timeout_seconds=min(manifest.timeout_seconds or ceiling, ceiling),
             outputs=[self._plan(job, *place) for place in places],
+            snapshot=str(self._settings.database.snapshot(job.snapshot)) if job.snapshot else "",
         )
 
     def _plan(self, job: Any, topic: str, uri: str, mode: str) -> OutputPlan:

@@ -30,14 +30,16 @@ GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
 """What opening says of a path that is no file any more: nothing, a symlink, a socket, a folder."""
 
 
-def place(path: bytes, inbox: Path, name: bytes, expected_hash: str) -> Path:
+def place(path: bytes, inbox: Path, name: bytes, expected_hash: str, *, link: bool = False) -> Path:
     """Copy a version's bytes to `inbox/<name>`, read-only; a file left there before goes.
 
     Args:
-        path: the location's file, absolute.
+        path: the location's file, or the version's snapshot; absolute.
         inbox: the guest's inbox; it must exist.
         name: the file's own name, without a folder.
         expected_hash: SHA-256 of the version, hexadecimal.
+        link: rather than to copy them, give the file itself another name, where its blocks
+            cannot be shared. For a large snapshot; never for a person's file, whose ctime moves.
 
     Raises:
         Superseded: the file is gone, is no regular file, or holds other bytes.
@@ -47,7 +49,7 @@ def place(path: bytes, inbox: Path, name: bytes, expected_hash: str) -> Path:
         placed = inbox / os.fsdecode(name)
         clear(placed)
         try:
-            digest = copy(source, placed)
+            digest = copy(source, placed, link)
             if digest != expected_hash:
                 raise gone(path, f"its content is now {digest[:12]}, not {expected_hash[:12]}")
         except BaseException:
@@ -111,14 +113,30 @@ def open_any(path: bytes, flags: int) -> int:
         os.close(here)
 
 
-def copy(source: FileIO, target: Path) -> str:
-    """Fill a new file from `source`; the SHA-256 of what it now holds."""
+def clone(source: FileIO, target: FileIO) -> bool:
+    """Have an empty file share all blocks of another; False where the filesystem cannot."""
+    try:
+        fcntl.ioctl(target, FICLONE, source.fileno())
+    except OSError:  # another filesystem, or one that cannot share
+        return False
+    return True
+
+
+def copy(source: FileIO, target: Path, link: bool = False) -> str:
+    """Fill a new file from `source`, or make it another name of it; the SHA-256 of what it holds.
+
+    Args:
+        link: give the other name where the blocks cannot be shared.
+    """
     with open(target, "x+b", buffering=0) as file:
         os.fchmod(file.fileno(), 0o400)
-        try:
-            fcntl.ioctl(file, FICLONE, source.fileno())
-        except OSError:  # another filesystem, or one that cannot share
+        if clone(source, file):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        if not link:
             return copy_bytes(source, file)
+    target.unlink()
+    os.link(source.name, target)
+    with open(target, "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -24,9 +24,10 @@ import msgspec
 
 from casparian_flow.atomic import make_folder
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine import in_hand, inbox, sinks
+from casparian_flow.engine import in_hand, sinks
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
+from casparian_flow.engine.placing import BadSnapshot, placed
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.engine.venv_manager import EnvironmentStore, Lease
@@ -46,7 +47,6 @@ from casparian_flow.protocol import (
     StagedOutput,
     Welcome,
 )
-from casparian_flow.sdk import FileInfo
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +189,18 @@ class Runner:
             ran.evidence = self._used.evidence
 
     def _run(self, job: Assignment, artifact: Artifact) -> list[Stage]:
+        """Stage a job's output; with the version's file where its snapshot cannot be used."""
+        try:
+            return self._run_placed(job, artifact)
+        except BadSnapshot as fault:
+            log.warning("job %d is not run on a snapshot: %s", job.job_id, fault)
+            try:
+                return self._run_placed(msgspec.structs.replace(job, snapshot=""), artifact)
+            except Superseded as error:
+                words = f"{error.message}; its snapshot cannot be used: {fault}"
+                raise Superseded(words, error.hint) from error
+
+    def _run_placed(self, job: Assignment, artifact: Artifact) -> list[Stage]:
         with self._seated(job, artifact) as seat, self._minded(seat.guest):
             stages = self._stage(seat, job)
             seat.keep_byte_code()
@@ -214,7 +226,7 @@ class Runner:
     @contextlib.contextmanager
     def _seated(self, job: Assignment, artifact: Artifact) -> Iterator[_Seat]:
         """A guest for the job. Rights cannot be added later: a large file gets one of its own."""
-        if job.size_bytes <= self._limits.copy_limit_bytes:
+        if job.snapshot or job.size_bytes <= self._limits.copy_limit_bytes:
             yield self._seat(artifact)
             return
         seat = self._start(artifact, read=[_text(job.path)])
@@ -234,7 +246,7 @@ class Runner:
         stages: dict[str, list[Stage]] = {}
         try:
             with (
-                self._placed(seat, job) as file,
+                placed(job, seat.folder / "in", self._limits.copy_limit_bytes) as file,
                 contextlib.closing(seat.guest.run(file, job.timeout_seconds)) as batches,
             ):
                 for topic, batch in batches:
@@ -252,23 +264,6 @@ class Runner:
                 stage.discard()
             raise
         return _flat(stages)
-
-    @contextlib.contextmanager
-    def _placed(self, seat: _Seat, job: Assignment) -> Iterator[FileInfo]:
-        """The version's bytes where the guest can read them, and nothing but those bytes."""
-        name = job.path.rpartition(b"/")[2]
-        if job.size_bytes > self._limits.copy_limit_bytes:
-            # Too large to copy: proved to be the version before the run, and again after it.
-            _expect(job)
-            yield _file(job, Path(_text(job.path)))
-            _expect(job)
-            return
-        placed = inbox.place(job.path, seat.folder / "in", name, job.content_hash)
-        crashpoint("runner.file_placed")
-        try:
-            yield _file(job, placed)
-        finally:
-            inbox.clear(placed)
 
     def _seat(self, artifact: Artifact) -> _Seat:
         """A living guest of this artifact, warm if there is one."""
@@ -353,23 +348,6 @@ def _flat(stages: dict[str, list[Stage]]) -> list[Stage]:
 
 def _text(path: bytes) -> str:
     return path.decode("utf-8", "surrogateescape")
-
-
-def _expect(job: Assignment) -> None:
-    if inbox.hash_file(job.path) != job.content_hash:
-        raise inbox.gone(job.path, "its content has changed")
-
-
-def _file(job: Assignment, path: Path) -> FileInfo:
-    return FileInfo(
-        path=str(path),
-        rel_path=job.rel_path,
-        source=job.source,
-        content_hash=job.content_hash,
-        size_bytes=job.size_bytes,
-        version_id=job.version_id,
-        job_id=job.job_id,
-    )
 
 
 def _released(job: Assignment, log: str = "") -> Receipt:

@@ -316,6 +316,8 @@ def retry_jobs(
 ) -> int:
     """Queue failed or aborted jobs again, with a fresh budget of attempts; how many.
 
+    Superseded ones too, where the snapshot store has their version's bytes.
+
     Args:
         job_ids: None means every FAILED one.
         plugin: of the FAILED ones, only this plugin's.
@@ -323,11 +325,12 @@ def retry_jobs(
 
     Raises:
         NotFound: no job has one of these ids.
-        CasparianError: some are neither FAILED nor ABORTED; the others were queued.
+        CasparianError: some are neither, and have no snapshot; the others were queued.
     """
     if job_ids is None:
         job_ids = ledger.read(lambda c: views.job_ids(c, [JobStatus.FAILED], plugin, path))
-    return _change(ledger, settings, "retry", jobs.retry, job_ids, "FAILED or ABORTED")
+    wanted = "FAILED or ABORTED, or SUPERSEDED with a snapshot of the version,"
+    return _change(ledger, settings, "retry", jobs.retry, job_ids, wanted)
 
 
 def abort_jobs(ledger: Ledger, settings: Settings, job_ids: Sequence[int]) -> int:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 
 from casparian_flow.db.files import Stat
+from casparian_flow.services.snapshots import NOTHING, Capture, Store
 
 GRANULARITY_NS = 20_000_000
 """Two writes this close may leave the same stamps on a filesystem with a fine clock."""
@@ -24,6 +25,7 @@ def hash_file(
     folder: int,
     stop: threading.Event | None = None,
     each: Callable[[int], None] | None = None,
+    capture: Capture = NOTHING,
 ) -> tuple[str, Stat] | None:
     """Read a file once and hash it.
 
@@ -32,6 +34,7 @@ def hash_file(
         folder: descriptor of the directory.
         stop: gives up when set.
         each: called after each block with its length; it may take its time.
+        capture: takes the bytes that are hashed; the caller keeps it if the hash is good.
 
     Returns:
         SHA-256 and the stat identity, or None when it changed while it was read, is not a
@@ -47,10 +50,13 @@ def hash_file(
         if not stat.S_ISREG(status.st_mode):
             return None
         before = Stat.of(status)
+        content = capture.begin(file)
         digest = hashlib.sha256()
         length = 0
-        while block := file.read(READ_BYTES):
+        # One that grows as fast as we read would have no end.
+        while length <= before.size and (block := content.read(READ_BYTES)):
             digest.update(block)
+            capture.write(block)
             length += len(block)
             if each:
                 each(len(block))
@@ -58,6 +64,31 @@ def hash_file(
                 return None
         torn = Stat.of(os.fstat(descriptor)) != before or length != before.size
     return None if torn else (digest.hexdigest(), before)
+
+
+def hash_and_capture(
+    name: bytes, folder: int, stop: threading.Event, store: Store, found: Stat, racy: str | None
+) -> tuple[str, Stat] | None:
+    """`hash_file`, with the bytes on their way into the snapshot store when it returns.
+
+    Args:
+        store: takes them, or says that it takes nothing.
+        found: the stat identity that was seen.
+        racy: the hash of a file that only its young stamps make us read again. It is seldom
+            another one by now, so nothing is captured unless it is: then it is read once more.
+
+    Returns, Raises:
+        As `hash_file`.
+    """
+    if racy and store.holds(racy):
+        content = hash_file(name, folder, stop)
+        if content is None or content[0] == racy:
+            return content
+    with store.capture(found.size, found.device) as capture:
+        content = hash_file(name, folder, stop, capture=capture)
+        if content:
+            capture.keep(content[0])
+        return content
 
 
 def newest_stamp(found: Stat, now_ns: int) -> int:

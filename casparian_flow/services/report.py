@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 from casparian_flow import daemon_lock, mounts
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, views
+from casparian_flow.db import jobs, snapshots, views
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.routing import compile_pattern
 from casparian_flow.db.views import Row
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError
+from casparian_flow.services import snapshot_checks
 
 WAL_LIMIT_BYTES = 64 << 20
 """A write-ahead log that is larger is held by some reader: ours end in moments."""
@@ -37,6 +38,7 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         "refused": _refused(settings) if daemon else {},
         "sources": sources(settings, ledger),
         "scrub": _scrub(settings),
+        "snapshots": snapshot_checks.report(ledger),
         "sandbox": settings.guest.sandbox,
         "held_by": ledger.read(views.last_sandbox),
         "jobs": ledger.read(jobs.counts),
@@ -119,6 +121,7 @@ def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
     if counts.get("QUEUED") and not daemon:
         words = f"{counts['QUEUED']} jobs are queued and no daemon works them"
         found.append(Advice(words, "casparian start   (or: casparian scan --drain)"))
+    found += _advise_snapshots(settings, ledger, counts.get("SUPERSEDED", 0))
     if counts.get("FAILED"):
         command = "casparian jobs --status FAILED"
         found.append(Advice(f"{counts['FAILED']} jobs failed", command))
@@ -160,6 +163,15 @@ def _dangers(settings: Settings) -> Iterator[Advice]:
             "for long, and it cannot shrink; work goes on"
         )
         yield Advice(words, f"fuser {path}   (names the programs; close the foreign one)")
+
+
+def _advise_snapshots(settings: Settings, ledger: Ledger, superseded: int) -> Iterator[Advice]:
+    if fault := ledger.read(snapshots.fault):
+        words = f"{fault.files} contents were recorded without a snapshot: {fault.words}"
+        yield Advice(words, "make room for it   (docs/snapshots.md)")
+    if superseded and settings.snapshots.mode != "copy":
+        words = f"{superseded} jobs were superseded: their files changed or went before they ran"
+        yield Advice(words, 'mode = "copy" in [snapshots] keeps such bytes   (docs/snapshots.md)')
 
 
 def rule_fault(pattern: str) -> str:

@@ -7,6 +7,7 @@ same transaction.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -23,8 +24,9 @@ from casparian_flow.db.access import Ledger
 from casparian_flow.db.files import Known, Sighting, Stat
 from casparian_flow.db.routing import Routing
 from casparian_flow.services import walk
-from casparian_flow.services.look import hash_file, is_racy, unrest
+from casparian_flow.services.look import hash_and_capture, is_racy, unrest
 from casparian_flow.services.root import Heard, Root, ScanReport
+from casparian_flow.services.snapshots import Store
 from casparian_flow.services.vanished import Vanished
 from casparian_flow.services.walk import Ignore, Listing
 
@@ -62,7 +64,9 @@ def scan(
         LedgerError: the ledger could not be written; finished batches stay recorded.
     """
     vanished = Vanished(root.id, full=only is None, believe=believe)
-    return _Scan(ledger, root, stop or threading.Event(), heard, vanished).run(only)
+    with contextlib.closing(Store(ledger.database)) as snapshots:
+        scan_of = _Scan(ledger, root, stop or threading.Event(), heard, vanished, snapshots)
+        return scan_of.run(only)
 
 
 class _Scan:
@@ -75,12 +79,14 @@ class _Scan:
         stop: threading.Event,
         heard: Heard | None,
         vanished: Vanished,
+        snapshots: Store,
     ) -> None:
         self.ledger = ledger
         self.root = root
         self.stop = stop
         self.heard = heard
         self.vanished = vanished
+        self.snapshots = snapshots
         self.report = ScanReport(root.name)
         self.started = time.time()
         self.routing = ledger.read(Routing)
@@ -211,7 +217,10 @@ class _Scan:
             self.report.settles_in = max(self.report.settles_in, wait)
             return False
         try:
-            content = hash_file(name, listing.descriptor, self.stop)
+            content = hash_and_capture(
+                name, listing.descriptor, self.stop, self.snapshots, found,
+                known.content_hash if known and same else None,
+            )  # fmt: skip
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -289,11 +298,13 @@ class _Scan:
             if recorded.stale:
                 lost = [(path, None) for path in recorded.stale]
                 files.save_directories(connection, self.root.id, lost)
+            placed.claim(connection)
             crashpoint("scan.batch_written")
             return recorded
 
-        recorded = self._write(work)
-        crashpoint("scan.batch_committed")
+        with self.snapshots.placing() as placed:
+            recorded = self._write(work)
+            crashpoint("scan.batch_committed")
         self.report.versions += recorded.versions
         self.report.job_ids += recorded.job_ids
         self.report.unsettled.update(recorded.stale)

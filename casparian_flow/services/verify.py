@@ -15,6 +15,7 @@ from casparian_flow.db.access import Ledger, driver
 from casparian_flow.db.replay import told
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim
+from casparian_flow.services import snapshot_checks
 
 Claims = dict[str, list[Claim]]
 """Location of a sink -> what the ledger says is there."""
@@ -33,7 +34,7 @@ class Verdict:
 
 
 def verify(settings: Settings, ledger: Ledger) -> Verdict:
-    """Check everything. Reads every byte of every published file; changes nothing.
+    """Check everything. Reads every byte of every published file and snapshot; changes nothing.
 
     It may run beside a daemon: what the ledger claimed when this began is what is checked. A
     ledger that is damaged is read as far as it can be.
@@ -46,6 +47,7 @@ def verify(settings: Settings, ledger: Ledger) -> Verdict:
     verdict.checked["rows"] = sum(claim.rows for group in claims.values() for claim in group)
     for location, group in claims.items():
         verdict.problems += _check_sink(location, group)
+    verdict.problems += snapshot_checks.problems(ledger)
     return verdict
 
 

@@ -19,7 +19,8 @@ from pathspec import GitIgnoreSpec
 
 from casparian_flow.atomic import STATE_FOLDER
 
-BUILT_IN_IGNORES = ("*.tmp", "*.part", "~$*", ".git/", f"{STATE_FOLDER}/")
+_STATE = f"{STATE_FOLDER}/"
+BUILT_IN_IGNORES = ("*.tmp", "*.part", "~$*", ".git/", _STATE)
 
 CHUNK = 4096
 """Entries of one directory held in memory at a time."""
@@ -35,14 +36,15 @@ class Ignore:
         """Compile.
 
         Args:
-            patterns: gitignore lines, besides the built-in ones; a `!` may take one of those back.
+            patterns: gitignore lines, besides the built-in ones; a `!` may take one of those back,
+                but never our own state.
             done_file: what markers are called (see `marker`); they are passed over.
 
         Raises:
             ValueError: a line that is not a pattern.
         """
         own = [line for line in patterns.splitlines() if line.strip()]
-        self._spec = GitIgnoreSpec.from_lines([*BUILT_IN_IGNORES, *own]) if own else None
+        self._spec = GitIgnoreSpec.from_lines([*BUILT_IN_IGNORES, *own, _STATE]) if own else None
         # The built-in ones look at the name alone; one expression is ten times the speed.
         self._files, self._folders = (
             re.compile("|".join(fnmatch.translate(p.rstrip("/")) for p in group))

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -225,12 +226,12 @@ def test_an_unreadable_file_is_named_and_read_later(
     put(source / "secret", "1").chmod(0)
     if os.geteuid() == 0:  # whom no mode keeps out: let the open itself refuse
 
-        def refuse(name: bytes, folder: int, _stop: threading.Event) -> tuple[str, Stat] | None:
+        def refuse(name: bytes, folder: int, *_: object) -> tuple[str, Stat] | None:
             if name == b"secret":
                 raise PermissionError(13, "Permission denied")
             return hash_file(name, folder)
 
-        monkeypatch.setattr(scan_module, "hash_file", refuse)
+        monkeypatch.setattr(scan_module, "hash_and_capture", refuse)
     report = scan(ledger, root)
     assert report.unreadable == [f"{root.name}/secret: Permission denied"]
     assert set(history(ledger)) == {b"fine"}
@@ -297,16 +298,16 @@ def test_a_sighting_that_lost_a_race_is_looked_at_again(
     root = add_root(ledger, source)
     file = put(source / "f", "first")
     monkeypatch.setattr(scan_module, "BATCH_FILES", 1)  # flush before the directory is done
-    real = scan_module.hash_file
+    real = scan_module.hash_and_capture
 
-    def slow(name: bytes, folder: int, stop: threading.Event) -> tuple[str, Stat] | None:
-        found = real(name, folder, stop)
-        monkeypatch.setattr(scan_module, "hash_file", real)
+    def slow(name: bytes, folder: int, *rest: Any) -> tuple[str, Stat] | None:
+        found = real(name, folder, *rest)
+        monkeypatch.setattr(scan_module, "hash_and_capture", real)
         scan(ledger, root)  # the other scan
         put(file, "second")
         return found
 
-    monkeypatch.setattr(scan_module, "hash_file", slow)
+    monkeypatch.setattr(scan_module, "hash_and_capture", slow)
     scan(ledger, root)
     scan(ledger, root)
     assert history(ledger) == {b"f": [5, 6]}

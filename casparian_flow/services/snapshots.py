@@ -1,0 +1,329 @@
+"""The snapshot store: the bytes of recorded versions, so that they outlive their files.
+
+    <state folder>/snapshots/<database>/ab/ab12...    a content, read-only, named by its SHA-256
+                                       /tmp/<owner>/  contents on their way, of one scan
+                                       /lock          held from placing a content to recording it
+
+A scan captures a file's bytes while it hashes them: a clone is made and hashed where the
+filesystem shares blocks, else what is read is written too. What was captured becomes durable and
+gets its name before the transaction that records the versions, and the claim to have it is part of
+that transaction (`db.snapshots`), so no version claims a snapshot that is not there. The same
+recipe backwards lets contents go. Of a crash in between, a file without a claim is left, which the
+next start of the daemon removes.
+
+The store never stops a scan: what it cannot take is recorded without a snapshot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from casparian_flow.atomic import exclusive, fsync_path, make_folder
+from casparian_flow.config import DatabaseSettings
+from casparian_flow.crashpoints import crashpoint
+from casparian_flow.db import snapshots as claims
+from casparian_flow.db.snapshots import Placed
+from casparian_flow.engine import inbox
+
+log = logging.getLogger(__name__)
+
+RESERVE_BYTES = 1 << 30
+"""Left free on the store's disk, or a twentieth of a small one: the ledger lives on it too."""
+
+FSYNCS = 8
+"""At once: they share the commits of the filesystem's journal."""
+
+CANNOT_SHARE = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
+"""What cloning says where it will never work between two places."""
+
+
+class Capture:
+    """What a file's bytes go through while they are hashed. This one takes nothing."""
+
+    def begin(self, source: FileIO) -> FileIO:
+        """What to read and hash in place of `source`."""
+        return source
+
+    def write(self, block: bytes) -> None:
+        """This was read."""
+
+    def keep(self, content_hash: str) -> None:
+        """All of it was read and nobody changed it meanwhile: it is this content."""
+
+    def close(self) -> None:
+        """The reading has ended; without a `keep` before, what was taken is dropped."""
+
+
+NOTHING = Capture()
+
+
+class _Taking(Capture):
+    """Takes them into a new file of the store: its clone is read, or what is read is written.
+
+    A fault of the store ends the taking, and not the reading.
+    """
+
+    def __init__(self, store: Store, file: FileIO, copies: bool) -> None:
+        self._store = store
+        self._file = file
+        self._copies = copies
+        self._shared = False
+
+    def begin(self, source: FileIO) -> FileIO:
+        self._shared = self._store.clone(source, self._file)
+        if self._shared:
+            return self._file
+        if not self._copies:
+            self.close()
+        elif not _has_room(self._file, os.fstat(source.fileno()).st_size):
+            self._fail("its disk is nearly full")
+        return source
+
+    def write(self, block: bytes) -> None:
+        rest = memoryview(block)
+        try:
+            while rest and not self._shared and not self._file.closed:
+                rest = rest[os.write(self._file.fileno(), rest) :]
+        except OSError as error:
+            self._fail(error.strerror or str(error))
+
+    def keep(self, content_hash: str) -> None:
+        if self._file.closed or content_hash in self._store.captured:
+            return
+        size = os.fstat(self._file.fileno()).st_size
+        self._store.captured[content_hash] = (Path(str(self._file.name)), size)
+        self._file.close()
+        crashpoint("snapshot.written")
+
+    def close(self) -> None:
+        if not self._file.closed:
+            with contextlib.suppress(OSError):
+                os.unlink(self._file.name)
+            self._file.close()
+
+    def _fail(self, why: str) -> None:
+        self._store.failed(why)
+        self.close()
+
+
+class Store:
+    """The store as one scan writes to it; it makes nothing until there is something to capture.
+
+    Args:
+        database: whose store, and what it may take.
+    """
+
+    def __init__(self, database: DatabaseSettings) -> None:
+        self._database = database
+        self._settings = database.snapshots
+        self._folder = database.snapshots_folder
+        self._scratch = contextlib.ExitStack()
+        self._own: Path | None = None
+        self._number = 0
+        self._unshared: set[int] = set()
+        """Devices whose files cannot share blocks with ours."""
+        self._told = False
+        self._fault = ""
+        self._missed = 0
+        self.captured: dict[str, tuple[Path, int]] = {}
+        """Content hash -> its temporary file and size, since the last `placing`."""
+
+    def close(self) -> None:
+        """Remove what was captured and never placed."""
+        self._scratch.close()
+
+    def holds(self, content_hash: str) -> bool:
+        """Whether a content needs no capture."""
+        return self._settings.mode == "off" or self._database.snapshot(content_hash).exists()
+
+    @contextlib.contextmanager
+    def capture(self, size: int, device: int) -> Iterator[Capture]:
+        """Take a file's bytes while the block reads it; without a `keep` in it, they are dropped.
+
+        Args:
+            size: of the file, in bytes.
+            device: of its filesystem.
+        """
+        copies = self._settings.mode == "copy" and size <= self._settings.copy_limit_bytes
+        capture = NOTHING
+        if self._settings.mode != "off" and (copies or device not in self._unshared):
+            try:
+                capture = _Taking(self, self._new_file(), copies)
+            except OSError as error:
+                self.failed(error.strerror or str(error))
+        with contextlib.closing(capture):
+            yield capture
+
+    def clone(self, source: FileIO, target: FileIO) -> bool:
+        """Have `target` share the blocks of `source`; remembers where that never works."""
+        try:
+            fcntl.ioctl(target, inbox.FICLONE, source.fileno())
+        except OSError as error:
+            if error.errno in CANNOT_SHARE:
+                self._unshared.add(os.fstat(source.fileno()).st_dev)
+            return False
+        return True
+
+    def failed(self, why: str, files: int = 1) -> None:
+        """Contents that should have been taken were not; detection goes on."""
+        if not self._told:
+            log.warning("versions are recorded without a snapshot: %s: %s", self._folder, why)
+        self._told = True
+        self._fault = why
+        self._missed += files
+
+    @contextlib.contextmanager
+    def placing(self) -> Iterator[Placing]:
+        """Give what was captured its name; the block claims it, in a durable transaction.
+
+        The lock is held meanwhile, so that nobody lets go of a content that is being claimed.
+        """
+        captured, self.captured = self.captured, {}
+        placed: list[Placed] = []
+        with contextlib.ExitStack() as stack:
+            if captured:
+                try:
+                    stack.enter_context(exclusive(self._folder / "lock"))
+                    placed = self._place(captured)
+                except OSError as error:
+                    self.failed(error.strerror or str(error), len(captured))
+            batch = Placing(placed, self._settings.keep_bytes, self._fault, self._missed)
+            self._fault, self._missed = "", 0
+            yield batch
+            crashpoint("snapshot.claimed")
+            for content_hash in batch.gone:
+                with contextlib.suppress(OSError):  # nothing claims it, so it can wait for a sweep
+                    self._database.snapshot(content_hash).unlink()
+                crashpoint("snapshot.unlinked")
+
+    def _place(self, captured: dict[str, tuple[Path, int]]) -> list[Placed]:
+        """Make the contents durable under their names; of those there already, one file stays."""
+        targets = {content_hash: self._database.snapshot(content_hash) for content_hash in captured}
+        folders = sorted({target.parent for target in targets.values()})
+        for folder in folders:
+            make_folder(folder, mode=0o700)
+        fresh: dict[Path, Path] = {}
+        for content_hash, (file, size) in captured.items():
+            if _size(targets[content_hash]) == size:
+                file.unlink()
+            else:
+                fresh[file] = targets[content_hash]
+        with ThreadPoolExecutor(FSYNCS) as pool:
+            list(pool.map(fsync_path, fresh))
+            crashpoint("snapshot.fsynced")
+            for file, target in fresh.items():
+                file.rename(target)
+                crashpoint("snapshot.renamed")
+            # A file that was there may be a crash's, with a name that is not durable yet.
+            list(pool.map(fsync_path, folders))
+        crashpoint("snapshot.placed")
+        return [Placed(content_hash, size) for content_hash, (_, size) in captured.items()]
+
+    def _new_file(self) -> FileIO:
+        if self._own is None:
+            self._own = self._scratch.enter_context(_scratch(self._folder))
+        self._number += 1
+        file = FileIO(str(self._own / str(self._number)), "x+b")
+        os.fchmod(file.fileno(), 0o400)
+        return file
+
+
+class Placing:
+    """What has its name in the store, for the transaction that claims it.
+
+    Args:
+        placed: the contents.
+        limit: bytes that the store may hold.
+        fault: why others were not taken; empty where none failed.
+        missed: how many of those there are.
+    """
+
+    def __init__(self, placed: list[Placed], limit: int, fault: str, missed: int) -> None:
+        self._placed = placed
+        self._limit = limit
+        self._fault = fault
+        self._missed = missed
+        self.gone: list[str] = []
+        """Contents that the transaction lets go."""
+
+    def claim(self, connection: Connection) -> None:
+        """Claim what was placed; after the versions and the jobs that need it are written."""
+        if not self._placed and not self._missed:
+            return
+        fault, missed = self._fault, self._missed
+        kept = claims.keep(connection, self._placed, self._limit)
+        self.gone = kept.gone
+        if kept.refused:
+            fault = f"unfinished jobs need all of its {self._limit} bytes ([snapshots] keep_bytes)"
+            missed += kept.refused
+        claims.note(connection, fault, missed)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder for one scan's contents on their way; what dead scans left in theirs goes.
+
+    The kernel drops the lock on a folder with the process that held it.
+    """
+    make_folder(folder.parent, mode=0o700)
+    make_folder(folder, mode=0o700)
+    make_folder(folder / "tmp", mode=0o700)
+    with contextlib.ExitStack() as ours:
+        with exclusive(folder / "lock"):
+            clear_dead(folder)
+            own = Path(tempfile.mkdtemp(dir=folder / "tmp"))
+            ours.enter_context(_locked(own))
+        ours.callback(shutil.rmtree, own, ignore_errors=True)
+        yield own
+
+
+def clear_dead(folder: Path) -> None:
+    """Remove what dead scans had on its way; the store's lock is held by the caller.
+
+    Args:
+        folder: the store.
+    """
+    for left in (folder / "tmp").glob("*"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder.
+
+    Raises:
+        BlockingIOError: another process, or another scan of ours, holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _has_room(file: FileIO, size: int) -> bool:
+    """Whether the disk stays usable with so many bytes more in a file."""
+    disk = os.fstatvfs(file.fileno())
+    reserve = min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // 20)
+    return disk.f_bavail * disk.f_frsize - size >= reserve
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None

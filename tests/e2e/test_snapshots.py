@@ -1,0 +1,167 @@
+"""With snapshots, every recorded version is worked, whatever became of its file since."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from casparian_flow import main
+from casparian_flow.config import Settings
+from casparian_flow.db import jobs, views
+from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.models import FileVersion
+from casparian_flow.errors import CasparianError
+from casparian_flow.services import changes
+from casparian_flow.services.idle import wait_until_idle
+from casparian_flow.services.scan import scan
+from casparian_flow.services.verify import verify
+from tests.conftest import write_config
+from tests.e2e.replay import daemon
+from tests.factories import add_root
+from tests.plugs import publish
+
+COPY = '[output]\ndefault_uri = "sqlite:///rows.sqlite3"\n[snapshots]\nmode = "copy"\n'
+PATIENCE = 300.0
+REWRITES = 50
+
+SEES = """
+import os
+from casparian_flow.sdk import BasePlugin, PluginMetadata
+import pyarrow as pa
+
+MANIFEST = PluginMetadata(pattern="*.txt", topic="seen")
+
+class Handler(BasePlugin):
+    def execute(self, file_path: str):
+        with open(file_path) as file:
+            content = file.read()
+        name = os.path.basename(file_path)
+        self.publish("seen", pa.table({"name": [name], "content": [content]}))
+"""
+
+
+def work_all(settings: Settings) -> dict[str, int]:
+    """Be the daemon until no job is unfinished; the jobs in each status."""
+
+    async def work() -> None:
+        async with main.running(settings, "test", workers=1, watch=False) as running:
+            async with asyncio.timeout(PATIENCE):
+                while running.ledger.read(lambda c: views.waiting(c, "")).unfinished:
+                    await asyncio.sleep(0.05)
+
+    asyncio.run(work())
+    with open_ledger(settings.database) as ledger:
+        return ledger.read(jobs.counts)
+
+
+def seen(settings: Settings) -> list[tuple[str, str]]:
+    """(name, content) of every row that is committed."""
+    with sqlite3.connect(settings.home / "rows.sqlite3") as rows:
+        found: list[tuple[str, str]] = sorted(rows.execute("SELECT name, content FROM seen"))
+    rows.close()
+    return found
+
+
+def recorded(tmp_path: Path, source: Path, extra: str = "") -> Settings:
+    """Versions whose files were edited, deleted and renamed since, with a job each."""
+    settings = write_config(tmp_path / "flow", COPY + extra)
+    with open_ledger(settings.database) as ledger:
+        root = add_root(ledger, source)
+        publish(ledger, settings, "sees", SEES, "1.0.0")
+        for name in ("edited", "deleted", "renamed"):
+            (source / f"{name}.txt").write_text(f"{name}, as it was recorded")
+        scan(ledger, root)
+    (source / "edited.txt").write_text("not what was recorded")
+    (source / "deleted.txt").unlink()
+    (source / "renamed.txt").rename(source / "other.name")
+    return settings
+
+
+WHOLE = [(f"{n}.txt", f"{n}, as it was recorded") for n in ("deleted", "edited", "renamed")]
+
+
+@pytest.mark.parametrize("large", ["", "[guest]\ncopy_limit_bytes = 1\n"])
+def test_edited_deleted_and_renamed_since_a_job_gets_the_bytes_under_the_name_they_had(
+    tmp_path: Path, source: Path, large: str
+) -> None:
+    settings = recorded(tmp_path, source, large)
+    assert work_all(settings) == {"COMPLETED": 3}
+    assert seen(settings) == WHOLE
+    with open_ledger(settings.database) as ledger:
+        assert verify(settings, ledger).problems == []
+
+
+@pytest.mark.parametrize("large", ["", "[guest]\ncopy_limit_bytes = 1\n"])
+def test_a_damaged_snapshot_is_named_and_its_file_used_where_that_has_the_bytes(
+    tmp_path: Path, source: Path, large: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = recorded(tmp_path, source, large)
+    (source / "edited.txt").write_text("edited, as it was recorded")
+    store = settings.database.snapshots_folder
+    for file in store.glob("??/*"):
+        file.chmod(0o600)
+        file.write_bytes(b"damaged")
+    with open_ledger(settings.database) as ledger:
+        assert len(verify(settings, ledger).problems) == 3
+    assert work_all(settings) == {"COMPLETED": 1, "SUPERSEDED": 2}
+    assert seen(settings) == [WHOLE[1]]
+    assert caplog.text.count("is not run on a snapshot") == 3
+    with open_ledger(settings.database) as ledger:
+        reasons = [job["reason"] for job in ledger.read(lambda c: views.jobs(c, 9, "SUPERSEDED"))]
+    assert all("its snapshot cannot be used" in words and str(store) in words for words in reasons)
+
+
+def test_a_superseded_job_can_be_retried_once_its_bytes_are_kept(
+    tmp_path: Path, source: Path
+) -> None:
+    settings = recorded(tmp_path, source)
+    for file in settings.database.snapshots_folder.glob("??/*"):
+        file.unlink()
+    assert work_all(settings) == {"SUPERSEDED": 3}
+    with open_ledger(settings.database) as ledger:
+        superseded = sorted(ledger.read(lambda c: views.job_ids(c, ["SUPERSEDED"])))
+        with pytest.raises(CasparianError, match="or SUPERSEDED with a snapshot of the version"):
+            changes.retry_jobs(ledger, settings, superseded)
+        (second := tmp_path / "second").mkdir()
+        for name, content in WHOLE:
+            (second / f"copy-of-{name}.bak").write_text(content)
+        scan(ledger, add_root(ledger, second))
+        assert changes.retry_jobs(ledger, settings, superseded) == 3
+    assert work_all(settings) == {"COMPLETED": 3}
+    assert seen(settings) == WHOLE
+
+
+def test_a_file_rewritten_while_its_versions_are_worked_gives_each_version_once(
+    tmp_path: Path, source: Path
+) -> None:
+    settings = write_config(tmp_path / "flow", COPY)
+    with open_ledger(settings.database) as ledger:
+        root = add_root(ledger, source)
+        publish(ledger, settings, "sees", SEES, "1.0.0")
+        with daemon(settings):
+            for n in range(REWRITES):
+                (source / "new").write_text(f"content {n}")
+                (source / "new").rename(source / "a.txt")
+                scan(ledger, root)
+            wait_until_idle(settings, ledger, PATIENCE)
+        assert ledger.read(jobs.counts) == {"COMPLETED": REWRITES}
+        assert versions(ledger) == REWRITES
+        assert verify(settings, ledger).problems == []
+    wanted = [("a.txt", f"content {n}") for n in range(REWRITES)]
+    assert Counter(seen(settings)) == Counter(wanted)
+
+
+def versions(ledger: Ledger) -> int:
+    """Versions of a.txt."""
+    found: Sequence[int] = ledger.read(
+        lambda c: (
+            c.execute(select(FileVersion.id).where(FileVersion.size_bytes > 0)).scalars().all()
+        )
+    )
+    return len(found)
