@@ -332,6 +332,21 @@ def test_stamps_too_young_to_prove_anything_are_racy(found: Stat, racy: bool) ->
     assert is_racy(found, 1_000_000.0) is racy
 
 
+def test_an_edit_within_the_clocks_granularity_is_found(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A filesystem so coarse that both edits have the stamps of the minute they are in.
+    whole, minute = Stat.of, (time.time_ns() // 10**9 + 60) * 10**9
+    monkeypatch.setattr(
+        Stat, "of", staticmethod(lambda s: whole(s)._replace(mtime_ns=minute, ctime_ns=minute))
+    )
+    root = add_root(ledger, source)
+    file = put(source / "f", "one")
+    assert scan(ledger, root).versions == 1
+    put(file, "two")
+    assert scan(ledger, root).versions == 1
+
+
 def test_a_racy_file_is_hashed_again(ledger: Ledger, source: Path) -> None:
     root = add_root(ledger, source)
     file = put(source / "f", "one")
