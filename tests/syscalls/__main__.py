@@ -70,7 +70,7 @@ def short(stage: Stage, names: Sequence[str]) -> int:
     bad = 0
     for name, found in checks(stage, names):
         bad += bool(found)
-        print(f"{name}: {' | '.join(found) or 'holds'}", flush=True)
+        print(f"{name}: {' | '.join(found).replace(chr(10), ' ') or 'holds'}", flush=True)
     return bad
 
 
