@@ -140,7 +140,7 @@ MUTANTS = [
                 "known.present and known.stat.mtime_ns == found.mtime_ns",
             )
         ],
-        ["tests/services/test_scan.py::test_same_size_and_restored_mtime_do_not_hide_an_edit"],
+        ["tests/services/test_scan.py::test_an_edit_long_after_is_found_by_more_than_its_mtime"],
     ),
 ]
 

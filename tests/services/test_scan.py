@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from sqlalchemy import insert, select, text
+from sqlalchemy import insert, select, text, update
 from sqlalchemy.orm import Session
 
 from casparian_flow import atomic
@@ -94,6 +94,16 @@ def test_same_size_and_restored_mtime_do_not_hide_an_edit(ledger: Ledger, source
     file = put(source / "f", "before", OLD)
     scan(ledger, root)
     put(file, "after!", OLD)
+    assert scan(ledger, root).versions == 1
+
+
+def test_an_edit_long_after_is_found_by_more_than_its_mtime(ledger: Ledger, source: Path) -> None:
+    root = add_root(ledger, source)
+    file = put(source / "f", "one", mtime=1_000_000_000)
+    scan(ledger, root)
+    # Time has passed: nothing but what stat shows sends the scan to the file again.
+    ledger.write(lambda c: c.execute(update(FileLocation).values(racy=False)).rowcount)
+    put(file, "two", mtime=1_000_000_000)
     assert scan(ledger, root).versions == 1
 
 

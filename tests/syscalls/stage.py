@@ -152,7 +152,7 @@ class Stage:
                 self._said.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             )
             os.dup2(file, descriptor)
-        committer.PAUSE_SECONDS, scan_verb.PATIENCE_SECONDS = 0.2, 1.0
+        committer.PAUSE_SECONDS, scan_verb.PATIENCE_SECONDS = 0.2, 3.0
         os.chdir(self.home)
         sys.argv = ["casparian", "scan", "--drain"]
         casparian()
