@@ -101,10 +101,9 @@ MUTANTS = [
         [
             Edit(
                 "engine/committer.py",
-                "            audit.append(connection, ACTOR, events)\n\n        finishable",
-                "            later.extend(events)\n\n"
-                "        later: list[audit.Event] = []\n"
-                "        finishable",
+                "            audit.append(connection, ACTOR, events)\n"
+                '            crashpoint("committer.completion_written")\n',
+                "            later.extend(events)\n\n        later: list[audit.Event] = []\n",
             ),
             Edit(
                 "engine/committer.py",
