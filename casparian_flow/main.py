@@ -78,7 +78,7 @@ async def running(
     Raises:
         DaemonRunning: another process is the daemon.
         SandboxUnavailable: the sandbox is required, and does not hold on this machine.
-        LedgerError: the database cannot be used.
+        LedgerError: the database cannot be used, or could not be written and may not be again.
         LedgerLost: it is damaged; or it was deleted or replaced while the block ran.
         CasparianError: an address cannot be listened on.
     """
@@ -118,6 +118,7 @@ async def running(
         sentinel.bind(endpoints)  # before the sweep: a client that knows of us finds us
         await asyncio.to_thread(_sweep, settings, ledger)
         async with asyncio.TaskGroup() as group:
+            breaking = group.create_task(ledger.until_broken())
             publishing = group.create_task(committer.run())
             serving = group.create_task(sentinel.run())
             crew = [
@@ -131,9 +132,9 @@ async def running(
             try:
                 yield Daemon(ledger, sentinel, scout if watch else None, adopted)
             finally:
-                for task in scouting:
+                for task in [breaking, *scouting]:
                     task.cancel()
-                if not serving.done():
+                if not (serving.done() or serving.cancelling()):  # else nobody would hear them
                     await sentinel.drain(_grace(settings, ledger))
                 await asyncio.gather(*working, return_exceptions=True)
                 serving.cancel()

@@ -202,7 +202,8 @@ async def _see_through(here: Here, wanted: Sequence[int], line: Line) -> str:
             with contextlib.suppress(DaemonRunning):
                 async with main.running(
                     here.settings, "casparian scan --drain", workers=workers, watch=False
-                ):
+                ) as daemon:
+                    here = here._replace(ledger=daemon.ledger)
                     return await _done(here, views.EVERY, line, stop, of_daemon=False) or ""
         outcome = await _done(here, wanted[-1], line, stop, of_daemon=True)
         if outcome is not None:
@@ -220,6 +221,9 @@ async def _done(
     Returns:
         Empty when they are done; why they are not, when all that is left is paused or we are
         told to stop; None when the daemon we waited for has ended.
+
+    Raises:
+        LedgerError: nothing can be written, and has not been for a while.
     """
     import asyncio
 
@@ -232,6 +236,9 @@ async def _done(
     patience = time.monotonic() + PATIENCE_SECONDS
     while True:
         began = time.monotonic()
+        since, fault = here.ledger.failing or (began, None)
+        if fault and began - since > PATIENCE_SECONDS:
+            raise fault
         left = await here.ledger.read_soon(lambda c: views.waiting(c, PAUSED, up_to))
         if not left.unfinished:
             return ""

@@ -14,6 +14,7 @@ import functools
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -33,6 +34,11 @@ Work = Callable[[Connection], T]
 
 GROUP_LIMIT = 500
 """Requests in one transaction at the most, so that the first does not wait for ever."""
+
+_UNSYNCED = frozenset({sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC})
+"""The disk could not keep what was written. The kernel may drop it and call the next fsync a
+success (PostgreSQL's fsyncgate, 2018), so nothing is written after it: only what is on the disk,
+read by a new process, can be believed."""
 
 _WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "REPLAC", "CREATE", "ALTER ", "DROP T"})
 
@@ -105,6 +111,9 @@ class Ledger:
             queue.SimpleQueue()
         )
         self._closed = False
+        self._broken: Future[None] = Future()
+        self.failing: tuple[float, LedgerError] | None = None
+        """Since when (monotonic seconds) nothing can be written, and why; None: all is well."""
         self._thread = threading.Thread(target=self._serve, name="ledger-writer", daemon=True)
         self._thread.start()
 
@@ -138,6 +147,19 @@ class Ledger:
         """
         check_place(self._path, self._place)
 
+    @property
+    def broken(self) -> bool:
+        """Whether nothing will be written any more: see `until_broken`."""
+        return self._broken.done()
+
+    async def until_broken(self) -> None:
+        """Wait until an fsync of the database fails: the process must end then.
+
+        Raises:
+            LedgerError: that has happened.
+        """
+        await asyncio.shield(asyncio.wrap_future(self._broken))
+
     def read(self, work: Work[T]) -> T:
         """Run `work` on a connection of this thread's, in one read transaction.
 
@@ -148,9 +170,9 @@ class Ledger:
         try:
             with self.engine.connect() as connection:
                 return work(connection)
-        except DBAPIError as error:
+        except (DBAPIError, OSError) as error:
             raise _damage(error) or LedgerError(
-                f"the ledger could not be read: {error.orig}",
+                f"the ledger could not be read: {getattr(error, 'orig', error)}",
                 "see that its disk is there and has room, then: casparian verify",
             ) from error
 
@@ -181,11 +203,21 @@ class Ledger:
         return future
 
     def _serve(self) -> None:
-        with self.engine.connect().execution_options(writes=True) as connection:
-            # Back in the pool, it would seal what its next user writes.
-            connection.detach()
+        with contextlib.ExitStack() as stack:
+            connection: Connection | None = None
             while group := self._next_group():
-                self._commit(connection, group)
+                try:
+                    # One that could not be opened is opened by whoever writes next.
+                    connection = connection or stack.enter_context(self._connect())
+                    self._commit(connection, group)
+                except Exception as error:  # noqa: BLE001 - handed to everyone in the group
+                    self._refuse(group, error)
+
+    def _connect(self) -> Connection:
+        connection = self.engine.connect().execution_options(writes=True)
+        # Back in the pool, it would seal what its next user writes.
+        connection.detach()
+        return connection
 
     def _next_group(self) -> list[tuple[Work[Any], Future[Any]]]:
         """Wait for one request, then take all that wait; empty when closed."""
@@ -204,29 +236,37 @@ class Ledger:
 
     def _commit(self, connection: Connection, group: list[tuple[Work[Any], Future[Any]]]) -> None:
         outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
-        try:
-            with connection.begin():
-                marks = seals.begin(driver(connection))
-                for work, future in group:
-                    try:
-                        # One request's error must not undo the others'.
-                        with connection.begin_nested():
-                            outcomes.append((future, work(connection), None))
-                    except OperationalError:
-                        raise
-                    except Exception as error:  # noqa: BLE001 - handed to whoever asked
-                        outcomes.append((future, None, error))
-                seals.seal(driver(connection), marks)
-        except Exception as error:  # noqa: BLE001 - handed to everyone in the group
-            refusal = _refusal(error)
-            for _work, future in group:
-                future.set_exception(refusal)
-            return
+        if self.broken:
+            self._broken.result()
+        with connection.begin():
+            marks = seals.begin(driver(connection))
+            for work, future in group:
+                try:
+                    # One request's error must not undo the others'.
+                    with connection.begin_nested():
+                        outcomes.append((future, work(connection), None))
+                except OperationalError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - handed to whoever asked
+                    outcomes.append((future, None, error))
+            seals.seal(driver(connection), marks)
+        self.failing = None
         for future, result, failure in outcomes:
             if failure is None:
                 future.set_result(result)
             else:
                 future.set_exception(_damage(failure) or failure)
+
+    def _refuse(self, group: list[tuple[Work[Any], Future[Any]]], error: Exception) -> None:
+        """Tell everyone that nothing was written; after a failed fsync nothing more will be."""
+        refusal = _refusal(error)
+        if isinstance(refusal, LedgerError):
+            self.failing = self.failing or (time.monotonic(), refusal)
+        code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
+        if code in _UNSYNCED and not self.broken:
+            self._broken.set_exception(refusal)
+        for _work, future in group:
+            future.set_exception(refusal)
 
 
 @contextlib.contextmanager
@@ -256,7 +296,7 @@ def _damage(error: BaseException) -> LedgerLost | None:
 
 
 def _refusal(error: Exception) -> Exception:
-    if isinstance(error, DBAPIError | sqlite3.Error):
+    if isinstance(error, DBAPIError | sqlite3.Error | OSError):
         refusal = _damage(error) or LedgerError(
             f"the ledger could not be written: {getattr(error, 'orig', error)}",
             "nothing of this step was recorded; free space or permissions, then try again",

@@ -77,6 +77,7 @@ class Committer:
         self._on_change = on_change
         self._receipts: asyncio.Queue[_Ended] = asyncio.Queue()
         self._sick: dict[str, float] = {}
+        self._leaving = False
 
     @property
     def sick(self) -> frozenset[str]:
@@ -94,7 +95,13 @@ class Committer:
             await self._serve(await self._next_group())
 
     async def finish(self) -> None:
-        """Decide and publish what is still waiting; for a clean stop, after `run` was cancelled."""
+        """Decide and publish what is still waiting; for a clean stop, after `run` was cancelled.
+
+        Raises:
+            LedgerError: the ledger cannot be written. What was decided is finished by the next
+                start, and what was not is run again.
+        """
+        self._leaving = True
         while not self._receipts.empty():
             await self._serve(await self._next_group())
         await self._settle()
@@ -219,13 +226,15 @@ class Committer:
         await self._write(lambda c: jobs.note(c, job_ids, reason))
 
     async def _write(self, work: Work[T]) -> T:
-        """Write to the ledger, however long its disk is full: a receipt must not be lost."""
+        """Write to the ledger, however long its disk is full: nobody runs again what has run."""
         while True:
             try:
                 return await self._ledger.write_soon(work)
             except LedgerLost:
                 raise
             except LedgerError as error:
+                if self._leaving or self._ledger.broken:
+                    raise
                 log.error("%s (trying again in %g s)", error.message, PAUSE_SECONDS)
                 await asyncio.sleep(PAUSE_SECONDS)
 

@@ -96,6 +96,7 @@ class Sentinel:
         self._bell = bell
         self._answers: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._claiming = asyncio.Lock()
         self._empty = asyncio.Event()
         self._rung = asyncio.Event()
         self.refused = Refusals()
@@ -158,6 +159,8 @@ class Sentinel:
     async def drain(self, grace_seconds: float) -> None:
         """Claim no more; have every worker finish or release what it holds, and leave."""
         self._draining = True
+        async with self._claiming:
+            pass  # what is being claimed is assigned first, and then given back
         for identity in list(self._peers):
             await self._send(identity, protocol.Drain(grace_seconds=grace_seconds))
         if self._peers:
@@ -271,8 +274,9 @@ class Sentinel:
             self._bell.clear()
             try:
                 for identity, peer in list(self._peers.items()):
-                    if peer.free and not self._draining:
-                        await self._assign(identity, peer)
+                    async with self._claiming:
+                        if peer.free and not self._draining and identity in self._peers:
+                            await self._assign(identity, peer)
             except LedgerError as error:
                 log.error("no jobs are claimed: %s", error.message)
             with contextlib.suppress(TimeoutError):
@@ -353,8 +357,11 @@ class Sentinel:
         Args:
             silent: it did not say so: one of its jobs may have killed it.
         """
-        if (peer := self._peers.get(identity)) is None:
-            return
+        async with self._claiming:  # what is being claimed for it is known then, and no more is
+            peer = self._peers.get(identity)
+            if peer is None:
+                return
+            peer.free = 0
         words = f"worker {peer.name} {why}"
         held = list(peer.held.items())
         if held:

@@ -172,8 +172,45 @@ def test_a_foreign_lock_is_an_error_in_words_and_passes(ledger: Ledger, settings
     foreign.execute("BEGIN IMMEDIATE")
     with pytest.raises(LedgerError, match="locked"):
         ledger.write(lambda c: add_rule(c, "*.csv"))
+    assert ledger.failing is not None
     foreign.execute("ROLLBACK")
     foreign.close()
+    ledger.write(lambda c: add_rule(c, "*.csv"))
+    assert ledger.read(rules) == 1
+    assert ledger.failing is None
+
+
+def test_nobody_writes_between_our_look_and_our_change(ledger: Ledger, settings: Settings) -> None:
+    foreign = sqlite3.connect(
+        settings.database.path, isolation_level=None, timeout=0, check_same_thread=False
+    )
+
+    def look_then_change(connection: Connection) -> int:
+        seen = rules(connection)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            foreign.execute(
+                "INSERT INTO cf_routing_rule (pattern, tag, priority) VALUES ('a','b',0)"
+            )
+        add_rule(connection, "*.csv")
+        return seen
+
+    assert ledger.write(look_then_change) == 0
+    foreign.close()
+    assert ledger.read(rules) == 1
+
+
+def test_a_database_that_cannot_be_opened_is_an_error_in_words_and_passes(
+    ledger: Ledger, settings: Settings
+) -> None:
+    ledger.engine.dispose()
+    gate = settings.database.gate
+    gate.rename(gate.with_suffix(".away"))
+    gate.mkdir()  # whoever opens it as a file is refused, root too
+    with pytest.raises(LedgerError, match="directory"):
+        ledger.write(lambda c: add_rule(c, "*.csv"))
+    with pytest.raises(LedgerError, match="directory"):
+        ledger.read(rules)
+    gate.rmdir()
     ledger.write(lambda c: add_rule(c, "*.csv"))
     assert ledger.read(rules) == 1
 

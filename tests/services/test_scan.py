@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from sqlalchemy import insert, select, text
+from sqlalchemy import insert, select, text, update
 from sqlalchemy.orm import Session
 
 from casparian_flow import atomic
@@ -95,6 +95,16 @@ def test_same_size_and_restored_mtime_do_not_hide_an_edit(ledger: Ledger, source
     file = put(source / "f", "before", OLD)
     scan(ledger, root)
     put(file, "after!", OLD)
+    assert scan(ledger, root).versions == 1
+
+
+def test_an_edit_long_after_is_found_by_more_than_its_mtime(ledger: Ledger, source: Path) -> None:
+    root = add_root(ledger, source)
+    file = put(source / "f", "one", mtime=1_000_000_000)
+    scan(ledger, root)
+    # Time has passed: nothing but what stat shows sends the scan to the file again.
+    ledger.write(lambda c: c.execute(update(FileLocation).values(racy=False)).rowcount)
+    put(file, "two", mtime=1_000_000_000)
     assert scan(ledger, root).versions == 1
 
 
@@ -331,6 +341,21 @@ def stamps(seconds_ago: float, whole: bool = False) -> Stat:
 )
 def test_stamps_too_young_to_prove_anything_are_racy(found: Stat, racy: bool) -> None:
     assert is_racy(found, 1_000_000.0) is racy
+
+
+def test_an_edit_within_the_clocks_granularity_is_found(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A filesystem so coarse that both edits have the stamps of the minute they are in.
+    whole, minute = Stat.of, (time.time_ns() // 10**9 + 60) * 10**9
+    monkeypatch.setattr(
+        Stat, "of", staticmethod(lambda s: whole(s)._replace(mtime_ns=minute, ctime_ns=minute))
+    )
+    root = add_root(ledger, source)
+    file = put(source / "f", "one")
+    assert scan(ledger, root).versions == 1
+    put(file, "two")
+    assert scan(ledger, root).versions == 1
 
 
 def test_a_racy_file_is_hashed_again(ledger: Ledger, source: Path) -> None:

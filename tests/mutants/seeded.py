@@ -1,0 +1,159 @@
+"""Twelve bugs that a careful person could write, and the tests that must catch each.
+
+Each is a small edit of the package. If what it edits has changed, the mutant is an error until
+somebody writes it anew: a list that silently shrinks proves nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+
+class Edit(NamedTuple):
+    """One replacement in one file of the package."""
+
+    file: str
+    old: str
+    new: str
+
+
+class Mutant(NamedTuple):
+    """A seeded bug."""
+
+    name: str
+    edits: list[Edit]
+    tests: list[str]
+    """What must fail with it, and pass without: test ids."""
+
+
+_TRACED = "tests/syscalls/test_syscalls.py::test_nothing_is_lost"
+_DURABLE = f"{_TRACED}[what must be durable before what]"
+
+MUTANTS = [
+    Mutant(
+        "no file fsync",
+        [Edit("engine/sinks/stage.py", "                os.fsync(file.fileno())\n", "")],
+        [_DURABLE],
+    ),
+    Mutant(
+        "no directory fsync",
+        [Edit("engine/sinks/parquet.py", "atomic.fsync_path(folder)", "pass")],
+        [_DURABLE],
+    ),
+    Mutant(
+        "no fence check",
+        [
+            Edit(
+                "db/jobs.py",
+                "AND (id, fence) IN\n            (SELECT json_extract(value, '$[0]'), "
+                "json_extract(value, '$[1]') FROM json_each(?))",
+                "AND id IN\n            (SELECT json_extract(value, '$[0]') FROM json_each(?))",
+            )
+        ],
+        ["tests/db/test_jobs.py::test_a_slow_loser_cannot_touch_the_winners_attempt"],
+    ),
+    Mutant(
+        "synchronous NORMAL",
+        [Edit("db/schema.py", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = NORMAL"')],
+        [_DURABLE],
+    ),
+    Mutant(
+        "rename over",
+        [Edit("engine/sinks/parquet.py", "os.link(output.stage", "os.replace(output.stage")],
+        ["tests/sinks/test_parquet.py::test_an_output_of_another_key_is_never_replaced"],
+    ),
+    Mutant(
+        "end of file as success",
+        [
+            Edit(
+                "engine/bridge.py",
+                "            kind, length = self._header(job)\n            if kind == Kind.BATCH",
+                "            try:\n"
+                "                kind, length = self._header(job)\n"
+                "            except ConnectionResetError:\n"
+                "                return ends\n"
+                "            if kind == Kind.BATCH",
+            )
+        ],
+        ["tests/engine/test_bridge.py::test_a_guest_that_dies"],
+    ),
+    Mutant(
+        "deferred BEGIN",
+        [Edit("db/connection.py", '"BEGIN IMMEDIATE"', '"BEGIN"')],
+        ["tests/db/test_access.py::test_nobody_writes_between_our_look_and_our_change"],
+    ),
+    Mutant(
+        "attempt in the output key",
+        [
+            Edit(
+                "engine/dispatch.py",
+                "job.artifact_hash, topic, uri)",
+                "job.artifact_hash, topic, f'{uri}#{job.fence}')",
+            )
+        ],
+        ["tests/engine/test_dispatch.py::test_every_attempt_has_the_same_output_key"],
+    ),
+    Mutant(
+        "audit outside the transaction",
+        [
+            Edit(
+                "engine/committer.py",
+                "            audit.append(connection, ACTOR, events)\n"
+                '            crashpoint("committer.completion_written")\n',
+                "            later.extend(events)\n\n        later: list[audit.Event] = []\n",
+            ),
+            Edit(
+                "engine/committer.py",
+                "            await self._write(work)\n",
+                "            await self._write(work)\n"
+                "            await self._write(lambda c: audit.append(c, ACTOR, later))\n",
+            ),
+        ],
+        [f"{_TRACED}[every commit leaves a ledger that holds]"],
+    ),
+    Mutant(
+        "no racy rule",
+        [Edit("services/scan.py", "racy = is_racy(looked, self.started)", "racy = False")],
+        ["tests/services/test_scan.py::test_an_edit_within_the_clocks_granularity_is_found"],
+    ),
+    Mutant(
+        "events only",
+        [
+            Edit(
+                "services/watch.py",
+                "if rung or self._full.get(root.id, 0.0) <= time.monotonic():",
+                "if False:",
+            )
+        ],
+        ["tests/services/test_watch.py::test_the_schedule_finds_what_no_event_told"],
+    ),
+    Mutant(
+        "mtime only",
+        [
+            Edit(
+                "services/scan.py",
+                "known.present and known.stat == found",
+                "known.present and known.stat.mtime_ns == found.mtime_ns",
+            )
+        ],
+        ["tests/services/test_scan.py::test_an_edit_long_after_is_found_by_more_than_its_mtime"],
+    ),
+]
+
+
+def apply(mutant: Mutant, package: Path) -> None:
+    """Seed a bug into a copy of the package.
+
+    Raises:
+        LookupError: what it edits is not there, or not once.
+    """
+    for file, old, new in mutant.edits:
+        path = package / file
+        text = path.read_text("utf-8")
+        if text.count(old) != 1:
+            found = text.count(old)
+            raise LookupError(f"mutant {mutant.name!r} does not apply: {found} x in {file}: {old}")
+        path.write_text(text.replace(old, new), "utf-8")
