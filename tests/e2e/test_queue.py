@@ -1,4 +1,4 @@
-"""The queue under fire: stopped workers, aborted jobs, poison, no processes, a lossy wire."""
+"""The queue under fire: stopped workers, aborted jobs, poison, no processes, no memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ from tests.e2e.test_daemon import (
 )
 from tests.factories import add_root
 from tests.plugs import BEHAVES, publish
-from tests.queue.lossy import lossy
 
 WORKER = "casparian_flow.engine.worker_client"
 
@@ -204,18 +203,3 @@ def test_want_of_memory_in_the_host_ends_the_job_and_not_the_daemon(
     assert work_off(settings) == {"FAILED": 1}
     assert "MemoryError" in outcomes(ledger)["a.do"][1]
     assert not list((settings.home / "output" / ".casparian" / "stage").iterdir())
-
-
-def test_a_wire_that_loses_repeats_and_delays_messages_does_no_harm(
-    ledger: Ledger, settings: Settings, source: Path
-) -> None:
-    root = add_root(ledger, source)
-    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
-    for n in range(40):
-        (source / f"{n}.do").write_text(f"fine {n}")
-    scan(ledger, root)
-    with lossy(seed=7) as tally:
-        assert work_off(settings) == {"COMPLETED": 40}
-    assert min(tally.values()) > 0, tally
-    assert rows(settings) == sorted(f"fine {n}" for n in range(40))
-    assert verify(settings, ledger).problems == []
