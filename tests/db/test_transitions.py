@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -311,7 +313,7 @@ def test_a_kill_between_seal_and_commit_leaves_neither(
 ) -> None:
     """In the migration that begins the seals, and in a scan after it."""
     before_seals(settings, monkeypatch)
-    with attacker(settings) as database:
+    with closing(sqlite3.connect(settings.database.path, isolation_level=None)) as database:
         database.execute("DELETE FROM cf_source_root")
         database.execute(
             "INSERT INTO cf_source_root (path, name, active, ignore, settle_seconds) "
@@ -321,7 +323,7 @@ def test_a_kill_between_seal_and_commit_leaves_neither(
         (source / f"{n}.txt").write_text(str(n))
     seed = random.Random(6)
     killed(settings, seed.randrange(1, 5))  # of the migration's four
-    with attacker(settings) as database:
+    with closing(sqlite3.connect(settings.database.path, isolation_level=None)) as database:
         assert database.execute("SELECT count(*) FROM cf_audit").fetchone() == (0,)
     killed(settings, 5)  # the scan's
     with open_ledger(settings.database) as ledger:
