@@ -224,8 +224,8 @@ def test_a_directory_that_errors_infers_no_deletions(
     scan(ledger, root)
     scandir, open_, bad = os.scandir, os.open, os.stat(source / "sub").st_ino
 
-    def broken_list(folder: int) -> Iterator[os.DirEntry[str]]:
-        if os.fstat(folder).st_ino == bad:
+    def broken_list(folder: int | Path) -> Iterator[os.DirEntry[str]]:
+        if os.stat(folder).st_ino == bad:
             raise OSError(5, "Input/output error")
         return scandir(folder)
 
