@@ -227,7 +227,7 @@ class _Scan:
             self._unreadable(path, str(error.strerror))
             self._sightings.append(_unread(path, listing.path, found, known, str(error.strerror)))
             return False
-        if content is None:
+        if content is None or self._was_written(found, content[1]):
             self.report.unsettled.add(listing.path)
             self.report.settles_in = max(
                 self.report.settles_in, self.root.settle_seconds, TORN_SECONDS
@@ -239,6 +239,13 @@ class _Scan:
         compared = known.version_id if known else None
         self._sightings.append(Sighting(path, listing.path, looked, digest, racy, compared))
         return not racy
+
+    def _was_written(self, found: Stat, looked: Stat) -> bool:
+        """Whether what was read is not what was found to be at rest: it was written in between."""
+        root = self.root
+        return looked != found and bool(
+            root.settle_seconds or root.min_age_seconds or root.done_file
+        )
 
     def _lacks_marker(self, listing: Listing, name: bytes) -> bool:
         if not self.root.done_file:

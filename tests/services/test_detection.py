@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import insert, select, update
@@ -25,6 +26,7 @@ from casparian_flow.db.models import (
     RoutingRule,
     ScanState,
 )
+from casparian_flow.services import scan as scan_module
 from casparian_flow.services import vanished, walk
 from casparian_flow.services.look import unrest
 from casparian_flow.services.root import Root
@@ -94,6 +96,29 @@ def test_a_file_below_the_minimum_age_waits_and_nobody_waits_for_it(
     assert (report.versions, report.waiting, report.unsettled) == (0, 1, set())
     ripe = root._replace(min_age_seconds=0, settle_seconds=0)
     assert scan(ledger, ripe).versions == 1
+
+
+def test_a_file_that_is_written_between_the_listing_and_the_reading_is_not_at_rest(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its age was judged by the stamps of the listing; the bytes that are read are younger."""
+    root = add_root(ledger, source, settle_seconds=0.05)
+    file = put(source / "f", "whole")
+    real = scan_module.hash_and_capture
+    read: list[bytes] = []
+
+    def late(name: bytes, *rest: Any) -> Any:
+        if not read:
+            put(file, "half of the next")
+        read.append(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(scan_module, "hash_and_capture", late)
+    report = scan(ledger, root)
+    while not read:
+        report = scan(ledger, root)
+    assert (report.versions, report.unsettled, history(ledger)) == (0, {b""}, {})
+    assert scan_until_settled(ledger, root).versions == 1
 
 
 HOUR = 3600 * 10**9
