@@ -220,7 +220,7 @@ class Stage:
             return
         if counts != {JobStatus.COMPLETED: len(FILES)}:
             yield f"not everything is done: {counts}; {len(done)} jobs have rows"
-        yield from (f"left behind: {left}" for left in self._left(settings))
+        yield from (f"left behind: {left}" for left in self._left())
 
     def _read_files(self) -> dict[int, Counter[str]]:
         """What a reader sees of the Parquet topic: job -> lines."""
@@ -242,11 +242,14 @@ class Stage:
                     found.setdefault(job, Counter())[line] += 1
         return found
 
-    def _left(self, settings: Settings) -> Iterator[Path]:
-        """Staged files, temporary files and guests' folders that nobody needs any more."""
+    def _left(self) -> Iterator[Path]:
+        """Staged and temporary files that nobody needs any more.
+
+        A guest's folder may be left: the next start of a daemon sweeps it, and a run that finds
+        everything done starts none.
+        """
         for path in self.tree.rglob("*"):
-            staged = path.parent.name == "stage" or path.name.endswith((".tmp", ".part"))
-            if staged or path.parent == settings.database.guests_folder:
+            if path.parent.name == "stage" or path.name.endswith((".tmp", ".part")):
                 yield path
 
 
