@@ -26,7 +26,6 @@ import pyarrow.parquet as pq
 from casparian_flow import config, main  # noqa: F401  for the runs
 from casparian_flow.cli import main as casparian
 from casparian_flow.cli import scan as scan_verb
-from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import open_ledger
 from casparian_flow.db.models import JobStatus
