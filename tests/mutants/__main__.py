@@ -22,6 +22,8 @@ from pathlib import Path
 from tests.mutants.seeded import MUTANTS, ROOT, Mutant, apply
 
 COPIED = ("casparian_flow", "plugins", "tests", "pyproject.toml", "global_config.toml")
+WITHIN_SECONDS = 900.0
+"""Far longer than the tests of any mutant take on a busy machine."""
 PASSED, FAILED = 0, 1
 """Exit codes of pytest; any other means that it could not try."""
 
@@ -38,11 +40,15 @@ def copy(folder: Path) -> Path:
 
 
 def run(folder: Path, tests: Sequence[str]) -> tuple[int, list[str], str]:
-    """Run tests in a copy: pytest's exit code, the ids that failed, and all it said."""
+    """Run tests in a copy: pytest's exit code, the ids that failed, and all it said.
+
+    Raises:
+        TimeoutExpired: they did not end. A test that hangs where it should fail catches nothing.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *tests],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)},
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, timeout=WITHIN_SECONDS,
     )  # fmt: skip
     failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return done.returncode, failed, done.stdout + done.stderr

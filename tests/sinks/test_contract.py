@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -274,6 +275,18 @@ def test_two_attempts_do_not_share_a_stage(place: Place) -> None:
     with pytest.raises(SinkUnavailable):
         place.stage(attempt="a1")
     stage.discard()
+
+
+def test_a_stage_that_cannot_be_opened_leaves_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(pa, "OSFile", refuse)
+    with pytest.raises(SinkUnavailable, match="too many open files"):
+        place.stage()
+    assert not place.staged_files()
 
 
 def test_our_outputs_are_marked_as_ours(place: Place) -> None:

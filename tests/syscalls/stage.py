@@ -26,7 +26,6 @@ import pyarrow.parquet as pq
 from casparian_flow import config, main  # noqa: F401  for the runs
 from casparian_flow.cli import main as casparian
 from casparian_flow.cli import scan as scan_verb
-from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import open_ledger
 from casparian_flow.db.models import JobStatus
@@ -220,7 +219,7 @@ class Stage:
             return
         if counts != {JobStatus.COMPLETED: len(FILES)}:
             yield f"not everything is done: {counts}; {len(done)} jobs have rows"
-        yield from (f"left behind: {left}" for left in self._left(settings))
+        yield from (f"left behind: {left}" for left in self._left())
 
     def _read_files(self) -> dict[int, Counter[str]]:
         """What a reader sees of the Parquet topic: job -> lines."""
@@ -242,11 +241,14 @@ class Stage:
                     found.setdefault(job, Counter())[line] += 1
         return found
 
-    def _left(self, settings: Settings) -> Iterator[Path]:
-        """Staged files, temporary files and guests' folders that nobody needs any more."""
+    def _left(self) -> Iterator[Path]:
+        """Staged and temporary files that nobody needs any more.
+
+        A guest's folder may be left: the next start of a daemon sweeps it, and a run that finds
+        everything done starts none.
+        """
         for path in self.tree.rglob("*"):
-            staged = path.parent.name == "stage" or path.name.endswith((".tmp", ".part"))
-            if staged or path.parent == settings.database.guests_folder:
+            if path.parent.name == "stage" or path.name.endswith((".tmp", ".part")):
                 yield path
 
 

@@ -91,8 +91,7 @@ class Stage:
             make_folder(folder, mode=0o700)
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
             crashpoint("stage.made")
-            # Arrow's own file: a Python one would be called back for every few bytes.
-            self._file = pa.OSFile(str(self.path), "wb")
+            self._file = self._opened()
         except OSError as error:
             raise unavailable(error, folder) from error
 
@@ -160,6 +159,15 @@ class Stage:
             self._file.close()
         with contextlib.suppress(OSError):
             self.path.unlink()
+
+    def _opened(self) -> Any:
+        """The new, empty file; gone again if it cannot be opened, since nobody else knows it."""
+        try:
+            # Arrow's own file: a Python one would be called back for every few bytes.
+            return pa.OSFile(str(self.path), "wb")
+        except OSError:
+            self.path.unlink()
+            raise
 
     def _start(self, columns: Any) -> None:
         _check_names(self._plan.topic, columns.names)
