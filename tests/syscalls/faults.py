@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from tests.syscalls.stage import Run, Stage
@@ -20,16 +21,24 @@ ERRORS = ("EIO", "ENOSPC", "EMFILE", "EINTR")
 SPANS = ("once", "for ever")
 
 
+def anywhere(_path: Path) -> bool:
+    """Every file of the tree."""
+    return True
+
+
 class Fault(NamedTuple):
     """What fails."""
 
     kind: str
     number: int
-    """1 is the first call of its kind on the tree."""
+    """1 is the first call of its kind on the tree that is about such a file."""
     error: str
     span: str
     """`once`; or `for ever`: all calls of the kind from this one on. No kernel interrupts for
     ever: there EINTR comes once to each call, which then may be made again."""
+    about: Callable[[Path], bool] = anywhere
+    """Which files count. Threads do not always take the same turns: the n-th call of a run may
+    be about another file than the n-th of the run before."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.number} {self.error} {self.span}"
@@ -47,8 +56,10 @@ class Injector:
     _interrupted: set[int] = field(default_factory=set)
 
     def __call__(self, call: Call) -> int:
-        kind, number, error, span = self.fault
+        kind, number, error, span, about = self.fault
         self.calls.append(call)
+        if call.kind == kind and not about(call.paths[0]):
+            return 0
         if call.kind == kind and call.thread in self._interrupted:
             self._interrupted.discard(call.thread)
             return 0

@@ -72,12 +72,8 @@ def checks(stage: Stage, names: Sequence[str]) -> Iterator[tuple[str, list[str]]
 
 def _fault(calls: list[Call], place: Place) -> Fault:
     """The middle one of the calls at a place: there is work before it and after it."""
-    numbers = [
-        number
-        for number, call in enumerate((c for c in calls if c.kind == place.kind), 1)
-        if place.is_there(call.paths[0])
-    ]
-    return Fault(place.kind, numbers[len(numbers) // 2], place.error, place.span)
+    there = [c for c in calls if c.kind == place.kind and place.is_there(c.paths[0])]
+    return Fault(place.kind, len(there) // 2 + 1, place.error, place.span, place.is_there)
 
 
 def _fsynced_again(calls: list[Call], failed: list[Call]) -> Iterator[str]:
