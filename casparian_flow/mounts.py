@@ -1,4 +1,4 @@
-"""Which filesystem a path lies on, and why a database should not lie there."""
+"""Which filesystem a path lies on: where others write unheard, and where no database should lie."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 _SHARED = {
-    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "ncpfs",
-    "fuse.sshfs", "fuse.glusterfs", "fuse.ceph",
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "coda", "gfs2", "glusterfs",
+    "gpfs", "lustre", "ncpfs", "ocfs2", "vboxsf",
+    "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.ceph-fuse",
 }  # fmt: skip
 _MEMORY = {"tmpfs", "ramfs"}
 
@@ -29,6 +30,13 @@ def kind(path: Path, mounts: Path = _MOUNTS) -> str:
         if inside and len(mounted) >= deepest:  # the last of those at one place is the one seen
             found, deepest = rest.split()[0], len(mounted)
     return found
+
+
+def unheard(path: Path) -> str:
+    """The type of a filesystem on which somebody may write without the kernel's telling us: one of
+    the network's, or one made by a program. Empty for a local one."""
+    found = kind(path)
+    return found if found in _SHARED or found.startswith("fuse") else ""
 
 
 def doubt(path: Path) -> str:

@@ -12,13 +12,11 @@ Where events do not tell the whole truth, on network filesystems, there is no wa
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
-import struct
-import sys
 import threading
 import time
+from pathlib import Path
 
 from watchdog.events import (
     EVENT_TYPE_CLOSED_NO_WRITE,
@@ -32,6 +30,7 @@ from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 from watchdog.utils import BaseThread
 
+from casparian_flow import mounts
 from casparian_flow.services.hints import Hints
 from casparian_flow.services.root import Heard, Root
 
@@ -42,15 +41,6 @@ LONGEST_PAUSE_SECONDS = 300.0
 
 STEADY_SECONDS = 60.0
 """A watcher that has lasted so long is not one that keeps dying."""
-
-NETWORK = {
-    0x6969: "NFS", 0x517B: "SMB", 0xFF534D42: "CIFS", 0xFE534D42: "SMB", 0x65735546: "FUSE",
-    0x01021997: "9p", 0x00C36400: "Ceph", 0x5346414F: "AFS", 0x6B414653: "AFS", 0x73757245: "Coda",
-    0x7461636F: "OCFS2", 0x01161970: "GFS2", 0x0BD00BD0: "Lustre", 0x47504653: "GPFS",
-    0x786F4256: "VirtualBox",
-}  # fmt: skip
-"""Filesystems on which others write unheard: `f_type` of statfs(2), from linux/magic.h and the
-filesystems' own sources."""
 
 _arming = threading.Lock()
 
@@ -73,7 +63,7 @@ class Watcher:
         self._failures = 0
         self._armed = self._again = 0.0
         self._first_armed = 0.0
-        self._network = network_filesystem(root.path)
+        self._network = mounts.unheard(Path(root.path))
 
     @property
     def state(self) -> str:
@@ -207,17 +197,6 @@ class Handler(FileSystemEventHandler):
             folder = name.rpartition(b"/")[0]
             wait = self._root.settle_seconds
             self._hints.add(self._root.id, folder, wait, name if tells else b"")
-
-
-def network_filesystem(path: str) -> str:
-    """The name of the network filesystem that a path is on; empty for a local one."""
-    if sys.platform != "linux":
-        return ""
-    buffer = ctypes.create_string_buffer(256)  # larger than any struct statfs
-    if ctypes.CDLL(None).statfs(os.fsencode(path), buffer) != 0:
-        return ""
-    (kind,) = struct.unpack_from("l", buffer)
-    return NETWORK.get(kind & 0xFFFFFFFF, "")
 
 
 def _identity(path: str) -> tuple[int, int] | None:

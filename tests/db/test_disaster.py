@@ -23,6 +23,7 @@ from casparian_flow.db.wiring import note
 from casparian_flow.errors import LedgerError, LedgerLost
 from casparian_flow.main import first_error
 from casparian_flow.services import report
+from tests.disks import in_memory
 from tests.factories import add_job
 
 PATIENCE = 120.0
@@ -116,13 +117,8 @@ def test_damage_seen_while_running_ends_it(settings: Settings, ledger: Ledger) -
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small filesystem of our own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("only root can mount: full and read-only disks under the ledger are untested")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with in_memory(tmp_path / "disk", "2m") as folder:
+        yield folder
 
 
 def test_a_full_disk_under_the_ledger_writes_nothing_and_reads_on(disk: Path) -> None:
@@ -247,10 +243,15 @@ def test_a_database_on_a_network_or_in_memory_is_doubted(
     kinds = {"/home/x": "ext4", "/mnt/office files/a": "nfs4", "/run/a": "tmpfs", "/runner": "ext4"}
     assert {path: mounts.kind(Path(path), table) for path in kinds} == kinds
     assert mounts.kind(Path("/"), tmp_path / "none") == ""
-    for kind, words in (("nfs4", "network filesystem"), ("tmpfs", "in memory"), ("ext4", "")):
+    assert mounts.unheard(tmp_path) == ""
+    for kind, words, unheard in (
+        ("nfs4", "network filesystem", True), ("fuse.sshfs", "network filesystem", True),
+        ("fuseblk", "", True), ("tmpfs", "in memory", False), ("ext4", "", False),
+    ):  # fmt: skip
         monkeypatch.setattr(mounts, "kind", lambda path, kind=kind: kind)
         assert words in mounts.doubt(tmp_path)
         assert bool(mounts.doubt(tmp_path)) == bool(words)
+        assert bool(mounts.unheard(tmp_path)) == unheard
 
 
 def test_a_log_that_a_foreign_reader_holds_is_said(

@@ -20,6 +20,7 @@ from casparian_flow.db.models import FileVersion, Plugin, ProcessingJob, TopicCo
 from casparian_flow.engine.committer import PAUSED
 from casparian_flow.engine.dispatch import output_key
 from casparian_flow.services.scan import scan
+from tests.disks import in_memory
 from tests.e2e.test_daemon import PATIENCE, all_done, outcomes, work_off
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
@@ -28,13 +29,8 @@ from tests.plugs import ROWS, publish
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem with room for next to nothing."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("only root can mount: a full disk is untested")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with in_memory(tmp_path / "small", "64k") as folder:
+        yield folder
 
 
 def test_a_full_disk_pauses_the_sink_costs_no_attempt_and_resumes(

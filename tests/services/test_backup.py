@@ -27,6 +27,7 @@ from casparian_flow.services import backup
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
+from tests.disks import in_memory
 from tests.e2e.test_daemon import all_done
 from tests.factories import add_job, add_root
 from tests.plugs import ROWS, publish
@@ -128,13 +129,8 @@ def test_a_ledger_that_does_not_hold_gives_no_backup(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem with room for next to nothing."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("only root can mount: a full disk is untested")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with in_memory(tmp_path / "small", "64k") as folder:
+        yield folder
 
 
 def test_a_full_disk_keeps_the_backup_that_is_there(

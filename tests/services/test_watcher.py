@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from watchdog.events import FileSystemEvent
 
+from casparian_flow import mounts
 from casparian_flow.db import roots
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.services import hints as hints_module
@@ -18,7 +19,7 @@ from casparian_flow.services import watch as watch_module
 from casparian_flow.services import watcher as watcher_module
 from casparian_flow.services.hints import Hints
 from casparian_flow.services.root import Root
-from casparian_flow.services.watcher import WATCHING, Handler, Watcher, network_filesystem
+from casparian_flow.services.watcher import WATCHING, Handler, Watcher
 from tests.conftest import write_config
 from tests.detection import missed
 from tests.factories import add_root
@@ -98,17 +99,15 @@ def test_a_root_that_is_replaced_is_watched_anew(ledger: Ledger, source: Path) -
 def test_a_network_filesystem_is_polled(
     ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert network_filesystem(str(source)) == ""
-    assert network_filesystem(str(source / "missing")) == ""
     root = add_root(ledger, source)
-    monkeypatch.setattr(watcher_module, "network_filesystem", lambda _: "NFS")
+    monkeypatch.setattr(mounts, "kind", lambda _: "nfs4")
 
     async def story() -> None:
         async with watching(ledger, poll_seconds=0.1) as (watch, _):
             await until(lambda: bool(watch.last))
             (source / "f").write_text("1")
             await until(lambda: versions(ledger) == 1)
-            assert state(ledger, root).watch.startswith("polling: NFS")
+            assert state(ledger, root).watch.startswith("polling: nfs4")
 
     asyncio.run(story())
 
