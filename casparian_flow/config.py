@@ -77,8 +77,11 @@ class DatabaseSettings(Section, frozen=True):
 
     @property
     def guests_folder(self) -> Path:
-        """One folder a running guest, with the guest's inbox in it."""
-        return self.state_folder / "guests"
+        """One folder a running guest, with the guest's inbox in it.
+
+        This database's own: its daemon empties it at the start, while another one's guests run.
+        """
+        return self.state_folder / f"{self.path.name}.guests"
 
     @property
     def snapshots_folder(self) -> Path:

@@ -82,7 +82,8 @@ def _of_topic(scene: Scene, act: Act, topic: str) -> Iterator[str]:
 def _left(folder: Path) -> Iterator[str]:
     """Staged files, guests' folders and temporary files that nobody needs any more."""
     for path in folder.rglob("*"):
-        housed = path.parent.name in ("stage", "guests") and STATE_FOLDER in path.parts
+        home = path.parent.name
+        housed = (home == "stage" or home.endswith(".guests")) and STATE_FOLDER in path.parts
         if housed or path.suffix in (".tmp", ".part"):
             yield str(path)
 

@@ -16,11 +16,12 @@ from sqlalchemy import select
 
 from casparian_flow import daemon_lock, main
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, jobs
+from casparian_flow.db import audit, jobs, views
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, FileLocation, FileVersion, ProcessingJob
 from casparian_flow.errors import DaemonRunning
 from casparian_flow.main import Daemon
+from casparian_flow.services import changes
 from casparian_flow.services.scan import Root, scan
 from tests.conftest import write_config
 from tests.factories import add_root
@@ -305,6 +306,33 @@ def test_a_stop_releases_what_runs_and_the_next_start_finishes_it(
     (source / "0.do").write_text("fine")
     scan(ledger, root)
     assert work_off(settings) == {"COMPLETED": 30, "SUPERSEDED": 1}
+
+
+def test_the_daemon_of_another_database_in_the_folder_leaves_its_guests_alone(
+    ledger: Ledger, settings: Settings, source: Path
+) -> None:
+    file = settings.home / "other.toml"
+    file.write_text('[database]\ndb_location = "other.sqlite3"\n')
+    other = main.config.load(str(file))
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    (source / "one.do").write_text("hang")
+    scan(ledger, root)
+
+    async def story() -> None:
+        async with main.running(settings, "test", workers=1, watch=False) as daemon:
+            await asyncio.to_thread(running, ledger, settings, root)
+            before = sorted(settings.database.guests_folder.rglob("*"))
+            assert any(path.name.startswith("hand-") for path in before)
+            async with main.running(other, "test", workers=1, watch=False):
+                assert sorted(settings.database.guests_folder.rglob("*")) == before
+            changes.abort_jobs(
+                ledger, settings, ledger.read(lambda c: views.job_ids(c, ["RUNNING"]))
+            )
+            assert await all_done(daemon) == {"ABORTED": 1}
+
+    asyncio.run(story())
+    assert other.database.state_folder == settings.database.state_folder
 
 
 def test_a_daemon_that_is_left_at_once_leaves(settings: Settings) -> None:
