@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["cli", "__main__", "selftest"],
     ["main"],
-    ["services.backup", "services.outputs"],
+    ["services.backup", "services.outputs", "services.backfill"],
     [
         "services.changes",
         "services.keys",
@@ -69,7 +69,7 @@ LAYERS = [
         "engine.wire",
     ],
     ["engine.sinks"],
-    ["db.scrubs"],
+    ["db.scrubs", "db.backfill"],
     [
         "db.files",
         "db.doubts",

@@ -14,6 +14,7 @@ import typer
 
 from casparian_flow.cli import (
     audit,
+    backfill,
     backup,
     context,
     demo,
@@ -53,6 +54,7 @@ app.command()(scan.scan)
 app.command()(start.wait)
 app.command()(look.status)
 app.add_typer(jobs.app, name="jobs")
+app.command()(backfill.backfill)
 app.command()(look.files)
 app.command()(look.versions)
 app.add_typer(plugins.app, name="plugins")

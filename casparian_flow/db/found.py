@@ -174,7 +174,7 @@ JOIN cf_source_root r ON r.id = l.source_root_id AND r.name = f.source
 """
 """What an inventory has found of a version's location."""
 
-ENQUEUE = f"""
+_INSERT = f"""
 INSERT INTO cf_processing_queue
     (id, file_version_id, plugin_id, plugin_name, priority, created_at,
      status, fence, attempts, not_before, reason)
@@ -185,18 +185,32 @@ SELECT coalesce(
         1 + max((SELECT coalesce(max(id), 0) FROM cf_processing_queue),
                 (SELECT coalesce(max(job_id), 0) FROM cf_found_output))),
     ?1, ?2, ?3, ?4, ?5, 'QUEUED', 0, 0, 0.0, ''
-WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
+WHERE NOT EXISTS (SELECT 1 {_FOUND} WHERE f.ordinal > (
+                  SELECT max(ordinal) FROM cf_file_version WHERE location_id = l.id))
+"""  # noqa: S608  - a location that lacks versions waits for the scan that gives them back
+"""A job for ?1 version, ?2 plugin, ?3 its name, ?4 priority, ?5 now."""
+
+ENQUEUE = f"""{_INSERT}
+  AND NOT EXISTS (SELECT 1 FROM cf_processing_queue
                   WHERE file_version_id = ?1 AND plugin_name = ?3)
   AND NOT EXISTS (SELECT 1 {_FOUND} WHERE f.ordinal = v.ordinal AND f.plugin_name = ?3
                   AND f.content_hash = v.content_hash
                   AND f.artifact_hash <> (SELECT artifact_hash FROM cf_plugin WHERE id = ?2))
-  AND NOT EXISTS (SELECT 1 {_FOUND} WHERE f.ordinal > (
-                  SELECT max(ordinal) FROM cf_file_version WHERE location_id = l.id))
-"""  # noqa: S608  - a location that lacks versions waits for the scan that gives them back
-"""A job for ?1 version, ?2 plugin, ?3 its name, ?4 priority, ?5 now; if it needs one."""
+"""  # noqa: S608
+"""The job, if no artifact of the plugin has one for the version or has worked it."""
+
+BACKFILL = f"""{_INSERT}
+  AND NOT EXISTS (SELECT 1 FROM cf_processing_queue
+                  WHERE file_version_id = ?1 AND plugin_name = ?3
+                  AND (plugin_id = ?2 OR status IN ('QUEUED', 'RUNNING', 'COMMITTING')))
+"""  # noqa: S608
+"""The job, if this artifact has none and no other one's is unfinished."""
 
 COMMITTED = """
-WITH done AS (
+WITH active AS (
+    SELECT p.id FROM cf_plugin p JOIN cf_plugin_config c
+    ON c.plugin_name = p.name AND c.active_version = p.version
+), done AS (
     SELECT j.id, l.source_root_id, l.path, v.ordinal, j.plugin_name, j.plugin_id
     FROM cf_processing_queue j JOIN cf_file_version v ON v.id = j.file_version_id
     JOIN cf_file_location l ON l.id = v.location_id
@@ -212,7 +226,7 @@ WITH done AS (
 ), work AS (
     SELECT id, rank() OVER (
         PARTITION BY source_root_id, path, plugin_name
-        ORDER BY ordinal DESC, plugin_id DESC) = 1 AS latest
+        ORDER BY ordinal DESC, plugin_id IN active DESC, plugin_id DESC) = 1 AS latest
     FROM (SELECT id, source_root_id, path, ordinal, plugin_name, plugin_id FROM done UNION
           SELECT id, source_root_id, path, ordinal, plugin_name, plugin_id FROM found)
 )

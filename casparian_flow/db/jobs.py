@@ -2,6 +2,7 @@
 
     verb        from                 to           guard
     enqueue     -                    QUEUED       no job of that plugin for the version
+    backfill    -                    QUEUED       none of that artifact, no unfinished one
     claim       QUEUED               RUNNING      fence + 1, attempt counted
     decide      RUNNING              COMMITTING   (id, fence)
     complete    COMMITTING           COMPLETED    every output published
@@ -73,10 +74,22 @@ def enqueue(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: st
     What an inventory has found of the version counts: the same artifact's job comes back under its
     old id, another one of the same plugin needs no job (see `db.found`).
     """
+    return _add(connection, found.ENQUEUE, pairs, now)
+
+
+def backfill(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: str) -> list[int]:
+    """Queue a job for each (version id, wanted) on a person's word, though another artifact of the
+    plugin has worked the version; return new ids."""
+    return _add(connection, found.BACKFILL, pairs, now)
+
+
+def _add(
+    connection: Connection, statement: str, pairs: Sequence[tuple[int, Wanted]], now: str
+) -> list[int]:
     last, free = connection.execute(text(found.BEFORE_ENQUEUE)).one()
     execute_many(
         connection,
-        found.ENQUEUE,
+        statement,
         [(version, w.plugin_id, w.plugin_name, w.priority, now) for version, w in pairs],
     )
     new = (ProcessingJob.id > last) | ProcessingJob.id.in_(json.loads(free))
@@ -329,41 +342,26 @@ def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
     ended = ProcessingJob.status.in_([JobStatus.FAILED, JobStatus.ABORTED]) | (
         ProcessingJob.file_version_id.in_(kept) & (ProcessingJob.status == JobStatus.SUPERSEDED)
     )
-    return list(
-        connection.execute(
-            update(ProcessingJob)
-            .where(ProcessingJob.id.in_(job_ids), ended)
-            .values(
-                status=JobStatus.QUEUED, attempts=0, not_before=0.0, reason="", finished_at=None
-            )
-            .returning(ProcessingJob.id)
-        ).scalars()
-    )
+    return _queue_again(connection, ProcessingJob.id.in_(job_ids), ended)
 
 
 def revive(connection: Connection, version_ids: Sequence[int]) -> list[int]:
     """Queue superseded jobs of versions whose bytes a scan has found in their place again."""
-    return list(
-        connection.execute(
-            update(ProcessingJob)
-            .where(
-                ProcessingJob.file_version_id.in_(version_ids),
-                ProcessingJob.status == JobStatus.SUPERSEDED,
-            )
-            .values(
-                status=JobStatus.QUEUED, attempts=0, not_before=0.0, reason="", finished_at=None
-            )
-            .returning(ProcessingJob.id)
-        ).scalars()
-    )
+    versions = ProcessingJob.file_version_id.in_(version_ids)
+    return _queue_again(connection, versions, ProcessingJob.status == JobStatus.SUPERSEDED)
 
 
 def remake(connection: Connection, job_ids: Sequence[int]) -> list[int]:
     """Queue completed jobs whose output is in its sink no more, on a person's word."""
+    completed = ProcessingJob.status == JobStatus.COMPLETED
+    return _queue_again(connection, ProcessingJob.id.in_(job_ids), completed)
+
+
+def _queue_again(connection: Connection, *which: ColumnElement[bool]) -> list[int]:
     return list(
         connection.execute(
             update(ProcessingJob)
-            .where(ProcessingJob.id.in_(job_ids), ProcessingJob.status == JobStatus.COMPLETED)
+            .where(*which)
             .values(
                 status=JobStatus.QUEUED, attempts=0, not_before=0.0, reason="", finished_at=None
             )

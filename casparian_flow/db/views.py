@@ -315,8 +315,9 @@ def committed(connection: Connection) -> list[Row]:
     """One output of each topic of each completed job: what `casparian query` reads.
 
     A topic that goes to several sinks has the same rows in each, and is read from the first.
-    `latest` marks what the newest version of its location gave, by the newest plugin version. What
-    an inventory has found counts as what its job gave, until that job has come back.
+    `latest` marks what the newest version of its location gave, by the plugin version that takes
+    new jobs, else by the newest that worked it. What an inventory has found counts as what its job
+    gave, until that job has come back.
     """
     return _rows(connection, COMMITTED)
 

@@ -1,0 +1,76 @@
+"""`casparian backfill`."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from casparian_flow.cli import context
+
+if TYPE_CHECKING:
+    from casparian_flow.services.backfill import Backfilled
+
+
+def backfill(
+    ctx: typer.Context,
+    plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="As in `casparian plugins`.")],
+    path: Annotated[
+        str | None,
+        typer.Option(metavar="GLOB", help="Only of files whose path matches; * crosses /."),
+    ] = None,
+    since: Annotated[
+        datetime | None,
+        typer.Option(
+            formats=["%Y-%m-%d"], metavar="DATE", help="Only versions recorded since, UTC."
+        ),
+    ] = None,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="Also what another version of the plugin has worked.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many jobs, and queue none.")
+    ] = False,
+) -> None:
+    """Have a plugin work versions that were recorded before it.
+
+    Older contents of files too, as far as their bytes are there: in the file, or in the snapshot
+    store. Nothing that stands in the sinks is changed; new rows come beside it.
+    """
+    from casparian_flow.services.backfill import backfill as ask
+
+    with context.opened(ctx) as (settings, ledger):
+        done = ask(
+            ledger, settings, plugin,
+            path=path, since=since.isoformat(" ") if since else None, redo=redo, dry_run=dry_run,
+        )  # fmt: skip
+    _tell(plugin, done, dry_run=dry_run)
+
+
+def _tell(plugin: str, done: Backfilled, *, dry_run: bool) -> None:
+    would = "would be " if dry_run else ""
+    context.say(f"{plugin} {done.version}: {done.queued} jobs {would}queued")
+    if not done.routed:
+        context.note(f"no version that was asked for is routed to {plugin}")
+        context.note("  try: casparian rules list")
+    if done.bytes_gone:
+        context.say(
+            f"{done.bytes_gone} versions have no bytes any more: their files have changed or are "
+            "gone, and no snapshot was kept (docs/snapshots.md)"
+        )
+    if done.worked:
+        context.say(
+            f"{done.worked} versions were worked by another version of {plugin} "
+            f"(--redo has {done.version} work them too)"
+        )
+    if done.waits:
+        context.say(
+            f"{done.waits} versions have an unfinished job of another version of {plugin}, "
+            "and stay with it"
+        )
+    if done.queued:
+        context.say(
+            "their rows come beside those that are there, with their own _cf_plugin_version; "
+            "`casparian query` shows each file's latest version once"
+        )

@@ -1,0 +1,115 @@
+"""What was recorded before a plugin, and what another version of it did, is worked on a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sqlalchemy import select
+
+from casparian_flow import config
+from casparian_flow.config import Settings
+from casparian_flow.db import jobs, snapshots, views
+from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.models import FileVersion
+from casparian_flow.engine.sinks import query
+from casparian_flow.services import plugins
+from casparian_flow.services.backfill import Backfilled, backfill
+from casparian_flow.services.scan import scan
+from casparian_flow.services.verify import verify
+from tests.cli.conftest import Casparian
+from tests.conftest import write_config
+from tests.e2e.test_snapshots import COPY, SEES, work_all
+from tests.factories import add_root
+from tests.plugs import publish
+
+A = [("a.txt", f"content {n}") for n in (1, 2, 3)]
+
+
+def rows(ledger: Ledger, table: str = "seen") -> list[tuple[str, str, str]]:
+    """(name, content, plugin version) of every row that `casparian query` shows."""
+    question = f"SELECT name, content, _cf_plugin_version AS version FROM {table}"
+    with query.answer(question, ledger.read(views.committed)) as found:
+        return sorted(tuple(row.values()) for row in found.read_all().to_pylist())
+
+
+def recorded(tmp_path: Path, source: Path) -> Settings:
+    """A file that had three contents, and one that is gone: all before there was a plugin."""
+    settings = write_config(tmp_path / "flow", COPY)
+    with open_ledger(settings.database) as ledger:
+        root = add_root(ledger, source)
+        (source / "b.txt").write_text("b, as it was")
+        (source / "other.md").write_text("no plugin wants it")
+        for name, content in A:
+            (source / name).write_text(content)
+            scan(ledger, root)
+        (source / "b.txt").unlink()
+        scan(ledger, root)
+    return settings
+
+
+def test_a_plugin_works_older_versions_on_a_word_and_redoes_on_another(
+    tmp_path: Path, source: Path
+) -> None:
+    settings = recorded(tmp_path, source)
+    cli = Casparian(settings.home)
+    with open_ledger(settings.database) as ledger:
+        publish(ledger, settings, "sees", SEES, "1.0.0")
+        assert work_all(settings) == {"COMPLETED": 1}
+        assert backfill(ledger, settings, "sees", path="b*", dry_run=True).queued == 1
+        assert "3 jobs would be queued" in cli.out("backfill", "sees", "--dry-run")
+        assert ledger.read(jobs.counts) == {"COMPLETED": 1}
+        said = cli.out("backfill", "sees")
+        assert "sees 1.0.0: 3 jobs queued" in said
+        assert "_cf_plugin_version" in said
+        assert work_all(settings) == {"COMPLETED": 4}
+        gone = ("b.txt", "b, as it was", "1.0.0")
+        assert rows(ledger) == [(*A[2], "1.0.0"), gone]
+        first = [*((*row, "1.0.0") for row in A), gone]
+        assert rows(ledger, "seen_history") == first
+        assert "sees 1.0.0: 0 jobs queued" in cli.out("backfill", "sees")
+
+        publish(ledger, settings, "sees", SEES + "\n# better\n", "1.1.0")
+        said = cli.out("backfill", "sees", "--since", "2020-01-01")
+        assert "sees 1.1.0: 0 jobs queued" in said
+        assert "4 versions were worked by another version of sees" in said
+        assert "0 jobs" in cli.out("backfill", "sees", "--redo", "--since", "9999-01-01")
+        assert "sees 1.1.0: 4 jobs queued" in cli.out("backfill", "sees", "--redo")
+        assert work_all(settings) == {"COMPLETED": 8}
+        assert rows(ledger) == [(*row[:2], "1.1.0") for row in (first[2], gone)]
+        again = [(*row[:2], "1.1.0") for row in first]
+        assert rows(ledger, "seen_history") == sorted(first + again)
+
+        plugins.activate(ledger, settings, config.keys_folder(), "sees", "1.0.0", "1.1.0 is wrong")
+        assert rows(ledger) == [first[2], gone]
+        assert backfill(ledger, settings, "sees", redo=True).queued == 0
+        assert verify(settings, ledger).problems == []
+        noted = ledger.read(lambda c: views.audit(c, 9, "plugin sees *"))
+        asked = [row["subject"] for row in noted if row["action"] == "backfill"]
+    assert asked == ["plugin sees 1.1.0", "plugin sees 1.0.0"]
+
+
+def test_what_has_no_bytes_any_more_and_what_waits_is_counted(tmp_path: Path, source: Path) -> None:
+    settings = recorded(tmp_path, source)
+    cli = Casparian(settings.home)
+    with open_ledger(settings.database) as ledger:
+        publish(ledger, settings, "sees", SEES, "1.0.0")
+        lost = select(FileVersion.content_hash).where(FileVersion.ordinal == 2)
+        ledger.write(lambda c: snapshots.forget(c, c.execute(lost).scalars().all()))
+        publish(ledger, settings, "sees", SEES + "\n# better\n", "1.1.0")
+        done = backfill(ledger, settings, "sees", redo=True, dry_run=True)
+        assert done == Backfilled("1.1.0", 2, 4, bytes_gone=1, worked=0, waits=1)
+        said = cli.out("backfill", "sees", "--redo")
+        assert "sees 1.1.0: 2 jobs queued" in said
+        assert "1 versions have no bytes any more" in said
+        assert "1 versions have an unfinished job of another version of sees" in said
+
+
+def test_what_cannot_be_meant_is_said(tmp_path: Path, source: Path) -> None:
+    settings = recorded(tmp_path, source)
+    cli = Casparian(settings.home)
+    with open_ledger(settings.database) as ledger:
+        publish(ledger, settings, "sees", SEES, "1.0.0")
+        assert "no plugin is named 'sea'" in cli.err("backfill", "sea", code=66)
+        assert "is routed to sees" in cli.err("backfill", "sees", "--path", "*.md")
+        plugins.disable(ledger, settings, config.keys_folder(), "sees", None, "wrong")
+        assert "no version of sees takes jobs" in cli.err("backfill", "sees", code=1)
