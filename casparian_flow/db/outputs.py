@@ -161,7 +161,8 @@ def published(connection: Connection) -> Iterable[Any]:
 _NAMED = """
 SELECT o.output_key, o.topic, o.location, o.target, o.rows, o.digest, o.job_id, j.status,
        r.name AS source, r.path AS root_path, l.path, l.rel_path, v.ordinal, v.content_hash,
-       o.output_key IN (SELECT output_key FROM cf_forgotten_output) AS forgotten
+       o.output_key IN (SELECT output_key FROM cf_forgotten_output) AS forgotten,
+       v.content_hash IN (SELECT content_hash FROM cf_snapshot) AS kept
 FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
 JOIN cf_file_version v ON v.id = j.file_version_id
 JOIN cf_file_location l ON l.id = v.location_id
@@ -170,7 +171,7 @@ WHERE o.state = 'PUBLISHED'
 UNION ALL
 SELECT f.output_key, f.topic, f.location, f.target, f.rows, f.digest, f.job_id, NULL,
        f.source, r.path, f.path, CAST(f.path AS TEXT), f.ordinal, f.content_hash,
-       f.output_key IN (SELECT output_key FROM cf_forgotten_output)
+       f.output_key IN (SELECT output_key FROM cf_forgotten_output), 0
 FROM cf_found_output f JOIN cf_source_root r ON r.name = f.source
 WHERE f.output_key NOT IN (SELECT output_key FROM cf_output WHERE state = 'PUBLISHED')
 """

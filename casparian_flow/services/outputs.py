@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection
@@ -55,13 +56,13 @@ def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
 
     Raises:
         NotFound: no published output has that name.
-        CasparianError: the sink holds it whole, its job is at work, or the version's bytes are not
-            there any more; nothing was changed.
+        CasparianError: the sink holds it whole, its job is at work, or the version's bytes are
+            neither in its snapshot nor in its file any more; nothing was changed.
         SinkConflict: an altered file stands in its place.
     """
     broken = _broken(_named(ledger, name), name)
     for row in broken:
-        _check_bytes(row)
+        _check_bytes(row, settings)
     for row in broken:
         sinks.open_sink(row.location).withdraw(_claim(row))
     crashpoint("outputs.withdrawn")
@@ -114,8 +115,9 @@ def _claim(row: Any) -> Claim:
     )  # fmt: skip
 
 
-def _check_bytes(row: Any) -> None:
-    """Return if the output can be made again from the bytes of its version.
+def _check_bytes(row: Any, settings: Settings) -> None:
+    """Return if the output can be made again from the bytes of its version: its snapshot, which
+    has outlived the file perhaps, or the file.
 
     Raises:
         CasparianError: why not.
@@ -126,15 +128,21 @@ def _check_bytes(row: Any) -> None:
             "job gave can be restored",
             f"casparian jobs show {row.job_id}",
         )
-    path = os.path.join(os.fsencode(row.root_path), row.path)
-    try:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        found = ""
+    if row.kept and _digest(settings.database.snapshot(row.content_hash)) == row.content_hash:
+        return
+    found = _digest(os.path.join(os.fsencode(row.root_path), row.path))
     if found != row.content_hash:
         raise CasparianError(
-            f"{row.rel_path} {'has changed' if found else 'is gone'} since version {row.ordinal}: "
-            f"the bytes that job {row.job_id} worked are not there any more; nothing was changed",
+            f"{row.rel_path} {'has changed' if found else 'is gone'} since version {row.ordinal}, "
+            f"and no whole snapshot has the bytes of job {row.job_id}; nothing was changed",
             f"put that content back, or: casparian outputs forget {row.job_id}",
         )
+
+
+def _digest(path: bytes | Path) -> str:
+    """SHA-256 of a file, hexadecimal; empty where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""

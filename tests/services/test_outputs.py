@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -13,8 +14,12 @@ from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.errors import CasparianError, NotFound, SinkConflict
 from casparian_flow.services import outputs
+from tests.conftest import write_config
 from tests.e2e.test_daemon import work_off
 from tests.e2e.test_disaster import Flow, asked, flow, problems
+from tests.plugs import ROWS
+
+COPY = '[snapshots]\nmode = "copy"\n'
 
 __all__ = ["flow"]  # the fixture
 
@@ -78,3 +83,24 @@ def test_an_altered_file_is_named_and_never_overwritten(flow: Flow) -> None:
         assert ledger.read(jobs.counts) == {"COMPLETED": 1}
         with pytest.raises(NotFound):
             outputs.forget(ledger, "7")
+
+
+def test_a_snapshot_is_enough_to_make_an_output_again(tmp_path: Path, source: Path) -> None:
+    flow = Flow(write_config(tmp_path / "flow", COPY), source, ROWS)
+    with open_ledger(flow.settings.database) as ledger:
+        flow.work(ledger, flow.publish(ledger), a="a1\na2", b="b1")
+        job, target = of_a(ledger)
+        before = flow.lines()
+        take_away(flow, target)
+        (flow.source / "a.txt").unlink()
+        snapshot = flow.settings.database.snapshot(hashlib.sha256(b"a1\na2").hexdigest())
+        kept = snapshot.read_bytes()
+        snapshot.chmod(0o600)
+        snapshot.write_bytes(b"damaged")
+        with pytest.raises(CasparianError, match="is gone since version 1, and no whole snapshot"):
+            outputs.restore(ledger, flow.settings, job)
+        snapshot.write_bytes(kept)
+        assert outputs.restore(ledger, flow.settings, job) == [int(job)]
+        assert work_off(flow.settings) == {"COMPLETED": 2}
+        assert flow.lines() == before
+        assert problems(flow, ledger) == []
