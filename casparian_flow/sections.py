@@ -43,8 +43,8 @@ class SnapshotSettings(Section, frozen=True):
     """What is kept of the bytes of recorded versions; docs/snapshots.md says what each costs."""
 
     mode: Literal["off", "reflink", "copy"] = "reflink"
-    """`reflink` shares a file's blocks where the filesystem can, which costs next to nothing, and
-    keeps nothing elsewhere; `copy` copies there; `off` keeps nothing anywhere."""
+    """`reflink` shares a file's blocks where the filesystem can, which costs no disk, and keeps
+    nothing elsewhere; `copy` copies there; `off` keeps nothing anywhere."""
 
     copy_limit_bytes: Count = 256 << 20
     """A larger file is never copied; its blocks are shared, or it has no snapshot."""

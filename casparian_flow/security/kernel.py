@@ -57,3 +57,12 @@ def mount(source: str, target: str, kind: str, flags: int, options: str = "") ->
 def unmount(target: str, flags: int) -> None:
     """umount2(2)."""
     check(f"umount {target}", _C.umount2(os.fsencode(target), flags))
+
+
+def sync_filesystem(path: str | os.PathLike[str]) -> None:
+    """syncfs(2): have everything that was written to a path's filesystem on its disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        check("syncfs", _C.syncfs(descriptor))
+    finally:
+        os.close(descriptor)

@@ -22,8 +22,9 @@ import fcntl
 import logging
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
@@ -36,6 +37,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import snapshots as claims
 from casparian_flow.db.snapshots import Placed
 from casparian_flow.engine import inbox
+from casparian_flow.security import kernel
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,10 @@ RESERVE_BYTES = 1 << 30
 
 FSYNCS = 8
 """At once: they share the commits of the filesystem's journal."""
+
+MANY = 64
+"""Files that are made durable with their whole filesystem, where they are so many or more: btrfs
+takes 2 s for the fsyncs of a thousand clones, and 20 ms for all of them at once."""
 
 CANNOT_SHARE = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
 """What cloning says where it will never work between two places."""
@@ -213,21 +219,21 @@ class Store:
         targets = {content_hash: self._database.snapshot(content_hash) for content_hash in captured}
         folders = sorted({target.parent for target in targets.values()})
         for folder in folders:
-            make_folder(folder, mode=0o700)
+            folder.mkdir(mode=0o700, exist_ok=True)
+        fsync_path(self._folder)
         fresh: dict[Path, Path] = {}
         for content_hash, (file, size) in captured.items():
             if _size(targets[content_hash]) == size:
                 file.unlink()
             else:
                 fresh[file] = targets[content_hash]
-        with ThreadPoolExecutor(FSYNCS) as pool:
-            list(pool.map(fsync_path, fresh))
-            crashpoint("snapshot.fsynced")
-            for file, target in fresh.items():
-                file.rename(target)
-                crashpoint("snapshot.renamed")
-            # A file that was there may be a crash's, with a name that is not durable yet.
-            list(pool.map(fsync_path, folders))
+        _make_durable(list(fresh))
+        crashpoint("snapshot.fsynced")
+        for file, target in fresh.items():
+            file.rename(target)
+            crashpoint("snapshot.renamed")
+        # A file that was there may be a crash's, with a name that is not durable yet.
+        _make_durable(folders)
         crashpoint("snapshot.placed")
         return [Placed(content_hash, size) for content_hash, (_, size) in captured.items()]
 
@@ -313,6 +319,19 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _make_durable(paths: Sequence[Path]) -> None:
+    """Have these files or folders of the store on the disk before anything is built on them.
+
+    Raises:
+        OSError: some may not be. (Of a filesystem as a whole, Linux says so since 5.8.)
+    """
+    if len(paths) >= MANY and sys.platform == "linux":
+        kernel.sync_filesystem(paths[0])
+        return
+    with ThreadPoolExecutor(FSYNCS) as pool:
+        list(pool.map(fsync_path, paths))
 
 
 def _has_room(file: FileIO, size: int) -> bool:

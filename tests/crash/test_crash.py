@@ -16,11 +16,16 @@ import pytest
 from casparian_flow import crashpoints
 from casparian_flow.atomic import fsync_path
 from casparian_flow.crashpoints import Trap
+from casparian_flow.db import snapshots
+from casparian_flow.db.access import open_ledger
 from casparian_flow.errors import ConfigError
 from casparian_flow.selftest import oracle
 from casparian_flow.selftest.matrix import Matrix, Point, staged
 from casparian_flow.selftest.scene import Ground
+from casparian_flow.services.snapshot_checks import problems
+from casparian_flow.services.snapshots import MANY
 from tests.cli.conftest import Casparian, casparian, source  # noqa: F401
+from tests.conftest import write_config
 from tests.crash.power import LoopGround, why_not
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -151,5 +156,26 @@ def test_a_power_cut_forgets_what_was_not_made_durable(tmp_path: Path) -> None:
         ground.power_on()
         assert (ground.home / "kept").read_bytes() == b"x"
         assert not (ground.sink / "forgotten").exists()
+    finally:
+        ground.close()
+
+
+def test_snapshots_made_durable_with_their_filesystem_outlive_a_power_cut(tmp_path: Path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    ground = LoopGround(tmp_path, filesystems=1)
+    ground.prepare()
+    try:
+        settings = write_config(ground.home, '[snapshots]\nmode = "copy"\n')
+        for n in range(MANY):
+            (ground.inbox / f"{n}.txt").write_text(f"content {n}")
+        flow = Casparian(ground.home)
+        flow.process("source", "add", ground.inbox, "--settle", "0")
+        flow.process("scan")
+        ground.cut()
+        ground.power_on()
+        with open_ledger(settings.database) as ledger:
+            assert len(ledger.read(snapshots.every)) == MANY
+            assert list(problems(ledger)) == []
     finally:
         ground.close()
