@@ -25,6 +25,7 @@ from tests.engine.guests import Start, file_info, loaded, plugin, run
 
 IGNORE = "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"
 MASK = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\n"
+STOP = "os.kill(os.getpid(), 19)\n"
 
 
 @pytest.mark.parametrize("first", ["", IGNORE, MASK])
@@ -47,7 +48,7 @@ def test_each_job_has_its_own_processor_time(start: Start) -> None:
         run(guest)
 
 
-@pytest.mark.parametrize("first", ["", MASK])
+@pytest.mark.parametrize("first", ["", MASK, STOP])
 def test_a_sleeper_meets_the_wall_clock(start: Start, first: str) -> None:
     guest = loaded(start, f"{first}import time\ntime.sleep(9999)")
     with pytest.raises(PluginTimeout, match=r"longer than 0\.3 s"):
