@@ -13,6 +13,7 @@ import pytest
 from casparian_flow.engine import canary
 from casparian_flow.errors import (
     GuestDied,
+    OutOfMemory,
     OutputRefused,
     PluginFailed,
     PluginTimeout,
@@ -83,7 +84,7 @@ def test_memory_ends_at_the_lower_of_both_limits(start: Start) -> None:
     for wants, limit in ((1 << 30, 4 << 30), (8 << 30, 1 << 30)):
         guest = start(plugin(body), wants={"memory_bytes": wants}, memory_bytes=limit)
         guest.load()
-        with pytest.raises(PluginFailed, match="MemoryError"):
+        with pytest.raises(OutOfMemory, match=r"MemoryError; it may have 1024 MiB"):
             run(guest)
         guest.close()
 
