@@ -73,7 +73,6 @@ LAYERS = [
     [
         "db.files",
         "db.doubts",
-        "db.presence",
         "db.roots",
         "db.outputs",
         "db.views",

@@ -91,6 +91,25 @@ def resolve(name: str) -> Any:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_proofs_in_the_pages_are_there(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w*)", text):
+        source = (ROOT / file).read_text("utf-8")
+        assert re.search(rf"^(?:async )?def {name}\(", source, re.MULTILINE), f"{file}::{name}"
+    for module in re.findall(r"python -m tests\.([\w.]+)", text):
+        path = ROOT / "tests" / module.replace(".", "/")
+        assert (path / "__main__.py").exists() or path.with_suffix(".py").exists(), module
+
+
+def test_every_fault_has_a_proof() -> None:
+    rows = re.findall(r"^\| F(\d+) \| P[012] \|.*\| (\S[^|]*) \|$", read("faults.md"), re.MULTILINE)
+    numbers = [*range(1, 37), *range(40, 64), *range(70, 87), *range(90, 121)]
+    assert [int(number) for number, _ in rows] == numbers
+    named = re.compile(r"`tests/\S+::test_\w+`|`python -m tests\.|`casparian|not automated: \w+")
+    assert [number for number, proof in rows if not named.search(proof)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_in_the_pages_are_there(page: Path) -> None:
     known = set(every_command())
     groups = {words[:1] for words in known if len(words) > 1}

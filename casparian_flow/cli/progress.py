@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import time
@@ -39,11 +40,9 @@ class Line:
         words = printable(words)
         if self._live:
             width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"{_ERASE}{words[:width]}")
-            sys.stderr.flush()
+            _say(f"{_ERASE}{words[:width]}")
         elif self._chatty and words != self._shown and time.monotonic() > self._last:
-            sys.stderr.write(f"{words}\n")
-            sys.stderr.flush()
+            _say(f"{words}\n")
             self._last = time.monotonic() + QUIET_SECONDS
         else:
             return
@@ -51,17 +50,29 @@ class Line:
 
     def write(self, text: str) -> None:
         """Lines that stay, above the one that changes; what a logging handler calls."""
-        sys.stderr.write(f"{_ERASE}{text}" if self._live else text)
+        _say(f"{_ERASE}{text}" if self._live else text)
 
     def flush(self) -> None:
-        """See `io.TextIOBase.flush`."""
-        sys.stderr.flush()
+        """See `io.TextIOBase.flush`; what was written is on its way."""
 
     def clear(self) -> None:
         """Take the line away."""
         if self._live:
-            sys.stderr.write(_ERASE)
-            sys.stderr.flush()
+            _say(_ERASE)
+
+
+def _say(text: str) -> None:
+    """Write to standard error; where nobody listens any more, nobody does from now on.
+
+    A daemon works on when its terminal or the other end of its pipe is gone.
+    """
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        os.close(nowhere)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Iterator
 
 import pyarrow as pa
 
@@ -83,10 +84,20 @@ def read_batch(data: pa.Buffer) -> pa.RecordBatch:
         if not batch.num_columns or batch.num_rows > BATCH_ROWS:
             raise ProtocolError(f"a batch of {batch.num_rows} rows, {batch.num_columns} columns")
         batch.validate(full=True)
-        str(batch.schema)  # names that are not UTF-8 fail here
+        list(_names(pa.struct(batch.schema)))  # those that are not UTF-8 fail here
     except (pa.ArrowException, OSError, ValueError, StopIteration, struct.error) as error:
         raise ProtocolError(f"invalid Arrow data: {error}") from error
     return batch
+
+
+def _names(kind: pa.DataType) -> Iterator[str]:
+    """The name of every field in a type, at any depth."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    for number in range(kind.num_fields):
+        field = kind.field(number)
+        yield field.name
+        yield from _names(field.type)
 
 
 def is_compressed(message: pa.Message) -> bool:

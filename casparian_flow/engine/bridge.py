@@ -31,6 +31,7 @@ from casparian_flow.engine.frames import CONTROL_LIMIT, HEADER, TOPIC_LENGTH, Ki
 from casparian_flow.engine.guest_process import (
     Meter,
     confinement,
+    kill_below,
     kill_tree,
     spawn,
 )
@@ -220,6 +221,7 @@ class Guest:
         """Ask the guest to leave, and kill it if it does not; may be called twice."""
         if self.alive:
             self._deadline = time.monotonic() + QUIT_SECONDS
+            kill_below(self._process.pid)
             self._signal(signal.SIGCONT)
             with contextlib.suppress(OSError):
                 self._wire.sendall(pack(Kind.QUIT, 0))

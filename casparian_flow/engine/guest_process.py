@@ -201,11 +201,16 @@ def kill_tree(pid: int) -> None:
 
     Nobody has waited for it yet, so that its number, and its group's, is still its.
     """
+    kill_below(pid)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def kill_below(pid: int) -> None:
+    """Kill what a process has started. Once it has ended, nobody knows what that was."""
     for each in descendants(pid):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(each, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> Iterator[int]:

@@ -90,7 +90,7 @@ ARROWS = {
     "COMMITTING": {"COMPLETED", "FAILED"},
     "FAILED": {"QUEUED"},
     "ABORTED": {"QUEUED"},
-    "COMPLETED": {"QUEUED"},
+    "COMPLETED": set(),
     "SUPERSEDED": {"QUEUED"},
 }
 

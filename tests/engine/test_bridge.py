@@ -51,6 +51,9 @@ words = pa.record_batch({"w": ["alpha", "beta"] * 500})
         ("os.abort()", "was killed by SIGABRT"),
         ("self.publish('t', pa.table({'n': [1]})); os._exit(0)", "ended with exit status 0"),
         ("import __main__; __main__.WIRE.sendall(b'\\x11'); os._exit(1)", "exit status 1"),
+        ("import __main__; os.close(__main__.WIRE.fileno())", "exit status|closed the wire"),
+        ("import __main__; os.dup2(1, __main__.WIRE.fileno())", "exit status|closed the wire"),
+        ("import __main__; os.dup2(__main__.WIRE.fileno(), 1); print('x' * 9999)", "unknown kind"),
     ],
 )
 def test_a_guest_that_dies(start: Start, body: str, words: str) -> None:
@@ -115,6 +118,11 @@ def test_a_crash_leaves_the_line_it_happened_on_in_the_log(start: Start) -> None
             "invalid Arrow data",
         ),
         (
+            "d = pa.array([[{'inner': 1}]] * 3)\n"
+            "send(stream(pa.record_batch({'d': d})).replace(b'inner', b'\\xffnner'))",
+            "invalid Arrow data: 'utf-8' codec",
+        ),
+        (
             "data = stream(words)\n"
             "at = data.index(b'alphabeta')\n"
             "send(data[:at] + b'\\xff' + data[at + 1:])",
@@ -177,6 +185,33 @@ def test_a_timeout_kills_the_grandchildren_too(start: Start, tmp_path: Path, set
     assert os.read(reader, 1) == b""
     os.close(reader)
     assert not guest.alive
+
+
+@pytest.mark.parametrize("setsid", [False, True])
+def test_a_job_ends_though_its_children_hold_the_wire_and_they_end_with_the_guest(
+    start: Start, tmp_path: Path, setsid: bool
+) -> None:
+    """The wire's end is no sign of a job's: END and DONE are, and the guest serves on."""
+    os.mkfifo(tmp_path / "held")
+    body = f"""
+    import __main__, subprocess
+    daemon = "import os, time; os.fork() and os._exit(0); time.sleep(1000)"
+    if self.file.job_id == 1:
+        with open(file_path, "w") as held:
+            subprocess.run([sys.executable, "-c", daemon], stdout=held,
+                start_new_session={setsid}, pass_fds=[__main__.WIRE.fileno()])
+    self.publish("t", pa.table({{'n': [1]}}))
+    """
+    guest = loaded(start, body, sandbox="off")
+    reader = os.open(tmp_path / "held", os.O_RDONLY | os.O_NONBLOCK)
+    for job_id in (1, 2):
+        assert run(guest, job_id=job_id, path=str(tmp_path / "held"))["t"].num_rows == 1
+    with pytest.raises(BlockingIOError):
+        os.read(reader, 1)  # it lives
+    guest.close()
+    assert select.select([reader], [], [], 10) == ([reader], [], [])
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 def test_a_slow_consumer_stops_the_guest(start: Start, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -139,6 +141,7 @@ def test_a_file_that_becomes_a_folder_is_gone(ledger: Ledger, source: Path) -> N
 def test_any_name_is_kept_to_the_byte(ledger: Ledger, source: Path) -> None:
     root = add_root(ledger, source)
     names = [b"bad\xff", b"new\nline", b"-rf", b"\"quote'", b"x" * 255, "\u202eabc".encode(), b" "]
+    names += [b"...", b"\\0", b"%s", "\U0001f41f".encode()]
     for name in names:
         with open(os.path.join(os.fsencode(source), name), "wb") as file:
             file.write(b"1")
@@ -155,6 +158,10 @@ def test_what_is_no_regular_file_is_passed_over(ledger: Ledger, source: Path) ->
     (source / "dangling").symlink_to("nowhere")
     put(source / "real", "1")
     (source / "link").symlink_to("real")
+    (source / "outside").symlink_to("/etc")
+    if os.geteuid() == 0:
+        with contextlib.suppress(PermissionError):
+            os.mknod(source / "device", stat.S_IFCHR | 0o600, os.makedev(1, 5))
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(source / "sock"))
         report = scan(ledger, root)

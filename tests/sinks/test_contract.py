@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -184,6 +186,31 @@ def test_a_lost_staged_file_is_told_of_and_stops_nobody_else(place: Place) -> No
     assert lost.stage in refused.message
     assert "it is gone" in refused.message
     published(seen)
+    assert [row["id"] for row in place.rows()] == [2]
+
+
+def test_a_staged_file_cut_at_any_byte_is_told_of(place: Place) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for job in range(1, 9):
+        output = place.sealed({"id": [*range(100)]}, job)
+        os.truncate(output.stage, chance.randrange(output.size_bytes))
+        (outcome,) = place.publish(output)
+        assert type(outcome) is JobError
+        assert output.stage in outcome.message
+    assert place.rows() == []
+
+
+def test_a_folder_that_somebody_deletes_meanwhile_is_made_again(place: Place) -> None:
+    published(*place.publish(place.sealed({"id": [1]}, job=1)))
+    output = place.sealed({"id": [2]}, job=2)
+    shutil.rmtree(place.home / "out")
+    (outcome,) = place.publish(output)
+    assert type(outcome) is JobError
+    assert "it is gone" in outcome.message
+    assert place.rows() == []
+    published(*place.publish(place.sealed({"id": [2]}, job=2, attempt="a2")))
     assert [row["id"] for row in place.rows()] == [2]
 
 

@@ -156,6 +156,45 @@ def test_a_column_keeps_its_type(
     assert f"column 'odd' ({pa.array(second).type}) is {declared} in the table" in error.message
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("CREATE UNIQUE INDEX one ON sales (id)", "UNIQUE constraint failed: sales.id"),
+        (
+            "CREATE TRIGGER no BEFORE INSERT ON sales WHEN NEW.id = 7"
+            " BEGIN SELECT RAISE(ABORT, 'seven'); END",
+            "seven",
+        ),
+        (
+            "DROP TABLE sales; CREATE TABLE sales (id INTEGER, must TEXT NOT NULL,"
+            " _cf_file_version_id, _cf_job_id, _cf_source_hash, _cf_plugin_version)",
+            "NOT NULL constraint failed: sales.must",
+        ),
+        ("DROP TABLE sales; CREATE VIEW sales AS SELECT 1 AS id", "is not one of ours"),
+    ],
+    ids=["unique", "row n", "not null", "view"],
+)
+def test_a_table_that_somebody_changed_takes_all_rows_or_none(
+    sqlite: Place, change: str, said: str
+) -> None:
+    published(sqlite, {"id": [5]}, job=1)
+    with database(sqlite) as connection:
+        connection.executescript(change)
+    error = refused(sqlite, {"id": [*range(20_000)], "added": [0] * 20_000}, job=2)
+    assert isinstance(error, OutputRefused | SinkConflict)
+    assert said in error.message
+    elsewhere = sqlite.publish(sqlite.sealed({"id": [1]}, job=3, topic="other"))
+    assert isinstance(*elsewhere, Published)
+
+
+def test_a_column_that_somebody_dropped_is_added_again(sqlite: Place) -> None:
+    published(sqlite, {"id": [1], "name": ["a"]}, job=1)
+    with database(sqlite) as connection:
+        connection.execute("ALTER TABLE sales DROP COLUMN name")
+    published(sqlite, {"id": [2], "name": ["b"]}, job=2)
+    assert column(sqlite, "name") == [None, "b"]
+
+
 def test_integers_and_reals_mix_where_they_stay_exact(sqlite: Place) -> None:
     """A column of whole numbers comes as floats from pandas, as soon as one of them is missing."""
     published(sqlite, {"whole": [1], "real": [0.5]}, job=1)

@@ -95,6 +95,8 @@ class ParquetSink:
             atomic.own(self.root, glob.escape(output.topic))
             crashpoint("parquet.owned")
             atomic.make_folder(target.parent)
+            if (size := os.stat(output.stage).st_size) != output.size_bytes:
+                return lost(output, f"it has {size} bytes, not {output.size_bytes}")
             os.link(output.stage, target)
             crashpoint("parquet.linked")
         except OSError as error:
