@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +23,7 @@ from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
+from tests.disks import in_memory
 from tests.e2e.test_daemon import PATIENCE, all_done, said, start
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
@@ -118,16 +118,14 @@ def drained(settings: Settings) -> int:
 @pytest.fixture
 def full(tmp_path: Path) -> Iterator[Path]:
     """A filesystem without a free byte."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("only root can mount: a full folder for temporary files is untested")
-    with pytest.raises(OSError, match="No space"), open(folder / "x", "wb", buffering=0) as file:
-        while file.write(bytes(4096)):
-            pass
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with in_memory(tmp_path / "full", "64k") as folder:
+        with (
+            pytest.raises(OSError, match="No space"),
+            open(folder / "ballast", "wb", buffering=0) as file,
+        ):
+            while file.write(bytes(4096)):
+                pass
+        yield folder
 
 
 def test_a_full_folder_for_temporary_files_stops_no_job(
