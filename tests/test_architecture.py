@@ -73,6 +73,7 @@ LAYERS = [
     [
         "db.files",
         "db.doubts",
+        "db.presence",
         "db.roots",
         "db.outputs",
         "db.views",

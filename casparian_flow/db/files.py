@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, select
 
 from casparian_flow.db import found, jobs
 from casparian_flow.db.access import execute_many
@@ -136,69 +136,6 @@ def known(connection: Connection, root_id: int, paths: Sequence[bytes]) -> dict[
     }  # fmt: skip
 
 
-class Present(NamedTuple):
-    """A location that is there, as the ledger last saw it."""
-
-    path: bytes
-    device: int | None
-    inode: int | None
-    ctime_ns: int | None
-
-
-_PRESENT = (
-    FileLocation.path, FileLocation.device, FileLocation.inode, FileLocation.ctime_ns,
-)  # fmt: skip
-
-
-def count_present(connection: Connection, root_id: int) -> int:
-    """How many locations of a source root are there."""
-    query = select(func.count()).where(
-        FileLocation.source_root_id == root_id, FileLocation.gone_at.is_(None)
-    )
-    return connection.execute(query).scalar_one()
-
-
-def present_in(connection: Connection, root_id: int, directory: bytes) -> list[Present]:
-    """The present locations directly in a directory."""
-    rows = connection.execute(
-        select(*_PRESENT)
-        .join(Directory, Directory.id == FileLocation.directory_id)
-        .where(
-            Directory.source_root_id == root_id,
-            Directory.path == directory,
-            FileLocation.gone_at.is_(None),
-        )
-    )
-    return [Present(*row) for row in rows]
-
-
-def present_under(connection: Connection, root_id: int, directory: bytes) -> list[Present]:
-    """The present locations anywhere under a directory."""
-    low, high = directory + b"/", directory + b"0"  # '0' is the byte after '/'
-    rows = connection.execute(
-        select(*_PRESENT).where(
-            FileLocation.source_root_id == root_id,
-            FileLocation.path >= low,
-            FileLocation.path < high,
-            FileLocation.gone_at.is_(None),
-        )
-    )
-    return [Present(*row) for row in rows]
-
-
-def forget_directory(connection: Connection, root_id: int, directory: bytes) -> None:
-    """Drop the digests of a directory that is gone and of all below it; locations stay."""
-    connection.execute(
-        update(Directory)
-        .where(
-            Directory.source_root_id == root_id,
-            (Directory.path == directory)
-            | ((Directory.path >= directory + b"/") & (Directory.path < directory + b"0")),
-        )
-        .values(digest=None, parent_id=None)
-    )
-
-
 def save_directories(
     connection: Connection, root_id: int, found: Iterable[tuple[bytes, bytes | None]]
 ) -> None:
@@ -217,18 +154,6 @@ def save_directories(
 
 def _parent(path: bytes) -> bytes | None:
     return None if not path else path.rpartition(b"/")[0]
-
-
-def mark_gone(connection: Connection, root_id: int, gone: Sequence[Present]) -> None:
-    """Mark locations deleted, unless another scan has seen them anew; their versions stay."""
-    execute_many(
-        connection,
-        """
-        UPDATE cf_file_location SET gone_at = ?1
-        WHERE source_root_id = ?2 AND path = ?3 AND inode IS ?4 AND ctime_ns IS ?5
-        """,
-        [(utcnow().isoformat(" "), root_id, p.path, p.inode, p.ctime_ns) for p in gone],
-    )
 
 
 def record(

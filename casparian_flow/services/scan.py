@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import files, roots
+from casparian_flow.db import files, presence, roots
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.files import Known, Sighting, Stat
 from casparian_flow.db.routing import Routing
@@ -266,7 +266,7 @@ class _Scan:
         here = {name for name, _ in listing.entries}
         gone = [
             found
-            for found in self._read(files.present_in, listing.path)
+            for found in self._read(presence.present_in, listing.path)
             if (name := found.path.rpartition(b"/")[2]) not in here
             and not walk.is_candidate(listing, name, self.ignore)
         ]
@@ -274,7 +274,7 @@ class _Scan:
         folders = {walk.join(listing.path, name) for name in listing.folders}
         lost = [path for path in known_folders if path not in folders]
         for folder in lost:
-            gone += self._read(files.present_under, folder)
+            gone += self._read(presence.present_under, folder)
         if gone and not listing.files and not listing.folders:
             device = Stat.of(os.fstat(listing.descriptor)).device
             if all(found.device not in (None, device) for found in gone):

@@ -12,8 +12,8 @@ import time
 
 from sqlalchemy import Connection
 
-from casparian_flow.db import files, roots
-from casparian_flow.db.files import Present
+from casparian_flow.db import files, presence, roots
+from casparian_flow.db.presence import Present
 
 MANY = 100
 """Fewer files than this may vanish at once: an inbox that somebody has tidied up."""
@@ -61,9 +61,9 @@ class Vanished:
             roots.save_scan_state(connection, self._root_id, held=held, held_since=held_since)
         if held_since:
             return 0, len(self._gone)
-        files.mark_gone(connection, self._root_id, self._gone)
+        presence.mark_gone(connection, self._root_id, self._gone)
         for folder in self._lost:
-            files.forget_directory(connection, self._root_id, folder)
+            presence.forget_directory(connection, self._root_id, folder)
         files.save_directories(connection, self._root_id, self._digests)
         return len(self._gone), 0
 
@@ -76,7 +76,7 @@ class Vanished:
         if before and not self._full:
             return float(state.held_since)  # what a full scan has held is not believed by parts
         few = len(self._gone) < MANY
-        if few or len(self._gone) < SHARE * files.count_present(connection, self._root_id):
+        if few or len(self._gone) < SHARE * presence.count_present(connection, self._root_id):
             return 0.0
         now = time.time()
         since = state.held_since if before and len(self._gone) - before < MANY else now

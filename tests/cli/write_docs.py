@@ -5,13 +5,14 @@ The page is written by hand, but for the blocks that begin with `$ casparian ...
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from typer.main import get_command
 
@@ -34,11 +35,10 @@ def every_command() -> list[tuple[str, ...]]:
 
 
 def help_text(words: tuple[str, ...]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "casparian_flow.cli", *words, "--help"],
-        env={**os.environ, **PLAIN}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+    out = io.StringIO()
+    with mock.patch.dict(os.environ, PLAIN), contextlib.redirect_stdout(out):
+        get_command(app).main([*words, "--help"], prog_name="casparian", standalone_mode=False)
+    return "\n".join(line.rstrip() for line in out.getvalue().strip().splitlines())
 
 
 def block(words: tuple[str, ...]) -> str:

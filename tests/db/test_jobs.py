@@ -90,7 +90,7 @@ ARROWS = {
     "COMMITTING": {"COMPLETED", "FAILED"},
     "FAILED": {"QUEUED"},
     "ABORTED": {"QUEUED"},
-    "COMPLETED": set(),
+    "COMPLETED": {"QUEUED"},
     "SUPERSEDED": {"QUEUED"},
 }
 

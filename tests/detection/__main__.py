@@ -57,7 +57,7 @@ def _writers(options: argparse.Namespace) -> bool:
         ("pauses longer than the window", options.writers // 50, (1.2, 2.0), ""),
         ("longer pauses, with done files", options.writers // 50, (1.2, 2.0), "{name}.done"),
     ):
-        with tempfile.TemporaryDirectory(prefix="casparian-writers-") as folder:
+        with tempfile.TemporaryDirectory(prefix="casparian-writers-", dir=bench.MEMORY) as folder:
             root = {"settle_seconds": options.window, "done_file": done_file}
             with bench.scratch(Path(folder), **root) as scratch:
                 tally = writers.run(scratch, options.seed, count, options.at_once, pauses)
@@ -95,7 +95,7 @@ def main() -> None:
     verb.set_defaults(run=_edits)
     verb = verbs.add_parser("writers", help="slow writers, with and without done files")
     verb.add_argument("--writers", type=int, default=10_000)
-    verb.add_argument("--at-once", type=int, default=1000)
+    verb.add_argument("--at-once", type=int, default=300)
     verb.add_argument("--window", type=float, default=2.0)
     verb.set_defaults(run=_writers)
     verb = verbs.add_parser("missed", help="files created while the daemon is stopped")

@@ -50,6 +50,7 @@ class _Writer:
     pauses: list[float]
     preserves: bool
     content: bytes = b""
+    began: float = 0.0
     written: float = 0.0
     rested: set[str] = field(default_factory=set)
     """Hashes of what stayed for a window, or is the last."""
@@ -104,16 +105,19 @@ def run(
 
 
 def _write(writer: _Writer, piece: bytes, window: float, tally: Tally, *, longest: float) -> None:
-    stayed = time.monotonic() - writer.written
-    if writer.content and stayed >= window - CLOCK_SLACK:
-        writer.rested.add(hashlib.sha256(writer.content).hexdigest())
-        tally.overslept += longest < 1
+    """Append. What was there has stayed for as long as from before its write to after ours, at
+    the most; only what cannot have stayed for a window was surely never at rest."""
+    before, earlier = writer.began, hashlib.sha256(writer.content).hexdigest()
+    writer.began = time.monotonic()
     writer.path.parent.mkdir(exist_ok=True)
     with open(writer.path, "ab", buffering=0) as file:
         file.write(piece)
     writer.written = time.monotonic()
     if writer.preserves:
         os.utime(writer.path, (OLD, OLD))
+    if writer.content and writer.written - before >= window - CLOCK_SLACK:
+        writer.rested.add(earlier)
+        tally.overslept += longest < 1
     writer.content += piece
     tally.writes += 1
 

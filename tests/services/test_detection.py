@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, update
 
-from casparian_flow.db import audit, files, roots, scrubs
+from casparian_flow.db import audit, presence, roots, scrubs
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.files import Stat
 from casparian_flow.db.models import (
@@ -231,11 +231,11 @@ def test_a_file_that_another_scan_has_seen_anew_is_not_marked_gone(
     root = add_root(ledger, source)
     file = put(source / "f", "1")
     scan(ledger, root)
-    seen = ledger.read(lambda c: files.present_in(c, root.id, b""))
+    seen = ledger.read(lambda c: presence.present_in(c, root.id, b""))
     file.unlink()
     put(file, "2")
     scan(ledger, root)
-    ledger.write(lambda c: files.mark_gone(c, root.id, seen))
+    ledger.write(lambda c: presence.mark_gone(c, root.id, seen))
     assert gone(ledger) == set()
 
 
@@ -249,8 +249,8 @@ def test_a_directory_that_errors_infers_no_deletions(
     scan(ledger, root)
     scandir, open_, bad = os.scandir, os.open, os.stat(source / "sub").st_ino
 
-    def broken_list(folder: int) -> Iterator[os.DirEntry[str]]:
-        if os.fstat(folder).st_ino == bad:
+    def broken_list(folder: int | Path) -> Iterator[os.DirEntry[str]]:
+        if os.stat(folder).st_ino == bad:
             raise OSError(5, "Input/output error")
         return scandir(folder)
 

@@ -17,7 +17,7 @@ from casparian_flow.sections import ScanSettings
 from casparian_flow.services.watch import Watch
 from tests.factories import add_plugin, add_root
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds after which a test gives up waiting for an event."""
 
 
