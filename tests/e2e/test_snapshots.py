@@ -147,8 +147,8 @@ def test_a_file_rewritten_while_its_versions_are_worked_gives_each_version_once(
         publish(ledger, settings, "sees", SEES, "1.0.0")
         with daemon(settings):
             for n in range(REWRITES):
-                (source / "new").write_text(f"content {n}")
-                (source / "new").rename(source / "a.txt")
+                (tmp_path / "new").write_text(f"content {n}")
+                (tmp_path / "new").rename(source / "a.txt")
                 scan_until_settled(ledger, root)  # it may lose a race with the daemon's own
             wait_until_idle(settings, ledger, PATIENCE)
         assert ledger.read(jobs.counts) == {"COMPLETED": REWRITES}

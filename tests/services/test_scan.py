@@ -281,7 +281,7 @@ def test_a_fresh_file_waits_for_the_settle_window(ledger: Ledger, source: Path) 
 
 
 def test_a_one_shot_waits_and_takes_the_last_content(ledger: Ledger, source: Path) -> None:
-    root = add_root(ledger, source, settle_seconds=0.3)
+    root = add_root(ledger, source, settle_seconds=1.0)
     file = put(source / "growing", "1")
     waits = []
 
@@ -290,6 +290,7 @@ def test_a_one_shot_waits_and_takes_the_last_content(ledger: Ledger, source: Pat
             waits.append(timeout)
             if len(waits) < 3:
                 put(file, "x" * 10 * len(waits))  # written again while we wait
+                return False
             return super().wait(timeout)
 
     assert scan_until_settled(ledger, root, Stop()).versions == 1
