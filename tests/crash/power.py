@@ -18,6 +18,7 @@ import struct
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,12 +105,12 @@ class LoopGround(Ground):
 
     def close(self) -> None:
         """Unmount; what was killed may need a moment to let go."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        for place in self._mounts().values() if self._mounted else ():
+        for image, place in self._mounts().items() if self._mounted else ():
             # Asked of umount itself: a filesystem without power does not say that it is mounted.
-            while subprocess.run(["umount", place], capture_output=True, check=False).returncode:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"{place} cannot be unmounted: something uses it")
+            _until(place, lambda place=place: _run("umount", place).returncode == 0)
+            # A dying guest sees it in a mount namespace of its own: mounted again before that is
+            # gone, it would be the same filesystem, still without power.
+            _until(place, lambda image=image: not _run("losetup", "-j", image).stdout)
         self._mounted = False
 
     def _mount(self) -> None:
@@ -173,4 +174,16 @@ def _facts(connection: sqlite3.Connection) -> dict[str, set[tuple[object, ...]]]
 
 
 def _do(*words: str | Path) -> None:
-    subprocess.run(words, check=True, capture_output=True)
+    _run(*words).check_returncode()
+
+
+def _run(*words: str | Path) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(words, capture_output=True, check=False)
+
+
+def _until(place: Path, let_go: Callable[[], bool]) -> None:
+    """Ask until it is so: each asking is a process, and takes its time."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not let_go():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{place} cannot be unmounted: something uses it")
