@@ -19,8 +19,9 @@ from casparian_flow.engine import sentinel
 from casparian_flow.errors import CasparianError
 from casparian_flow.protocol import Assignment, Conclude, Granted, Outcome, Receipt, StagedOutput
 from casparian_flow.services import changes
-from tests.engine.wires import PATIENCE, Attacked, Peer, attacked
+from tests.engine.wires import Attacked, Peer, attacked
 from tests.factories import add_job
+from tests.until import until
 
 Story = Callable[[Attacked], Awaitable[None]]
 
@@ -66,9 +67,7 @@ def state(ledger: Ledger, job: int) -> tuple[str, int, int]:
 
 
 async def becomes(ledger: Ledger, job: int, wanted: tuple[str, int, int]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while state(ledger, job) != wanted:
-            await asyncio.sleep(0.01)
+    await until(lambda: state(ledger, job) == wanted)
 
 
 def staged(job: int, fence: int, stage: Path, sink: Path) -> Receipt:
@@ -81,9 +80,7 @@ def staged(job: int, fence: int, stage: Path, sink: Path) -> Receipt:
 
 
 async def removed(file: Path) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while file.exists():
-            await asyncio.sleep(0.01)
+    await until(lambda: not file.exists())
 
 
 def test_a_silent_worker_loses_its_jobs_and_what_it_says_later_is_refused(

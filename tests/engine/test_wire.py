@@ -22,7 +22,8 @@ from casparian_flow.engine.handshake import Refusal, Refusals
 from casparian_flow.errors import CasparianError, DaemonRunning
 from casparian_flow.services import report
 from tests.conftest import write_config
-from tests.engine.wires import PATIENCE, attacked, greeting, known, until
+from tests.engine.wires import PATIENCE, attacked, greeting, known
+from tests.until import until
 
 MORE_PARTS = (b"\x03" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20)) * 8
 """Frames of 1 MiB that announce another one; the flag for a long frame is 2, for more is 1."""

@@ -21,7 +21,8 @@ from casparian_flow.engine import control, wire, worker_client
 from casparian_flow.errors import CasparianError, ConfigError, DaemonGone
 from casparian_flow.sections import GuestSettings
 from tests.conftest import write_config
-from tests.engine.wires import PATIENCE, attacked, free_endpoint, until
+from tests.engine.wires import PATIENCE, attacked, free_endpoint
+from tests.until import until
 
 ELSEWHERE = [
     "tcp://*:5555", "tcp://0.0.0.0:5555", "tcp://0:5555", "tcp://[::]:5555", "tcp://lo:5555",

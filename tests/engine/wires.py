@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import zmq
@@ -15,6 +15,7 @@ from casparian_flow import main, protocol
 from casparian_flow.config import Settings
 from casparian_flow.engine import wire
 from casparian_flow.engine.sentinel import Sentinel
+from tests.until import until
 
 PATIENCE = 60.0
 
@@ -30,12 +31,6 @@ def free_endpoint(host: str = "127.0.0.1") -> str:
 def greeting(mechanism: bytes) -> bytes:
     """The 64 bytes that open a ZMTP 3.1 connection, as a client."""
     return b"\xff" + bytes(8) + b"\x7f\x03\x01" + mechanism.ljust(20, b"\0") + bytes(32)
-
-
-async def until(done: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not done():
-            await asyncio.sleep(0.01)
 
 
 class Peer:

@@ -23,13 +23,8 @@ from casparian_flow.services.watcher import WATCHING, Handler, Watcher
 from tests.conftest import write_config
 from tests.detection import missed
 from tests.factories import add_root
-from tests.services.test_watch import PATIENCE, versions, watching
-
-
-async def until(wanted: Any) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not wanted():
-            await asyncio.sleep(0.01)
+from tests.services.test_watch import versions, watching
+from tests.until import until
 
 
 def state(ledger: Ledger, root: Root) -> Any:
