@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -146,7 +146,8 @@ class Matrix:
     def _watched(self) -> Iterator[list[str]]:
         """A reader looks meanwhile; what it saw is added to what the block found."""
         found: list[str] = []
-        with Reader(self.scene) as reader:
+        reader = Reader(self.scene)
+        with reader.looking():
             yield found
         self.tally.looks += reader.looks
         found += dict.fromkeys(reader.faults)
@@ -204,5 +205,5 @@ def staged(
     """A matrix on a ground, for as long as the block runs."""
     with tempfile.TemporaryDirectory(prefix="cf-") as runtime:  # a socket's path must be short
         environment = config.private_environment(ground.person, Path(runtime))
-        with Nursery(environment) as nursery:
+        with closing(Nursery(environment)) as nursery:
             yield matrix(Scene(ground, kinds), nursery, say)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pyarrow as pa
 
@@ -89,10 +88,7 @@ def _left(folder: Path) -> Iterator[str]:
 
 
 class Reader:
-    """Looks at the tables all the time, and holds that each job's rows are all there or none.
-
-    Use it as a context manager around what is watched.
-    """
+    """Looks at the tables all the time, and holds that each job's rows are all there or none."""
 
     def __init__(self, scene: Scene) -> None:
         self.looks = 0
@@ -104,22 +100,15 @@ class Reader:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look_on, name="reader", daemon=True)
 
-    def __enter__(self) -> Self:
+    @contextlib.contextmanager
+    def looking(self) -> Iterator[None]:
+        """Look all the time while the block runs."""
         self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Look no more; may be called twice."""
-        self._stop.set()
-        self._thread.join()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            self._thread.join()
 
     def look(self) -> None:
         """Look once."""
