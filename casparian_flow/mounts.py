@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 _SHARED = {
@@ -25,7 +26,8 @@ def kind(path: Path, mounts: Path = _MOUNTS) -> str:
     here, found, deepest = os.path.realpath(path), "", -1
     for line in lines:
         fields, _, rest = line.partition(" - ")
-        mounted = fields.split()[4].encode("latin-1", "replace").decode("unicode_escape")
+        # Blanks and backslashes in a path are written in octal.
+        mounted = re.sub(r"\\([0-7]{3})", lambda c: chr(int(c[1], 8)), fields.split()[4])
         inside = here == mounted or here.startswith(f"{mounted.rstrip('/')}/")
         if inside and len(mounted) >= deepest:  # the last of those at one place is the one seen
             found, deepest = rest.split()[0], len(mounted)

@@ -35,15 +35,21 @@ from casparian_flow.cli import (
 )
 from casparian_flow.errors import CasparianError
 
+USAGE = 2
 BUG = 70
 MACHINE = 74
 INTERRUPTED = 130
 
+_AGAIN = "the same command again, when the disk is there and has room"
+_RIGHTS = "give yourself the right to read and write it, or name another place"
 _OF_THE_MACHINE = {
-    errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-    errno.EINTR,
+    **dict.fromkeys(
+        (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE,
+         errno.ENOMEM, errno.EINTR), _AGAIN,
+    ),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _RIGHTS),
 }  # fmt: skip
-"""What a disk or a limit says, whatever the program: no bug of ours."""
+"""What a disk, a limit or a right says, whatever the program: no bug of ours. And what to do."""
 
 app = context.group("Files dropped into directories become tables, with proof of every row.")
 app.command()(init.init)
@@ -105,6 +111,23 @@ def main() -> None:
     sys.exit(code or 0)
 
 
+def _misuse(error: BaseException) -> str:
+    """What no ledger, and no directory, can take; empty where it is something else."""
+    match error:
+        case FileNotFoundError(filename=None):
+            return "the current directory is gone\n  try: cd to another one"
+        case OverflowError():
+            return "a number is too large: there is nothing under it"
+        case UnicodeEncodeError(encoding="utf-8"):
+            return f"{error.object!a} is not UTF-8"
+        case UnicodeEncodeError():
+            return (
+                f"the output takes {error.encoding} only, and {error.object[error.start]!a} is not"
+                "\n  try: PYTHONIOENCODING=utf-8 before the command"
+            )
+    return ""
+
+
 def _explain(error: BaseException) -> int:
     """Say what went wrong and what to type next; the exit code."""
     if isinstance(error, BaseExceptionGroup):
@@ -122,10 +145,13 @@ def _explain(error: BaseException) -> int:
         if error.hint:
             context.note(f"  try: {error.hint}")
         return error.exit_code
-    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+    if isinstance(error, OSError) and (hint := _OF_THE_MACHINE.get(error.errno or 0)):
         context.note(f"error: {error.strerror}: {error.filename or 'this machine'}")
-        context.note("  try: the same command again, when the disk is there and has room")
+        context.note(f"  try: {hint}")
         return MACHINE
+    if fault := _misuse(error):
+        context.note(f"error: {fault}")
+        return USAGE
     context.note(f"error: this is a bug in casparian: {type(error).__name__}: {error}")
     if not debug:
         context.note("  try: the same command as `casparian --debug ...`, and report what it says")

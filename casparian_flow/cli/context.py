@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -103,8 +103,16 @@ def _short(name: str, value: Any) -> Any:
     return value[:12] if value and name in ("content_hash", "artifact", "key_id") else value
 
 
-def table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table for people. What is not a terminal has no width, so nothing is folded there."""
+def table(
+    names: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    shown: Callable[[str, Any], str] | None = None,
+) -> None:
+    """A table for people. What is not a terminal has no width, so nothing is folded there.
+
+    Args:
+        shown: a column's name and a value as text; else `cell`, which knows our own columns.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -114,7 +122,7 @@ def table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     for name in names:
         drawn.add_column(Text(printable(name)), overflow="fold")
     for row in rows:
-        drawn.add_row(*(Text(cell(n, v)) for n, v in zip(names, row, strict=True)))
+        drawn.add_row(*(Text((shown or cell)(n, v)) for n, v in zip(names, row, strict=True)))
     console.print(drawn)
 
 

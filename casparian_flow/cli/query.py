@@ -52,9 +52,18 @@ def query(
             _print_json(names, itertools.islice(rows, limit))
         else:
             shown = list(itertools.islice(rows, limit or TABLE_ROWS))
-            context.table(names, shown)
+            context.table(names, shown, _cell)
             if more := sum(1 for _ in rows):
                 context.note(f"{more} more rows   (--limit N shows more, --csv and --json all)")
+
+
+def _cell(_name: str, value: Any) -> str:
+    """A value of somebody's column, all of it: its name means nothing to us."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return context.printable(context.plain(value), keep="")
 
 
 def _rows(reader: Any) -> Iterator[tuple[Any, ...]]:

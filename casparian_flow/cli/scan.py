@@ -79,8 +79,6 @@ def scan(
                 line.show(f"scrubbing {root.name} ({root.path})")
                 scrubs.append(read_again(here.ledger, root, anew=True))
         line.clear()
-        if believe:
-            changes.note_belief(here.ledger, reports)
         for report in reports:
             _print(report)
         for scrubbed in scrubs:

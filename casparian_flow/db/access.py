@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import queue
+import re
 import sqlite3
 import threading
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from casparian_flow.config import DatabaseSettings
@@ -40,7 +41,13 @@ _UNSYNCED = frozenset({sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYN
 success (PostgreSQL's fsyncgate, 2018), so nothing is written after it: only what is on the disk,
 read by a new process, can be believed."""
 
-_WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "REPLAC", "CREATE", "ALTER ", "DROP T"})
+_READS = re.compile(
+    r"(?:\s|--[^\n]*(?:\n|$)|/\*.*?\*/)*"
+    r"(?:(?:SELECT|VALUES|EXPLAIN|PRAGMA|BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b"
+    r"|WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|REPLACE)\b))",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Statements that take no turn; one that is taken for a write by mistake waits a little."""
 
 
 def get_engine(database: DatabaseSettings) -> Engine:
@@ -54,7 +61,7 @@ def get_engine(database: DatabaseSettings) -> Engine:
     """
     schema.bring_up_to_date(database)
     engine = create_engine(
-        f"sqlite:///{database.path}",
+        URL.create("sqlite", database=str(database.path)),
         connect_args={
             "factory": functools.partial(LedgerConnection, database.gate),
             "timeout": 30.0,
@@ -82,7 +89,7 @@ def _on_begin(connection: Connection) -> None:
 
 
 def _on_execute(_c: Connection, cursor: Any, statement: str, *_rest: object) -> None:
-    if statement.lstrip()[:6].upper() in _WRITES:
+    if not _READS.match(statement):
         cursor.connection.begin_writing()
 
 
@@ -91,10 +98,9 @@ def driver(connection: Connection) -> LedgerConnection:
     return cast(LedgerConnection, connection.connection.dbapi_connection)
 
 
-def execute_many(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Run a driver-level statement for each row; nothing where there are none."""
-    if rows:
-        connection.exec_driver_sql(statement, list(rows))
+def execute_many(connection: Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> int:
+    """Run a driver-level statement for each row; how many rows of its table it changed."""
+    return connection.exec_driver_sql(statement, list(rows)).rowcount if rows else 0
 
 
 class Ledger:
@@ -110,6 +116,7 @@ class Ledger:
         self._requests: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
+        self._door = threading.Lock()
         self._closed = False
         self._broken: Future[None] = Future()
         self.failing: tuple[float, LedgerError] | None = None
@@ -135,8 +142,9 @@ class Ledger:
 
     def close(self) -> None:
         """Finish what was submitted, then stop the thread; the engine stays the caller's."""
-        self._closed = True
-        self._requests.put(None)
+        with self._door:
+            self._closed = True
+            self._requests.put(None)
         self._thread.join()
 
     def check_place(self) -> None:
@@ -196,10 +204,11 @@ class Ledger:
         future: Future[T] = Future()
         # A coroutine that is cancelled while it waits must not take back what is being written.
         future.set_running_or_notify_cancel()
-        if self._closed:
-            future.set_exception(LedgerError("the ledger is closed: we are stopping"))
-        else:
-            self._requests.put((work, future))
+        with self._door:  # nothing is put behind what ends the thread: nobody would answer it
+            if self._closed:
+                future.set_exception(LedgerError("the ledger is closed: we are stopping"))
+            else:
+                self._requests.put((work, future))
         return future
 
     def _serve(self) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-from sqlalchemy import Connection, create_engine, select
+from sqlalchemy import URL, Connection, create_engine, select
 from sqlalchemy.exc import DBAPIError
 
 from casparian_flow.db import jobs, seals
@@ -39,7 +39,7 @@ def copy(ledger: Ledger, target: Path) -> None:
 
     try:
         ledger.read(work)
-        with _opened(f"sqlite:///{target}") as connection, connection.begin():
+        with _opened(str(target)) as connection, connection.begin():
             marks = seals.begin(_driver(connection))
             _release(connection)
             seals.seal(_driver(connection), marks)
@@ -53,13 +53,14 @@ def copy(ledger: Ledger, target: Path) -> None:
 @contextlib.contextmanager
 def reading(target: Path) -> Iterator[Connection]:
     """A copy that nobody else has open, to be read and left as it is: no file appears beside it."""
-    with _opened(f"sqlite:///file:{target}?mode=ro&immutable=1&uri=true") as connection:
+    immutable = {"mode": "ro", "immutable": "1", "uri": "true"}
+    with _opened(target.absolute().as_uri(), immutable) as connection:
         yield connection
 
 
 @contextlib.contextmanager
-def _opened(url: str) -> Iterator[Connection]:
-    engine = create_engine(url)
+def _opened(database: str, options: Mapping[str, str] | None = None) -> Iterator[Connection]:
+    engine = create_engine(URL.create("sqlite", database=database, query=options or {}))
     try:
         with engine.connect() as connection:
             configure(_driver(connection))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy import Connection, select, update
 
+from casparian_flow.db.access import execute_many
 from casparian_flow.db.models import Directory, FileLocation, FileVersion, ProcessingJob
 
 
@@ -24,4 +27,19 @@ def doubt(connection: Connection, job_id: int) -> None:
     folder = select(FileLocation.directory_id).where(FileLocation.id == location)
     connection.execute(
         update(Directory).where(Directory.id == folder.scalar_subquery()).values(digest=None)
+    )
+
+
+def uphold(connection: Connection, root_id: int, folders: Sequence[bytes]) -> None:
+    """Keep what was doubted meanwhile in doubt: a scan has just saved the digests of these folders,
+    and may have looked at them before."""
+    execute_many(
+        connection,
+        """
+        UPDATE cf_directory SET digest = NULL
+        WHERE source_root_id = ?1 AND path = ?2 AND EXISTS (
+            SELECT 1 FROM cf_file_location l
+            WHERE l.directory_id = cf_directory.id AND l.inode IS NULL AND l.gone_at IS NULL)
+        """,
+        [(root_id, folder) for folder in folders],
     )

@@ -96,9 +96,17 @@ def route_text(path: bytes) -> str:
 
 
 def directory_digest(connection: Connection, root_id: int, path: bytes) -> bytes | None:
-    """The digest stored for a directory; None where it must be compared file by file."""
+    """The digest stored for a directory; None where it must be compared file by file.
+
+    One that was recorded before its parent was known has to be recorded again: nobody would find
+    it missing.
+    """
     return connection.execute(
-        select(Directory.digest).where(Directory.source_root_id == root_id, Directory.path == path)
+        select(Directory.digest).where(
+            Directory.source_root_id == root_id,
+            Directory.path == path,
+            Directory.parent_id.is_not(None) | (Directory.path == b""),
+        )
     ).scalar()
 
 

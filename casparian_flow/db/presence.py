@@ -74,13 +74,20 @@ def forget_directory(connection: Connection, root_id: int, directory: bytes) -> 
     )
 
 
-def mark_gone(connection: Connection, root_id: int, gone: Sequence[Present]) -> None:
-    """Mark locations deleted, unless another scan has seen them anew; their versions stay."""
-    execute_many(
+def mark_gone(connection: Connection, root_id: int, gone: Sequence[Present]) -> int:
+    """Mark locations deleted, unless another scan has seen them anew; their versions stay.
+
+    One that is doubted since (`db.doubts`) was not seen anew.
+
+    Returns:
+        How many were marked.
+    """
+    return execute_many(
         connection,
         """
         UPDATE cf_file_location SET gone_at = ?1
-        WHERE source_root_id = ?2 AND path = ?3 AND inode IS ?4 AND ctime_ns IS ?5
+        WHERE source_root_id = ?2 AND path = ?3 AND (inode IS ?4 OR inode IS NULL)
+          AND ctime_ns IS ?5 AND gone_at IS NULL
         """,
         [(utcnow().isoformat(" "), root_id, p.path, p.inode, p.ctime_ns) for p in gone],
     )

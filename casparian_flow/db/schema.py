@@ -22,6 +22,9 @@ from casparian_flow.errors import LedgerError, LedgerLost
 APPLICATION_ID = 0x43464C57
 """Marks a SQLite file as a ledger of ours ("CFLW")."""
 
+NEEDED = (3, 35, 0)
+"""The first SQLite that returns what a statement has changed."""
+
 NOT_A_DATABASE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 """Result codes of a file whose pages make no sense."""
 
@@ -50,9 +53,18 @@ def bring_up_to_date(database: DatabaseSettings) -> None:
         LedgerError: it cannot be opened or written, is another program's, or is from a newer
             release. Nothing was changed.
     """
+    if sqlite3.sqlite_version_info < NEEDED:
+        raise LedgerError(
+            f"this Python comes with SQLite {sqlite3.sqlite_version}; "
+            f"{'.'.join(map(str, NEEDED))} or newer is needed",
+            "use another build of Python; nothing was touched",
+        )
     try:
         atomic.make_folder(database.path.parent)
         atomic.make_folder(database.state_folder, mode=0o700)
+        # A scan of this folder must not take the ledger for a file that was dropped there. It is
+        # said each time: the ledger may be a copy, brought here from elsewhere.
+        atomic.own(database.path.parent, f"{glob.escape(database.path.name)}*")
         connection = connect(database)
         try:
             if _version(connection, database) < len(migrations()):
@@ -111,9 +123,6 @@ def _version(connection: sqlite3.Connection, database: DatabaseSettings) -> int:
 
 
 def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:
-    # A scan of this folder must not take the ledger for a file that was dropped there. It is said
-    # first: whoever died after the last migration would never come here again.
-    atomic.own(database.path.parent, f"{glob.escape(database.path.name)}*")
     _enter_wal(connection, database)
     for number, (name, script) in enumerate(_scripts()):
         connection.begin_writing()

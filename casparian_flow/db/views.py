@@ -66,8 +66,8 @@ def rules(connection: Connection) -> list[Row]:
         """
         SELECT r.id, r.pattern, r.tag, r.priority,
                (SELECT group_concat(p.plugin_name, ', ') FROM cf_plugin_config p
-                WHERE ',' || replace(p.subscription_tags, ' ', '') || ','
-                      LIKE '%,' || replace(r.tag, ' ', '') || ',%') AS plugins
+                WHERE instr(',' || replace(p.subscription_tags, ' ', '') || ',',
+                            ',' || replace(r.tag, ' ', '') || ',')) AS plugins
         FROM cf_routing_rule r ORDER BY r.id
         """,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from casparian_flow.db.routing import compile_pattern
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, ConfigError, DaemonGone, NotFound, SourceError
 from casparian_flow.services import architect, inventory
-from casparian_flow.services.root import ScanReport
 from casparian_flow.services.walk import Ignore
 
 log = logging.getLogger(__name__)
@@ -108,16 +107,18 @@ def add_source(
     path = os.path.abspath(path)
     _check_folder(path)
     _check_name(name)
-    columns = {"path": path, **options.columns()}
+    columns = options.columns()
     if name is not None:
         columns["name"] = name
 
     def work(connection: Connection) -> str:
         known = wiring.every_root(connection)
         _check_place(path, name, known)
-        earlier = next((root.id for root in known if root.path == path), None)
+        # A removed one comes back whatever the directory is called now: its files are known.
+        here = os.path.realpath(path)
+        earlier = next((r.id for r in known if here == os.path.realpath(r.path)), None)
         if earlier is None:
-            columns.setdefault("ignore", "")
+            columns.update({"path": path, "ignore": columns.get("ignore", "")})
         return wiring.add_root(connection, earlier, **columns)
 
     added = ledger.write(work)
@@ -197,13 +198,13 @@ def _check_place(path: str, name: str | None, known: Sequence[Any]) -> None:
     """No file may be in two roots: it would have two locations, and its rows come twice."""
     here = os.path.realpath(path)
     for root in known:
-        if name == root.name and path != root.path:
+        there = os.path.realpath(root.path)
+        if name == root.name and here != there:
             raise SourceError(
                 f"the name {name} is taken by {root.path}", "choose another one with --name"
             )
         if not root.active:
             continue
-        there = os.path.realpath(root.path)
         if here == there:
             raise SourceError(
                 f"{path} is a source root already: {root.name}",
@@ -215,20 +216,9 @@ def _check_place(path: str, name: str | None, known: Sequence[Any]) -> None:
                 f"{path} {inner} the source root {root.name} ({root.path})",
                 "its files are seen already"
                 if outer
-                else f"casparian source remove {root.name}   (then add this one)",
+                else f"casparian source remove {root.name}   (then add this one: its files are new "
+                "locations, and their rows come again)",
             )
-
-
-def note_belief(ledger: Ledger, reports: Iterable[ScanReport]) -> None:
-    """Write down that a person had these scans mark what is missing as deleted."""
-
-    def work(connection: Connection) -> None:
-        for report in reports:
-            wiring.note(
-                connection, "believe-deletions", [f"source {report.source}"], gone=report.gone
-            )
-
-    ledger.write(work)
 
 
 def remove_source(ledger: Ledger, settings: Settings, name: str) -> None:

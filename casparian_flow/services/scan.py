@@ -19,9 +19,10 @@ from typing import Any
 from sqlalchemy import Connection
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import files, presence, roots
+from casparian_flow.db import doubts, files, presence, roots
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.files import Known, Sighting, Stat
+from casparian_flow.db.presence import Present
 from casparian_flow.db.routing import Routing
 from casparian_flow.services import walk
 from casparian_flow.services.look import hash_and_capture, is_racy, unrest
@@ -63,7 +64,7 @@ def scan(
     Raises:
         LedgerError: the ledger could not be written; finished batches stay recorded.
     """
-    vanished = Vanished(root.id, full=only is None, believe=believe)
+    vanished = Vanished(root, full=only is None, believe=believe)
     with contextlib.closing(Store(ledger.database)) as snapshots:
         scan_of = _Scan(ledger, root, stop or threading.Event(), heard, vanished, snapshots)
         return scan_of.run(only)
@@ -89,8 +90,7 @@ class _Scan:
         self.snapshots = snapshots
         self.report = ScanReport(root.name)
         self.started = time.time()
-        self.routing = ledger.read(Routing)
-        self._sightings: list[Sighting] = []
+        self._sightings: dict[bytes, Sighting] = {}
         self._folders: list[tuple[bytes, bytes | None]] = []
         self._flushed = time.monotonic()
 
@@ -225,7 +225,7 @@ class _Scan:
             return False
         except OSError as error:
             self._unreadable(path, str(error.strerror))
-            self._sightings.append(_unread(path, listing.path, found, known, str(error.strerror)))
+            self._sightings[path] = _unread(path, listing.path, found, known, str(error.strerror))
             return False
         if content is None or self._was_written(found, content[1]):
             self.report.unsettled.add(listing.path)
@@ -237,7 +237,7 @@ class _Scan:
         digest, looked = content
         racy = is_racy(looked, self.started)
         compared = known.version_id if known else None
-        self._sightings.append(Sighting(path, listing.path, looked, digest, racy, compared))
+        self._sightings[path] = Sighting(path, listing.path, looked, digest, racy, compared)
         return not racy
 
     def _was_written(self, found: Stat, looked: Stat) -> bool:
@@ -253,8 +253,11 @@ class _Scan:
         try:
             marker = walk.marker(self.root.done_file, name)
             os.stat(marker, dir_fd=listing.descriptor, follow_symlinks=False)
-        except FileNotFoundError:
-            return True
+        except OSError as error:
+            # A marker whose name would be too long cannot be there.
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                return True
+            raise
         return False
 
     def _find_gone(self, listing: Listing) -> bool:
@@ -264,24 +267,26 @@ class _Scan:
             OSError: it looks as if a filesystem had been mounted here; nothing is inferred.
         """
         here = {name for name, _ in listing.entries}
-        gone = [
-            found
-            for found in self._read(presence.present_in, listing.path)
-            if (name := found.path.rpartition(b"/")[2]) not in here
-            and not walk.is_candidate(listing, name, self.ignore)
-        ]
+        gone: list[Present] = []
+        ignored: list[Present] = []
+        for found in self._read(presence.present_in, listing.path):
+            name = found.path.rpartition(b"/")[2]
+            if name not in here and not walk.is_candidate(listing, name, self.ignore):
+                (ignored if walk.is_there(listing, name) else gone).append(found)
         known_folders = self._read(files.child_directories, listing.path)
         folders = {walk.join(listing.path, name) for name in listing.folders}
         lost = [path for path in known_folders if path not in folders]
         for folder in lost:
-            gone += self._read(presence.present_under, folder)
-        if gone and not listing.files and not listing.folders:
+            below = self._read(presence.present_under, folder)
+            is_there = walk.is_there(listing, folder.rpartition(b"/")[2])
+            (ignored if is_there else gone).extend(below)
+        if gone and not self.vanished.believe and not listing.files and not listing.folders:
             device = Stat.of(os.fstat(listing.descriptor)).device
             if all(found.device not in (None, device) for found in gone):
                 raise OSError(errno.ENODEV, _UNMOUNTED)
-        if gone or lost:
-            self.vanished.add(gone, lost)
-        return bool(gone or lost)
+        if gone or ignored or lost:
+            self.vanished.add(gone, ignored, lost)
+        return bool(gone or ignored or lost)
 
     def _unreadable(self, path: bytes, why: str) -> None:
         self.report.unreadable.append(f"{self.root.name}/{files.display(path)}: {why}")
@@ -296,15 +301,18 @@ class _Scan:
         self._flushed = time.monotonic()
         if not self._sightings and not self._folders:
             return
-        sightings, folders = self._sightings, self._folders
-        self._sightings, self._folders = [], []
+        sightings, folders = list(self._sightings.values()), self._folders
+        self._sightings, self._folders = {}, []
 
         def work(connection: Connection) -> files.Recorded:
             files.save_directories(connection, self.root.id, folders)
-            recorded = files.record(connection, self.root.id, sightings, self.routing)
+            # Of this transaction: rules that changed since the scan began route what was queued
+            # for nobody when they did.
+            recorded = files.record(connection, self.root.id, sightings, Routing(connection))
             if recorded.stale:
                 lost = [(path, None) for path in recorded.stale]
                 files.save_directories(connection, self.root.id, lost)
+            doubts.uphold(connection, self.root.id, [path for path, digest in folders if digest])
             placed.claim(connection)
             crashpoint("scan.batch_written")
             return recorded
@@ -319,9 +327,10 @@ class _Scan:
     def _route_all(self) -> None:
         """After a change of rules or plugins, give every present version the jobs it lacks."""
         state = self.ledger.read(lambda c: roots.scan_state(c, self.root.id))
-        if state is not None and state.routed == self.routing.fingerprint:
+        routing = self.ledger.read(Routing)
+        if state is not None and state.routed == routing.fingerprint:
             return
-        self.report.job_ids += route_root(self.ledger, self.root.id, self.routing)
+        self.report.job_ids += route_root(self.ledger, self.root.id, routing)
 
     def _finish(self, device: int) -> None:
         def work(connection: Connection) -> None:
@@ -340,7 +349,7 @@ class _Scan:
 
     def _looks_unmounted(self, descriptor: int, device: int) -> bool:
         state = self.ledger.read(lambda c: roots.scan_state(c, self.root.id))
-        if state is None or state.device in (None, device):
+        if self.vanished.believe or state is None or state.device in (None, device):
             return False
         with os.scandir(descriptor) as entries:
             return next(entries, None) is None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -81,9 +82,11 @@ def scan_until_settled(
         report.versions += again.versions
         report.job_ids += again.job_ids
         report.gone += again.gone
-        report.unreadable += again.unreadable
+        report.unreadable = list(dict.fromkeys([*report.unreadable, *again.unreadable]))
         report.unsettled, report.settles_in = again.unsettled, again.settles_in
         report.problem = again.problem
+        left = len(again.unsettled)
+        ledger.write(partial(db_roots.save_scan_state, root_id=root.id, unsettled=left))
     return report
 
 

@@ -236,12 +236,25 @@ def chunks(listing: Listing, ignore: Ignore) -> Iterator[list[tuple[bytes, os.st
 
 
 def is_candidate(listing: Listing, name: bytes, ignore: Ignore) -> bool:
-    """Whether a name is (still) a regular file here that is not ignored."""
+    """Whether a name is (still) a regular file here that is neither ignored nor ours."""
     try:
         status = os.stat(name, dir_fd=listing.descriptor, follow_symlinks=False)
     except FileNotFoundError:
         return False
-    return stat.S_ISREG(status.st_mode) and not ignore.file(listing.path, os.fsdecode(name))
+    text = os.fsdecode(name)
+    if not stat.S_ISREG(status.st_mode) or ignore.file(listing.path, text):
+        return False
+    ours = _owned(listing.descriptor)
+    return not (ours and ours.match(text))
+
+
+def is_there(listing: Listing, name: bytes) -> bool:
+    """Whether anything has that name here, be it ignored, ours, or no file."""
+    try:
+        os.stat(name, dir_fd=listing.descriptor, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _entries(

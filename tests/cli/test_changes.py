@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sqlite3
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from casparian_flow import config
-from tests.cli.conftest import Casparian
+from casparian_flow.db.access import open_ledger
+from tests.cli.conftest import COMMAND, Casparian
+from tests.factories import add_plugin
 from tests.plugs import ROWS
 
 
@@ -168,3 +172,27 @@ def test_a_topic_goes_where_it_is_sent(casparian: Casparian, source: Path) -> No
         {"line": "one"}, {"line": "two"},
     ]  # fmt: skip
     assert casparian.json("verify")["problems"] == []
+
+
+def test_what_no_ledger_can_take_is_no_bug(casparian: Casparian, tmp_path: Path) -> None:
+    huge = str(1 << 64)
+    assert "too large" in casparian.err("jobs", "show", huge, code=2)
+    assert "too large" in casparian.err("rules", "remove", huge, code=2)
+    assert "is not UTF-8" in casparian.err("jobs", "--path", "a\udcff", code=2)
+    assert "is not UTF-8" in casparian.err("source", "remove", "a\udcff", code=2)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f'rmdir "$PWD"; exec {shlex.join(COMMAND)} status'
+    done = subprocess.run(
+        ["sh", "-c", script], cwd=gone, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "the current directory is gone" in done.stderr) == (2, True)
+
+
+def test_a_rule_names_the_plugins_that_really_subscribe(casparian: Casparian) -> None:
+    casparian.run("rules", "add", "*.csv", "a_b")
+    casparian.run("rules", "add", "*.csv", "AxB")
+    settings = config.load(str(casparian.folder / config.FILE_NAME))
+    with open_ledger(settings.database) as ledger:
+        add_plugin(ledger, "p", subscriptions="axb")
+    assert [rule["plugins"] for rule in casparian.json("rules", "list")] == [None, None]

@@ -156,6 +156,8 @@ def test_query_answers_in_every_form(shown: Casparian) -> None:
     rows = list(csv.DictReader(io.StringIO(shown.out("query", "--csv", "SELECT * FROM lines"))))
     assert sorted(row["line"] for row in rows) == ["edited", "three"]
     assert shown.json("query", "SELECT line FROM lines WHERE false") == []
+    words = shown.out("query", "SELECT 1234567.89 AS x, 'abc' AS made_at, 12 AS sold_at, true AS t")
+    assert words.split() == ["x", "made_at", "sold_at", "t", "1234567.89", "abc", "12", "yes"]
 
 
 def test_verify_finds_a_tampered_file_and_a_tampered_ledger(filled: Casparian) -> None:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, func, insert, select, text
 from sqlalchemy.orm import Session
 
-from casparian_flow.config import Settings
+from casparian_flow.config import DatabaseSettings, Settings
+from casparian_flow.db import backup
 from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.models import RoutingRule, SourceRoot
 from casparian_flow.errors import LedgerError
@@ -216,6 +218,47 @@ def test_a_database_that_cannot_be_opened_is_an_error_in_words_and_passes(
 
 
 def test_a_closed_ledger_says_so(settings: Settings) -> None:
+    with open_ledger(settings.database) as ledger:
+        pass
+    with pytest.raises(LedgerError, match="closed"):
+        ledger.write(rules)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "WITH x AS (SELECT 1) INSERT INTO cf_routing_rule (pattern, tag, priority) "
+        "SELECT '*.txt', 't', 0 FROM x",
+        "-- a word before\nINSERT INTO cf_routing_rule (pattern, tag, priority) VALUES ('x','t',0)",
+        "/* and */ UPDATE cf_routing_rule SET priority = 1",
+        "DROP INDEX IF EXISTS ix_nothing",
+    ],
+)
+def test_every_statement_that_writes_takes_its_turn(
+    ledger: Ledger, settings: Settings, statement: str
+) -> None:
+    """A session that has read would else be told that the database is locked."""
+    engine = get_engine(settings.database)
+    with engine.connect() as connection:
+        connection.execute(text("WITH x AS (SELECT 1) SELECT * FROM x"))
+        ledger.write(lambda c: add_rule(c, "*.csv"))
+        connection.execute(text(statement))
+        connection.commit()
+    engine.dispose()
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%41b", "a#b", "a&mode=ro"])
+def test_any_folder_may_hold_a_ledger(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    with open_ledger(DatabaseSettings(db_location=str(folder / "l.sqlite3"))) as ledger:
+        ledger.write(lambda c: add_rule(c, "*.csv"))
+        backup.copy(ledger, folder / "copy?.sqlite3")
+    with backup.reading(folder / "copy?.sqlite3") as connection:
+        assert rules(connection) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def test_what_is_asked_of_a_closed_ledger_is_answered(settings: Settings) -> None:
     with open_ledger(settings.database) as ledger:
         pass
     with pytest.raises(LedgerError, match="closed"):

@@ -232,6 +232,7 @@ MOUNTS = """\
 22 1 0:20 / / rw - ext4 /dev/root rw
 30 22 0:30 / /mnt/office\\040files rw shared:1 - nfs4 server:/export rw
 31 22 0:31 / /run rw - tmpfs tmpfs rw
+32 22 0:32 / /mnt/gro\u00df\u5b57 rw - cifs //server/x rw
 """
 
 
@@ -240,7 +241,10 @@ def test_a_database_on_a_network_or_in_memory_is_doubted(
 ) -> None:
     table = tmp_path / "mountinfo"
     table.write_text(MOUNTS)
-    kinds = {"/home/x": "ext4", "/mnt/office files/a": "nfs4", "/run/a": "tmpfs", "/runner": "ext4"}
+    kinds = {
+        "/home/x": "ext4", "/mnt/office files/a": "nfs4", "/run/a": "tmpfs", "/runner": "ext4",
+        "/mnt/gro\u00df\u5b57/a": "cifs",
+    }  # fmt: skip
     assert {path: mounts.kind(Path(path), table) for path in kinds} == kinds
     assert mounts.kind(Path("/"), tmp_path / "none") == ""
     assert mounts.unheard(tmp_path) == ""

@@ -1,0 +1,175 @@
+"""What others do to the ledger and the directories while a scan is at them, and between two."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, select, update
+
+from casparian_flow import atomic
+from casparian_flow.config import DatabaseSettings, Settings
+from casparian_flow.db import backup, jobs, presence, wiring
+from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.doubts import doubt
+from casparian_flow.db.models import AuditEntry, FileLocation, JobStatus, ProcessingJob
+from casparian_flow.services import architect, changes
+from casparian_flow.services import scan as scan_module
+from casparian_flow.services.changes import SourceOptions
+from casparian_flow.services.scan import scan
+from casparian_flow.services.vanished import Vanished
+from tests.factories import add_plugin, add_root
+from tests.services.test_scan import OLD, gone, put
+
+
+def before(
+    monkeypatch: pytest.MonkeyPatch, owner: type, method: str, deed: Callable[..., object]
+) -> None:
+    """Do something once, just before a method is called the next time, with its arguments."""
+    real = getattr(owner, method)
+
+    def first(*arguments: object) -> object:
+        monkeypatch.setattr(owner, method, real)
+        deed(*arguments[1:])
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, method, first)
+
+
+def deploy(ledger: Ledger) -> None:
+    ledger.write(lambda c: wiring.add_rule(c, "*.csv", "csv", 0))
+    add_plugin(ledger, "p", subscriptions="csv")
+    architect.queue_missing(ledger)
+
+
+def supersede(connection: Connection) -> None:
+    """The only job's file was not there when it was to be read."""
+    job_id = connection.execute(
+        update(ProcessingJob)
+        .values(status=JobStatus.RUNNING, fence=1, attempts=1, worker="w")
+        .returning(ProcessingJob.id)
+    ).scalar_one()
+    assert jobs.supersede(connection, job_id, 1, "the file is gone")
+    doubt(connection, job_id)
+
+
+def test_a_plugin_that_comes_while_files_are_hashed_gets_them(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = add_root(ledger, source)
+    scan(ledger, root)
+    put(source / "a.csv", "1", OLD)
+    before(monkeypatch, scan_module._Scan, "_flush", lambda: deploy(ledger))
+    assert len(scan(ledger, root, only=[b""]).job_ids) == 1
+    assert ledger.read(jobs.counts) == {"QUEUED": 1}
+
+
+def test_a_doubt_outlives_the_scan_that_looked_before_it(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = add_root(ledger, source)
+    put(source / "d" / "a.csv", "1", OLD)
+    scan(ledger, root)
+    deploy(ledger)
+    put(source / "d" / "other", "2", OLD)
+    before(monkeypatch, scan_module._Scan, "_flush", lambda: ledger.write(supersede))
+    scan(ledger, root)
+    scan(ledger, root)
+    assert ledger.read(jobs.counts) == {"QUEUED": 1}
+
+
+def test_a_file_that_is_doubted_and_gone_is_gone(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = add_root(ledger, source)
+    file = put(source / "a.csv", "1", OLD)
+    scan(ledger, root)
+    deploy(ledger)
+    file.unlink()
+    before(monkeypatch, Vanished, "settle", supersede)
+    assert scan(ledger, root).gone == 1
+    assert gone(ledger) == {b"a.csv"}
+
+
+def test_a_folder_that_was_known_before_its_parent_is_missed_when_it_goes(
+    ledger: Ledger, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    scan(ledger, root)
+    file = put(source / "y" / "z" / "f", "1", OLD)
+    scan(ledger, root, only=[b"y/z"])
+    scan(ledger, root)
+    file.unlink()
+    file.parent.rmdir()
+    scan(ledger, root)
+    assert gone(ledger) == {b"y/z/f"}
+
+
+def test_a_name_too_long_for_a_marker_hides_no_other_file(ledger: Ledger, source: Path) -> None:
+    root = add_root(ledger, source, done_file="{name}.done")
+    put(source / ("x" * 252), "long", OLD)
+    for n in range(20):
+        put(source / f"{n}.csv", str(n), OLD)
+        put(source / f"{n}.csv.done", "")
+    report = scan(ledger, root)
+    assert (report.versions, report.waiting, report.unreadable) == (20, 1, [])
+
+
+def test_what_is_ignored_from_now_on_is_no_mass_deletion(ledger: Ledger, source: Path) -> None:
+    root = add_root(ledger, source)
+    for n in range(120):
+        put(source / f"{n}.bak", "1", OLD)
+        put(source / "old" / f"{n}.csv", "1", OLD)
+    scan(ledger, root)
+    report = scan(ledger, root._replace(ignore="*.bak\nold/"))
+    assert (report.gone, report.held) == (240, 0)
+    assert ledger.read(lambda c: presence.count_present(c, root.id)) == 0
+
+
+def test_a_file_that_is_ours_from_now_on_is_there_no_more(ledger: Ledger, source: Path) -> None:
+    root = add_root(ledger, source)
+    put(source / "tables.sqlite3", "1", OLD)
+    scan(ledger, root)
+    atomic.own(source, "tables.sqlite3*")
+    scan(ledger, root)
+    assert gone(ledger) == {b"tables.sqlite3"}
+
+
+def test_a_person_may_say_that_an_empty_folder_on_a_new_device_is_right(
+    ledger: Ledger, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    file = put(source / "day" / "a", "1", OLD)
+    scan(ledger, root)
+    file.unlink()
+    ledger.write(lambda c: c.execute(update(FileLocation).values(device=-1)))
+    assert "unmounted?" in scan(ledger, root).unreadable[0]
+    assert scan(ledger, root, believe=True).gone == 1
+    actions = select(AuditEntry.detail).where(AuditEntry.action == "believe-deletions")
+    assert ledger.read(lambda c: list(c.execute(actions).scalars())) == ['{"gone": 1}']
+
+
+def test_a_removed_root_comes_back_under_another_name_of_its_directory(
+    ledger: Ledger, settings: Settings, source: Path
+) -> None:
+    put(source / "a.csv", "1", OLD)
+    options = SourceOptions(settle_seconds=0)
+    changes.add_source(ledger, settings, str(source), name="in", options=options)
+    changes.remove_source(ledger, settings, "in")
+    alias = source.with_name("alias")
+    alias.symlink_to(source)
+    changes.add_source(ledger, settings, str(alias), name="in", options=options)
+    assert [root.path for root in ledger.read(wiring.every_root)] == [str(source)]
+
+
+def test_a_copy_of_the_ledger_in_a_source_root_is_not_its_input(
+    ledger: Ledger, source: Path
+) -> None:
+    copied = source / "flow" / "casparian_flow.sqlite3"
+    copied.parent.mkdir()
+    backup.copy(ledger, copied)
+    with open_ledger(DatabaseSettings(db_location=str(copied))) as other:
+        os.utime(copied, (OLD, OLD))
+        assert scan(other, add_root(other, source)).files == 0
