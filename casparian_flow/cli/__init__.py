@@ -5,7 +5,6 @@ Only typer is imported before a command runs, so that `casparian --help` is quic
 
 from __future__ import annotations
 
-import errno
 import logging
 import sys
 from typing import Annotated
@@ -33,17 +32,10 @@ from casparian_flow.cli import (
     start,
     topics,
 )
-from casparian_flow.errors import CasparianError
+from casparian_flow.errors import CasparianError, first_error
 
 BUG = 70
-MACHINE = 74
 INTERRUPTED = 130
-
-_OF_THE_MACHINE = {
-    errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-    errno.EINTR,
-}  # fmt: skip
-"""What a disk or a limit says, whatever the program: no bug of ours."""
 
 app = context.group("Files dropped into directories become tables, with proof of every row.")
 app.command()(init.init)
@@ -107,10 +99,7 @@ def main() -> None:
 
 def _explain(error: BaseException) -> int:
     """Say what went wrong and what to type next; the exit code."""
-    if isinstance(error, BaseExceptionGroup):
-        from casparian_flow.main import first_error
-
-        error = first_error(error)
+    error = first_error(error)
     if show := getattr(error, "show", None):  # typer's own: wrong usage, and it says so itself
         show()
         return int(getattr(error, "exit_code", 2))
@@ -122,10 +111,6 @@ def _explain(error: BaseException) -> int:
         if error.hint:
             context.note(f"  try: {error.hint}")
         return error.exit_code
-    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-        context.note(f"error: {error.strerror}: {error.filename or 'this machine'}")
-        context.note("  try: the same command again, when the disk is there and has room")
-        return MACHINE
     context.note(f"error: this is a bug in casparian: {type(error).__name__}: {error}")
     if not debug:
         context.note("  try: the same command as `casparian --debug ...`, and report what it says")
