@@ -14,6 +14,7 @@
     ├── AuthError                who publishes is not known, or may not
     ├── SandboxUnavailable       this machine cannot hold plugins as the configuration requires
     ├── ProtocolError            a message that is not ours
+    ├── MachineRefused           a disk, a limit or a right of this machine refused
     └── JobError                 an attempt of a job ended without output
         ├── PluginFailed         the plugin raised (retried)
         ├── PluginTimeout        the plugin outran its wall clock (retried)
@@ -33,7 +34,20 @@ both and exits with `exit_code` (docs/cli.md lists the codes).
 
 from __future__ import annotations
 
-from typing import ClassVar
+import errno
+import sys
+from typing import ClassVar, NoReturn
+
+_AGAIN = "the same command again, when the disk is there and has room"
+_RIGHTS = "give yourself the right to read and write it, or name another place"
+_OF_THE_MACHINE = {
+    **dict.fromkeys(
+        (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE,
+         errno.ENOMEM, errno.EINTR), _AGAIN,
+    ),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _RIGHTS),
+}  # fmt: skip
+"""What a disk, a limit or a right says, whatever the program: no bug of ours. And what to do."""
 
 
 class CasparianError(Exception):
@@ -124,6 +138,12 @@ class ProtocolError(CasparianError):
     exit_code = 76
 
 
+class MachineRefused(CasparianError):
+    """A disk, a limit or a right of this machine refused, where nothing else knew what to do about it."""
+
+    exit_code = 74
+
+
 class JobError(CasparianError):
     """An attempt of a job ended without output; `retryable` says whether another may succeed."""
 
@@ -178,3 +198,29 @@ class Unavailable(JobError):
 
 class SinkUnavailable(Unavailable):
     """The sink cannot take output now: full, locked, unreachable or read-only."""
+
+
+def first_error(error: BaseException) -> BaseException:
+    """What a program ended with: of a group of tasks the first error that is one of ours, else the
+    first. What a disk or a limit says is one of ours, too."""
+    if isinstance(error, BaseExceptionGroup):
+        causes = [first_error(cause) for cause in error.exceptions]
+        return next((cause for cause in causes if isinstance(cause, CasparianError)), causes[0])
+    if isinstance(error, OSError) and (hint := _OF_THE_MACHINE.get(error.errno or 0)):
+        what = f"{error.strerror}: {error.filename or 'this machine'}"
+        return MachineRefused(what, hint).with_traceback(error.__traceback__)
+    return error
+
+
+def leave(error: BaseException) -> NoReturn:
+    """End a daemon of its own: say what went wrong and what to type next, and exit with its code.
+
+    Raises:
+        BaseException: `error` itself, where it is a bug.
+    """
+    cause = first_error(error)
+    if not isinstance(cause, CasparianError):
+        raise error
+    hint = f"\n  try: {cause.hint}" if cause.hint else ""
+    print(f"error: {cause.message}{hint}", file=sys.stderr)  # noqa: T201
+    sys.exit(cause.exit_code)

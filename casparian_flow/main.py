@@ -31,7 +31,7 @@ from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import ledger_tag
 from casparian_flow.engine.sentinel import INPROC, Sentinel
 from casparian_flow.engine.worker_client import Worker
-from casparian_flow.errors import CasparianError, LedgerLost
+from casparian_flow.errors import CasparianError, LedgerLost, leave
 from casparian_flow.security import sandbox
 from casparian_flow.services import architect, inventory, snapshot_checks
 from casparian_flow.services.scrub import Scrubber
@@ -217,18 +217,9 @@ async def listen(settings: Settings) -> None:
         log.info("stopping: workers may finish what they run")
 
 
-def first_error(error: BaseException) -> BaseException:
-    """What a group of tasks died of: the first error in it that is one of ours, else the first."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    causes = [first_error(cause) for cause in error.exceptions]
-    return next((cause for cause in causes if isinstance(cause, CasparianError)), causes[0])
-
-
 def main() -> None:
     """The command line of a Sentinel alone."""
     import argparse
-    import sys
 
     parser = argparse.ArgumentParser(prog="python -m casparian_flow.main")
     parser.add_argument("--config", help="the configuration file")
@@ -241,13 +232,8 @@ def main() -> None:
     try:
         config.arm_crashpoints()
         asyncio.run(listen(config.load(options.config)))
-    except (CasparianError, BaseExceptionGroup) as group:
-        error = first_error(group)
-        if not isinstance(error, CasparianError):
-            raise
-        hint = f"\n  try: {error.hint}" if error.hint else ""
-        print(f"error: {error.message}{hint}", file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+    except (CasparianError, OSError, BaseExceptionGroup) as error:
+        leave(error)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,20 @@ from casparian_flow.db.access import Ledger, open_ledger
 
 
 @pytest.fixture(scope="session", autouse=True)
-def private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keys, environments and sockets of the tests stay out of the person's own."""
+def private_folders(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """Keys, environments and sockets of the tests stay out of the person's own.
+
+    The processes of a run share the environments, which stand between each other anyway.
+    """
     base = tmp_path_factory.mktemp("home")
+    run = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # of pytest-xdist: a folder for each process
+        run = run.parent
     runtime = Path("/tmp") / f"cf-test-{os.getpid()}"  # a socket's path must be short
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(base / "cache"))
+        patch.setenv("XDG_CACHE_HOME", str(run / "cache"))
         patch.setenv("XDG_CONFIG_HOME", str(base / "config"))
         patch.setenv("XDG_RUNTIME_DIR", str(runtime))
         for name in ("CASPARIAN_CONFIG", "AZURE_TENANT_ID", "AZURE_CLIENT_ID"):

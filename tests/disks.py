@@ -12,10 +12,15 @@ import pytest
 
 
 @contextlib.contextmanager
-def in_memory(folder: Path, size: str) -> Iterator[Path]:
-    """A filesystem with so much room, as tmpfs counts it; skips where only root may mount."""
+def in_memory(folder: Path, size: str, files: int = 0) -> Iterator[Path]:
+    """A filesystem with so much room, as tmpfs counts it; skips where only root may mount.
+
+    Args:
+        files: how many files and folders it takes, itself among them; 0: any number.
+    """
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    room = f"size={size},nr_inodes={files}"
+    mount = ["mount", "-t", "tmpfs", "-o", room, "none", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
         pytest.skip("only root can mount: full and read-only disks are untested")
     try:

@@ -5,7 +5,6 @@ Only typer is imported before a command runs, so that `casparian --help` is quic
 
 from __future__ import annotations
 
-import errno
 import logging
 import sys
 from typing import Annotated
@@ -33,23 +32,11 @@ from casparian_flow.cli import (
     start,
     topics,
 )
-from casparian_flow.errors import CasparianError
+from casparian_flow.errors import CasparianError, first_error
 
 USAGE = 2
 BUG = 70
-MACHINE = 74
 INTERRUPTED = 130
-
-_AGAIN = "the same command again, when the disk is there and has room"
-_RIGHTS = "give yourself the right to read and write it, or name another place"
-_OF_THE_MACHINE = {
-    **dict.fromkeys(
-        (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE,
-         errno.ENOMEM, errno.EINTR), _AGAIN,
-    ),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), _RIGHTS),
-}  # fmt: skip
-"""What a disk, a limit or a right says, whatever the program: no bug of ours. And what to do."""
 
 app = context.group("Files dropped into directories become tables, with proof of every row.")
 app.command()(init.init)
@@ -130,10 +117,7 @@ def _misuse(error: BaseException) -> str:
 
 def _explain(error: BaseException) -> int:
     """Say what went wrong and what to type next; the exit code."""
-    if isinstance(error, BaseExceptionGroup):
-        from casparian_flow.main import first_error
-
-        error = first_error(error)
+    error = first_error(error)
     if show := getattr(error, "show", None):  # typer's own: wrong usage, and it says so itself
         show()
         return int(getattr(error, "exit_code", 2))
@@ -145,10 +129,6 @@ def _explain(error: BaseException) -> int:
         if error.hint:
             context.note(f"  try: {error.hint}")
         return error.exit_code
-    if isinstance(error, OSError) and (hint := _OF_THE_MACHINE.get(error.errno or 0)):
-        context.note(f"error: {error.strerror}: {error.filename or 'this machine'}")
-        context.note(f"  try: {hint}")
-        return MACHINE
     if fault := _misuse(error):
         context.note(f"error: {fault}")
         return USAGE

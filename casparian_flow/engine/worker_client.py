@@ -29,7 +29,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import canary, wire
 from casparian_flow.engine.holdings import Holdings
 from casparian_flow.engine.runner import Runner
-from casparian_flow.errors import CasparianError, DaemonGone, ProtocolError
+from casparian_flow.errors import CasparianError, DaemonGone, ProtocolError, leave
 from casparian_flow.protocol import AnyMessage, Artifact, Assignment, Conclude
 from casparian_flow.security import sandbox
 
@@ -313,7 +313,6 @@ async def serve(endpoint: str, cache: Path) -> None:
 def main() -> None:
     """The command line of a Worker alone."""
     import argparse
-    import sys
 
     from casparian_flow import config
 
@@ -328,10 +327,8 @@ def main() -> None:
     try:
         config.arm_crashpoints()
         asyncio.run(serve(options.connect, config.cache_folder()))
-    except CasparianError as error:
-        hint = f"\n  try: {error.hint}" if error.hint else ""
-        print(f"error: {error.message}{hint}", file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+    except (CasparianError, OSError, BaseExceptionGroup) as error:
+        leave(error)
 
 
 if __name__ == "__main__":

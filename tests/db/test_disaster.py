@@ -20,8 +20,7 @@ from casparian_flow.db import invariants, jobs, schema
 from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.models import JobStatus
 from casparian_flow.db.wiring import note
-from casparian_flow.errors import LedgerError, LedgerLost
-from casparian_flow.main import first_error
+from casparian_flow.errors import LedgerError, LedgerLost, first_error
 from casparian_flow.services import report
 from tests.disks import in_memory
 from tests.factories import add_job

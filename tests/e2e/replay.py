@@ -40,9 +40,9 @@ from casparian_flow.services.scan import scan
 from tests.conftest import write_config
 from tests.factories import add_root
 from tests.plugs import publish_file
+from tests.real_data import REPOSITORY, real_data
 
-REPOSITORY = Path(__file__).parents[2]
-HISTORIES = REPOSITORY.parent / "shared" / "data" / "histories"
+HISTORIES = real_data("histories") or Path("shared/data/histories")
 IDLE_SECONDS = 300.0
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.replay import HISTORIES, replay
+from tests.real_data import absent
 
 pytestmark = pytest.mark.skipif(
-    not HISTORIES.is_dir(), reason="shared data not present: real histories are not replayed"
+    not HISTORIES.is_dir(),
+    reason=absent("histories", "that real histories of files are recorded as they were"),
 )
 
 

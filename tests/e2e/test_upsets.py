@@ -140,6 +140,23 @@ def test_a_full_folder_for_temporary_files_stops_no_job(
     assert visible(settings) == ["one"]
 
 
+def test_a_sentinel_alone_says_what_the_disk_refused(tmp_path: Path, source: Path) -> None:
+    """Outside the ledger, which has its files already: the daemon lock finds no room."""
+    with in_memory(tmp_path / "small", "64m", files=64) as small:
+        settings = write_config(small / "flow")
+        with open_ledger(settings.database) as ledger:
+            add_root(ledger, source)
+            with pytest.raises(OSError, match="No space"):
+                for n in range(64):
+                    (small / f"{n}").touch()
+            with start(settings, "casparian_flow.main") as sentinel:
+                words = sentinel.communicate(timeout=PATIENCE)[1]
+    assert sentinel.returncode == 74
+    assert words.startswith(f"error: No space left on device: {settings.database.daemon_lock}\n")
+    assert "the same command again" in words
+    assert "Traceback" not in words
+
+
 def test_a_daemon_goes_on_when_nobody_reads_what_it_says(
     ledger: Ledger, settings: Settings, source: Path
 ) -> None:

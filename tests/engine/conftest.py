@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from casparian_flow import config
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
 from casparian_flow.engine.locking import lock_dependencies
@@ -26,6 +27,7 @@ def default_lock(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> EnvironmentStore:
+    """To look into: nobody else builds in it."""
     return EnvironmentStore(tmp_path_factory.mktemp("envs"), limit_bytes=4 << 30)
 
 
@@ -36,7 +38,7 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment(
-    store: EnvironmentStore,
+    private_folders: Path,
     default_lock: str,
     bundle_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -46,7 +48,8 @@ def environment(
     for inner in ("in", "tmp"):
         (folder / inner).mkdir()
     publishes = plugin("import pandas\nself.publish('t', pa.table({'n': [1]}))")
-    with store.lease(default_lock) as lease:
+    shared = EnvironmentStore(config.cache_folder() / "envs", GuestSettings().environments_bytes)
+    with shared.lease(default_lock) as lease:
         with Guest(
             lease.python, lease.site_packages, artifact(publishes),
             folder=folder, bundle=bundle_folder, limits=GuestSettings(),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select
@@ -16,10 +18,12 @@ from casparian_flow.db import audit
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, AuditEntry, JobStatus, ProcessingJob
 from casparian_flow.engine import sentinel
+from casparian_flow.engine.dispatch import Dispatcher
+from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.errors import CasparianError
 from casparian_flow.protocol import Assignment, Conclude, Granted, Outcome, Receipt, StagedOutput
 from casparian_flow.services import changes
-from tests.engine.wires import Attacked, Peer, attacked
+from tests.engine.wires import PATIENCE, Attacked, Peer, attacked
 from tests.factories import add_job
 from tests.until import until
 
@@ -203,3 +207,74 @@ def test_a_decided_job_is_not_aborted(ledger: Ledger, settings: Settings) -> Non
         changes.abort_jobs(ledger, settings, [decided, queued])
     assert state(ledger, decided)[0] == JobStatus.COMMITTING
     assert state(ledger, queued)[0] == JobStatus.ABORTED
+
+
+class Claim:
+    """A claim that has found jobs and cannot commit before it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._under_way, self.commit = threading.Event(), threading.Event()
+        real = Dispatcher.claim
+
+        def claim(*arguments: Any, **options: Any) -> list[Assignment]:
+            found = real(*arguments, **options)
+            if found:
+                self._under_way.set()
+                assert self.commit.wait(PATIENCE)
+            return found
+
+        monkeypatch.setattr(Dispatcher, "claim", claim)
+
+    async def under_way(self) -> None:
+        assert await asyncio.to_thread(self._under_way.wait, PATIENCE)
+
+
+def test_what_is_claimed_for_a_worker_while_it_leaves_goes_back(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+    claim = Claim(monkeypatch)
+    lose = Sentinel._lose
+
+    async def leaves(*arguments: Any, **options: Any) -> None:
+        heard.set()
+        await lose(*arguments, **options)
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "hasty")
+        await peer.send(protocol.Ready(free=1))
+        await claim.under_way()
+        monkeypatch.setattr(Sentinel, "_lose", leaves)
+        await peer.send(protocol.Goodbye())
+        async with asyncio.timeout(PATIENCE):
+            await heard.wait()
+        claim.commit.set()
+        await until(lambda: target.sentinel.workers == 1)
+        assert state(ledger, job) == ("QUEUED", 1, 0)
+
+    heard = asyncio.Event()
+    play(settings, story)
+
+
+def test_what_is_claimed_while_the_sentinel_ends_is_assigned_and_then_given_back(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+    claim = Claim(monkeypatch)
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "busy")
+        await peer.send(protocol.Ready(free=1))
+        await claim.under_way()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(target.sentinel.drain(PATIENCE))
+            await asyncio.sleep(0)  # it has begun
+            claim.commit.set()
+            heard = [type(await peer.hear()) for _ in range(2)]
+            for leaving in (target.good, peer):
+                await leaving.send(protocol.Goodbye())
+        assert heard == [protocol.Assign, protocol.Drain]
+        assert target.sentinel.workers == 0
+        assert state(ledger, job) == ("QUEUED", 1, 0)
+
+    play(settings, story)

@@ -10,7 +10,8 @@ from types import ModuleType
 import pyarrow as pa
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.real_data import REPOSITORY, absent, real_data
+
 Run = Callable[[Path], dict[str, pa.Table]]
 
 
@@ -78,8 +79,7 @@ def access_log() -> Run:
 @pytest.fixture(scope="session")
 def shared_files() -> Path:
     """The folder of real input beside the repository."""
-    for folder in REPOSITORY.parents:
-        found = folder / "shared" / "data" / "files"
-        if found.is_dir():
-            return found
-    pytest.skip("shared data not present")
+    found = real_data("files")
+    if found is None:
+        pytest.skip(absent("files", "that the bundled plugins read files that people have"))
+    return found

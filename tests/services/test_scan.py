@@ -369,11 +369,15 @@ def test_an_edit_within_the_clocks_granularity_is_found(
 def test_a_racy_file_is_hashed_again(ledger: Ledger, source: Path) -> None:
     root = add_root(ledger, source)
     file = put(source / "f", "one")
-    os.utime(file, ns=(10**18, 10**18))
-    scan(ledger, root)
-    row = ledger.read(lambda c: c.execute(select(FileLocation.racy, FileLocation.inode)).one())
-    if not row.racy:
-        pytest.skip("this machine is too slow to catch a file within the clock's granularity")
+    facts = select(FileLocation.racy, FileLocation.inode)
+    for _ in range(100):
+        os.utime(file, ns=(10**18, 10**18))
+        scan(ledger, root)
+        row = ledger.read(lambda c: c.execute(facts).one())
+        if row.racy:
+            break
+    else:
+        pytest.skip("NOT PROVEN: a file seen within its clock's granularity (we are too slow)")
     # What an unlucky edit leaves behind: other bytes under the very stamps the ledger knows.
     put(file, "two")
     look = Stat.of(file.stat())
