@@ -139,7 +139,7 @@ class ProtocolError(CasparianError):
 
 
 class MachineRefused(CasparianError):
-    """A disk, a limit or a right of this machine refused, where nothing else knew what to do about it."""
+    """A disk, a limit or a right refused, where nothing else knew what to do about it."""
 
     exit_code = 74
 

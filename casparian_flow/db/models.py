@@ -3,7 +3,7 @@
 No behaviour here. `db/migrations/` holds the same schema as frozen SQL, with the triggers; a test
 compares the two. Times called `_at` are UTC; clock readings used in arithmetic are seconds since
 the epoch. Users edit `SourceRoot`, `RoutingRule`, `TopicConfig` and `PluginConfig` through these
-classes; everything else is written by `db.files`, `db.jobs` and `db.plugins` only.
+classes; everything else is written by the modules of `db` only.
 """
 
 from __future__ import annotations
