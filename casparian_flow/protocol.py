@@ -26,6 +26,10 @@ FRAME_LIMIT = 64 << 20
 """Bytes; a larger frame closes the connection. An artifact is the largest thing we send."""
 
 
+MODES = ("append", "replace", "error")
+"""What publishing does with what a topic's sink has already (docs/sinks.md)."""
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a message; also what the worker's side passes between its own modules."""
 
@@ -39,7 +43,13 @@ class OutputPlan(Record, frozen=True):
     location: str
     """The sink with its path made absolute; what the worker opens."""
     mode: str
+    """One of `MODES`."""
     output_key: str
+    slot: str
+    """What the outputs of all versions of the location have in common here: in mode `replace` the
+    one with the greatest (ordinal, job id) takes the place of the others."""
+    ordinal: int
+    """Of the version: 1 for the first content of its location."""
     facts: dict[str, str] = {}
     """What the output key is made of, in words: the sink keeps them beside the rows, so that who
     has lost the ledger knows what is there."""
@@ -75,6 +85,9 @@ class StagedOutput(Record, frozen=True):
     location: str
     mode: str
     output_key: str
+    slot: str
+    ordinal: int
+    job_id: int
     stage: str
     """Absolute path of the staged file."""
     rows: int

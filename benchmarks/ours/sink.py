@@ -19,8 +19,9 @@ URI = "sqlite:///tables.sqlite3"
 def main(file: str) -> None:
     location = sinks.resolve(URI, Path.cwd())
     plan = OutputPlan(
-        topic="measurements", uri=URI, location=location, mode="append", output_key="0" * 64
-    )
+        topic="measurements", uri=URI, location=location, mode="append", output_key="0" * 64,
+        slot="0" * 64, ordinal=1,
+    )  # fmt: skip
     lineage = Lineage(file_version_id=1, job_id=1, source_hash="0" * 64, plugin_version="1.0.0")
     started = time.perf_counter()
     sink = sinks.open_sink(location)

@@ -306,6 +306,9 @@ class Output(Base):
     size_bytes: Mapped[int]
     digest: Mapped[str]
     published_at: Mapped[datetime | None]
+    slot: Mapped[str] = mapped_column(default="", server_default="", index=True)
+    """What the outputs of all versions of the location share here (`protocol.OutputPlan.slot`);
+    empty where an earlier release planned it, to which every output was in mode append."""
 
 
 class Snapshot(Base):

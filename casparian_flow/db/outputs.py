@@ -34,13 +34,13 @@ def plan(connection: Connection, decided: Sequence[tuple[int, list[StagedOutput]
     execute_many(
         connection,
         """
-        INSERT INTO cf_output (job_id, topic, uri, location, mode, output_key, state, stage,
+        INSERT INTO cf_output (job_id, topic, uri, location, mode, output_key, slot, state, stage,
                                target, rows, size_bytes, digest)
-        VALUES (?, ?, ?, ?, ?, ?, 'PLANNED', ?, '', ?, ?, ?)
+        VALUES (?, ?, ?, ?, ?, ?, ?, 'PLANNED', ?, '', ?, ?, ?)
         ON CONFLICT (job_id, topic, uri) DO NOTHING
         """,
         [
-            (job_id, s.topic, s.uri, s.location, s.mode, s.output_key, s.stage, s.rows,
+            (job_id, s.topic, s.uri, s.location, s.mode, s.output_key, s.slot, s.stage, s.rows,
              s.size_bytes, s.digest)
             for job_id, staged in decided
             for s in staged
@@ -52,8 +52,9 @@ def unpublished(connection: Connection) -> list[tuple[int, int, StagedOutput]]:
     """(output id, job id, staged) of every output a decided job still owes, oldest first."""
     rows = connection.execute(
         select(Output)
-        .with_only_columns(*Output.__table__.columns)
+        .with_only_columns(*Output.__table__.columns, FileVersion.ordinal)
         .join(ProcessingJob, ProcessingJob.id == Output.job_id)
+        .join(FileVersion, FileVersion.id == ProcessingJob.file_version_id)
         .where(Output.state == OutputState.PLANNED, ProcessingJob.status == JobStatus.COMMITTING)
         .order_by(Output.id)
     ).all()
@@ -63,7 +64,8 @@ def unpublished(connection: Connection) -> list[tuple[int, int, StagedOutput]]:
             row.job_id,
             StagedOutput(
                 topic=row.topic, uri=row.uri, location=row.location, mode=row.mode,
-                output_key=row.output_key, stage=row.stage, rows=row.rows,
+                output_key=row.output_key, slot=row.slot, ordinal=row.ordinal,
+                job_id=row.job_id, stage=row.stage, rows=row.rows,
                 size_bytes=row.size_bytes, digest=row.digest,
             ),
         )

@@ -98,16 +98,18 @@ class Dispatcher:
 
     def _plan(self, job: Any, topic: str, uri: str, mode: str) -> OutputPlan:
         key = (job.source, job.path, job.content_hash, job.ordinal, job.artifact_hash, topic, uri)
+        place = (job.source, job.path, job.plugin_name, topic, uri)
         return OutputPlan(
             topic=topic,
             uri=uri,
             location=sinks.resolve(uri, self._settings.home),
             mode=mode,
             output_key=output_key(*key),
+            slot=slot(*place),
+            ordinal=job.ordinal,
             facts={
                 "source": job.source,
                 "path": job.path.hex(),
-                "ordinal": str(job.ordinal),
                 "size_bytes": str(job.size_bytes),
                 "artifact_hash": job.artifact_hash,
                 "plugin": job.plugin_name,
@@ -151,12 +153,21 @@ def output_key(
     source: str, path: bytes, content_hash: str, ordinal: int,
     artifact_hash: str, topic: str, uri: str,
 ) -> str:  # fmt: skip
-    """The name of an output: SHA-256 over facts, so that every attempt gives the same one.
+    """The name of an output: facts, so that every attempt gives the same one."""
+    return _name(source, path, content_hash, str(ordinal), artifact_hash, topic, uri)
 
-    Each part is preceded by its length (8 bytes, big endian): no two lists of parts share a key.
-    """
+
+def slot(source: str, path: bytes, plugin: str, topic: str, uri: str) -> str:
+    """The name of what the outputs of all versions of a location share in one topic of one plugin
+    in one sink: see `OutputPlan.slot`."""
+    return _name(source, path, plugin, topic, uri)
+
+
+def _name(*parts: str | bytes) -> str:
+    """SHA-256, hexadecimal. Each part is preceded by its length (8 bytes, big endian): no two
+    lists of parts share a name."""
     digest = hashlib.sha256()
-    for part in (source, path, content_hash, str(ordinal), artifact_hash, topic, uri):
+    for part in parts:
         data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")
         digest.update(len(data).to_bytes(8) + data)
     return digest.hexdigest()

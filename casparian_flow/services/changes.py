@@ -20,6 +20,7 @@ from casparian_flow.db.models import JobStatus
 from casparian_flow.db.routing import compile_pattern
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, ConfigError, DaemonGone, NotFound, SourceError
+from casparian_flow.protocol import MODES
 from casparian_flow.services import architect, inventory
 from casparian_flow.services.walk import Ignore
 
@@ -281,8 +282,8 @@ def set_topic(
     known = ledger.read(lambda c: plugins.versions(c, plugin))
     if not known:
         raise NotFound(f"no plugin is named {plugin!r}", "casparian plugins")
-    if mode != "append":
-        raise ConfigError(f"mode {mode!r} is not supported; supported: append", "--mode append")
+    if mode not in MODES:
+        raise ConfigError(f"there is no mode {mode!r}", f"use one of {', '.join(MODES)}")
     sinks.resolve(uri, settings.home)
 
     def work(connection: Connection) -> list[str]:

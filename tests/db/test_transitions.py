@@ -49,7 +49,7 @@ def moved(status: str) -> Callable[[Connection, int], object]:
 def staged(job: int, topic: str = "t") -> StagedOutput:
     return StagedOutput(
         topic=topic, uri="u", location="l", mode="append", output_key=f"{job}-{topic}",
-        stage="", rows=1, size_bytes=1, digest="",
+        slot="", ordinal=1, job_id=job, stage="", rows=1, size_bytes=1, digest="",
     )  # fmt: skip
 
 

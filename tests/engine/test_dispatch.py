@@ -33,3 +33,20 @@ def test_every_attempt_has_the_same_output_key(
     first, second = attempt(), attempt()
     assert first.attempt != second.attempt
     assert [o.output_key for o in first.outputs] == [o.output_key for o in second.outputs]
+
+
+def test_the_versions_of_a_location_share_a_slot(
+    ledger: Ledger, settings: Settings, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    architect.deploy(ledger, settings, signed(ledger, config.keys_folder()))
+    for content in ("one", "two"):
+        for name in ("a.txt", "b.txt"):
+            (source / name).write_text(content)
+        scan(ledger, root)
+    dispatcher = Dispatcher(settings, ledger.write(plugins.begin_epoch))
+    jobs = ledger.write(lambda c: dispatcher.claim(c, "w", 9, frozenset()))
+    slots = {(job.rel_path, o.ordinal): o.slot for job in jobs for o in job.outputs}
+    assert slots.keys() == {(name, n) for name in ("a.txt", "b.txt") for n in (1, 2)}
+    assert slots["a.txt", 1] == slots["a.txt", 2] != slots["b.txt", 1] == slots["b.txt", 2]
+    assert len({o.output_key for job in jobs for o in job.outputs}) == len(slots)

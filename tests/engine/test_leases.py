@@ -78,7 +78,8 @@ def staged(job: int, fence: int, stage: Path, sink: Path) -> Receipt:
     stage.write_bytes(b"rows")
     output = StagedOutput(
         topic="t", uri="parquet://out", location=f"parquet://{sink}", mode="append",
-        output_key="k" * 64, stage=str(stage), rows=1, size_bytes=4, digest="",
+        output_key="k" * 64, slot="", ordinal=1, job_id=job, stage=str(stage), rows=1,
+        size_bytes=4, digest="",
     )  # fmt: skip
     return Receipt(job_id=job, fence=fence, outcome=Outcome.STAGED, outputs=[output])
 

@@ -278,7 +278,8 @@ class Life(RuleBasedStateMachine):
         staged = [
             StagedOutput(
                 topic=topic, uri="u", location="l", mode="append", output_key=f"{pair[0]}{topic}",
-                stage=f"{pair}{topic}", rows=1, size_bytes=1, digest="",
+                slot="", ordinal=1, job_id=pair[0], stage=f"{pair}{topic}", rows=1,
+                size_bytes=1, digest="",
             )
             for topic in topics
         ]  # fmt: skip

@@ -38,7 +38,7 @@ class Place:
 
     def stage(
         self, job: int = 1, attempt: str = "a1", key: str = "", topic: str = TOPIC,
-        mode: str = "append",
+        mode: str = "append", slot: str = "", ordinal: int = 1,
     ) -> Stage:  # fmt: skip
         plan = OutputPlan(
             topic=topic,
@@ -46,13 +46,15 @@ class Place:
             location=self.location,
             mode=mode,
             output_key=hashlib.sha256((key or f"job {job}").encode()).hexdigest(),
+            slot=hashlib.sha256((slot or f"slot of {topic}").encode()).hexdigest(),
+            ordinal=ordinal,
         )
         lineage = Lineage(
             file_version_id=job + 100, job_id=job, source_hash="ab" * 32, plugin_version="1.2.3"
         )
         return self.sink.open_stage(plan, lineage, attempt)
 
-    def sealed(self, columns: Any, job: int = 1, **named: str) -> StagedOutput:
+    def sealed(self, columns: Any, job: int = 1, **named: Any) -> StagedOutput:
         """A sealed output of these columns: a batch, or a dict of lists."""
         batch = pa.record_batch(columns) if isinstance(columns, dict) else columns
         stage = self.stage(job, **named)

@@ -276,9 +276,10 @@ def test_topics_that_could_not_be_a_folder_or_a_table(place: Place, topic: str) 
         place.stage(topic=topic)
 
 
-def test_modes_of_later_releases_are_refused(place: Place) -> None:
-    with pytest.raises(OutputRefused, match="mode 'replace' is not supported yet"):
-        place.stage(mode="replace")
+def test_modes_that_there_are_not(place: Place) -> None:
+    with pytest.raises(OutputRefused, match="there is no mode 'upsert'") as refused:
+        place.stage(mode="upsert")
+    assert refused.value.hint == "use one of append, replace, error"
 
 
 def test_discard_leaves_nothing_at_any_time(place: Place) -> None:

@@ -34,6 +34,9 @@ def test_the_file_is_named_by_the_output_key_and_says_so_inside(parquet: Place) 
     assert {k: v for k, v in footer.metadata.items() if k.startswith(b"casparian.")} == {
         b"casparian.topic": TOPIC.encode(),
         b"casparian.output_key": output.output_key.encode(),
+        b"casparian.mode": b"append",
+        b"casparian.slot": output.slot.encode(),
+        b"casparian.ordinal": b"1",
         b"casparian.job_id": b"7",
         b"casparian.file_version_id": b"107",
         b"casparian.source_hash": b"ab" * 32,

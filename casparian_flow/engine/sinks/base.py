@@ -48,7 +48,7 @@ class Claim(Record, frozen=True):
 
 
 class Found(Record, frozen=True):
-    """An output that stands in a sink, as the sink's own record of it says."""
+    """An output that a sink holds, shown or not, as the sink's own record of it says."""
 
     topic: str
     output_key: str
@@ -67,6 +67,9 @@ class Found(Record, frozen=True):
     artifact_hash: str = ""
     plugin: str = ""
     uri: str = ""
+    mode: str = "append"
+    slot: str = ""
+    retracted: bool = False
 
 
 def facts_of(footer: Mapping[bytes, bytes]) -> dict[str, str]:
@@ -78,11 +81,14 @@ def facts_of(footer: Mapping[bytes, bytes]) -> dict[str, str]:
     }
 
 
-def found(target: str, rows: int, digest: str, footer: Mapping[str, str]) -> Found:
+def found(
+    target: str, rows: int, digest: str, footer: Mapping[str, str], *, retracted: bool = False
+) -> Found:
     """An output, from the facts that `stage.py` wrote down about it.
 
     Args:
         footer: as `facts_of` gives them.
+        retracted: whether it is; the facts do not tell.
 
     Raises:
         ValueError, KeyError: these are no facts of ours.
@@ -104,11 +110,19 @@ def found(target: str, rows: int, digest: str, footer: Mapping[str, str]) -> Fou
         artifact_hash=footer.get("artifact_hash", ""),
         plugin=footer.get("plugin", ""),
         uri=footer.get("uri", ""),
+        mode=footer.get("mode", "append"),
+        slot=footer.get("slot", ""),
+        retracted=retracted,
     )
 
 
 class Sink(Protocol):
-    """One place where topics go."""
+    """One place where topics go.
+
+    An output is *shown*, or no reader is to see it: it is *replaced* (mode `replace`: a greater
+    one of its slot was published) or *retracted* (a person took its rows back). In a slot a
+    retracted output keeps its place: what it has replaced does not appear again.
+    """
 
     stage_folder: Path
     """On the target's filesystem, inside a `.casparian` folder."""
@@ -129,11 +143,19 @@ class Sink(Protocol):
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
         """Make sealed outputs visible and durable; idempotent per output key.
 
-        An output whose key is published already is adopted, not written again. What is published
-        no longer needs its staged file, which is removed. The outcomes are in the order of
-        `outputs`; a failed one changes nothing and does not stop the others: SinkConflict (the
-        target is not ours), OutputRefused (this sink cannot hold the rows), SinkUnavailable
-        (full, locked, read-only), JobError itself (the staged file is gone or damaged).
+        An output whose key is published already is adopted, not written again, and stays retracted
+        where it is. What is published no longer needs its staged file, which is removed. The
+        outcomes are in the order of `outputs`. Of one job either all that are not adopted are
+        published or none, and a failed job changes nothing and does not stop the others:
+        SinkConflict (the target is not ours), OutputRefused (this sink cannot hold the rows),
+        SinkUnavailable (full, locked, read-only), JobError itself (the staged file is gone or
+        damaged).
+
+        Mode `replace`: among the outputs of one slot that were published in this mode only the
+        one with the greatest (ordinal, job id) is visible, and takes the place of the others in
+        the same instant. One that is not the greatest is published, and nobody sees its rows.
+
+        Mode `error`: SinkConflict where the topic's place holds what is not ours.
         """
 
     def check(self, claims: Sequence[Claim]) -> list[str]:
@@ -155,6 +177,26 @@ class Sink(Protocol):
 
         Raises:
             SinkConflict: what stands in its place is not whole, and a person must move it away.
+            SinkUnavailable: full, locked, read-only.
+        """
+
+    def retract(self, claim: Claim) -> None:
+        """Take an output's rows out of every reader's sight and keep them; idempotent.
+
+        What is replaced already, or is not there, is left as it is: its rows are in nobody's sight.
+
+        Raises:
+            SinkConflict: what stands in its place is not this output, or not whole.
+            SinkUnavailable: full, locked, read-only.
+        """
+
+    def reinstate(self, claim: Claim) -> None:
+        """Undo `retract`: the same rows are visible again; idempotent.
+
+        Where a greater output of its slot was published since, it is replaced from now on.
+
+        Raises:
+            SinkConflict: what was kept is gone or altered, or its place is taken.
             SinkUnavailable: full, locked, read-only.
         """
 

@@ -32,7 +32,7 @@ from casparian_flow.engine.sinks.base import (
     unavailable,
 )
 from casparian_flow.engine.sinks.stage import OUTPUT_KEY, Stage
-from casparian_flow.errors import JobError, SinkConflict, SinkUnavailable
+from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
@@ -51,6 +51,11 @@ class ParquetSink:
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """See `Sink.open_stage`."""
+        if plan.mode in ("replace", "error"):
+            raise OutputRefused(
+                f"topic {plan.topic!r}: Parquet has no mode {plan.mode!r}",
+                f"casparian topics set PLUGIN {plan.topic} {plan.uri} --mode append",
+            )
         return Stage(self.stage_folder, plan, lineage, attempt)
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
@@ -87,6 +92,14 @@ class ParquetSink:
             raise SinkConflict(
                 f"{claim.target} is there, and was altered", "move it elsewhere, then restore again"
             )
+
+    def retract(self, claim: Claim) -> None:
+        """See `Sink.retract`."""
+        raise SinkConflict(f"{claim.target}: Parquet files cannot be retracted")
+
+    def reinstate(self, claim: Claim) -> None:
+        """See `Sink.reinstate`."""
+        raise SinkConflict(f"{claim.target}: Parquet files cannot be reinstated")
 
     def _show(self, output: StagedOutput) -> Published | JobError:
         """Give the staged file its name among the topic's files, or adopt the one that has it."""

@@ -74,6 +74,8 @@ class SqliteSink:
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """See `Sink.open_stage`."""
+        if plan.mode in ("replace", "error"):
+            raise OutputRefused(f"topic {plan.topic!r}: mode {plan.mode!r} is not supported yet")
         return Stage(self.stage_folder, plan, lineage, attempt, admit=columns_of)
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
@@ -145,6 +147,14 @@ class SqliteSink:
         columns = {name: str(row[name]) for name in row.keys()}  # noqa: SIM118  a Row is no dict
         facts = {**columns, **json.loads(columns.get("facts") or "{}")}
         return found(f"{self.path}:{row['topic']}", row["rows"], row["digest"], facts)
+
+    def retract(self, claim: Claim) -> None:
+        """See `Sink.retract`."""
+        raise SinkConflict(f"{claim.target}: cannot be retracted yet")
+
+    def reinstate(self, claim: Claim) -> None:
+        """See `Sink.reinstate`."""
+        raise SinkConflict(f"{claim.target}: cannot be reinstated yet")
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

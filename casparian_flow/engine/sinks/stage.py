@@ -22,7 +22,7 @@ from casparian_flow.atomic import fsync_path, make_folder
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks.base import LINEAGE, Lineage, is_disk_fault, unavailable
 from casparian_flow.errors import OutputRefused
-from casparian_flow.protocol import OutputPlan, StagedOutput
+from casparian_flow.protocol import MODES, OutputPlan, StagedOutput
 
 OUTPUT_KEY = b"casparian.output_key"
 """Footer key that says whose output a file is."""
@@ -143,6 +143,7 @@ class Stage:
         del plan["facts"]  # they are in the footer
         return StagedOutput(
             **plan,
+            job_id=self._lineage.job_id,
             stage=str(self.path),
             rows=self._rows,
             size_bytes=size,
@@ -175,8 +176,11 @@ class Stage:
         # Only our own words go to the footer: what a plugin put there might pass for them.
         self._columns = columns.remove_metadata()
         constants = zip(LINEAGE, _LINEAGE_TYPES, strict=True)
-        facts = {"topic": self._plan.topic, "output_key": self._plan.output_key}
-        facts |= self._plan.facts
+        plan = self._plan
+        facts: dict[str, object] = {
+            "topic": plan.topic, "output_key": plan.output_key, "mode": plan.mode,
+            "slot": plan.slot, "ordinal": plan.ordinal, **plan.facts,
+        }  # fmt: skip
         facts |= msgspec.structs.asdict(self._lineage)
         self._schema = pa.schema(
             [*columns, *(pa.field(name, kind) for name, kind in constants)],
@@ -217,8 +221,10 @@ def _check_plan(plan: OutputPlan) -> None:
         raise OutputRefused(
             f"{topic!r} cannot name a folder or table", "use letters, digits, `_` and `-`"
         )
-    if plan.mode != "append":
-        raise OutputRefused(f"topic {topic!r}: mode {plan.mode!r} is not supported yet")
+    if plan.mode not in MODES:
+        raise OutputRefused(
+            f"topic {topic!r}: there is no mode {plan.mode!r}", f"use one of {', '.join(MODES)}"
+        )
 
 
 def _check_names(topic: str, names: list[str]) -> None:
