@@ -106,6 +106,8 @@ class Published(Record, frozen=True):
     """SHA-256 of the target's bytes where the sink is a file, else of the staged file."""
     adopted: bool
     """True where an earlier attempt had published it already."""
+    retracted: bool = False
+    """True where a person has taken it back since: it is kept, and nobody sees it."""
 
 
 class Evidence(Record, frozen=True):

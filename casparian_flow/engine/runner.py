@@ -237,12 +237,6 @@ class Runner:
 
     def _stage(self, seat: _Seat, job: Assignment) -> list[Stage]:
         plans = _by_topic(job.outputs)
-        lineage = Lineage(
-            file_version_id=job.version_id,
-            job_id=job.job_id,
-            source_hash=job.content_hash,
-            plugin_version=job.plugin_version,
-        )
         stages: dict[str, list[Stage]] = {}
         try:
             with (
@@ -251,12 +245,13 @@ class Runner:
             ):
                 for topic, batch in batches:
                     if topic not in stages:
-                        stages[topic] = []
-                        for plan in plans[topic]:
-                            sink = sinks.open_sink(plan.location)
-                            stages[topic].append(sink.open_stage(plan, lineage, job.attempt))
+                        _open_stages(stages.setdefault(topic, []), job, plans[topic])
                     for stage in stages[topic]:
                         stage.write(batch)
+                # Who publishes nothing to a topic in mode replace takes its earlier rows away.
+                for topic in plans.keys() - stages.keys():
+                    replacing = [plan for plan in plans[topic] if plan.mode == "replace"]
+                    _open_stages(stages.setdefault(topic, []), job, replacing)
                 for stage in _flat(stages):
                     stage.finish()
         except BaseException:
@@ -340,6 +335,18 @@ def _by_topic(plans: Sequence[OutputPlan]) -> dict[str, list[OutputPlan]]:
     for plan in plans:
         topics.setdefault(plan.topic, []).append(plan)
     return topics
+
+
+def _open_stages(stages: list[Stage], job: Assignment, plans: Sequence[OutputPlan]) -> None:
+    """Add one for each plan; where one cannot be opened, those before it are there to discard."""
+    lineage = Lineage(
+        file_version_id=job.version_id,
+        job_id=job.job_id,
+        source_hash=job.content_hash,
+        plugin_version=job.plugin_version,
+    )
+    for plan in plans:
+        stages.append(sinks.open_sink(plan.location).open_stage(plan, lineage, job.attempt))
 
 
 def _flat(stages: dict[str, list[Stage]]) -> list[Stage]:

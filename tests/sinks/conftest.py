@@ -14,6 +14,15 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return Place(request.param, tmp_path)
 
 
+MODES_KNOWN = ["sqlite"]
+"""Sinks that know modes and retract; those of another branch are added by it."""
+
+
+@pytest.fixture(params=MODES_KNOWN)
+def modes(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    return Place(request.param, tmp_path)
+
+
 @pytest.fixture
 def parquet(tmp_path: Path) -> Place:
     return Place("parquet", tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim, Lineage, Sink
@@ -84,6 +85,14 @@ class Place:
             if not connection.execute("SELECT 1 FROM pragma_table_info(?)", [topic]).fetchone():
                 return []
             return [dict(row) for row in connection.execute(f'SELECT * FROM "{topic}"')]
+
+    def intrude(self) -> None:
+        """Add to the topic what is not ours."""
+        if self.scheme == "parquet":
+            pq.write_table(pa.table({"id": [0]}), self.home / "out" / TOPIC / "theirs.parquet")
+        else:
+            with closing(sqlite3.connect(self.database)) as connection, connection:
+                connection.execute(f"INSERT INTO {TOPIC} (id) VALUES (0)")
 
     def staged_files(self) -> list[str]:
         folder = self.sink.stage_folder

@@ -18,7 +18,7 @@ import pytest
 
 from casparian_flow.atomic import owned
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks.base import LINEAGE
+from casparian_flow.engine.sinks.base import LINEAGE, Claim
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
 from tests.sinks.stages import TOPIC, Place, claims
@@ -449,3 +449,186 @@ def test_a_foreign_target_is_left_untouched(place: Place) -> None:
     assert "left untouched" in outcome.message
     assert foreign.read_bytes() == b"somebody's own bytes" * 100
     assert Path(output.stage).exists()
+
+
+# Modes, retract and reinstate. What each test says of rows holds for every sink.
+
+
+def ids(place: Place, topic: str = TOPIC) -> list[Any]:
+    return sorted(row["id"] for row in place.rows(topic))
+
+
+def replacing(
+    place: Place, job: int, ordinal: int, values: list[int], **named: Any
+) -> StagedOutput:
+    named = {"mode": "replace", "attempt": f"a{job}", **named}
+    return place.sealed({"id": values}, job, ordinal=ordinal, **named)
+
+
+def empty(place: Place, job: int, ordinal: int) -> StagedOutput:
+    """What a Worker stages where a plugin published nothing to a topic in mode replace."""
+    stage = place.stage(job, attempt=f"a{job}", mode="replace", ordinal=ordinal)
+    stage.finish()
+    return sinks.seal([stage])[0]
+
+
+def claim(output: StagedOutput, seen: Published | JobError) -> Claim:
+    (made,) = claims([output], [seen])
+    return msgspec.structs.replace(made, job_id=output.job_id)
+
+
+def test_a_newer_version_takes_the_place_of_an_older_one(modes: Place) -> None:
+    first, other = replacing(modes, 1, 1, [1, 2]), replacing(modes, 2, 1, [7], slot="other")
+    modes.publish(first, other)
+    assert ids(modes) == [1, 2, 7]
+    second = replacing(modes, 3, 2, [3])
+    (seen,) = modes.publish(second)
+    assert ids(modes) == [3, 7]
+    assert modes.sink.check([claim(second, seen)]) == []
+    assert modes.staged_files() == []
+
+
+def test_an_older_version_that_comes_late_shows_no_rows(modes: Place) -> None:
+    late, newer = replacing(modes, 1, 1, [1]), replacing(modes, 2, 2, [2])
+    for output in (newer, late):
+        published(*modes.publish(output))
+    assert ids(modes) == [2]
+    published(*modes.publish(late))
+    assert ids(modes) == [2]
+    assert modes.staged_files() == []
+
+
+def test_of_one_version_the_later_job_has_the_place(modes: Place) -> None:
+    """Another version of the plugin has worked it again."""
+    for job in (2, 3, 1):
+        published(*modes.publish(replacing(modes, job, 1, [job])))
+    assert ids(modes) == [3]
+
+
+def test_a_version_that_gives_nothing_takes_the_rows_away(modes: Place) -> None:
+    published(*modes.publish(replacing(modes, 1, 1, [1])))
+    output = empty(modes, 2, 2)
+    (seen,) = modes.publish(output)
+    assert published(seen).rows == 0
+    assert ids(modes) == []
+    assert modes.sink.check([claim(output, seen)]) == []
+    published(*modes.publish(replacing(modes, 1, 1, [1], key="late")))
+    assert ids(modes) == []
+    published(*modes.publish(replacing(modes, 3, 3, [3])))
+    assert ids(modes) == [3]
+
+
+def test_a_topic_that_begins_with_nothing(modes: Place) -> None:
+    output = empty(modes, 1, 1)
+    (seen,) = modes.publish(output)
+    assert modes.rows() == []
+    assert modes.sink.check([claim(output, seen)]) == []
+    published(*modes.publish(replacing(modes, 2, 2, [2])))
+    assert ids(modes) == [2]
+
+
+def test_replace_leaves_alone_what_was_appended(modes: Place) -> None:
+    published(*modes.publish(modes.sealed({"id": [1]}, job=1)))
+    published(*modes.publish(replacing(modes, 2, 2, [2])))
+    published(*modes.publish(replacing(modes, 3, 3, [3])))
+    assert ids(modes) == [1, 3]
+
+
+def test_readers_see_one_version_or_the_other(modes: Place) -> None:
+    size, versions = 500, 20
+    published(*modes.publish(replacing(modes, 1, 1, [1] * size)))
+    stop, seen = threading.Event(), set[tuple[int, ...]]()
+
+    def poll() -> None:
+        while not stop.is_set():
+            rows = [row["id"] for row in modes.rows()]
+            seen.add((len(rows), *sorted(set(rows))))
+
+    reader = threading.Thread(target=poll)
+    reader.start()
+    try:
+        for version in range(2, versions + 1):
+            published(*modes.publish(replacing(modes, version, version, [version] * size)))
+    finally:
+        stop.set()
+        reader.join()
+    assert seen <= {(size, version) for version in range(1, versions + 1)}
+
+
+def test_in_mode_error_only_our_own_rows_may_be_there(modes: Place) -> None:
+    for job in (1, 2):
+        published(*modes.publish(modes.sealed({"id": [job]}, job, mode="error", attempt=f"a{job}")))
+    assert ids(modes) == [1, 2]
+    modes.intrude()
+    output = modes.sealed({"id": [3]}, 3, mode="error")
+    (outcome,) = modes.publish(output)
+    assert isinstance(outcome, SinkConflict), outcome
+    assert TOPIC in outcome.message
+    assert "not ours" in outcome.message
+    assert 3 not in [row.get("id") for row in modes.rows()]
+
+
+def test_what_is_retracted_is_out_of_sight_and_comes_back_as_it_was(modes: Place) -> None:
+    columns = {"id": [1, 2], "real": [0.1, -0.0], "bytes": [b"\0", None], "text": ["é", ""]}
+    outputs = [modes.sealed(columns, job, attempt=f"a{job}") for job in (1, 2)]
+    made = claims(outputs, modes.publish(*outputs))
+    before = modes.rows()
+    for _ in range(2):
+        modes.sink.retract(made[0])
+    assert {row["_cf_job_id"] for row in modes.rows()} == {2}
+    assert modes.sink.check(made[1:]) == []
+    assert len(modes.sink.check(made)) == 1
+    wider = modes.sealed({"added": ["x"], "id": [3]}, job=3, attempt="a3")
+    published(*modes.publish(wider))
+    for _ in range(2):
+        modes.sink.reinstate(made[0])
+    assert modes.sink.check(made) == []
+    known = [{name: row[name] for name in before[0]} for row in modes.rows()]
+    order = [row for row in known if row["_cf_job_id"] != 3]
+    assert sorted(map(repr, order)) == sorted(map(repr, before))
+
+
+def test_what_is_retracted_stays_so_when_it_is_published_again(modes: Place) -> None:
+    """Its ledger was lost, and its job ran again."""
+    output = modes.sealed({"id": [1]})
+    (made,) = claims([output], modes.publish(output))
+    modes.sink.retract(made)
+    again = published(*modes.publish(modes.sealed({"id": [1]}, attempt="a2")))
+    assert again.adopted
+    assert again.retracted
+    assert modes.rows() == []
+    (found,) = modes.sink.inventory(())
+    assert found.retracted
+    assert found.output_key == output.output_key
+    assert (found.rows, found.slot, found.mode) == (1, output.slot, "append")
+    modes.sink.reinstate(made)
+    assert ids(modes) == [1]
+    assert [each.retracted for each in modes.sink.inventory(())] == [False]
+
+
+def test_a_retracted_version_keeps_its_place(modes: Place) -> None:
+    old, new = replacing(modes, 1, 1, [1]), replacing(modes, 2, 2, [2])
+    modes.publish(old)
+    (made,) = modes.publish(new)
+    modes.sink.retract(claim(new, made))
+    assert ids(modes) == []
+    published(*modes.publish(replacing(modes, 3, 1, [3])))
+    assert ids(modes) == []
+    modes.sink.reinstate(claim(new, made))
+    assert ids(modes) == [2]
+    modes.sink.retract(claim(new, made))
+    published(*modes.publish(replacing(modes, 4, 3, [4])))
+    assert ids(modes) == [4]
+    modes.sink.reinstate(claim(new, made))
+    assert ids(modes) == [4]
+
+
+def test_what_is_not_there_cannot_be_reinstated(modes: Place) -> None:
+    output = modes.sealed({"id": [1]})
+    absent = Claim(
+        topic=TOPIC, output_key=output.output_key, job_id=1, target="t", rows=1,
+        digest=output.digest,
+    )  # fmt: skip
+    modes.sink.retract(absent)
+    with pytest.raises(SinkConflict):
+        modes.sink.reinstate(absent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import sqlite as sqlite_sink
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
-from casparian_flow.protocol import Published
+from casparian_flow.protocol import Published, StagedOutput
 from tests.sinks.columns_of_any_type import Sample, samples
 from tests.sinks.stages import TOPIC, Place, claims
 
@@ -32,6 +33,22 @@ def database(place: Place) -> Iterator[sqlite3.Connection]:
     place.database.parent.mkdir(exist_ok=True)
     with closing(sqlite3.connect(place.database, isolation_level=None)) as connection:
         yield connection
+
+
+@contextmanager
+def small(place: Place) -> Iterator[None]:
+    """The disk has room for a few more pages only, as SQLite's own limit has it."""
+    opened = sqlite3.connect
+
+    def limited(*args: Any, **named: Any) -> sqlite3.Connection:
+        connection = opened(*args, **named)
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages + 20}")
+        return connection
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", limited)
+        yield
 
 
 def published(place: Place, columns: Any, job: int = 1) -> Published:
@@ -198,13 +215,15 @@ def test_a_column_that_somebody_dropped_is_added_again(sqlite: Place) -> None:
 def test_integers_and_reals_mix_where_they_stay_exact(sqlite: Place) -> None:
     """A column of whole numbers comes as floats from pandas, as soon as one of them is missing."""
     published(sqlite, {"whole": [1], "real": [0.5]}, job=1)
-    published(sqlite, {"whole": [2.0, 2.5, None], "real": [3, None, 4]}, job=2)
-    assert column(sqlite, "whole") == [1, 2, 2.5, None]
+    published(sqlite, {"whole": [2.0, 3.0, None], "real": [3, None, 4]}, job=2)
+    assert column(sqlite, "whole") == [1, 2, 3, None]
     assert column(sqlite, "real") == [0.5, 3.0, None, 4.0]
     error = refused(sqlite, {"whole": [1], "real": [LOSSY]}, job=3)
     assert "column 'real' (int64)" in error.message
     published(sqlite, {"whole": [LOSSY], "real": [1]}, job=4)
     assert column(sqlite, "whole")[-1] == LOSSY
+    error = refused(sqlite, {"whole": [2.5]}, job=5)
+    assert "topic 'sales': column 'whole' (double)" in error.message
 
 
 def test_a_column_of_nulls_takes_any_type_later(sqlite: Place) -> None:
@@ -299,3 +318,146 @@ def test_check_sees_a_dropped_table_and_speaks_of_each_claim(sqlite: Place) -> N
     with database(sqlite) as connection:
         connection.execute(f"DROP TABLE {TOPIC}")
     assert ["no such table" in fault for fault in sqlite.sink.check(made)] == [True, True]
+
+
+def test_the_outputs_of_a_job_appear_together_and_are_refused_together(sqlite: Place) -> None:
+    published(sqlite, {"id": [1]}, job=1)
+    refused_job = [
+        sqlite.sealed({"id": [2]}, 2, topic="fine", key="fine"),
+        sqlite.sealed({"id": ["x"]}, 2, attempt="a2"),
+    ]
+    good = [sqlite.sealed({"id": [3]}, 3, topic=topic, key=topic) for topic in ("t1", "t2")]
+    before = everything(sqlite)
+    outcomes = sqlite.publish(refused_job[0], good[0], refused_job[1], good[1])
+    assert [type(outcome) for outcome in outcomes] == [
+        OutputRefused, Published, OutputRefused, Published,
+    ]  # fmt: skip
+    assert all("column 'id' (string)" in o.message for o in outcomes if isinstance(o, JobError))
+    assert [len(sqlite.rows(topic)) for topic in (TOPIC, "fine", "t1", "t2")] == [1, 0, 1, 1]
+    assert set(before) < set(everything(sqlite))
+    assert Path(refused_job[0].stage).exists()
+
+
+def test_no_reader_sees_one_topic_of_a_job_without_the_other(sqlite: Place) -> None:
+    stop, seen = threading.Event(), set[int]()
+
+    def poll() -> None:
+        with closing(sqlite3.connect(f"{sqlite.database.as_uri()}?mode=ro", uri=True)) as reader:
+            while not stop.is_set():
+                seen.update(*reader.execute("SELECT (SELECT count(*) FROM l) - count(*) FROM r"))
+
+    def both(job: int) -> list[StagedOutput]:
+        return [
+            sqlite.sealed({"id": [job] * 50}, job, topic=topic, key=f"{topic}{job}")
+            for topic in ("l", "r")
+        ]
+
+    sqlite.publish(*both(1))
+    reader = threading.Thread(target=poll)
+    reader.start()
+    try:
+        for job in range(2, 30):
+            assert all(isinstance(o, Published) for o in sqlite.publish(*both(job)))
+    finally:
+        stop.set()
+        reader.join()
+    assert seen == {0}
+
+
+def test_a_database_that_fills_up_within_a_transaction_takes_nothing(sqlite: Place) -> None:
+    """SQLite itself may roll back: every job of the transaction waits then."""
+    published(sqlite, {"id": [1]}, job=1)
+    before = everything(sqlite)
+    outputs = [
+        sqlite.sealed({"id": [2], "blob": [b"x" * size]}, job, attempt=f"a{job}")
+        for job, size in ((2, 10), (3, 1 << 20))
+    ]
+    with small(sqlite):
+        outcomes = sqlite.publish(*outputs)
+    assert any(isinstance(outcome, SinkUnavailable) for outcome in outcomes)
+    kept = [
+        o.job_id for o, seen in zip(outputs, outcomes, strict=True) if isinstance(seen, Published)
+    ]
+    assert sorted(row["_cf_job_id"] for row in sqlite.rows()) == [1, *kept]
+    assert (everything(sqlite) == before) == (not kept)
+    assert all(isinstance(seen, Published) for seen in sqlite.publish(*outputs))
+
+
+def test_a_ledger_of_an_earlier_release_is_migrated_where_it_stands(sqlite: Place) -> None:
+    output = sqlite.sealed({"id": [1, 2]})
+    with database(sqlite) as connection:
+        connection.executescript(
+            f"""
+            CREATE TABLE {TOPIC} (id INTEGER, _cf_file_version_id INTEGER, _cf_job_id INTEGER,
+                                  _cf_source_hash TEXT, _cf_plugin_version TEXT);
+            INSERT INTO {TOPIC} VALUES (1, 101, 1, 'ab', '1.0'), (2, 101, 1, 'ab', '1.0');
+            CREATE TABLE _cf_outputs (
+                output_key TEXT PRIMARY KEY, topic TEXT NOT NULL, job_id INTEGER NOT NULL,
+                file_version_id INTEGER NOT NULL, rows INTEGER NOT NULL, digest TEXT NOT NULL,
+                published_at TEXT NOT NULL);
+            INSERT INTO _cf_outputs VALUES ('{output.output_key}', '{TOPIC}', 1, 101, 2,
+                                            '{output.digest}', '2025-01-01');
+            """
+        )
+    (found,) = sqlite.sink.inventory(())
+    assert (found.job_id, found.rows, found.retracted) == (1, 2, False)
+    found_claims = claims([output], sqlite.publish(output))
+    assert sqlite.sink.check(found_claims) == []
+    published(sqlite, {"id": [3]}, job=2)
+    sqlite.sink.retract(found_claims[0])
+    assert column(sqlite, "id") == [3]
+    sqlite.sink.reinstate(found_claims[0])
+    assert sorted(column(sqlite, "id")) == [1, 2, 3]
+
+
+def test_two_ledgers_that_share_a_table_take_their_own_rows_only(sqlite: Place) -> None:
+    """Both gave the same ids to the same content: their rows are alike."""
+    alike = {"job": 1, "mode": "replace", "ordinal": 1}
+    for name in ("ours", "theirs"):
+        output = sqlite.sealed({"id": [1]}, key=name, slot=name, attempt=name, **alike)
+        assert isinstance(*sqlite.publish(output), Published)
+    newer = sqlite.sealed({"id": [2]}, 2, slot="ours", mode="replace", ordinal=2)
+    assert isinstance(*sqlite.publish(newer), Published)
+    assert sorted(column(sqlite, "id")) == [1, 2]
+
+
+def test_columns_that_have_every_name_of_the_row_number(sqlite: Place) -> None:
+    for names in (["rowid", "oid"], ["rowid", "oid", "_rowid_"]):
+        topic = f"t{len(names)}"
+        for job in (1, 2):
+            output = sqlite.sealed(
+                {name: [job] for name in names}, job, topic=topic, mode="replace", ordinal=job,
+                key=f"{topic}{job}", attempt=f"{topic}{job}",
+            )  # fmt: skip
+            (outcome,) = sqlite.publish(output)
+        shown = [row["rowid"] for row in sqlite.rows(topic)]
+        if len(names) == 2:
+            assert shown == [2]
+        else:
+            assert isinstance(outcome, SinkConflict)
+            assert shown == [1]
+
+
+def test_reinstating_into_a_table_that_lost_a_column_is_refused(sqlite: Place) -> None:
+    output = sqlite.sealed({"id": [1], "name": ["a"]})
+    (made,) = claims([output], sqlite.publish(output))
+    sqlite.sink.retract(made)
+    with database(sqlite) as connection:
+        connection.execute("ALTER TABLE sales DROP COLUMN name")
+    with pytest.raises(SinkConflict, match="has no column 'name'"):
+        sqlite.sink.reinstate(made)
+    with database(sqlite) as connection:
+        connection.execute("ALTER TABLE sales ADD COLUMN name TEXT")
+    sqlite.sink.reinstate(made)
+    assert [row["name"] for row in sqlite.rows()] == ["a"]
+
+
+def test_what_is_not_whole_is_not_retracted(sqlite: Place) -> None:
+    output = sqlite.sealed({"id": [1, 2]})
+    (made,) = claims([output], sqlite.publish(output))
+    with database(sqlite) as connection:
+        connection.execute("DELETE FROM sales WHERE id = 1")
+    before = everything(sqlite)
+    with pytest.raises(SinkConflict, match="has 1 rows of job 1, where 2 were published"):
+        sqlite.sink.retract(made)
+    assert everything(sqlite) == before

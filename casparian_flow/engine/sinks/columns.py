@@ -11,8 +11,8 @@
     list, map, struct           TEXT      JSON; binary in hexadecimal, a map as [{"key":, "value":}]
     null                        (none)    such a column takes values of every type
 
-INTEGER and REAL columns take each other's
-numbers where they stay exact; any other change of a column's type is refused.
+A column has the type that its first output gave it. INTEGER and REAL columns take each other's
+numbers where every one of them stays exact; any other change of a column's type is refused.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def fit(column: Column, declared: str) -> Column:
         OutputRefused: its values would change there.
     """
     here = {column.declared, declared}
-    if len(here) == 1 or "" in here or (declared, column.declared) == ("INTEGER", "REAL"):
+    if len(here) == 1 or "" in here:
         return column
     if here == {"INTEGER", "REAL"}:
-        return replace(column, plain=pa.float64())
+        return replace(column, plain=pa.int64() if declared == "INTEGER" else pa.float64())
     raise OutputRefused(
         f"column {column.name!r} ({column.kind}) is {declared} in the table, not {column.declared}",
         "convert the column in the plugin, or give it another name",

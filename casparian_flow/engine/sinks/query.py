@@ -20,6 +20,8 @@ from typing import Any
 import pyarrow as pa
 
 from casparian_flow.engine.sinks import PREFIXES
+from casparian_flow.engine.sinks import sqlite_tables as tables
+from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import CasparianError, NotFound
 
 BATCH_ROWS = 16 << 10
@@ -154,9 +156,11 @@ def _table_rows(path: Path, topic: str, keys: Sequence[str]) -> Iterator[Any]:
     # DuckDB pulls the rows from threads of its own, one at a time.
     opened = sqlite3.connect(uri, uri=True, check_same_thread=False)
     with contextlib.closing(opened) as connection:
-        columns = connection.execute(
-            "SELECT name, type FROM pragma_table_info(?)", [topic]
-        ).fetchall()
+        columns = list(tables.columns(connection, topic).items())
+        if not columns and not _rows_promised(connection, topic, keys):
+            schema = pa.schema([(name, pa.string()) for name in LINEAGE])
+            yield pa.RecordBatchReader.from_batches(schema, [])
+            return
         # A column without a type may hold a mixture, which Arrow has no type for.
         chosen = ", ".join(
             _quote(name) if kind in _TYPES else f"CAST({_quote(name)} AS TEXT)"
@@ -166,8 +170,7 @@ def _table_rows(path: Path, topic: str, keys: Sequence[str]) -> Iterator[Any]:
         cursor = connection.execute(
             f"""
             SELECT {chosen} FROM {_quote(topic)} WHERE _cf_job_id IN (
-                SELECT job_id FROM _cf_outputs
-                WHERE topic = ? AND output_key IN (SELECT value FROM json_each(?)))
+                SELECT job_id FROM _cf_outputs WHERE {_OF_THESE})
             """,  # noqa: S608
             [topic, json.dumps(keys)],
         )
@@ -181,6 +184,15 @@ def _table_rows(path: Path, topic: str, keys: Sequence[str]) -> Iterator[Any]:
                 yield pa.record_batch(arrays, schema=schema)
 
         yield pa.RecordBatchReader.from_batches(schema, batches())
+
+
+_OF_THESE = "topic = ? AND output_key IN (SELECT value FROM json_each(?))"
+
+
+def _rows_promised(connection: sqlite3.Connection, topic: str, keys: Sequence[str]) -> int:
+    """How many rows the sink's ledger has of these outputs; empty ones alone make no table."""
+    query = f"SELECT total(rows) FROM _cf_outputs WHERE {_OF_THESE}"  # noqa: S608
+    return int(connection.execute(query, [topic, json.dumps(keys)]).fetchone()[0])
 
 
 def _first_line(error: Exception) -> str:

@@ -1,9 +1,12 @@
 """The SQLite sink: a table a topic, and the ledger `_cf_outputs` that makes it exactly once.
 
-Rows and the ledger's row for their output key are one transaction of the database. `columns.py`
-says how values are kept.
+What is published together is one transaction of the database: the rows of every output, their rows
+in the ledger, and what they replace. Each job has a savepoint in it, so that one that is refused
+takes back nothing but itself. `sqlite_tables.py` knows the topics' tables, `columns.py` says how
+values are kept.
 
-A file with more columns adds them to the table; a column whose type would change is refused.
+An output is `shown`, `replaced` or `retracted` by the ledger's word. A file with more columns adds
+them to the table; a column whose type would change is refused.
 """
 
 from __future__ import annotations
@@ -23,35 +26,26 @@ import pyarrow.parquet as pq
 
 from casparian_flow import atomic
 from casparian_flow.crashpoints import crashpoint
+from casparian_flow.engine.sinks import sqlite_ledger as ledger
+from casparian_flow.engine.sinks import sqlite_tables as tables
 from casparian_flow.engine.sinks.base import (
     KEY_DIGITS,
-    LINEAGE,
     Claim,
     Found,
     Lineage,
     facts_of,
-    found,
     is_disk_fault,
     lost,
     unavailable,
 )
-from casparian_flow.engine.sinks.columns import Column, columns_of, fit, fold
+from casparian_flow.engine.sinks.columns import columns_of
+from casparian_flow.engine.sinks.sqlite_tables import Rows
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
 
 BUSY_SECONDS = 5.0
 """How long another program's lock is waited for, before the sink counts as unavailable."""
-
-BATCH_ROWS = 16 << 10
-"""Rows converted to Python values at once."""
-
-_LEDGER = """
-CREATE TABLE IF NOT EXISTS _cf_outputs (
-    output_key TEXT PRIMARY KEY, topic TEXT NOT NULL, job_id INTEGER NOT NULL,
-    file_version_id INTEGER NOT NULL, rows INTEGER NOT NULL, digest TEXT NOT NULL,
-    published_at TEXT NOT NULL, facts TEXT NOT NULL DEFAULT ''
-)"""
 
 _PASSING = {
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY,
@@ -74,15 +68,19 @@ class SqliteSink:
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """See `Sink.open_stage`."""
-        if plan.mode in ("replace", "error"):
-            raise OutputRefused(f"topic {plan.topic!r}: mode {plan.mode!r} is not supported yet")
         return Stage(self.stage_folder, plan, lineage, attempt, admit=columns_of)
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
-        """See `Sink.publish`. One transaction an output."""
+        """See `Sink.publish`. One transaction for all jobs, and a savepoint in it for each."""
+        jobs: dict[int, list[StagedOutput]] = {}
+        for output in outputs:
+            jobs.setdefault(output.job_id, []).append(output)
         try:
-            with self._open() as connection:
-                outcomes = [self._publish(connection, output) for output in outputs]
+            with self._writing() as connection:
+                ended = {job: iter(self._publish(connection, of)) for job, of in jobs.items()}
+                outcomes = [next(ended[output.job_id]) for output in outputs]
+                if not any(isinstance(outcome, Published) for outcome in outcomes):
+                    connection.rollback()  # not even a ledger is left where nothing was taken
         except (OSError, sqlite3.Error) as error:
             return [self._refusal(error)] * len(outputs)
         for output, outcome in zip(outputs, outcomes, strict=True):
@@ -108,14 +106,12 @@ class SqliteSink:
         """See `Sink.inventory`. The ledger in the database says it all."""
         if not self.path.exists():
             return
-        uri = f"{self.path.as_uri()}?mode=ro"
         try:
-            with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)) as opened:
-                opened.row_factory = sqlite3.Row
-                if opened.execute("SELECT 1 FROM pragma_table_info('_cf_outputs')").fetchone():
-                    for row in opened.execute("SELECT * FROM _cf_outputs ORDER BY rowid"):
+            with self._reading() as connection:
+                if tables.columns(connection, "_cf_outputs"):
+                    for row in connection.execute("SELECT * FROM _cf_outputs ORDER BY rowid"):
                         if row["output_key"][:KEY_DIGITS] not in known:
-                            yield self._found(row)
+                            yield ledger.found_as(dict(row), f"{self.path}:{row['topic']}")
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_NOTADB:
                 raise self._refusal(error) from error
@@ -124,37 +120,64 @@ class SqliteSink:
         """See `Sink.withdraw`. What a person left of its rows goes with the ledger's row."""
         if not self.path.exists():
             return
-        try:
-            with self._open() as connection, connection:
-                connection.execute("BEGIN IMMEDIATE")
-                connection.execute(_LEDGER)
-                found = connection.execute(
-                    "DELETE FROM _cf_outputs WHERE output_key = ? RETURNING job_id",
-                    [claim.output_key],
-                ).fetchone()
-                table = connection.execute(
-                    "SELECT 1 FROM pragma_table_info(?) WHERE name = '_cf_job_id'", [claim.topic]
-                ).fetchone()
-                if table:
-                    connection.execute(
-                        f"DELETE FROM {_quote(claim.topic)} WHERE _cf_job_id = ?",  # noqa: S608
-                        found or [claim.job_id],
-                    )
-        except (OSError, sqlite3.Error) as error:
-            raise self._refusal(error, claim.topic) from error
-
-    def _found(self, row: sqlite3.Row) -> Found:
-        columns = {name: str(row[name]) for name in row.keys()}  # noqa: SIM118  a Row is no dict
-        facts = {**columns, **json.loads(columns.get("facts") or "{}")}
-        return found(f"{self.path}:{row['topic']}", row["rows"], row["digest"], facts)
+        with self._changing(claim) as (connection, record):
+            connection.execute("DELETE FROM _cf_outputs WHERE output_key = ?", [claim.output_key])
+            rows = ledger.rows_of(record) if record else Rows(claim.job_id)
+            tables.delete(connection, claim.topic, rows._replace(number=-1))
 
     def retract(self, claim: Claim) -> None:
-        """See `Sink.retract`."""
-        raise SinkConflict(f"{claim.target}: cannot be retracted yet")
+        """See `Sink.retract`. The rows move to another table with the ledger's word for it."""
+        if not self.path.exists():
+            return
+        with self._changing(claim) as (connection, record):
+            if record and record["state"] == "shown":
+                ledger.move(connection, record, "retracted", tables.retract)
 
     def reinstate(self, claim: Claim) -> None:
         """See `Sink.reinstate`."""
-        raise SinkConflict(f"{claim.target}: cannot be reinstated yet")
+        if not self.path.exists():
+            raise SinkConflict(f"{claim.target}: the database is gone")
+        with self._changing(claim) as (connection, record):
+            if record is None:
+                raise SinkConflict(f"{claim.target}: its ledger does not have the output")
+            if record["state"] == "retracted":
+                if record["mode"] == "replace" and ledger.is_late(connection, record):
+                    ledger.move(connection, record, "replaced", tables.forget)
+                else:
+                    ledger.move(connection, record, "shown", tables.reinstate)
+
+    @contextlib.contextmanager
+    def _changing(self, claim: Claim) -> Iterator[tuple[sqlite3.Connection, dict[str, Any] | None]]:
+        """A transaction that changes where an output is, and the ledger's row of it."""
+        try:
+            with self._writing() as connection:
+                yield connection, ledger.record(connection, claim.output_key)
+                crashpoint("sqlite.change_written")
+            crashpoint("sqlite.changed")
+        except (OSError, sqlite3.Error) as error:
+            raise self._refusal(error, claim.topic) from error
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        uri = f"{self.path.as_uri()}?mode=ro"
+        opened = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
+        with contextlib.closing(opened) as connection:
+            connection.row_factory = sqlite3.Row
+            yield connection
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction with our ledger in it: committed when the block ends, else as if nothing
+        had been."""
+        with self._open() as connection, connection:
+            connection.row_factory = sqlite3.Row
+            connection.execute("BEGIN IMMEDIATE")
+            crashpoint("sqlite.begun")
+            ledger.make(connection)
+            crashpoint("sqlite.ledger_ready")
+            yield connection
+            crashpoint("sqlite.all_written")
+        crashpoint("sqlite.committed")
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -178,62 +201,79 @@ class SqliteSink:
             yield connection
 
     def _publish(
-        self, connection: sqlite3.Connection, output: StagedOutput
-    ) -> Published | JobError:
+        self, connection: sqlite3.Connection, outputs: Sequence[StagedOutput]
+    ) -> list[Published | JobError]:
+        """All outputs of one job, or none but those that are there already."""
+        connection.execute("SAVEPOINT job")
         try:
-            with connection:  # commits, or rolls back what raises
-                connection.execute("BEGIN IMMEDIATE")
-                crashpoint("sqlite.begun")
-                published = self._adopt(connection, output) or self._insert(connection, output)
-                crashpoint("sqlite.all_written")
-            crashpoint("sqlite.committed")
-            return published
-        except JobError as error:
-            return error
-        except sqlite3.Error as error:
-            return self._refusal(error, output.topic)
+            outcomes: list[Published | JobError] = []
+            for output in outputs:
+                outcomes.append(self._adopted(connection, output) or self._add(connection, output))
+        except (JobError, sqlite3.Error) as error:
+            if not connection.in_transaction:  # SQLite itself took everything back
+                raise
+            connection.execute("ROLLBACK TO job")
+            fault = error if isinstance(error, JobError) else self._refusal(error, output.topic)
+            outcomes = [self._adopted(connection, each) or fault for each in outputs]
+        connection.execute("RELEASE job")
+        crashpoint("sqlite.job_written")
+        return outcomes
 
-    def _adopt(self, connection: sqlite3.Connection, output: StagedOutput) -> Published | None:
+    def _adopted(self, connection: sqlite3.Connection, output: StagedOutput) -> Published | None:
         """What the ledger says of the output key, if anything."""
-        connection.execute(_LEDGER)
-        columns = connection.execute("SELECT name FROM pragma_table_info('_cf_outputs')")
-        if ("facts",) not in columns.fetchall():  # an earlier release made it
-            connection.execute("ALTER TABLE _cf_outputs ADD COLUMN facts TEXT NOT NULL DEFAULT ''")
-        known = connection.execute(
-            "SELECT rows, digest FROM _cf_outputs WHERE output_key = ?", [output.output_key]
-        ).fetchone()
-        return self._published(output, *known, adopted=True) if known else None
+        known = ledger.record(connection, output.output_key)
+        if known is None:
+            return None
+        retracted = known["state"] == "retracted"
+        return self._published(output, known["rows"], known["digest"], True, retracted)
 
-    def _insert(self, connection: sqlite3.Connection, output: StagedOutput) -> Published:
-        """The ledger's row, then the table's; the caller commits both or none."""
-        with _reading(output) as staged:
+    def _add(self, connection: sqlite3.Connection, output: StagedOutput) -> Published:
+        """The ledger's row, then the table's, in place of those they replace."""
+        place = {"slot": output.slot, "ordinal": output.ordinal, "job_id": output.job_id}
+        replaces = output.mode == "replace"
+        is_late = replaces and ledger.is_late(connection, place)
+        if output.mode == "error":
+            promised = ledger.shown(connection, output.topic)
+            tables.check_all_ours(connection, output.topic, promised)
+        with _staged(output) as staged:
             footer = staged.metadata.metadata
+            record = {
+                **place, "output_key": output.output_key, "topic": output.topic,
+                "file_version_id": int(footer[b"casparian.file_version_id"]),
+                "rows": output.rows, "digest": output.digest, "mode": output.mode,
+                "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "facts": json.dumps(facts_of(footer)), "state": "replaced" if is_late else "shown",
+            }  # fmt: skip
+            if replaces and not is_late:
+                self._replace(connection, output)
+            marks = ", ".join(f":{name}" for name in record)
             connection.execute(
-                "INSERT INTO _cf_outputs VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    output.output_key, output.topic, int(footer[b"casparian.job_id"]),
-                    int(footer[b"casparian.file_version_id"]), output.rows, output.digest,
-                    datetime.now(UTC).isoformat(timespec="seconds"),
-                    json.dumps(facts_of(footer)),
-                ),
-            )  # fmt: skip
+                f"INSERT INTO _cf_outputs ({', '.join(record)}) VALUES ({marks})",  # noqa: S608
+                record,
+            )
             crashpoint("sqlite.ledger_written")
-            columns = _fit_table(connection, output.topic, columns_of(staged.schema_arrow))
-            crashpoint("sqlite.table_fitted")
-            names = ", ".join(_quote(column.name) for column in columns)
-            marks = ", ".join("?" * len(columns))
-            insert = f"INSERT INTO {_quote(output.topic)} ({names}) VALUES ({marks})"  # noqa: S608
-            for batch in staged.iter_batches(BATCH_ROWS):
-                values = [c.values(a) for c, a in zip(columns, batch.columns, strict=True)]
-                connection.executemany(insert, zip(*values, strict=True))
-                crashpoint("sqlite.rows_written")
-        return self._published(output, output.rows, output.digest, adopted=False)
+            if not is_late:
+                tables.insert(connection, output.topic, staged)
+        return self._published(output, output.rows, output.digest, False, False)
+
+    def _replace(self, connection: sqlite3.Connection, output: StagedOutput) -> None:
+        """Take away what is shown in the output's slot; what is retracted stays where it is."""
+        earlier = connection.execute(
+            "UPDATE _cf_outputs SET state = 'replaced' WHERE slot = ? AND mode = 'replace' "
+            "AND state = 'shown' RETURNING *",
+            [output.slot],
+        ).fetchall()
+        for record in earlier:
+            tables.delete(connection, output.topic, ledger.rows_of(dict(record)))
+            crashpoint("sqlite.replaced")
 
     def _published(
-        self, output: StagedOutput, rows: int, digest: str, *, adopted: bool
+        self, output: StagedOutput, rows: int, digest: str, adopted: bool, retracted: bool
     ) -> Published:
-        target = f"{self.path}:{output.topic}"
-        return Published(target=target, rows=rows, digest=digest, adopted=adopted)
+        return Published(
+            target=f"{self.path}:{output.topic}", rows=rows, digest=digest, adopted=adopted,
+            retracted=retracted,
+        )  # fmt: skip
 
     def _refusal(self, error: OSError | sqlite3.Error, topic: str = "") -> JobError:
         """Say it in our words: wait, leave alone, or give up."""
@@ -250,69 +290,31 @@ class SqliteSink:
         return OutputRefused(f"topic {topic!r}: {self.path} refuses the rows: {error}")
 
     def _faults(self, topic: str, claims: Sequence[Claim]) -> Iterator[str]:
-        uri = f"{self.path.as_uri()}?mode=ro"
-        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)) as connection:
+        with self._reading() as connection:
             ledger = {
-                key: record
-                for key, *record in connection.execute(
-                    "SELECT output_key, job_id, rows, digest FROM _cf_outputs WHERE topic = ?",
-                    [topic],
-                )
+                row["output_key"]: {"state": "shown", **dict(row)}
+                for row in connection.execute("SELECT * FROM _cf_outputs WHERE topic = ?", [topic])
             }
-            found = dict(
-                connection.execute(
-                    f"SELECT _cf_job_id, COUNT(*) FROM {_quote(topic)} GROUP BY 1"  # noqa: S608
-                )
-            )
+            has_rows = any(record["rows"] for record in ledger.values())
+            there = tables.count(connection, topic) if has_rows else {}
         promised: Counter[int] = Counter()
-        for job_id, rows, _ in ledger.values():
-            promised[job_id] += rows
+        for record in ledger.values():
+            promised[record["job_id"]] += record["rows"] * (record["state"] == "shown")
         for claim in claims:
-            job_id, *told = ledger.get(claim.output_key, [0])
-            if told != [claim.rows, claim.digest]:
+            record = ledger.get(claim.output_key, {})
+            if [record.get("rows"), record.get("digest")] != [claim.rows, claim.digest]:
                 yield f"{claim.target}: its ledger does not have the output of job {claim.job_id}"
-            elif found.get(job_id, 0) != promised[job_id]:
+            elif record["state"] != "shown":
+                yield f"{claim.target}: its ledger has job {claim.job_id} as {record['state']}"
+            elif there.get(record["job_id"], 0) != promised[record["job_id"]]:
                 yield (
-                    f"{claim.target}: {found.get(job_id, 0)} rows of job {job_id}, "
-                    f"where {promised[job_id]} were published"
+                    f"{claim.target}: {there.get(record['job_id'], 0)} rows of job "
+                    f"{record['job_id']}, where {promised[record['job_id']]} were published"
                 )
-
-
-def _fit_table(
-    connection: sqlite3.Connection, topic: str, columns: Sequence[Column]
-) -> list[Column]:
-    """Create the topic's table, or add the columns it lacks; the columns as the table has them.
-
-    Raises:
-        SinkConflict: the table is not one of ours.
-        OutputRefused: a column has another type in the table.
-    """
-    table = _quote(topic)
-    existing = {
-        fold(name): declared
-        for name, declared in connection.execute(
-            "SELECT name, type FROM pragma_table_info(?)", [topic]
-        )
-    }
-    if not existing:
-        described = ", ".join(f"{_quote(column.name)} {column.declared}" for column in columns)
-        connection.execute(f"CREATE TABLE {table} ({described})")
-        return list(columns)
-    if not existing.keys() >= set(LINEAGE):
-        raise SinkConflict(
-            f"table {topic!r} is not one of ours; it was left untouched",
-            "rename that table, or give the topic another sink",
-        )
-    for column in columns:
-        if fold(column.name) not in existing:
-            connection.execute(
-                f"ALTER TABLE {table} ADD COLUMN {_quote(column.name)} {column.declared}"
-            )
-    return [fit(column, existing.get(fold(column.name), column.declared)) for column in columns]
 
 
 @contextlib.contextmanager
-def _reading(output: StagedOutput) -> Iterator[Any]:
+def _staged(output: StagedOutput) -> Iterator[Any]:
     """The staged Parquet file of an output.
 
     Raises:
@@ -330,7 +332,3 @@ def _reading(output: StagedOutput) -> Iterator[Any]:
         if is_disk_fault(error):
             raise unavailable(error, Path(output.stage)) from error
         raise lost(output, error) from error
-
-
-def _quote(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

@@ -57,6 +57,8 @@ def seal(stages: Sequence[Stage]) -> list[StagedOutput]:
 class Stage:
     """One output being written by a Worker.
 
+    One that is finished without a batch is *empty*: it has the lineage columns and no row.
+
     Args:
         folder: the sink's stage folder; created when absent.
         plan: topic, sink, mode and output key.
@@ -117,6 +119,8 @@ class Stage:
             OutputRefused: the rows cannot be stored.
             SinkUnavailable: the disk is full or read-only.
         """
+        if self._writer is None:
+            self._open(pa.schema([]))
         if self._writer.is_open:
             self._flush()
             with self._storing(pa.Table.from_batches([], self._columns)):
@@ -173,6 +177,9 @@ class Stage:
     def _start(self, columns: Any) -> None:
         _check_names(self._plan.topic, columns.names)
         self._admit(columns)
+        self._open(columns)
+
+    def _open(self, columns: Any) -> None:
         # Only our own words go to the footer: what a plugin put there might pass for them.
         self._columns = columns.remove_metadata()
         constants = zip(LINEAGE, _LINEAGE_TYPES, strict=True)
