@@ -33,7 +33,7 @@ from casparian_flow.engine.sentinel import INPROC, Sentinel
 from casparian_flow.engine.worker_client import Worker
 from casparian_flow.errors import CasparianError, LedgerLost, leave
 from casparian_flow.security import sandbox
-from casparian_flow.services import architect, inventory, snapshot_checks
+from casparian_flow.services import architect, inventory, retract, snapshot_checks
 from casparian_flow.services.scrub import Scrubber
 from casparian_flow.services.watch import Watch
 
@@ -95,6 +95,7 @@ async def running(
                 "put a backup in its place, then: casparian verify   (docs/disaster.md)",
             )
         adopted = await asyncio.to_thread(inventory.take, settings, ledger)
+        await asyncio.to_thread(retract.roll_forward, ledger)
         guests = settings.database.guests_folder
         begin = partial(retries.begin, limits=settings.jobs, guests_folder=guests)
         epoch = await ledger.write_soon(begin)

@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["cli", "__main__", "selftest"],
     ["main"],
+    ["services.retract"],
     ["services.backup", "services.outputs", "services.backfill"],
     [
         "services.changes",
@@ -69,7 +70,7 @@ LAYERS = [
         "engine.wire",
     ],
     ["engine.sinks"],
-    ["db.scrubs", "db.backfill"],
+    ["db.scrubs", "db.backfill", "db.retracted"],
     [
         "db.files",
         "db.doubts",
@@ -84,7 +85,7 @@ LAYERS = [
     ],
     ["db.backup"],
     ["db.jobs", "db.attempts", "db.plugins", "db.trust", "db.audit", "db.found"],
-    ["db.routing"],
+    ["db.routing", "db.shown"],
     ["db.access"],
     ["db.schema", "db.connection"],
     ["db.seals"],

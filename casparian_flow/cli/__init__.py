@@ -25,6 +25,7 @@ from casparian_flow.cli import (
     plugins,
     publish,
     query,
+    retract,
     routing,
     scan,
     selftest,
@@ -56,6 +57,7 @@ app.add_typer(routing.app, name="rules")
 app.add_typer(topics.app, name="topics")
 app.command()(query.query)
 app.add_typer(outputs.app, name="outputs")
+app.command()(retract.retract)
 app.command()(look.verify)
 app.add_typer(audit.app, name="audit")
 app.command()(backup.backup)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +10,7 @@ from casparian_flow.cli import context
 from casparian_flow.cli.context import AsJson, Limit
 
 if TYPE_CHECKING:
-    from casparian_flow.cli.context import Here
+    pass
 
 
 def status(ctx: typer.Context, as_json: AsJson = False) -> None:
@@ -120,31 +119,21 @@ def versions(
 
     Each with its jobs.
     """
+    from casparian_flow.db import views, wiring
     from casparian_flow.errors import NotFound
 
-    with context.opened(ctx) as here:
-        rows = _versions(here, path)
+    with context.opened(ctx) as (_, ledger):
+        rows = ledger.read(
+            lambda c: [
+                row
+                for root, below, shown in wiring.meant(c, path)
+                for row in views.versions(c, root.id, below, shown)
+            ]
+        )
     if not rows:
         raise NotFound(f"no file {path} is known", "casparian files   (or: casparian scan)")
     columns = "source rel_path version current content_hash size_bytes detected_at jobs"
     context.listing(rows, as_json, columns, "")
-
-
-def _versions(here: Here, path: str) -> list[dict[str, Any]]:
-    """The versions of each location that the path may mean."""
-    from casparian_flow.db import views, wiring
-
-    rows = []
-    for root in here.ledger.read(wiring.every_root):
-        meant = {path, path.removeprefix(f"{root.name}/")}
-        meant.add(os.path.relpath(os.path.abspath(path), root.path))
-        for rel_path in sorted(meant):
-            rows += here.ledger.read(
-                lambda c, i=root.id, p=rel_path: views.versions(  # type: ignore[misc]
-                    c, i, os.fsencode(p), os.fsencode(p).decode("utf-8", "backslashreplace")
-                )
-            )
-    return rows
 
 
 def verify(ctx: typer.Context, as_json: AsJson = False) -> None:

@@ -45,17 +45,29 @@ def set_(
         str,
         typer.Argument(metavar="URI", help="parquet://path/to/folder or sqlite:///path/to/file."),
     ],
-    mode: Annotated[str, typer.Option(metavar="MODE", help="How rows are added.")] = "append",
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="append|replace|error",
+            help="Add each version's rows; or put them in place of the file's earlier ones; or "
+            "add them, and refuse to where the sink has rows of others.",
+        ),
+    ] = "append",
 ) -> None:
     """Send a topic to a sink from now on.
 
     What was published before stays where it is.
     """
+    from casparian_flow.db import outputs
     from casparian_flow.services import changes
 
     with context.opened(ctx) as (settings, ledger):
         declared = changes.set_topic(ledger, settings, plugin, topic, uri, mode)
-    context.say(f"{plugin}: topic {topic} goes to {uri}")
+        stays = ledger.read(lambda c: outputs.appended(c, plugin, topic, uri))
+    context.say(f"{plugin}: topic {topic} goes to {uri}, mode {mode}")
+    if mode == "replace" and stays:
+        context.note(f"note: {stays} outputs that were appended there stay beside the new ones")
+        context.note("  try: casparian retract PATH   (for each file whose rows are to go)")
     if topic not in declared:
         known = ", ".join(declared) or "none"
         context.note(f"note: {plugin} had no topic {topic!r} so far (it has: {known})")

@@ -147,6 +147,8 @@ class FoundOutput(Base):
     plugin_name: Mapped[str]
     plugin_version: Mapped[str]
     found_at: Mapped[datetime] = mapped_column(default=utcnow)
+    mode: Mapped[str] = mapped_column(default="append", server_default="append")
+    slot: Mapped[str] = mapped_column(default="", server_default="")
 
 
 _ABOUT_TRUST = "action IN ('trust-key', 'revoke-key', 'rotate-key', 'activate', 'disable')"

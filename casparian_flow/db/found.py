@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, func, insert, select, text
 
+from casparian_flow.db.access import execute_many
 from casparian_flow.db.models import (
     FileVersion,
-    ForgottenOutput,
     FoundOutput,
     Output,
     OutputState,
@@ -27,6 +27,7 @@ from casparian_flow.db.models import (
     TopicConfig,
     utcnow,
 )
+from casparian_flow.db.shown import HIDDEN
 
 
 class Resumed(NamedTuple):
@@ -58,10 +59,25 @@ def add(connection: Connection, rows: Sequence[dict[str, Any]]) -> int:
     fresh = [row for row in rows if row["output_key"] not in known]
     if not fresh:
         return 0
-    connection.execute(insert(FoundOutput), [{**row, "found_at": utcnow()} for row in fresh])
+    retracted = [row["output_key"] for row in fresh if row["retracted"]]
+    columns = [{**row, "found_at": utcnow()} for row in fresh]
+    for row in columns:
+        del row["retracted"]
+    connection.execute(insert(FoundOutput), columns)
+    note_retracted(connection, retracted)
     for statement in _DOUBT:
         connection.execute(text(statement))
     return len(fresh)
+
+
+def note_retracted(connection: Connection, keys: Sequence[str]) -> None:
+    """Take a sink's word for it that these outputs are retracted."""
+    execute_many(
+        connection,
+        "INSERT INTO cf_retracted_output (output_key, state, retracted_at) "
+        "VALUES (?, 'RETRACTED', ?) ON CONFLICT DO NOTHING",
+        [(key, str(utcnow())) for key in keys],
+    )
 
 
 _BEHIND = """
@@ -153,7 +169,7 @@ def claims(connection: Connection) -> Sequence[Any]:
         .where(
             FoundOutput.source.in_(ours),
             FoundOutput.output_key.not_in(own),
-            FoundOutput.output_key.not_in(select(ForgottenOutput.output_key)),
+            FoundOutput.output_key.not_in(text(f"({HIDDEN})")),
         )
         .order_by(FoundOutput.id)
     ).all()
@@ -206,7 +222,7 @@ BACKFILL = f"""{_INSERT}
 """  # noqa: S608
 """The job, if this artifact has none and no other one's is unfinished."""
 
-COMMITTED = """
+COMMITTED = f"""
 WITH active AS (
     SELECT p.id FROM cf_plugin p JOIN cf_plugin_config c
     ON c.plugin_name = p.name AND c.active_version = p.version
@@ -217,7 +233,7 @@ WITH active AS (
     WHERE j.status = 'COMPLETED'
 ), found AS (
     SELECT f.job_id AS id, r.id AS source_root_id, f.path, f.ordinal, f.plugin_name,
-           coalesce(p.id, 0) AS plugin_id,
+           coalesce(p.id, 0) AS plugin_id, f.mode,
            f.topic, f.location, f.target, f.output_key, f.id AS number
     FROM cf_found_output f JOIN cf_source_root r ON r.name = f.source
     LEFT JOIN cf_plugin p ON p.artifact_hash = f.artifact_hash
@@ -226,19 +242,23 @@ WITH active AS (
 ), work AS (
     SELECT id, rank() OVER (
         PARTITION BY source_root_id, path, plugin_name
-        ORDER BY ordinal DESC, plugin_id IN active DESC, plugin_id DESC) = 1 AS latest
+        ORDER BY ordinal DESC, plugin_id IN active DESC, plugin_id DESC) = 1 AS latest,
+        rank() OVER (PARTITION BY source_root_id, path, plugin_name
+                     ORDER BY ordinal DESC) = 1 AS newest
     FROM (SELECT id, source_root_id, path, ordinal, plugin_name, plugin_id FROM done UNION
           SELECT id, source_root_id, path, ordinal, plugin_name, plugin_id FROM found)
 )
 SELECT topic, location, target, output_key, latest, min(number) AS id FROM (
-    SELECT o.topic, o.location, o.target, o.output_key, w.latest, o.id AS number, o.job_id
+    SELECT o.topic, o.location, o.target, o.output_key, o.id AS number, o.job_id,
+           CASE o.mode WHEN 'replace' THEN w.newest ELSE w.latest END AS latest
     FROM cf_output o JOIN done ON done.id = o.job_id JOIN work w ON w.id = o.job_id
     WHERE o.state = 'PUBLISHED'
     UNION ALL
-    SELECT f.topic, f.location, f.target, f.output_key, w.latest, f.number, f.id
+    SELECT f.topic, f.location, f.target, f.output_key, f.number, f.id,
+           CASE f.mode WHEN 'replace' THEN w.newest ELSE w.latest END
     FROM found f JOIN work w ON w.id = f.id
 )
-WHERE output_key NOT IN (SELECT output_key FROM cf_forgotten_output)
+WHERE output_key NOT IN ({HIDDEN})
 GROUP BY job_id, topic ORDER BY id
-"""
+"""  # noqa: S608  - in mode replace the sink has chosen between the plugin's versions
 """Outputs of completed jobs, and found ones whose job has not come back: see `views.committed`."""

@@ -36,6 +36,7 @@ from casparian_flow.db.evidence import Plugin as Plugin
 from casparian_flow.db.evidence import TrustStatement as TrustStatement
 from casparian_flow.db.states import JobStatus as JobStatus
 from casparian_flow.db.states import OutputState as OutputState
+from casparian_flow.db.states import Retraction as Retraction
 
 
 def _name_of_root(context: Any) -> str:
@@ -231,6 +232,7 @@ class TopicConfig(Base):
 
 
 _STATUSES = ", ".join(f"'{status}'" for status in JobStatus)
+_RETRACTIONS = ", ".join(f"'{state}'" for state in Retraction)
 _STATES = ", ".join(f"'{state}'" for state in OutputState)
 
 
@@ -276,6 +278,18 @@ class ForgottenOutput(Base):
 
     output_key: Mapped[str] = mapped_column(primary_key=True)
     forgotten_at: Mapped[datetime] = mapped_column(default=utcnow)
+
+
+class RetractedOutput(Base):
+    """A published output whose rows a person took back: its sink keeps them, and no reader sees
+    them."""
+
+    __tablename__ = "cf_retracted_output"
+    __table_args__ = (CheckConstraint(f"state IN ({_RETRACTIONS})", name="state"),)
+
+    output_key: Mapped[str] = mapped_column(primary_key=True)
+    state: Mapped[str]
+    retracted_at: Mapped[datetime] = mapped_column(default=utcnow)
 
 
 class Output(Base):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, text, update
 
 from casparian_flow.db.access import execute_many
+from casparian_flow.db.found import note_retracted
 from casparian_flow.db.models import (
     FileVersion,
     ForgottenOutput,
@@ -17,6 +18,7 @@ from casparian_flow.db.models import (
     ProcessingJob,
     utcnow,
 )
+from casparian_flow.db.shown import HIDDEN, REPLACED, RETRACTED
 from casparian_flow.protocol import Published, StagedOutput
 
 
@@ -96,7 +98,7 @@ def decided_without_debts(connection: Connection) -> list[int]:
 
 
 def mark_published(connection: Connection, done: Sequence[tuple[int, Published]]) -> None:
-    """Record what readers can see now."""
+    """Record what stands in the sinks now."""
     if done:
         connection.execute(
             update(Output)
@@ -118,6 +120,7 @@ def mark_published(connection: Connection, done: Sequence[tuple[int, Published]]
                 for output_id, published in done
             ],
         )
+        note_retracted(connection, _keys(connection, [id for id, seen in done if seen.retracted]))
 
 
 def targets(connection: Connection, job_ids: Sequence[int]) -> dict[int, list[str]]:
@@ -133,17 +136,28 @@ def targets(connection: Connection, job_ids: Sequence[int]) -> dict[int, list[st
     return found
 
 
-def mark_refused(connection: Connection, output_ids: Sequence[int]) -> None:
-    """Record that a sink will never take these."""
-    if output_ids:
-        connection.execute(
-            update(Output).where(Output.id.in_(output_ids)).values(state=OutputState.REFUSED)
-        )
+def _keys(connection: Connection, output_ids: Sequence[int]) -> list[str]:
+    query = select(Output.output_key).where(Output.id.in_(output_ids))
+    return list(connection.execute(query).scalars()) if output_ids else []
+
+
+def mark_refused(connection: Connection, job_ids: Sequence[int]) -> list[str]:
+    """Record that nothing more of these jobs will be published, since a sink will never take an
+    output of theirs; the staged files that nobody needs any more."""
+    if not job_ids:
+        return []
+    refused = (
+        update(Output)
+        .where(Output.job_id.in_(job_ids), Output.state == OutputState.PLANNED)
+        .values(state=OutputState.REFUSED)
+        .returning(Output.stage)
+    )
+    return list(connection.execute(refused).scalars())
 
 
 def published(connection: Connection) -> Iterable[Any]:
-    """Every published output that nobody has forgotten, with its version, job and plugin: what
-    readers may see."""
+    """Every published output that is not hidden (`db.shown`), with its version, job and plugin:
+    what readers may see."""
     return connection.execute(
         select(
             Output.topic, Output.location, Output.target, Output.output_key, Output.rows,
@@ -154,16 +168,33 @@ def published(connection: Connection) -> Iterable[Any]:
         .join(FileVersion, FileVersion.id == ProcessingJob.file_version_id)
         .where(
             Output.state == OutputState.PUBLISHED,
-            Output.output_key.not_in(select(ForgottenOutput.output_key)),
+            Output.output_key.not_in(text(f"({HIDDEN})")),
         )
         .order_by(Output.id)
     )  # fmt: skip
 
 
-_NAMED = """
+def appended(connection: Connection, plugin: str, topic: str, uri: str) -> int:
+    """How many outputs that readers may see stand in a sink, which mode replace leaves alone."""
+    query = (
+        select(func.count())
+        .select_from(Output)
+        .join(ProcessingJob, ProcessingJob.id == Output.job_id)
+        .where(
+            ProcessingJob.plugin_name == plugin, Output.topic == topic, Output.uri == uri,
+            Output.state == OutputState.PUBLISHED, Output.mode != "replace",
+            Output.output_key.not_in(text(f"({HIDDEN})")),
+        )
+    )  # fmt: skip
+    return connection.execute(query).scalar_one()
+
+
+NAMED = f"""
 SELECT o.output_key, o.topic, o.location, o.target, o.rows, o.digest, o.job_id, j.status,
-       r.name AS source, r.path AS root_path, l.path, l.rel_path, v.ordinal, v.content_hash,
+       r.name AS source, r.path AS root_path, l.path, l.rel_path, v.id AS version_id, v.ordinal,
+       v.content_hash,
        o.output_key IN (SELECT output_key FROM cf_forgotten_output) AS forgotten,
+       o.output_key IN ({RETRACTED}) AS retracted, o.output_key IN ({REPLACED}) AS replaced,
        v.content_hash IN (SELECT content_hash FROM cf_snapshot) AS kept
 FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
 JOIN cf_file_version v ON v.id = j.file_version_id
@@ -172,17 +203,19 @@ JOIN cf_source_root r ON r.id = l.source_root_id
 WHERE o.state = 'PUBLISHED'
 UNION ALL
 SELECT f.output_key, f.topic, f.location, f.target, f.rows, f.digest, f.job_id, NULL,
-       f.source, r.path, f.path, CAST(f.path AS TEXT), f.ordinal, f.content_hash,
-       f.output_key IN (SELECT output_key FROM cf_forgotten_output), 0
+       f.source, r.path, f.path, CAST(f.path AS TEXT), f.file_version_id, f.ordinal,
+       f.content_hash,
+       f.output_key IN (SELECT output_key FROM cf_forgotten_output),
+       f.output_key IN ({RETRACTED}), f.output_key IN ({REPLACED}), 0
 FROM cf_found_output f JOIN cf_source_root r ON r.name = f.source
 WHERE f.output_key NOT IN (SELECT output_key FROM cf_output WHERE state = 'PUBLISHED')
-"""
+"""  # noqa: S608
 """Everything that stands in the sinks; what no job of this ledger has taken over has no status."""
 
 
 def named(connection: Connection, name: str) -> list[Any]:
     """Published outputs by their target, or all those of a job by its id."""
-    query = f"SELECT * FROM ({_NAMED}) WHERE target = :name OR CAST(job_id AS TEXT) = :name"  # noqa: S608
+    query = f"SELECT * FROM ({NAMED}) WHERE target = :name OR CAST(job_id AS TEXT) = :name"  # noqa: S608
     return list(connection.execute(text(query), {"name": name}))
 
 
@@ -190,9 +223,10 @@ def listed(connection: Connection, limit: int, topic: str | None) -> list[dict[s
     """Published outputs, the newest first, as people and programs look at them."""
     query = f"""
         SELECT job_id AS job, topic, CASE WHEN forgotten THEN 'FORGOTTEN'
+               WHEN retracted THEN 'RETRACTED' WHEN replaced THEN 'REPLACED'
                WHEN status IS NULL THEN 'ADOPTED' ELSE 'PUBLISHED' END AS state,
                rows, source, rel_path, ordinal AS version, target, location AS sink, output_key
-        FROM ({_NAMED}) WHERE :topic IS NULL OR topic = :topic ORDER BY job_id DESC LIMIT :limit
+        FROM ({NAMED}) WHERE :topic IS NULL OR topic = :topic ORDER BY job_id DESC LIMIT :limit
         """  # noqa: S608
     found = connection.execute(text(query), {"topic": topic, "limit": limit}).mappings()
     return [dict(row) for row in found]

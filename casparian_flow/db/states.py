@@ -32,6 +32,14 @@ class OutputState(StrEnum):
     REFUSED = "REFUSED"
 
 
+class Retraction(StrEnum):
+    """Where a retracted output is; the sink is asked between the first word and the second."""
+
+    RETRACTING = "RETRACTING"
+    RETRACTED = "RETRACTED"
+    REINSTATING = "REINSTATING"
+
+
 JOB_ARROWS = {
     "": {"QUEUED"},
     "QUEUED": {"RUNNING", "ABORTED", "SUPERSEDED"},

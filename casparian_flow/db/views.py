@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, text
 
 from casparian_flow.db.found import COMMITTED
+from casparian_flow.db.shown import HIDDEN
 
 Row = dict[str, Any]
 
@@ -113,11 +114,11 @@ def topics(connection: Connection) -> list[Row]:
     """Where every topic goes, and what is there of it."""
     return _rows(
         connection,
-        """
+        f"""
         WITH published AS (
             SELECT j.plugin_name, o.topic, o.uri, count(*) AS outputs, sum(o.rows) AS total
             FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
-            WHERE o.state = 'PUBLISHED' GROUP BY 1, 2, 3
+            WHERE o.state = 'PUBLISHED' AND o.output_key NOT IN ({HIDDEN}) GROUP BY 1, 2, 3
         )
         SELECT t.plugin_name AS plugin, t.topic_name AS topic, t.uri, t.mode,
                coalesce(p.outputs, 0) AS outputs, coalesce(p.total, 0) AS "rows"
@@ -125,7 +126,7 @@ def topics(connection: Connection) -> list[Row]:
         LEFT JOIN published p ON p.plugin_name = t.plugin_name AND p.topic = t.topic_name
                              AND p.uri = t.uri
         ORDER BY t.plugin_name, t.topic_name, t.id
-        """,
+        """,  # noqa: S608
     )
 
 

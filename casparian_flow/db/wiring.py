@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select, update
@@ -30,6 +30,17 @@ def every_root(connection: Connection) -> Sequence[Any]:
     """Every source root, removed ones among them: id, path, name, active."""
     columns = (SourceRoot.id, SourceRoot.path, SourceRoot.name, SourceRoot.active)
     return connection.execute(select(*columns).order_by(SourceRoot.id)).all()
+
+
+def meant(connection: Connection, path: str) -> Iterator[tuple[Any, bytes, str]]:
+    """(source root, path below it, the same as we show it) that a person may mean by `NAME/path`
+    or by a path from here."""
+    for root in every_root(connection):
+        given = {path, path.removeprefix(f"{root.name}/")}
+        given.add(os.path.relpath(os.path.abspath(path), root.path))
+        for below in sorted(given):
+            raw = os.fsencode(below)
+            yield root, raw, raw.decode("utf-8", "backslashreplace")
 
 
 def add_root(connection: Connection, root_id: int | None, **columns: Any) -> str:

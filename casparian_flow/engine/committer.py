@@ -110,7 +110,7 @@ class Committer:
         if group:
             fenced = await self._write(lambda c: self._decide(c, group))
             crashpoint("committer.decided")
-            await asyncio.to_thread(_remove_stages, fenced)
+            await asyncio.to_thread(_remove, [output.stage for output in fenced])
         await self._settle()
         self._on_change()
 
@@ -190,19 +190,22 @@ class Committer:
             if waiting:
                 await self._pause(location, waiting[0][1], [job_id for job_id, _ in waiting])
         await self._complete(done, refused)
-        await asyncio.to_thread(_remove_stages, [output.staged for output, _ in refused])
 
     async def _complete(
         self,
         done: Sequence[tuple[_Owed, Published]],
         refused: Sequence[tuple[_Owed, JobError]],
     ) -> None:
+        # A sink refuses all outputs of a job together: the first says why.
+        ended = {output.job_id: (output, error) for output, error in reversed(refused)}
+        stages: list[str] = []
+
         def work(connection: Connection) -> None:
             outputs.mark_published(connection, [(o.output_id, seen) for o, seen in done])
-            outputs.mark_refused(connection, [o.output_id for o, _ in refused])
+            stages.extend(outputs.mark_refused(connection, list(ended)))
             crashpoint("committer.outputs_marked")
             events = []
-            for output, error in refused:
+            for output, error in ended.values():
                 jobs.refuse(connection, output.job_id, error.message)
                 detail = {"reason": error.message, "topic": output.staged.topic}
                 events.append(audit.Event("refuse", f"job {output.job_id}", detail))
@@ -218,6 +221,7 @@ class Committer:
         if done or refused or finishable:
             await self._write(work)
             crashpoint("committer.completed")
+            await asyncio.to_thread(_remove, stages)
 
     async def _pause(self, location: str, error: Unavailable, job_ids: list[int]) -> None:
         log.warning("sink %s is paused: %s", location, error.message)
@@ -255,7 +259,7 @@ def _publish(location: str, staged: list[StagedOutput]) -> list[Published | JobE
         return [SinkUnavailable(f"{type(error).__name__}: {error}")] * len(staged)
 
 
-def _remove_stages(staged: Sequence[StagedOutput]) -> None:
+def _remove(stages: Sequence[str]) -> None:
     """What will never be published leaves nothing behind."""
-    for output in staged:
-        Path(output.stage).unlink(missing_ok=True)
+    for stage in stages:
+        Path(stage).unlink(missing_ok=True)

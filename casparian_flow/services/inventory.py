@@ -103,7 +103,8 @@ def _row(location: str, output: Found) -> dict[str, object]:
         "source": output.source, "path": output.path, "ordinal": output.ordinal,
         "content_hash": output.content_hash, "size_bytes": output.size_bytes,
         "artifact_hash": output.artifact_hash, "plugin_name": output.plugin,
-        "plugin_version": output.plugin_version,
+        "plugin_version": output.plugin_version, "mode": output.mode, "slot": output.slot,
+        "retracted": output.retracted,
     }  # fmt: skip
 
 

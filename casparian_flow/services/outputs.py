@@ -64,7 +64,7 @@ def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
     for row in broken:
         _check_bytes(row, settings)
     for row in broken:
-        sinks.open_sink(row.location).withdraw(_claim(row))
+        sinks.open_sink(row.location).withdraw(claim(row))
     crashpoint("outputs.withdrawn")
 
     def work(connection: Connection) -> list[int]:
@@ -85,12 +85,24 @@ def _named(ledger: Ledger, name: str) -> list[Any]:
 
     Raises:
         NotFound: there are none.
+        CasparianError: nobody is to see them: they are retracted or replaced.
     """
     target = os.path.abspath(name) if os.path.lexists(name) else name
     rows = ledger.read(lambda c: outputs.named(c, target))
     if not rows:
         raise NotFound(f"no published output is named {name}", "casparian outputs list")
-    return rows
+    if all(row.retracted for row in rows):
+        raise CasparianError(
+            f"{name} is retracted; nothing was changed",
+            f"casparian retract --undo {rows[0].version_id}",
+        )
+    due = [row for row in rows if not (row.retracted or row.replaced)]
+    if not due:
+        raise CasparianError(
+            f"{name} was replaced by a later output of its file; nothing was changed",
+            "casparian outputs list",
+        )
+    return due
 
 
 def _broken(rows: Sequence[Any], name: str) -> list[Any]:
@@ -99,7 +111,7 @@ def _broken(rows: Sequence[Any], name: str) -> list[Any]:
     Raises:
         CasparianError: there are none.
     """
-    broken = [row for row in rows if sinks.open_sink(row.location).check([_claim(row)])]
+    broken = [row for row in rows if sinks.open_sink(row.location).check([claim(row)])]
     if not broken:
         raise CasparianError(
             f"{name} is there, and whole; nothing was changed",
@@ -108,7 +120,8 @@ def _broken(rows: Sequence[Any], name: str) -> list[Any]:
     return broken
 
 
-def _claim(row: Any) -> Claim:
+def claim(row: Any) -> Claim:
+    """What the ledger says of an output, from a row of `outputs.NAMED`."""
     return Claim(
         topic=row.topic, output_key=row.output_key, job_id=row.job_id, target=row.target,
         rows=row.rows, digest=row.digest,

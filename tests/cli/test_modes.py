@@ -1,0 +1,193 @@
+"""Mode replace and `casparian retract`, from the command line: what a reader of the sink sees."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import COMMAND, Casparian
+from tests.plugs import ROWS
+
+QUIET = ROWS.replace("        self.publish", "        if lines:\n            self.publish")
+"""Publishes nothing where the file has no line."""
+
+OURS = "sqlite:///out.sqlite3"
+
+
+def lines(casparian: Casparian) -> list[str]:
+    """What stands in the sink, read without us."""
+    with closing(sqlite3.connect(casparian.folder / "out.sqlite3")) as connection:
+        return sorted(row[0] for row in connection.execute("SELECT line FROM lines"))
+
+
+def states(casparian: Casparian) -> dict[tuple[str, int], str]:
+    rows = casparian.json("outputs", "list")
+    return {(row["rel_path"], row["version"]): row["state"] for row in rows}
+
+
+def asked(casparian: Casparian, table: str = "lines") -> list[str]:
+    return sorted(row["line"] for row in casparian.json("query", f"SELECT line FROM {table}"))
+
+
+def holds(casparian: Casparian) -> None:
+    assert casparian.json("verify")["problems"] == []
+
+
+@pytest.fixture
+def replacing(casparian: Casparian, source: Path) -> Casparian:
+    casparian.run("publish", casparian.plugin("rows", QUIET), "--version", "1.0.0")
+    casparian.run("topics", "set", "rows", "lines", OURS, "--mode", "replace")
+    return casparian
+
+
+def test_a_history_under_replace_is_the_file_after_every_commit(
+    replacing: Casparian, source: Path
+) -> None:
+    (source / "b.txt").write_text("b1\nb2\n")
+    history = ["a1\na2\n", "", "a4\na5\na6\n", "a4\n"]
+    for number, content in enumerate(history, 1):
+        (source / "a.txt").write_text(content)
+        replacing.run("scan", "--drain")
+        assert lines(replacing) == sorted([*content.split(), "b1", "b2"])
+        assert asked(replacing) == asked(replacing, "lines_history") == lines(replacing)
+        wanted = {("a.txt", n): "REPLACED" for n in range(1, number)}
+        assert states(replacing) == wanted | {("a.txt", number): "PUBLISHED",
+                                              ("b.txt", 1): "PUBLISHED"}  # fmt: skip
+    holds(replacing)
+    (topic,) = replacing.json("topics", "list")
+    assert (topic["mode"], topic["outputs"], topic["rows"]) == ("replace", 2, 3)
+    (job,) = {row["job"] for row in replacing.json("outputs", "list") if row["version"] == 2}
+    for verb in ("forget", "restore"):
+        assert "was replaced" in replacing.err("outputs", verb, str(job), code=1)
+
+
+def test_a_file_is_retracted_and_comes_back(casparian: Casparian, source: Path) -> None:
+    casparian.run("publish", casparian.plugin("rows", ROWS), "--version", "1.0.0")
+    casparian.run("topics", "set", "rows", "lines", OURS)
+    for content in ("a1\n", "a2\na3\n"):
+        (source / "a.txt").write_text(content)
+        (source / "b.txt").write_text("b1\n")
+        casparian.run("scan", "--drain")
+    said = casparian.out("retract", "in/a.txt")
+    assert "retracted: 1 rows of a.txt version 1" in said
+    assert "retracted: 2 rows of a.txt version 2" in said
+    assert lines(casparian) == asked(casparian, "lines_history") == ["b1"]
+    holds(casparian)
+    wanted = {("a.txt", 1): "RETRACTED", ("a.txt", 2): "RETRACTED", ("b.txt", 1): "PUBLISHED"}
+    assert states(casparian) == wanted
+    assert "nothing of in/a.txt is to be seen" in casparian.err("retract", "in/a.txt", code=66)
+    (job,) = {row["job"] for row in casparian.json("outputs", "list") if row["version"] == 2}
+    for verb in ("forget", "restore"):
+        assert "casparian retract --undo" in casparian.err("outputs", verb, str(job), code=1)
+    second = next(v for v in casparian.json("versions", "in/a.txt") if v["version"] == 2)
+    version = str(second["version_id"])
+    assert "reinstated: 2 rows" in casparian.out("retract", version, "--undo")
+    assert lines(casparian) == ["a2", "a3", "b1"]
+    casparian.run("retract", source / "a.txt", "--undo")
+    assert lines(casparian) == ["a1", "a2", "a3", "b1"]
+    casparian.run("retract", version)
+    assert lines(casparian) == ["a1", "b1"]
+    assert "nothing was published of nowhere" in casparian.err("retract", "nowhere", code=66)
+    actions = [row["action"] for row in casparian.json("audit", "show", "--limit", "99")]
+    assert actions.count("retract") == 3
+    assert actions.count("reinstate") == 2
+    holds(casparian)
+
+
+def test_what_was_appended_stays_when_a_topic_is_switched_to_replace(
+    casparian: Casparian, source: Path
+) -> None:
+    casparian.run("publish", casparian.plugin("rows", ROWS), "--version", "1.0.0")
+    casparian.run("topics", "set", "rows", "lines", OURS)
+    (source / "a.txt").write_text("a1\n")
+    casparian.run("scan", "--drain")
+    done = casparian.run("topics", "set", "rows", "lines", OURS, "--mode", "replace")
+    assert "1 outputs that were appended there stay" in done.stderr
+    assert "casparian retract PATH" in done.stderr
+    for content in ("a2\n", "a3\n"):
+        (source / "a.txt").write_text(content)
+        casparian.run("scan", "--drain")
+    assert lines(casparian) == ["a1", "a3"]
+    assert asked(casparian) == ["a3"]
+    first = next(v for v in casparian.json("versions", "in/a.txt") if v["version"] == 1)
+    casparian.run("retract", str(first["version_id"]))
+    assert lines(casparian) == ["a3"]
+    assert "no mode 'upsert'" in casparian.err(
+        "topics", "set", "rows", "lines", OURS, "--mode", "upsert", code=78
+    )
+
+
+def test_a_lost_ledger_does_not_show_again_what_was_retracted_or_replaced(
+    replacing: Casparian, source: Path
+) -> None:
+    for content in ("a1\n", "a2\n"):
+        (source / "a.txt").write_text(content)
+        (source / "b.txt").write_text("b1\n")
+        replacing.run("scan", "--drain")
+    replacing.run("retract", "in/b.txt")
+    before = states(replacing)
+    for file in replacing.folder.glob("casparian_flow.sqlite3*"):
+        file.unlink()
+    replacing.run("source", "add", source, "--settle", "0")
+    replacing.run("publish", replacing.folder / "rows.py", "--version", "1.0.0")
+    replacing.run("topics", "set", "rows", "lines", OURS, "--mode", "replace")
+    assert states(replacing) == {
+        key: "ADOPTED" if state == "PUBLISHED" else state for key, state in before.items()
+    }
+    replacing.run("scan", "--drain")
+    assert lines(replacing) == asked(replacing) == ["a2"]
+    assert {state for (path, _), state in states(replacing).items() if path == "b.txt"} == {
+        "RETRACTED"
+    }
+    holds(replacing)
+    replacing.run("retract", "in/b.txt", "--undo")
+    assert lines(replacing) == asked(replacing) == ["a2", "b1"]
+    holds(replacing)
+
+
+def killed(casparian: Casparian, at: str, *words: str) -> None:
+    command = [*COMMAND, *words]
+    environment = {**os.environ, "CASPARIAN_CRASH_AT": at}
+    done = subprocess.run(command, cwd=casparian.folder, env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("at", ["retract.decided", "sqlite.rows_copied", "sqlite.changed"])
+def test_a_crash_between_the_ledger_and_the_sink_is_rolled_forward(
+    replacing: Casparian, source: Path, at: str
+) -> None:
+    (source / "a.txt").write_text("a1\n")
+    replacing.run("scan", "--drain")
+    killed(replacing, at, "retract", "in/a.txt")
+    holds(replacing)
+    assert states(replacing) == {("a.txt", 1): "RETRACTED"}
+    (source / "b.txt").write_text("b1\n")
+    replacing.run("scan", "--drain")  # its daemon rolls forward
+    assert lines(replacing) == ["b1"]
+    killed(replacing, at, "retract", "in/a.txt", "--undo")
+    assert "nothing of in/a.txt is retracted" in replacing.err(
+        "retract", "in/a.txt", "--undo", code=66
+    )  # the command has rolled forward
+    assert lines(replacing) == ["a1", "b1"]
+    holds(replacing)
+
+
+def test_nothing_is_retracted_while_a_job_of_the_file_is_at_work(
+    replacing: Casparian, source: Path
+) -> None:
+    (source / "a.txt").write_text("a1\n")
+    replacing.run("scan", "--drain")
+    (source / "a.txt").write_text("a2\n")
+    killed(replacing, "committer.decided", "scan", "--drain")
+    done = replacing.err("retract", "in/a.txt", code=1)
+    assert "is at work; nothing was changed" in done
+    assert "casparian jobs show 2" in done
+    replacing.run("scan", "--drain")
+    assert lines(replacing) == ["a2"]
+    holds(replacing)
