@@ -36,7 +36,8 @@ def backfill(
     """Have a plugin work versions that were recorded before it.
 
     Older contents of files too, as far as their bytes are there: in the file, or in the snapshot
-    store. Nothing that stands in the sinks is changed; new rows come beside it.
+    store. New rows come beside those that are there; in mode replace, in the place of what an
+    older version of the file or of the plugin gave.
     """
     from casparian_flow.services.backfill import backfill as ask
 
@@ -71,6 +72,6 @@ def _tell(plugin: str, done: Backfilled, *, dry_run: bool) -> None:
         )
     if done.queued:
         context.say(
-            "their rows come beside those that are there, with their own _cf_plugin_version; "
-            "`casparian query` shows each file's latest version once"
+            "their rows come beside those that are there, with their own _cf_plugin_version, or in "
+            "mode replace in their place; `casparian query` shows each file's latest version once"
         )

@@ -53,18 +53,18 @@ def placed_uris(connection: Connection) -> set[str]:
 def add(connection: Connection, rows: Sequence[dict[str, Any]]) -> int:
     """Record found outputs, in the caller's transaction; how many were news.
 
-    Locations that have had more contents than this ledger knows are looked at by the next scan.
+    That one is retracted is news too, whether it is known or not. Locations that have had more
+    contents than this ledger knows are looked at by the next scan.
     """
     known = set(known_keys(connection))
+    note_retracted(connection, [row["output_key"] for row in rows if row["retracted"]])
     fresh = [row for row in rows if row["output_key"] not in known]
     if not fresh:
         return 0
-    retracted = [row["output_key"] for row in fresh if row["retracted"]]
     columns = [{**row, "found_at": utcnow()} for row in fresh]
     for row in columns:
         del row["retracted"]
     connection.execute(insert(FoundOutput), columns)
-    note_retracted(connection, retracted)
     for statement in _DOUBT:
         connection.execute(text(statement))
     return len(fresh)

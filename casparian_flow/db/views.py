@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, text
 
 from casparian_flow.db.found import COMMITTED
-from casparian_flow.db.shown import HIDDEN
+from casparian_flow.db.shown import HIDDEN, REPLACED, RETRACTED
 
 Row = dict[str, Any]
 
@@ -200,10 +200,13 @@ def job(connection: Connection, job_id: int) -> Row | None:
     )
     outputs = _rows(
         connection,
-        """
-        SELECT topic, uri, state, target, "rows", size_bytes, digest, output_key, published_at
+        f"""
+        SELECT topic, uri, CASE WHEN state <> 'PUBLISHED' THEN state
+               WHEN output_key IN ({RETRACTED}) THEN 'RETRACTED'
+               WHEN output_key IN ({REPLACED}) THEN 'REPLACED' ELSE state END AS state,
+               target, "rows", size_bytes, digest, output_key, published_at
         FROM cf_output WHERE job_id = :id ORDER BY id
-        """,
+        """,  # noqa: S608
         id=job_id,
     )
     return {**found[0], **facts[0], "attempt_log": attempts, "outputs": outputs}

@@ -27,6 +27,11 @@ from casparian_flow.errors import CasparianError, NotFound
 from casparian_flow.services.changes import ring
 from casparian_flow.services.outputs import claim
 
+_LACK = {
+    False: "nothing of {} is to be seen: it was retracted, replaced or forgotten",
+    True: "nothing of {} is retracted",
+}
+
 log = logging.getLogger(__name__)
 
 
@@ -44,10 +49,16 @@ def retract(ledger: Ledger, settings: Settings, name: str, *, undo: bool = False
         SinkConflict, SinkUnavailable: a sink could not do it; it is decided, and done by the next
             call, or when the daemon starts.
     """
-    roll_forward(ledger)
+    done = {row.output_key: row for row in roll_forward(ledger)}
     named = _named(ledger, name)
     ledger.read(lambda c: _check_idle(c, named))
-    chosen = _chosen(named, name, undo=undo)
+    chosen = _chosen(named, undo=undo)
+    if not chosen:
+        state = Retraction.REINSTATING if undo else Retraction.RETRACTING
+        again = [row for row in named if row.output_key in done]
+        if again and all(done[row.output_key].state == state for row in again):
+            return again  # it was decided before a crash, and has been done just now
+        raise NotFound(_LACK[undo].format(name), "casparian outputs list")
     if not undo:
         _check_whole(chosen)
     keys = [row.output_key for row in chosen]
@@ -64,18 +75,23 @@ def retract(ledger: Ledger, settings: Settings, name: str, *, undo: bool = False
     ledger.write(work)
     crashpoint("retract.decided")
     for row in ledger.read(retracted.pending):
-        _carry_out(ledger, row)
+        if row.output_key in keys:
+            _carry_out(ledger, row)
     ring(settings)
     return chosen
 
 
-def roll_forward(ledger: Ledger) -> None:
-    """Finish what was decided before a crash; what a sink cannot do now stays decided."""
+def roll_forward(ledger: Ledger) -> list[Any]:
+    """Finish what was decided before a crash, and say what that was. What a sink cannot do now
+    stays decided."""
+    done = []
     for row in ledger.read(retracted.pending):
         try:
             _carry_out(ledger, row)
+            done.append(row)
         except CasparianError as error:
             log.warning("%s is still %s: %s", row.target, row.state, error.message)
+    return done
 
 
 def _carry_out(ledger: Ledger, row: Any) -> None:
@@ -125,21 +141,11 @@ def _check_idle(connection: Connection, rows: Sequence[Any]) -> None:
         )
 
 
-def _chosen(rows: Sequence[Any], name: str, *, undo: bool) -> list[Any]:
-    """Those that can be retracted, or reinstated.
-
-    Raises:
-        NotFound: there are none.
-    """
+def _chosen(rows: Sequence[Any], *, undo: bool) -> list[Any]:
+    """Those that can be retracted, or reinstated."""
     if undo:
-        chosen = [row for row in rows if row.retracted]
-        lack = f"nothing of {name} is retracted"
-    else:
-        chosen = [row for row in rows if not (row.retracted or row.replaced or row.forgotten)]
-        lack = f"nothing of {name} is to be seen: it was retracted, replaced or forgotten"
-    if not chosen:
-        raise NotFound(lack, "casparian outputs list")
-    return chosen
+        return [row for row in rows if row.retracted]
+    return [row for row in rows if not (row.retracted or row.replaced or row.forgotten)]
 
 
 def _check_whole(chosen: Sequence[Any]) -> None:

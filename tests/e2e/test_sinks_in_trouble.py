@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -14,12 +16,13 @@ from sqlalchemy import insert, select, update
 
 from casparian_flow import main
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs
+from casparian_flow.db import jobs, views
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import FileVersion, Plugin, ProcessingJob, TopicConfig
+from casparian_flow.db.models import FileVersion, Output, Plugin, ProcessingJob, TopicConfig
 from casparian_flow.engine.committer import PAUSED
 from casparian_flow.engine.dispatch import output_key
 from casparian_flow.services.scan import scan
+from casparian_flow.services.verify import verify
 from tests.disks import in_memory
 from tests.e2e.test_daemon import PATIENCE, all_done, outcomes, work_off
 from tests.factories import add_root
@@ -130,3 +133,52 @@ def test_a_sink_nobody_can_open_fails_the_job_in_words(
     scan(ledger, root)
     assert work_off(settings) == {"FAILED": 1}
     assert "carrier-pigeon" in outcomes(ledger)["a.txt"][1]
+
+
+TWO_TOPICS = """
+from casparian_flow.sdk import BasePlugin, PluginMetadata
+import pyarrow as pa
+
+MANIFEST = PluginMetadata(
+    pattern="*.txt", sinks={"good": "sqlite:///out.sqlite3", "odd": "sqlite:///out.sqlite3"}
+)
+
+class Handler(BasePlugin):
+    def execute(self, file_path: str):
+        with open(file_path) as file:
+            words = file.read().split()
+        self.publish("good", pa.table({"word": words}))
+        odd = [int(word) for word in words] if words[0].isdecimal() else words
+        self.publish("odd", pa.table({"word": odd}))
+"""
+
+
+def test_a_sink_refuses_all_topics_of_a_job_together(
+    ledger: Ledger, settings: Settings, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    publish(ledger, settings, "pairs", TWO_TOPICS, "1.0.0")
+    (source / "a.txt").write_text("1 2")
+    scan(ledger, root)
+    assert work_off(settings) == {"COMPLETED": 1}
+    for name, words in (("b", "one two"), ("c", "3")):
+        (source / f"{name}.txt").write_text(words)
+    scan(ledger, root)
+    assert work_off(settings) == {"COMPLETED": 2, "FAILED": 1}
+    status, reason = outcomes(ledger)["b.txt"]
+    assert status == "FAILED"
+    assert "topic 'odd': column 'word' (string) is INTEGER" in reason
+    with closing(sqlite3.connect(settings.home / "out.sqlite3")) as opened:
+        for topic in ("good", "odd"):
+            found = opened.execute(f"SELECT CAST(word AS TEXT) FROM {topic}").fetchall()
+            assert sorted(word for (word,) in found) == ["1", "2", "3"]
+    job = select(ProcessingJob.id).where(ProcessingJob.status == "FAILED")
+    failed = ledger.read(lambda c: c.execute(job).scalar_one())
+    states = select(Output.topic, Output.state).where(Output.job_id == failed)
+    assert set(ledger.read(lambda c: c.execute(states).all())) == {
+        ("good", "REFUSED"), ("odd", "REFUSED"),
+    }  # fmt: skip
+    told = ledger.read(lambda c: views.audit(c, 99, f"job {failed}"))
+    assert [row["action"] for row in told].count("refuse") == 1
+    assert not list((settings.home / ".casparian" / "stage").iterdir())
+    assert verify(settings, ledger).problems == []

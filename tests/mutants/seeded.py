@@ -1,4 +1,4 @@
-"""Twelve bugs that a careful person could write, and the tests that must catch each.
+"""Sixteen bugs that a careful person could write, and the tests that must catch each.
 
 Each is a small edit of the package. If what it edits has changed, the mutant is an error until
 somebody writes it anew: a list that silently shrinks proves nothing.
@@ -31,6 +31,8 @@ class Mutant(NamedTuple):
 
 _TRACED = "tests/syscalls/test_syscalls.py::test_nothing_is_lost"
 _DURABLE = f"{_TRACED}[what must be durable before what]"
+
+_DIES = "tests/sinks/test_crashes.py::test_a_publisher_that_dies_leaves_the_old_version_or_the_new"
 
 MUTANTS = [
     Mutant(
@@ -140,6 +142,47 @@ MUTANTS = [
             )
         ],
         ["tests/services/test_scan.py::test_an_edit_long_after_is_found_by_more_than_its_mtime"],
+    ),
+    Mutant(
+        "ledger row outside the transaction",
+        [
+            Edit(
+                "engine/sinks/sqlite.py",
+                '            crashpoint("sqlite.ledger_written")\n',
+                '            connection.executescript("COMMIT; BEGIN IMMEDIATE; SAVEPOINT job")\n'
+                '            crashpoint("sqlite.ledger_written")\n',
+            )
+        ],
+        [f"{_DIES}[sqlite.rows_written]"],
+    ),
+    Mutant(
+        "adopt without comparing",
+        [
+            Edit(
+                "engine/sinks/sqlite_ledger.py",
+                '"SELECT * FROM _cf_outputs WHERE output_key = ?", [output_key]',
+                '"SELECT * FROM _cf_outputs WHERE output_key >= ?", [""]',
+            )
+        ],
+        ["tests/sinks/test_contract.py::test_a_newer_version_takes_the_place_of_an_older_one"],
+    ),
+    Mutant(
+        "late versions shown",
+        [
+            Edit(
+                "engine/sinks/sqlite_ledger.py",
+                "return greater.fetchone() is not None",
+                "return False",
+            )
+        ],
+        ["tests/sinks/test_contract.py::test_an_older_version_that_comes_late_shows_no_rows"],
+    ),
+    Mutant(
+        "inventory without what is retracted",
+        [Edit("engine/sinks/sqlite.py", "if output.retracted or ", "if ")],
+        [
+            "tests/sinks/test_contract.py::test_what_is_retracted_stays_so_when_it_is_published_again"
+        ],
     ),
 ]
 

@@ -18,7 +18,7 @@ import pytest
 
 from casparian_flow.atomic import owned
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks.base import LINEAGE, Claim
+from casparian_flow.engine.sinks.base import KEY_DIGITS, LINEAGE, Claim
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
 from tests.sinks.stages import TOPIC, Place, claims
@@ -601,9 +601,12 @@ def test_what_is_retracted_stays_so_when_it_is_published_again(modes: Place) -> 
     assert found.retracted
     assert found.output_key == output.output_key
     assert (found.rows, found.slot, found.mode) == (1, output.slot, "append")
+    known = {output.output_key[:KEY_DIGITS]}
+    assert list(modes.sink.inventory(known)) == [found]
     modes.sink.reinstate(made)
     assert ids(modes) == [1]
     assert [each.retracted for each in modes.sink.inventory(())] == [False]
+    assert list(modes.sink.inventory(known)) == []
 
 
 def test_a_retracted_version_keeps_its_place(modes: Place) -> None:

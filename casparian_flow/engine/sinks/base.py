@@ -162,8 +162,9 @@ class Sink(Protocol):
         """Compare claims with what is there; one sentence for each claim that does not hold."""
 
     def inventory(self, known: Container[str]) -> Iterator[Found]:
-        """What is there of ours under other output keys. What cannot be read is passed over:
-        publishing to its name will say so.
+        """What is there of ours under other output keys, and what is retracted under any key: an
+        older ledger does not know. What cannot be read is passed over: publishing to its name will
+        say so.
 
         Args:
             known: the first `KEY_DIGITS` digits of each output key that is no news.

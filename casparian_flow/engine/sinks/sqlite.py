@@ -110,8 +110,9 @@ class SqliteSink:
             with self._reading() as connection:
                 if tables.columns(connection, "_cf_outputs"):
                     for row in connection.execute("SELECT * FROM _cf_outputs ORDER BY rowid"):
-                        if row["output_key"][:KEY_DIGITS] not in known:
-                            yield ledger.found_as(dict(row), f"{self.path}:{row['topic']}")
+                        output = ledger.found_as(dict(row), f"{self.path}:{row['topic']}")
+                        if output.retracted or output.output_key[:KEY_DIGITS] not in known:
+                            yield output
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_NOTADB:
                 raise self._refusal(error) from error
