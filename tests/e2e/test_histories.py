@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e import modes
 from tests.e2e.replay import HISTORIES, replay
 from tests.real_data import absent
 
@@ -26,3 +27,10 @@ def test_identical_rewrites_give_no_version(tmp_path: Path) -> None:
 
 def test_a_flood(tmp_path: Path) -> None:
     replay(tmp_path, "sp500", commits=None, flood=True)
+
+
+def test_a_history_under_replace_with_a_kill(tmp_path: Path) -> None:
+    """`python -m tests.e2e.modes` runs it whole, with more kills."""
+    figures = modes.replay(tmp_path, "sqlite", "replace", commits=5, kills=1, seed=3)
+    assert figures["commits"] == 5
+    assert figures["kills"] == 1
