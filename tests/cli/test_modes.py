@@ -94,6 +94,11 @@ def test_a_file_is_retracted_and_comes_back(casparian: Casparian, source: Path) 
     assert lines(casparian) == ["a1", "a2", "a3", "b1"]
     casparian.run("retract", version)
     assert lines(casparian) == ["a1", "b1"]
+    with closing(sqlite3.connect(casparian.folder / "casparian_flow.sqlite3")) as ledger, ledger:
+        ledger.execute("DELETE FROM cf_retracted_output")  # as in yesterday's backup
+    assert states(casparian)["a.txt", 2] == "PUBLISHED"
+    casparian.run("scan")  # begins with an inventory
+    assert states(casparian)["a.txt", 2] == "RETRACTED"
     assert "nothing was published of nowhere" in casparian.err("retract", "nowhere", code=66)
     actions = [row["action"] for row in casparian.json("audit", "show", "--limit", "99")]
     assert actions.count("retract") == 3
