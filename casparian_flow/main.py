@@ -21,7 +21,7 @@ from functools import partial
 import zmq.asyncio
 from sqlalchemy import Connection
 
-from casparian_flow import config, daemon_lock
+from casparian_flow import atomic, config, daemon_lock
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import invariants, outputs, plugins
@@ -175,7 +175,7 @@ def _sweep(settings: Settings, ledger: Ledger) -> None:
             folder = sinks.open_sink(sinks.resolve(uri, settings.home)).stage_folder
             for file in folder.glob(f"{tag}-*"):
                 if str(file) not in owed:
-                    file.unlink()
+                    atomic.remove(file)
                     crashpoint("main.stage_swept")
 
 

@@ -50,6 +50,8 @@ class OutputPlan(Record, frozen=True):
     one with the greatest (ordinal, job id) takes the place of the others."""
     ordinal: int
     """Of the version: 1 for the first content of its location."""
+    split_bytes: int = 0
+    """Size of a part of a large output, where the sink keeps files; 0: never split."""
     facts: dict[str, str] = {}
     """What the output key is made of, in words: the sink keeps them beside the rows, so that who
     has lost the ledger knows what is there."""
@@ -89,21 +91,22 @@ class StagedOutput(Record, frozen=True):
     ordinal: int
     job_id: int
     stage: str
-    """Absolute path of the staged file."""
+    """Absolute path of the staged file, or of the folder with its parts."""
     rows: int
     size_bytes: int
     digest: str
-    """SHA-256 of the staged file's bytes, hexadecimal."""
+    """SHA-256 of the staged file's bytes, hexadecimal; of a folder, over those of its parts."""
 
 
 class Published(Record, frozen=True):
     """An output that readers can see."""
 
     target: str
-    """Where it is: the file's absolute path, or the database's path and the table."""
+    """Where it is: the absolute path of the file or of the folder with its parts, or the
+    database's path and the table."""
     rows: int
     digest: str
-    """SHA-256 of the target's bytes where the sink is a file, else of the staged file."""
+    """As of a staged output: of the target where that is files, else of what was staged."""
     adopted: bool
     """True where an earlier attempt had published it already."""
     retracted: bool = False

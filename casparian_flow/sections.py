@@ -125,6 +125,10 @@ class OutputSettings(Section, frozen=True):
     default_uri: str = "parquet://output"
     """Sink of a topic that neither the MANIFEST nor `casparian topics set` names."""
 
+    split_bytes: Annotated[int, msgspec.Meta(ge=0)] = 2 << 30
+    """A Parquet output beyond this becomes a folder of parts, each about so large; 0 never splits.
+    So large that few outputs are, and so small that a part is copied and read at a time."""
+
 
 class GatekeeperSettings(Section, frozen=True):
     """What the Gatekeeper lets pass, besides its ruleset; docs/security.md has the rules."""

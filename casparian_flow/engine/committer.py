@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 from sqlalchemy import Connection
 
+from casparian_flow import atomic
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import attempts, audit, doubts, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
@@ -262,4 +263,4 @@ def _publish(location: str, staged: list[StagedOutput]) -> list[Published | JobE
 def _remove(stages: Sequence[str]) -> None:
     """What will never be published leaves nothing behind."""
     for stage in stages:
-        Path(stage).unlink(missing_ok=True)
+        atomic.remove(Path(stage))

@@ -107,6 +107,7 @@ class Dispatcher:
             output_key=output_key(*key),
             slot=slot(*place),
             ordinal=job.ordinal,
+            split_bytes=self._settings.output.split_bytes,
             facts={
                 "source": job.source,
                 "path": job.path.hex(),

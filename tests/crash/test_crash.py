@@ -48,9 +48,11 @@ RARE = {
     "connection.checkpointed", "retries.job_taken_back", "main.stage_swept",
     "sqlite.replaced", "sqlite.rows_copied", "sqlite.change_written", "sqlite.changed",
     "retract.decided", "retract.done", "retract.settled",
+    "stage.part_finished", "stage.folder_synced", "parquet.renamed", "parquet.rewritten",
 }  # fmt: skip
-"""What only a log of four megabytes, a recovery, mode replace or a retraction comes to; of the last
-two tests/sinks/test_crashes.py and tests/cli/test_modes.py know."""
+"""What only a log of four megabytes, a recovery, mode replace, a retraction, an output of several
+parts or two Workers that race come to; tests/sinks/test_crashes.py, test_parquet_crashes.py and
+tests/cli/test_modes.py try them."""
 
 
 def documented() -> list[str]:

@@ -37,7 +37,7 @@ _DIES = "tests/sinks/test_crashes.py::test_a_publisher_that_dies_leaves_the_old_
 MUTANTS = [
     Mutant(
         "no file fsync",
-        [Edit("engine/sinks/stage.py", "                os.fsync(file.fileno())\n", "")],
+        [Edit("engine/sinks/parts.py", "        atomic.fsync_path(file)\n", "")],
         [_DURABLE],
     ),
     Mutant(
@@ -64,7 +64,10 @@ MUTANTS = [
     ),
     Mutant(
         "rename over",
-        [Edit("engine/sinks/parquet.py", "os.link(output.stage", "os.replace(output.stage")],
+        [
+            Edit("engine/sinks/parquet.py", "if os.path.lexists(target):", "if False:"),
+            Edit("engine/sinks/parquet.py", "os.link(shown, target)", "os.replace(shown, target)"),
+        ],
         ["tests/sinks/test_parquet.py::test_an_output_of_another_key_is_never_replaced"],
     ),
     Mutant(

@@ -39,7 +39,7 @@ class Place:
 
     def stage(
         self, job: int = 1, attempt: str = "a1", key: str = "", topic: str = TOPIC,
-        mode: str = "append", slot: str = "", ordinal: int = 1,
+        mode: str = "append", slot: str = "", ordinal: int = 1, split_bytes: int = 0,
     ) -> Stage:  # fmt: skip
         plan = OutputPlan(
             topic=topic,
@@ -49,6 +49,7 @@ class Place:
             output_key=hashlib.sha256((key or f"job {job}").encode()).hexdigest(),
             slot=hashlib.sha256((slot or f"slot of {topic}").encode()).hexdigest(),
             ordinal=ordinal,
+            split_bytes=split_bytes,
         )
         lineage = Lineage(
             file_version_id=job + 100, job_id=job, source_hash="ab" * 32, plugin_version="1.2.3"
@@ -75,7 +76,7 @@ class Place:
             folder = self.home / "out" / topic
             if not folder.is_dir():
                 return []
-            files = sorted(str(file) for file in folder.glob("*.parquet"))
+            files = sorted(str(file) for file in folder.rglob("*.parquet"))
             tables = [ds.dataset(file).to_table() for file in files]
             return [row for table in tables for row in table.to_pylist()]
         if not self.database.exists():

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import LINEAGE
-from casparian_flow.engine.sinks.stage import GROUP_ROWS
+from casparian_flow.engine.sinks.parts import GROUP_ROWS
+from casparian_flow.engine.sinks.topic_folder import COLUMNS_FILE
 from casparian_flow.errors import SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
 from tests.sinks.columns_of_any_type import Sample, samples
@@ -41,6 +42,9 @@ def test_the_file_is_named_by_the_output_key_and_says_so_inside(parquet: Place) 
         b"casparian.file_version_id": b"107",
         b"casparian.source_hash": b"ab" * 32,
         b"casparian.plugin_version": b"1.2.3",
+        b"casparian.rows": b"1",
+        b"casparian.batches": b"1",
+        b"casparian.attempt": b"a1",
     }
     lineage = list(pq.read_schema(seen.target))[-4:]
     assert [field.name for field in lineage] == list(LINEAGE)
@@ -143,7 +147,7 @@ def test_a_topic_on_another_filesystem_is_waited_for(parquet: Place) -> None:
     with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
         (parquet.home / "out" / TOPIC).symlink_to(folder)
         (outcome,) = parquet.publish(output)
-        assert list(Path(folder).iterdir()) == []
+        assert [file.name for file in Path(folder).iterdir()] == [COLUMNS_FILE]
     assert isinstance(outcome, SinkUnavailable)
     assert "cannot link" in outcome.message
     assert "hard links" in outcome.hint
@@ -155,7 +159,7 @@ def test_a_topic_on_another_filesystem_is_waited_for(parquet: Place) -> None:
         ("flipped byte", "its bytes have changed since it was published"),
         ("cut short", "its bytes have changed since it was published"),
         ("deleted", "the file is gone"),
-        ("a folder", "it cannot be read"),
+        ("a folder", "its bytes have changed since it was published"),
     ],
 )
 def test_check_sees_harm(parquet: Place, harm: str, said: str) -> None:

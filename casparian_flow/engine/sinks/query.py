@@ -118,9 +118,9 @@ def _names(question: str, table: str) -> bool:
 def _create(database: Any, name: str, outputs: Sequence[Output], shown: bool) -> None:
     """One view over the files and the copied tables, their columns united by name."""
     parts = []
-    files = [o["target"] for o in outputs if o["location"].startswith(PREFIXES["parquet"])]
+    files = [_files(o["target"]) for o in outputs if o["location"].startswith(PREFIXES["parquet"])]
     if files:
-        listed = ", ".join(_text(glob.escape(file)) for file in files)
+        listed = ", ".join(map(_text, files))
         options = "union_by_name = true, hive_partitioning = false"
         parts.append(f"SELECT * FROM read_parquet([{listed}], {options})")  # noqa: S608
     for location, keys in _databases(outputs).items():
@@ -135,6 +135,11 @@ def _create(database: Any, name: str, outputs: Sequence[Output], shown: bool) ->
     limit = "" if shown else " LIMIT 0"
     view = f"SELECT * FROM ({rows_of_all}){limit}"  # noqa: S608
     database.execute(f"CREATE TEMP VIEW {_quote(name)} AS {view}")
+
+
+def _files(target: str) -> str:
+    """A pattern for the files of an output; a large one is a folder of parts."""
+    return glob.escape(target) + ("" if target.endswith(".parquet") else "/*.parquet")
 
 
 def _databases(outputs: Sequence[Output]) -> dict[str, list[str]]:

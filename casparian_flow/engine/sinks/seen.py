@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from casparian_flow.engine.sinks import PREFIXES
@@ -35,8 +36,8 @@ def groups(location: str, topic: str) -> Iterator[Group]:
     """
     if location.startswith(PREFIXES["parquet"]):
         folder = Path(location.removeprefix(PREFIXES["parquet"])) / topic
-        for file in sorted(folder.glob("*.parquet")):
-            yield from _grouped(table_rows(file))
+        for output in _outputs(folder):
+            yield from _grouped(table_rows(output))
     else:
         query = "SELECT {0}, {1}, {2}, {3} FROM {topic} ORDER BY rowid"
         yield from _grouped(_ask(Path(location.removeprefix(PREFIXES["sqlite"])), topic, query))
@@ -46,7 +47,7 @@ def counts(location: str, topic: str, known: set[Path]) -> Iterator[tuple[str, i
     """Source hash and number of rows of each job: what a reader can look at all the time.
 
     Args:
-        known: Parquet files that need no further look, since none ever changes; those that were
+        known: Parquet outputs that need no further look, since none ever changes; those that were
             read are added.
 
     Raises:
@@ -54,18 +55,25 @@ def counts(location: str, topic: str, known: set[Path]) -> Iterator[tuple[str, i
     """
     if location.startswith(PREFIXES["parquet"]):
         folder = Path(location.removeprefix(PREFIXES["parquet"])) / topic
-        for file in sorted(set(folder.glob("*.parquet")) - known):
-            for group in _grouped(table_rows(file)):
+        for output in sorted(set(_outputs(folder)) - known):
+            for group in _grouped(table_rows(output)):
                 yield group.source_hash, len(group.rows)
-            known.add(file)
+            known.add(output)
     else:
         query = "SELECT {0}, count(*) FROM {topic} GROUP BY {0}, {1}, {2}"
         yield from _ask(Path(location.removeprefix(PREFIXES["sqlite"])), topic, query)
 
 
-def table_rows(file: Path) -> list[tuple[str, int, int, str]]:
-    """(source hash, version id, job id, value) of each row of a Parquet file."""
-    table = pq.ParquetFile(file).read()
+def _outputs(folder: Path) -> list[Path]:
+    """Files of rows, and folders of such."""
+    found = {*folder.glob("*.parquet"), *(file.parent for file in folder.glob("*/*.parquet"))}
+    return sorted(found)
+
+
+def table_rows(output: Path) -> list[tuple[str, int, int, str]]:
+    """(source hash, version id, job id, value) of each row of a Parquet file, or of a folder."""
+    files = sorted(output.glob("*.parquet")) if output.is_dir() else [output]
+    table = pa.concat_tables([pq.ParquetFile(file).read() for file in files])
     version_id, job_id, source_hash, _ = (table[name].to_pylist() for name in LINEAGE)
     return list(zip(source_hash, version_id, job_id, table[0].to_pylist(), strict=True))
 

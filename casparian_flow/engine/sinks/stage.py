@@ -1,15 +1,14 @@
-"""An output on its way: one Parquet file in the sink's stage folder, where no reader looks.
+"""An output on its way: Parquet in the sink's stage folder, where no reader looks.
 
 All sinks stage alike. The file has the plugin's columns, then the lineage columns; its footer
-names the output (`casparian.output_key` and others). Row groups have 128k rows, however small
-the batches came, and zstd level 1: as fast as no compression, at a fifth of the size.
+names the output (`casparian.output_key` and others) and counts its rows. Row groups have 128k
+rows, however small the batches came, and zstd level 1: as fast as no compression, at a fifth of
+the size. `parts.py` says when it is a folder of several files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,14 @@ import pyarrow.parquet as pq
 
 from casparian_flow.atomic import fsync_path, make_folder
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks.base import LINEAGE, Lineage, is_disk_fault, unavailable
+from casparian_flow.engine.sinks import parts
+from casparian_flow.engine.sinks.base import Lineage, is_disk_fault, unavailable
+from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, fit
 from casparian_flow.errors import OutputRefused
 from casparian_flow.protocol import MODES, OutputPlan, StagedOutput
 
-OUTPUT_KEY = b"casparian.output_key"
-"""Footer key that says whose output a file is."""
-
-GROUP_ROWS = 128 << 10
-"""Rows of a row group; also rows held in memory before they are written."""
-
 GROUP_BYTES = 64 << 20
 """Bytes of Arrow data held in memory before they are written, where rows are wide."""
-
-_LINEAGE_TYPES: tuple[Any, ...] = (pa.int64(), pa.int64(), pa.string(), pa.string())
 
 
 def seal(stages: Sequence[Stage]) -> list[StagedOutput]:
@@ -66,6 +59,8 @@ class Stage:
         attempt: a name no other attempt has.
         admit: called with the first batch's schema; raises OutputRefused where the sink could
             not hold its columns, so that the job fails before anything is decided.
+        unite: called with it next, for the columns to write, where the sink's files must agree.
+        split_bytes: size of a part, where the sink takes a folder of them; 0: it takes one file.
 
     Raises:
         OutputRefused: the topic's name or mode is not one sinks have.
@@ -79,23 +74,29 @@ class Stage:
         lineage: Lineage,
         attempt: str,
         admit: Callable[[Any], object] = lambda schema: None,
+        unite: Callable[[Any], Any] = lambda schema: schema,
+        split_bytes: int = 0,
     ) -> None:
         _check_plan(plan)
-        self.path = folder / f"{attempt}-{plan.output_key[:32]}.parquet.part"
         self._plan = plan
         self._lineage = lineage
+        self._attempt = attempt
         self._admit = admit
-        self._writer: Any = None
+        self._unite = unite
         self._pending: list[Any] = []
-        self._pending_rows = self._pending_bytes = self._rows = 0
+        self._pending_rows = self._pending_bytes = self._rows = self._batches = 0
+        path = folder / f"{attempt}-{plan.output_key[:32]}.parquet.part"
         try:
             make_folder(folder.parent, mode=0o700)
             make_folder(folder, mode=0o700)
-            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
-            crashpoint("stage.made")
-            self._file = self._opened()
+            self._parts = parts.Parts(path, split_bytes)
         except OSError as error:
             raise unavailable(error, folder) from error
+
+    @property
+    def path(self) -> Path:
+        """Where it is: a file, or a folder from the second part on."""
+        return self._parts.path
 
     def write(self, batch: Any) -> None:
         """Append a pyarrow RecordBatch, validated by the caller.
@@ -104,12 +105,13 @@ class Stage:
             OutputRefused: its columns cannot be stored, or use a reserved name.
             SinkUnavailable: the disk is full or read-only.
         """
-        if self._writer is None:
+        if not self._parts.begun:
             self._start(batch.schema)
+        self._batches += 1
         self._pending.append(batch)
         self._pending_rows += batch.num_rows
         self._pending_bytes += batch.nbytes
-        if self._pending_rows >= GROUP_ROWS or self._pending_bytes >= GROUP_BYTES:
+        if self._pending_rows >= parts.GROUP_ROWS or self._pending_bytes >= GROUP_BYTES:
             self._flush()
 
     def finish(self) -> None:
@@ -119,32 +121,28 @@ class Stage:
             OutputRefused: the rows cannot be stored.
             SinkUnavailable: the disk is full or read-only.
         """
-        if self._writer is None:
+        if not self._parts.begun:
             self._open(pa.schema([]))
-        if self._writer.is_open:
+        if self._parts.open:
             self._flush()
-            with self._storing(pa.Table.from_batches([], self._columns)):
-                self._writer.close()
-                self._file.close()
-            crashpoint("stage.finished")
+            figures = {"rows": self._rows, "batches": self._batches, "attempt": self._attempt}
+            with self._storing(pa.Table.from_batches([], self._given)):
+                self._parts.close(figures)
 
     def seal(self) -> StagedOutput:
-        """Make the file's data durable; the module's `seal` makes its name so.
+        """Make the data durable; the module's `seal` makes its name so.
 
         Raises:
             OutputRefused, SinkUnavailable: as `finish`.
         """
         self.finish()
         try:
-            with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-            crashpoint("stage.synced")
+            size, digest = parts.size(self.path), parts.digest(self.path)
+            parts.make_durable(self.path)
         except OSError as error:
             raise unavailable(error, self.path) from error
         plan = msgspec.structs.asdict(self._plan)
-        del plan["facts"]  # they are in the footer
+        del plan["facts"], plan["split_bytes"]  # the footers have them; the parts are there
         return StagedOutput(
             **plan,
             job_id=self._lineage.job_id,
@@ -156,58 +154,44 @@ class Stage:
 
     def discard(self) -> None:
         """Remove what was staged; may be called at any time, and twice."""
-        if self._writer is not None and self._writer.is_open:
-            with contextlib.suppress(OSError, pa.ArrowException):
-                self._writer.close()
-            self._writer.is_open = False  # else its finalizer would write to the closed file
-        with contextlib.suppress(OSError):
-            self._file.close()
-        with contextlib.suppress(OSError):
-            self.path.unlink()
+        self._parts.discard()
 
-    def _opened(self) -> Any:
-        """The new, empty file; gone again if it cannot be opened, since nobody else knows it."""
-        try:
-            # Arrow's own file: a Python one would be called back for every few bytes.
-            return pa.OSFile(str(self.path), "wb")
-        except OSError:
-            self.path.unlink()
-            raise
+    def _start(self, given: Any) -> None:
+        _check_names(self._plan.topic, given.names)
+        self._admit(given)
+        self._open(given)
 
-    def _start(self, columns: Any) -> None:
-        _check_names(self._plan.topic, columns.names)
-        self._admit(columns)
-        self._open(columns)
-
-    def _open(self, columns: Any) -> None:
+    def _open(self, given: Any) -> None:
         # Only our own words go to the footer: what a plugin put there might pass for them.
-        self._columns = columns.remove_metadata()
-        constants = zip(LINEAGE, _LINEAGE_TYPES, strict=True)
+        self._given = given.remove_metadata()
         plan = self._plan
         facts: dict[str, object] = {
             "topic": plan.topic, "output_key": plan.output_key, "mode": plan.mode,
             "slot": plan.slot, "ordinal": plan.ordinal, **plan.facts,
         }  # fmt: skip
         facts |= msgspec.structs.asdict(self._lineage)
+        try:
+            united = self._unite(self._given)
+        except OSError as error:
+            raise unavailable(error, self.path) from error
         self._schema = pa.schema(
-            [*columns, *(pa.field(name, kind) for name, kind in constants)],
+            [*united, *LINEAGE_FIELDS],
             {f"casparian.{fact}": str(value) for fact, value in facts.items()},
         )
-        with self._storing(pa.Table.from_batches([], self._columns)):
-            self._writer = pq.ParquetWriter(
-                self._file, self._schema, compression="zstd", compression_level=1
-            )
+        with self._storing(pa.Table.from_batches([], united)):
+            self._parts.begin(self._schema)
 
     def _flush(self) -> None:
         if not self._pending_rows:
             return
-        columns = pa.Table.from_batches(self._pending, self._columns)
-        values = zip(msgspec.structs.astuple(self._lineage), _LINEAGE_TYPES, strict=True)
-        constants = [pa.repeat(pa.scalar(v, kind), columns.num_rows) for v, kind in values]
-        table = pa.Table.from_arrays([*columns.columns, *constants], schema=self._schema)
-        with self._storing(columns):
-            self._writer.write_table(table, row_group_size=GROUP_ROWS)
-        crashpoint("stage.written")
+        given = pa.Table.from_batches(self._pending, self._given)
+        values = zip(msgspec.structs.astuple(self._lineage), LINEAGE_FIELDS, strict=True)
+        for value, field in values:
+            constant = pa.repeat(pa.scalar(value, field.type), given.num_rows)
+            given = given.append_column(field, constant)
+        table = fit(self._plan.topic, given, self._schema)
+        with self._storing(table.drop_columns([field.name for field in LINEAGE_FIELDS])):
+            self._parts.write(table)
         self._rows += self._pending_rows
         self._pending, self._pending_rows, self._pending_bytes = [], 0, 0
 

@@ -1,0 +1,222 @@
+"""An output on disk: one Parquet file; or, where it is large, a folder of parts.
+
+A part is closed when it has reached a limit, so it is larger than that by a row group at the most.
+The parts of an output are `part-00000.parquet` and so on, in the order of its rows. The footer of
+each has the facts of the output, its `part` says which it is; the last one's `parts`, `rows` and
+`batches` speak of the whole output, as does the only file of one that is not split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from casparian_flow import atomic
+from casparian_flow.crashpoints import crashpoint
+from casparian_flow.engine.sinks.base import facts_of
+from casparian_flow.engine.sinks.topic_schema import fit
+
+GROUP_ROWS = 128 << 10
+"""Rows of a row group."""
+
+_OURS = b"casparian."
+
+
+class Told(NamedTuple):
+    """What an output's files say of it."""
+
+    facts: dict[str, str]
+    rows: int
+
+
+class Parts:
+    """The file or files of one output, while it is written.
+
+    Args:
+        path: of the file; it must not exist. `path` names a folder once there are several.
+        limit: bytes of a part after which another is begun; 0: there is one file, however large.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self.path = path
+        self._limit = limit
+        self._count = 0
+        self._full = False
+        self._writer: Any = None
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+        crashpoint("stage.made")
+        try:
+            # Arrow's own file: a Python one would be called back for every few bytes.
+            self._file = pa.OSFile(str(path), "wb")
+        except OSError:
+            path.unlink()  # nobody else knows it
+            raise
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has columns."""
+        return self._writer is not None
+
+    @property
+    def open(self) -> bool:
+        """Whether rows may still come."""
+        return self.begun and bool(self._writer.is_open)
+
+    def begin(self, schema: Any) -> None:
+        """Say its columns; the schema's metadata are the facts of every footer.
+
+        Raises:
+            OSError, pa.ArrowException: they cannot be stored, or the disk refused; as below.
+        """
+        self._schema = schema
+        self._writer = pq.ParquetWriter(self._file, schema, compression="zstd", compression_level=1)
+
+    def write(self, table: Any) -> None:
+        """Append rows; they are on disk afterwards, though not durable."""
+        if self._full:
+            self._turn()
+        self._writer.write_table(table, row_group_size=GROUP_ROWS)
+        self._full = 0 < self._limit <= self._file.tell()
+        crashpoint("stage.written")
+
+    def close(self, figures: Mapping[str, object]) -> None:
+        """Write the last footer, with these facts besides."""
+        if self._count:
+            figures = {**figures, "part": self._count, "parts": self._count + 1}
+        self._end(figures)
+        crashpoint("stage.finished")
+
+    def discard(self) -> None:
+        """Remove what there is; at any time, and as often as one likes."""
+        if self.open:
+            with contextlib.suppress(OSError, pa.ArrowException):
+                self._writer.close()
+            self._writer.is_open = False  # else its finalizer would write to the closed file
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            atomic.remove(self.path)
+
+    def _end(self, facts: Mapping[str, object]) -> None:
+        words = {f"casparian.{fact}": str(value) for fact, value in facts.items()}
+        self._writer.add_key_value_metadata(words)
+        self._writer.close()
+        self._file.close()
+
+    def _turn(self) -> None:
+        """Begin another part; the first one moves into a folder then."""
+        self._end({"part": self._count})
+        if not self._count:
+            file, self.path = self.path, self.path.with_name(f"{self.path.name}s")
+            self.path.mkdir()
+            file.rename(_part(self.path, 0))
+        crashpoint("stage.part_finished")
+        self._count += 1
+        self._file = pa.OSFile(str(_part(self.path, self._count)), "wb")
+        self.begin(self._schema)
+
+
+def files(path: Path) -> list[Path]:
+    """The files of an output, in the order of its rows.
+
+    Raises:
+        OSError: it is gone, or cannot be looked at.
+    """
+    return sorted(path.iterdir()) if path.is_dir() else [path]
+
+
+def size(path: Path) -> int:
+    """Bytes of an output's files. Raises OSError as `files`."""
+    return sum(file.stat().st_size for file in files(path))
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of an output, hexadecimal: of its file's bytes; of a folder, over the SHA-256
+    (32 bytes each) of its files, in the order of their names.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(digest(p)) for p in files(path))).hexdigest()
+
+
+def make_durable(path: Path) -> None:
+    """Make the data of an output's files, and their names in its folder, survive a power cut.
+
+    Raises:
+        OSError: the disk refused, and the data may be lost.
+    """
+    for file in files(path):
+        atomic.fsync_path(file)
+        crashpoint("stage.synced")
+    if path.is_dir():
+        atomic.fsync_path(path)
+        crashpoint("stage.folder_synced")
+
+
+def told(path: Path) -> Told:
+    """What the files of a finished output say of it.
+
+    Raises:
+        ValueError, pa.ArrowException: they are not the files of one output of ours.
+        OSError: it is gone, or cannot be read.
+    """
+    footers = []
+    for file in files(path):
+        with file.open("rb") as opened:  # by its name Arrow would say less about a fault
+            footers.append(pq.read_metadata(opened))
+    facts = [facts_of(footer.metadata or {}) for footer in footers]
+    if path.is_dir() and (
+        [fact.get("part") for fact in facts] != [str(number) for number in range(len(facts))]
+        or len({fact.get("output_key") for fact in facts}) != 1
+        or facts[-1].get("parts") != str(len(facts))
+    ):
+        raise ValueError("these are not all the parts of one output")
+    return Told(facts[-1], sum(footer.num_rows for footer in footers))
+
+
+def rewritten(path: Path, topic: str, columns: Any) -> Path:
+    """A copy of a finished output with other columns, durable, beside it; the same facts.
+
+    Args:
+        columns: every one of the output's, and perhaps more; with the lineage columns.
+
+    Raises:
+        OutputRefused: a value would not be the same in them.
+        OSError: the disk refused.
+    """
+    copy = path.with_name(f"{path.name}.fitted")
+    atomic.remove(copy)  # of somebody who died on the way; nobody reads it
+    if path.is_dir():
+        copy.mkdir()
+    for file in files(path):
+        with file.open("rb") as opened, pq.ParquetFile(opened) as source:
+            facts = {k: v for k, v in (source.metadata.metadata or {}).items() if k[:10] == _OURS}
+            schema = columns.with_metadata(facts)
+            target = copy / file.name if path.is_dir() else copy
+            with pq.ParquetWriter(
+                target, schema, compression="zstd", compression_level=1
+            ) as writer:
+                for number in range(source.num_row_groups):
+                    table = fit(topic, source.read_row_group(number), schema)
+                    writer.write_table(table, row_group_size=GROUP_ROWS)
+    make_durable(copy)
+    atomic.fsync_path(copy.parent)
+    return copy
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05}.parquet"

@@ -1,0 +1,195 @@
+"""The columns of a topic: one rule for outputs that have others than those before.
+
+Columns are united by name, in the order in which they came. A column has one type in a topic, the
+first that was published; a later output's values are cast to it where that is exact for every one
+of them, bit for bit, else the output is refused. A new column is null in earlier rows, and one that
+an output lacks is null in its rows. What may be cast to each other:
+
+    integers, floating point           where the value is the same, -0.0 and NaN included
+    decimals                           where no digit is lost
+    text                               string, large_string, string_view
+    binary                             of whatever offsets; of a fixed length where all have it
+    dates; times; durations            between units, where nothing is cut off
+    timestamps without a zone          the same
+    timestamps with a zone             the same; the topic's zone shows the same moments
+    lists; maps                        of whatever offsets, their items by this rule
+    structs                            of the same fields in the same order, those by this rule
+
+Anything else is another kind of value and refused: text is not parsed, a number is not written out,
+a boolean is no number, an extension type is only itself. A dictionary counts as its values (inside
+a nested type it is only itself). Null is no type yet: a column, or something inside it, that was
+null everywhere takes the first type that comes.
+
+Pure functions on Arrow schemas and tables; no sink's names are in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from casparian_flow.engine.sinks.base import LINEAGE
+from casparian_flow.errors import OutputRefused
+
+LINEAGE_FIELDS: tuple[Any, ...] = tuple(
+    pa.field(name, kind)
+    for name, kind in zip(LINEAGE, (pa.int64(), pa.int64(), pa.string(), pa.string()), strict=True)
+)
+"""The lineage columns; the last ones of every output, and no part of a topic's own."""
+
+
+def own_columns(schema: Any) -> Any:
+    """The columns of a staged or published file that came from the plugin, without metadata."""
+    return pa.schema([field for field in schema if field.name not in LINEAGE])
+
+
+def unite(known: Any, columns: Any) -> Any:
+    """A topic's columns once an output is added.
+
+    Args:
+        known: the topic's columns so far; an empty schema for a new topic.
+        columns: those of the output, without the lineage columns.
+    """
+    kinds = {field.name: field.type for field in known}
+    for field in columns:
+        kind = _plain(field.type)
+        before = kinds.get(field.name)
+        if before is None or (_is_open(before) and _are_kin(before, kind)):
+            kinds[field.name] = kind
+    return pa.schema(kinds.items())
+
+
+def fit(topic: str, table: Any, columns: Any) -> Any:
+    """A table with exactly these columns: cast, in their order, null where it has none.
+
+    Args:
+        table: of columns that are all among `columns`.
+        columns: what `unite` gave, with or without the lineage columns.
+
+    Raises:
+        OutputRefused: a column's values are not exactly values of its type in the topic.
+    """
+    given = dict(zip(table.column_names, table.columns, strict=True))
+    arrays = [
+        _cast(topic, field, given[field.name])
+        if field.name in given
+        else pa.nulls(table.num_rows, field.type)
+        for field in columns
+    ]
+    return pa.Table.from_arrays(arrays, schema=columns)
+
+
+def _cast(topic: str, field: Any, column: Any) -> Any:
+    if column.type == field.type:
+        return column
+    chunks = [_decoded(chunk) for chunk in column.chunks]
+    kind = _plain(column.type)
+    wrong = "which is another kind of value"
+    if _are_kin(kind, field.type):
+        wrong = "with values that are not exactly of that type"
+        try:
+            exact = [_exact(chunk, field.type) for chunk in chunks]
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            pass
+        else:
+            return pa.chunked_array(exact, field.type)
+    raise OutputRefused(
+        f"topic {topic!r}: column {field.name!r} is {field.type} since it was first published; "
+        f"this output has {kind}, {wrong}",
+        "convert the column in the plugin, or give it another name",
+    )
+
+
+def _exact(array: Any, kind: Any) -> Any:
+    """The array as another type.
+
+    Raises:
+        pa.ArrowInvalid, pa.ArrowNotImplementedError: a value would not be the same.
+    """
+    # Arrow takes no integer beyond 2**53 for a float, though many are; comparing tells which.
+    there = array.cast(kind, safe=not pa.types.is_floating(kind))
+    for new, old in zip(_leaves(there), _leaves(array), strict=True):
+        if not (pa.types.is_null(old.type) or _bits(new.cast(old.type)).equals(_bits(old))):
+            raise pa.ArrowInvalid("the values differ")
+    return there
+
+
+def _leaves(array: Any) -> Iterator[Any]:
+    """The arrays without any nesting that an array consists of."""
+    kind = array.type
+    if pa.types.is_map(kind):
+        pair = pa.struct([("key", kind.key_type), ("value", kind.item_type)])
+        array, kind = array.cast(pa.list_(pair)), pa.list_(pair)
+    if pa.types.is_struct(kind):
+        for child in array.flatten():
+            yield from _leaves(child)
+    elif pa.types.is_nested(kind):
+        yield from _leaves(array.flatten())
+    else:
+        yield array
+
+
+def _bits(array: Any) -> Any:
+    """Floating point as integers of the same bits: NaN equals itself, and -0.0 is not 0.0."""
+    if not pa.types.is_floating(array.type):
+        return array
+    return array.view({16: pa.int16(), 32: pa.int32(), 64: pa.int64()}[array.type.bit_width])
+
+
+def _plain(kind: Any) -> Any:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _decoded(array: Any) -> Any:
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+def _is_open(kind: Any) -> bool:
+    """Whether something in the type is null, and so has no type yet."""
+    inside = (kind.field(n).type for n in range(kind.num_fields))
+    return bool(pa.types.is_null(kind)) or any(map(_is_open, inside))
+
+
+def _are_kin(kind: Any, other: Any) -> bool:
+    """Whether values of one type may be values of the other, as the module says."""
+    if kind == other or pa.types.is_null(kind):
+        return True
+    if _family(kind) != _family(other) or kind.num_fields != other.num_fields:
+        return False
+    pairs = [(kind.field(n), other.field(n)) for n in range(kind.num_fields)]
+    return all(
+        _are_kin(one.type, two.type) and (one.name == two.name or not pa.types.is_struct(kind))
+        for one, two in pairs
+    )
+
+
+def _family(kind: Any) -> str:
+    types = pa.types
+    if types.is_timestamp(kind):
+        return "moment" if kind.tz else "timestamp"
+    for family, tests in _FAMILIES.items():
+        if any(test(kind) for test in tests):
+            return family
+    return str(kind)
+
+
+_FAMILIES: dict[str, tuple[Any, ...]] = {
+    "number": (pa.types.is_integer, pa.types.is_floating),
+    "decimal": (pa.types.is_decimal,),
+    "text": (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+    "binary": (
+        pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    ),
+    "date": (pa.types.is_date,),
+    "time": (pa.types.is_time,),
+    "duration": (pa.types.is_duration,),
+    "list": (
+        pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list,
+        pa.types.is_list_view, pa.types.is_large_list_view,
+    ),
+    "struct": (pa.types.is_struct,),
+    "map": (pa.types.is_map,),
+}  # fmt: skip
