@@ -49,6 +49,7 @@ RARE = {
     "sqlite.replaced", "sqlite.rows_copied", "sqlite.change_written", "sqlite.changed",
     "retract.decided", "retract.done", "retract.settled",
     "stage.part_finished", "stage.folder_synced", "parquet.renamed", "parquet.rewritten",
+    "parquet.replaced", "parquet.loser_removed", "parquet.moved", "parquet.move_synced",
 }  # fmt: skip
 """What only a log of four megabytes, a recovery, mode replace, a retraction, an output of several
 parts or two Workers that race come to; tests/sinks/test_crashes.py, test_parquet_crashes.py and

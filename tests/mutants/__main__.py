@@ -1,6 +1,6 @@
 """Seed each bug into a copy of the package; the tests named for it must fail there, and only there.
 
-    python -m tests.mutants                    all twelve: some minutes
+    python -m tests.mutants                    all of them: some minutes
     python -m tests.mutants "no fence check"   these only
 
 Prints what caught each; the exit code is 1 unless every one was caught.

@@ -1,4 +1,4 @@
-"""Sixteen bugs that a careful person could write, and the tests that must catch each.
+"""Bugs that a careful person could write, and the tests that must catch each.
 
 Each is a small edit of the package. If what it edits has changed, the mutant is an error until
 somebody writes it anew: a list that silently shrinks proves nothing.
@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 
 
 _TRACED = "tests/syscalls/test_syscalls.py::test_nothing_is_lost"
+_SINKS = "tests/sinks"
 _DURABLE = f"{_TRACED}[what must be durable before what]"
 
 _DIES = "tests/sinks/test_crashes.py::test_a_publisher_that_dies_leaves_the_old_version_or_the_new"
@@ -65,8 +66,12 @@ MUTANTS = [
     Mutant(
         "rename over",
         [
-            Edit("engine/sinks/parquet.py", "if os.path.lexists(target):", "if False:"),
-            Edit("engine/sinks/parquet.py", "os.link(shown, target)", "os.replace(shown, target)"),
+            Edit(
+                "engine/sinks/parquet.py",
+                "looked.append(self._settled(output) or ",
+                "looked.append(",
+            ),
+            Edit("engine/sinks/parquet.py", "os.link(path, target)", "os.replace(path, target)"),
         ],
         ["tests/sinks/test_parquet.py::test_an_output_of_another_key_is_never_replaced"],
     ),
@@ -186,6 +191,56 @@ MUTANTS = [
         [
             "tests/sinks/test_contract.py::test_what_is_retracted_stays_so_when_it_is_published_again"
         ],
+    ),
+    Mutant(
+        "replace what is newer",
+        [
+            Edit(
+                "engine/sinks/parquet.py",
+                "if first.order > (output.ordinal, output.job_id):",
+                "if False:",
+            )
+        ],
+        [
+            f"{_SINKS}/test_contract.py::test_an_older_version_that_comes_late_shows_no_rows[parquet]"
+        ],
+    ),
+    Mutant(
+        "adopt other rows",
+        [Edit("engine/sinks/parquet.py", " and first.told.rows == output.rows:", ":")],
+        [f"{_SINKS}/test_parquet.py::test_whatever_is_in_the_way_stays[other rows]"],
+    ),
+    Mutant(
+        "columns after the file",
+        [
+            Edit(
+                "engine/sinks/parquet.py",
+                "        if move.columns is not None:\n"
+                "            topic_folder.set_columns(name.parent, move.columns)\n",
+                "",
+            ),
+            Edit(
+                "engine/sinks/parquet.py",
+                "        return Published(target=str(target), rows=output.rows, digest=digest, ad",
+                "        if move.columns is not None:\n"
+                "            topic_folder.set_columns(name.parent, move.columns)\n"
+                "        return Published(target=str(target), rows=output.rows, digest=digest, ad",
+            ),
+        ],
+        [
+            f"{_SINKS}/test_parquet_columns.py::test_the_columns_are_there_before_the_file_that_has_them"
+        ],
+    ),
+    Mutant(
+        "a cast that rounds",
+        [
+            Edit(
+                "engine/sinks/topic_schema.py",
+                "(pa.types.is_null(old.type) or _bits(new.cast(old.type)).equals(_bits(old)))",
+                "True",
+            )
+        ],
+        [f"{_SINKS}/test_topic_schema.py::test_a_value_that_would_change_is_refused"],
     ),
 ]
 

@@ -14,7 +14,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return Place(request.param, tmp_path)
 
 
-MODES_KNOWN = ["sqlite"]
+MODES_KNOWN = ["parquet", "sqlite"]
 """Sinks that know modes and retract; those of another branch are added by it."""
 
 

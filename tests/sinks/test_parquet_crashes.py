@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pytest
 
 from casparian_flow import crashpoints
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import parts
+from casparian_flow.engine.sinks.base import Claim
 from casparian_flow.protocol import Published, StagedOutput
-from tests.sinks.stages import TOPIC, Place
+from tests.sinks.stages import TOPIC, Place, claims
 
 Act = Callable[[Place], object]
 """What is done, and done again after the crash; nothing outside of the sink knows of it."""
@@ -68,7 +70,7 @@ def trials(home: Path, prepare: Act, act: Act) -> Iterator[tuple[int, Place, dic
         shutil.rmtree(place.home)
         shutil.copytree(fresh, place.home)
         if not killed(place, act, number):
-            assert number > 3, "hardly a crash point was met"
+            assert number > 2, "hardly a crash point was met"
             return
         yield number, place, expected
 
@@ -110,3 +112,63 @@ def test_an_append_that_is_killed(home: Path) -> None:
         assert seen(place) == expected, f"crash point {number}"
         left = [name for name in place.staged_files() if not name.endswith(".fitted")]
         assert left == [], f"crash point {number}"
+
+
+def replacing(place: Place, job: int, ordinal: int, rows: int = 2, first: Any = 1) -> StagedOutput:
+    return staged(place, job, rows, first, mode="replace", ordinal=ordinal, attempt=f"a{job}")
+
+
+def claim(place: Place, output: StagedOutput) -> Claim:
+    """Publish an output; what the ledger would claim of it."""
+    (made,) = claims([output], place.publish(output))
+    return msgspec.structs.replace(made, job_id=output.job_id)
+
+
+def test_a_replacement_that_is_killed(home: Path) -> None:
+    """Readers see the old version or the new one at any time, and in the end the new one."""
+    outputs: list[StagedOutput] = []
+
+    def prepare(place: Place) -> None:
+        show(place, replacing(place, 1, 1, first=0.5))
+        outputs.extend([replacing(place, 2, 3, rows=5), replacing(place, 3, 2)])
+
+    for number, place, expected in trials(home, prepare, lambda place: show(place, *outputs)):
+        assert {row["_cf_job_id"] for row in place.rows()} in ({1}, {2}), f"crash point {number}"
+        show(place, *outputs)
+        assert seen(place) == expected, f"crash point {number}"
+        assert {row["_cf_job_id"] for row in place.rows()} == {2}
+
+
+def test_a_replacement_of_what_was_retracted_that_is_killed(home: Path) -> None:
+    outputs: list[StagedOutput] = []
+
+    def prepare(place: Place) -> None:
+        place.sink.retract(claim(place, replacing(place, 1, 1)))
+        outputs.append(replacing(place, 2, 2))
+
+    for number, place, expected in trials(home, prepare, lambda place: show(place, *outputs)):
+        assert {row["_cf_job_id"] for row in place.rows()} <= {2}, f"crash point {number}"
+        show(place, *outputs)
+        assert seen(place) == expected, f"crash point {number}"
+        assert list((home / "place" / "out" / ".casparian" / "hidden" / TOPIC).iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["append", "replace"])
+@pytest.mark.parametrize("verb", ["retract", "reinstate"])
+def test_a_retraction_that_is_killed(home: Path, verb: str, mode: str) -> None:
+    """The folder of parts of an output that was appended, and a file in a slot."""
+    made: list[Claim] = []
+
+    def prepare(place: Place) -> None:
+        rows = 5 if mode == "append" else 2
+        made.append(claim(place, staged(place, 1, rows, mode=mode)))
+        if verb == "reinstate":
+            place.sink.retract(made[0])
+
+    def act(place: Place) -> None:
+        getattr(place.sink, verb)(made[0])
+
+    for number, place, expected in trials(home, prepare, act):
+        act(place)
+        assert seen(place) == expected, f"crash point {number}"
+        assert len(place.sink.check(made)) == (verb == "retract")

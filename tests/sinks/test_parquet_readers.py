@@ -14,7 +14,7 @@ from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import parts
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.protocol import Published
-from tests.sinks.stages import TOPIC, Place
+from tests.sinks.stages import TOPIC, Place, claims
 
 PAGE = Path(__file__).parents[2] / "docs" / "sinks_parquet.md"
 LINES = dict(re.findall(r"^```python\n# (\w+)\n(.+?)^```", PAGE.read_text("utf-8"), re.M | re.S))
@@ -43,6 +43,8 @@ def topic(parquet: Place, monkeypatch: pytest.MonkeyPatch) -> Path:
         assert isinstance(seen, Published)
     folder = parquet.home / "out" / TOPIC
     (folder / "._common_metadata.tmp").write_bytes(b"of somebody who died")
+    taken_back = parquet.sealed({"a": ["taken back"]}, job=1, key="taken back", attempt="a8")
+    parquet.sink.retract(claims([taken_back], parquet.publish(taken_back))[0])
     parquet.sealed({"a": ["staged"]}, job=9)
     return folder
 

@@ -1,9 +1,11 @@
 """The Parquet sink: `<root>/<topic>/<output key>.parquet`, one file an output.
 
 A large output is a folder of files, `<root>/<topic>/<output key>/part-00000.parquet` and so on. A
-file appears by `link`, which shows the whole file or none and refuses a name that exists (a rename
-would replace what is there); a folder by one `rename`, which refuses a folder that is not empty.
-Both happen under the sink's lock, so that nobody of ours is between a look and what follows.
+file appears by `link`, which shows the whole file or none and refuses a name that exists; a folder
+by one `rename`, which refuses a folder that is not empty. In mode replace the outputs of a slot
+have one name, and a file takes the place of an older one by `rename`, once that one's footer has
+proved it ours and older; so such an output is always one file. `standing.py` says what a name
+means. All of it happens under the sink's lock: nobody of ours is between a look and what follows.
 
 Readers take the files of a topic with the columns in `_common_metadata` beside them; the columns
 of outputs differ by a rule (`topic_schema.py`). A Worker writes what the rule asks for. Where
@@ -17,32 +19,43 @@ import contextlib
 import errno
 import glob
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from casparian_flow import atomic
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import parts, topic_folder
+from casparian_flow.engine.sinks import parts, standing, topic_folder
 from casparian_flow.engine.sinks.base import (
-    KEY_DIGITS,
     Claim,
     Found,
     Lineage,
-    found,
     is_disk_fault,
     lost,
     unavailable,
 )
 from casparian_flow.engine.sinks.stage import Stage
+from casparian_flow.engine.sinks.standing import Standing
 from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, own_columns, unite
-from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
+from casparian_flow.errors import JobError, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
+
+
+class _Move(NamedTuple):
+    """An output that may be shown, and how."""
+
+    path: Path
+    """What is shown: what was staged, or a copy of it with the topic's columns."""
+    columns: Any
+    """The topic's columns with it; None where they stay as they are."""
+    losers: list[Standing]
+    """What it takes the place of."""
 
 
 class ParquetSink:
@@ -58,29 +71,30 @@ class ParquetSink:
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """See `Sink.open_stage`."""
-        if plan.mode in ("replace", "error"):
-            raise OutputRefused(
-                f"topic {plan.topic!r}: Parquet has no mode {plan.mode!r}",
-                f"casparian topics set PLUGIN {plan.topic} {plan.uri} --mode append",
-            )
 
         def united(columns: Any) -> Any:
             return unite(topic_folder.columns(self.root / plan.topic), columns)
 
+        split_bytes = 0 if plan.mode == "replace" else plan.split_bytes
         return Stage(
-            self.stage_folder, plan, lineage, attempt, unite=united, split_bytes=plan.split_bytes
+            self.stage_folder, plan, lineage, attempt, unite=united, split_bytes=split_bytes
         )
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
         """See `Sink.publish`. Each topic's folder is made durable once for all its outputs."""
+        jobs: dict[int, list[StagedOutput]] = {}
+        for output in outputs:
+            jobs.setdefault(output.job_id, []).append(output)
         try:
             for topic in dict.fromkeys(output.topic for output in outputs):
                 atomic.own(self.root, glob.escape(topic))
+                atomic.make_folder(self.root / topic)
                 crashpoint("parquet.owned")
-            with atomic.exclusive(self.root / atomic.STATE_FOLDER / "parquet.lock"):
-                outcomes = [self._publish(output) for output in outputs]
+            with self._locked():
+                ended = {job: iter(self._publish(of)) for job, of in jobs.items()}
         except OSError as error:
             return [unavailable(error, self.root)] * len(outputs)
+        outcomes = [next(ended[output.job_id]) for output in outputs]
         folders = {Path(o.target).parent for o in outcomes if isinstance(o, Published)}
         failed = {folder: fault for folder in folders if (fault := _sync(folder))}
         for number, (output, outcome) in enumerate(zip(outputs, outcomes, strict=True)):
@@ -95,15 +109,13 @@ class ParquetSink:
 
     def check(self, claims: Sequence[Claim]) -> list[str]:
         """See `Sink.check`. Reads every byte of every claimed file."""
-        return [f"{claim.target}: {fault}" for claim in claims if (fault := _fault(claim))]
+        faults = [(claim.target, standing.fault(Path(claim.target), claim)) for claim in claims]
+        return [f"{target}: {fault}" for target, fault in faults if fault]
 
     def inventory(self, known: Container[str]) -> Iterator[Found]:
-        """See `Sink.inventory`. Names begin with the output key: a file is opened if it is new."""
+        """See `Sink.inventory`. A file is read if it is new."""
         try:
-            for folder in sorted(self.root.glob("[!._]*/")):
-                for path in topic_folder.outputs(folder):
-                    if path.name[:KEY_DIGITS] not in known:
-                        yield from _read(path)
+            yield from standing.inventory(self.root, known)
         except OSError as error:
             raise unavailable(error, self.root) from error
 
@@ -115,76 +127,174 @@ class ParquetSink:
             )
 
     def retract(self, claim: Claim) -> None:
-        """See `Sink.retract`."""
-        raise SinkConflict(f"{claim.target}: Parquet files cannot be retracted")
+        """See `Sink.retract`. The file or folder moves to where no reader looks."""
+        self._change(standing.hide, claim)
 
     def reinstate(self, claim: Claim) -> None:
         """See `Sink.reinstate`."""
-        raise SinkConflict(f"{claim.target}: Parquet files cannot be reinstated")
+        self._change(standing.show_again, claim)
 
-    def _publish(self, output: StagedOutput) -> Published | JobError:
-        """Show an output, or adopt what stands under its key; the caller holds the lock."""
-        name = self.root / output.topic / output.output_key[:KEY_DIGITS]
-        stage = Path(output.stage)
+    def _change(self, change: Callable[[Path, Claim], None], claim: Claim) -> None:
         try:
-            atomic.make_folder(name.parent)
-            for target in (name.with_suffix(".parquet"), name):
-                if os.path.lexists(target):
-                    return _adopt(target, output)
-            return self._show(output, stage, name)
-        except JobError as error:
-            return error
-        except (OSError, pa.ArrowException, IndexError) as error:
-            if not os.path.lexists(stage):
-                return lost(output, "it is gone")
-            if not is_disk_fault(error):
-                return lost(output, error)
-            if error.errno in _NO_LINKS:
-                return SinkUnavailable(
-                    f"cannot link {stage} to {name.parent}: {error.strerror}",
-                    "a sink's folder must lie on one filesystem, one that has hard links",
-                )
-            return unavailable(error, name)
+            atomic.own(self.root, glob.escape(claim.topic))
+            with self._locked():
+                change(self.root, claim)
+        except OSError as error:
+            raise unavailable(error, self.root) from error
 
-    def _show(self, output: StagedOutput, stage: Path, name: Path) -> Published:
-        """Give what was staged its name among the topic's outputs."""
-        if (size := parts.size(stage)) != output.size_bytes:
-            raise lost(output, f"it has {size} bytes, not {output.size_bytes}")
-        shown, digest = self._fitting(output, stage, name.parent), output.digest
-        if shown != stage:
-            digest = parts.digest(shown)
-        if shown.is_dir():
-            target = name
-            shown.rename(target)
-            crashpoint("parquet.renamed")
-        else:
-            target = name.with_suffix(".parquet")
-            os.link(shown, target)
-            crashpoint("parquet.linked")
-        if shown != stage:
-            atomic.remove(shown)
-        return Published(target=str(target), rows=output.rows, digest=digest, adopted=False)
+    def _locked(self) -> AbstractContextManager[None]:
+        return atomic.exclusive(self.root / atomic.STATE_FOLDER / "parquet.lock")
 
-    def _fitting(self, output: StagedOutput, stage: Path, folder: Path) -> Path:
-        """What was staged, or a copy with the columns that the topic has by now; from here on the
-        topic has those of this output too.
+    def _publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
+        """All outputs of one job, or none but those that need no showing; under the lock."""
+        looked: list[Published | _Move] = []
+        output = outputs[0]
+        try:
+            for output in outputs:
+                looked.append(self._settled(output) or self._prepared(output))
+            outcomes: list[Published | JobError] = []
+            for output, found in zip(outputs, looked, strict=True):
+                shown = found if isinstance(found, Published) else self._show(output, found)
+                outcomes.append(shown)
+            return outcomes
+        except (JobError, OSError, pa.ArrowException, IndexError) as error:
+            fault = error if isinstance(error, JobError) else self._fault(error, output)
+        finally:
+            for output, found in zip(outputs, looked, strict=False):
+                if isinstance(found, _Move) and str(found.path) != output.stage:
+                    with contextlib.suppress(OSError):
+                        atomic.remove(found.path)
+        return [self._settled_in_spite_of(fault, output) for output in outputs]
+
+    def _settled_in_spite_of(self, fault: JobError, output: StagedOutput) -> Published | JobError:
+        """What another output's fault does not touch: it was published before, or just now."""
+        try:
+            return self._settled(output) or fault
+        except (JobError, OSError):
+            return fault
+
+    def _settled(self, output: StagedOutput) -> Published | None:
+        """What stands for an output that was published before, or comes too late.
+
+        Raises:
+            SinkConflict: what has its name is not it, and it cannot take that place.
+            OSError, SinkUnavailable: the disk refused.
+        """
+        there = self._there(output)
+        if not there:
+            return None
+        first, *losers = there
+        target = self.root / output.topic / first.path.name
+        if first.output_key == output.output_key and first.told.rows == output.rows:
+            if output.mode == "replace":
+                standing.remove(losers)
+            digest = parts.digest(first.path)
+            return Published(
+                target=str(target), rows=output.rows, digest=digest, adopted=True,
+                retracted=first.hidden,
+            )  # fmt: skip
+        if output.mode != "replace" or first.output_key == output.output_key:
+            raise SinkConflict(
+                f"{first.path} is not the output of this job; it was left untouched",
+                "move it elsewhere, then retry the job",
+            )
+        if first.order > (output.ordinal, output.job_id):
+            return Published(
+                target=str(target), rows=output.rows, digest=output.digest, adopted=False
+            )
+        return None
+
+    def _there(self, output: StagedOutput) -> list[Standing]:
+        return standing.under(self.root, output.topic, standing.name(output))
+
+    def _prepared(self, output: StagedOutput) -> _Move:
+        """Look whether everything is as it must be, before anything is changed.
 
         Raises:
             OutputRefused: its values are not exactly ones of the topic's columns.
-            SinkConflict: what tells the topic's columns is not ours.
-            OSError: the disk refused.
+            SinkConflict: what tells the topic's columns, or what mode error finds, is not ours.
+            JobError: what was staged is damaged.
+            OSError, SinkUnavailable: the disk refused.
             pa.ArrowException, IndexError: what was staged is damaged.
         """
+        stage, folder = Path(output.stage), self.root / output.topic
+        if (size := parts.size(stage)) != output.size_bytes:
+            raise lost(output, f"it has {size} bytes, not {output.size_bytes}")
+        if output.mode == "error":
+            _check_all_ours(folder)
         staged = own_columns(pq.read_schema(parts.files(stage)[0]))
         known = topic_folder.columns(folder)
         wanted = unite(known, staged)
+        shown = stage
         if any(wanted.field(field.name).type != field.type for field in staged):
             columns = pa.schema([*wanted, *LINEAGE_FIELDS])
-            stage = parts.rewritten(stage, output.topic, columns)
+            shown = parts.rewritten(stage, output.topic, columns)
             crashpoint("parquet.rewritten")
-        if not wanted.equals(known):
-            topic_folder.set_columns(folder, wanted)
-        return stage
+        stays = wanted.equals(known) and topic_folder.has_columns_file(folder)
+        losers = self._there(output) if output.mode == "replace" else []
+        return _Move(shown, None if stays else wanted, losers)
+
+    def _show(self, output: StagedOutput, move: _Move) -> Published:
+        """Give an output its name among the topic's, and what it replaces none any more.
+
+        Raises:
+            SinkConflict: somebody was quicker who is not of ours.
+            OSError, SinkUnavailable: the disk refused.
+        """
+        path = move.path
+        name = self.root / output.topic / standing.name(output)
+        digest = output.digest if str(path) == output.stage else parts.digest(path)
+        if move.columns is not None:
+            topic_folder.set_columns(name.parent, move.columns)
+        target = name if path.is_dir() else name.with_suffix(".parquet")
+        if any(each.path == target for each in move.losers):
+            os.replace(path, target)
+            crashpoint("parquet.replaced")
+        elif path.is_dir() and not os.path.lexists(target):
+            path.rename(target)
+            crashpoint("parquet.renamed")
+        elif path.is_dir() or not _linked(path, target):
+            if settled := self._settled(output):
+                return settled
+            raise SinkUnavailable(
+                f"cannot write {target}: somebody else is changing it",
+                "leave that folder to casparian; the job goes on by itself",
+            )
+        standing.remove([each for each in move.losers if each.path != target])
+        return Published(target=str(target), rows=output.rows, digest=digest, adopted=False)
+
+    def _fault(self, error: Exception, output: StagedOutput) -> JobError:
+        """What the disk or Arrow said while an output was published, in our words."""
+        if not os.path.lexists(output.stage):
+            return lost(output, "it is gone")
+        if not is_disk_fault(error):
+            return lost(output, error)
+        if error.errno in _NO_LINKS:
+            return SinkUnavailable(
+                f"cannot link {output.stage} into {self.root / output.topic}: {error.strerror}",
+                "a sink's folder must lie on one filesystem, one that has hard links",
+            )
+        return unavailable(error, self.root / output.topic)
+
+
+def _linked(path: Path, target: Path) -> bool:
+    """Give a file its name; False where something has it."""
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        return False
+    crashpoint("parquet.linked")
+    return True
+
+
+def _check_all_ours(folder: Path) -> None:
+    """Raises SinkConflict where a topic's folder has what is not an output of ours."""
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith((".", "_")) and not standing.is_ours(path):
+            raise SinkConflict(
+                f"topic {folder.name!r} is in mode error, and {path} is not ours",
+                "move it elsewhere, then retry the job; or choose another mode: casparian topics",
+            )
 
 
 def _sync(folder: Path) -> SinkUnavailable | None:
@@ -194,61 +304,3 @@ def _sync(folder: Path) -> SinkUnavailable | None:
         return unavailable(error, folder)
     crashpoint("parquet.synced")
     return None
-
-
-def _adopt(target: Path, output: StagedOutput) -> Published:
-    """Take what is there for the output, if its footer says it is.
-
-    Raises:
-        SinkConflict: it does not.
-        SinkUnavailable: the disk refused to read it.
-    """
-    try:
-        if _holds(target, output.output_key, output.rows):
-            digest = parts.digest(target)
-            return Published(target=str(target), rows=output.rows, digest=digest, adopted=True)
-    except (FileNotFoundError, IsADirectoryError):
-        pass  # a broken symlink, a folder in a folder: there, and not ours
-    except OSError as error:
-        raise unavailable(error, target) from error
-    raise SinkConflict(
-        f"{target} is not the output of this job; it was left untouched",
-        "move it elsewhere, then retry the job",
-    )
-
-
-def _read(path: Path) -> Iterator[Found]:
-    """The output that a file or a folder says it is, if its name says so too."""
-    passed_over = (ValueError, KeyError, pa.ArrowException, FileNotFoundError, IsADirectoryError)
-    with contextlib.suppress(*passed_over):
-        told = parts.told(path)
-        output = found(str(path), told.rows, parts.digest(path), told.facts)
-        names = output.topic, output.output_key[:KEY_DIGITS]
-        if names == (path.parent.name, path.name[:KEY_DIGITS]):
-            yield output
-
-
-def _holds(path: Path, output_key: str, rows: int) -> bool:
-    """Whether this is Parquet of ours, for that output and with as many rows."""
-    try:
-        told = parts.told(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        if is_disk_fault(error):
-            raise
-        return False
-    return told.facts.get("output_key") == output_key and told.rows == rows
-
-
-def _fault(claim: Claim) -> str:
-    """What is wrong with a claimed output; empty where nothing is."""
-    path = Path(claim.target)
-    try:
-        if parts.digest(path) != claim.digest:
-            return "its bytes have changed since it was published"
-        if not _holds(path, claim.output_key, claim.rows):
-            return f"it is not the output of job {claim.job_id} with {claim.rows} rows"
-    except FileNotFoundError:
-        return "the file is gone"
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    return ""

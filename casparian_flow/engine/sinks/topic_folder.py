@@ -9,6 +9,7 @@ earlier release wrote none, or somebody deleted it) the outputs' own footers giv
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def outputs(folder: Path) -> Iterator[Path]:
         name = entry.name.removesuffix(".parquet")
         if len(name) == KEY_DIGITS and not name.startswith((".", "_")):
             yield entry
+
+
+def has_columns_file(folder: Path) -> bool:
+    """Whether the topic's columns need not be asked of its outputs."""
+    return os.path.lexists(folder / COLUMNS_FILE)
 
 
 def columns(folder: Path) -> Any:
