@@ -65,8 +65,9 @@ class Slots(RuleBasedStateMachine):
             # As the ledger gives them: a job id belongs to one version and one location.
             job = 100 * (1 + NAMES.index(name)) + 10 * again + ordinal
             key = (ordinal, job)
-            known = key in self.slots[name].published
-            group.append((name, key, self._staged(name, key, empty=empty and not known)))
+            if key in self.slots[name].published:  # the same rows, as its key promises
+                empty = not self.claims[name, key].rows  # noqa: PLW2901
+            group.append((name, key, self._staged(name, key, empty=empty)))
         outcomes = self.place.publish(*(output for _, _, output in group))
         for (name, key, output), outcome in zip(group, outcomes, strict=True):
             note(f"{name} {key}: {outcome}")

@@ -296,7 +296,7 @@ class SqliteSink:
                 row["output_key"]: {"state": "shown", **dict(row)}
                 for row in connection.execute("SELECT * FROM _cf_outputs WHERE topic = ?", [topic])
             }
-            has_rows = any(record["rows"] for record in ledger.values())
+            has_rows = any(r["rows"] and r["state"] == "shown" for r in ledger.values())
             there = tables.count(connection, topic) if has_rows else {}
         promised: Counter[int] = Counter()
         for record in ledger.values():
