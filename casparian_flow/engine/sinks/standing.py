@@ -161,7 +161,8 @@ def show_again(root: Path, claim: Claim) -> None:
 
 
 def inventory(root: Path, known: Container[str]) -> Iterator[Found]:
-    """What is there of ours under other output keys than those known; see `Sink.inventory`."""
+    """What is there of ours under other output keys than those known, and what is hidden; see
+    `Sink.inventory`."""
     kept = root / atomic.STATE_FOLDER / "hidden"
     for folder in sorted([*root.glob("[!._]*/"), *kept.glob("*/")]):
         hidden = folder.parent == kept
@@ -170,7 +171,7 @@ def inventory(root: Path, known: Container[str]) -> Iterator[Found]:
                 each = _read(path, hidden)
                 named = each.told.facts["topic"], each.name
                 mine = named == (folder.name, path.name.removesuffix(".parquet"))
-                if mine and each.output_key[:KEY_DIGITS] not in known:
+                if mine and (hidden or each.output_key[:KEY_DIGITS] not in known):
                     target, digest = str(root / folder.name / path.name), parts.digest(path)
                     yield found(target, each.told.rows, digest, each.told.facts, retracted=hidden)
 
