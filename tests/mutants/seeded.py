@@ -217,7 +217,7 @@ MUTANTS = [
                 "engine/sinks/parquet.py",
                 "        if move.columns is not None:\n"
                 "            topic_folder.set_columns(name.parent, move.columns)\n",
-                "",
+                "        if move.columns is not None:\n",
             ),
             Edit(
                 "engine/sinks/parquet.py",

@@ -68,6 +68,8 @@ class ParquetSink:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.stage_folder = root / atomic.STATE_FOLDER / "stage"
+        self._known: dict[str, Any] = {}
+        """Columns of topics, as their `_common_metadata` says while we hold the lock."""
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """See `Sink.open_stage`."""
@@ -91,6 +93,7 @@ class ParquetSink:
                 atomic.make_folder(self.root / topic)
                 crashpoint("parquet.owned")
             with self._locked():
+                self._known.clear()
                 ended = {job: iter(self._publish(of)) for job, of in jobs.items()}
         except OSError as error:
             return [unavailable(error, self.root)] * len(outputs)
@@ -207,6 +210,15 @@ class ParquetSink:
     def _there(self, output: StagedOutput) -> list[Standing]:
         return standing.under(self.root, output.topic, standing.name(output))
 
+    def _columns(self, topic: str) -> Any:
+        """A topic's columns so far. Raises SinkConflict and OSError as `topic_folder.columns`."""
+        if topic not in self._known:
+            columns = topic_folder.columns(self.root / topic)
+            if not topic_folder.has_columns_file(self.root / topic):
+                return columns
+            self._known[topic] = columns
+        return self._known[topic]
+
     def _prepared(self, output: StagedOutput) -> _Move:
         """Look whether everything is as it must be, before anything is changed.
 
@@ -223,14 +235,14 @@ class ParquetSink:
         if output.mode == "error":
             _check_all_ours(folder)
         staged = own_columns(pq.read_schema(parts.files(stage)[0]))
-        known = topic_folder.columns(folder)
+        known = self._columns(output.topic)
         wanted = unite(known, staged)
         shown = stage
         if any(wanted.field(field.name).type != field.type for field in staged):
             columns = pa.schema([*wanted, *LINEAGE_FIELDS])
             shown = parts.rewritten(stage, output.topic, columns)
             crashpoint("parquet.rewritten")
-        stays = wanted.equals(known) and topic_folder.has_columns_file(folder)
+        stays = output.topic in self._known and wanted.equals(known)
         losers = self._there(output) if output.mode == "replace" else []
         return _Move(shown, None if stays else wanted, losers)
 
@@ -246,6 +258,7 @@ class ParquetSink:
         digest = output.digest if str(path) == output.stage else parts.digest(path)
         if move.columns is not None:
             topic_folder.set_columns(name.parent, move.columns)
+            self._known[output.topic] = move.columns
         target = name if path.is_dir() else name.with_suffix(".parquet")
         if any(each.path == target for each in move.losers):
             os.replace(path, target)
