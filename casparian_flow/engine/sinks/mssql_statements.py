@@ -28,9 +28,7 @@ from sqlalchemy import (
     MetaData,
     Table,
     Unicode,
-    and_,
     delete,
-    exists,
     func,
     insert,
     literal_column,
@@ -56,6 +54,12 @@ LINEAGE_TYPES = ("bigint", "bigint", "nvarchar(64)", "nvarchar(255)")
 SHOWN, REPLACED, RETRACTED = "shown", "replaced", "retracted"
 """States of an output in the ledger; only the rows of a shown one are in its table."""
 
+RECORDED = (
+    "output_key", "topic", "rows", "digest", "state", "ordinal",
+    "file_version_id", "job_id", "source_hash", "plugin_version", "facts",
+)  # fmt: skip
+"""What is read of the ledger's row of an output."""
+
 _BINARY = "Latin1_General_BIN2"
 """Keys are compared byte by byte, whatever the database's collation."""
 
@@ -74,6 +78,9 @@ class Declared(NamedTuple):
 
     name: str
     type: str
+
+
+_LINEAGE = [Declared(*each) for each in zip(LINEAGE, LINEAGE_TYPES, strict=True)]
 
 
 def begin_session(lock_seconds: float) -> Statement:
@@ -173,118 +180,89 @@ class Statements:
         self.schema = schema
         self.table = table
         self._ledger = _ledger(schema)
-        self._outputs = self._ledger.alias("o")
 
     def create_ledger(self) -> list[Statement]:
         """The ledger; by slot it is asked at every publish under `replace`."""
         slot = Index("_cf_slot", self._ledger.c.slot)
         return [_compiled(CreateTable(self._ledger)), _compiled(CreateIndex(slot))]
 
-    def recorded(self, keys: Sequence[str]) -> Statement:
-        """What the ledger says of these output keys: key, rows, digest, state."""
-        c = self._outputs.c
-        chosen = select(c.output_key, c.rows, c.digest, c.state)
-        return _compiled(chosen.where(c.output_key.in_(keys)))
+    def recorded(self, key: str) -> Statement:
+        """The ledger's row of an output key: `RECORDED`."""
+        o = self._ledger.alias("o")
+        return _compiled(select(*(o.c[each] for each in RECORDED)).where(o.c.output_key == key))
 
-    def others(self, topic: str) -> Statement:
-        """The topics, other than this one, that have rows in the table."""
-        c = self._outputs.c
-        here = c.table_name == self.table
-        return _compiled(select(c.topic).distinct().where(here, c.topic != topic))
+    def in_table(self) -> Statement:
+        """The ledger's rows of all outputs of the table: `RECORDED`."""
+        o = self._ledger.alias("o")
+        chosen = select(*(o.c[each] for each in RECORDED))
+        return _compiled(chosen.where(o.c.table_name == self.table))
 
-    def strangers(self) -> Statement:
-        """One row if the table has rows that no output in the ledger has brought."""
-        rows = self._rows().alias("r")
-        known = exists(literal_column("1")).select_from(self._outputs).where(self._brought(rows))
-        return _compiled(select(literal_column("1")).select_from(rows).where(~known).limit(1))
+    def in_slot(self, slot: str) -> Statement:
+        """The same of a slot's outputs under `replace`."""
+        o = self._ledger.alias("o")
+        chosen = select(*(o.c[each] for each in RECORDED)).where(o.c.table_name == self.table)
+        return _compiled(chosen.where(o.c.slot == slot, o.c.mode == "replace"))
 
     def record(self, facts: Mapping[str, Any]) -> Statement:
         """The ledger's row of an output; refused by its primary key if there is one."""
         return _compiled(insert(self._ledger).values(table_name=self.table, **facts))
 
-    def in_slot(self, slot: str) -> Statement:
-        """A slot's outputs under `replace`, the greatest first: key, ordinal, job id, state."""
-        c = self._outputs.c
-        chosen = select(c.output_key, c.ordinal, c.job_id, c.state)
-        mine = chosen.where(c.slot == slot, c.mode == "replace", c.table_name == self.table)
-        return _compiled(mine.order_by(c.ordinal.desc(), c.job_id.desc()))
+    def mark(self, key: str, state: str) -> Statement:
+        """Change the state of an output."""
+        ledger = self._ledger
+        return _compiled(update(ledger).where(ledger.c.output_key == key).values(state=state))
 
-    def mark(self, keys: Sequence[str], state: str) -> Statement:
-        """Change the state of outputs."""
-        return _compiled(
-            update(self._ledger).where(self._ledger.c.output_key.in_(keys)).values(state=state)
-        )
-
-    def delete_rows(self, keys: Sequence[str]) -> Statement:
-        """Take the rows of outputs out of the table."""
-        rows = self._rows()
-        return _compiled(delete(rows).where(self._of(rows, keys)))
-
-    def forget(self, keys: Sequence[str]) -> Statement:
-        """Take outputs out of the ledger."""
-        return _compiled(delete(self._ledger).where(self._ledger.c.output_key.in_(keys)))
+    def forget(self, key: str) -> Statement:
+        """Take an output out of the ledger."""
+        return _compiled(delete(self._ledger).where(self._ledger.c.output_key == key))
 
     def insert_staged(self, stage: str, names: Sequence[str]) -> Statement:
         """Bring the rows of a stage table into the table."""
         return self._copy(stage, self.table, names)
 
-    def move_out(self, keys: Sequence[str], names: Sequence[str]) -> list[Statement]:
-        """Take the rows of outputs to the table of what was retracted."""
+    def delete_rows(self, lineage: Sequence[Any]) -> Statement:
+        """Take the rows of an output, known by their lineage, out of the table."""
+        return self._delete(self.table, lineage)
+
+    def move_out(self, lineage: Sequence[Any], names: Sequence[str]) -> list[Statement]:
+        """Take them to the table of what was retracted."""
         aside = retracted_name(self.table)
-        return [self._copy(self.table, aside, names, keys), self.delete_rows(keys)]
+        return [self._copy(self.table, aside, names, lineage), self.delete_rows(lineage)]
 
-    def move_back(self, keys: Sequence[str], names: Sequence[str]) -> list[Statement]:
-        """Take them back from there."""
+    def move_back(self, lineage: Sequence[Any], names: Sequence[str]) -> list[Statement]:
+        """Bring them back from there."""
         aside = retracted_name(self.table)
-        return [self._copy(aside, self.table, names, keys), self.drop_retracted(keys)]
+        return [self._copy(aside, self.table, names, lineage), self._delete(aside, lineage)]
 
-    def drop_retracted(self, keys: Sequence[str]) -> Statement:
-        """Throw away what was retracted of outputs."""
-        rows = self._rows(retracted_name(self.table))
-        return _compiled(delete(rows).where(self._of(rows, keys)))
+    def delete_retracted(self, lineage: Sequence[Any]) -> Statement:
+        """Throw away what was retracted of an output."""
+        return self._delete(retracted_name(self.table), lineage)
 
-    def counted(self, keys: Sequence[str]) -> Statement:
-        """What the ledger says of outputs, and how many of their rows are in the table."""
-        rows, c = self._rows().alias("r"), self._outputs.c
-        there = (
-            select(func.count_big(literal_column("*")))
-            .select_from(rows)
-            .where(self._brought(rows))
-            .correlate(self._outputs)
-            .scalar_subquery()
-        )
-        chosen = select(c.output_key, c.rows, c.digest, c.state, there.label("there"))
-        return _compiled(chosen.where(c.output_key.in_(keys)))
+    def counts(self, table: str) -> Statement:
+        """The lineage of each output that has rows in a table, and how many."""
+        rows = _table(self.schema, table, _LINEAGE).alias("r")
+        counted = select(*rows.c, func.count_big(literal_column("*")).label("there"))
+        return _compiled(counted.group_by(*rows.c))
 
-    def inventory(self) -> Statement:
-        """Every output of the table that the ledger has: key, topic, rows, digest, state, facts."""
-        c = self._outputs.c
-        chosen = select(c.output_key, c.topic, c.rows, c.digest, c.state, c.facts)
-        return _compiled(chosen.where(c.table_name == self.table).order_by(c.output_key))
-
-    def _rows(self, table: str = "") -> Table:
-        lineage = [Declared(*each) for each in zip(LINEAGE, LINEAGE_TYPES, strict=True)]
-        return _table(self.schema, table or self.table, lineage)
-
-    def _brought(self, rows: FromClause) -> ColumnElement[bool]:
-        """Whether a row is one that an output of the ledger has brought."""
-        c = self._outputs.c
-        same = (rows.c[column] == c[column.removeprefix("_cf_")] for column in LINEAGE)
-        return and_(c.table_name == self.table, *same)
-
-    def _of(self, rows: FromClause, keys: Sequence[str]) -> ColumnElement[bool]:
-        """Whether a row is one of these outputs."""
-        mine = exists(literal_column("1")).select_from(self._outputs)
-        return mine.where(self._outputs.c.output_key.in_(keys), self._brought(rows))
-
-    def _copy(self, of: str, to: str, names: Sequence[str], keys: Sequence[str] = ()) -> Statement:
-        """Rows of one table to another: all of them, or those of some outputs."""
+    def _copy(
+        self, of: str, to: str, names: Sequence[str], lineage: Sequence[Any] = ()
+    ) -> Statement:
+        """Rows of one table to another: all of them, or those of one output."""
         described = [Declared(each, "") for each in names]
-        source = _table(self.schema, of, described).alias("r")
-        chosen = select(*source.c)
-        if keys:
-            chosen = chosen.where(self._of(source, keys))
+        rows = _table(self.schema, of, described).alias("r")
+        chosen = select(*rows.c)
+        if lineage:
+            chosen = chosen.where(*_brought(rows, lineage))
         return _compiled(insert(_table(self.schema, to, described)).from_select(names, chosen))
+
+    def _delete(self, table: str, lineage: Sequence[Any]) -> Statement:
+        rows = _table(self.schema, table, _LINEAGE)
+        return _compiled(delete(rows).where(*_brought(rows, lineage)))
+
+
+def _brought(rows: FromClause, lineage: Sequence[Any]) -> list[ColumnElement[bool]]:
+    """Whether a row is one that an output brought."""
+    return [rows.c[name] == value for name, value in zip(LINEAGE, lineage, strict=True)]
 
 
 class _Type(UserDefinedType[Any]):
