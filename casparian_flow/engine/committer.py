@@ -177,7 +177,7 @@ class Committer:
         refused: list[tuple[_Owed, JobError]] = []
         for location, group in by_sink.items():
             self._sick.pop(location, None)
-            found = await asyncio.to_thread(_publish, location, [o.staged for o in group])
+            found = await asyncio.to_thread(self._publish, location, [o.staged for o in group])
             crashpoint("committer.published")
             waiting = []
             for output, outcome in zip(group, found, strict=True):
@@ -190,6 +190,14 @@ class Committer:
             if waiting:
                 await self._pause(location, waiting[0][1], [job_id for job_id, _ in waiting])
         await self._complete(done, refused)
+
+    def _publish(self, location: str, staged: list[StagedOutput]) -> list[Published | JobError]:
+        try:
+            return sinks.open_sink(location, self._ledger.database).publish(staged)
+        except Exception as error:
+            # A fault nobody foresaw in one sink must not end the daemon, nor lose what was decided.
+            log.exception("sink %s failed in a way we did not expect", location)
+            return [SinkUnavailable(f"{type(error).__name__}: {error}")] * len(staged)
 
     async def _complete(
         self,
@@ -248,15 +256,6 @@ def _attempt(worker: str, end: Receipt) -> attempts.Ended:
         end.job_id, end.fence, worker, end.outcome.value, end.error, end.log, end.seconds,
         end.sandbox, **msgspec.structs.asdict(end.evidence),
     )  # fmt: skip
-
-
-def _publish(location: str, staged: list[StagedOutput]) -> list[Published | JobError]:
-    try:
-        return sinks.open_sink(location).publish(staged)
-    except Exception as error:
-        # A fault nobody foresaw in one sink must not end the daemon, nor lose what was decided.
-        log.exception("sink %s failed in a way we did not expect", location)
-        return [SinkUnavailable(f"{type(error).__name__}: {error}")] * len(staged)
 
 
 def _remove(stages: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim, Lineage, Sink
 from casparian_flow.engine.sinks.stage import Stage
@@ -35,7 +36,8 @@ class Place:
     @property
     def sink(self) -> Sink:
         """Opened anew each time, as the Committer does."""
-        return sinks.open_sink(self.location)
+        settings = DatabaseSettings(db_location=str(self.home / "ledger.sqlite3"))
+        return sinks.open_sink(self.location, settings)
 
     def stage(
         self, job: int = 1, attempt: str = "a1", key: str = "", topic: str = TOPIC,

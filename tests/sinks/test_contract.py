@@ -32,11 +32,12 @@ HOSTILE_NAMES = [
 PUBLISHER = """
 import sys
 import msgspec
+from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import sinks
 from casparian_flow.protocol import Published, StagedOutput
 
 staged = msgspec.json.decode(sys.stdin.buffer.readline(), type=StagedOutput)
-sink = sinks.open_sink(staged.location)
+sink = sinks.open_sink(staged.location, DatabaseSettings())
 print("ready", flush=True)
 sys.stdin.readline()
 (outcome,) = sink.publish([staged])

@@ -81,6 +81,9 @@ def _statement(words: Words) -> Statement | InsertBulk:
     start = words.place
     if words.accept("INSERT", "BULK"):
         table, columns = words.names(), _described(words)
+        if words.accept("WITH", "("):  # TABLOCK: locks are a table each, whatever is asked for
+            words.listed(words.name)
+            words.expect(")")
         names = tuple(column.name for column in columns)
         return InsertBulk(_named("insert bulk", table), words.text(start), table, names)
     for opening, reader in _READERS.items():

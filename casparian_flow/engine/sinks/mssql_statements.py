@@ -55,7 +55,7 @@ SHOWN, REPLACED, RETRACTED = "shown", "replaced", "retracted"
 """States of an output in the ledger; only the rows of a shown one are in its table."""
 
 RECORDED = (
-    "output_key", "topic", "rows", "digest", "state", "ordinal",
+    "output_key", "topic", "rows", "digest", "mode", "state", "slot", "ordinal",
     "file_version_id", "job_id", "source_hash", "plugin_version", "facts",
 )  # fmt: skip
 """What is read of the ledger's row of an output."""
@@ -182,9 +182,10 @@ class Statements:
         self._ledger = _ledger(schema)
 
     def create_ledger(self) -> list[Statement]:
-        """The ledger; by slot it is asked at every publish under `replace`."""
-        slot = Index("_cf_slot", self._ledger.c.slot)
-        return [_compiled(CreateTable(self._ledger)), _compiled(CreateIndex(slot))]
+        """The ledger, and what it is asked by at every publish besides the output key."""
+        c = self._ledger.c
+        found_by = [Index("_cf_slot", c.slot), Index("_cf_table", c.table_name, c.topic)]
+        return [_compiled(CreateTable(self._ledger)), *map(_compiled, map(CreateIndex, found_by))]
 
     def recorded(self, key: str) -> Statement:
         """The ledger's row of an output key: `RECORDED`."""
@@ -202,6 +203,12 @@ class Statements:
         o = self._ledger.alias("o")
         chosen = select(*(o.c[each] for each in RECORDED)).where(o.c.table_name == self.table)
         return _compiled(chosen.where(o.c.slot == slot, o.c.mode == "replace"))
+
+    def others(self, topic: str) -> Statement:
+        """The topics of outputs in the table that are not this one's."""
+        o = self._ledger.alias("o")
+        another = o.c.topic.bool_op("<>")(topic)
+        return _compiled(select(o.c.topic).where(o.c.table_name == self.table, another))
 
     def record(self, facts: Mapping[str, Any]) -> Statement:
         """The ledger's row of an output; refused by its primary key if there is one."""

@@ -34,10 +34,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from casparian_flow.engine.sinks import columns
+from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import OutputRefused
 
-COLUMNS_LIMIT = 1024
-"""Columns of a table, ours among them."""
+COLUMNS_LIMIT = 1024 - len(LINEAGE)
+"""Columns of a table, besides ours."""
 
 NAME_LIMIT = 128
 """UTF-16 units of a name."""
@@ -71,11 +72,12 @@ class Column:
     """A column on its way from Arrow to SQL Server."""
 
     name: str
-    """In the table, if it has it in other letters."""
     kind: Any
     """The Arrow type it has in the output."""
     declared: str
     """Its type in the table; empty where the output has nothing but nulls."""
+    source: str
+    """Its name in the output: the table may have it in other letters."""
 
     @property
     def loaded(self) -> str:
@@ -122,6 +124,10 @@ class Column:
             "convert the column in the plugin, or give it another name",
         )
 
+    def named(self, name: str) -> Column:
+        """The same column under the name that the table has for it."""
+        return replace(self, name=name)
+
     def _refused(self, words: str, hint: str) -> OutputRefused:
         return OutputRefused(f"column {self.name!r} ({self.kind}) {words}", hint)
 
@@ -133,7 +139,7 @@ def columns_of(schema: Any) -> list[Column]:
         OutputRefused: a type or a name that SQL Server does not have, two names that it takes for
             one, or too many columns.
     """
-    found = [Column(field.name, field.type, _declared(field)) for field in schema]
+    found = [Column(each.name, each.type, _declared(each), each.name) for each in schema]
     names = Counter(fold(column.name) for column in found)
     for column in found:
         if len(column.name.encode("utf-16-le")) // 2 > NAME_LIMIT:
@@ -147,20 +153,20 @@ def columns_of(schema: Any) -> list[Column]:
                 "ignore case, width and blanks at the end",
                 "rename the column in the plugin",
             )
-    check_count(len(found))
+    check_count(len(found) - sum(column.name in LINEAGE for column in found))
     return found
 
 
-def check_count(columns: int, ours: int = 0) -> None:
-    """Return if a table can have so many columns.
+def check_count(count: int) -> None:
+    """Return if a table can have so many columns besides ours.
 
     Raises:
         OutputRefused: it cannot.
     """
-    if columns + ours > COLUMNS_LIMIT:
+    if count > COLUMNS_LIMIT:
         raise OutputRefused(
-            f"{columns} columns are too many: a table of SQL Server has {COLUMNS_LIMIT - ours} "
-            "at most, besides ours",
+            f"{count} columns are too many: a table of SQL Server has {COLUMNS_LIMIT} at most, "
+            "besides ours",
             "publish fewer columns, or a column of lists",
         )
 
