@@ -127,7 +127,7 @@ _SAID = [
     (r"already an object named", _TAKEN),
     (r"Cannot create a row of size|row size", _WIDE),
     (r"timed out|Timeout Error", _SLOW),
-    (r"^(\w+: )*(IO error|Io error|Connection Error|Connection closed|TLS|Protocol Error)|"
+    (r"\b(IO error|Io error|Connection Error|Connection closed|TLS Error|Protocol Error): |"
      r"connection (has been|was|is) (closed|reset|broken|lost)|closed connection|10054|Broken pipe",
      _GONE),
     (r"Usage Error|Type Conversion Error|Cannot map Arrow", _UNFIT),

@@ -84,10 +84,12 @@ _LINEAGE = [Declared(*each) for each in zip(LINEAGE, LINEAGE_TYPES, strict=True)
 
 
 def begin_session(lock_seconds: float) -> Statement:
-    """What holds for a whole connection: an error undoes the transaction, no lock is waited for
-    without end, and statements that count no rows say nothing."""
+    """What holds for a whole connection: an error undoes the transaction, statements tell how many
+    rows they changed, messages are in English, and no lock is waited for without end."""
     wait = round(lock_seconds * 1000)
-    return Statement(f"SET XACT_ABORT ON; SET NOCOUNT OFF; SET LOCK_TIMEOUT {wait}")
+    return Statement(
+        f"SET XACT_ABORT ON; SET NOCOUNT OFF; SET LANGUAGE us_english; SET LOCK_TIMEOUT {wait}"
+    )
 
 
 def default_schema() -> Statement:
@@ -160,7 +162,7 @@ def retracted_name(table: str) -> str:
     """The table of what was retracted from a table; it has 128 characters at most."""
     whole = f"_cf_retracted_{table}"
     digest = hashlib.sha256(table.encode()).hexdigest()[:16]
-    return whole if len(whole.encode("utf-16-le")) <= 256 else f"{whole[:100]}_{digest}"
+    return whole if len(whole.encode("utf-16-le")) <= 256 else f"_cf_retracted_{digest}"
 
 
 def name(schema: str, table: str) -> str:
