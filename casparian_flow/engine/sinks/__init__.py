@@ -117,6 +117,14 @@ def open_sink(location: str, database: DatabaseSettings) -> Sink:
     return ParquetSink(path) if scheme == "parquet" else SqliteSink(path)
 
 
+def store(location: str) -> str:
+    """What one transaction can hold: all tables of the SQL Server, else the sink itself.
+
+    What goes there of one job appears together, and it is paused as one.
+    """
+    return SERVER if location.startswith(SERVER) else location
+
+
 def check_usable(location: str, database: DatabaseSettings) -> None:
     """Return if nothing is missing on our side for a sink to be used.
 
