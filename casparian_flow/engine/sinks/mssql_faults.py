@@ -151,6 +151,14 @@ def fault_of(error: Exception) -> Fault:
     return Fault(kind, f"{words}: {told}", hint)
 
 
+def unreached(fault: Fault) -> Fault:
+    """The fault of a connection that was never there: nothing was lost with it."""
+    if fault.kind is not Kind.LOST:
+        return fault
+    words = fault.words.replace(_GONE.words, "it cannot be reached")
+    return Fault(Kind.PAUSE, words, fault.hint)
+
+
 def said(error: Exception) -> str:
     """The words of the server, without what the driver puts before them."""
     text = str(getattr(error, "ddbc_error", "")) or str(error)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from casparian_flow.engine.sinks import mssql_statements as statements
-from casparian_flow.engine.sinks.mssql_faults import Fault, Kind, fault_of
+from casparian_flow.engine.sinks.mssql_faults import Fault, Kind, fault_of, unreached
 from casparian_flow.engine.sinks.mssql_statements import Statement
 from casparian_flow.errors import ConfigError, SinkUnavailable
 from casparian_flow.sections import MssqlSettings
@@ -221,6 +221,8 @@ def _connect(settings: MssqlSettings) -> Any:
             connection = driver.connect(
                 connection_string(settings), timeout=LOGIN_SECONDS, ConnectRetryCount="0"
             )
+    except Refused as refused:
+        raise Refused(unreached(refused.fault)) from None
     except (ValueError, driver.ConnectionStringParseError):
         # Its words may repeat a piece of a password that has a semicolon in it.
         raise SinkUnavailable(
