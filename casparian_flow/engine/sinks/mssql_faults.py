@@ -125,6 +125,7 @@ _SAID = [
     (r"Login failed|Cannot open database", _NO_LOGIN),
     (r"read-only|not currently available|cannot be opened|single-user|middle of a restore", _AWAY),
     (r"already an object named", _TAKEN),
+    (r"would be truncated", _UNFIT),
     (r"Cannot create a row of size|row size", _WIDE),
     (r"timed out|Timeout Error", _SLOW),
     (r"\b(IO error|Io error|Connection Error|Connection closed|TLS Error|Protocol Error): |"

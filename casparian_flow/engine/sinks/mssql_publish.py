@@ -68,6 +68,7 @@ class Publisher:
     def __init__(self, settings: MssqlSettings) -> None:
         self._settings = settings
         self._session: Session | None = None
+        self._away: JobError | None = None
 
     def close(self) -> None:
         """Give the connection back."""
@@ -76,15 +77,19 @@ class Publisher:
         self._session = None
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
-        """Publish the outputs of one job: see `Sink.publish`."""
+        """Publish the outputs of one job: see `Sink.publish`.
+
+        A server that cannot be reached is asked once, not for every job: that may take long, and
+        other sinks wait for it.
+        """
         done: dict[str, Published] = {}
         fault: JobError
         for _ in range(TRIES):
             try:
-                self._try(outputs, done)
+                self._try(self._connected(outputs), outputs, done)
                 break
             except Refused as refused:
-                fault = refusal(refused.fault, ", ".join({o.location for o in outputs}))
+                fault = refusal(refused.fault, _places(outputs))
                 if refused.fault.kind is Kind.LOST:
                     self.close()
                 elif refused.fault.kind is not Kind.RETRY:
@@ -94,14 +99,31 @@ class Publisher:
                 break
         return [done.get(output.output_key) or fault for output in outputs]
 
-    def _try(self, outputs: Sequence[StagedOutput], done: dict[str, Published]) -> None:
+    def _connected(self, outputs: Sequence[StagedOutput]) -> Session:
+        """The connection, made where there is none.
+
+        Raises:
+            SinkUnavailable: it cannot be made, now or when it was last tried.
+        """
+        if self._away:
+            raise self._away
+        if self._session is None:
+            try:
+                self._session = Session(self._settings)
+            except Refused as refused:
+                self._away = refusal(refused.fault._replace(kind=Kind.PAUSE), _places(outputs))
+                raise self._away from None
+        return self._session
+
+    def _try(
+        self, session: Session, outputs: Sequence[StagedOutput], done: dict[str, Published]
+    ) -> None:
         """Publish them, all that are not there; `done` gets what is.
 
         Raises:
             Refused: the server or the driver said no; what was not committed is undone.
             JobError: the rows are not to be had, or cannot be kept.
         """
-        self._session = session = self._session or Session(self._settings)
         aims = [(o, Target(session, *table_of(o.location))) for o in outputs]
         with session.transaction(_locks_of(outputs)):
             done |= _adopted(aims)
@@ -123,6 +145,10 @@ class Publisher:
                     crashpoint("mssql.all_written")
                 crashpoint("mssql.committed")
                 done |= found | added
+
+
+def _places(outputs: Sequence[StagedOutput]) -> str:
+    return ", ".join(dict.fromkeys(output.location for output in outputs))
 
 
 def locks(keys: Iterable[str]) -> list[str]:
