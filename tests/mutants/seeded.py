@@ -1,4 +1,4 @@
-"""Sixteen bugs that a careful person could write, and the tests that must catch each.
+"""Eighteen bugs that a careful person could write, and the tests that must catch each.
 
 Each is a small edit of the package. If what it edits has changed, the mutant is an error until
 somebody writes it anew: a list that silently shrinks proves nothing.
@@ -30,6 +30,8 @@ class Mutant(NamedTuple):
 
 
 _TRACED = "tests/syscalls/test_syscalls.py::test_nothing_is_lost"
+_SERVER = "tests/sinks/test_mssql_crashes.py::test_the_first_output"
+
 _DURABLE = f"{_TRACED}[what must be durable before what]"
 
 _DIES = "tests/sinks/test_crashes.py::test_a_publisher_that_dies_leaves_the_old_version_or_the_new"
@@ -183,6 +185,29 @@ MUTANTS = [
         [
             "tests/sinks/test_contract.py::test_what_is_retracted_stays_so_when_it_is_published_again"
         ],
+    ),
+    Mutant(
+        "SQL Server: ledger row outside the transaction",
+        [
+            Edit(
+                "engine/sinks/mssql_publish.py",
+                '    crashpoint("mssql.ledger_written")\n',
+                '    session._connection.commit()\n    crashpoint("mssql.ledger_written")\n',
+            )
+        ],
+        [f"{_SERVER}[ledger_written]"],
+    ),
+    Mutant(
+        "SQL Server: published without a look into the ledger",
+        [
+            Edit(
+                "engine/sinks/mssql_publish.py",
+                "            done |= _adopted(aims)\n",
+                "            pass\n",
+            ),
+            Edit("engine/sinks/mssql_publish.py", "found = _adopted(aims)", "found = {}"),
+        ],
+        [f"{_SERVER}[committed]"],
     ),
 ]
 

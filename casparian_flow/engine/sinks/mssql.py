@@ -82,8 +82,8 @@ class MssqlSink:
         with self._target() as target:
             ledger = target.in_table() if target.has_ledger() else []
         for each in ledger:
-            if each.output_key[:KEY_DIGITS] not in known:
-                retracted = each.state == RETRACTED
+            retracted = each.state == RETRACTED
+            if retracted or each.output_key[:KEY_DIGITS] not in known:
                 facts = {**json.loads(each.facts), "output_key": each.output_key}
                 yield found(target.place, each.rows, each.digest, facts, retracted=retracted)
 
