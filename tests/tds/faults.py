@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.tds.packets import Cut, Kind
 from tests.tds.tables import SqlError
 
 _SMALL = {"declare", "prepare", "unprepare", "select"}
+
+
+@dataclass
+class Said:
+    """A statement as it came."""
+
+    name: str
+    """What it is, in the words of `statements.py`; or `login`, `bulk rows`, and `begin`, `commit`
+    and `rollback` of the driver's own transactions."""
+    text: str
+    values: Mapping[str, Any]
+    """Its parameters."""
+    rows: int | None = None
+    """Rows it answered or touched; None where it failed."""
 
 
 @dataclass
@@ -26,11 +41,7 @@ class Entry:
     """Bytes, headers too."""
     sent: int = 0
     """Bytes of the reply that passed before the line was severed."""
-    names: list[str] = field(default_factory=list)
-    """What its statements are, in the words of `statements.py`; or `login`, `bulk rows`, and
-    `begin`, `commit` and `rollback` of the driver's own transactions."""
-    texts: list[str] = field(default_factory=list)
-    """The statements themselves."""
+    said: list[Said] = field(default_factory=list)
 
 
 class Log:
@@ -52,10 +63,10 @@ class Log:
     def names(self) -> list[str]:
         """What was asked for, statement by statement, but for the small change."""
         return [
-            name
+            said.name
             for entry in self.entries
-            for name in entry.names
-            if name not in _SMALL and not name.startswith("set ")
+            for said in entry.said
+            if said.name not in _SMALL and not said.name.startswith("set ")
         ]
 
 
@@ -89,7 +100,7 @@ class Faults:
         """Where this connection is to be severed."""
         return self._cuts.get(connection)
 
-    def refuse(self, name: str, text: str) -> None:
+    def refuse(self, said: Said) -> None:
         """Called before a statement is executed.
 
         Raises:
@@ -97,7 +108,7 @@ class Faults:
         """
         with self._lock:
             for refusal in self._refusals:
-                if refusal.times and re.search(refusal.where, f"{name}\n{text}"):
+                if refusal.times and re.search(refusal.where, f"{said.name}\n{said.text}"):
                     if refusal.after:
                         refusal.after -= 1
                         continue

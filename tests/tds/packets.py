@@ -112,10 +112,14 @@ class Line:
         """
         room = PACKET_BYTES - HEADER.size
         chunks = [body[start : start + room] for start in range(0, len(body), room)] or [b""]
+        packets = bytearray()
         for number, chunk in enumerate(chunks, start=1):
             status = END if number == len(chunks) else 0
-            header = HEADER.pack(Kind.REPLY, status, HEADER.size + len(chunk), 0, number % 256, 0)
-            self._write(header + chunk)
+            packets += HEADER.pack(Kind.REPLY, status, HEADER.size + len(chunk), 0, number % 256, 0)
+            packets += chunk
+        # In one go: the driver holds the interpreter's lock while it fetches, and so this thread
+        # could not send it the rest.
+        self._write(bytes(packets))
         if self._left(inbound=False) is not None:
             self.sever()
 

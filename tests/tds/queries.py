@@ -62,16 +62,19 @@ class Select:
     """`SELECT items FROM table WHERE condition GROUP BY columns`."""
 
     items: list[Item]
+    """None for `*`, which has no condition."""
     table: str = ""
     where: Expression | None = None
     groups: Sequence[Expression] = ()
 
-    def evaluate(self, batch: Batch) -> tuple[list[SqlType], list[tuple[Any, ...]]]:
-        """Types and rows of the result."""
+    def evaluate(self, batch: Batch) -> tuple[list[str], list[SqlType], list[tuple[Any, ...]]]:
+        """Names, types and rows of the result."""
         if not self.table:
             row = tuple(item.value(batch.scope({})) for item in self.items)
-            return [_kind(value) for value in row], [row]
+            return [item.name for item in self.items], [_kind(value) for value in row], [row]
         table = batch.table(self.table)
+        if self.where is None and all(item.column for item in self.items):
+            return self._whole(table)
         scopes = [scope for _, scope in batch.matching(table, self.where)]
         if any(item.counts for item in self.items):
             rows = [self._counted(group) for group in self._grouped(scopes)]
@@ -86,7 +89,14 @@ class Select:
             )
             for number, item in enumerate(self.items)
         ]
-        return kinds, rows
+        return [item.name for item in self.items], kinds, rows
+
+    def _whole(self, table: Table) -> tuple[list[str], list[SqlType], list[tuple[Any, ...]]]:
+        """Columns of all rows, which may be many; of every column for `*`."""
+        places = [table.at(item.column) for item in self.items] or [*range(len(table.columns))]
+        taken = [table.columns[place] for place in places]
+        rows = [tuple([row[place] for place in places]) for row in table.rows]
+        return [column.name for column in taken], [column.kind for column in taken], rows
 
     def _grouped(self, scopes: list[Scope]) -> list[list[Scope]]:
         groups: dict[tuple[Any, ...], list[Scope]] = {} if self.groups else {(): []}
@@ -104,7 +114,7 @@ def read_select(words: Words) -> Select:
     Raises:
         Unknown: it is not one of ours.
     """
-    items = words.listed(lambda: _item(words))
+    items = [] if words.accept("*") else words.listed(lambda: _item(words))
     table = words.names() if words.accept("FROM") else ""
     if table and words.accept("AS"):
         words.name()
@@ -126,15 +136,16 @@ def insert(
     batch.database.lock(batch.transaction, name)
     table = batch.database.read(batch.transaction, name)
     places = [table.at(column) for column in columns]
+    blank = [column.default for column in table.columns]
+    needed = [place for place, column in enumerate(table.columns) if not column.nullable]
     added = []
     for row in rows:
-        whole = [column.default for column in table.columns]
+        whole = blank.copy()
         for place, value in zip(places, row, strict=True):
             whole[place] = value
-        for column, value in zip(table.columns, whole, strict=True):
-            if value is None and not column.nullable:
-                raise SqlError(515, f"Cannot insert the value NULL into column '{column.name}'.")
         added.append(tuple(whole))
+        if any(whole[place] is None for place in needed):
+            raise SqlError(515, f"Cannot insert the value NULL into table '{name}'.")
     batch.database.write(batch.transaction, name, table.with_rows((*table.rows, *added)))
 
 

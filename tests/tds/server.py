@@ -21,6 +21,9 @@ from tests.tds.packets import Kind, Line, Request, Severed
 from tests.tds.session import PASSWORD, USER, Session
 from tests.tds.tables import Database, SqlError
 
+REPLY_BYTES = 4 << 20
+"""What a line takes of a reply before its other end reads."""
+
 
 class Server:
     """A double of SQL Server on a port of its own.
@@ -88,6 +91,7 @@ class Server:
             while True:
                 peer, _ = self._socket.accept()
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, REPLY_BYTES)
                 number = len(self._lines) + 1
                 line = Line(peer, self.faults.cut(number))
                 self._lines.append(line)
@@ -137,7 +141,7 @@ class _Conversation:
         except Exception as error:
             entry.outcome = "not understood"
             told = "".join(traceback.format_exception(error))
-            self._server.surprises.append(f"{entry.texts}: {told}")
+            self._server.surprises.append(f"{entry.said}: {told}")
             reply = self._failure(SqlError(102, f"the double does not understand: {error}"))
         try:
             self._line.send((tokens.was_reset() if request.reset else b"") + reply)

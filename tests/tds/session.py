@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tests.tds import tokens
-from tests.tds.faults import Entry, Faults
+from tests.tds.faults import Entry, Faults, Said
 from tests.tds.queries import Batch
 from tests.tds.requests import Bulk, Call, Login, Verb
 from tests.tds.statements import InsertBulk, read
@@ -19,6 +19,8 @@ from tests.tds.values import INT
 
 USER, PASSWORD = "casparian", "geheim {}; =Wörd"
 """Who may log in."""
+
+_NOTHING: Mapping[str, Any] = {}
 
 _NO_OPTIONS = {"xact_abort": "off", "nocount": "off", "lock_timeout": "0"}
 
@@ -59,40 +61,43 @@ class Session:
         Raises:
             SqlError: 18456.
         """
-        self._note(entry, "login", login.user)
+        self._note(entry, "login", login.user).rows = 0
         if (login.user, login.password) != (USER, PASSWORD):
             raise SqlError(18456, f"Login failed for user '{login.user}'.", severity=14)
 
     def turn(self, verb: Verb, entry: Entry) -> list[Answer]:
         """Begin or end a transaction."""
-        self._note(entry, verb.name.lower(), "")
-        if verb is Verb.BEGIN:
-            return [self._begin()]
-        return [self._end(committed=verb is Verb.COMMIT)]
+        said = self._note(entry, verb.name.lower(), "")
+        answer = self._begin() if verb is Verb.BEGIN else self._end(committed=verb is Verb.COMMIT)
+        said.rows = 0
+        return [answer]
 
     def run(self, text: str, variables: Mapping[str, Any], entry: Entry) -> list[Answer]:
         """Execute the statements of a batch, until one fails."""
         batch = self._batch(self._session, variables)
         answers: list[Answer] = []
         for statement in read(text):
-            self._note(entry, statement.name, statement.text)
+            said = self._note(entry, statement.name, statement.text, batch.variables)
             if isinstance(statement, InsertBulk):
-                self._awaited = statement
+                self._awaited, said.rows = statement, 0
                 answers.append(Answer())
                 continue
             if statement.name.startswith("set "):
                 _, option, value = statement.name.split()
                 self._options = {**self._options, option: value}
             with self._changing() as batch.transaction:
-                answers += statement.run(batch)
+                answered = statement.run(batch)
+            said.rows = answered[-1].rows
+            answers += answered
         return answers
 
     def load(self, bulk: Bulk, entry: Entry) -> list[Answer]:
         """Take the rows of a bulk load; all of them or none."""
         assert self._awaited is not None, "rows of a bulk load that was not announced"
-        self._note(entry, "bulk rows", self._awaited.table)
+        said = self._note(entry, "bulk rows", self._awaited.table)
         with self._changing() as transaction:
             self._awaited.load(self._batch(transaction, {}), bulk)
+        said.rows = len(bulk.rows)
         return [tokens.counted(tokens.BULK, len(bulk.rows))]
 
     def call(self, call: Call, entry: Entry, *, last: bool) -> bytes:
@@ -144,11 +149,14 @@ class Session:
         self._prepared[handle] = (text, declared)
         return handle
 
-    def _note(self, entry: Entry, name: str, text: str) -> None:
+    def _note(
+        self, entry: Entry, name: str, text: str, values: Mapping[str, Any] = _NOTHING
+    ) -> Said:
         """Write down what is about to be done, unless the plan has an error for it."""
-        entry.names.append(name)
-        entry.texts.append(text)
-        self._faults.refuse(name, text)
+        said = Said(name, text, dict(values))
+        entry.said.append(said)
+        self._faults.refuse(said)
+        return said
 
     def _begin(self) -> Answer:
         assert self._transaction is None, "a transaction within another"

@@ -19,7 +19,7 @@ _WORD = re.compile(
     | (?P<number>\d+)
     | (?P<variable>@{1,2}\w+)
     | (?P<name>[^\W\d]\w*)
-    | (?P<mark><>|<=|>=|[-+(),.=<>*;])
+    | (?P<mark><>|!=|<=|>=|[-+(),.=<>*;])
     )""",
     re.VERBOSE,
 )
@@ -219,6 +219,7 @@ def schema_of(name: str) -> tuple[str, str]:
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "=": lambda a, b: a == b,
     "<>": lambda a, b: a != b,
+    "!=": lambda a, b: a != b,
     "<=": lambda a, b: a <= b,
     ">=": lambda a, b: a >= b,
     "<": lambda a, b: a < b,

@@ -85,6 +85,9 @@ def _statement(words: Words) -> Statement | InsertBulk:
             words.listed(words.name)
             words.expect(")")
         names = tuple(column.name for column in columns)
+        if words.accept("WITH", "("):
+            words.listed(words.name)
+            words.expect(")")
         return InsertBulk(_named("insert bulk", table), words.text(start), table, names)
     for opening, reader in _READERS.items():
         if words.accept(*opening.split()):
@@ -101,8 +104,7 @@ def _read_select(words: Words) -> tuple[str, Run]:
     select = read_select(words)
 
     def run(batch: Batch) -> list[Answer]:
-        kinds, rows = select.evaluate(batch)
-        return [tokens.table([item.name for item in select.items], kinds, rows)]
+        return [tokens.table(*select.evaluate(batch))]
 
     return _named("select", select.table), run
 
@@ -184,7 +186,7 @@ def _read_insert(words: Words) -> tuple[str, Run]:
         select = read_select(words)
 
     def run(batch: Batch) -> list[Answer]:
-        _, rows = select.evaluate(batch)
+        *_, rows = select.evaluate(batch)
         insert(batch, table, names, rows)
         return [tokens.counted(tokens.INSERT, len(rows))]
 

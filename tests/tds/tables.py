@@ -102,9 +102,16 @@ class Database:
         self._holders: dict[str, Transaction] = {}
         self._freed = threading.Condition()
         self._numbers = itertools.count(1)
+        self._commits = 0
 
     def begin(self) -> Transaction:
         return Transaction(next(self._numbers))
+
+    def wait(self, commits: int, seconds: float) -> int:
+        """Wait until there were more commits than so many, or no longer; how many there were."""
+        with self._freed:
+            self._freed.wait_for(lambda: self._commits > commits, seconds)
+            return self._commits
 
     def committed(self, name: str) -> Table | None:
         """A table as everybody sees it."""
@@ -190,6 +197,7 @@ class Database:
                     self._tables.pop(name, None)
                 else:
                     self._tables[name] = table
+            self._commits += 1
         self.roll_back(transaction)
 
     def roll_back(self, transaction: Transaction) -> None:
