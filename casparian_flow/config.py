@@ -26,6 +26,7 @@ from casparian_flow.sections import (
     GuestSettings,
     JobSettings,
     ListenSettings,
+    MssqlSettings,
     OutputSettings,
     ScanSettings,
     Section,
@@ -37,7 +38,7 @@ FILE_NAME = "global_config.toml"
 
 _OF_A_PERSON = {
     "CASPARIAN_CONFIG", "CASPARIAN_CRASH_AT", "CASPARIAN_CRASH_LOG", "AZURE_TENANT_ID",
-    "AZURE_CLIENT_ID",
+    "AZURE_CLIENT_ID", "CASPARIAN_MSSQL", "CASPARIAN_MSSQL_PASSWORD",
 }  # fmt: skip
 """Variables that must not reach a command that is tried on a scratch tree."""
 
@@ -52,6 +53,9 @@ class DatabaseSettings(Section, frozen=True):
 
     snapshots: SnapshotSettings = SnapshotSettings()
     """The table `[snapshots]` (not a key of this one): a scan knows the database and no more."""
+
+    mssql: MssqlSettings = MssqlSettings()
+    """The table `[mssql]`, for the same reason: a scan asks the sinks what they hold."""
 
     @property
     def path(self) -> Path:
@@ -82,6 +86,11 @@ class DatabaseSettings(Section, frozen=True):
         This database's own: its daemon empties it at the start, while another one's guests run.
         """
         return self.state_folder / f"{self.path.name}.guests"
+
+    @property
+    def stage_folder(self) -> Path:
+        """Outputs on their way to a sink that has no folder."""
+        return self.state_folder / f"{self.path.name}.stage"
 
     @property
     def snapshots_folder(self) -> Path:
@@ -117,6 +126,7 @@ class Settings(Section, frozen=True):
     jobs: JobSettings = JobSettings()
     guest: GuestSettings = GuestSettings()
     output: OutputSettings = OutputSettings()
+    mssql: MssqlSettings = MssqlSettings()
     gatekeeper: GatekeeperSettings = GatekeeperSettings()
     azure: AzureSettings = AzureSettings()
     listen: ListenSettings = ListenSettings()
@@ -150,18 +160,29 @@ def load(path: str | None = None) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid TOML: {error}", "mend that line") from error
     try:
-        for table, field in ((raw, "home"), (raw.get("database"), "snapshots")):
+        inner = raw.get("database")
+        for table, field in ((raw, "home"), (inner, "snapshots"), (inner, "mssql")):
             if isinstance(table, dict) and field in table:
                 raise msgspec.ValidationError(f"Object contains unknown field `{field}`")
         checked = msgspec.convert(raw, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{file}: {error}", "docs/configuration.md lists every key") from error
     home = file.parent
+    mssql = _mssql(checked.mssql)
     database = DatabaseSettings(
-        db_location=str(home / checked.database.path), snapshots=checked.snapshots
+        db_location=str(home / checked.database.path), snapshots=checked.snapshots, mssql=mssql
     )
     return msgspec.structs.replace(
-        checked, home=home, database=database, azure=_azure(checked.azure, file)
+        checked, home=home, database=database, mssql=mssql, azure=_azure(checked.azure, file)
+    )
+
+
+def _mssql(written: MssqlSettings) -> MssqlSettings:
+    """What the file says of SQL Server, under what the environment says."""
+    return msgspec.structs.replace(
+        written,
+        connection=os.environ.get("CASPARIAN_MSSQL") or written.connection,
+        password=os.environ.get("CASPARIAN_MSSQL_PASSWORD") or written.password,
     )
 
 

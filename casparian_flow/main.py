@@ -163,7 +163,7 @@ def _grace(settings: Settings, ledger: Ledger) -> float:
 
 def _sweep(settings: Settings, ledger: Ledger) -> None:
     """Remove what a dead daemon left: guests' folders, snapshots that nothing claims, and staged
-    files nobody decided."""
+    files and stage tables nobody decided."""
     with contextlib.suppress(OSError):
         snapshot_checks.sweep(ledger)
     shutil.rmtree(settings.database.guests_folder, ignore_errors=True)
@@ -172,11 +172,13 @@ def _sweep(settings: Settings, ledger: Ledger) -> None:
     tag = ledger_tag(settings.database.path)
     for uri in {settings.output.default_uri, *ledger.read(_placed)}:
         with contextlib.suppress(CasparianError, OSError):
-            folder = sinks.open_sink(sinks.resolve(uri, settings.home)).stage_folder
+            location = sinks.resolve(uri, settings.home)
+            folder = sinks.open_sink(location, settings.database).stage_folder
             for file in folder.glob(f"{tag}-*"):
                 if str(file) not in owed:
                     atomic.remove(file)
                     crashpoint("main.stage_swept")
+            sinks.drop_stages(location, settings.database, tag, owed)
 
 
 def _placed(connection: Connection) -> set[str]:

@@ -162,6 +162,9 @@ class Welcome(Message, frozen=True):
     inode: int
     """Of the folder around `guests_folder`: a worker that sees another there, or none, does not
     share our filesystem and leaves."""
+    database: str
+    """Absolute path of the ledger. A worker never opens it: beside it is staged what goes to a
+    sink that has no folder."""
     guests: int
     """Warm guests to keep."""
     limits: GuestSettings

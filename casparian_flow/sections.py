@@ -130,6 +130,47 @@ class OutputSettings(Section, frozen=True):
     So large that few outputs are, and so small that a part is copied and read at a time."""
 
 
+class MssqlSettings(Section, frozen=True):
+    """The SQL Server that `mssql://` sinks are tables of (docs/sinks_mssql.md).
+
+    What is secret is never shown: not by `repr`, so not in a traceback either.
+    """
+
+    connection: str = ""
+    """The whole ODBC connection string; the other keys but the last two are then not read.
+    `CASPARIAN_MSSQL` wins."""
+
+    server: str = ""
+    """Host, `host,port` or `host\\instance`; empty: there is no server."""
+
+    database: str = ""
+    """Empty: the login's own."""
+
+    user: str = ""
+    """A SQL login; empty with `authentication` or the machine's own credentials (Kerberos)."""
+
+    password: str = ""
+    """Better in the environment: `CASPARIAN_MSSQL_PASSWORD` wins."""
+
+    authentication: str = ""
+    """Such as `ActiveDirectoryServicePrincipal`, in the driver's words."""
+
+    encrypt: Literal["yes", "strict", "no"] = "yes"
+    """`yes` and `strict` (TDS 8) refuse a server that does not; `no` is for tests."""
+
+    trust_server_certificate: bool = False
+    """Whether a certificate that nobody vouches for will do."""
+
+    lock_seconds: Positive = 30.0
+    """How long another program's lock is waited for, before the sink is paused."""
+
+    timeout_seconds: Annotated[int, msgspec.Meta(ge=1)] = 3600
+    """How long one statement or the transfer of one output may take, before the sink is paused."""
+
+    def __repr__(self) -> str:
+        return f"MssqlSettings(server={self.server!r}, database={self.database!r}, ...)"
+
+
 class GatekeeperSettings(Section, frozen=True):
     """What the Gatekeeper lets pass, besides its ruleset; docs/security.md has the rules."""
 

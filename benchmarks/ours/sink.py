@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.protocol import OutputPlan, Published
@@ -24,7 +25,7 @@ def main(file: str) -> None:
     )  # fmt: skip
     lineage = Lineage(file_version_id=1, job_id=1, source_hash="0" * 64, plugin_version="1.0.0")
     started = time.perf_counter()
-    sink = sinks.open_sink(location)
+    sink = sinks.open_sink(location, DatabaseSettings())
     stage = sink.open_stage(plan, lineage, "attempt")
     with pa.memory_map(file) as source, pa.ipc.open_file(source) as reader:
         for number in range(reader.num_record_batches):

@@ -82,7 +82,7 @@ class Committer:
 
     @property
     def sick(self) -> frozenset[str]:
-        """Locations of sinks that are paused."""
+        """Stores (`sinks.store`) that are paused."""
         return frozenset(self._sick)
 
     def accept(self, worker: str, receipt: Receipt) -> None:
@@ -170,15 +170,16 @@ class Committer:
         """Publish and complete everything that is decided, but for what a paused sink holds."""
         owed = [_Owed(*row) for row in await self._ledger.read_soon(outputs.unpublished)]
         now = time.monotonic()
-        by_sink: dict[str, list[_Owed]] = defaultdict(list)
+        by_store: dict[str, list[_Owed]] = defaultdict(list)
         for output in owed:
-            if self._sick.get(output.staged.location, 0.0) <= now:
-                by_sink[output.staged.location].append(output)
+            store = sinks.store(output.staged.location)
+            if self._sick.get(store, 0.0) <= now:
+                by_store[store].append(output)
         done: list[tuple[_Owed, Published]] = []
         refused: list[tuple[_Owed, JobError]] = []
-        for location, group in by_sink.items():
-            self._sick.pop(location, None)
-            found = await asyncio.to_thread(_publish, location, [o.staged for o in group])
+        for store, group in by_store.items():
+            self._sick.pop(store, None)
+            found = await asyncio.to_thread(self._publish, [o.staged for o in group])
             crashpoint("committer.published")
             waiting = []
             for output, outcome in zip(group, found, strict=True):
@@ -189,8 +190,18 @@ class Committer:
                 else:
                     refused.append((output, outcome))
             if waiting:
-                await self._pause(location, waiting[0][1], [job_id for job_id, _ in waiting])
+                await self._pause(store, waiting[0][1], [job_id for job_id, _ in waiting])
         await self._complete(done, refused)
+
+    def _publish(self, staged: list[StagedOutput]) -> list[Published | JobError]:
+        """Publish what goes to one store."""
+        location = staged[0].location
+        try:
+            return sinks.open_sink(location, self._ledger.database).publish(staged)
+        except Exception as error:
+            # A fault nobody foresaw in one sink must not end the daemon, nor lose what was decided.
+            log.exception("sink %s failed in a way we did not expect", location)
+            return [SinkUnavailable(f"{type(error).__name__}: {error}")] * len(staged)
 
     async def _complete(
         self,
@@ -224,9 +235,9 @@ class Committer:
             crashpoint("committer.completed")
             await asyncio.to_thread(_remove, stages)
 
-    async def _pause(self, location: str, error: Unavailable, job_ids: list[int]) -> None:
-        log.warning("sink %s is paused: %s", location, error.message)
-        self._sick[location] = time.monotonic() + PAUSE_SECONDS
+    async def _pause(self, store: str, error: Unavailable, job_ids: list[int]) -> None:
+        log.warning("sink %s is paused: %s", store, error.message)
+        self._sick[store] = time.monotonic() + PAUSE_SECONDS
         reason = f"{PAUSED}{error.message}"
         await self._write(lambda c: jobs.note(c, job_ids, reason))
 
@@ -249,15 +260,6 @@ def _attempt(worker: str, end: Receipt) -> attempts.Ended:
         end.job_id, end.fence, worker, end.outcome.value, end.error, end.log, end.seconds,
         end.sandbox, **msgspec.structs.asdict(end.evidence),
     )  # fmt: skip
-
-
-def _publish(location: str, staged: list[StagedOutput]) -> list[Published | JobError]:
-    try:
-        return sinks.open_sink(location).publish(staged)
-    except Exception as error:
-        # A fault nobody foresaw in one sink must not end the daemon, nor lose what was decided.
-        log.exception("sink %s failed in a way we did not expect", location)
-        return [SinkUnavailable(f"{type(error).__name__}: {error}")] * len(staged)
 
 
 def _remove(stages: Sequence[str]) -> None:

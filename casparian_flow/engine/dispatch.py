@@ -38,7 +38,7 @@ class Dispatcher:
         """Claim up to `limit` jobs for a worker, in the caller's writing transaction.
 
         Args:
-            sick: locations of paused sinks; plugins that write there get no jobs.
+            sick: paused stores (`sinks.store`); plugins that write there get no jobs.
         """
         topics = plugins.topics(connection)
         avoid = self._paused(connection, topics, sick) if sick else []
@@ -67,7 +67,7 @@ class Dispatcher:
 
     def _is_sick(self, uri: str, sick: frozenset[str]) -> bool:
         try:
-            return sinks.resolve(uri, self._settings.home) in sick
+            return sinks.store(sinks.resolve(uri, self._settings.home)) in sick
         except CasparianError:
             return False
 

@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from casparian_flow.atomic import make_folder
+from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import in_hand, sinks
 from casparian_flow.engine.bridge import Guest
@@ -105,6 +106,7 @@ class Runner:
     def __init__(self, welcome: Welcome, cache: Path) -> None:
         self._welcome = welcome
         self._limits = welcome.limits
+        self._database = DatabaseSettings(db_location=welcome.database)
         self._cache = cache
         self._environments = EnvironmentStore(cache / "envs", self._limits.environments_bytes)
         self._seats: OrderedDict[int, _Seat] = OrderedDict()
@@ -245,13 +247,13 @@ class Runner:
             ):
                 for topic, batch in batches:
                     if topic not in stages:
-                        _open_stages(stages.setdefault(topic, []), job, plans[topic])
+                        self._open(stages.setdefault(topic, []), job, plans[topic])
                     for stage in stages[topic]:
                         stage.write(batch)
                 # Who publishes nothing to a topic in mode replace takes its earlier rows away.
                 for topic in plans.keys() - stages.keys():
                     replacing = [plan for plan in plans[topic] if plan.mode == "replace"]
-                    _open_stages(stages.setdefault(topic, []), job, replacing)
+                    self._open(stages.setdefault(topic, []), job, replacing)
                 for stage in _flat(stages):
                     stage.finish()
         except BaseException:
@@ -259,6 +261,18 @@ class Runner:
                 stage.discard()
             raise
         return _flat(stages)
+
+    def _open(self, stages: list[Stage], job: Assignment, plans: Sequence[OutputPlan]) -> None:
+        """Add one for each plan; where one cannot be opened, those before it can be discarded."""
+        lineage = Lineage(
+            file_version_id=job.version_id,
+            job_id=job.job_id,
+            source_hash=job.content_hash,
+            plugin_version=job.plugin_version,
+        )
+        for plan in plans:
+            sink = sinks.open_sink(plan.location, self._database)
+            stages.append(sink.open_stage(plan, lineage, job.attempt))
 
     def _seat(self, artifact: Artifact) -> _Seat:
         """A living guest of this artifact, warm if there is one."""
@@ -335,18 +349,6 @@ def _by_topic(plans: Sequence[OutputPlan]) -> dict[str, list[OutputPlan]]:
     for plan in plans:
         topics.setdefault(plan.topic, []).append(plan)
     return topics
-
-
-def _open_stages(stages: list[Stage], job: Assignment, plans: Sequence[OutputPlan]) -> None:
-    """Add one for each plan; where one cannot be opened, those before it are there to discard."""
-    lineage = Lineage(
-        file_version_id=job.version_id,
-        job_id=job.job_id,
-        source_hash=job.content_hash,
-        plugin_version=job.plugin_version,
-    )
-    for plan in plans:
-        stages.append(sinks.open_sink(plan.location).open_stage(plan, lineage, job.attempt))
 
 
 def _flat(stages: dict[str, list[Stage]]) -> list[Stage]:

@@ -260,6 +260,7 @@ class Sentinel:
             protocol.Welcome(
                 guests_folder=str(database.guests_folder),
                 inode=os.stat(database.state_folder).st_ino,
+                database=str(database.path),
                 guests=self._settings.workers.guests,
                 limits=self._settings.guest,
                 lease_seconds=LEASE_SECONDS if peer.connection else 0.0,

@@ -183,7 +183,7 @@ def places(settings: Settings, manifest: Manifest) -> dict[str, str]:
     """
     uris = {t: manifest.sinks.get(t, settings.output.default_uri) for t in manifest.topics}
     for uri in uris.values():
-        sinks.resolve(uri, settings.home)
+        sinks.check_usable(sinks.resolve(uri, settings.home), settings.database)
     return uris
 
 

@@ -284,7 +284,7 @@ def set_topic(
         raise NotFound(f"no plugin is named {plugin!r}", "casparian plugins")
     if mode not in MODES:
         raise ConfigError(f"there is no mode {mode!r}", f"use one of {', '.join(MODES)}")
-    sinks.resolve(uri, settings.home)
+    sinks.check_usable(sinks.resolve(uri, settings.home), settings.database)
 
     def work(connection: Connection) -> list[str]:
         newest = plugins.find(connection, plugin, str(known[-1]))

@@ -58,7 +58,7 @@ def _take(database: DatabaseSettings, ledger: Ledger, locations: list[str]) -> l
     words = []
     for location in dict.fromkeys([*locations, *noted]):
         try:
-            news = list(sinks.open_sink(location).inventory(known))
+            news = list(sinks.open_sink(location, database).inventory(known))
         except CasparianError as error:
             log.warning("the sink %s could not be inventoried: %s", location, error.message)
             continue
@@ -143,6 +143,8 @@ def _note(database: DatabaseSettings, noted: list[str], locations: list[str]) ->
 
 def _relative(location: str, folder: Path) -> str:
     """The sink's URI from a folder on, where it lies below it."""
+    if location.startswith(sinks.SERVER):
+        return location
     prefix = next(p for p in sinks.PREFIXES.values() if location.startswith(p))
     path = location.removeprefix(prefix)
     inside = os.path.commonpath([path, folder]) == str(folder)

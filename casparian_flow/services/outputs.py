@@ -35,7 +35,7 @@ def forget(ledger: Ledger, name: str) -> list[str]:
         NotFound: no published output has that name.
         CasparianError: the sink holds it whole.
     """
-    broken = [row for row in _broken(_named(ledger, name), name) if not row.forgotten]
+    broken = [row for row in _broken(ledger, _named(ledger, name), name) if not row.forgotten]
 
     def work(connection: Connection) -> None:
         outputs.forget(connection, [row.output_key for row in broken])
@@ -60,11 +60,11 @@ def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
             neither in its snapshot nor in its file any more; nothing was changed.
         SinkConflict: an altered file stands in its place.
     """
-    broken = _broken(_named(ledger, name), name)
+    broken = _broken(ledger, _named(ledger, name), name)
     for row in broken:
         _check_bytes(row, settings)
     for row in broken:
-        sinks.open_sink(row.location).withdraw(claim(row))
+        sinks.open_sink(row.location, ledger.database).withdraw(claim(row))
     crashpoint("outputs.withdrawn")
 
     def work(connection: Connection) -> list[int]:
@@ -105,13 +105,17 @@ def _named(ledger: Ledger, name: str) -> list[Any]:
     return due
 
 
-def _broken(rows: Sequence[Any], name: str) -> list[Any]:
+def _broken(ledger: Ledger, rows: Sequence[Any], name: str) -> list[Any]:
     """Those that their sinks do not hold whole.
 
     Raises:
         CasparianError: there are none.
     """
-    broken = [row for row in rows if sinks.open_sink(row.location).check([claim(row)])]
+
+    def is_whole(row: Any) -> bool:
+        return not sinks.open_sink(row.location, ledger.database).check([claim(row)])
+
+    broken = [row for row in rows if not is_whole(row)]
     if not broken:
         raise CasparianError(
             f"{name} is there, and whole; nothing was changed",

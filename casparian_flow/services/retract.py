@@ -60,7 +60,7 @@ def retract(ledger: Ledger, settings: Settings, name: str, *, undo: bool = False
             return again  # it was decided before a crash, and has been done just now
         raise NotFound(_LACK[undo].format(name), "casparian outputs list")
     if not undo:
-        _check_whole(chosen)
+        _check_whole(ledger, chosen)
     keys = [row.output_key for row in chosen]
 
     def work(connection: Connection) -> None:
@@ -95,7 +95,7 @@ def roll_forward(ledger: Ledger) -> list[Any]:
 
 
 def _carry_out(ledger: Ledger, row: Any) -> None:
-    sink = sinks.open_sink(row.location)
+    sink = sinks.open_sink(row.location, ledger.database)
     if row.state == Retraction.RETRACTING:
         sink.retract(claim(row))
     else:
@@ -148,7 +148,7 @@ def _chosen(rows: Sequence[Any], *, undo: bool) -> list[Any]:
     return [row for row in rows if not (row.retracted or row.replaced or row.forgotten)]
 
 
-def _check_whole(chosen: Sequence[Any]) -> None:
+def _check_whole(ledger: Ledger, chosen: Sequence[Any]) -> None:
     """Return if each sink holds what is to be taken back, so that it can be brought back.
 
     Raises:
@@ -158,7 +158,7 @@ def _check_whole(chosen: Sequence[Any]) -> None:
     for row in chosen:
         claims[row.location].append(claim(row))
     for location, group in claims.items():
-        if faults := sinks.open_sink(location).check(group):
+        if faults := sinks.open_sink(location, ledger.database).check(group):
             raise CasparianError(
                 f"{faults[0]}; nothing was changed",
                 f"casparian outputs restore {group[0].job_id}, or: casparian outputs forget "

@@ -18,7 +18,6 @@ from functools import partial
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
-from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import roots as db_roots
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import SourceRoot
@@ -55,9 +54,8 @@ class Scout:
         self._db.commit()
         engine = self._db.get_bind()
         assert isinstance(engine, Engine)
-        database = DatabaseSettings(db_location=str(engine.url.database))
         with Ledger(engine) as ledger:
-            inventory.before_scan(database, ledger)
+            inventory.before_scan(ledger.database, ledger)
             report = scan_until_settled(ledger, known)
         self._db.expire_all()
         if report.problem:

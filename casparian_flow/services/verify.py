@@ -46,7 +46,7 @@ def verify(settings: Settings, ledger: Ledger) -> Verdict:
     verdict.checked["outputs"] = sum(map(len, claims.values()))
     verdict.checked["rows"] = sum(claim.rows for group in claims.values() for claim in group)
     for location, group in claims.items():
-        verdict.problems += _check_sink(location, group)
+        verdict.problems += _check_sink(ledger, location, group)
     verdict.problems += snapshot_checks.problems(ledger)
     return verdict
 
@@ -105,8 +105,8 @@ def _claims(connection: Connection, claims: Claims) -> Iterator[str]:
     yield from ()
 
 
-def _check_sink(location: str, group: Sequence[Claim]) -> list[str]:
+def _check_sink(ledger: Ledger, location: str, group: Sequence[Claim]) -> list[str]:
     try:
-        return list(sinks.open_sink(location).check(group))
+        return list(sinks.open_sink(location, ledger.database).check(group))
     except Exception as error:  # noqa: BLE001 - what somebody wrote into a row can be anything
         return [f"sink {location} cannot be checked: {type(error).__name__}: {error}"]

@@ -254,6 +254,8 @@ def test_a_coding_cookie_is_respected(start: Start) -> None:
 
 def test_the_guest_is_isolated_from_the_host(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "s3cret")
+    monkeypatch.setenv("CASPARIAN_MSSQL", "Server=sql;UID=sa;PWD=s3cret")
+    monkeypatch.setenv("CASPARIAN_MSSQL_PASSWORD", "s3cret")
     body = """
     import importlib.util, casparian_flow
     opened = []
@@ -262,7 +264,10 @@ def test_the_guest_is_isolated_from_the_host(start: Start, monkeypatch: pytest.M
         except OSError: continue
         opened.append(number)
     self.publish("t", pa.table({
-        'secret': ['SECRET' in os.environ],
+        'secret': [any(
+            'SECRET' in name or 'CASPARIAN' in name or 's3cret' in value
+            for name, value in os.environ.items()
+        )],
         'stdin': [sys.stdin.read()],
         'sqlalchemy': [importlib.util.find_spec("sqlalchemy") is not None],
         'fds': [opened],

@@ -219,7 +219,11 @@ def test_a_worker_that_cannot_trust_its_key_says_so_and_ends(
 def test_a_worker_of_another_filesystem_leaves(tmp_path: Path) -> None:
     def welcome(folder: Path, inode: int) -> protocol.Welcome:
         return protocol.Welcome(
-            guests_folder=str(folder / "guests"), inode=inode, guests=1, limits=GuestSettings()
+            guests_folder=str(folder / "guests"),
+            inode=inode,
+            database=str(folder / "ledger"),
+            guests=1,
+            limits=GuestSettings(),
         )
 
     inode = tmp_path.stat().st_ino

@@ -31,6 +31,7 @@ class Mutant(NamedTuple):
 
 _TRACED = "tests/syscalls/test_syscalls.py::test_nothing_is_lost"
 _SINKS = "tests/sinks"
+_SERVER = "tests/sinks/test_mssql_crashes.py::test_the_first_output"
 _DURABLE = f"{_TRACED}[what must be durable before what]"
 
 _DIES = "tests/sinks/test_crashes.py::test_a_publisher_that_dies_leaves_the_old_version_or_the_new"
@@ -241,6 +242,29 @@ MUTANTS = [
             )
         ],
         [f"{_SINKS}/test_topic_schema.py::test_a_value_that_would_change_is_refused"],
+    ),
+    Mutant(
+        "SQL Server: ledger row outside the transaction",
+        [
+            Edit(
+                "engine/sinks/mssql_publish.py",
+                '    crashpoint("mssql.ledger_written")\n',
+                '    session._connection.commit()\n    crashpoint("mssql.ledger_written")\n',
+            )
+        ],
+        [f"{_SERVER}[ledger_written]"],
+    ),
+    Mutant(
+        "SQL Server: published without a look into the ledger",
+        [
+            Edit(
+                "engine/sinks/mssql_publish.py",
+                "            done |= _adopted(aims)\n",
+                "            pass\n",
+            ),
+            Edit("engine/sinks/mssql_publish.py", "found = _adopted(aims)", "found = {}"),
+        ],
+        [f"{_SERVER}[committed]"],
     ),
 ]
 

@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.sinks.stages import Place
+from tests.tds import driver
+
+FOLDERS, SERVERS = ["parquet", "sqlite"], ["mssql"]
+"""Sinks in a folder of this machine, and tables of a server: the double of tests/tds."""
 
 
-@pytest.fixture(params=["parquet", "sqlite"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return Place(request.param, tmp_path)
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "of_a_folder: holds for sinks in a folder only")
 
 
-MODES_KNOWN = ["parquet", "sqlite"]
-"""Sinks that know modes and retract; those of another branch are added by it."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "place" in metafunc.fixturenames:
+        is_of_folder = metafunc.definition.get_closest_marker("of_a_folder")
+        schemes = FOLDERS if is_of_folder else FOLDERS + SERVERS
+        metafunc.parametrize("place", schemes, indirect=True)
+
+
+def _place(scheme: str, home: Path) -> Iterator[Place]:
+    if scheme in FOLDERS:
+        yield Place(scheme, home)
+        return
+    if not driver.choose():
+        pytest.skip("SQL SERVER IS NOT TESTED: mssql-python is not installed")
+    from tests.tds.place import ServerPlace
+    from tests.tds.server import Server
+
+    with Server() as server:
+        yield ServerPlace(server, home)
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    yield from _place(request.param, tmp_path)
+
+
+MODES_KNOWN = [*FOLDERS, *SERVERS]
+"""Every sink knows modes."""
 
 
 @pytest.fixture(params=MODES_KNOWN)
-def modes(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return Place(request.param, tmp_path)
+def modes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    yield from _place(request.param, tmp_path)
 
 
 @pytest.fixture

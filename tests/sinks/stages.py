@@ -1,4 +1,4 @@
-"""What the tests of sinks share: two sinks to hold to one contract, and outputs to publish."""
+"""What the tests of sinks share: sinks to hold to one contract, and outputs to publish."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim, Lineage, Sink
 from casparian_flow.engine.sinks.stage import Stage
@@ -31,11 +32,29 @@ class Place:
         uri = "parquet://out" if scheme == "parquet" else "sqlite:///out/tables.sqlite3"
         self.location = sinks.resolve(uri, home)
         self.database = home / "out" / "tables.sqlite3"
+        self.settings = DatabaseSettings(db_location=str(home / "ledger.sqlite3"))
 
     @property
     def sink(self) -> Sink:
         """Opened anew each time, as the Committer does."""
-        return sinks.open_sink(self.location)
+        return self.sink_of(TOPIC)
+
+    def location_of(self, topic: str) -> str:
+        """Where a topic goes."""
+        return self.location
+
+    def sink_of(self, topic: str) -> Sink:
+        """What it is published to."""
+        return sinks.open_sink(self.location_of(topic), self.settings)
+
+    def check(self, claimed: Sequence[Claim]) -> list[str]:
+        """What does not hold, in any of the topics' places."""
+        topics = dict.fromkeys(claim.topic for claim in claimed)
+        return [
+            fault
+            for topic in topics
+            for fault in self.sink_of(topic).check([c for c in claimed if c.topic == topic])
+        ]
 
     def stage(
         self, job: int = 1, attempt: str = "a1", key: str = "", topic: str = TOPIC,
@@ -43,8 +62,8 @@ class Place:
     ) -> Stage:  # fmt: skip
         plan = OutputPlan(
             topic=topic,
-            uri=self.location,
-            location=self.location,
+            uri=self.location_of(topic),
+            location=self.location_of(topic),
             mode=mode,
             output_key=hashlib.sha256((key or f"job {job}").encode()).hexdigest(),
             slot=hashlib.sha256((slot or f"slot of {topic}").encode()).hexdigest(),
@@ -54,7 +73,7 @@ class Place:
         lineage = Lineage(
             file_version_id=job + 100, job_id=job, source_hash="ab" * 32, plugin_version="1.2.3"
         )
-        return self.sink.open_stage(plan, lineage, attempt)
+        return self.sink_of(topic).open_stage(plan, lineage, attempt)
 
     def sealed(self, columns: Any, job: int = 1, **named: Any) -> StagedOutput:
         """A sealed output of these columns: a batch, or a dict of lists."""

@@ -25,18 +25,20 @@ from tests.sinks.stages import TOPIC, Place, claims
 
 ROOT = Path(__file__).parents[2]
 HOSTILE_NAMES = [
-    'qu"ote', "apos'trophe", "new\nline", "שלום", "\u202egpj.exe", "ü" * 255, " ", "a.b", "?", ":x",
+    'qu"ote', "apos'trophe", "new\nline", "שלום", "\u202egpj.exe", "ü" * 128, " ", "a.b", "?", ":x",
     "select", "DROP TABLE sales; --", "🐟", "\\", "%s", "]", "rowid", "__index_level_0__",
 ]  # fmt: skip
 
 PUBLISHER = """
 import sys
 import msgspec
+from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import sinks
 from casparian_flow.protocol import Published, StagedOutput
 
 staged = msgspec.json.decode(sys.stdin.buffer.readline(), type=StagedOutput)
-sink = sinks.open_sink(staged.location)
+settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=DatabaseSettings)
+sink = sinks.open_sink(staged.location, settings)
 print("ready", flush=True)
 sys.stdin.readline()
 (outcome,) = sink.publish([staged])
@@ -45,13 +47,14 @@ print(msgspec.json.encode(outcome).decode(), flush=True)
 """A process that publishes one output when it is told to."""
 
 
-def publisher(output: StagedOutput) -> subprocess.Popen[bytes]:
+def publisher(place: Place, output: StagedOutput) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-c", PUBLISHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin
     assert process.stdout
-    process.stdin.write(msgspec.json.encode(output) + b"\n")
+    for word in (output, place.settings):
+        process.stdin.write(msgspec.json.encode(word) + b"\n")
     process.stdin.flush()
     assert process.stdout.readline() == b"ready\n"
     return process
@@ -87,7 +90,7 @@ def test_many_outputs_in_one_call(place: Place) -> None:
     assert [published(seen).adopted for seen in found] == [False] * 10
     assert sorted(row["id"] for t in range(3) for row in place.rows(f"t{t}")) == [*range(1, 11)]
     assert place.staged_files() == []
-    assert place.sink.check(claims(outputs, found)) == []
+    assert place.check(claims(outputs, found)) == []
 
 
 def test_an_output_without_rows(place: Place) -> None:
@@ -129,7 +132,9 @@ def test_two_processes_that_race_publish_once(place: Place) -> None:
     rounds = 5
     for number in range(rounds):
         rivals = [
-            publisher(place.sealed({"id": [number] * 50}, key=f"{number}", attempt=f"{number}-{n}"))
+            publisher(
+                place, place.sealed({"id": [number] * 50}, key=f"{number}", attempt=f"{number}-{n}")
+            )
             for n in range(2)
         ]
         for rival in rivals:
@@ -145,7 +150,7 @@ def test_a_publisher_that_is_killed_leaves_the_rows_once(place: Place) -> None:
     """Killed at a moment nobody chose, then published again, as after any crash."""
     outputs = [place.sealed({"id": [*range(40_000)]}, job, attempt=f"{job}") for job in (1, 2, 3)]
     for output in outputs:
-        process = publisher(output)
+        process = publisher(place, output)
         assert process.stdin
         process.stdin.write(b"go\n")
         process.stdin.flush()
@@ -154,7 +159,7 @@ def test_a_publisher_that_is_killed_leaves_the_rows_once(place: Place) -> None:
     found = place.publish(*outputs)
     assert [published(seen).rows for seen in found] == [40_000] * 3
     assert len(place.rows()) == 120_000
-    assert place.sink.check(claims(outputs, found)) == []
+    assert place.check(claims(outputs, found)) == []
 
 
 def test_readers_see_whole_outputs_only(place: Place) -> None:
@@ -203,6 +208,7 @@ def test_a_staged_file_cut_at_any_byte_is_told_of(place: Place) -> None:
     assert place.rows() == []
 
 
+@pytest.mark.of_a_folder
 def test_a_folder_that_somebody_deletes_meanwhile_is_made_again(place: Place) -> None:
     published(*place.publish(place.sealed({"id": [1]}, job=1)))
     output = place.sealed({"id": [2]}, job=2)
@@ -220,6 +226,11 @@ def test_hostile_column_names(place: Place, name: str) -> None:
     published(*place.publish(place.sealed({"plain": [1], name: ["x"]})))
     published(*place.publish(place.sealed({name: ["y"]}, job=2)))
     assert [row[name] for row in place.rows()] == ["x", "y"]
+
+
+@pytest.mark.of_a_folder
+def test_a_column_name_as_long_as_a_filename(place: Place) -> None:
+    test_hostile_column_names(place, "ü" * 255)
 
 
 @pytest.mark.parametrize(
@@ -318,12 +329,14 @@ def test_a_stage_that_cannot_be_opened_leaves_nothing(
     assert not place.staged_files()
 
 
+@pytest.mark.of_a_folder
 def test_our_outputs_are_marked_as_ours(place: Place) -> None:
     place.publish(place.sealed({"id": [1]}))
     marked = owned(place.home / "out" / ".casparian")
     assert marked == ([TOPIC] if place.scheme == "parquet" else ["tables.sqlite3*"])
 
 
+@pytest.mark.of_a_folder
 def test_a_target_that_cannot_be_written(place: Place) -> None:
     """A file where the folder should be: it holds for root as well."""
     (place.home / "out").write_bytes(b"not a folder")
@@ -346,6 +359,7 @@ except SinkUnavailable as refused:
 """Opens a stage, and prints what the sink says of it."""
 
 
+@pytest.mark.of_a_folder
 def test_a_folder_without_the_right_to_write(place: Place) -> None:
     command = [sys.executable, "-c", STAGER, place.scheme, str(place.home)]
     if os.geteuid() == 0:  # it may write everywhere, until it gives that right up
@@ -370,6 +384,7 @@ def test_check_tells_of_claims_that_do_not_hold(place: Place, fault: str) -> Non
     assert said.startswith(bad.target)
 
 
+@pytest.mark.of_a_folder
 def test_check_tells_of_a_sink_that_is_gone(place: Place) -> None:
     output = place.sealed({"id": [1]})
     made = claims([output], place.publish(output))
@@ -396,6 +411,7 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.of_a_folder
 @pytest.mark.parametrize("moment", ["staging", "publishing"])
 def test_a_full_disk_is_waited_for(place: Place, small_disk: Path, moment: str) -> None:
     place = Place(place.scheme, small_disk)
@@ -420,6 +436,7 @@ def test_a_full_disk_is_waited_for(place: Place, small_disk: Path, moment: str) 
     assert len(place.rows()) == 100
 
 
+@pytest.mark.of_a_folder
 def test_a_read_only_disk_is_waited_for(place: Place, small_disk: Path) -> None:
     place = Place(place.scheme, small_disk)
     published(*place.publish(place.sealed({"id": [1]}, job=1)))
@@ -435,6 +452,7 @@ def test_a_read_only_disk_is_waited_for(place: Place, small_disk: Path) -> None:
     assert [row["id"] for row in place.rows()] == [1, 2]
 
 
+@pytest.mark.of_a_folder
 def test_a_foreign_target_is_left_untouched(place: Place) -> None:
     output = place.sealed({"id": [1]})
     if place.scheme == "parquet":

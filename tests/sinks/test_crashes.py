@@ -18,12 +18,13 @@ PUBLISHER = """
 import sys
 import msgspec
 from casparian_flow import config
+from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import sinks
 from casparian_flow.protocol import StagedOutput
 
 config.arm_crashpoints()
 staged = msgspec.json.decode(sys.stdin.buffer.read(), type=list[StagedOutput])
-sinks.open_sink(staged[0].location).publish(staged)
+sinks.open_sink(staged[0].location, DatabaseSettings()).publish(staged)
 """
 
 POINTS = [

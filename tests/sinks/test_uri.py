@@ -36,8 +36,7 @@ def test_the_path_becomes_absolute(uri: str, location: str) -> None:
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
-        ("mssql://table", "sink scheme 'mssql' is not supported yet; supported: parquet, sqlite"),
-        ("ftp://host/x", "sink scheme 'ftp' is not supported; supported: parquet, sqlite"),
+        ("ftp://host/x", "sink scheme 'ftp' is not supported; supported: parquet, sqlite, mssql"),
         ("output/folder", "'output/folder' is not supported"),
         ("", "is not supported"),
         ("parquet://", "has no path"),
@@ -54,6 +53,42 @@ def test_others_are_refused_with_what_is_accepted(uri: str, said: str) -> None:
         sinks.resolve(uri, HOME)
     assert "parquet://path/to/output" in refused.value.hint
     assert "sqlite:///path/to/db.sqlite3" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("uri", "schema", "table"),
+    [
+        ("mssql://table", "", "table"),
+        ("mssql://dbo.table", "dbo", "table"),
+        ("mssql://[my.schema].[a ]] table]", "my.schema", "a ] table"),
+        ("mssql://select", "", "select"),
+        ("mssql://Größe.таблица", "Größe", "таблица"),
+        ("mssql://" + "x" * 128, "", "x" * 128),
+    ],
+)
+def test_a_table_of_sql_server(uri: str, schema: str, table: str) -> None:
+    assert sinks.resolve(uri, HOME) == uri
+    assert sinks.table_of(uri) == (schema, table)
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("mssql://", "does not name a table"),
+        ("mssql://a.b.c", "does not name a table"),
+        ("mssql://a]b", "does not name a table"),
+        ("mssql://[a", "does not name a table"),
+        ("mssql://a\nb", "cannot be shown"),
+        ("mssql://" + "x" * 129, "longer than 128"),
+        ("mssql://" + "🐟" * 65, "longer than 128"),
+        ("mssql://#temp", "not of a table that stays"),
+        ("mssql://_cf_outputs", "reserved to us"),
+        ("mssql://dbo.Casparian_Stage_1", "reserved to us"),
+    ],
+)
+def test_tables_that_are_refused(uri: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        sinks.resolve(uri, HOME)
 
 
 def test_opening_touches_nothing(place: Place) -> None:

@@ -2,6 +2,7 @@
 
     parquet://path/to/output            a folder; the topic is a folder in it, each output a file
     sqlite:///path/to/db.sqlite3        a database; the topic is a table in it
+    mssql://table, mssql://schema.table a table of the SQL Server that the configuration names
 
 The path starts at the configuration's folder; one more slash makes it absolute
 (`parquet:///abs`, `sqlite:////abs`). pyarrow is imported when a sink is opened, not before.
@@ -10,7 +11,8 @@ The path starts at the configuration's folder; one more slash makes it absolute
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,17 +20,25 @@ from casparian_flow.errors import ConfigError
 from casparian_flow.protocol import StagedOutput
 
 if TYPE_CHECKING:
+    from casparian_flow.config import DatabaseSettings
     from casparian_flow.engine.sinks.base import Sink
     from casparian_flow.engine.sinks.stage import Stage
 
 PREFIXES = {"parquet": "parquet://", "sqlite": "sqlite:///"}
 """Scheme -> what stands before the path."""
 
-_ACCEPTED = "write parquet://path/to/output or sqlite:///path/to/db.sqlite3"
+SERVER = "mssql://"
+"""What stands before a table of SQL Server."""
+
+_ACCEPTED = "write parquet://path/to/output, sqlite:///path/to/db.sqlite3 or mssql://table"
+
+_PART = r"(?:\[((?:[^\]]|\]\])+)\]|([^.\[\]]+))"
+_TABLE = re.compile(rf"(?:{_PART}\.)?{_PART}")
+_NAME_LIMIT = 128
 
 
 def resolve(uri: str, home: Path) -> str:
-    """The sink's location: its URI with the path made absolute.
+    """The sink's location: its URI with the path made absolute; a table's URI as it is.
 
     Args:
         uri: as configured, or as a MANIFEST says.
@@ -38,11 +48,13 @@ def resolve(uri: str, home: Path) -> str:
         ConfigError: another scheme, no path, or parameters after a `?`.
     """
     scheme = uri.partition("://")[0]
+    if uri.startswith(SERVER):
+        table_of(uri)
+        return uri
     prefix = PREFIXES.get(scheme)
     if prefix is None:
-        yet = " yet" if scheme == "mssql" else ""
         raise ConfigError(
-            f"sink scheme {scheme!r} is not supported{yet}; supported: {', '.join(PREFIXES)}",
+            f"sink scheme {scheme!r} is not supported; supported: {', '.join(PREFIXES)}, mssql",
             _ACCEPTED,
         )
     path = uri.removeprefix(prefix)
@@ -53,14 +65,93 @@ def resolve(uri: str, home: Path) -> str:
     return prefix + os.path.abspath(home / path)
 
 
-def open_sink(location: str) -> Sink:
-    """The sink at a location that `resolve` gave. Touches nothing yet."""
+def table_of(uri: str) -> tuple[str, str]:
+    """Schema and table of an `mssql://` URI; no schema means the login's own.
+
+    A name may stand in brackets, as in T-SQL: `mssql://[my.schema].[a ]] table]`.
+
+    Raises:
+        ConfigError: it does not name a table that can be ours.
+    """
+    found = _TABLE.fullmatch(uri.removeprefix(SERVER))
+    if not found:
+        raise ConfigError(
+            f"sink {uri!r} does not name a table", "write mssql://table or mssql://schema.table"
+        )
+    bracketed_schema, schema, bracketed_table, table = found.groups("")
+    names = tuple((b.replace("]]", "]") or p) for b, p in
+                  ((bracketed_schema, schema), (bracketed_table, table)))  # fmt: skip
+    for name in filter(None, names):
+        fault = (
+            "has characters that cannot be shown" if not name.isprintable()
+            else f"is longer than {_NAME_LIMIT} characters" if _units(name) > _NAME_LIMIT
+            else "is not of a table that stays" if name.startswith("#")
+            else "is reserved to us" if name.lower().startswith(("_cf_", "casparian_stage_"))
+            else ""
+        )  # fmt: skip
+        if fault:
+            raise ConfigError(f"sink {uri!r}: the name {name[:40]!r} {fault}", "choose another")
+    return names[0], names[1]
+
+
+def _units(name: str) -> int:
+    return len(name.encode("utf-16-le")) // 2
+
+
+def open_sink(location: str, database: DatabaseSettings) -> Sink:
+    """The sink at a location that `resolve` gave. Touches nothing yet.
+
+    Args:
+        database: the ledger's. What has no folder of its own is staged beside it, and it knows the
+            way to SQL Server (a Worker's does not: it needs none).
+    """
+    if location.startswith(SERVER):
+        from casparian_flow.engine.sinks.mssql import MssqlSink
+
+        return MssqlSink(location, database)
     from casparian_flow.engine.sinks.parquet import ParquetSink
     from casparian_flow.engine.sinks.sqlite import SqliteSink
 
     scheme = location.partition("://")[0]
     path = Path(location.removeprefix(PREFIXES[scheme]))
     return ParquetSink(path) if scheme == "parquet" else SqliteSink(path)
+
+
+def store(location: str) -> str:
+    """What one transaction can hold: all tables of the SQL Server, else the sink itself.
+
+    What goes there of one job appears together, and it is paused as one.
+    """
+    return SERVER if location.startswith(SERVER) else location
+
+
+def check_usable(location: str, database: DatabaseSettings) -> None:
+    """Return if nothing is missing on our side for a sink to be used.
+
+    Raises:
+        ConfigError: it is a table of SQL Server, and no server is configured, or its driver is not
+            installed.
+    """
+    if location.startswith(SERVER):
+        from casparian_flow.engine.sinks.mssql_session import check_configured
+
+        check_configured(database.mssql)
+
+
+def drop_stages(location: str, database: DatabaseSettings, tag: str, owed: Collection[str]) -> None:
+    """Drop the stage tables of a ledger that nothing is published from; only SQL Server has any.
+
+    Args:
+        tag: the ledger's; the names of its staged files begin with it.
+        owed: staged files that are still to be published.
+
+    Raises:
+        SinkUnavailable: the server cannot be asked.
+    """
+    if location.startswith(SERVER):
+        from casparian_flow.engine.sinks.mssql import MssqlSink
+
+        MssqlSink(location, database).drop_stages(tag, owed)
 
 
 def seal(stages: Sequence[Stage]) -> list[StagedOutput]:

@@ -49,9 +49,7 @@ class Column:
         """
         try:
             values = _values(array.cast(self.plain))
-            if pa.types.is_nested(self.plain):
-                return [None if value is None else _json(value) for value in values]
-            return values
+            return _json_texts(values) if pa.types.is_nested(self.plain) else values
         except (ValueError, NotImplementedError) as error:
             raise OutputRefused(
                 f"column {self.name!r} ({self.kind}) cannot be stored in SQLite: {error}",
@@ -79,7 +77,7 @@ def columns_of(schema: Any) -> list[Column]:
 def _column(name: str, kind: Any) -> Column:
     types = pa.types
     plain = kind
-    while _is_wrapped(plain):
+    while is_wrapped(plain):
         plain = plain.value_type if types.is_dictionary(plain) else plain.storage_type
     declared = "TEXT"
     if types.is_integer(plain):
@@ -88,7 +86,7 @@ def _column(name: str, kind: Any) -> Column:
         plain, declared = pa.float64(), "REAL"
     elif types.is_boolean(plain) or types.is_duration(plain):
         declared = "INTEGER"
-    elif _is_binary(plain):
+    elif is_binary(plain):
         declared = "BLOB"
     elif types.is_null(plain):
         declared = ""
@@ -120,7 +118,7 @@ def fold(name: str) -> str:
 def _values(array: Any) -> list[Any]:
     """Python values of an Arrow array, exact, as SQLite or JSON takes them."""
     types = pa.types
-    while _is_wrapped(kind := array.type):
+    while is_wrapped(kind := array.type):
         array = array.dictionary_decode() if types.is_dictionary(kind) else array.storage
     if types.is_map(kind):
         pair = pa.struct([("key", kind.key_type), ("value", kind.item_type)])
@@ -136,7 +134,7 @@ def _values(array: Any) -> list[Any]:
     elif types.is_temporal(kind) or types.is_decimal(kind):
         return _texts(array)
     elif types.is_floating(kind) and pc.any(pc.is_nan(array)).as_py():
-        raise ValueError("SQLite has no NaN; publish null instead")
+        raise ValueError("it has no NaN; publish null instead")
     values: list[Any] = array.to_pylist()
     return values
 
@@ -163,18 +161,38 @@ def _texts(array: Any) -> list[Any]:
     return [None if text is None else text + zone for text in texts]
 
 
+def json_texts(array: Any) -> list[str | None]:
+    """A list of lists, maps or structs as JSON texts.
+
+    Raises:
+        ValueError, NotImplementedError: a value in them that JSON cannot hold as it is.
+    """
+    return _json_texts(_values(array))
+
+
+def _json_texts(values: list[Any]) -> list[str | None]:
+    return [None if value is None else _json(value) for value in values]
+
+
 def _json(value: Any) -> str:
     return json.dumps(
         value, allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=bytes.hex
     )
 
 
-def _is_wrapped(kind: Any) -> bool:
+def is_wrapped(kind: Any) -> bool:
     """Whether values of this type are kept as values of another."""
     return isinstance(kind, pa.BaseExtensionType) or bool(pa.types.is_dictionary(kind))
 
 
-def _is_binary(kind: Any) -> bool:
+def is_text(kind: Any) -> bool:
+    """Whether values of this type are strings."""
+    types = pa.types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def is_binary(kind: Any) -> bool:
+    """Whether values of this type are bytes."""
     types = pa.types
     return bool(
         types.is_binary(kind) or types.is_large_binary(kind)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from casparian_flow.engine.sinks import PREFIXES
+from casparian_flow.engine.sinks import PREFIXES, SERVER
 from casparian_flow.engine.sinks import sqlite_tables as tables
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import CasparianError, NotFound
@@ -117,6 +117,12 @@ def _names(question: str, table: str) -> bool:
 
 def _create(database: Any, name: str, outputs: Sequence[Output], shown: bool) -> None:
     """One view over the files and the copied tables, their columns united by name."""
+    for output in outputs:
+        if output["location"].startswith(SERVER):
+            raise CasparianError(
+                f"topic {output['topic']!r} is in SQL Server, where this does not look",
+                f"ask the server itself, for table {output['target'].removeprefix(SERVER)}",
+            )
     parts = []
     files = [_files(o["target"]) for o in outputs if o["location"].startswith(PREFIXES["parquet"])]
     if files:

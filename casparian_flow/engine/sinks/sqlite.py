@@ -21,9 +21,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from casparian_flow import atomic
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks import sqlite_ledger as ledger
@@ -34,13 +31,11 @@ from casparian_flow.engine.sinks.base import (
     Found,
     Lineage,
     facts_of,
-    is_disk_fault,
-    lost,
     unavailable,
 )
 from casparian_flow.engine.sinks.columns import columns_of
 from casparian_flow.engine.sinks.sqlite_tables import Rows
-from casparian_flow.engine.sinks.stage import Stage
+from casparian_flow.engine.sinks.stage import Stage, reading
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
 
@@ -236,7 +231,7 @@ class SqliteSink:
         if output.mode == "error":
             promised = ledger.shown(connection, output.topic)
             tables.check_all_ours(connection, output.topic, promised)
-        with _staged(output) as staged:
+        with reading(output) as staged:
             footer = staged.metadata.metadata
             record = {
                 **place, "output_key": output.output_key, "topic": output.topic,
@@ -312,24 +307,3 @@ class SqliteSink:
                     f"{claim.target}: {there.get(record['job_id'], 0)} rows of job "
                     f"{record['job_id']}, where {promised[record['job_id']]} were published"
                 )
-
-
-@contextlib.contextmanager
-def _staged(output: StagedOutput) -> Iterator[Any]:
-    """The staged Parquet file of an output.
-
-    Raises:
-        JobError: it is gone, damaged, or another one.
-        SinkUnavailable: the disk refused to read it.
-    """
-    try:
-        with pq.ParquetFile(output.stage) as staged:
-            if staged.metadata.num_rows != output.rows:
-                raise lost(output, f"it has {staged.metadata.num_rows} rows, not {output.rows}")
-            yield staged
-    except FileNotFoundError as error:
-        raise lost(output, "it is gone") from error
-    except (OSError, pa.ArrowException) as error:
-        if is_disk_fault(error):
-            raise unavailable(error, Path(output.stage)) from error
-        raise lost(output, error) from error

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from casparian_flow.atomic import fsync_path, make_folder
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks import parts
-from casparian_flow.engine.sinks.base import Lineage, is_disk_fault, unavailable
+from casparian_flow.engine.sinks.base import Lineage, is_disk_fault, lost, unavailable
 from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, fit
 from casparian_flow.errors import OutputRefused
 from casparian_flow.protocol import MODES, OutputPlan, StagedOutput
@@ -204,6 +204,27 @@ class Stage:
             if is_disk_fault(error):
                 raise unavailable(error, self.path) from error
             raise _refusal(self._plan.topic, columns, error) from error
+
+
+@contextlib.contextmanager
+def reading(output: StagedOutput) -> Iterator[Any]:
+    """The staged Parquet file of an output, for the Committer.
+
+    Raises:
+        JobError: it is gone, damaged, or another one.
+        SinkUnavailable: the disk refused to read it.
+    """
+    try:
+        with pq.ParquetFile(output.stage) as staged:
+            if staged.metadata.num_rows != output.rows:
+                raise lost(output, f"it has {staged.metadata.num_rows} rows, not {output.rows}")
+            yield staged
+    except FileNotFoundError as error:
+        raise lost(output, "it is gone") from error
+    except (OSError, pa.ArrowException) as error:
+        if is_disk_fault(error):
+            raise unavailable(error, Path(output.stage)) from error
+        raise lost(output, error) from error
 
 
 def _check_plan(plan: OutputPlan) -> None:

@@ -1,0 +1,304 @@
+"""How columns of Arrow become columns of SQL Server, so that no value changes on the way.
+
+    boolean                     bit
+    uint8; int8, int16          tinyint; smallint
+    uint16, int32               int
+    uint32, int64               bigint
+    uint64                      decimal(20,0): above 2**63-1 too
+    float16, float32; float64   real; float; NaN, infinities and subnormals are refused
+    decimal of p digits         decimal(p,s); one of more than 38 digits is refused
+    date32, date64              date
+    time32, time64              time(7)
+    timestamp                   datetime2(7); with a zone datetimeoffset(7), in UTC
+    duration                    bigint, nanoseconds
+    string                      nvarchar(max)
+    binary                      varbinary(max)
+    list, map, struct           nvarchar(max), JSON as in `columns`
+    null                        (none): such a column is made when its type is known
+
+Dictionaries and extension types are what their values are. Moments have 100 ns: nanoseconds that do
+not fit are refused, and so are dates outside of the years 1 to 9999.
+
+A table that has a column of another type takes its values where each one fits exactly; numbers
+only. `nvarchar(n)` and `varbinary(n)`, which a person made of a column, take what fits into them.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from casparian_flow.engine.sinks import columns
+from casparian_flow.engine.sinks.base import LINEAGE
+from casparian_flow.errors import OutputRefused
+
+COLUMNS_LIMIT = 1024 - len(LINEAGE)
+"""Columns of a table, besides ours."""
+
+NAME_LIMIT = 128
+"""UTF-16 units of a name."""
+
+_CELL_BYTES = (1 << 31) - 1
+"""The longest `max` value; a character takes two bytes or four."""
+
+_FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799
+"""Of the years 1 and 9999, from 1970 on."""
+
+_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+_DAY = 86_400
+
+_PLAIN = {
+    "bit": pa.bool_(), "tinyint": pa.uint8(), "smallint": pa.int16(), "int": pa.int32(),
+    "bigint": pa.int64(), "real": pa.float32(), "float": pa.float64(), "date": pa.date32(),
+    "time(7)": pa.time64("ns"), "nvarchar(max)": pa.large_string(),
+    "varbinary(max)": pa.large_binary(),
+}  # fmt: skip
+"""Declared type -> the Arrow type whose values the driver sends for it."""
+
+_INTEGERS = {"tinyint", "smallint", "int", "bigint"}
+
+_SMALLEST = {pa.float32(): 2.0**-126, pa.float64(): 2.0**-1022}
+"""The least number that is not subnormal; SQL Server's ranges begin there."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column on its way from Arrow to SQL Server."""
+
+    name: str
+    kind: Any
+    """The Arrow type it has in the output."""
+    declared: str
+    """Its type in the table; empty where the output has nothing but nulls."""
+    source: str
+    """Its name in the output: the table may have it in other letters."""
+
+    @property
+    def loaded(self) -> str:
+        """Its type in the stage table: the same, as long as can be."""
+        base = self.declared.partition("(")[0]
+        return f"{base}(max)" if base in ("nvarchar", "varbinary") else self.declared
+
+    @property
+    def plain(self) -> Any:
+        """The Arrow type in which the driver gets it."""
+        if self.declared.startswith("decimal"):
+            precision, scale = _digits(self.declared)
+            return pa.decimal128(precision, scale)
+        if self.declared.startswith("datetime"):
+            unit = "ns" if _unwrapped(self.kind).unit == "ns" else "us"
+            return pa.timestamp(unit, "UTC" if self.declared == "datetimeoffset(7)" else None)
+        return _PLAIN[self.loaded]
+
+    def array(self, values: Any) -> Any:
+        """The values as the driver sends them.
+
+        Raises:
+            OutputRefused: a value that SQL Server cannot hold as it is.
+        """
+        try:
+            return _exact(_decoded(values), self.plain)
+        except (ValueError, NotImplementedError) as error:
+            raise self._refused(f"cannot be stored in SQL Server as {self.declared}: {error}",
+                                "convert the column in the plugin") from error  # fmt: skip
+
+    def fit(self, declared: str) -> Column:
+        """The column as a table takes it that declares it so.
+
+        Raises:
+            OutputRefused: its values would change there.
+        """
+        if not self.declared or declared == self.declared:
+            return self
+        here = replace(self, declared=declared)
+        if here.loaded == self.loaded or _are_numbers(declared, self.declared):
+            return here
+        raise self._refused(
+            f"is {declared} in the table, not {self.declared}",
+            "convert the column in the plugin, or give it another name",
+        )
+
+    def named(self, name: str) -> Column:
+        """The same column under the name that the table has for it."""
+        return replace(self, name=name)
+
+    def _refused(self, words: str, hint: str) -> OutputRefused:
+        return OutputRefused(f"column {self.name!r} ({self.kind}) {words}", hint)
+
+
+def columns_of(schema: Any) -> list[Column]:
+    """What the columns of an Arrow schema become.
+
+    Raises:
+        OutputRefused: a type or a name that SQL Server does not have, two names that it takes for
+            one, or too many columns.
+    """
+    found = [Column(each.name, each.type, _declared(each), each.name) for each in schema]
+    names = Counter(fold(column.name) for column in found)
+    for column in found:
+        if len(column.name.encode("utf-16-le")) // 2 > NAME_LIMIT:
+            raise OutputRefused(
+                f"column {column.name[:40]!r}... has a name of more than {NAME_LIMIT} characters",
+                "rename the column in the plugin",
+            )
+        if names[fold(column.name)] > 1:
+            raise OutputRefused(
+                f"SQL Server may not tell column {column.name!r} from another: most databases "
+                "ignore case, width and blanks at the end",
+                "rename the column in the plugin",
+            )
+    check_count(len(found) - sum(column.name in LINEAGE for column in found))
+    return found
+
+
+def check_count(count: int) -> None:
+    """Return if a table can have so many columns besides ours.
+
+    Raises:
+        OutputRefused: it cannot.
+    """
+    if count > COLUMNS_LIMIT:
+        raise OutputRefused(
+            f"{count} columns are too many: a table of SQL Server has {COLUMNS_LIMIT} at most, "
+            "besides ours",
+            "publish fewer columns, or a column of lists",
+        )
+
+
+def fold(name: str) -> str:
+    """A name as a database compares it that ignores case and width, as most do."""
+    return unicodedata.normalize("NFKC", name).casefold().rstrip(" ")
+
+
+def declared_as(base: str, max_length: int, precision: int, scale: int) -> str:
+    """A column's type in words, from what the catalog (`sys.columns`) says of it."""
+    if base in ("decimal", "numeric"):
+        return f"decimal({precision},{scale})"
+    if base in ("time", "datetime2", "datetimeoffset"):
+        return f"{base}({scale})"
+    if base in ("nvarchar", "nchar"):
+        return f"{base}({'max' if max_length < 0 else max_length // 2})"
+    if base in ("varchar", "char", "varbinary", "binary"):
+        return f"{base}({'max' if max_length < 0 else max_length})"
+    return base
+
+
+def _declared(field: Any) -> str:
+    """The T-SQL type of an Arrow field; empty for one of nulls."""
+    types, kind = pa.types, _unwrapped(field.type)
+    if types.is_decimal(kind) and kind.scale >= 0 and kind.precision <= 38:
+        return f"decimal({max(kind.precision, kind.scale)},{kind.scale})"
+    for known, declared in (
+        (types.is_null, ""),
+        (types.is_boolean, "bit"),
+        (types.is_uint8, "tinyint"),
+        (lambda kind: types.is_int8(kind) or types.is_int16(kind), "smallint"),
+        (lambda kind: types.is_int32(kind) or types.is_uint16(kind), "int"),
+        (lambda kind: types.is_int64(kind) or types.is_uint32(kind), "bigint"),
+        (types.is_uint64, "decimal(20,0)"),
+        (types.is_float64, "float"),
+        (types.is_floating, "real"),
+        (types.is_date, "date"),
+        (types.is_time, "time(7)"),
+        (types.is_timestamp, "datetimeoffset(7)" if getattr(kind, "tz", "") else "datetime2(7)"),
+        (types.is_duration, "bigint"),
+        (columns.is_text, "nvarchar(max)"),
+        (columns.is_binary, "varbinary(max)"),
+        (types.is_nested, "nvarchar(max)"),
+    ):
+        if known(kind):
+            return declared
+    raise OutputRefused(
+        f"column {field.name!r} ({field.type}) cannot be stored in SQL Server: it has no such type",
+        "convert the column in the plugin",
+    )
+
+
+def _unwrapped(kind: Any) -> Any:
+    """The type of the values that a dictionary or an extension type stands for."""
+    while columns.is_wrapped(kind):
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind.storage_type
+    return kind
+
+
+def _decoded(array: Any) -> Any:
+    """The same values without a dictionary or extension type around them, none of them nested."""
+    while columns.is_wrapped(array.type):
+        is_dictionary = pa.types.is_dictionary(array.type)
+        array = array.dictionary_decode() if is_dictionary else array.storage
+    if pa.types.is_nested(array.type):
+        return pa.array(columns.json_texts(array), pa.large_string())
+    return array
+
+
+def _exact(array: Any, plain: Any) -> Any:
+    """The array cast to a type that the driver takes.
+
+    Raises:
+        ValueError: a value would change, or is outside of what SQL Server has.
+    """
+    types = pa.types
+    if types.is_duration(array.type):
+        return array.cast(pa.duration("ns")).cast(pa.int64()).cast(plain)
+    if types.is_temporal(array.type):
+        _check_moment(array)
+        return array.cast(plain)
+    if types.is_integer(array.type) and types.is_decimal(plain):
+        array = array.cast(pa.decimal128(38, plain.scale))  # else Arrow asks for room for any
+    cast = array.cast(plain)
+    if types.is_floating(plain):
+        _check_float(cast)
+        if not cast.cast(array.type).equals(array):
+            raise ValueError("a value would be rounded")
+    if (columns.is_text(plain) or columns.is_binary(plain)) and len(cast):
+        longest = pc.max(pc.binary_length(cast)).as_py() or 0
+        if longest * (2 if columns.is_text(plain) else 1) > _CELL_BYTES:
+            raise ValueError(f"a value has {longest} bytes, which are too many")
+    return cast
+
+
+def _check_float(array: Any) -> None:
+    if not pc.all(pc.is_finite(array)).as_py() and len(array.drop_null()):
+        raise ValueError("SQL Server has no NaN and no infinity; publish null instead")
+    size = pc.abs(array)
+    small = pc.and_(pc.less(size, _SMALLEST[array.type]), pc.not_equal(size, 0))
+    if pc.any(small).as_py():
+        raise ValueError("a number is too close to 0 (subnormal) for SQL Server")
+
+
+def _check_moment(array: Any) -> None:
+    """Return if dates and times are within the calendar, or a day, and are multiples of 100 ns."""
+    types, kind = pa.types, array.type
+    short = types.is_date32(kind) or types.is_time32(kind)
+    ticks = array.cast(pa.int32() if short else pa.int64()).cast(pa.int64())
+    unit = "day" if types.is_date32(kind) else "ms" if types.is_date64(kind) else kind.unit
+    if unit == "ns" and not pc.multiply(pc.divide(ticks, 100), 100).equals(ticks):
+        raise ValueError("SQL Server has 100 nanoseconds, and there are finer ones")
+    if types.is_time(kind):
+        low, high = 0, _DAY * _PER_SECOND[unit] - 1
+    elif unit == "day":
+        low, high = _FIRST_SECOND // _DAY, _LAST_SECOND // _DAY
+    elif unit == "ns":
+        return  # its 64 bits end in the years 1677 and 2262
+    else:
+        low = _FIRST_SECOND * _PER_SECOND[unit]
+        high = (_LAST_SECOND + 1) * _PER_SECOND[unit] - 1
+    if pc.any(pc.or_(pc.less(ticks, low), pc.greater(ticks, high))).as_py():
+        raise ValueError("it is outside of the years 1 to 9999, or of a day")
+
+
+def _are_numbers(one: str, other: str) -> bool:
+    """Whether each may have values that are exactly ones of the other, and we can tell."""
+    bases = {one.partition("(")[0], other.partition("(")[0]}
+    return bases <= _INTEGERS | {"decimal"} or bases <= _INTEGERS | {"real", "float"}
+
+
+def _digits(declared: str) -> tuple[int, int]:
+    precision, _, scale = declared.removeprefix("decimal(").removesuffix(")").partition(",")
+    return int(precision), int(scale)

@@ -1,0 +1,82 @@
+"""A real SQL Server for the tests that hold every sink to one contract, where there is one.
+
+    CASPARIAN_TEST_MSSQL='Server=...;Database=...;UID=...;PWD={...}' python -m pytest tests/sinks
+
+Each test has a schema of its own, so that none meets what another published; the login must be
+allowed to make schemas and tables. Nothing here has ever met a real server: docs/sinks_mssql.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from casparian_flow.config import DatabaseSettings
+from casparian_flow.engine.sinks import mssql_statements as statements
+from casparian_flow.engine.sinks.mssql_session import Session
+from casparian_flow.engine.sinks.mssql_statements import Statement
+from casparian_flow.sections import MssqlSettings
+from tests.sinks.stages import TOPIC, Place
+
+CONNECTION = os.environ.get("CASPARIAN_TEST_MSSQL", "")
+"""Empty: there is none."""
+
+
+class RealPlace(Place):
+    """A table a topic, in a schema that is made for the test.
+
+    Args:
+        connection: an ODBC connection string.
+        home: a folder of its own, for staged files.
+    """
+
+    def __init__(self, connection: str, home: Path) -> None:
+        self.scheme = "mssql"
+        self.home = home
+        self.schema = f"casparian_test_{secrets.token_hex(8)}"
+        self.settings = DatabaseSettings(
+            db_location=str(home / "casparian_flow.sqlite3"),
+            mssql=MssqlSettings(connection=connection),
+        )
+
+    def location_of(self, topic: str) -> str:
+        """A table belongs to one topic."""
+        return f"mssql://{self.schema}.[{topic.replace(']', ']]')}]"
+
+    def rows(self, topic: str = TOPIC) -> list[dict[str, Any]]:
+        with self._session() as session:
+            described = session.execute(statements.columns(self.schema, topic))
+            if not described:
+                return []
+            names = [name for name, *_ in described]
+            listed = ", ".join(statements.name("", name).partition(".")[2] for name in names)
+            chosen = f"SELECT {listed} FROM {statements.name(self.schema, topic)}"
+            found = session.execute(Statement(chosen))
+        return [dict(zip(names, row, strict=True)) for row in found]
+
+    def intrude(self) -> None:
+        """Put a row into the topic's table that is not ours."""
+        table = statements.name(self.schema, TOPIC)
+        with self._session() as session, session.transaction():
+            session.execute(Statement(f"INSERT INTO {table} ([id]) VALUES (?)", (0,)))
+
+    @contextlib.contextmanager
+    def there(self) -> Iterator[RealPlace]:
+        """The schema, while the block runs."""
+        with self._session() as session, session.transaction():
+            session.execute(Statement(f"CREATE SCHEMA [{self.schema}]"))
+        try:
+            yield self
+        finally:
+            tables = "SELECT t.name FROM sys.tables AS t WHERE t.schema_id = SCHEMA_ID(?)"
+            with self._session() as session, session.transaction():
+                for (table,) in session.execute(Statement(tables, (self.schema,))):
+                    session.execute(statements.drop(self.schema, table))
+                session.execute(Statement(f"DROP SCHEMA [{self.schema}]"))
+
+    def _session(self) -> contextlib.closing[Session]:
+        return contextlib.closing(Session(self.settings.mssql))
