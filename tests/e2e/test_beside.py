@@ -25,9 +25,9 @@ from tests.factories import add_root
 from tests.plugs import BEHAVES, ROWS, publish
 
 PATIENCE = 120.0
-SCANS = 12
+SCANS = 8
 """`python -m tests.chaos kills` has hundreds, and kills them too."""
-AT_ONCE = 6
+AT_ONCE = 4
 
 
 def casparian(settings: Settings, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,24 +135,31 @@ class Stage:
         folder.mkdir()
         return folder
 
-    def run(self, judge: Callable[[Call], int] = lambda call: 0) -> Run:
-        """`casparian scan --drain` in a process of its own; `judge` sees the calls on the tree."""
+    def run(
+        self, judge: Callable[[Call], int] = lambda call: 0, patience: float = WITHIN_SECONDS / 2
+    ) -> Run:
+        """`casparian scan --drain` in a process of its own.
+
+        Args:
+            judge: sees the calls on the tree.
+            patience: seconds; how soon the command gives up a sink that stays sick.
+        """
 
         def ours(call: Call) -> int:
             return judge(call) if any(p.is_relative_to(self.tree) for p in call.paths) else 0
 
-        ended = supervise(self._scan, ours, WITHIN_SECONDS)
+        ended = supervise(partial(self._scan, patience), ours, WITHIN_SECONDS)
         out, err = (self._said.with_suffix(f".{name}").read_text() for name in ("out", "err"))
         return Run(ended, out, err)
 
-    def _scan(self) -> int:
+    def _scan(self, patience: float) -> int:
         """The supervised process: the command as a shell starts it, but for its patience."""
         for descriptor, name in ((1, "out"), (2, "err")):
             file = os.open(
                 self._said.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             )
             os.dup2(file, descriptor)
-        committer.PAUSE_SECONDS, scan_verb.PATIENCE_SECONDS = 0.2, 3.0
+        committer.PAUSE_SECONDS, scan_verb.PATIENCE_SECONDS = 0.2, patience
         os.chdir(self.home)
         sys.argv = ["casparian", "scan", "--drain"]
         casparian()
