@@ -15,7 +15,7 @@ import msgspec
 from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
-from casparian_flow.db import plugins, trust, views, wiring
+from casparian_flow.db import plugins, roots, trust, views, wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Plugin
 from casparian_flow.db.plugins import Stored
@@ -23,7 +23,7 @@ from casparian_flow.db.views import Row
 from casparian_flow.errors import ArtifactRefused, NotFound
 from casparian_flow.security import keys
 from casparian_flow.security.statements import Activate, Disable, written
-from casparian_flow.services import architect, changes
+from casparian_flow.services import architect, changes, places
 
 
 def verify(ledger: Ledger, name: str | None) -> list[Row]:
@@ -135,7 +135,8 @@ def activate(
         if refusal := plugins.refusal(plugin, trusted):
             raise ArtifactRefused(refusal, f"casparian plugins show {name} {version}")
         manifest = plugins.manifest_of(plugin.manifest)
-        architect.wire(connection, name, version, manifest, architect.places(settings, manifest))
+        placed = places.of_manifest(settings, manifest, roots.active_paths(connection))
+        architect.wire(connection, name, version, manifest, placed)
 
     ledger.write(work)
     queued = architect.queue_missing(ledger)
