@@ -246,7 +246,6 @@ def test_a_column_of_nulls_takes_any_type_later(sqlite: Place) -> None:
         pa.array([[float("nan")]]),
         pa.array([[float("inf")]]),
         pa.array([[2**62]], pa.list_(pa.timestamp("us"))),
-        pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]),
         pa.array([1, 2**63], pa.uint64()).dictionary_encode(),
     ],
     ids=lambda values: str(values.type),
@@ -256,6 +255,18 @@ def test_a_value_that_would_change_is_refused(sqlite: Place, values: Any) -> Non
     assert isinstance(error, OutputRefused)
     assert "column 'odd' (" in error.message
     assert "cannot be stored in SQLite" in error.message
+
+
+@pytest.mark.parametrize("around", ["nothing", "a list", "a struct"])
+def test_fields_that_json_would_lose_are_refused_while_staging(sqlite: Place, around: str) -> None:
+    twins = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"])
+    columns = {
+        "nothing": twins,
+        "a list": pa.ListArray.from_arrays([0, 1], twins),
+        "a struct": pa.StructArray.from_arrays([twins], ["deep"]),
+    }
+    with pytest.raises(OutputRefused, match=r"column 'odd' .* two of its fields have one name"):
+        sqlite.sealed({"odd": columns[around]})
 
 
 def test_a_value_under_a_null_struct_is_not_looked_at(sqlite: Place) -> None:

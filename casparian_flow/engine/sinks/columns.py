@@ -61,9 +61,16 @@ def columns_of(schema: Any) -> list[Column]:
     """What the columns of an Arrow schema become.
 
     Raises:
-        OutputRefused: two names that SQLite takes for one.
+        OutputRefused: two names that SQLite takes for one, or two fields of a struct of one name.
     """
     columns = [_column(field.name, field.type) for field in schema]
+    for column in columns:
+        if _has_twins(column.kind):
+            raise OutputRefused(
+                f"column {column.name!r} ({column.kind}) cannot be stored in SQLite: two of its "
+                "fields have one name",
+                "convert the column in the plugin",
+            )
     names = Counter(fold(column.name) for column in columns)
     for column in columns:
         if names[fold(column.name)] > 1:
@@ -91,6 +98,16 @@ def _column(name: str, kind: Any) -> Column:
     elif types.is_null(plain):
         declared = ""
     return Column(name, kind, plain, declared)
+
+
+def _has_twins(kind: Any) -> bool:
+    """Whether JSON would lose a field of a struct, or of one inside of the type."""
+    while _is_wrapped(kind):
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind.storage_type
+    fields = [kind.field(number) for number in range(kind.num_fields)]
+    names = {field.name for field in fields}
+    twins = pa.types.is_struct(kind) and len(names) < len(fields)
+    return twins or any(_has_twins(field.type) for field in fields)
 
 
 def fit(column: Column, declared: str) -> Column:
@@ -141,8 +158,6 @@ def _values(array: Any) -> list[Any]:
 
 def _records(array: Any) -> list[Any]:
     names = [field.name for field in array.type]
-    if len(set(names)) < len(names):
-        raise ValueError("two fields have one name")
     fields = [_values(field) for field in array.flatten()]
     present = array.is_valid().to_pylist()
     rows = zip(*fields, strict=True)
