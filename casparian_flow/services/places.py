@@ -8,6 +8,7 @@ is a path, so that no later change of an environment moves a topic.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -43,13 +44,14 @@ def of_manifest(settings: Settings, manifest: Manifest, roots: Sequence[str]) ->
     Raises:
         ConfigError: a sink cannot be opened, or a plugin may not write there.
     """
-    places = []
+    places: list[Place] = []
     for topic in manifest.topics:
         said = manifest.sinks_of(topic)
         chosen = _places(settings, topic, said or [settings.output.default_uri], "append", roots)
         for place in chosen if said else []:
             _check_roots(settings, place)
         places += chosen
+    _check_twins(places)
     return places
 
 
@@ -153,6 +155,18 @@ def _check_sources(place: Place, location: str, roots: Sequence[str]) -> None:
         raise ConfigError(
             f"topic {place.topic!r} cannot go to {place.uri}: {fault}", "choose another place"
         )
+
+
+def _check_twins(places: Sequence[Place]) -> None:
+    """SQL does not tell tables apart whose names differ in case only."""
+    tables = [place for place in places if not place.uri.startswith(sinks.PREFIXES["parquet"])]
+    for one, other in itertools.combinations(tables, 2):
+        if one.topic != other.topic and one.topic.lower() == other.topic.lower():
+            raise ConfigError(
+                f"topics {one.topic!r} and {other.topic!r} differ in case only, which "
+                f"{other.uri} does not tell apart",
+                "rename one of them",
+            )
 
 
 def _is_inside(path: str, root: str) -> bool:

@@ -96,6 +96,17 @@ def test_symlinks_do_not_lead_out_of_the_output_roots(tmp_path: Path) -> None:
     of_manifest(settings, "parquet://here/out2")
 
 
+def test_topics_that_sql_does_not_tell_apart(settings: Settings) -> None:
+    def places_of(uri: str) -> int:
+        sinks = f"sinks={{'lines': {uri!r}, 'Lines': {uri!r}}}"
+        source = ROWS.replace('topic="lines"', sinks)
+        return len(places.of_manifest(settings, read_manifest(source.encode(), "rows.py"), []))
+
+    assert places_of("parquet://out") == 2
+    with pytest.raises(ConfigError, match="'lines' and 'Lines' differ in case only"):
+        places_of("sqlite:///t.sqlite3")
+
+
 def test_variables_are_expanded_from_the_allow_list_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

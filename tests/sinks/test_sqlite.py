@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from casparian_flow.atomic import owned
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import sqlite as sqlite_sink
+from casparian_flow.engine.sinks import sqlite_limits
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
@@ -285,12 +286,29 @@ def test_names_that_differ_in_case_only_are_refused_while_staging(sqlite: Place)
 
 
 def test_what_sqlite_itself_refuses(sqlite: Place) -> None:
-    error = refused(sqlite, {f"c{n}": [n] for n in range(3000)})
+    """Before anything is decided; what the table there has no room for, when it is published."""
+    with pytest.raises(OutputRefused, match="from column 'c1996' on"):
+        sqlite.sealed({f"c{n}": [n] for n in range(1997)})
+    published(sqlite, {f"c{n}": [n] for n in range(1996)})
+    before = sqlite.rows()
+    (error,) = sqlite.publish(sqlite.sealed({"one more": [1]}, job=2))
     assert isinstance(error, OutputRefused)
     assert "too many columns" in error.message
-    (outcome,) = sqlite.publish(sqlite.sealed({"id": [1]}, job=2, topic="sqlite_sales"))
-    assert isinstance(outcome, OutputRefused)
-    assert "reserved" in outcome.message
+    assert sqlite.rows() == before
+    with pytest.raises(OutputRefused, match="object name reserved"):
+        sqlite.sealed({"id": [1]}, job=3, topic="sqlite_sales")
+
+
+def test_a_value_longer_than_any_of_sqlite_is_refused_while_staging(
+    sqlite: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        assert connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) == sqlite_limits.CELL_BYTES
+    monkeypatch.setattr(sqlite_limits, "CELL_BYTES", 1000)
+    published(sqlite, {"text": ["x" * 1000], "bytes": [b"x" * 1000]})
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.binary_view()):
+        with pytest.raises(OutputRefused, match=rf"column 'long' \({kind}\) .* 1001 bytes"):
+            sqlite.sealed({"short": ["x"], "long": pa.array(["x" * 1001], kind)})
 
 
 def test_a_damaged_staged_file_is_told_of(sqlite: Place) -> None:

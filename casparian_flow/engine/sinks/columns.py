@@ -102,8 +102,10 @@ def _column(name: str, kind: Any) -> Column:
 
 def _has_twins(kind: Any) -> bool:
     """Whether JSON would lose a field of a struct, or of one inside of the type."""
-    while _is_wrapped(kind):
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind.storage_type
+    if isinstance(kind, pa.BaseExtensionType):
+        return _has_twins(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _has_twins(kind.value_type)
     fields = [kind.field(number) for number in range(kind.num_fields)]
     names = {field.name for field in fields}
     twins = pa.types.is_struct(kind) and len(names) < len(fields)
