@@ -16,6 +16,9 @@ from casparian_flow.protocol import MODES
 OPTIONS = {"mode": MODES}
 """Option -> the values it may have."""
 
+_OF_A_SERVER = frozenset("@/:;=")
+"""What a connection has in it, and a table's name only in brackets."""
+
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -33,20 +36,26 @@ def read(written: str) -> SinkUri:
 
     Raises:
         ConfigError: an unknown option or value, or an option twice; the message says which, and
-            what is allowed.
+            what is allowed. Or a server or a login where a table is meant; no message repeats
+            what may be a secret.
     """
     uri, asked, options = written.partition("?")
+    if uri.startswith("mssql://") and "[" not in uri and _OF_A_SERVER & set(uri[8:]):
+        raise ConfigError(
+            "an mssql:// sink names a table, never a server or a login",
+            "write mssql://table or mssql://schema.table; the connection is configured: [mssql]",
+        )
     said: dict[str, str] = {}
     for option in options.split("&") if asked else []:
         name, _, value = option.partition("=")
         if name not in OPTIONS:
             allowed = ", ".join(OPTIONS)
-            raise _refused(written, f"has no option {name[:40]!r}; there is: {allowed}")
+            raise _refused(uri, f"has no option {name[:40]!r}; there is: {allowed}")
         if name in said:
-            raise _refused(written, f"says {name} twice")
+            raise _refused(uri, f"says {name} twice")
         if value not in OPTIONS[name]:
             allowed = ", ".join(OPTIONS[name])
-            raise _refused(written, f"has no {name} {value[:40]!r}; there are: {allowed}")
+            raise _refused(uri, f"has no {name} {value[:40]!r}; there are: {allowed}")
         said[name] = value
     return SinkUri(uri, said.get("mode", ""))
 
@@ -60,7 +69,7 @@ def expanded(uri: str, value_of: Callable[[str], str]) -> str:
     return _VARIABLE.sub(lambda found: value_of(found[1]), uri)
 
 
-def _refused(written: str, fault: str) -> ConfigError:
+def _refused(uri: str, fault: str) -> ConfigError:
     return ConfigError(
-        f"sink {written[:200]!r} {fault}", f"write it like parquet://output?mode={MODES[0]}"
+        f"sink {uri[:200]!r} {fault}", f"write it like parquet://output?mode={MODES[0]}"
     )

@@ -95,7 +95,7 @@ def _moments() -> Iterator[Row]:
 def _stamps(unit: str, zone: str) -> Row:
     kind = pa.timestamp(unit, zone or None)
     if unit == "ns":  # its 64 bits are the years 1677 to 2262
-        numbers = {"last": 2**63 - 1, "first": 1 - 2**63, "1 ns": 1}
+        numbers = {"last": 2**63 - 1, "first": 1 - 2**63, "1 ns": 1, "100 ns": 100}
         return Row(kind, {name: _numbers(kind, number) for name, number in numbers.items()})
     place = UTC if zone else None
     last, first = datetime(9999, 12, 31, 23, 59, 59), datetime(1, 1, 1)
@@ -120,7 +120,8 @@ def _nested() -> Iterator[Row]:
     yield row(pa.struct([("a", pa.int64()), ("b", pa.list_(pa.binary()))]),
               fields={"a": 1, "b": [b"\0\xff"]})  # fmt: skip
     yield row(pa.struct([]), empty={})
-    twins = pa.StructArray.from_arrays([pa.array([1], pa.int8())] * 2, ["a", "a"])
+    halves = [pa.array([number, None], pa.int8()) for number in (1, 2)]
+    twins = pa.StructArray.from_arrays(halves, ["a", "a"])
     yield Row(twins.type, {"fields": twins})
     yield row(pa.map_(pa.string(), pa.decimal128(9, 2)),
               pairs=[("a", Decimal("1.50")), ("a", None)], empty=[])  # fmt: skip

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from casparian_flow.engine.sinks import mssql_types
 from casparian_flow.errors import JobError, OutputRefused
 from casparian_flow.protocol import Published
 from tests.sinks.arrow_types import Row, rows
@@ -58,8 +59,11 @@ SQLite has no NaN and no sign of zero. NaN is refused, since it would come back 
 column of numbers is kept as 0.0, which compares equal: the one value that a sink changes. Inside of
 a list or struct, and in Parquet, it stays -0.0.
 
-| Arrow type | Parquet | SQLite |
-| --- | --- | --- |
+For SQL Server the page says what is handed to its driver, and as which type of column; no server
+was asked (docs/sinks_mssql.md says what is proven). Moments there have 100 nanoseconds.
+
+| Arrow type | Parquet | SQLite | SQL Server |
+| --- | --- | --- | --- |
 """
 
 
@@ -85,6 +89,7 @@ def page() -> str:
             column(Place(scheme, Path(folder) / scheme), found, read)
             for scheme, read in (("parquet", of_parquet), ("sqlite", of_sqlite))
         ]
+        columns.append(for_server(Path(folder) / "mssql", found))
     lines = [
         f"| {' | '.join([f'`{_title(row.kind)}`', *cells])} |\n"
         for row, *cells in zip(found, *columns, strict=True)
@@ -132,6 +137,41 @@ def visible(place: Place, topic: str) -> int:
         known = connection.execute("SELECT 1 FROM pragma_table_info(?)", [topic]).fetchone()
         query = f'SELECT count(*) FROM "{topic}"'
         return int(connection.execute(query).fetchone()[0]) if known else 0
+
+
+def for_server(home: Path, found: Sequence[Row]) -> list[str]:
+    """What SQL Server's driver is handed for every row; there is no server to ask."""
+    place = Place("parquet", home)
+    place.location = "mssql://values"
+    return [
+        _cell("mssql", row, [_handed(place, case) for case in row.cases.values()]) for row in found
+    ]
+
+
+def _handed(place: Place, case: Any) -> Kept:
+    try:
+        staged = place.sealed({COLUMN: case})
+        with pq.ParquetFile(staged.stage) as file:
+            (batch,) = file.iter_batches()
+        Path(staged.stage).unlink()
+        column = mssql_types.columns_of(batch.schema)[0]
+        if not column.declared:
+            return Kept("exact", "no column until another type comes")
+        handed = column.array(batch.column(0))
+    except OutputRefused as error:
+        return _refused(error)
+    kind, types = _storage(case.type), pa.types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if types.is_nested(kind):
+        again, how = _restored(kind, handed.to_pylist()), f" JSON `{handed[0]}`"
+    elif types.is_duration(kind):
+        again, how = handed.cast(pa.duration("ns")).cast(kind), " nanoseconds"
+    else:
+        again = handed.cast(kind)
+        how = ", in UTC" if types.is_timestamp(kind) and kind.tz else ""
+    if bits(again) != bits(case):
+        return Kept("changed", str(handed))
+    return Kept("mapped" if how else "exact", column.declared + how)
 
 
 def _refused(error: JobError) -> Kept:

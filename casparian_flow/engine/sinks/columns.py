@@ -160,6 +160,8 @@ def _values(array: Any) -> list[Any]:
 
 def _records(array: Any) -> list[Any]:
     names = [field.name for field in array.type]
+    if len(set(names)) < len(names):
+        raise ValueError("two fields have one name")
     fields = [_values(field) for field in array.flatten()]
     present = array.is_valid().to_pylist()
     rows = zip(*fields, strict=True)
