@@ -121,6 +121,7 @@ def activate(
         NotFound: there is no such version.
         AuthError: this person's key may not do it.
         ArtifactRefused: the version may not run for another reason.
+        ConfigError: one of its sinks cannot be opened, or a plugin may not write there.
     """
     changes.check_words("reason", reason)
     signer = keys.local_key(folder)

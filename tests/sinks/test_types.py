@@ -10,7 +10,7 @@ import pytest
 
 from casparian_flow.engine.sinks import columns
 from tests.sinks import write_types
-from tests.sinks.arrow_types import row
+from tests.sinks.arrow_types import row, rows
 from tests.sinks.stages import Place
 
 
@@ -44,3 +44,12 @@ def test_a_refusal_that_leaves_something_is_noticed(
     monkeypatch.setattr(write_types, "visible", lambda *_: 1)
     with pytest.raises(AssertionError):
         write_types.column(parquet, [row(pa.struct([]), empty={})], write_types.of_parquet)
+
+
+def test_a_type_that_is_refused_too_late_is_noticed(
+    sqlite: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columns, "check_fields", lambda schema, sink: None)
+    (twins,) = [each for each in rows() if str(each.kind) == "struct<a: int8, a: int8>"]
+    with pytest.raises(AssertionError, match="too late"):
+        write_types.column(sqlite, [twins], write_types.of_sqlite)

@@ -110,7 +110,7 @@ def column(place: Place, found: Sequence[Row], read: Callable[..., Kept]) -> lis
         try:
             staged[topic] = place.sealed({COLUMN: case}, job, topic=topic)
         except OutputRefused as error:
-            outcomes[topic] = _refused(error)
+            outcomes[topic] = _refused(error, while_staging=True)
     seen = dict(zip(staged, place.publish(*staged.values()), strict=True))
     for topic, case in named:
         if topic in seen:
@@ -151,6 +151,9 @@ def for_server(home: Path, found: Sequence[Row]) -> list[str]:
 def _handed(place: Place, case: Any) -> Kept:
     try:
         staged = place.sealed({COLUMN: case})
+    except OutputRefused as error:
+        return _refused(error, while_staging=True)
+    try:
         with pq.ParquetFile(staged.stage) as file:
             (batch,) = file.iter_batches()
         Path(staged.stage).unlink()
@@ -174,10 +177,10 @@ def _handed(place: Place, case: Any) -> Kept:
     return Kept("mapped" if how else "exact", column.declared + how)
 
 
-def _refused(error: JobError) -> Kept:
+def _refused(error: JobError, *, while_staging: bool = False) -> Kept:
     assert isinstance(error, OutputRefused), error
     assert f"column {COLUMN!r}" in error.message, error.message
-    return Kept("refused")
+    return Kept("refused", "while staging" if while_staging else "")
 
 
 def _cell(scheme: str, row: Row, outcomes: Sequence[Kept]) -> str:
@@ -190,6 +193,8 @@ def _cell(scheme: str, row: Row, outcomes: Sequence[Kept]) -> str:
             exceptions.append(said)
     refused = [name for name, kept in cases.items() if kept.how == "refused"]
     if len(refused) == len(cases):
+        # Of a type that is no sink's the job must know before anything is decided.
+        assert all(kept.words for kept in outcomes), f"{scheme} refuses {row.kind} too late"
         return "refused"
     if refused:
         exceptions.append(f"refused: {', '.join(refused)}")

@@ -63,14 +63,8 @@ def columns_of(schema: Any) -> list[Column]:
     Raises:
         OutputRefused: two names that SQLite takes for one, or two fields of a struct of one name.
     """
+    check_fields(schema, "SQLite")
     columns = [_column(field.name, field.type) for field in schema]
-    for column in columns:
-        if _has_twins(column.kind):
-            raise OutputRefused(
-                f"column {column.name!r} ({column.kind}) cannot be stored in SQLite: two of its "
-                "fields have one name",
-                "convert the column in the plugin",
-            )
     names = Counter(fold(column.name) for column in columns)
     for column in columns:
         if names[fold(column.name)] > 1:
@@ -98,6 +92,21 @@ def _column(name: str, kind: Any) -> Column:
     elif types.is_null(plain):
         declared = ""
     return Column(name, kind, plain, declared)
+
+
+def check_fields(schema: Any, sink: str) -> None:
+    """Return if JSON can hold every struct among the columns.
+
+    Raises:
+        OutputRefused: two fields of one of them have one name.
+    """
+    for field in schema:
+        if _has_twins(field.type):
+            raise OutputRefused(
+                f"column {field.name!r} ({field.type}) cannot be stored in {sink}: two of its "
+                "fields have one name",
+                "convert the column in the plugin",
+            )
 
 
 def _has_twins(kind: Any) -> bool:
