@@ -201,6 +201,11 @@ def _azure(written: AzureSettings, file: Path) -> AzureSettings:
     return effective
 
 
+def variable(name: str) -> str | None:
+    """A variable that the configuration lets a sink's URI use; None where it is not set."""
+    return os.environ.get(name)
+
+
 class Authority(NamedTuple):
     """Where identities come from, in place of Azure AD."""
 

@@ -40,8 +40,9 @@ class PluginMetadata:
     subscriptions: Sequence[str] = ()
     """Tags of routing rules whose files the plugin wants too."""
 
-    sinks: Mapping[str, str] = field(default_factory=dict)
-    """Topic -> sink URI, such as `parquet://output` or `sqlite:///tables.sqlite3`."""
+    sinks: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    """Topic -> sink URI, or several, such as `parquet://output` or
+    `sqlite:///tables.sqlite3?mode=replace`."""
 
     name: str = ""
     """The plugin's name; the file's name without `.py` where empty."""

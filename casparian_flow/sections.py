@@ -129,6 +129,12 @@ class OutputSettings(Section, frozen=True):
     """A Parquet output beyond this becomes a folder of parts, each about so large; 0 never splits.
     So large that few outputs are, and so small that a part is copied and read at a time."""
 
+    roots: list[str] = msgspec.field(default_factory=lambda: ["."])
+    """Folders that a MANIFEST's sinks must lie in; a person's own word is not restricted."""
+
+    env: list[str] = []
+    """Environment variables that a sink's URI may use, as in `parquet://${TEAM_DIR}/out`."""
+
 
 class MssqlSettings(Section, frozen=True):
     """The SQL Server that `mssql://` sinks are tables of (docs/sinks_mssql.md).

@@ -21,6 +21,7 @@ LAYERS = [
     ["services.backup", "services.outputs", "services.backfill"],
     [
         "services.changes",
+        "services.topics",
         "services.keys",
         "services.plugins",
         "services.report",
@@ -48,6 +49,7 @@ LAYERS = [
         "services.vanished",
         "services.hints",
         "services.inventory",
+        "services.places",
     ],
     ["services.snapshots", "services.snapshot_checks"],
     [
@@ -92,7 +94,7 @@ LAYERS = [
     ["db.models"],
     ["db.evidence"],
     ["db.base", "db.states", "db.chain"],
-    ["engine.guest", "engine.attempt", "security", "protocol", "engine.frames"],
+    ["engine.guest", "engine.attempt", "security", "sink_uri", "protocol", "engine.frames"],
     ["config", "daemon_lock"],
     ["sections"],
     ["errors", "atomic", "sdk", "crashpoints", "mounts", "services.aside"],

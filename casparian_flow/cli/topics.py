@@ -41,33 +41,34 @@ def set_(
     ctx: typer.Context,
     plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="The plugin's name.")],
     topic: Annotated[str, typer.Argument(metavar="TOPIC", help="One of its topics.")],
-    uri: Annotated[
-        str,
-        typer.Argument(metavar="URI", help="parquet://path/to/folder or sqlite:///path/to/file."),
+    uris: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="URI", help="One sink or several, such as sqlite:///tables.sqlite3."
+        ),
     ],
     mode: Annotated[
         str,
         typer.Option(
             metavar="append|replace|error",
-            help="Add each version's rows; or put them in place of the file's earlier ones; or "
-            "add them, and refuse to where the sink has rows of others.",
+            help="Of URIs without ?mode=. Add each version's rows; or put them in place of the "
+            "file's earlier ones; or add them, and refuse to where the sink has rows of others.",
         ),
     ] = "append",
 ) -> None:
-    """Send a topic to a sink from now on.
+    """Send a topic to these sinks, and no others, from now on.
 
-    What was published before stays where it is.
+    What was published before stays where it is. A URI may say its mode itself, as in
+    parquet://output?mode=replace.
     """
-    from casparian_flow.db import outputs
-    from casparian_flow.services import changes
+    from casparian_flow.services.topics import set_topic
 
     with context.opened(ctx) as (settings, ledger):
-        declared = changes.set_topic(ledger, settings, plugin, topic, uri, mode)
-        stays = ledger.read(lambda c: outputs.appended(c, plugin, topic, uri))
-    context.say(f"{plugin}: topic {topic} goes to {uri}, mode {mode}")
-    if mode == "replace" and stays:
-        context.note(f"note: {stays} outputs that were appended there stay beside the new ones")
-        context.note("  try: casparian retract PATH   (for each file whose rows are to go)")
-    if topic not in declared:
-        known = ", ".join(declared) or "none"
+        placed = set_topic(ledger, settings, plugin, topic, uris, mode)
+    for place in placed.places:
+        context.say(f"{plugin}: topic {topic} goes to {place.uri} (mode {place.mode})")
+    for sentence in placed.stays:
+        context.note(f"note: {sentence}")
+    if topic not in placed.declared:
+        known = ", ".join(placed.declared) or "none"
         context.note(f"note: {plugin} had no topic {topic!r} so far (it has: {known})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, text, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
 
 from casparian_flow.db.access import execute_many
 from casparian_flow.db.found import note_retracted
@@ -172,21 +172,6 @@ def published(connection: Connection) -> Iterable[Any]:
         )
         .order_by(Output.id)
     )  # fmt: skip
-
-
-def appended(connection: Connection, plugin: str, topic: str, uri: str) -> int:
-    """How many outputs that readers may see stand in a sink, which mode replace leaves alone."""
-    query = (
-        select(func.count())
-        .select_from(Output)
-        .join(ProcessingJob, ProcessingJob.id == Output.job_id)
-        .where(
-            ProcessingJob.plugin_name == plugin, Output.topic == topic, Output.uri == uri,
-            Output.state == OutputState.PUBLISHED, Output.mode != "replace",
-            Output.output_key.not_in(text(f"({HIDDEN})")),
-        )
-    )  # fmt: skip
-    return connection.execute(query).scalar_one()
 
 
 NAMED = f"""

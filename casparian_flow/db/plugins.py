@@ -113,16 +113,20 @@ def replace_rules(connection: Connection, tag: str, patterns: Sequence[str], pri
     )
 
 
-def add_topics(connection: Connection, name: str, uris: dict[str, str]) -> None:
-    """Place topics that nobody placed yet; what a person set with `topics set` stays."""
+def add_topics(connection: Connection, name: str, places: Iterable[tuple[str, str, str]]) -> None:
+    """Place topics that nobody placed yet; what a person set with `topics set` stays.
+
+    Args:
+        places: topic, sink URI and mode.
+    """
     placed = set(
         connection.execute(
             select(TopicConfig.topic_name).where(TopicConfig.plugin_name == name)
         ).scalars()
     )
     rows = [
-        {"plugin_name": name, "topic_name": topic, "uri": uri, "mode": "append"}
-        for topic, uri in uris.items()
+        {"plugin_name": name, "topic_name": topic, "uri": uri, "mode": mode}
+        for topic, uri, mode in places
         if topic not in placed
     ]
     if rows:

@@ -19,6 +19,11 @@ def active_roots(connection: Connection) -> Sequence[Any]:
     ).all()
 
 
+def active_paths(connection: Connection) -> list[str]:
+    """The directory of every active source root."""
+    return list(connection.execute(select(SourceRoot.path).where(SourceRoot.active)).scalars())
+
+
 def scan_state(connection: Connection, root_id: int) -> Any:
     """The root's ScanState row; None before its first scan."""
     columns = ScanState.__table__.columns

@@ -111,7 +111,7 @@ def audit(
 
 
 def topics(connection: Connection) -> list[Row]:
-    """Where every topic goes, and what is there of it."""
+    """Where every topic goes, and what is there of it; people may write `?mode=` into a URI."""
     return _rows(
         connection,
         f"""
@@ -122,7 +122,11 @@ def topics(connection: Connection) -> list[Row]:
         )
         SELECT t.plugin_name AS plugin, t.topic_name AS topic, t.uri, t.mode,
                coalesce(p.outputs, 0) AS outputs, coalesce(p.total, 0) AS "rows"
-        FROM cf_topic_config t
+        FROM (SELECT id, plugin_name, topic_name,
+                     substr(uri, 1, instr(uri || '?', '?') - 1) AS uri,
+                     CASE WHEN instr(uri, '?mode=') THEN substr(uri, instr(uri, '?mode=') + 6)
+                          ELSE mode END AS mode
+              FROM cf_topic_config) t
         LEFT JOIN published p ON p.plugin_name = t.plugin_name AND p.topic = t.topic_name
                              AND p.uri = t.uri
         ORDER BY t.plugin_name, t.topic_name, t.id

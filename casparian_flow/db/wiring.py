@@ -5,12 +5,20 @@ from __future__ import annotations
 import getpass
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, text, update
 
 from casparian_flow.db import audit
-from casparian_flow.db.models import RoutingRule, SourceRoot, TopicConfig
+from casparian_flow.db.models import (
+    Output,
+    OutputState,
+    ProcessingJob,
+    RoutingRule,
+    SourceRoot,
+    TopicConfig,
+)
+from casparian_flow.db.shown import HIDDEN
 
 
 def actor() -> str:
@@ -108,14 +116,49 @@ def remove_rule(connection: Connection, rule_id: int) -> str | None:
     return f"{row.pattern} -> {row.tag}"
 
 
-def set_topic(connection: Connection, plugin: str, topic: str, uri: str, mode: str) -> None:
-    """Send a topic to this sink and no other; what was published elsewhere stays there."""
+def set_topic(
+    connection: Connection, plugin: str, topic: str, sinks: Sequence[tuple[str, str]]
+) -> None:
+    """Send a topic to these sinks and no others; what was published elsewhere stays there.
+
+    Args:
+        sinks: URI and mode of each.
+    """
     connection.execute(
         delete(TopicConfig).where(
             TopicConfig.plugin_name == plugin, TopicConfig.topic_name == topic
         )
     )
-    connection.execute(
-        insert(TopicConfig).values(plugin_name=plugin, topic_name=topic, uri=uri, mode=mode)
+    rows = [
+        {"plugin_name": plugin, "topic_name": topic, "uri": uri, "mode": mode}
+        for uri, mode in sinks
+    ]
+    connection.execute(insert(TopicConfig), rows)
+    written = [f"{uri}?mode={mode}" for uri, mode in sinks]
+    note(connection, "set-topic", [f"topic {plugin} {topic}"], sinks=written)
+
+
+class Standing(NamedTuple):
+    """What a topic has published to one sink in one mode."""
+
+    uri: str
+    mode: str
+    outputs: int
+    rows: int
+
+
+def standing(connection: Connection, plugin: str, topic: str) -> list[Standing]:
+    """What readers may see of a plugin's topic, sink by sink."""
+    query = (
+        select(Output.uri, Output.mode, func.count(), func.sum(Output.rows))
+        .join(ProcessingJob, ProcessingJob.id == Output.job_id)
+        .where(
+            ProcessingJob.plugin_name == plugin,
+            Output.topic == topic,
+            Output.state == OutputState.PUBLISHED,
+            Output.output_key.not_in(text(f"({HIDDEN})")),
+        )
+        .group_by(Output.uri, Output.mode)
+        .order_by(Output.uri, Output.mode)
     )
-    note(connection, "set-topic", [f"topic {plugin} {topic}"], uri=uri, mode=mode)
+    return [Standing(*row) for row in connection.execute(query)]

@@ -150,6 +150,13 @@ class Attempt:
         try:
             if is_dataframe(data):
                 data = pa.Table.from_pandas(data)
+            # Not through the C interface where it can be helped: it cuts a name at a NUL.
+            if isinstance(data, pa.RecordBatch):
+                data = pa.Table.from_batches([data])
+            if isinstance(data, pa.Table):
+                return data.to_reader()
+            if isinstance(data, pa.RecordBatchReader):
+                return data
             return pa.RecordBatchReader.from_stream(data)
         except (pa.ArrowException, TypeError, ValueError) as error:
             what = f"topic {topic!r}: this {type(data).__name__} is not a table: {error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 from sqlalchemy import Connection
 
+from casparian_flow import sink_uri
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, jobs, plugins, trust
 from casparian_flow.db.models import Plugin
 from casparian_flow.engine import sinks
-from casparian_flow.errors import CasparianError
+from casparian_flow.errors import CasparianError, ConfigError
 from casparian_flow.protocol import Artifact, Assignment, OutputPlan
 
 
@@ -78,6 +80,12 @@ class Dispatcher:
         places += [
             (topic, self._settings.output.default_uri, "append") for topic in sorted(declared)
         ]
+        outputs = [self._plan(job, *place) for place in places]
+        for first, second in itertools.combinations(outputs, 2):
+            if (first.topic, first.location) == (second.topic, second.location):
+                raise ConfigError(
+                    f"topic {first.topic!r} goes to {first.uri} twice", "casparian topics"
+                )
         ceiling = self._settings.jobs.timeout_seconds
         return Assignment(
             job_id=job.id,
@@ -92,18 +100,21 @@ class Dispatcher:
             content_hash=job.content_hash,
             size_bytes=job.size_bytes,
             timeout_seconds=min(manifest.timeout_seconds or ceiling, ceiling),
-            outputs=[self._plan(job, *place) for place in places],
+            outputs=outputs,
             snapshot=str(self._settings.database.snapshot(job.snapshot)) if job.snapshot else "",
         )
 
     def _plan(self, job: Any, topic: str, uri: str, mode: str) -> OutputPlan:
+        uri, said = sink_uri.read(uri)  # people write options into the table as well
+        location = sinks.resolve(uri, self._settings.home)
+        sinks.check_not_ledger(location, self._settings.database.path)
         key = (job.source, job.path, job.content_hash, job.ordinal, job.artifact_hash, topic, uri)
         place = (job.source, job.path, job.plugin_name, topic, uri)
         return OutputPlan(
             topic=topic,
             uri=uri,
-            location=sinks.resolve(uri, self._settings.home),
-            mode=mode,
+            location=location,
+            mode=said or mode,
             output_key=output_key(*key),
             slot=slot(*place),
             ordinal=job.ordinal,

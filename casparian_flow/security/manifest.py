@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 from packaging.version import InvalidVersion, Version
 
-from casparian_flow.errors import PluginError
+from casparian_flow import sink_uri
+from casparian_flow.errors import ConfigError, PluginError
 from casparian_flow.security.source import parse, printable
 
 EXAMPLE = 'MANIFEST = PluginMetadata(pattern="*.csv", topic="sales_data", subscriptions=["csv"])'
@@ -41,14 +42,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Those of `topic`, then those only `sinks` names; a plugin may publish nothing."""
     priority: int
     subscriptions: list[str]
-    sinks: dict[str, str]
-    """Topic -> sink URI as written; its scheme is not checked here."""
+    sinks: dict[str, str | list[str]]
+    """Topic -> sink URI as written, or several; schemes and paths are not checked here."""
     timeout_seconds: float
     """0 takes the configured limit."""
     memory_bytes: int = 0
     """0 takes the configured limit."""
     scratch_bytes: int = 0
     network: bool = False
+
+    def sinks_of(self, topic: str) -> list[str]:
+        """The sinks it names for a topic; none where it leaves that to the configuration."""
+        return _texts(self.sinks.get(topic, []))
 
 
 def read_manifest(source: bytes, file_name: str) -> Manifest:
@@ -252,7 +257,11 @@ def _is_seconds(value: object) -> bool:
 
 
 def _is_sinks(value: object) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, [*value, *value.values()]))
+    return (
+        isinstance(value, dict)
+        and all(map(_is_text, value))
+        and all(map(_is_texts, value.values()))
+    )
 
 
 _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
@@ -260,7 +269,7 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "topic": (_is_texts, "a string or a list of strings"),
     "priority": (_is_whole, "a whole number (of 9 digits at most)"),
     "subscriptions": (_is_texts, "a list of strings"),
-    "sinks": (_is_sinks, "a dict of strings, topic to sink URI"),
+    "sinks": (_is_sinks, "a dict of strings, topic to sink URI or a list of them"),
     "name": (_is_text, "a string"),
     "version": (_is_text, "a string"),
     "timeout_seconds": (_is_seconds, "a number of seconds, 0 or more"),
@@ -316,10 +325,11 @@ def _faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for tag in manifest.subscriptions:
         if "," in tag:
             yield f"subscription {tag[:80]!r} has a comma in it", "make two subscriptions of it"
+    yield from _faults_of_sinks(manifest)
     texts = {
         "pattern": manifest.patterns,
         "subscription": manifest.subscriptions,
-        "sink": manifest.sinks.values(),
+        "sink": [sink for topic in manifest.sinks for sink in manifest.sinks_of(topic)],
     }
     for what, values in texts.items():
         for text in values:
@@ -328,3 +338,15 @@ def _faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
                     f"{what} {text[:80]!a} is empty or has control characters in it",
                     "remove it, or write it in printable characters",
                 )
+
+
+def _faults_of_sinks(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    for topic in manifest.sinks:
+        named = manifest.sinks_of(topic)
+        if not named:
+            yield f"topic {topic!r} has an empty list of sinks", "name one, or leave the topic out"
+        for sink in filter(None, named):
+            try:
+                sink_uri.read(sink)
+            except ConfigError as error:
+                yield f"topic {topic!r}: {error.message}", error.hint

@@ -8,6 +8,7 @@ file whose rows fill more than one batch.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -174,7 +175,7 @@ class Scene:
             topic: sinks.resolve(uri, ground.home) for topic, uri in self.uris.items()
         }
         self._config = ground.home / config.FILE_NAME
-        self._config.write_text(CONFIG)
+        self._config.write_text(f"{CONFIG}[output]\nroots = {json.dumps([str(ground.sink)])}\n")
         plugin = ground.scratch / "rows.py"
         plugin.write_text(PLUGIN.format(sinks=self.uris))
         drain = ["scan", "--drain"]

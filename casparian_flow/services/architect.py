@@ -19,10 +19,9 @@ from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, plugins, trust, wiring
+from casparian_flow.db import audit, plugins, roots, trust, wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.routing import Routing
-from casparian_flow.engine import sinks
 from casparian_flow.engine.locking import check_lock
 from casparian_flow.errors import AuthError, PluginError, PublishConflict
 from casparian_flow.protocol import Deploy, Introduction
@@ -32,7 +31,8 @@ from casparian_flow.security.rules import Policy
 from casparian_flow.security.signing import AzureAuth, LocalAuth, Publish
 from casparian_flow.security.statements import Row, TrustKey
 from casparian_flow.security.trust import Key, introduction
-from casparian_flow.services import inventory, scan, scout
+from casparian_flow.services import inventory, places, scan, scout
+from casparian_flow.services.places import Place
 
 FIRST = "{} is the first of this ledger: it is trusted with every plugin and every key\n"
 """Said when a key was trusted because nobody else was."""
@@ -116,8 +116,8 @@ class _Candidate:
     manifest: Manifest
     verdict: dict[str, Any]
     """The Gatekeeper's: ruleset, policy and outcome."""
-    uris: dict[str, str]
-    """Topic -> the sink it goes to, unless somebody has placed it."""
+    places: list[Place]
+    """Where its topics go, unless somebody has placed them."""
     signed_in: dict[str, str]
     """Who signed in to publish it; empty where the key alone says who it is."""
 
@@ -137,9 +137,11 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
         PolicyRefused: the Gatekeeper found something in it.
         PublishConflict: the version exists with other bytes.
         AuthError: the signature does not hold, or who signed may not publish this plugin here.
-        ConfigError: one of its sinks cannot be opened.
+        ConfigError: one of its sinks cannot be opened, or a plugin may not write there.
     """
-    candidate = _examine(settings, message, ledger.read(trust.ledger_id))
+    candidate = _examine(
+        settings, message, ledger.read(trust.ledger_id), ledger.read(roots.active_paths)
+    )
 
     def work(connection: Connection) -> str:
         words = _record(connection, candidate)
@@ -166,28 +168,18 @@ def queue_missing(ledger: Ledger) -> int:
 
 
 def wire(
-    connection: Connection, name: str, version: str, manifest: Manifest, uris: dict[str, str]
+    connection: Connection, name: str, version: str, manifest: Manifest, placed: list[Place]
 ) -> None:
     """Make a deployed version the active one: its rules, subscriptions and topics."""
     tag = f"plugin:{name}"
     plugins.replace_rules(connection, tag, manifest.patterns, manifest.priority)
     plugins.subscribe(connection, name, [tag, *manifest.subscriptions], version)
-    plugins.add_topics(connection, name, uris)
+    plugins.add_topics(connection, name, placed)
 
 
-def places(settings: Settings, manifest: Manifest) -> dict[str, str]:
-    """Where each topic goes unless somebody has placed it: topic -> sink URI.
-
-    Raises:
-        ConfigError: a sink cannot be opened.
-    """
-    uris = {t: manifest.sinks.get(t, settings.output.default_uri) for t in manifest.topics}
-    for uri in uris.values():
-        sinks.check_usable(sinks.resolve(uri, settings.home), settings.database)
-    return uris
-
-
-def _examine(settings: Settings, message: Deploy, ledger_id: str) -> _Candidate:
+def _examine(
+    settings: Settings, message: Deploy, ledger_id: str, source_roots: list[str]
+) -> _Candidate:
     """Everything that can be checked without looking at who is trusted."""
     policy = Policy.of(settings.gatekeeper)
     statement = signing.verify(Publish, message.statement, message.signature, message.public_key)
@@ -201,8 +193,8 @@ def _examine(settings: Settings, message: Deploy, ledger_id: str) -> _Candidate:
     )  # fmt: skip
     check_lock(message.lock, f"the lock of {manifest.name}")
     signed_in = _authenticate(settings, message, statement)
-    uris = places(settings, manifest)
-    return _Candidate(message, statement, manifest, inspection.verdict, uris, signed_in)
+    placed = places.of_manifest(settings, manifest, source_roots)
+    return _Candidate(message, statement, manifest, inspection.verdict, placed, signed_in)
 
 
 def _authenticate(settings: Settings, message: Deploy, statement: Publish) -> dict[str, str]:
@@ -256,7 +248,7 @@ def _record(connection: Connection, candidate: _Candidate) -> str:
     newest = plugins.newest(connection, name, trusted)
     if newest != version:
         return f"{words}, which takes no jobs: {newest} is newer"
-    wire(connection, name, version, candidate.manifest, candidate.uris)
+    wire(connection, name, version, candidate.manifest, candidate.places)
     return words
 
 
@@ -312,7 +304,7 @@ def _add(connection: Connection, candidate: _Candidate, key: Key) -> None:
         "artifact": statement.artifact_sha256,
         "key": key.key_id,
         "owner": key.owner,
-        "topics": candidate.uris,
+        "topics": sorted(f"{place.topic} -> {place}" for place in candidate.places),
         "gatekeeper": candidate.verdict,
         **({"azure": candidate.signed_in} if candidate.signed_in else {}),
     }

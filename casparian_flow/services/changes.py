@@ -14,14 +14,12 @@ from sqlalchemy import Connection
 from casparian_flow import daemon_lock
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import jobs, plugins, views, wiring
+from casparian_flow.db import jobs, views, wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import JobStatus
 from casparian_flow.db.routing import compile_pattern
-from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, ConfigError, DaemonGone, NotFound, SourceError
-from casparian_flow.protocol import MODES
-from casparian_flow.services import architect, inventory
+from casparian_flow.services import architect
 from casparian_flow.services.walk import Ignore
 
 log = logging.getLogger(__name__)
@@ -268,33 +266,6 @@ def remove_rule(ledger: Ledger, settings: Settings, rule_id: int) -> str:
         raise NotFound(f"there is no rule {rule_id}", "casparian rules list")
     ring(settings)
     return removed
-
-
-def set_topic(
-    ledger: Ledger, settings: Settings, plugin: str, topic: str, uri: str, mode: str
-) -> list[str]:
-    """Send a topic to a sink from now on; the topics the plugin's MANIFEST declares.
-
-    Raises:
-        NotFound: no such plugin.
-        ConfigError: the sink's URI or the mode is not one we have.
-    """
-    known = ledger.read(lambda c: plugins.versions(c, plugin))
-    if not known:
-        raise NotFound(f"no plugin is named {plugin!r}", "casparian plugins")
-    if mode not in MODES:
-        raise ConfigError(f"there is no mode {mode!r}", f"use one of {', '.join(MODES)}")
-    sinks.check_usable(sinks.resolve(uri, settings.home), settings.database)
-
-    def work(connection: Connection) -> list[str]:
-        newest = plugins.find(connection, plugin, str(known[-1]))
-        declared = plugins.topics_of(connection, newest)
-        wiring.set_topic(connection, plugin, topic, uri, mode)
-        return declared
-
-    declared = ledger.write(work)
-    inventory.take(settings, ledger)
-    return declared
 
 
 def retry_jobs(

@@ -15,7 +15,7 @@ import msgspec
 from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
-from casparian_flow.db import plugins, trust, views, wiring
+from casparian_flow.db import plugins, roots, trust, views, wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Plugin
 from casparian_flow.db.plugins import Stored
@@ -23,7 +23,7 @@ from casparian_flow.db.views import Row
 from casparian_flow.errors import ArtifactRefused, NotFound
 from casparian_flow.security import keys
 from casparian_flow.security.statements import Activate, Disable, written
-from casparian_flow.services import architect, changes
+from casparian_flow.services import architect, changes, places
 
 
 def verify(ledger: Ledger, name: str | None) -> list[Row]:
@@ -121,6 +121,7 @@ def activate(
         NotFound: there is no such version.
         AuthError: this person's key may not do it.
         ArtifactRefused: the version may not run for another reason.
+        ConfigError: one of its sinks cannot be opened, or a plugin may not write there.
     """
     changes.check_words("reason", reason)
     signer = keys.local_key(folder)
@@ -135,7 +136,8 @@ def activate(
         if refusal := plugins.refusal(plugin, trusted):
             raise ArtifactRefused(refusal, f"casparian plugins show {name} {version}")
         manifest = plugins.manifest_of(plugin.manifest)
-        architect.wire(connection, name, version, manifest, architect.places(settings, manifest))
+        placed = places.of_manifest(settings, manifest, roots.active_paths(connection))
+        architect.wire(connection, name, version, manifest, placed)
 
     ledger.write(work)
     queued = architect.queue_missing(ledger)

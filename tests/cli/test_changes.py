@@ -162,11 +162,22 @@ def test_a_topic_goes_where_it_is_sent(casparian: Casparian, source: Path) -> No
     assert "had no topic 'other'" in casparian.err(
         "topics", "set", "rows", "other", "parquet://output"
     )
+    both = casparian.out(*set_lines, "parquet://out?mode=replace", "sqlite:///two.sqlite3")
+    assert both == (
+        "rows: topic lines goes to parquet://out (mode replace)\n"
+        "rows: topic lines goes to sqlite:///two.sqlite3 (mode append)\n"
+    )
+    placed = [(t["uri"], t["mode"]) for t in casparian.json("topics") if t["topic"] == "lines"]
+    assert placed == [("parquet://out", "replace"), ("sqlite:///two.sqlite3", "append")]
     casparian.run(*set_lines, "sqlite:///tables.sqlite3")
     (source / "a.txt").write_text("one\ntwo\n")
     casparian.run("scan", "--drain")
     topics = {row["topic"]: (row["uri"], row["rows"]) for row in casparian.json("topics")}
     assert topics == {"lines": ("sqlite:///tables.sqlite3", 2), "other": ("parquet://output", 0)}
+    assert "note: 1 output (2 rows) stays in sqlite:///tables.sqlite3" in casparian.err(
+        *set_lines, "parquet://output"
+    )
+    casparian.run(*set_lines, "sqlite:///tables.sqlite3")
     assert casparian.json("topics", "list") == casparian.json("topics")
     assert casparian.json("query", "SELECT line FROM lines ORDER BY line") == [
         {"line": "one"}, {"line": "two"},

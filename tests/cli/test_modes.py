@@ -114,7 +114,7 @@ def test_what_was_appended_stays_when_a_topic_is_switched_to_replace(
     (source / "a.txt").write_text("a1\n")
     casparian.run("scan", "--drain")
     done = casparian.run("topics", "set", "rows", "lines", OURS, "--mode", "replace")
-    assert "1 outputs that were appended there stay" in done.stderr
+    assert "note: 1 output (1 row) appended to" in done.stderr
     assert "casparian retract PATH" in done.stderr
     for content in ("a2\n", "a3\n"):
         (source / "a.txt").write_text(content)

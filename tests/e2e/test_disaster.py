@@ -188,12 +188,13 @@ def test_ids_given_before_a_sink_was_known_are_said_and_nothing_is_doubled(
 ) -> None:
     """The whole folder is lost, and files are recorded before the plugin names its sink."""
     plugin = ROWS.replace('topic="lines"', f'sinks={{"lines": "parquet://{tmp_path}/away"}}')
-    first = Flow(write_config(tmp_path / "first"), flow.source, plugin)
+    roots = f'[output]\nroots = ["{tmp_path}"]\n'
+    first = Flow(write_config(tmp_path / "first", roots), flow.source, plugin)
     with open_ledger(first.settings.database) as ledger:
         root = first.publish(ledger)
         first.work(ledger, root, a="a1", b="b1")
         first.work(ledger, root, a="a2")
-    second = first._replace(settings=write_config(tmp_path / "second"))
+    second = first._replace(settings=write_config(tmp_path / "second", roots))
     with open_ledger(second.settings.database) as ledger:
         root = add_root(ledger, flow.source)
         scan(ledger, root)

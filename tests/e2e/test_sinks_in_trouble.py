@@ -23,6 +23,7 @@ from casparian_flow.engine.committer import PAUSED
 from casparian_flow.engine.dispatch import output_key
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
+from tests.conftest import write_config
 from tests.disks import in_memory
 from tests.e2e.test_daemon import PATIENCE, all_done, outcomes, work_off
 from tests.factories import add_root
@@ -45,6 +46,7 @@ def test_a_full_disk_pauses_the_sink_costs_no_attempt_and_resumes(
 ) -> None:
     monkeypatch.setattr("casparian_flow.engine.committer.PAUSE_SECONDS", 0.2)
     root = add_root(ledger, source)
+    settings = write_config(settings.home, f'[output]\nroots = ["{small_disk}"]\n')
     sink = f'pattern="*.txt", sinks={{"lines": "parquet://{small_disk}/out"}}'
     publish(ledger, settings, "rows", ROWS.replace('pattern="*.txt", topic="lines"', sink), "1.0.0")
     (source / "large.txt").write_bytes(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from casparian_flow.db.plugins import manifest_of
 from casparian_flow.errors import PluginError
 from casparian_flow.sdk import PluginMetadata
 from casparian_flow.security.manifest import Manifest, read_manifest
@@ -235,9 +236,13 @@ def test_an_argument_that_cannot_be_read(arguments: str, says: str, hint: str) -
         ("pattern=[['a']]", "pattern must be a string or a list of strings, not [['a']]"),
         ("topic={}", "topic must be a string or a list of strings, not {}"),
         ("subscriptions=...", "subscriptions must be a list of strings, not ..."),
-        ("sinks='parquet://out'", "sinks must be a dict of strings, topic to sink URI, not"),
+        (
+            "sinks='parquet://out'",
+            "sinks must be a dict of strings, topic to sink URI or a list of them, not",
+        ),
         ("sinks={'a': None}", "sinks must be a dict of strings"),
         ("sinks={1: 'a'}", "sinks must be a dict of strings"),
+        ("sinks={'a': ['b', 1]}", "sinks must be a dict of strings"),
         ("name=7", "name must be a string, not 7"),
         ("version=1.0", "version must be a string, not 1.0"),
         ("timeout_seconds='1'", "timeout_seconds must be a number of seconds, 0 or more, not '1'"),
@@ -272,6 +277,21 @@ def test_a_value_of_the_wrong_type(argument: str, says: str) -> None:
         ("pattern='*', topic='" + "a" * 65 + "'", "is not a topic's name"),
         ("pattern='*', sinks={'a b': 'parquet://o'}", "topic 'a b' is not a topic's name"),
         ("pattern='*', sinks={'a': ''}", "sink '' is empty"),
+        ("pattern='*', sinks={'a': []}", "topic 'a' has an empty list of sinks"),
+        (
+            "pattern='*', sinks={'a': 'parquet://o?compression=zstd'}",
+            "topic 'a': sink 'parquet://o' has no option 'compression'; there is: mode",
+        ),
+        (
+            "pattern='*', sinks={'a': ['parquet://o', 'sqlite:///t?mode=upsert']}",
+            "topic 'a': sink 'sqlite:///t' has no mode 'upsert'; there are: append, replace, error",
+        ),
+        (
+            "pattern='*', sinks={'a': 'parquet://o?mode=error&mode=error'}",
+            "topic 'a': sink 'parquet://o' says mode twice",
+        ),
+        ("pattern='*', sinks={'a': 'parquet://o?'}", "has no option ''"),
+        ("pattern='*', sinks={'a': 'parquet://o?mode'}", "has no mode ''"),
         ("pattern='*', subscriptions=['']", "subscription '' is empty"),
         ("pattern='*', subscriptions='a,b'", "subscription 'a,b' has a comma in it"),
         ("pattern='*', name='../up'", "name '../up' is not a name"),
@@ -284,6 +304,36 @@ def test_a_value_of_the_wrong_type(argument: str, says: str) -> None:
 )
 def test_a_value_that_cannot_be_used(arguments: str, says: str) -> None:
     assert says in refused(arguments).message
+
+
+def test_a_topic_may_have_several_sinks() -> None:
+    manifest = read(
+        "pattern='*', topic='c', "
+        "sinks={'a': ['parquet://o', 'sqlite:///t?mode=replace'], 'b': 'parquet://o'}"
+    )
+    assert manifest.topics == ["c", "a", "b"]
+    assert manifest.sinks_of("a") == ["parquet://o", "sqlite:///t?mode=replace"]
+    assert manifest.sinks_of("b") == ["parquet://o"]
+    assert manifest.sinks_of("c") == []
+
+
+@pytest.mark.parametrize(
+    "sink",
+    ["mssql://sa:hunter2@host/db", "mssql://Server=host;Pwd=hunter2", "mssql://t?password=hunter2"],
+)
+def test_a_connection_or_a_secret_is_refused_and_not_repeated(sink: str) -> None:
+    error = refused(f"pattern='*', sinks={{'a': {sink!r}}}")
+    assert "hunter2" not in error.message + error.hint
+    assert "topic 'a'" in error.message
+
+
+def test_a_manifest_of_an_earlier_release_is_read_as_it_is_written_now() -> None:
+    """Else what is deployed would not be what its source says, and run no more."""
+    stored = (
+        '{"name":"p","version":"","patterns":["*"],"topics":["a"],"priority":0,'
+        '"subscriptions":[],"sinks":{"a":"parquet://o"},"timeout_seconds":0.0}'
+    )
+    assert manifest_of(stored) == read("pattern='*', sinks={'a': 'parquet://o'}")
 
 
 def test_a_files_name_that_cannot_name_a_plugin() -> None:

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from casparian_flow.atomic import owned
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import sqlite as sqlite_sink
+from casparian_flow.engine.sinks import sqlite_limits
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
@@ -246,7 +247,6 @@ def test_a_column_of_nulls_takes_any_type_later(sqlite: Place) -> None:
         pa.array([[float("nan")]]),
         pa.array([[float("inf")]]),
         pa.array([[2**62]], pa.list_(pa.timestamp("us"))),
-        pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]),
         pa.array([1, 2**63], pa.uint64()).dictionary_encode(),
     ],
     ids=lambda values: str(values.type),
@@ -256,6 +256,18 @@ def test_a_value_that_would_change_is_refused(sqlite: Place, values: Any) -> Non
     assert isinstance(error, OutputRefused)
     assert "column 'odd' (" in error.message
     assert "cannot be stored in SQLite" in error.message
+
+
+@pytest.mark.parametrize("around", ["nothing", "a list", "a struct"])
+def test_fields_that_json_would_lose_are_refused_while_staging(sqlite: Place, around: str) -> None:
+    twins = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"])
+    columns = {
+        "nothing": twins,
+        "a list": pa.ListArray.from_arrays([0, 1], twins),
+        "a struct": pa.StructArray.from_arrays([twins], ["deep"]),
+    }
+    with pytest.raises(OutputRefused, match=r"column 'odd' .* two of its fields have one name"):
+        sqlite.sealed({"odd": columns[around]})
 
 
 def test_a_value_under_a_null_struct_is_not_looked_at(sqlite: Place) -> None:
@@ -274,12 +286,29 @@ def test_names_that_differ_in_case_only_are_refused_while_staging(sqlite: Place)
 
 
 def test_what_sqlite_itself_refuses(sqlite: Place) -> None:
-    error = refused(sqlite, {f"c{n}": [n] for n in range(3000)})
+    """Before anything is decided; what the table there has no room for, when it is published."""
+    with pytest.raises(OutputRefused, match="from column 'c1996' on"):
+        sqlite.sealed({f"c{n}": [n] for n in range(1997)})
+    published(sqlite, {f"c{n}": [n] for n in range(1996)})
+    before = sqlite.rows()
+    (error,) = sqlite.publish(sqlite.sealed({"one more": [1]}, job=2))
     assert isinstance(error, OutputRefused)
     assert "too many columns" in error.message
-    (outcome,) = sqlite.publish(sqlite.sealed({"id": [1]}, job=2, topic="sqlite_sales"))
-    assert isinstance(outcome, OutputRefused)
-    assert "reserved" in outcome.message
+    assert sqlite.rows() == before
+    with pytest.raises(OutputRefused, match="object name reserved"):
+        sqlite.sealed({"id": [1]}, job=3, topic="sqlite_sales")
+
+
+def test_a_value_longer_than_any_of_sqlite_is_refused_while_staging(
+    sqlite: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        assert connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) == sqlite_limits.CELL_BYTES
+    monkeypatch.setattr(sqlite_limits, "CELL_BYTES", 1000)
+    published(sqlite, {"text": ["x" * 1000], "bytes": [b"x" * 1000]})
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.binary_view()):
+        with pytest.raises(OutputRefused, match=rf"column 'long' \({kind}\) .* 1001 bytes"):
+            sqlite.sealed({"short": ["x"], "long": pa.array(["x" * 1001], kind)})
 
 
 def test_a_damaged_staged_file_is_told_of(sqlite: Place) -> None:

@@ -26,6 +26,7 @@ HOME = Path("/home/of config")
         ("parquet://100% done #1", "parquet:///home/of config/100% done #1"),
         ("sqlite:///path/to/db.sqlite3", "sqlite:////home/of config/path/to/db.sqlite3"),
         ("sqlite:////srv/db.sqlite3", "sqlite:////srv/db.sqlite3"),
+        ("parquet://out?mode=replace", "parquet:///home/of config/out"),
     ],
 )
 def test_the_path_becomes_absolute(uri: str, location: str) -> None:
@@ -44,15 +45,19 @@ def test_the_path_becomes_absolute(uri: str, location: str) -> None:
         ("sqlite:///", "has no path"),
         ("sqlite://db.sqlite3", "has no path"),
         ("parquet:out", "is not supported"),
-        ("parquet://out?compression=zstd", "has parameters"),
-        ("sqlite:///db.sqlite3?mode=ro", "has parameters"),
+        ("parquet://out?compression=zstd", "has no option 'compression'; there is: mode"),
+        ("sqlite:///db.sqlite3?mode=ro", "has no mode 'ro'; there are: append, replace, error"),
+        ("sqlite:///db.sqlite3?mode=append&mode=append", "says mode twice"),
+        ("parquet://out?", "has no option ''"),
+        ("parquet://${HOME}/out", "has a variable in it"),
+        ("parquet://.casparian/snapshots", "which is for our own state"),
+        ("sqlite:///a/../.casparian/x", "which is for our own state"),
     ],
 )
 def test_others_are_refused_with_what_is_accepted(uri: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)) as refused:
         sinks.resolve(uri, HOME)
-    assert "parquet://path/to/output" in refused.value.hint
-    assert "sqlite:///path/to/db.sqlite3" in refused.value.hint
+    assert refused.value.hint
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from casparian_flow import sink_uri
+from casparian_flow.atomic import STATE_FOLDER
 from casparian_flow.errors import ConfigError
 from casparian_flow.protocol import StagedOutput
 
@@ -38,15 +40,16 @@ _NAME_LIMIT = 128
 
 
 def resolve(uri: str, home: Path) -> str:
-    """The sink's location: its URI with the path made absolute; a table's URI as it is.
+    """The sink's location: its URI without options, its path absolute; a table's as it is.
 
     Args:
-        uri: as configured, or as a MANIFEST says.
+        uri: as configured, or as a MANIFEST says with its variables expanded.
         home: the folder relative paths start at; absolute.
 
     Raises:
-        ConfigError: another scheme, no path, or parameters after a `?`.
+        ConfigError: another scheme, no path, a path that is our own, or options we do not have.
     """
+    uri = sink_uri.read(uri).uri
     scheme = uri.partition("://")[0]
     if uri.startswith(SERVER):
         table_of(uri)
@@ -60,9 +63,48 @@ def resolve(uri: str, home: Path) -> str:
     path = uri.removeprefix(prefix)
     if path == uri or not path.strip("/"):
         raise ConfigError(f"sink {uri!r} has no path", _ACCEPTED)
-    if "?" in path or "\0" in path:
-        raise ConfigError(f"sink {uri!r} has parameters; there are none", _ACCEPTED)
-    return prefix + os.path.abspath(home / path)
+    if "\0" in path:
+        raise ConfigError(f"sink {uri!r} has a NUL character", _ACCEPTED)
+    if "${" in path:
+        raise ConfigError(
+            f"sink {uri!r} has a variable in it, which is expanded in a MANIFEST and by "
+            "`casparian topics set` only",
+            "write the path itself",
+        )
+    path = os.path.abspath(home / path)
+    if STATE_FOLDER in path.split(os.sep):
+        raise ConfigError(
+            f"sink {uri!r} lies in a folder {STATE_FOLDER}, which is for our own state",
+            "choose another folder",
+        )
+    return prefix + path
+
+
+def target(location: str, topic: str) -> Path | None:
+    """What a topic's rows will be in: a folder, or a database; None where that is no file here."""
+    scheme = location.partition("://")[0]
+    path = Path(location.removeprefix(PREFIXES.get(scheme, "")))
+    return {"parquet": path / topic, "sqlite": path}.get(scheme)
+
+
+def check_not_ledger(location: str, database: Path) -> None:
+    """Return if a sink is not the ledger itself: its rows would be none that we can prove.
+
+    Raises:
+        ConfigError: it is, by this name or another.
+    """
+    path = Path(location.removeprefix(PREFIXES["sqlite"]))
+    if location.startswith(PREFIXES["sqlite"]) and _is_same(path, database):
+        raise ConfigError(
+            f"the sink {path} is the ledger itself", "give the topic a database of its own"
+        )
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:
+        return path == other
 
 
 def table_of(uri: str) -> tuple[str, str]:

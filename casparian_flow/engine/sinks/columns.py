@@ -61,8 +61,9 @@ def columns_of(schema: Any) -> list[Column]:
     """What the columns of an Arrow schema become.
 
     Raises:
-        OutputRefused: two names that SQLite takes for one.
+        OutputRefused: two names that SQLite takes for one, or two fields of a struct of one name.
     """
+    check_fields(schema, "SQLite")
     columns = [_column(field.name, field.type) for field in schema]
     names = Counter(fold(column.name) for column in columns)
     for column in columns:
@@ -91,6 +92,33 @@ def _column(name: str, kind: Any) -> Column:
     elif types.is_null(plain):
         declared = ""
     return Column(name, kind, plain, declared)
+
+
+def check_fields(schema: Any, sink: str) -> None:
+    """Return if JSON can hold every struct among the columns.
+
+    Raises:
+        OutputRefused: two fields of one of them have one name.
+    """
+    for field in schema:
+        if _has_twins(field.type):
+            raise OutputRefused(
+                f"column {field.name!r} ({field.type}) cannot be stored in {sink}: two of its "
+                "fields have one name",
+                "convert the column in the plugin",
+            )
+
+
+def _has_twins(kind: Any) -> bool:
+    """Whether JSON would lose a field of a struct, or of one inside of the type."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _has_twins(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _has_twins(kind.value_type)
+    fields = [kind.field(number) for number in range(kind.num_fields)]
+    names = {field.name for field in fields}
+    twins = pa.types.is_struct(kind) and len(names) < len(fields)
+    return twins or any(_has_twins(field.type) for field in fields)
 
 
 def fit(column: Column, declared: str) -> Column:

@@ -139,6 +139,7 @@ def columns_of(schema: Any) -> list[Column]:
         OutputRefused: a type or a name that SQL Server does not have, two names that it takes for
             one, or too many columns.
     """
+    columns.check_fields(schema, "SQL Server")
     found = [Column(each.name, each.type, _declared(each), each.name) for each in schema]
     names = Counter(fold(column.name) for column in found)
     for column in found:

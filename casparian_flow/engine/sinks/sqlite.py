@@ -33,7 +33,7 @@ from casparian_flow.engine.sinks.base import (
     facts_of,
     unavailable,
 )
-from casparian_flow.engine.sinks.columns import columns_of
+from casparian_flow.engine.sinks.sqlite_limits import SqliteStage
 from casparian_flow.engine.sinks.sqlite_tables import Rows
 from casparian_flow.engine.sinks.stage import Stage, reading
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
@@ -63,7 +63,7 @@ class SqliteSink:
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """See `Sink.open_stage`."""
-        return Stage(self.stage_folder, plan, lineage, attempt, admit=columns_of)
+        return SqliteStage(self.stage_folder, plan, lineage, attempt)
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
         """See `Sink.publish`. One transaction for all jobs, and a savepoint in it for each."""

@@ -93,6 +93,12 @@ def insert(connection: sqlite3.Connection, topic: str, staged: Any) -> None:
         raise type(error)(f"topic {topic!r}: {error.message}", error.hint) from error
 
 
+def create(connection: sqlite3.Connection, topic: str, incoming: Sequence[Column]) -> None:
+    """Make a topic's table."""
+    described = ", ".join(f"{quote(column.name)} {column.declared}" for column in incoming)
+    connection.execute(f"CREATE TABLE {quote(topic)} ({described})")
+
+
 def delete(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
     """Take an output's rows out of a topic's table; how many there were."""
     if not is_ours(connection, topic):
@@ -202,8 +208,7 @@ def _fit_table(
     table = quote(topic)
     existing = {fold(name): declared for name, declared in columns(connection, topic).items()}
     if not existing:
-        described = ", ".join(f"{quote(column.name)} {column.declared}" for column in incoming)
-        connection.execute(f"CREATE TABLE {table} ({described})")
+        create(connection, topic, incoming)
         return list(incoming)
     if not existing.keys() >= set(LINEAGE):
         raise SinkConflict(

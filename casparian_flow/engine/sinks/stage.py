@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from casparian_flow.atomic import fsync_path, make_folder
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import parts
+from casparian_flow.engine.sinks import days, parts
 from casparian_flow.engine.sinks.base import Lineage, is_disk_fault, lost, unavailable
 from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, fit
 from casparian_flow.errors import OutputRefused
@@ -107,6 +107,7 @@ class Stage:
         """
         if not self._parts.begun:
             self._start(batch.schema)
+        days.check(self._plan.topic, batch)
         self._batches += 1
         self._pending.append(batch)
         self._pending_rows += batch.num_rows
