@@ -19,7 +19,7 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -49,7 +49,7 @@ from casparian_flow.errors import (
 from casparian_flow.protocol import Artifact, Evidence
 from casparian_flow.sdk import FileInfo
 from casparian_flow.sections import GuestSettings
-from casparian_flow.security.sandbox import LAYERS
+from casparian_flow.security.sandbox import LAYERS, InPlace
 
 QUIT_SECONDS = 2.0
 """How long a guest may take to leave when asked; it has no work to save."""
@@ -72,7 +72,7 @@ class Guest:
             (its scratch folder) in it.
         bundle: what `bundle()` returned.
         limits: what any guest may have at most; the artifact may ask for less.
-        read: paths it may read besides its packages and its inbox.
+        in_place: a large file it may read besides its packages and its inbox.
 
     Raises:
         Unavailable: the process cannot be started.
@@ -87,7 +87,7 @@ class Guest:
         folder: Path,
         bundle: Path,
         limits: GuestSettings,
-        read: Sequence[str] = (),
+        in_place: InPlace | None = None,
     ) -> None:
         self.jobs_served = 0
         self.sandbox = ""
@@ -100,7 +100,7 @@ class Guest:
         self._who = f"plugin {artifact.name} {artifact.version}"
         self._limits = limits
         self._confinement = confinement(
-            artifact, limits, folder, [str(site_packages), str(bundle), *read]
+            artifact, limits, folder, [str(site_packages), str(bundle)], in_place
         )
         self._log = JobLog()
         self._tallies: dict[str, Tally] = {}

@@ -27,7 +27,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import in_hand, sinks
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
-from casparian_flow.engine.placing import BadSnapshot, placed
+from casparian_flow.engine.placing import BadSnapshot, placed, proved
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.engine.venv_manager import EnvironmentStore, Lease
@@ -47,6 +47,7 @@ from casparian_flow.protocol import (
     StagedOutput,
     Welcome,
 )
+from casparian_flow.security.sandbox import InPlace
 
 log = logging.getLogger(__name__)
 
@@ -225,15 +226,19 @@ class Runner:
 
     @contextlib.contextmanager
     def _seated(self, job: Assignment, artifact: Artifact) -> Iterator[_Seat]:
-        """A guest for the job. Rights cannot be added later: a large file gets one of its own."""
+        """A guest for the job. Rights cannot be added later: a large file gets one of its own.
+
+        Its modules run with the right to read the file: it is proved before.
+        """
         if job.snapshot or job.size_bytes <= self._limits.copy_limit_bytes:
             yield self._seat(artifact)
             return
-        seat = self._start(artifact, read=[_text(job.path)])
-        try:
-            yield seat
-        finally:
-            seat.leave()
+        with proved(job) as file:
+            seat = self._start(artifact, file)
+            try:
+                yield seat
+            finally:
+                seat.leave()
 
     def _stage(self, seat: _Seat, job: Assignment) -> list[Stage]:
         plans = _by_topic(job.outputs)
@@ -278,15 +283,15 @@ class Runner:
         self._seats[artifact.plugin_id] = seat
         return seat
 
-    def _start(self, artifact: Artifact, read: Sequence[str] = ()) -> _Seat:
+    def _start(self, artifact: Artifact, file: InPlace | None = None) -> _Seat:
         lease = self._environments.lease(artifact.lock)
         try:
-            return self._settle(artifact, lease, read)
+            return self._settle(artifact, lease, file)
         except BaseException:
             lease.release()
             raise
 
-    def _settle(self, artifact: Artifact, lease: Lease, read: Sequence[str]) -> _Seat:
+    def _settle(self, artifact: Artifact, lease: Lease, file: InPlace | None) -> _Seat:
         parent = Path(self._welcome.guests_folder)
         try:
             make_folder(parent, mode=0o700)
@@ -298,7 +303,7 @@ class Runner:
             raise Unavailable(f"cannot make a guest's folder in {parent}: {error}") from error
         guest = Guest(
             lease.python, lease.site_packages, artifact,
-            folder=folder, bundle=bundle(self._cache), limits=self._limits, read=read,
+            folder=folder, bundle=bundle(self._cache), limits=self._limits, in_place=file,
         )  # fmt: skip
         seat = _Seat(guest, folder, lease)
         try:
@@ -344,10 +349,6 @@ def _by_topic(plans: Sequence[OutputPlan]) -> dict[str, list[OutputPlan]]:
 
 def _flat(stages: dict[str, list[Stage]]) -> list[Stage]:
     return [stage for group in stages.values() for stage in group]
-
-
-def _text(path: bytes) -> str:
-    return path.decode("utf-8", "surrogateescape")
 
 
 def _released(job: Assignment, log: str = "") -> Receipt:
