@@ -158,7 +158,9 @@ def load(path: str | None = None) -> Settings:
         raise ConfigError(f"{file}: {error}", "docs/configuration.md lists every key") from error
     home = file.parent
     database = DatabaseSettings(
-        db_location=str(home / checked.database.path), snapshots=checked.snapshots
+        # Resolved: its locks lie beside the one file, however many names lead to it.
+        db_location=os.path.realpath(home / checked.database.path),
+        snapshots=checked.snapshots,
     )
     return msgspec.structs.replace(
         checked, home=home, database=database, azure=_azure(checked.azure, file)
