@@ -357,30 +357,33 @@ class Sentinel:
         Args:
             silent: it did not say so: one of its jobs may have killed it.
         """
-        async with self._claiming:  # what is being claimed for it is known then, and no more is
+        # What is being claimed for it is known then. No more is until it is forgotten, though it
+        # should wake up and be ready for more while its jobs are taken back.
+        async with self._claiming:
             peer = self._peers.get(identity)
             if peer is None:
                 return
             peer.free = 0
-        words = f"worker {peer.name} {why}"
+            if peer.held:
+                await self._take_back(peer, f"worker {peer.name} {why}", silent)
+            self._peers.pop(identity, None)
+        if not self._peers:
+            self._empty.set()
+        self._bell.set()
+
+    async def _take_back(self, peer: Peer, why: str, silent: bool) -> None:
         held = list(peer.held.items())
-        if held:
-            log.warning("%s; %d jobs go back to the queue", words, len(held))
-        work = partial(retries.release, pairs=held, why=words)
+        log.warning("%s; %d jobs go back to the queue", why, len(held))
+        work = partial(retries.release, pairs=held, why=why)
         folder = self._settings.database.guests_folder
         if silent:
             hands = in_hand.read(folder)
             work = partial(
-                retries.lose, pairs=held, hands=hands, limits=self._settings.jobs, why=words
+                retries.lose, pairs=held, hands=hands, limits=self._settings.jobs, why=why
             )
-        if held:
-            await self._ledger.write_soon(work)
-            crashpoint("sentinel.jobs_taken_back")
-            in_hand.forget(folder, held)
-        self._peers.pop(identity, None)
-        if not self._peers:
-            self._empty.set()
-        self._bell.set()
+        await self._ledger.write_soon(work)
+        crashpoint("sentinel.jobs_taken_back")
+        in_hand.forget(folder, held)
 
     async def _send(self, identity: bytes, message: AnyMessage) -> None:
         try:

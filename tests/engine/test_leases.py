@@ -17,7 +17,7 @@ from casparian_flow.config import Settings
 from casparian_flow.db import audit
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, AuditEntry, JobStatus, ProcessingJob
-from casparian_flow.engine import sentinel
+from casparian_flow.engine import retries, sentinel
 from casparian_flow.engine.dispatch import Dispatcher
 from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.errors import CasparianError
@@ -113,6 +113,43 @@ def test_a_silent_worker_loses_its_jobs_and_what_it_says_later_is_refused(
     play(settings, story)
     seen = select(Attempt.outcome).where(Attempt.job_id == job).order_by(Attempt.fence)
     assert ledger.read(lambda c: list(c.execute(seen).scalars())) == ["LOST", "STAGED"]
+
+
+def test_a_worker_that_wakes_while_its_jobs_are_taken_back_gets_none_that_nobody_holds(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 0.6)
+    jobs = {add_job(ledger, fence=0, attempts=0) for _ in range(2)}
+    writing, write = threading.Event(), threading.Event()
+    real = retries.lose
+
+    def lose(*arguments: Any, **options: Any) -> None:
+        real(*arguments, **options)
+        writing.set()
+        assert write.wait(PATIENCE)
+
+    monkeypatch.setattr(retries, "lose", lose)
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "sleeper")
+        assert len(await assigned(peer, free=1)) == 1
+        await until(writing.is_set)
+        monkeypatch.setattr(sentinel, "LEASE_SECONDS", 600.0)
+        await peer.send(protocol.Ready(free=5))
+        assert await granted(peer), "and it was heard"
+        write.set()
+        message: protocol.AnyMessage = Granted(jobs=[])
+        while isinstance(message, Granted):
+            await peer.send(protocol.Heartbeat(sent=1.0))
+            message = await peer.hear()
+        assert isinstance(message, protocol.Unknown)
+        while not isinstance(message, protocol.Welcome):
+            await peer.send(protocol.Hello(worker="sleeper"))
+            message = await peer.hear()
+            assert isinstance(message, protocol.Unknown | protocol.Welcome)
+        assert {each.job_id for each in await assigned(peer)} == jobs
+
+    play(settings, story)
 
 
 def test_nobody_is_lost_while_the_sentinel_itself_does_not_listen(
