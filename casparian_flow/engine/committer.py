@@ -16,7 +16,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -167,16 +167,17 @@ class Committer:
 
     async def _settle(self) -> None:
         """Publish and complete everything that is decided, but for what a paused sink holds."""
-        owed = [_Owed(*row) for row in await self._ledger.read_soon(outputs.unpublished)]
+        owed = [_Owed(*row) for row in await self._read(outputs.unpublished)]
         now = time.monotonic()
+        # Also where nothing is owed to it any more: nobody else would find out that it is well.
+        self._sick = {place: until for place, until in self._sick.items() if until > now}
         by_sink: dict[str, list[_Owed]] = defaultdict(list)
         for output in owed:
-            if self._sick.get(output.staged.location, 0.0) <= now:
+            if output.staged.location not in self._sick:
                 by_sink[output.staged.location].append(output)
         done: list[tuple[_Owed, Published]] = []
         refused: list[tuple[_Owed, JobError]] = []
         for location, group in by_sink.items():
-            self._sick.pop(location, None)
             found = await asyncio.to_thread(_publish, location, [o.staged for o in group])
             crashpoint("committer.published")
             waiting = []
@@ -214,7 +215,7 @@ class Committer:
             audit.append(connection, ACTOR, events)
             crashpoint("committer.completion_written")
 
-        finishable = await self._ledger.read_soon(outputs.decided_without_debts)
+        finishable = await self._read(outputs.decided_without_debts)
         if done or refused or finishable:
             await self._write(work)
             crashpoint("committer.completed")
@@ -225,11 +226,17 @@ class Committer:
         reason = f"{PAUSED}{error.message}"
         await self._write(lambda c: jobs.note(c, job_ids, reason))
 
+    async def _read(self, work: Work[T]) -> T:
+        return await self._insist(self._ledger.read_soon, work)
+
     async def _write(self, work: Work[T]) -> T:
-        """Write to the ledger, however long its disk is full: nobody runs again what has run."""
+        return await self._insist(self._ledger.write_soon, work)
+
+    async def _insist(self, use: Callable[[Work[T]], Awaitable[T]], work: Work[T]) -> T:
+        """Use the ledger, however long its disk is full: nobody runs again what has run."""
         while True:
             try:
-                return await self._ledger.write_soon(work)
+                return await use(work)
             except LedgerLost:
                 raise
             except LedgerError as error:
@@ -256,6 +263,8 @@ def _publish(location: str, staged: list[StagedOutput]) -> list[Published | JobE
 
 
 def _remove_stages(staged: Sequence[StagedOutput]) -> None:
-    """What will never be published leaves nothing behind."""
+    """What will never be published leaves nothing behind; but where its disk cannot be written
+    now, it waits there for the sweep of the next start."""
     for output in staged:
-        Path(output.stage).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            Path(output.stage).unlink(missing_ok=True)
