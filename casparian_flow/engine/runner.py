@@ -104,11 +104,9 @@ class Runner:
     """
 
     def __init__(self, welcome: Welcome, cache: Path) -> None:
-        self._welcome = welcome
-        self._limits = welcome.limits
         self._cache = cache
-        self._environments = EnvironmentStore(cache / "envs", self._limits.environments_bytes)
         self._seats: OrderedDict[int, _Seat] = OrderedDict()
+        self.follow(welcome)
         self._halted = threading.Event()
         self._lock = threading.Lock()
         self._current: tuple[int, int] | None = None
@@ -118,6 +116,15 @@ class Runner:
         self._used: Guest | None = None
         """The guest that ran it last; its log may wait to be taken."""
         self._revoked: set[tuple[int, int]] = set()
+
+    def follow(self, welcome: Welcome) -> None:
+        """Serve this Sentinel, under its settings: a new one has swept away the guests we had."""
+        self.close()
+        self._welcome = welcome
+        self._limits = welcome.limits
+        self._environments = EnvironmentStore(
+            self._cache / "envs", welcome.limits.environments_bytes
+        )
 
     def run(self, jobs: Sequence[tuple[Assignment, Artifact]]) -> list[Receipt]:
         """Run each job, then seal what they staged; one receipt a job, in their order."""
@@ -166,7 +173,7 @@ class Runner:
         """One attempt; whatever goes wrong becomes a receipt, and no stage is left behind."""
         self._current, self._used = (job.job_id, job.fence), None
         if self._unwanted():
-            return _released(job)
+            return released(job)
         started = time.monotonic()
         ran = _Ran(job)
         fault: JobError | None = None
@@ -180,7 +187,7 @@ class Runner:
         ran.seconds = time.monotonic() - started
         self._account(ran)
         if fault and self._unwanted():
-            return _released(job, ran.log)
+            return released(job, ran.log)
         return _failed(ran, fault) if fault else ran
 
     def _account(self, ran: _Ran) -> None:
@@ -337,7 +344,7 @@ def _kept(outcome: _Ran | Receipt, over: Set[tuple[int, int]]) -> _Ran | Receipt
         return outcome
     for stage in outcome.stages:
         stage.discard()
-    return _released(outcome.job, outcome.log)
+    return released(outcome.job, outcome.log)
 
 
 def _by_topic(plans: Sequence[OutputPlan]) -> dict[str, list[OutputPlan]]:
@@ -351,7 +358,8 @@ def _flat(stages: dict[str, list[Stage]]) -> list[Stage]:
     return [stage for group in stages.values() for stage in group]
 
 
-def _released(job: Assignment, log: str = "") -> Receipt:
+def released(job: Assignment, log: str = "") -> Receipt:
+    """The receipt of an attempt that was not run to its end, by no fault of the job."""
     return Receipt(job_id=job.job_id, fence=job.fence, outcome=Outcome.RELEASED, log=log)
 
 
