@@ -75,7 +75,7 @@ class Committer:
         self._epoch = epoch
         self._limits = limits
         self._on_change = on_change
-        self._receipts: asyncio.Queue[_Ended] = asyncio.Queue()
+        self._receipts: asyncio.Queue[_Ended | None] = asyncio.Queue()
         self._sick: dict[str, float] = {}
         self._leaving = False
 
@@ -89,13 +89,18 @@ class Committer:
         self._receipts.put_nowait(_Ended(worker, receipt))
 
     async def run(self) -> None:
-        """Serve until cancelled. Begins with what an earlier run decided and did not finish."""
+        """Serve until told to leave. Begins with what an earlier run decided and did not finish."""
         await self._settle()
-        while True:
+        while not self._leaving:
             await self._serve(await self._next_group())
 
+    def leave(self) -> None:
+        """Have `run` end when it has seen its group through: cancelled, it would drop it."""
+        self._leaving = True
+        self._receipts.put_nowait(None)
+
     async def finish(self) -> None:
-        """Decide and publish what is still waiting; for a clean stop, after `run` was cancelled.
+        """Decide and publish what is still waiting; for a clean stop, after `run` has ended.
 
         Raises:
             LedgerError: the ledger cannot be written. What was decided is finished by the next
@@ -116,16 +121,16 @@ class Committer:
 
     async def _next_group(self) -> list[_Ended]:
         """Wait for a receipt, or for a paused sink's next try; then take all that wait."""
-        group: list[_Ended] = []
+        group: list[_Ended | None] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PAUSE_SECONDS if self._sick else None):
                 group.append(await self._receipts.get())
         while len(group) < GROUP_LIMIT and not self._receipts.empty():
             group.append(self._receipts.get_nowait())
-        return group
+        return [ended for ended in group if ended]
 
     def _decide(self, connection: Connection, group: Sequence[_Ended]) -> list[StagedOutput]:
-        """Give every receipt its consequence; returns the staged files of those that were late."""
+        """Give every receipt its consequence; returns the staged files that nobody will publish."""
         # Any message may come twice; what it says counts once.
         first: dict[jobs.Pair, _Ended] = {}
         for each in group:
@@ -146,9 +151,11 @@ class Committer:
         late = [end for _, end in group if (end.job_id, end.fence) not in moved]
         for end in late:
             log.warning("job %d: a result under fence %d came too late", end.job_id, end.fence)
-        # The repeated receipt of a decided attempt names the very files that will be published.
-        owed = outputs.stages(connection, [end.job_id for end in late])
-        return [output for end in late for output in end.outputs if output.stage not in owed]
+        # The repeated receipt of a decided attempt names the very files that will be published; one
+        # that was decided may name some that its job has published before.
+        ended = [*late, *decided]
+        owed = outputs.stages(connection, [end.job_id for end in ended])
+        return [output for end in ended for output in end.outputs if output.stage not in owed]
 
     def _without_output(self, connection: Connection, end: Receipt) -> bool:
         """Move a job whose attempt produced nothing; False when it was another's by now."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,17 @@ import msgspec
 import pytest
 
 from casparian_flow.config import Settings
-from casparian_flow.db import outputs
+from casparian_flow.db import jobs, outputs, plugins
 from casparian_flow.db.access import Ledger, Work
 from casparian_flow.engine import committer
+from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.sinks.base import KEY_DIGITS
 from casparian_flow.errors import LedgerError
-from casparian_flow.protocol import Conclude, Outcome, Receipt
+from casparian_flow.protocol import Conclude, Outcome, Published, Receipt
 from casparian_flow.services import changes
 from tests.disks import in_memory
-from tests.engine.test_leases import assigned, becomes, joined, play, staged
-from tests.engine.wires import Attacked
+from tests.engine.test_leases import assigned, becomes, joined, play, staged, state
+from tests.engine.wires import PATIENCE, Attacked
 from tests.factories import add_job
 from tests.until import until
 
@@ -93,3 +96,55 @@ def test_a_read_that_fails_is_tried_again(
 
     play(settings, story)
     assert next(failures, None) is None, "it was asked and refused"
+
+
+def test_a_clean_stop_sees_through_what_is_being_decided(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+    deciding, decide = threading.Event(), threading.Event()
+    real = Committer._decide
+
+    def slowly(self: Committer, *arguments: Any) -> Any:
+        deciding.set()
+        assert decide.wait(PATIENCE)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Committer, "_decide", slowly)
+    told = Committer.leave
+
+    def leave(self: Committer) -> None:
+        told(self)
+        decide.set()
+
+    monkeypatch.setattr(Committer, "leave", leave)
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "w")
+        await assigned(peer)
+        await peer.send(Conclude(receipts=[Receipt(job_id=job, fence=1, outcome=Outcome.STAGED)]))
+        await until(deciding.is_set)
+
+    play(settings, story)
+    assert state(ledger, job) == ("COMPLETED", 1, 1)
+
+
+def test_what_a_job_has_published_before_leaves_no_staged_file(
+    ledger: Ledger, settings: Settings, tmp_path: Path
+) -> None:
+    """One of its outputs is gone from its sink, so it runs again and stages them all."""
+    job = add_job(ledger, fence=0, attempts=0)
+    epoch = ledger.write(plugins.begin_epoch)
+    ours = Committer(ledger, epoch, settings.jobs, lambda: None)
+    unwanted = []
+    for fence in (1, 2):
+        ledger.write(lambda c: jobs.claim(c, "w", epoch, 1))
+        receipt = staged(job, fence, tmp_path / f"stage-{fence}", tmp_path / "sink")
+        decide = partial(ours._decide, group=[committer._Ended("w", receipt)])
+        unwanted.append(ledger.write(decide))
+        there = Published(target="there", rows=1, digest="", adopted=False)
+        seen = [(output_id, there) for output_id, *_ in ledger.read(outputs.unpublished)]
+        ledger.write(partial(outputs.mark_published, done=seen))
+        ledger.write(lambda c: jobs.complete(c, [job]))
+        ledger.write(lambda c: jobs.remake(c, [job]))
+    assert [[Path(each.stage).name for each in left] for left in unwanted] == [[], ["stage-2"]]
