@@ -108,6 +108,7 @@ class Runner:
         self._seats: OrderedDict[int, _Seat] = OrderedDict()
         self.follow(welcome)
         self._halted = threading.Event()
+        self._killed = threading.Event()
         self._lock = threading.Lock()
         self._current: tuple[int, int] | None = None
         """The attempt that runs, as job id and fence."""
@@ -123,7 +124,7 @@ class Runner:
         self._welcome = welcome
         self._limits = welcome.limits
         self._environments = EnvironmentStore(
-            self._cache / "envs", welcome.limits.environments_bytes
+            self._cache / "envs", welcome.limits.environments_bytes, given_up=self._taken
         )
 
     def run(self, jobs: Sequence[tuple[Assignment, Artifact]]) -> list[Receipt]:
@@ -146,11 +147,14 @@ class Runner:
     def halt(self, kill: bool = False) -> None:
         """From another thread: start no further job, and with `kill` end the one that runs.
 
-        Jobs that did not come to their end are released.
+        Jobs that were not begun, or were ended so, are released.
         """
         self._halted.set()
+        if not kill:
+            return
+        self._killed.set()
         with self._lock:
-            if kill and self._running:
+            if self._running:
                 self._running.interrupt()
 
     def revoke(self, attempts: Set[tuple[int, int]]) -> None:
@@ -172,7 +176,7 @@ class Runner:
     def _attempt(self, job: Assignment, artifact: Artifact) -> _Ran | Receipt:
         """One attempt; whatever goes wrong becomes a receipt, and no stage is left behind."""
         self._current, self._used = (job.job_id, job.fence), None
-        if self._unwanted():
+        if self._halted.is_set() or self._taken():
             return released(job)
         started = time.monotonic()
         ran = _Ran(job)
@@ -186,7 +190,7 @@ class Runner:
             fault = _job_error(error)
         ran.seconds = time.monotonic() - started
         self._account(ran)
-        if fault and self._unwanted():
+        if fault and self._taken():
             return released(job, ran.log)
         return _failed(ran, fault) if fault else ran
 
@@ -219,7 +223,7 @@ class Runner:
         """While a guest works for the current attempt, another thread may end it."""
         with self._lock:
             self._running = self._used = guest
-            if self._current in self._revoked:
+            if self._taken():
                 guest.interrupt()
         try:
             yield
@@ -227,9 +231,9 @@ class Runner:
             with self._lock:
                 self._running = None
 
-    def _unwanted(self) -> bool:
-        """Whether the current attempt was taken from us, or we are to begin none and end it."""
-        return self._halted.is_set() or self._current in self._revoked
+    def _taken(self) -> bool:
+        """Whether the current attempt was taken from us, or we are to end it."""
+        return self._killed.is_set() or self._current in self._revoked
 
     @contextlib.contextmanager
     def _seated(self, job: Assignment, artifact: Artifact) -> Iterator[_Seat]:
@@ -300,25 +304,25 @@ class Runner:
 
     def _settle(self, artifact: Artifact, lease: Lease, file: InPlace | None) -> _Seat:
         parent = Path(self._welcome.guests_folder)
-        try:
-            make_folder(parent, mode=0o700)
-            folder = Path(tempfile.mkdtemp(dir=parent))
-            (folder / "in").mkdir()
-            (folder / "tmp").mkdir()
-            crashpoint("runner.guest_housed")
-        except OSError as error:
-            raise Unavailable(f"cannot make a guest's folder in {parent}: {error}") from error
-        guest = Guest(
-            lease.python, lease.site_packages, artifact,
-            folder=folder, bundle=bundle(self._cache), limits=self._limits, in_place=file,
-        )  # fmt: skip
-        seat = _Seat(guest, folder, lease)
-        try:
+        with contextlib.ExitStack() as undo:
+            try:
+                make_folder(parent, mode=0o700)
+                folder = Path(tempfile.mkdtemp(dir=parent))
+                undo.callback(shutil.rmtree, folder, ignore_errors=True)
+                (folder / "in").mkdir()
+                (folder / "tmp").mkdir()
+                crashpoint("runner.guest_housed")
+            except OSError as error:
+                raise Unavailable(f"cannot make a guest's folder in {parent}: {error}") from error
+            guest = Guest(
+                lease.python, lease.site_packages, artifact,
+                folder=folder, bundle=bundle(self._cache), limits=self._limits, in_place=file,
+            )  # fmt: skip
+            undo.callback(guest.close)
             with self._minded(guest):
                 guest.load()
-        except JobError:
-            seat.leave()
-            raise
+            undo.pop_all()
+        seat = _Seat(guest, folder, lease)
         seat.keep_byte_code()
         return seat
 
