@@ -36,13 +36,12 @@ from casparian_flow.engine.guest_process import (
     spawn,
 )
 from casparian_flow.engine.job_log import JobLog
-from casparian_flow.engine.reports import Failure, Locked
+from casparian_flow.engine.reports import Failure, Locked, outran, outspent
 from casparian_flow.errors import (
     GuestDied,
     JobError,
     OutputRefused,
     PluginFailed,
-    PluginTimeout,
     ProtocolError,
     Unavailable,
 )
@@ -142,7 +141,7 @@ class Guest:
             "scratch": self._confinement.scratch if self._confinement.scratch_bytes else "",
         }
         try:
-            with self._exchange(timeout_seconds, math.inf):
+            with self._exchange(timeout_seconds, math.inf, loading=True):
                 self._expect_locked()
                 line = json.dumps(head).encode() + b"\n"
                 self._wire.sendall(pack(Kind.LOAD, 0, line + artifact.source))
@@ -167,7 +166,7 @@ class Guest:
 
         Args:
             file: what the plugin sees as `self.file`.
-            timeout_seconds: wall clock of the whole run, the caller's own work included.
+            timeout_seconds: wall clock of the whole run, without the caller's own work.
 
         Raises:
             PluginFailed, OutOfMemory: the plugin raised; the traceback is in the log.
@@ -247,7 +246,9 @@ class Guest:
         self.close()
 
     @contextlib.contextmanager
-    def _exchange(self, timeout_seconds: float, cpu_seconds: float) -> Iterator[None]:
+    def _exchange(
+        self, timeout_seconds: float, cpu_seconds: float, *, loading: bool = False
+    ) -> Iterator[None]:
         """A question and its whole answer; whatever cuts it short kills the guest."""
         self._idle = False
         self._tallies = {}
@@ -264,13 +265,9 @@ class Guest:
         except TimeoutError as error:
             spent = self._meter.left() <= 0
             self.kill()
-            limit, key = (
-                (f"{cpu_seconds:g} s of processor time", "cpu_seconds under [guest]")
-                if spent
-                else (f"{timeout_seconds:g} s", "timeout_seconds under [jobs]")
-            )
-            what = f"{self._who} ran longer than {limit} and was killed"
-            raise PluginTimeout(what, f"raise {key}") from error
+            if spent:
+                raise outspent(self._who, cpu_seconds) from error
+            raise outran(self._who, timeout_seconds, loading) from error
         except OSError as error:
             by_itself = self._meter.has_ended()
             self.kill()
@@ -312,7 +309,10 @@ class Guest:
                 topic, data = self._batch(length)
                 if topic in ends or topic not in self._artifact.topics:
                     raise ProtocolError(f"a batch for topic {topic!r}, which is not open to it")
-                yield topic, tallies.setdefault(topic, Tally(topic)).add(data)
+                batch = tallies.setdefault(topic, Tally(topic)).add(data)
+                began = time.monotonic()
+                yield topic, batch
+                self._deadline += time.monotonic() - began
             elif kind == Kind.END:
                 end = self._record(length, TopicEnd)
                 if end.topic not in tallies or end != tallies[end.topic].end():
