@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -111,6 +114,21 @@ def test_a_job_in_hand_when_the_daemon_died_is_told_from_those_that_waited(
     assert [attempts_of(ledger, job) for job in (first, second, other)] == [
         ["LOST"], ["RELEASED"], ["LOST"],
     ]  # fmt: skip
+
+
+def test_a_job_of_a_worker_that_lives_on_is_not_charged_with_the_end_of_the_daemon(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as worker:
+        claim(ledger, worker=f"{os.uname().nodename}-{worker.pid}")
+        die(ledger, tmp_path / "guests", [(job, 1)])
+    row = job_row(ledger, job)
+    assert (row.status, row.attempts, row.crashes) == ("QUEUED", 0, 0)
+    claim(ledger, worker=f"{os.uname().nodename}-{worker.pid}")
+    die(ledger, tmp_path / "guests", [(job, 2)])
+    row = job_row(ledger, job)
+    assert (row.status, row.attempts, row.crashes) == ("QUEUED", 1, 1), "it ended as well"
 
 
 def test_poison_runs_alone_and_is_failed_the_third_time(ledger: Ledger, tmp_path: Path) -> None:
