@@ -81,6 +81,7 @@ class Worker:
         self._lease = 0.0
         self._welcome: protocol.Welcome | None = None
         """What a later Sentinel said, while our Runner still serves an earlier one."""
+        self._welcomed = False
         self._pace = PREFETCH_SECONDS
         self._draining = asyncio.Event()
 
@@ -162,6 +163,7 @@ class Worker:
 
     async def _begin(self, welcome: protocol.Welcome) -> None:
         """Serve a Sentinel; a later one from the next batch on, since one may be running."""
+        self._welcomed = True
         _check_shared(welcome)
         self._lease = welcome.lease_seconds
         self._holdings.renewed()
@@ -250,6 +252,8 @@ class Worker:
             await asyncio.sleep(pause)
             if self._lease and self._holdings.safe_for(self._lease) <= pause:
                 self._let_go()
+            if not self._welcomed:  # the Hello was lost, or what was said to it
+                await self._send(protocol.Hello(worker=self._name))
             await self._send(protocol.Heartbeat(sent=time.monotonic()))
             if self._runner and not self._draining.is_set() and not self._holdings.running():
                 await self._pull()  # the first time it was said, it may have been lost

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from casparian_flow import protocol
+from casparian_flow import main, protocol
 from casparian_flow.config import Settings
 from casparian_flow.db import audit
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, AuditEntry, JobStatus, ProcessingJob
-from casparian_flow.engine import retries, sentinel
+from casparian_flow.engine import retries, sentinel, worker_client
 from casparian_flow.engine.dispatch import Dispatcher
 from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.errors import CasparianError
@@ -150,6 +150,46 @@ def test_a_worker_that_wakes_while_its_jobs_are_taken_back_gets_none_that_nobody
         assert {each.job_id for each in await assigned(peer)} == jobs
 
     play(settings, story)
+
+
+def test_a_hello_that_is_said_again_is_answered_again(ledger: Ledger, settings: Settings) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "unheard")
+        await assigned(peer)
+        await peer.send(protocol.Hello(worker="unheard"))
+        assert isinstance(await peer.hear(), protocol.Welcome)
+        assert await granted(peer) == [(job, 1)], "it keeps what it has"
+        late = Receipt(job_id=job, fence=0, outcome=Outcome.RELEASED)
+        await peer.send(Conclude(receipts=[late]))
+        assert await granted(peer) == [(job, 1)], "that was of an earlier attempt"
+
+    play(settings, story)
+
+
+def test_a_worker_that_was_not_heard_says_hello_again(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_client, "HEARTBEAT_SECONDS", 0.1)
+    real, lost = Sentinel._send, asyncio.Event()
+
+    async def send(self: Sentinel, identity: bytes, message: protocol.AnyMessage) -> None:
+        if isinstance(message, protocol.Welcome) and not lost.is_set():
+            lost.set()
+        else:
+            await real(self, identity, message)
+
+    monkeypatch.setattr(Sentinel, "_send", send)
+
+    async def story() -> None:
+        async with main.running(settings, "test", workers=1, watch=False) as daemon:
+            await until(
+                lambda: [peer.free for peer in daemon.sentinel._peers.values() if peer.free]
+            )
+
+    asyncio.run(story())
+    assert lost.is_set()
 
 
 def test_nobody_is_lost_while_the_sentinel_itself_does_not_listen(
