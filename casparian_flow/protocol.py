@@ -26,6 +26,10 @@ FRAME_LIMIT = 64 << 20
 """Bytes; a larger frame closes the connection. An artifact is the largest thing we send."""
 
 
+Pair = tuple[int, int]
+"""A job's id and the fence it is held under: one attempt."""
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a message; also what the worker's side passes between its own modules."""
 

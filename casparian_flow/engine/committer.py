@@ -28,7 +28,7 @@ from casparian_flow.db import attempts, audit, doubts, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
 from casparian_flow.engine import retries, sinks
 from casparian_flow.errors import JobError, LedgerError, LedgerLost, SinkUnavailable, Unavailable
-from casparian_flow.protocol import Outcome, Published, Receipt, StagedOutput
+from casparian_flow.protocol import Outcome, Pair, Published, Receipt, StagedOutput
 from casparian_flow.sections import JobSettings
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Committer:
     def _decide(self, connection: Connection, group: Sequence[_Ended]) -> list[StagedOutput]:
         """Give every receipt its consequence; returns the staged files that nobody will publish."""
         # Any message may come twice; what it says counts once.
-        first: dict[jobs.Pair, _Ended] = {}
+        first: dict[Pair, _Ended] = {}
         for each in group:
             first.setdefault((each.receipt.job_id, each.receipt.fence), each)
         group = list(first.values())

@@ -24,10 +24,9 @@ from sqlalchemy import Connection
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, jobs, plugins
 from casparian_flow.db.attempts import Ended, add_attempts, faults
-from casparian_flow.db.jobs import Pair
 from casparian_flow.engine import in_hand
 from casparian_flow.errors import OutOfMemory
-from casparian_flow.protocol import Receipt
+from casparian_flow.protocol import Pair, Receipt
 from casparian_flow.sections import JobSettings
 
 PAUSE_LIMIT_SECONDS = 900.0
@@ -53,9 +52,10 @@ def pause(limits: JobSettings, attempts: int) -> float:
 def after_failure(connection: Connection, end: Receipt, limits: JobSettings, actor: str) -> bool:
     """Give a failed attempt its consequence; False when the job was another's by now."""
     attempts = jobs.attempts(connection, end.job_id)
-    # With as much memory as before it would hardly get further: one more try, and no third.
-    fault = end.evidence.fault
-    vain = fault == OutOfMemory.__name__ and faults(connection, end.job_id, fault) > 0
+    # With as much memory as before it would hardly get further: one more try, and no third, until
+    # a person gives it a fresh budget.
+    fault, budget = end.evidence.fault, end.fence - attempts
+    vain = fault == OutOfMemory.__name__ and faults(connection, end.job_id, fault, budget) > 0
     if end.retryable and attempts < limits.max_attempts and not vain:
         delay = pause(limits, attempts)
         return jobs.requeue(
