@@ -227,6 +227,12 @@ canary.check(GuestSettings(), Path("cache"))
 """
 
 
+def test_a_cache_that_cannot_be_used_is_said_in_words() -> None:
+    with pytest.raises(Unavailable, match="/dev/null cannot be used") as refused:
+        canary.check(GuestSettings(), Path("/dev/null"))
+    assert "XDG_CACHE_HOME" in refused.value.hint
+
+
 def test_the_next_canary_clears_what_a_killed_one_left(tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", KILLED]
