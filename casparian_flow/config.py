@@ -168,10 +168,17 @@ def load(path: str | None = None) -> Settings:
     except msgspec.ValidationError as error:
         raise ConfigError(f"{file}: {error}", "docs/configuration.md lists every key") from error
     home = file.parent
+    # Resolved: its locks lie beside the one file, however many names lead to it.
+    location = os.path.realpath(home / checked.database.path)
+    try:
+        location.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the database cannot be at {location!r}: a part of that name is not UTF-8",
+            "name a place in another folder as [database] db_location",
+        ) from error
     mssql = _mssql(checked.mssql)
-    database = DatabaseSettings(
-        db_location=str(home / checked.database.path), snapshots=checked.snapshots, mssql=mssql
-    )
+    database = DatabaseSettings(db_location=location, snapshots=checked.snapshots, mssql=mssql)
     return msgspec.structs.replace(
         checked, home=home, database=database, mssql=mssql, azure=_azure(checked.azure, file)
     )

@@ -139,7 +139,7 @@ async def running(
                     await sentinel.drain(_grace(settings, ledger))
                 await asyncio.gather(*working, return_exceptions=True)
                 serving.cancel()
-                publishing.cancel()
+                committer.leave()
                 await asyncio.gather(serving, publishing, return_exceptions=True)
                 await committer.finish()
                 crashpoint("main.stopped")

@@ -29,6 +29,9 @@ FRAME_LIMIT = 64 << 20
 MODES = ("append", "replace", "error")
 """What publishing does with what a topic's sink has already (docs/sinks.md)."""
 
+Pair = tuple[int, int]
+"""A job's id and the fence it is held under: one attempt."""
+
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a message; also what the worker's side passes between its own modules."""

@@ -54,6 +54,8 @@ LAYERS = [
     ["services.snapshots", "services.snapshot_checks"],
     [
         "engine.canary",
+        "engine.answers",
+        "engine.peer",
         "engine.bridge",
         "engine.bundle",
         "engine.batches",

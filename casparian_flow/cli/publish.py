@@ -125,7 +125,7 @@ def _deploy(here: Here, message: Deploy) -> str:
     from casparian_flow.errors import CasparianError
     from casparian_flow.services import architect
 
-    reply = control.ask(here.settings.database, message)
+    reply = control.ask(here.settings.database, message, control.DEPLOY_SECONDS)
     if reply is None:
         return architect.deploy(here.ledger, here.settings, message)
     if not reply.ok:

@@ -46,7 +46,9 @@ def add_attempts(connection: Connection, epoch: int, ended: Sequence[Ended]) -> 
     )
 
 
-def faults(connection: Connection, job_id: int, fault: str) -> int:
-    """Attempts of the job that ended with that class of error."""
-    query = select(func.count()).where(Attempt.job_id == job_id, Attempt.fault == fault)
+def faults(connection: Connection, job_id: int, fault: str, after: int) -> int:
+    """Attempts of the job under a later fence than that which ended with that class of error."""
+    query = select(func.count()).where(
+        Attempt.job_id == job_id, Attempt.fault == fault, Attempt.fence > after
+    )
     return connection.execute(query).scalar_one()

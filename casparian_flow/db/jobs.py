@@ -54,6 +54,7 @@ from casparian_flow.db.models import (
     utcnow,
 )
 from casparian_flow.db.routing import Wanted
+from casparian_flow.protocol import Pair
 
 UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)
 
@@ -63,9 +64,6 @@ ALONE_AFTER = 2
 LONGEST_PAUSE_SECONDS = 3600.0
 """No job waits longer for its next attempt. One that would have to was queued before the clock was
 set back: it is due."""
-
-Pair = tuple[int, int]
-"""A job's id and the fence it is held under: one attempt."""
 
 
 def enqueue(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: str) -> list[int]:

@@ -38,7 +38,7 @@ def versions(connection: Connection, name: str) -> list[Version]:
 
 
 def newest(connection: Connection, name: str, trust: Trust) -> str:
-    """The newest version, by PEP 440, that nobody has stopped; empty where there is none.
+    """The newest version, by PEP 440, that nothing bars; empty where there is none.
 
     A version that may not run must not stand in the way of those that come after.
     """
@@ -46,7 +46,7 @@ def newest(connection: Connection, name: str, trust: Trust) -> str:
     rows = connection.execute(
         select(*columns).where(Plugin.name == name, Plugin.statement.is_not(None))
     )
-    fit = [row.version for row in rows if not trust.stopped(row.publisher, name, row.version)]
+    fit = [row.version for row in rows if not trust.barred(row.publisher, name, row.version)]
     return max(fit, key=Version, default="")
 
 
@@ -58,7 +58,7 @@ def active(connection: Connection, name: str) -> str | None:
 
 
 def deactivate(connection: Connection, trust: Trust) -> list[str]:
-    """Route nothing more to versions that were stopped; those, as `name version`."""
+    """Route nothing more to versions that are barred now; those, as `name version`."""
     rows = connection.execute(
         select(Plugin.name, Plugin.version, Plugin.publisher).join(
             PluginConfig,
@@ -68,11 +68,11 @@ def deactivate(connection: Connection, trust: Trust) -> list[str]:
             ),
         )
     ).all()
-    stopped = [row for row in rows if trust.stopped(row.publisher, row.name, row.version)]
-    names = [row.name for row in stopped]
+    barred = [row for row in rows if trust.barred(row.publisher, row.name, row.version)]
+    names = [row.name for row in barred]
     statement = update(PluginConfig).where(PluginConfig.plugin_name.in_(names))
     connection.execute(statement.values(active_version=None))
-    return [f"{row.name} {row.version}" for row in stopped]
+    return [f"{row.name} {row.version}" for row in barred]
 
 
 def add(connection: Connection, **columns: Any) -> int:

@@ -19,7 +19,7 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -36,20 +36,19 @@ from casparian_flow.engine.guest_process import (
     spawn,
 )
 from casparian_flow.engine.job_log import JobLog
-from casparian_flow.engine.reports import Failure, Locked
+from casparian_flow.engine.reports import Failure, Locked, outran, outspent
 from casparian_flow.errors import (
     GuestDied,
     JobError,
     OutputRefused,
     PluginFailed,
-    PluginTimeout,
     ProtocolError,
     Unavailable,
 )
 from casparian_flow.protocol import Artifact, Evidence
 from casparian_flow.sdk import FileInfo
 from casparian_flow.sections import GuestSettings
-from casparian_flow.security.sandbox import LAYERS
+from casparian_flow.security.sandbox import LAYERS, InPlace
 
 QUIT_SECONDS = 2.0
 """How long a guest may take to leave when asked; it has no work to save."""
@@ -72,7 +71,7 @@ class Guest:
             (its scratch folder) in it.
         bundle: what `bundle()` returned.
         limits: what any guest may have at most; the artifact may ask for less.
-        read: paths it may read besides its packages and its inbox.
+        in_place: a large file it may read besides its packages and its inbox.
 
     Raises:
         Unavailable: the process cannot be started.
@@ -87,7 +86,7 @@ class Guest:
         folder: Path,
         bundle: Path,
         limits: GuestSettings,
-        read: Sequence[str] = (),
+        in_place: InPlace | None = None,
     ) -> None:
         self.jobs_served = 0
         self.sandbox = ""
@@ -100,7 +99,7 @@ class Guest:
         self._who = f"plugin {artifact.name} {artifact.version}"
         self._limits = limits
         self._confinement = confinement(
-            artifact, limits, folder, [str(site_packages), str(bundle), *read]
+            artifact, limits, folder, [str(site_packages), str(bundle)], in_place
         )
         self._log = JobLog()
         self._tallies: dict[str, Tally] = {}
@@ -142,7 +141,7 @@ class Guest:
             "scratch": self._confinement.scratch if self._confinement.scratch_bytes else "",
         }
         try:
-            with self._exchange(timeout_seconds, math.inf):
+            with self._exchange(timeout_seconds, math.inf, loading=True):
                 self._expect_locked()
                 line = json.dumps(head).encode() + b"\n"
                 self._wire.sendall(pack(Kind.LOAD, 0, line + artifact.source))
@@ -167,7 +166,7 @@ class Guest:
 
         Args:
             file: what the plugin sees as `self.file`.
-            timeout_seconds: wall clock of the whole run, the caller's own work included.
+            timeout_seconds: wall clock of the whole run, without the caller's own work.
 
         Raises:
             PluginFailed, OutOfMemory: the plugin raised; the traceback is in the log.
@@ -247,7 +246,9 @@ class Guest:
         self.close()
 
     @contextlib.contextmanager
-    def _exchange(self, timeout_seconds: float, cpu_seconds: float) -> Iterator[None]:
+    def _exchange(
+        self, timeout_seconds: float, cpu_seconds: float, *, loading: bool = False
+    ) -> Iterator[None]:
         """A question and its whole answer; whatever cuts it short kills the guest."""
         self._idle = False
         self._tallies = {}
@@ -264,13 +265,9 @@ class Guest:
         except TimeoutError as error:
             spent = self._meter.left() <= 0
             self.kill()
-            limit, key = (
-                (f"{cpu_seconds:g} s of processor time", "cpu_seconds under [guest]")
-                if spent
-                else (f"{timeout_seconds:g} s", "timeout_seconds under [jobs]")
-            )
-            what = f"{self._who} ran longer than {limit} and was killed"
-            raise PluginTimeout(what, f"raise {key}") from error
+            if spent:
+                raise outspent(self._who, cpu_seconds) from error
+            raise outran(self._who, timeout_seconds, loading) from error
         except OSError as error:
             by_itself = self._meter.has_ended()
             self.kill()
@@ -312,7 +309,10 @@ class Guest:
                 topic, data = self._batch(length)
                 if topic in ends or topic not in self._artifact.topics:
                     raise ProtocolError(f"a batch for topic {topic!r}, which is not open to it")
-                yield topic, tallies.setdefault(topic, Tally(topic)).add(data)
+                batch = tallies.setdefault(topic, Tally(topic)).add(data)
+                began = time.monotonic()
+                yield topic, batch
+                self._deadline += time.monotonic() - began
             elif kind == Kind.END:
                 end = self._record(length, TopicEnd)
                 if end.topic not in tallies or end != tallies[end.topic].end():

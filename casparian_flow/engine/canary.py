@@ -17,7 +17,7 @@ from pathlib import Path
 from casparian_flow.atomic import exclusive, make_folder
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
-from casparian_flow.errors import JobError, PluginFailed, SandboxUnavailable
+from casparian_flow.errors import JobError, PluginFailed, SandboxUnavailable, Unavailable
 from casparian_flow.protocol import Artifact
 from casparian_flow.sections import GuestSettings
 
@@ -72,8 +72,18 @@ def check(limits: GuestSettings, cache: Path) -> str:
 
     Raises:
         SandboxUnavailable: it is required, and a layer is missing or does not hold.
-        Unavailable: the canary could not be started.
+        Unavailable: the canary could not be started, since the cache cannot be used perhaps.
     """
+    try:
+        return _check(limits, cache)
+    except OSError as error:
+        raise Unavailable(
+            f"the guest's files in {cache} cannot be used: {error.strerror or error}",
+            "see that the folder can be written ($XDG_CACHE_HOME says where it is)",
+        ) from error
+
+
+def _check(limits: GuestSettings, cache: Path) -> str:
     if limits.sandbox == "off":
         log.warning("[guest] sandbox is off: plugins run with all your rights")
         return "off"

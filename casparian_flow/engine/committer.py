@@ -16,7 +16,7 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -29,7 +29,7 @@ from casparian_flow.db import attempts, audit, doubts, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
 from casparian_flow.engine import retries, sinks
 from casparian_flow.errors import JobError, LedgerError, LedgerLost, SinkUnavailable, Unavailable
-from casparian_flow.protocol import Outcome, Published, Receipt, StagedOutput
+from casparian_flow.protocol import Outcome, Pair, Published, Receipt, StagedOutput
 from casparian_flow.sections import JobSettings
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Committer:
         self._epoch = epoch
         self._limits = limits
         self._on_change = on_change
-        self._receipts: asyncio.Queue[_Ended] = asyncio.Queue()
+        self._receipts: asyncio.Queue[_Ended | None] = asyncio.Queue()
         self._sick: dict[str, float] = {}
         self._leaving = False
 
@@ -90,13 +90,18 @@ class Committer:
         self._receipts.put_nowait(_Ended(worker, receipt))
 
     async def run(self) -> None:
-        """Serve until cancelled. Begins with what an earlier run decided and did not finish."""
+        """Serve until told to leave. Begins with what an earlier run decided and did not finish."""
         await self._settle()
-        while True:
+        while not self._leaving:
             await self._serve(await self._next_group())
 
+    def leave(self) -> None:
+        """Have `run` end when it has seen its group through: cancelled, it would drop it."""
+        self._leaving = True
+        self._receipts.put_nowait(None)
+
     async def finish(self) -> None:
-        """Decide and publish what is still waiting; for a clean stop, after `run` was cancelled.
+        """Decide and publish what is still waiting; for a clean stop, after `run` has ended.
 
         Raises:
             LedgerError: the ledger cannot be written. What was decided is finished by the next
@@ -117,18 +122,18 @@ class Committer:
 
     async def _next_group(self) -> list[_Ended]:
         """Wait for a receipt, or for a paused sink's next try; then take all that wait."""
-        group: list[_Ended] = []
+        group: list[_Ended | None] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PAUSE_SECONDS if self._sick else None):
                 group.append(await self._receipts.get())
         while len(group) < GROUP_LIMIT and not self._receipts.empty():
             group.append(self._receipts.get_nowait())
-        return group
+        return [ended for ended in group if ended]
 
     def _decide(self, connection: Connection, group: Sequence[_Ended]) -> list[StagedOutput]:
-        """Give every receipt its consequence; returns the staged files of those that were late."""
+        """Give every receipt its consequence; returns the staged files that nobody will publish."""
         # Any message may come twice; what it says counts once.
-        first: dict[jobs.Pair, _Ended] = {}
+        first: dict[Pair, _Ended] = {}
         for each in group:
             first.setdefault((each.receipt.job_id, each.receipt.fence), each)
         group = list(first.values())
@@ -147,9 +152,11 @@ class Committer:
         late = [end for _, end in group if (end.job_id, end.fence) not in moved]
         for end in late:
             log.warning("job %d: a result under fence %d came too late", end.job_id, end.fence)
-        # The repeated receipt of a decided attempt names the very files that will be published.
-        owed = outputs.stages(connection, [end.job_id for end in late])
-        return [output for end in late for output in end.outputs if output.stage not in owed]
+        # The repeated receipt of a decided attempt names the very files that will be published; one
+        # that was decided may name some that its job has published before.
+        ended = [*late, *decided]
+        owed = outputs.stages(connection, [end.job_id for end in ended])
+        return [output for end in ended for output in end.outputs if output.stage not in owed]
 
     def _without_output(self, connection: Connection, end: Receipt) -> bool:
         """Move a job whose attempt produced nothing; False when it was another's by now."""
@@ -168,17 +175,18 @@ class Committer:
 
     async def _settle(self) -> None:
         """Publish and complete everything that is decided, but for what a paused sink holds."""
-        owed = [_Owed(*row) for row in await self._ledger.read_soon(outputs.unpublished)]
+        owed = [_Owed(*row) for row in await self._read(outputs.unpublished)]
         now = time.monotonic()
+        # Also where nothing is owed to it any more: nobody else would find out that it is well.
+        self._sick = {store: until for store, until in self._sick.items() if until > now}
         by_store: dict[str, list[_Owed]] = defaultdict(list)
         for output in owed:
             store = sinks.store(output.staged.location)
-            if self._sick.get(store, 0.0) <= now:
+            if store not in self._sick:
                 by_store[store].append(output)
         done: list[tuple[_Owed, Published]] = []
         refused: list[tuple[_Owed, JobError]] = []
         for store, group in by_store.items():
-            self._sick.pop(store, None)
             found = await asyncio.to_thread(self._publish, [o.staged for o in group])
             crashpoint("committer.published")
             waiting = []
@@ -229,7 +237,7 @@ class Committer:
             audit.append(connection, ACTOR, events)
             crashpoint("committer.completion_written")
 
-        finishable = await self._ledger.read_soon(outputs.decided_without_debts)
+        finishable = await self._read(outputs.decided_without_debts)
         if done or refused or finishable:
             await self._write(work)
             crashpoint("committer.completed")
@@ -241,11 +249,17 @@ class Committer:
         reason = f"{PAUSED}{error.message}"
         await self._write(lambda c: jobs.note(c, job_ids, reason))
 
+    async def _read(self, work: Work[T]) -> T:
+        return await self._insist(self._ledger.read_soon, work)
+
     async def _write(self, work: Work[T]) -> T:
-        """Write to the ledger, however long its disk is full: nobody runs again what has run."""
+        return await self._insist(self._ledger.write_soon, work)
+
+    async def _insist(self, use: Callable[[Work[T]], Awaitable[T]], work: Work[T]) -> T:
+        """Use the ledger, however long its disk is full: nobody runs again what has run."""
         while True:
             try:
-                return await self._ledger.write_soon(work)
+                return await use(work)
             except LedgerLost:
                 raise
             except LedgerError as error:
@@ -263,6 +277,8 @@ def _attempt(worker: str, end: Receipt) -> attempts.Ended:
 
 
 def _remove(stages: Sequence[str]) -> None:
-    """What will never be published leaves nothing behind."""
+    """What will never be published leaves nothing behind; but where its disk cannot be written
+    now, it waits there for the sweep of the next start."""
     for stage in stages:
-        atomic.remove(Path(stage))
+        with contextlib.suppress(OSError):
+            atomic.remove(Path(stage))

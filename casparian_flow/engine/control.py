@@ -13,10 +13,13 @@ from casparian_flow.engine import wire
 from casparian_flow.errors import ConfigError, DaemonGone, ProtocolError
 
 ANSWER_SECONDS = 30.0
-"""How long a daemon may take: it may be publishing a plugin."""
+"""How long a daemon may take to answer."""
 
 KEY_SECONDS = 5.0
 """How long a daemon that starts may take to leave its key."""
+
+DEPLOY_SECONDS = 120.0
+"""How long it may take to deploy a plugin: the Gatekeeper alone may read it for 60."""
 
 GLANCE_SECONDS = 2.0
 """How long a daemon may take to say what it could as well not say."""
@@ -44,7 +47,7 @@ def ask(
         DaemonGone: one runs, and refuses us or does not answer.
     """
     refused: wire.Key | None = None
-    while about := daemon_lock.holder(database.daemon_lock):
+    while (about := daemon_lock.holder(database.daemon_lock)) is not None:
         key = _key(database.control_endpoint, refused, min(patience, KEY_SECONDS))
         try:
             frames = _exchange(database.control_endpoint, key, protocol.encode(message), patience)

@@ -19,7 +19,7 @@ from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from casparian_flow.errors import GuestDied, JobError, OutOfMemory
 from casparian_flow.protocol import Artifact, Evidence
 from casparian_flow.sections import GuestSettings
-from casparian_flow.security.sandbox import Confinement
+from casparian_flow.security.sandbox import Confinement, InPlace
 
 ENDING_SECONDS = 0.2
 """Between the end of a process's wire and its own end, if it is ending."""
@@ -42,13 +42,18 @@ def environment(allowed: Confinement) -> dict[str, str]:
 
 
 def confinement(
-    artifact: Artifact, limits: GuestSettings, folder: Path, read: list[str]
+    artifact: Artifact,
+    limits: GuestSettings,
+    folder: Path,
+    read: list[str],
+    in_place: InPlace | None,
 ) -> Confinement:
     """What a guest may have: what the plugin asks for, and no more than the limits."""
     return Confinement(
         mode=limits.sandbox,
         home=os.path.realpath(folder),
         read=read,
+        in_place=in_place,
         memory_bytes=min(artifact.memory_bytes or limits.memory_bytes, limits.memory_bytes),
         scratch_bytes=min(artifact.scratch_bytes, limits.scratch_bytes),
         network=artifact.network and limits.network,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from casparian_flow.protocol import Assignment, Granted, Outcome, Receipt
+from casparian_flow.protocol import Assignment, Granted, Outcome, Pair, Receipt
 
 SEEN_LIMIT = 10_000
 """Assignments remembered, so that one that is repeated late is not run again."""
@@ -19,8 +19,6 @@ SEEN_LIMIT = 10_000
 SAFE_SHARE = 2 / 3
 """Of the lease: a worker that could not renew it for so long ends its jobs before others have
 them."""
-
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)

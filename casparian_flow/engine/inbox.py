@@ -73,7 +73,13 @@ def hash_file(path: bytes) -> str:
         Superseded: the file is gone, is no regular file, or changed while it was read.
         Unavailable: it cannot be read.
     """
-    with opened(path) as source, io_faults(f"cannot read {os.fsdecode(path)!r}"):
+    with opened(path) as source:
+        return hash_opened(source, path)
+
+
+def hash_opened(source: FileIO, path: bytes) -> str:
+    """`hash_file` of a file that was opened at `path`."""
+    with io_faults(f"cannot read {os.fsdecode(path)!r}"):
         before = stamp(source)
         digest = hashlib.file_digest(source, "sha256").hexdigest()
         if stamp(source) != before:

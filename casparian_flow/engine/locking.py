@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import PIPE
 from typing import NamedTuple
 
 import uv
@@ -21,7 +22,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from casparian_flow.errors import CasparianError, PluginError
+from casparian_flow.errors import CasparianError, PluginError, Unavailable
 
 PYARROW = "pyarrow>=23.0.1"
 """What the guest itself needs; older ones have holes that hostile data gets through."""
@@ -33,6 +34,7 @@ EXPORT = ("export", "--frozen", "--no-emit-project", "--no-dev")
 PLAIN = ("--quiet", "--no-header", "--no-annotate")
 SCRIPT_BLOCK = re.compile(r"(?m)^# /// script\s*$\n(?P<body>(?:^#(?:| .*)$\n)+?)^# ///\s*$")
 """PEP 723's own expression, for blocks of the type it defines."""
+LOOK_SECONDS = 0.2
 ERROR_LINES = 12
 """Lines of uv's complaint that are shown; its reason comes last."""
 LOCK_LIMIT = 1 << 20
@@ -182,21 +184,42 @@ def run_uv(
     folder: Path,
     stdin: str = "",
     holds: Sequence[int] = (),
+    given_up: Callable[[], bool] = lambda: False,
 ) -> str:
     """Run uv to its end; what it printed. It sees our environment: the index is the user's.
 
     Args:
         folder: where it runs; it reads the configuration that it finds there and above.
         holds: descriptors that it keeps open, even when this process ends before it.
+        given_up: asked every LOOK_SECONDS whether it is to be killed.
+
+    Raises:
+        Unavailable: it was given up.
     """
     command = [uv.find_uv_bin(), *arguments]
-    done = subprocess.run(
-        command, input=stdin, cwd=folder, pass_fds=holds, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise failed("\n".join(done.stderr.strip().splitlines()[-ERROR_LINES:]))
-    return done.stdout
+    with subprocess.Popen(
+        command, cwd=folder, pass_fds=holds, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True
+    ) as process:
+        try:
+            said, complaint = _communicate(process, stdin, given_up)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise failed("\n".join(complaint.strip().splitlines()[-ERROR_LINES:]))
+    return said
+
+
+def _communicate(
+    process: subprocess.Popen[str], stdin: str | None, given_up: Callable[[], bool]
+) -> tuple[str, str]:
+    while True:
+        try:
+            return process.communicate(stdin, LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            stdin = None  # it is kept for the next call
+            if given_up():
+                raise Unavailable("uv was stopped: nobody waits for it any more") from None
 
 
 def script_block(plugin: Path) -> dict[str, object] | None:

@@ -3,7 +3,8 @@
     the attempt failed    again after a pause, while attempts are left and the error may pass
     its Worker is gone    what it had in hand counts an attempt; what only waited there does not
     the daemon is gone    the same, and it counts as a crash of the job: after two, the job runs
-                          alone (`jobs.claim`); after the third it is FAILED as poison
+                          alone (`jobs.claim`); after the third it is FAILED as poison. But what a
+                          Worker that lives on has in hand does not count
 
 Where nothing is known to have been in hand (a power cut, or a moment between two jobs), every
 attempt counts: a job that takes the whole machine with it must come to its end too.
@@ -12,6 +13,7 @@ attempt counts: a job that takes the whole machine with it must come to its end 
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
@@ -22,10 +24,9 @@ from sqlalchemy import Connection
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, jobs, plugins
 from casparian_flow.db.attempts import Ended, add_attempts, faults
-from casparian_flow.db.jobs import Pair
 from casparian_flow.engine import in_hand
 from casparian_flow.errors import OutOfMemory
-from casparian_flow.protocol import Receipt
+from casparian_flow.protocol import Pair, Receipt
 from casparian_flow.sections import JobSettings
 
 PAUSE_LIMIT_SECONDS = 900.0
@@ -51,9 +52,10 @@ def pause(limits: JobSettings, attempts: int) -> float:
 def after_failure(connection: Connection, end: Receipt, limits: JobSettings, actor: str) -> bool:
     """Give a failed attempt its consequence; False when the job was another's by now."""
     attempts = jobs.attempts(connection, end.job_id)
-    # With as much memory as before it would hardly get further: one more try, and no third.
-    fault = end.evidence.fault
-    vain = fault == OutOfMemory.__name__ and faults(connection, end.job_id, fault) > 0
+    # With as much memory as before it would hardly get further: one more try, and no third, until
+    # a person gives it a fresh budget.
+    fault, budget = end.evidence.fault, end.fence - attempts
+    vain = fault == OutOfMemory.__name__ and faults(connection, end.job_id, fault, budget) > 0
     if end.retryable and attempts < limits.max_attempts and not vain:
         delay = pause(limits, attempts)
         return jobs.requeue(
@@ -99,12 +101,28 @@ def _take_back(
         crew = list(group)
         suspects = {(job.id, job.fence) for job in crew} & hands
         for job in crew:
+            if daemon and _lives(job.worker):
+                _give_back(connection, job, f"{why}, and its worker lives")
+                continue
             suspected = (job.id, job.fence) in suspects
             if suspects and not suspected:
                 _give_back(connection, job, f"{why} before it began")
             else:
                 _count(connection, job, limits, f"{why} while it ran", daemon and suspected)
             crashpoint("retries.job_taken_back")
+
+
+def _lives(worker: str) -> bool:
+    """Whether a Worker of a process of its own, on this machine, is there still: then its job
+    had no part in the daemon's end. Another process with its number is taken for it."""
+    host, _, number = worker.rpartition("-")
+    if host != os.uname().nodename or not number.isdecimal():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _give_back(connection: Connection, job: Any, why: str) -> None:

@@ -28,7 +28,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import in_hand, sinks
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
-from casparian_flow.engine.placing import BadSnapshot, placed
+from casparian_flow.engine.placing import BadSnapshot, placed, proved
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.engine.venv_manager import EnvironmentStore, Lease
@@ -48,6 +48,7 @@ from casparian_flow.protocol import (
     StagedOutput,
     Welcome,
 )
+from casparian_flow.security.sandbox import InPlace
 
 log = logging.getLogger(__name__)
 
@@ -104,13 +105,11 @@ class Runner:
     """
 
     def __init__(self, welcome: Welcome, cache: Path) -> None:
-        self._welcome = welcome
-        self._limits = welcome.limits
-        self._database = DatabaseSettings(db_location=welcome.database)
         self._cache = cache
-        self._environments = EnvironmentStore(cache / "envs", self._limits.environments_bytes)
         self._seats: OrderedDict[int, _Seat] = OrderedDict()
+        self.follow(welcome)
         self._halted = threading.Event()
+        self._killed = threading.Event()
         self._lock = threading.Lock()
         self._current: tuple[int, int] | None = None
         """The attempt that runs, as job id and fence."""
@@ -119,6 +118,16 @@ class Runner:
         self._used: Guest | None = None
         """The guest that ran it last; its log may wait to be taken."""
         self._revoked: set[tuple[int, int]] = set()
+
+    def follow(self, welcome: Welcome) -> None:
+        """Serve this Sentinel, under its settings: a new one has swept away the guests we had."""
+        self.close()
+        self._welcome = welcome
+        self._limits = welcome.limits
+        self._database = DatabaseSettings(db_location=welcome.database)
+        self._environments = EnvironmentStore(
+            self._cache / "envs", welcome.limits.environments_bytes, given_up=self._taken
+        )
 
     def run(self, jobs: Sequence[tuple[Assignment, Artifact]]) -> list[Receipt]:
         """Run each job, then seal what they staged; one receipt a job, in their order."""
@@ -140,11 +149,14 @@ class Runner:
     def halt(self, kill: bool = False) -> None:
         """From another thread: start no further job, and with `kill` end the one that runs.
 
-        Jobs that did not come to their end are released.
+        Jobs that were not begun, or were ended so, are released.
         """
         self._halted.set()
+        if not kill:
+            return
+        self._killed.set()
         with self._lock:
-            if kill and self._running:
+            if self._running:
                 self._running.interrupt()
 
     def revoke(self, attempts: Set[tuple[int, int]]) -> None:
@@ -166,8 +178,8 @@ class Runner:
     def _attempt(self, job: Assignment, artifact: Artifact) -> _Ran | Receipt:
         """One attempt; whatever goes wrong becomes a receipt, and no stage is left behind."""
         self._current, self._used = (job.job_id, job.fence), None
-        if self._unwanted():
-            return _released(job)
+        if self._halted.is_set() or self._taken():
+            return released(job)
         started = time.monotonic()
         ran = _Ran(job)
         fault: JobError | None = None
@@ -180,8 +192,8 @@ class Runner:
             fault = _job_error(error)
         ran.seconds = time.monotonic() - started
         self._account(ran)
-        if fault and self._unwanted():
-            return _released(job, ran.log)
+        if fault and self._taken():
+            return released(job, ran.log)
         return _failed(ran, fault) if fault else ran
 
     def _account(self, ran: _Ran) -> None:
@@ -213,7 +225,7 @@ class Runner:
         """While a guest works for the current attempt, another thread may end it."""
         with self._lock:
             self._running = self._used = guest
-            if self._current in self._revoked:
+            if self._taken():
                 guest.interrupt()
         try:
             yield
@@ -221,21 +233,25 @@ class Runner:
             with self._lock:
                 self._running = None
 
-    def _unwanted(self) -> bool:
-        """Whether the current attempt was taken from us, or we are to begin none and end it."""
-        return self._halted.is_set() or self._current in self._revoked
+    def _taken(self) -> bool:
+        """Whether the current attempt was taken from us, or we are to end it."""
+        return self._killed.is_set() or self._current in self._revoked
 
     @contextlib.contextmanager
     def _seated(self, job: Assignment, artifact: Artifact) -> Iterator[_Seat]:
-        """A guest for the job. Rights cannot be added later: a large file gets one of its own."""
+        """A guest for the job. Rights cannot be added later: a large file gets one of its own.
+
+        Its modules run with the right to read the file: it is proved before.
+        """
         if job.snapshot or job.size_bytes <= self._limits.copy_limit_bytes:
             yield self._seat(artifact)
             return
-        seat = self._start(artifact, read=[_text(job.path)])
-        try:
-            yield seat
-        finally:
-            seat.leave()
+        with proved(job) as file:
+            seat = self._start(artifact, file)
+            try:
+                yield seat
+            finally:
+                seat.leave()
 
     def _stage(self, seat: _Seat, job: Assignment) -> list[Stage]:
         plans = _by_topic(job.outputs)
@@ -287,35 +303,35 @@ class Runner:
         self._seats[artifact.plugin_id] = seat
         return seat
 
-    def _start(self, artifact: Artifact, read: Sequence[str] = ()) -> _Seat:
+    def _start(self, artifact: Artifact, file: InPlace | None = None) -> _Seat:
         lease = self._environments.lease(artifact.lock)
         try:
-            return self._settle(artifact, lease, read)
+            return self._settle(artifact, lease, file)
         except BaseException:
             lease.release()
             raise
 
-    def _settle(self, artifact: Artifact, lease: Lease, read: Sequence[str]) -> _Seat:
+    def _settle(self, artifact: Artifact, lease: Lease, file: InPlace | None) -> _Seat:
         parent = Path(self._welcome.guests_folder)
-        try:
-            make_folder(parent, mode=0o700)
-            folder = Path(tempfile.mkdtemp(dir=parent))
-            (folder / "in").mkdir()
-            (folder / "tmp").mkdir()
-            crashpoint("runner.guest_housed")
-        except OSError as error:
-            raise Unavailable(f"cannot make a guest's folder in {parent}: {error}") from error
-        guest = Guest(
-            lease.python, lease.site_packages, artifact,
-            folder=folder, bundle=bundle(self._cache), limits=self._limits, read=read,
-        )  # fmt: skip
-        seat = _Seat(guest, folder, lease)
-        try:
+        with contextlib.ExitStack() as undo:
+            try:
+                make_folder(parent, mode=0o700)
+                folder = Path(tempfile.mkdtemp(dir=parent))
+                undo.callback(shutil.rmtree, folder, ignore_errors=True)
+                (folder / "in").mkdir()
+                (folder / "tmp").mkdir()
+                crashpoint("runner.guest_housed")
+            except OSError as error:
+                raise Unavailable(f"cannot make a guest's folder in {parent}: {error}") from error
+            guest = Guest(
+                lease.python, lease.site_packages, artifact,
+                folder=folder, bundle=bundle(self._cache), limits=self._limits, in_place=file,
+            )  # fmt: skip
+            undo.callback(guest.close)
             with self._minded(guest):
                 guest.load()
-        except JobError:
-            seat.leave()
-            raise
+            undo.pop_all()
+        seat = _Seat(guest, folder, lease)
         seat.keep_byte_code()
         return seat
 
@@ -341,7 +357,7 @@ def _kept(outcome: _Ran | Receipt, over: Set[tuple[int, int]]) -> _Ran | Receipt
         return outcome
     for stage in outcome.stages:
         stage.discard()
-    return _released(outcome.job, outcome.log)
+    return released(outcome.job, outcome.log)
 
 
 def _by_topic(plans: Sequence[OutputPlan]) -> dict[str, list[OutputPlan]]:
@@ -355,11 +371,8 @@ def _flat(stages: dict[str, list[Stage]]) -> list[Stage]:
     return [stage for group in stages.values() for stage in group]
 
 
-def _text(path: bytes) -> str:
-    return path.decode("utf-8", "surrogateescape")
-
-
-def _released(job: Assignment, log: str = "") -> Receipt:
+def released(job: Assignment, log: str = "") -> Receipt:
+    """The receipt of an attempt that was not run to its end, by no fault of the job."""
     return Receipt(job_id=job.job_id, fence=job.fence, outcome=Outcome.RELEASED, log=log)
 
 

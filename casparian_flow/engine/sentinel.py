@@ -14,7 +14,6 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
@@ -27,9 +26,11 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
 from casparian_flow.engine import in_hand, retries, wire
+from casparian_flow.engine.answers import answered
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import Dispatcher, artifact
 from casparian_flow.engine.handshake import Handshake, Refusal, Refusals
+from casparian_flow.engine.peer import Peer
 from casparian_flow.errors import CasparianError, LedgerError, ProtocolError
 from casparian_flow.protocol import AnyMessage, Conclude
 
@@ -45,19 +46,6 @@ LEASE_SECONDS = 30.0
 that nobody sets; the worker has ended them by itself after two thirds of it."""
 
 _PARTS_LIMIT = 8
-
-
-@dataclass
-class Peer:
-    """A worker that said Hello."""
-
-    name: str
-    connection: str
-    """The User-Id of the connection it came by; empty for one of our own process."""
-    free: int = 0
-    seen: float = field(default_factory=time.monotonic)
-    held: dict[int, int] = field(default_factory=dict)
-    """Job id -> fence of what it runs."""
 
 
 class Sentinel:
@@ -206,7 +194,9 @@ class Sentinel:
     async def _hear(self, identity: bytes, connection: str, message: AnyMessage) -> None:
         match message:
             case protocol.Deploy():
-                self._answers.add(asyncio.create_task(self._answer_deploy(identity, message)))
+                task = asyncio.create_task(self._answer_deploy(identity, message))
+                self._answers.add(task)
+                task.add_done_callback(self._answers.discard)
                 return
             case protocol.Ring(scan=scan):
                 self._bell.set()
@@ -238,7 +228,7 @@ class Sentinel:
                 await self._send(identity, await self._ledger.read_soon(checked))
             case Conclude(receipts=receipts):
                 for receipt in receipts:
-                    peer.held.pop(receipt.job_id, None)
+                    peer.concluded(receipt)
                     self._committer.accept(peer.name, receipt)
             case protocol.Heartbeat(sent=sent):
                 await self._tell(identity, peer, sent)
@@ -247,6 +237,7 @@ class Sentinel:
 
     async def _admit(self, identity: bytes, peer: Peer) -> None:
         if identity in self._peers:
+            await self._welcome(identity, peer)  # it says Hello again: it may not have heard us
             return
         for other, known in list(self._peers.items()):
             if known.name == peer.name:  # it is back, by another connection
@@ -254,6 +245,11 @@ class Sentinel:
         self._peers[identity] = peer
         self._empty.clear()
         log.info("worker %s is here", peer.name)
+        await self._welcome(identity, peer)
+        if self._draining:  # it comes while we leave; nobody else would tell it
+            await self._send(identity, protocol.Drain(grace_seconds=0.0))
+
+    async def _welcome(self, identity: bytes, peer: Peer) -> None:
         database = self._settings.database
         await self._send(
             identity,
@@ -266,8 +262,6 @@ class Sentinel:
                 lease_seconds=LEASE_SECONDS if peer.connection else 0.0,
             ),
         )
-        if self._draining:  # it comes while we leave; nobody else would tell it
-            await self._send(identity, protocol.Drain(grace_seconds=0.0))
 
     async def _dispatch(self) -> None:
         """Claim for whoever has room; sleep until the bell rings or the poll is due."""
@@ -300,12 +294,7 @@ class Sentinel:
         crashpoint("sentinel.assigned")
 
     async def _answer_deploy(self, identity: bytes, message: protocol.Deploy) -> None:
-        try:
-            reply = protocol.Reply(ok=True, text=await self._deploy(message))
-        except CasparianError as error:
-            reply = protocol.Reply(
-                ok=False, text=error.message, hint=error.hint, exit_code=error.exit_code
-            )
+        reply = await answered(self._deploy(message))
         self._bell.set()
         await self._send(identity, reply)
 
@@ -358,30 +347,33 @@ class Sentinel:
         Args:
             silent: it did not say so: one of its jobs may have killed it.
         """
-        async with self._claiming:  # what is being claimed for it is known then, and no more is
+        # What is being claimed for it is known then. No more is until it is forgotten, though it
+        # should wake up and be ready for more while its jobs are taken back.
+        async with self._claiming:
             peer = self._peers.get(identity)
             if peer is None:
                 return
             peer.free = 0
-        words = f"worker {peer.name} {why}"
+            if peer.held:
+                await self._take_back(peer, f"worker {peer.name} {why}", silent)
+            self._peers.pop(identity, None)
+        if not self._peers:
+            self._empty.set()
+        self._bell.set()
+
+    async def _take_back(self, peer: Peer, why: str, silent: bool) -> None:
         held = list(peer.held.items())
-        if held:
-            log.warning("%s; %d jobs go back to the queue", words, len(held))
-        work = partial(retries.release, pairs=held, why=words)
+        log.warning("%s; %d jobs go back to the queue", why, len(held))
+        work = partial(retries.release, pairs=held, why=why)
         folder = self._settings.database.guests_folder
         if silent:
             hands = in_hand.read(folder)
             work = partial(
-                retries.lose, pairs=held, hands=hands, limits=self._settings.jobs, why=words
+                retries.lose, pairs=held, hands=hands, limits=self._settings.jobs, why=why
             )
-        if held:
-            await self._ledger.write_soon(work)
-            crashpoint("sentinel.jobs_taken_back")
-            in_hand.forget(folder, held)
-        self._peers.pop(identity, None)
-        if not self._peers:
-            self._empty.set()
-        self._bell.set()
+        await self._ledger.write_soon(work)
+        crashpoint("sentinel.jobs_taken_back")
+        in_hand.forget(folder, held)
 
     async def _send(self, identity: bytes, message: AnyMessage) -> None:
         try:

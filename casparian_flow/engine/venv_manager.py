@@ -20,7 +20,7 @@ import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
 
@@ -38,11 +38,15 @@ class EnvironmentStore:
     Args:
         root: such as `config.cache_folder() / "envs"`; may be deleted while no guest runs.
         limit_bytes: beyond it those least recently used go, but none that is leased.
+        given_up: asked while one is built whether nobody waits for it any more.
     """
 
-    def __init__(self, root: Path, limit_bytes: int) -> None:
+    def __init__(
+        self, root: Path, limit_bytes: int, given_up: Callable[[], bool] = lambda: False
+    ) -> None:
         self._root = root
         self._limit_bytes = limit_bytes
+        self._given_up = given_up
 
     def lease(self, lock: str) -> Lease:
         """The environment of a lock, built where it is missing; release the lease after use.
@@ -52,7 +56,7 @@ class EnvironmentStore:
         Raises:
             ArtifactRefused: the lock holds anything but pinned packages with hashes.
             EnvironmentFailed: uv could not build it; nothing half-built is ever returned.
-            Unavailable: the store's folder cannot be written.
+            Unavailable: the store's folder cannot be written, or it was given up.
         """
         folder = self._root / environment_key(lock)
         try:
@@ -64,7 +68,7 @@ class EnvironmentStore:
                 while not in_use(folder, descriptor):
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
                     if not marker(folder).exists():
-                        build(folder, lock, descriptor)
+                        build(folder, lock, descriptor, self._given_up)
                         evict(self._root, self._limit_bytes)
                 undo.pop_all()
         except OSError as error:
@@ -131,7 +135,7 @@ def in_use(folder: Path, descriptor: int) -> bool:
     return True
 
 
-def build(folder: Path, lock: str, descriptor: int) -> None:
+def build(folder: Path, lock: str, descriptor: int, given_up: Callable[[], bool]) -> None:
     """Make the environment from nothing, holding its lock alone.
 
     uv holds the lock too: if this process is killed, the next one waits until uv has ended.
@@ -152,7 +156,7 @@ def build(folder: Path, lock: str, descriptor: int) -> None:
         shutil.rmtree(folder)
     command = [*SYNC, "--python", sys.executable, "--target", str(folder), "-"]
     # In our own folder, since uv takes settings from the current one and those above it.
-    run_uv(command, failed, folder=folder.parent, stdin=lock, holds=[descriptor])
+    run_uv(command, failed, folder=folder.parent, stdin=lock, holds=[descriptor], given_up=given_up)
     os.sync()  # or a power cut could keep the marker and lose what it vouches for
     write_once(marker(folder), str(size_bytes(folder)).encode())
 

@@ -19,7 +19,9 @@ import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -28,7 +30,7 @@ from casparian_flow import protocol
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import canary, wire
 from casparian_flow.engine.holdings import Holdings
-from casparian_flow.engine.runner import Runner
+from casparian_flow.engine.runner import Runner, released
 from casparian_flow.errors import CasparianError, DaemonGone, ProtocolError, leave
 from casparian_flow.protocol import AnyMessage, Artifact, Assignment, Conclude
 from casparian_flow.security import sandbox
@@ -77,7 +79,9 @@ class Worker:
         self._artifacts: dict[int, asyncio.Future[Artifact]] = {}
         self._holdings = Holdings()
         self._lease = 0.0
-        self._stale = False
+        self._welcome: protocol.Welcome | None = None
+        """What a later Sentinel said, while our Runner still serves an earlier one."""
+        self._welcomed = False
         self._pace = PREFETCH_SECONDS
         self._draining = asyncio.Event()
 
@@ -158,23 +162,24 @@ class Worker:
                 log.warning("worker %s cannot use a %s", self._name, type(message).__name__)
 
     async def _begin(self, welcome: protocol.Welcome) -> None:
-        """Serve a Sentinel; a new one has swept away the guests we had under the old one."""
+        """Serve a Sentinel; a later one from the next batch on, since one may be running."""
+        self._welcomed = True
         _check_shared(welcome)
         self._lease = welcome.lease_seconds
         self._holdings.renewed()
         if self._runner is None:
-            if self._alone:
-                loop = asyncio.get_running_loop()
-                trial = loop.run_in_executor(
-                    self._thread, canary.check, welcome.limits, self._cache
-                )
-                await trial
+            await self._try_sandbox(welcome)
             self._runner = Runner(welcome, self._cache)
         else:
-            self._stale = True
+            self._welcome = welcome
             for plugin_id in [n for n, future in self._artifacts.items() if not future.done()]:
                 await self._send(protocol.Fetch(plugin_id=plugin_id))
         await self._pull()
+
+    async def _try_sandbox(self, welcome: protocol.Welcome) -> None:
+        if self._alone:
+            trial = partial(canary.check, welcome.limits, self._cache)
+            await asyncio.get_running_loop().run_in_executor(self._thread, trial)
 
     async def _work(self) -> None:
         """Run one assigned batch after another; end when draining and nothing is in hand."""
@@ -183,7 +188,7 @@ class Worker:
             while batch := await self._next_batch(draining):
                 if not self._draining.is_set():
                     await self._pull()  # the next batch comes while this one runs
-                await self._run(batch)
+                await self._run(batch, draining)
         finally:
             draining.cancel()
 
@@ -195,31 +200,39 @@ class Worker:
         waiting.cancel()
         return []
 
-    async def _run(self, batch: Sequence[Assignment]) -> None:
+    async def _run(self, batch: Sequence[Assignment], draining: asyncio.Task[bool]) -> None:
         assert self._runner is not None
         loop = asyncio.get_running_loop()
-        if self._stale:
-            self._stale = False
-            await loop.run_in_executor(self._thread, self._runner.close)
-        artifacts = {n: await self._artifact(n) for n in {job.plugin_id for job in batch}}
-        work = [(job, artifacts[job.plugin_id]) for job in batch]
+        if self._welcome:
+            welcome, self._welcome = self._welcome, None
+            await self._try_sandbox(welcome)
+            await loop.run_in_executor(self._thread, self._runner.follow, welcome)
+        needed = {job.plugin_id for job in batch}
+        artifacts = {n: await self._artifact(n, draining) for n in needed}
+        work = [(job, found) for job in batch if (found := artifacts[job.plugin_id])]
         started = loop.time()
         receipts = await loop.run_in_executor(self._thread, self._runner.run, work)
+        receipts += [released(job) for job in batch if not artifacts[job.plugin_id]]
         self._holdings.conclude(receipts)
         await self._send(Conclude(receipts=receipts))
         crashpoint("worker.concluded")
         each = (loop.time() - started) / len(batch)
         self._pace = (self._pace + each) / 2
 
-    async def _artifact(self, plugin_id: int) -> Artifact:
-        """Fetched anew for each batch: whether it may run is the Sentinel's to say, each time."""
-        while True:
+    async def _artifact(self, plugin_id: int, draining: asyncio.Task[bool]) -> Artifact | None:
+        """Fetched anew for each batch: whether it may run is the Sentinel's to say, each time.
+
+        None where we are told to leave before it comes.
+        """
+        while not draining.done():
             future: asyncio.Future[Artifact] = asyncio.get_running_loop().create_future()
             self._artifacts[plugin_id] = future
             await self._send(protocol.Fetch(plugin_id=plugin_id))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FETCH_SECONDS):
-                    return await future
+            awaited: list[asyncio.Future[Any]] = [future, draining]
+            await asyncio.wait(awaited, timeout=FETCH_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if future.done():
+                return future.result()
+        return None
 
     async def _pull(self) -> None:
         free = int(PREFETCH_SECONDS / self._pace)
@@ -239,6 +252,8 @@ class Worker:
             await asyncio.sleep(pause)
             if self._lease and self._holdings.safe_for(self._lease) <= pause:
                 self._let_go()
+            if not self._welcomed:  # the Hello was lost, or what was said to it
+                await self._send(protocol.Hello(worker=self._name))
             await self._send(protocol.Heartbeat(sent=time.monotonic()))
             if self._runner and not self._draining.is_set() and not self._holdings.running():
                 await self._pull()  # the first time it was said, it may have been lost

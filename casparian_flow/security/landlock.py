@@ -43,13 +43,13 @@ def abi() -> int:
         raise
 
 
-def install(read: Sequence[str], write: Sequence[str], network: bool) -> None:
+def install(read: Sequence[str | int], write: Sequence[str], network: bool) -> None:
     """Hold the calling thread, and all it starts, to these trees. There is no way back.
 
     `PR_SET_NO_NEW_PRIVS` must have been set. Paths that do not exist are passed over.
 
     Args:
-        read: files and folders whose content may be read.
+        read: files and folders whose content may be read: paths, or descriptors, which are closed.
         write: folders that may be changed, and devices that may be written.
         network: whether TCP connections are left to others to decide.
 
@@ -76,9 +76,9 @@ def install(read: Sequence[str], write: Sequence[str], network: bool) -> None:
         os.close(ruleset)
 
 
-def _allow(ruleset: int, path: str, rights: int) -> None:
+def _allow(ruleset: int, path: str | int, rights: int) -> None:
     try:
-        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        place = path if isinstance(path, int) else os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return
     try:

@@ -14,6 +14,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from casparian_flow.security import kernel, landlock, namespaces, seccomp
 
@@ -34,6 +35,15 @@ _RESOLVER = (
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 
+class InPlace(NamedTuple):
+    """A large file that a guest reads where it lies."""
+
+    path: str
+    device: int
+    inode: int
+    """With `device`, what was proved to be the version; the path may lead elsewhere by now."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Confinement:
     """What one guest may have; crosses to the guest as JSON on its command line."""
@@ -43,7 +53,9 @@ class Confinement:
     home: str
     """The guest's own folder, with its inbox `in` and, where granted, its scratch folder `tmp`."""
     read: list[str]
-    """What it may read besides the interpreter: its packages, our bundle, a large file."""
+    """What it may read besides the interpreter: its packages and our bundle."""
+    in_place: InPlace | None
+    """A large file that it may read as well."""
     memory_bytes: int
     scratch_bytes: int
     network: bool
@@ -108,15 +120,30 @@ def _confine(allowed: Confinement, level: Level) -> None:
     read = [path for path in sys.path if os.path.exists(path)]
     read += [os.path.join(sys.base_prefix, "lib"), *_SYSTEM, *allowed.read]
     read += [os.path.join(allowed.home, "in"), *(_RESOLVER if allowed.network else ())]
+    file = allowed.in_place
     with _layer(level, "namespaces"):
-        namespaces.enter(allowed.home, read, _DEVICES, allowed.scratch, size)
+        shown = [*read, *([file[0]] if file else [])]
+        namespaces.enter(allowed.home, shown, _DEVICES, allowed.scratch, size)
+    proved = [_proved(*file)] if file else []
     kernel.drop_capabilities()
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     with _layer(level, "landlock"):
         write = [*_DEVICES, *([allowed.scratch] if size else [])]
-        landlock.install([os.path.realpath(path) for path in read], write, allowed.network)
+        # The large file comes as a descriptor: a path could lead elsewhere once more.
+        trees = [os.path.realpath(path) for path in read]
+        landlock.install([*trees, *proved], write, allowed.network)
     with _layer(level, "seccomp"):
         seccomp.install(os.getpid(), allowed.network)
+
+
+def _proved(path: str, device: int, inode: int) -> int:
+    """A descriptor of the large file. Whoever may write beside it may have exchanged it since it
+    was proved, for a link to anything: then this process ends, before foreign code."""
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    look = os.fstat(place)
+    if (look.st_dev, look.st_ino) != (device, inode):
+        sys.exit(f"{path!r} is not the file any more that was to be read")
+    return place
 
 
 @contextlib.contextmanager

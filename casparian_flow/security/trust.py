@@ -152,6 +152,10 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
             return f"it was disabled: {reason}"
         return ""
 
+    def barred(self, key_id: str, plugin: str, version: str) -> str:
+        """Why this version may not run, for all that is known of its key; empty where it may."""
+        return self.unfit(key_id, plugin) or self.stopped(key_id, plugin, version)
+
     def link(self, key: SigningKey) -> dict[str, Any]:
         """What the next statement has in common with every other, signed by this key."""
         return {

@@ -126,7 +126,16 @@ class Matrix:
         Args:
             found: takes what is not as it must be at once.
         """
-        return self._run(act, at=hit) == KILLED
+        return self._came_there(act, self._run(act, at=hit), found)
+
+    def _came_there(self, act: Act, code: int, found: list[str]) -> bool:
+        """Whether a command that ended so died at its point. One that did not may have taken
+        another way, and all must be in order; but it may not fail or hang."""
+        if code in (0, act.again):
+            found.extend(oracle.faults(self.scene, act))
+        elif code != KILLED:
+            found.append(f"it never came there, and ended with {code}: {self._said()}")
+        return code == KILLED
 
     def _see_through(self, act: Act) -> list[str]:
         """Start it again; what is not as it must be."""

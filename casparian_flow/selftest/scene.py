@@ -21,8 +21,6 @@ from casparian_flow.engine import sinks
 
 TOPICS = ("lines", "words")
 
-SOURCE = "inbox"
-
 LONG = 17_000
 """Words of the long content: more than one batch of the SQLite sink."""
 

@@ -21,6 +21,7 @@ from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, plugins, roots, trust, wiring
 from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import Plugin
 from casparian_flow.db.routing import Routing
 from casparian_flow.engine.locking import check_lock
 from casparian_flow.errors import AuthError, PluginError, PublishConflict
@@ -30,7 +31,7 @@ from casparian_flow.security.manifest import Manifest, normal_version, read_mani
 from casparian_flow.security.rules import Policy
 from casparian_flow.security.signing import AzureAuth, LocalAuth, Publish
 from casparian_flow.security.statements import Row, TrustKey
-from casparian_flow.security.trust import Key, introduction
+from casparian_flow.security.trust import Key, Trust, introduction
 from casparian_flow.services import inventory, places, scan, scout
 from casparian_flow.services.places import Place
 
@@ -239,7 +240,10 @@ def _record(connection: Connection, candidate: _Candidate) -> str:
     stopped = trusted.stopped(key.key_id, name, version)
     if _is_there(connection, candidate):
         words = f"{name} {version} is deployed already, with the same bytes"
-        return f"{words}, and {stopped}" if stopped else words
+        if stopped:
+            return f"{words}, and {stopped}"
+        _require_fit(connection, trusted, name, version)
+        return words
     _add(connection, candidate, key)
     words = f"{introduced}deployed {name} {version}"
     words += f" (artifact {candidate.statement.artifact_sha256[:12]})"
@@ -273,15 +277,34 @@ def _is_there(connection: Connection, candidate: _Candidate) -> bool:
     name, version = candidate.manifest.name, candidate.statement.version
     artifact = candidate.statement.artifact_sha256
     known = plugins.find(connection, name, version)
-    if known is None:
-        return False
-    if known.artifact_hash == artifact:
+    if known and known.artifact_hash == artifact:
         return True
+    there = plugins.versions(connection, name)
+    if Version(version) not in there:  # by PEP 440: 1.0 is 1.0.0
+        return False
+    which = there[there.index(Version(version))]
+    other = plugins.find(connection, name, str(which))
     raise PublishConflict(
-        f"{name} {version} exists already with other bytes "
-        f"(artifact {known.artifact_hash[:12]}, this one {artifact[:12]})",
-        f"a published version never changes: publish with --version {_after(Version(version))}",
+        f"{name} {which} exists already with other bytes "
+        f"(artifact {other.artifact_hash[:12]}, this one {artifact[:12]})",
+        f"a published version never changes: publish with --version {_after(there[-1])}",
     )
+
+
+def _require_fit(connection: Connection, trusted: Trust, name: str, version: str) -> None:
+    """
+    Raises:
+        PublishConflict: the version that is there may not run, and its bytes in the name of
+            another key do not change that.
+    """
+    which = Plugin.name == name, Plugin.version == version
+    (known,) = plugins.stored(connection, *which)
+    if refusal := plugins.refusal(known, trusted):
+        raise PublishConflict(
+            f"{name} {version} is deployed already: {refusal}",
+            "a published version never changes: publish with --version "
+            f"{_after(plugins.versions(connection, name)[-1])}",
+        )
 
 
 def _add(connection: Connection, candidate: _Candidate, key: Key) -> None:

@@ -97,9 +97,11 @@ def trust_key(
             **trust.read(connection).link(signer),
             public_key=public_key, owner=owner, plugins=globs,
         )  # fmt: skip
-        key = _append(connection, signer, statement).keys[key_id(public_bytes(public_key))]
+        after = _append(connection, signer, statement)
+        key = after.keys[key_id(public_bytes(public_key))]
         beyond = ", and with changing which keys are trusted" if globs == EVERYTHING else ""
-        return f"{said}{key} is trusted with plugins {globs}{beyond}"
+        words = f"{said}{key} is trusted with plugins {globs}{beyond}"
+        return words + _no_longer_active(plugins.deactivate(connection, after))
 
     words = ledger.write(work)
     changes.ring(settings)
@@ -136,18 +138,22 @@ def revoke(ledger: Ledger, settings: Settings, folder: Path, prefix: str, reason
         if key.standing is Standing.REVOKED:
             return f"{key} is revoked already: {key.reason}"
         statement = RevokeKey(**before.link(signer), key_id=key.key_id, reason=reason)
-        stopped = plugins.deactivate(connection, _append(connection, signer, statement))
+        after = _append(connection, signer, statement)
         words = f"{key} is revoked: nothing it has published runs any more"
-        if stopped:
-            words += (
-                f"\nno longer active: {', '.join(stopped)} (publish it again with a trusted key, "
-                "or activate an older version)"
-            )
-        return words
+        return words + _no_longer_active(plugins.deactivate(connection, after))
 
     words = ledger.write(work)
     changes.ring(settings)
     return words
+
+
+def _no_longer_active(versions: list[str]) -> str:
+    if not versions:
+        return ""
+    return (
+        f"\nno longer active: {', '.join(versions)} (publish a new version with a trusted key, "
+        "or activate an older one)"
+    )
 
 
 def rotate(ledger: Ledger, settings: Settings, folder: Path) -> str:

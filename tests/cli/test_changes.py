@@ -6,6 +6,7 @@ import os
 import shlex
 import sqlite3
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 
 from casparian_flow import config
 from casparian_flow.db.access import open_ledger
+from casparian_flow.errors import ConfigError
 from tests.cli.conftest import COMMAND, Casparian
+from tests.conftest import write_config
 from tests.factories import add_plugin
 from tests.plugs import ROWS
 
@@ -58,6 +61,13 @@ def test_a_scan_of_the_configurations_own_folder_sees_none_of_ours(casparian: Ca
     casparian.run("source", "add", ".", "--settle", "0")
     casparian.run("scan")
     assert [row["rel_path"] for row in casparian.json("files")] == ["mine.txt"]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no names that are not UTF-8")
+def test_a_folder_whose_name_is_not_utf_8_is_refused_for_the_ledger(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not UTF-8") as refused:
+        write_config(tmp_path / os.fsdecode(b"caf\xe9"))
+    assert "db_location" in refused.value.hint
 
 
 def test_without_a_configuration_every_place_tried_is_named(bare: Casparian) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from casparian_flow.selftest.matrix import KILLED, Matrix
+from casparian_flow.selftest.matrix import Matrix
 from casparian_flow.selftest.scene import Act, Ground
 
 SHUTDOWN = 0x8004587D
@@ -131,7 +131,7 @@ class PowerMatrix(Matrix):
             told.update(self._facts())
             self.ground.cut()
 
-        if self._run(act, at=hit, then=cut) != KILLED:
+        if not self._came_there(act, self._run(act, at=hit, then=cut), found):
             return False
         self.ground.power_on()
         kept = self._facts()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from casparian_flow.db.access import open_ledger
 from casparian_flow.errors import ConfigError
 from casparian_flow.selftest import oracle
 from casparian_flow.selftest.matrix import Matrix, Point, staged
-from casparian_flow.selftest.scene import Ground
+from casparian_flow.selftest.scene import Act, Ground, Scene
 from casparian_flow.services.snapshot_checks import problems
 from casparian_flow.services.snapshots import MANY
 from tests.cli.conftest import Casparian, casparian, source  # noqa: F401
@@ -72,6 +73,41 @@ def test_every_crash_point_has_a_name_of_its_own() -> None:
 
 def test_a_clean_run_comes_to_every_documented_crash_point(recorded: Stage) -> None:
     assert set(documented()) - {point.name for point in recorded[1]} == RARE
+
+
+class Ended(Matrix):
+    """Its commands end with a code, and never come to their point."""
+
+    def __init__(self, ground: Ground, code: int) -> None:
+        super().__init__(Scene(ground, ["parquet", "sqlite"]), None, print)  # type: ignore[arg-type]
+        self.code = code
+
+    def back_to(self, name: str) -> Act:
+        return next(act for act in self.scene.acts if act.name == name)
+
+    @contextmanager
+    def _watched(self) -> Iterator[list[str]]:
+        yield []
+
+    def _run(self, *_: object, **__: object) -> int:
+        return self.code
+
+    def _said(self) -> str:
+        return "what it said"
+
+
+@pytest.mark.parametrize("code", [-signal.SIGALRM, -signal.SIGSEGV, 70, 0])
+def test_a_command_that_never_came_to_its_point_is_not_simply_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """It hung until its alarm, died, failed, or took another way and left something amiss."""
+    monkeypatch.setattr(oracle, "faults", lambda *_: [] if code else ["rows are missing"])
+    ground = Ground(tmp_path)
+    ground.prepare()
+    matrix = Ended(ground, code)
+    assert not matrix.try_point(Point(matrix.scene.acts[0].name, "committer.decided:1"))
+    assert matrix.tally.missed == 1
+    assert len(matrix.tally.violations) == 1
 
 
 def test_a_trap_springs_at_its_hit_and_at_no_other(tmp_path: Path) -> None:

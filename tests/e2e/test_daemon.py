@@ -14,11 +14,12 @@ import pyarrow.dataset as ds
 import pytest
 from sqlalchemy import select
 
-from casparian_flow import daemon_lock, main
+from casparian_flow import config, daemon_lock, main, protocol
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, jobs, views
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, FileLocation, FileVersion, ProcessingJob
+from casparian_flow.engine import control
 from casparian_flow.errors import DaemonRunning
 from casparian_flow.main import Daemon
 from casparian_flow.services import changes
@@ -186,6 +187,30 @@ def test_a_second_daemon_is_told_who_is_the_first(settings: Settings) -> None:
 
     asyncio.run(story())
     assert daemon_lock.holder(settings.database.daemon_lock) is None
+
+
+@pytest.mark.parametrize("link", ["ledger", "folder"])
+def test_one_ledger_has_one_daemon_by_whatever_name_it_is_reached(
+    settings: Settings, tmp_path: Path, link: str
+) -> None:
+    other = tmp_path / "other"
+    if link == "ledger":
+        second = write_config(other)
+        second.database.path.symlink_to(settings.database.path)
+    else:
+        other.symlink_to(settings.home)
+    second = config.load(str(other / config.FILE_NAME))
+
+    async def story() -> None:
+        async with main.running(settings, "the first", workers=0, watch=False):
+            answer = await asyncio.to_thread(control.ask, second.database, protocol.Ring())
+            assert answer is not None
+            assert answer.ok
+            with pytest.raises(DaemonRunning, match="the first"):
+                async with main.running(second, "the second", workers=0, watch=False):
+                    pass
+
+    asyncio.run(story())
 
 
 def start(settings: Settings, module: str, *arguments: str) -> subprocess.Popen[str]:

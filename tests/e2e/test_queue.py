@@ -16,12 +16,13 @@ import pyarrow.dataset as ds
 import pytest
 from sqlalchemy import select
 
-from casparian_flow import config, main
+from casparian_flow import config, main, protocol
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, ProcessingJob
 from casparian_flow.engine import guest_process, sentinel
+from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.services import changes
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
@@ -33,6 +34,7 @@ from tests.e2e.test_daemon import (
     orphans,
     outcomes,
     running,
+    said,
     start,
     work_off,
 )
@@ -203,3 +205,68 @@ def test_want_of_memory_in_the_host_ends_the_job_and_not_the_daemon(
     assert work_off(settings) == {"FAILED": 1}
     assert "MemoryError" in outcomes(ledger)["a.do"][1]
     assert not list((settings.home / "output" / ".casparian" / "stage").iterdir())
+
+
+def test_a_worker_that_follows_another_sentinel_takes_its_settings(
+    ledger: Ledger, tmp_path: Path, source: Path
+) -> None:
+    endpoint = free_endpoint()
+    before = write_config(
+        tmp_path / "flow", f'[listen]\nendpoint = "{endpoint}"\n[guest]\nsandbox = "off"\n'
+    )
+    publish(ledger, before, "behaves", BEHAVES, "1.0.0")
+    (source / "a.do").write_text("fine")
+    with start(before, "casparian_flow.main") as sentinel:
+        worker = start(before, WORKER, "--connect", endpoint)
+        said(sentinel, "is here")
+        sentinel.kill()
+        sentinel.communicate()
+    scan(ledger, add_root(ledger, source))
+    after = write_config(tmp_path / "flow", '[guest]\nsandbox = "best-effort"\n')
+
+    async def story() -> None:
+        async with main.running(
+            after, "test", workers=0, watch=False, endpoints=[endpoint]
+        ) as daemon:
+            assert await all_done(daemon) == {"COMPLETED": 1}
+
+    with worker:
+        asyncio.run(story())
+        worker.communicate(timeout=PATIENCE)
+    held_by = ledger.read(lambda c: c.execute(select(Attempt.sandbox)).scalar_one())
+    assert "limits" in held_by
+
+
+def test_a_worker_that_waits_for_an_artifact_can_be_stopped(
+    ledger: Ledger, settings: Settings, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    (source / "a.do").write_text("fine")
+    scan(ledger, add_root(ledger, source))
+    endpoint = free_endpoint()
+    asked = asyncio.Event()
+    real = Sentinel._send
+
+    async def send(self: Sentinel, identity: bytes, message: protocol.AnyMessage) -> None:
+        if isinstance(message, protocol.Artifact):  # as if it were lost, each time
+            asked.set()
+        else:
+            await real(self, identity, message)
+
+    monkeypatch.setattr(Sentinel, "_send", send)
+
+    async def story(worker: subprocess.Popen[str]) -> None:
+        async with main.running(
+            settings, "test", workers=0, watch=False, endpoints=[endpoint]
+        ) as daemon:
+            async with asyncio.timeout(PATIENCE):
+                await asked.wait()
+                worker.terminate()
+                while daemon.sentinel.workers:
+                    await asyncio.sleep(0.02)
+
+    with start(settings, WORKER, "--connect", endpoint) as worker:
+        asyncio.run(story(worker))
+        assert "worker left" in worker.communicate(timeout=PATIENCE)[1]
+    assert ledger.read(jobs.counts) == {"QUEUED": 1}
+    assert attempts(ledger) == ["RELEASED"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from casparian_flow.engine.bundle import bundle
 from casparian_flow.engine.locking import lock_dependencies
 from casparian_flow.engine.venv_manager import EnvironmentStore
 from casparian_flow.sections import GuestSettings
+from casparian_flow.security.sandbox import InPlace
 from tests.engine.guests import artifact, plugin, run
 
 
@@ -74,7 +75,7 @@ def start(
         topics: tuple[str, ...] = ("t",),
         limit: int = 64 << 20,
         wants: dict[str, Any] | None = None,
-        read: Sequence[str] = (),
+        in_place: InPlace | None = None,
         **limits: Any,
     ) -> Guest:
         folder = tmp_path / "guest"
@@ -86,7 +87,7 @@ def start(
             folder=folder,
             bundle=bundle_folder,
             limits=GuestSettings(batch_limit_bytes=limit, **limits),
-            read=read,
+            in_place=in_place,
         )
         guests.append(guest)
         return guest

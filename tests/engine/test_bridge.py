@@ -9,13 +9,18 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+import types
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from casparian_flow.engine import bridge
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import BUNDLED, bundle
+from casparian_flow.engine.reports import Failure
 from casparian_flow.errors import (
     GuestDied,
     PluginTimeout,
@@ -315,3 +320,33 @@ def test_the_bundle_is_made_once_and_read_only(tmp_path: Path) -> None:
     assert {str(file.relative_to(package)) for file in sources} == set(BUNDLED)
     assert len(files) == 2 * len(sources)  # each with its byte code
     assert all(file.stat().st_mode & 0o222 == 0 for file in sources)
+
+
+def test_the_hosts_own_work_is_not_the_plugins_time(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes a batch to a disk that takes an hour for it."""
+    late = 0.0
+    clock = types.SimpleNamespace(monotonic=lambda: time.monotonic() + late)
+    monkeypatch.setattr(bridge, "time", clock)
+    guest = loaded(start, "for n in range(3): self.publish('t', pa.table({'n': [n]}))")
+    batches = 0
+    for _ in guest.run(file_info(), SECONDS):
+        batches += 1
+        late += 3600.0
+    assert batches == 3
+
+
+def test_what_a_plugin_says_of_its_failure_is_kept_short() -> None:
+    for kind in ("refused", "exception"):
+        failure = msgspec.convert(
+            {"kind": kind, "message": "x" * 7_000_000, "traceback": ""}, Failure
+        )
+        assert len(failure.error("plugin p 1.0", 0).message) < 3_000
+
+
+def test_a_module_that_is_imported_too_long_is_told_apart_from_a_slow_job(start: Start) -> None:
+    guest = start(b"import time; time.sleep(3600)")
+    with pytest.raises(PluginTimeout, match="to be imported") as caught:
+        guest.load(0.5)
+    assert "imported" in caught.value.hint

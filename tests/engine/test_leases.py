@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from casparian_flow import protocol
+from casparian_flow import main, protocol
 from casparian_flow.config import Settings
 from casparian_flow.db import audit
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, AuditEntry, JobStatus, ProcessingJob
-from casparian_flow.engine import sentinel
+from casparian_flow.engine import retries, sentinel, worker_client
 from casparian_flow.engine.dispatch import Dispatcher
 from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.errors import CasparianError
@@ -114,6 +114,83 @@ def test_a_silent_worker_loses_its_jobs_and_what_it_says_later_is_refused(
     play(settings, story)
     seen = select(Attempt.outcome).where(Attempt.job_id == job).order_by(Attempt.fence)
     assert ledger.read(lambda c: list(c.execute(seen).scalars())) == ["LOST", "STAGED"]
+
+
+def test_a_worker_that_wakes_while_its_jobs_are_taken_back_gets_none_that_nobody_holds(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 0.6)
+    jobs = {add_job(ledger, fence=0, attempts=0) for _ in range(2)}
+    writing, write = threading.Event(), threading.Event()
+    real = retries.lose
+
+    def lose(*arguments: Any, **options: Any) -> None:
+        real(*arguments, **options)
+        writing.set()
+        assert write.wait(PATIENCE)
+
+    monkeypatch.setattr(retries, "lose", lose)
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "sleeper")
+        assert len(await assigned(peer, free=1)) == 1
+        await until(writing.is_set)
+        monkeypatch.setattr(sentinel, "LEASE_SECONDS", 600.0)
+        await peer.send(protocol.Ready(free=5))
+        assert await granted(peer), "and it was heard"
+        write.set()
+        message: protocol.AnyMessage = Granted(jobs=[])
+        while isinstance(message, Granted):
+            await peer.send(protocol.Heartbeat(sent=1.0))
+            message = await peer.hear()
+        assert isinstance(message, protocol.Unknown)
+        while not isinstance(message, protocol.Welcome):
+            await peer.send(protocol.Hello(worker="sleeper"))
+            message = await peer.hear()
+            assert isinstance(message, protocol.Unknown | protocol.Welcome)
+        assert {each.job_id for each in await assigned(peer)} == jobs
+
+    play(settings, story)
+
+
+def test_a_hello_that_is_said_again_is_answered_again(ledger: Ledger, settings: Settings) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "unheard")
+        await assigned(peer)
+        await peer.send(protocol.Hello(worker="unheard"))
+        assert isinstance(await peer.hear(), protocol.Welcome)
+        assert await granted(peer) == [(job, 1)], "it keeps what it has"
+        late = Receipt(job_id=job, fence=0, outcome=Outcome.RELEASED)
+        await peer.send(Conclude(receipts=[late]))
+        assert await granted(peer) == [(job, 1)], "that was of an earlier attempt"
+
+    play(settings, story)
+
+
+def test_a_worker_that_was_not_heard_says_hello_again(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_client, "HEARTBEAT_SECONDS", 0.1)
+    real, lost = Sentinel._send, asyncio.Event()
+
+    async def send(self: Sentinel, identity: bytes, message: protocol.AnyMessage) -> None:
+        if isinstance(message, protocol.Welcome) and not lost.is_set():
+            lost.set()
+        else:
+            await real(self, identity, message)
+
+    monkeypatch.setattr(Sentinel, "_send", send)
+
+    async def story() -> None:
+        async with main.running(settings, "test", workers=1, watch=False) as daemon:
+            await until(
+                lambda: [peer.free for peer in daemon.sentinel._peers.values() if peer.free]
+            )
+
+    asyncio.run(story())
+    assert lost.is_set()
 
 
 def test_nobody_is_lost_while_the_sentinel_itself_does_not_listen(

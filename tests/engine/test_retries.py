@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +18,9 @@ from sqlalchemy import select
 from casparian_flow.db import audit, jobs
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.attempts import Ended, add_attempts
-from casparian_flow.db.jobs import Pair
 from casparian_flow.db.models import Attempt, Epoch, JobStatus, ProcessingJob
 from casparian_flow.engine import in_hand, retries
-from casparian_flow.protocol import Evidence, Outcome, Receipt
+from casparian_flow.protocol import Evidence, Outcome, Pair, Receipt
 from casparian_flow.sections import JobSettings
 from tests.factories import add_job
 
@@ -94,6 +97,11 @@ def test_want_of_memory_is_tried_once_more_and_not_a_third_time(ledger: Ledger) 
         ended = Ended(job, fence, "w", "FAILED", "MemoryError", fault="OutOfMemory")
         ledger.write(partial(add_attempts, epoch=epoch(ledger), ended=[ended]))
         assert job_row(ledger, job).status == wanted
+    ledger.write(lambda c: jobs.retry(c, [job]))
+    claim(ledger)
+    end = msgspec.structs.replace(end, fence=job_row(ledger, job).fence)
+    ledger.write(partial(retries.after_failure, end=end, limits=MANY, actor="test"))
+    assert job_row(ledger, job).status == JobStatus.QUEUED, "a person gave it a fresh budget"
 
 
 def test_a_job_in_hand_when_the_daemon_died_is_told_from_those_that_waited(
@@ -111,6 +119,21 @@ def test_a_job_in_hand_when_the_daemon_died_is_told_from_those_that_waited(
     assert [attempts_of(ledger, job) for job in (first, second, other)] == [
         ["LOST"], ["RELEASED"], ["LOST"],
     ]  # fmt: skip
+
+
+def test_a_job_of_a_worker_that_lives_on_is_not_charged_with_the_end_of_the_daemon(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as worker:
+        claim(ledger, worker=f"{os.uname().nodename}-{worker.pid}")
+        die(ledger, tmp_path / "guests", [(job, 1)])
+    row = job_row(ledger, job)
+    assert (row.status, row.attempts, row.crashes) == ("QUEUED", 0, 0)
+    claim(ledger, worker=f"{os.uname().nodename}-{worker.pid}")
+    die(ledger, tmp_path / "guests", [(job, 2)])
+    row = job_row(ledger, job)
+    assert (row.status, row.attempts, row.crashes) == ("QUEUED", 1, 1), "it ended as well"
 
 
 def test_poison_runs_alone_and_is_failed_the_third_time(ledger: Ledger, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -17,11 +18,14 @@ import zmq
 
 from casparian_flow import config, daemon_lock, main, protocol
 from casparian_flow.config import Settings
+from casparian_flow.db.access import Ledger
 from casparian_flow.engine import control, wire, worker_client
 from casparian_flow.errors import CasparianError, ConfigError, DaemonGone
 from casparian_flow.sections import GuestSettings
+from casparian_flow.services import architect
 from tests.conftest import write_config
 from tests.engine.wires import PATIENCE, attacked, free_endpoint
+from tests.plugs import signed
 from tests.until import until
 
 ELSEWHERE = [
@@ -56,6 +60,37 @@ def test_only_the_loopback_interface_is_used(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(ConfigError, match="scale-out") as refused:
             wire.loopback(endpoint, "the hint")
         assert refused.value.message.startswith(endpoint)
+
+
+def test_a_deploy_that_fails_as_nobody_foresaw_is_answered(
+    ledger: Ledger, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deploy(*_: object) -> str:
+        raise PermissionError(13, "Permission denied", "/some/where")
+
+    monkeypatch.setattr(architect, "deploy", deploy)
+    message = signed(ledger, tmp_path / "keys")
+
+    async def story() -> None:
+        async with attacked(settings) as target:
+            reply = await asyncio.to_thread(control.ask, settings.database, message)
+            assert reply is not None
+            assert (reply.ok, reply.exit_code) == (False, 70)
+            assert "/some/where" in reply.text
+            assert not target.sentinel._answers
+
+    asyncio.run(story())
+
+
+def test_a_daemon_that_has_not_said_who_it_is_is_waited_for(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has its lock, and not written its name yet."""
+    monkeypatch.setattr(control, "KEY_SECONDS", 0.1)
+    with settings.database.daemon_lock.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DaemonGone, match="left no key"):
+            control.ask(settings.database, protocol.Ring())
 
 
 @pytest.mark.parametrize("module", ["main", "engine.worker_client"])

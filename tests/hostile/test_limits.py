@@ -22,6 +22,7 @@ from casparian_flow.errors import (
 )
 from casparian_flow.sections import GuestSettings
 from casparian_flow.security import landlock
+from casparian_flow.security.sandbox import InPlace
 from tests.engine.guests import Start, file_info, loaded, plugin, run
 
 IGNORE = "import signal; signal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"
@@ -148,9 +149,29 @@ def test_a_large_file_is_all_that_its_guest_sees_outside(start: Start, tmp_path:
     open(file_path).read()
     self.publish("t", pa.table({'seen': [os.path.exists(file_path.replace("large", "other"))]}))
     """
-    guest = start(plugin(body), read=[str(large)])
+    look = large.stat()
+    guest = start(plugin(body), in_place=InPlace(str(large), look.st_dev, look.st_ino))
     guest.load()
     assert run(guest, path=str(large))["t"]["seen"].to_pylist() == [False]
+
+
+@pytest.mark.parametrize("led_to", ["other.csv", "."])
+def test_no_foreign_code_runs_where_a_large_file_was_exchanged(
+    start: Start, tmp_path: Path, led_to: str
+) -> None:
+    """After it was proved, and before the guest took hold of it: a link to a file, or to a tree."""
+    large, other = tmp_path / "large.csv", tmp_path / "other.csv"
+    large.write_text("a\n1\n")
+    other.write_text("secret")
+    look = large.stat()
+    large.rename(tmp_path / "away.csv")
+    large.symlink_to(tmp_path / led_to)
+    guest = start(b"print('foreign code')", in_place=InPlace(str(large), look.st_dev, look.st_ino))
+    with pytest.raises(GuestDied):
+        guest.load()
+    log = guest.take_log()
+    assert "is not the file any more" in log
+    assert "foreign code" not in log
 
 
 FETCH = """
@@ -204,6 +225,12 @@ from casparian_flow.sections import GuestSettings
 canary.Guest = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 canary.check(GuestSettings(), Path("cache"))
 """
+
+
+def test_a_cache_that_cannot_be_used_is_said_in_words() -> None:
+    with pytest.raises(Unavailable, match="/dev/null cannot be used") as refused:
+        canary.check(GuestSettings(), Path("/dev/null"))
+    assert "XDG_CACHE_HOME" in refused.value.hint
 
 
 def test_the_next_canary_clears_what_a_killed_one_left(tmp_path: Path) -> None:

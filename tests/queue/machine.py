@@ -26,7 +26,7 @@ from sqlalchemy import Connection, insert, select
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import audit, invariants, jobs, outputs
 from casparian_flow.db.access import Ledger, get_engine
-from casparian_flow.db.jobs import ALONE_AFTER, Pair
+from casparian_flow.db.jobs import ALONE_AFTER
 from casparian_flow.db.models import (
     AuditEntry,
     Directory,
@@ -41,7 +41,7 @@ from casparian_flow.db.routing import Wanted
 from casparian_flow.engine import retries
 from casparian_flow.engine.committer import Committer, _Ended, _Owed
 from casparian_flow.errors import JobError, SinkConflict
-from casparian_flow.protocol import Evidence, Outcome, Published, Receipt, StagedOutput
+from casparian_flow.protocol import Evidence, Outcome, Pair, Published, Receipt, StagedOutput
 from casparian_flow.sections import JobSettings
 from tests.factories import add_plugin
 

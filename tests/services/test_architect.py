@@ -326,3 +326,13 @@ def test_a_killed_publish_leaves_nothing_half_deployed(
     assert int(done.stdout) >= 7  # trust, its audit, plugin, rules, subscription, topics, audit
     assert rows(ledger) == {"1.0.0": True}
     assert ledger.read(lambda c: list(audit.problems(c))) == []
+
+
+def test_a_version_is_the_same_however_it_is_written(
+    ledger: Ledger, settings: Settings, tmp_path: Path
+) -> None:
+    architect.deploy(ledger, settings, signed(ledger, tmp_path, version="1.0.0"))
+    with pytest.raises(PublishConflict, match=r"rows 1\.0\.0 exists already") as refused:
+        other = signed(ledger, tmp_path, source=ROWS + "\n# other\n", version="1.0")
+        architect.deploy(ledger, settings, other)
+    assert "--version 1.0.1" in refused.value.hint

@@ -17,6 +17,7 @@ from casparian_flow.errors import (
     AuthError,
     CasparianError,
     NotFound,
+    PublishConflict,
 )
 from casparian_flow.security import keys as files
 from casparian_flow.security.signing import key_id
@@ -143,6 +144,30 @@ def test_revoking_stops_what_the_key_published(
     # A revoked key's 2.0.0 must not stand above what comes after it.
     architect.deploy(here, settings, signed(here, folder, ROWS, "1.1.0"))
     assert active(here) == ["1.1.0"]
+
+
+def test_bytes_of_a_revoked_key_are_not_taken_for_published_again(
+    here: Ledger, settings: Settings, folder: Path
+) -> None:
+    old = own_id(folder)
+    keys.rotate(here, settings, folder)
+    assert "publish a new version" in keys.revoke(here, settings, folder, old, "laptop stolen")
+    with pytest.raises(PublishConflict, match="laptop stolen") as refused:
+        architect.deploy(here, settings, signed(here, folder, OTHER, "2.0.0"))
+    assert "--version 2.0.1" in refused.value.hint
+
+
+def test_a_key_that_is_trusted_with_less_takes_its_versions_out_of_the_way(
+    here: Ledger, settings: Settings, folder: Path, tmp_path: Path
+) -> None:
+    other, public = tmp_path / "other", files.local_key(folder).verify_key.encode().hex()
+    theirs = files.local_key(other).verify_key.encode().hex()
+    keys.trust_key(here, settings, folder, theirs, "Bob", "*")
+    words = keys.trust_key(here, settings, other, public, "Ada", "sales*")
+    assert "no longer active: rows 2.0.0" in words
+    assert active(here) == []
+    architect.deploy(here, settings, signed(here, other, ROWS, "1.5.0"))
+    assert active(here) == ["1.5.0"]
 
 
 def test_the_last_key_that_may_change_keys_stays(

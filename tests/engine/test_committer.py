@@ -1,0 +1,150 @@
+"""The Committer in a daemon, when a sink, a disk or the ledger is not as it should be."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from casparian_flow.config import Settings
+from casparian_flow.db import jobs, outputs, plugins
+from casparian_flow.db.access import Ledger, Work
+from casparian_flow.engine import committer
+from casparian_flow.engine.committer import Committer
+from casparian_flow.engine.sinks.base import KEY_DIGITS
+from casparian_flow.errors import LedgerError
+from casparian_flow.protocol import Conclude, Outcome, Published, Receipt
+from casparian_flow.services import changes
+from tests.disks import in_memory
+from tests.engine.test_leases import assigned, becomes, joined, play, staged, state
+from tests.engine.wires import PATIENCE, Attacked
+from tests.factories import add_job
+from tests.until import until
+
+
+def test_a_paused_sink_is_tried_again_though_nothing_is_owed_to_it_any_more(
+    ledger: Ledger, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its only output is of a job that another sink refuses."""
+    monkeypatch.setattr(committer, "PAUSE_SECONDS", 0.1)
+    job = add_job(ledger, fence=0, attempts=0)
+    blocked, taken = tmp_path / "blocked", tmp_path / "taken"
+    blocked.write_text("a file where the folder should be")
+    foreign = taken / "u" / f"{'j' * KEY_DIGITS}.parquet"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"foreign")
+    owes = staged(job, 1, tmp_path / "one", blocked)
+    (refused,) = staged(job, 1, tmp_path / "two", taken).outputs
+    refused = msgspec.structs.replace(refused, topic="u", output_key="j" * 64)
+    both = msgspec.structs.replace(owes, outputs=[*owes.outputs, refused])
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "w")
+        await assigned(peer)
+        await peer.send(Conclude(receipts=[both]))
+        await becomes(ledger, job, ("FAILED", 1, 1))
+        await until(lambda: not target.sentinel._committer.sick)
+
+    play(settings, story)
+
+
+def test_a_late_receipt_whose_file_cannot_be_removed_does_no_harm(
+    ledger: Ledger, settings: Settings, tmp_path: Path
+) -> None:
+    job, other = (add_job(ledger, fence=0, attempts=0) for _ in range(2))
+    with in_memory(tmp_path / "disk", "1m") as disk:
+
+        async def story(target: Attacked) -> None:
+            peer = await joined(target, "w")
+            await assigned(peer)
+            late = staged(job, 1, disk / "stage", disk)
+            changes.abort_jobs(ledger, settings, [job])
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            await peer.send(Conclude(receipts=[late]))
+            done = Receipt(job_id=other, fence=1, outcome=Outcome.STAGED)
+            await peer.send(Conclude(receipts=[done]))
+            await becomes(ledger, other, ("COMPLETED", 1, 1))
+
+        play(settings, story)
+
+
+@pytest.mark.parametrize("question", [outputs.unpublished, outputs.decided_without_debts])
+def test_a_read_that_fails_is_tried_again(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch, question: Work[Any]
+) -> None:
+    monkeypatch.setattr(committer, "PAUSE_SECONDS", 0.01)
+    job = add_job(ledger, fence=0, attempts=0)
+    real, failures = Ledger.read_soon, iter(["unable to open database file"])
+
+    async def read_soon(self: Ledger, work: Work[Any]) -> Any:
+        if work is question and (words := next(failures, "")):
+            raise LedgerError(f"the ledger could not be read: {words}")
+        return await real(self, work)
+
+    monkeypatch.setattr(Ledger, "read_soon", read_soon)
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "w")
+        await assigned(peer)
+        await peer.send(Conclude(receipts=[Receipt(job_id=job, fence=1, outcome=Outcome.STAGED)]))
+        await becomes(ledger, job, ("COMPLETED", 1, 1))
+
+    play(settings, story)
+    assert next(failures, None) is None, "it was asked and refused"
+
+
+def test_a_clean_stop_sees_through_what_is_being_decided(
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+    deciding, decide = threading.Event(), threading.Event()
+    real = Committer._decide
+
+    def slowly(self: Committer, *arguments: Any) -> Any:
+        deciding.set()
+        assert decide.wait(PATIENCE)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Committer, "_decide", slowly)
+    told = Committer.leave
+
+    def leave(self: Committer) -> None:
+        told(self)
+        decide.set()
+
+    monkeypatch.setattr(Committer, "leave", leave)
+
+    async def story(target: Attacked) -> None:
+        peer = await joined(target, "w")
+        await assigned(peer)
+        await peer.send(Conclude(receipts=[Receipt(job_id=job, fence=1, outcome=Outcome.STAGED)]))
+        await until(deciding.is_set)
+
+    play(settings, story)
+    assert state(ledger, job) == ("COMPLETED", 1, 1)
+
+
+def test_what_a_job_has_published_before_leaves_no_staged_file(
+    ledger: Ledger, settings: Settings, tmp_path: Path
+) -> None:
+    """One of its outputs is gone from its sink, so it runs again and stages them all."""
+    job = add_job(ledger, fence=0, attempts=0)
+    epoch = ledger.write(plugins.begin_epoch)
+    ours = Committer(ledger, epoch, settings.jobs, lambda: None)
+    unwanted = []
+    for fence in (1, 2):
+        ledger.write(lambda c: jobs.claim(c, "w", epoch, 1))
+        receipt = staged(job, fence, tmp_path / f"stage-{fence}", tmp_path / "sink")
+        decide = partial(ours._decide, group=[committer._Ended("w", receipt)])
+        unwanted.append(ledger.write(decide))
+        there = Published(target="there", rows=1, digest="", adopted=False)
+        seen = [(output_id, there) for output_id, *_ in ledger.read(outputs.unpublished)]
+        ledger.write(partial(outputs.mark_published, done=seen))
+        ledger.write(lambda c: jobs.complete(c, [job]))
+        ledger.write(lambda c: jobs.remake(c, [job]))
+    assert [[Path(each.stage).name for each in left] for left in unwanted] == [[], ["stage-2"]]

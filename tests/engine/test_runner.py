@@ -1,0 +1,127 @@
+"""The Runner: what becomes of an attempt before, around and after its guest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from casparian_flow import config
+from casparian_flow.engine import bridge
+from casparian_flow.engine.runner import Runner
+from casparian_flow.protocol import Assignment, Outcome, Receipt, Welcome
+from casparian_flow.sections import GuestSettings
+from tests.engine.guests import artifact, plugin
+
+Make = Callable[..., Runner]
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Iterator[Make]:
+    """Make Runners; they let their guests go at the end."""
+    made: list[Runner] = []
+
+    def make(**limits: Any) -> Runner:
+        guests = str(tmp_path / "guests")
+        welcome = Welcome(guests_folder=guests, inode=0, guests=4, limits=GuestSettings(**limits))
+        made.append(Runner(welcome, config.cache_folder()))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def assignment(path: Path, content: bytes, **facts: Any) -> Assignment:
+    return Assignment(
+        **{
+            "job_id": 1, "fence": 1, "attempt": "x-1", "plugin_id": 1, "plugin_version": "1",
+            "version_id": 1, "source": "s", "path": os.fsencode(path), "rel_path": path.name,
+            "content_hash": hashlib.sha256(content).hexdigest(), "size_bytes": len(content),
+            "timeout_seconds": 30.0, "outputs": [], **facts,
+        }
+    )  # fmt: skip
+
+
+def run(runner: Runner, job: Assignment, source: bytes, lock: str = "") -> Receipt:
+    (receipt,) = runner.run([(job, msgspec.structs.replace(artifact(source), lock=lock))])
+    return receipt
+
+
+@pytest.mark.parametrize("led_to", ["secret", "."])
+def test_a_large_file_that_is_a_link_now_is_shown_to_nobody(
+    runner: Make, tmp_path: Path, default_lock: str, led_to: str
+) -> None:
+    (tmp_path / "secret").write_bytes(b"the version")
+    large = tmp_path / "large.txt"
+    large.symlink_to(tmp_path / led_to)
+    job = assignment(large, b"the version")
+    spy = b"import sys; print(sys.argv)"
+    receipt = run(runner(copy_limit_bytes=1), job, spy, default_lock)
+    assert receipt.outcome is Outcome.SUPERSEDED
+    assert (receipt.sandbox, receipt.log) == ("", ""), "no guest was started"
+
+
+def test_a_guest_that_cannot_be_started_leaves_no_folder(
+    runner: Make, tmp_path: Path, default_lock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spawn(*_: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(bridge, "spawn", spawn)
+    (tmp_path / "a.txt").write_bytes(b"x")
+    receipt = run(runner(), assignment(tmp_path / "a.txt", b"x"), b"", default_lock)
+    assert receipt.outcome is Outcome.RELEASED
+    assert list((tmp_path / "guests").iterdir()) == []
+
+
+def test_a_job_that_fails_by_itself_while_we_leave_has_failed(
+    runner: Make, tmp_path: Path, default_lock: str
+) -> None:
+    """It was given the time; only what was killed is nobody's fault."""
+    fifo = tmp_path / "fifo"
+    (tmp_path / "a.txt").write_bytes(b"x")
+    os.mkfifo(fifo)
+    waits = plugin(f"open({str(fifo)!r}).read()\nraise ValueError('by itself')")
+    ours = runner(sandbox="off")
+
+    def leave() -> None:
+        with open(fifo, "w"):  # it has begun, and now it goes on
+            ours.halt()
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    receipt = run(ours, assignment(tmp_path / "a.txt", b"x"), waits, default_lock)
+    leaving.join()
+    assert receipt.outcome is Outcome.FAILED
+    assert "by itself" in receipt.error
+
+
+@pytest.mark.parametrize("end", ["halt", "revoke"])
+def test_an_environment_that_is_being_built_holds_nobody_up(
+    runner: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    fifo, uv = tmp_path / "fifo", tmp_path / "uv"
+    (tmp_path / "a.txt").write_bytes(b"x")
+    os.mkfifo(fifo)
+    uv.write_text(f"#!/bin/sh\necho begun > {fifo}\nexec sleep 3600\n")
+    uv.chmod(0o755)
+    monkeypatch.setattr("uv.find_uv_bin", lambda: str(uv))
+    ours = runner()
+
+    def leave() -> None:
+        assert fifo.read_text() == "begun\n"
+        ours.halt(kill=True) if end == "halt" else ours.revoke({(1, 1)})
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    lock = f"nobody-has-this=={os.getpid()} --hash=sha256:{'0' * 64}\n"
+    receipt = run(ours, assignment(tmp_path / "a.txt", b"x"), b"", lock)
+    leaving.join()
+    assert receipt.outcome is Outcome.RELEASED
