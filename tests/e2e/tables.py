@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
-from sqlalchemy import insert, select
+from sqlalchemy import Connection, delete, insert, select
 
 from casparian_flow.config import Settings
 from casparian_flow.db.access import Ledger
@@ -73,18 +73,24 @@ class Tables:
         """Times that all of them were held to the files."""
         self._ledger = ledger
         self._blobs = blobs
+        self._default = settings.output.default_uri
         self._uris = [SINKS[kind].format(mode) for kind in kinds]
         self._locations = [sinks.resolve(uri, settings.home) for uri in self._uris]
         self._contents: dict[str, dict[str, Counter[Row]]] = {}
 
     def place_topics(self) -> None:
-        """Send each topic to every sink, as `casparian topics set` does."""
+        """Send each topic to every sink, and to no other than those of `Tables`."""
         placed = [
             {"plugin_name": "delimited", "topic_name": topic, "uri": uri, "mode": self.mode}
             for topic in TOPICS
             for uri in self._uris
         ]
-        self._ledger.write(lambda c: c.execute(insert(TopicConfig), placed).rowcount)
+
+        def work(connection: Connection) -> None:
+            connection.execute(delete(TopicConfig).where(TopicConfig.uri == self._default))
+            connection.execute(insert(TopicConfig), placed)
+
+        self._ledger.write(work)
 
     def look(self, number: int, commits: int) -> list[str]:
         """`problems`, after commit `number` out of so many, where it is time to look."""
