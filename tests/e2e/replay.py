@@ -44,6 +44,7 @@ from casparian_flow.db.models import FileLocation, FileVersion
 from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.root import Root
 from casparian_flow.services.scan import scan
+from casparian_flow.services.verify import verify
 from tests.chaos.place import private_environment
 from tests.conftest import write_config
 from tests.e2e.tables import Tables
@@ -202,6 +203,8 @@ def replay(folder: Path, name: str, way: Way) -> dict[str, Any]:
                 wrong = [words for each in tables for words in each.look(number, len(bursts))]
                 assert not wrong, "\n".join([f"after commit {number + 1}:", *wrong[:20]])
         found = problems(ledger, root, history, way.flood)
+        if tables:
+            found += verify(settings, ledger).problems
         assert not found, "\n".join(found[:20])
         counts = ledger.read(jobs.counts)
         assert not counts.keys() & set(jobs.UNFINISHED), counts

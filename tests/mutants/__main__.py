@@ -46,7 +46,7 @@ def run(folder: Path, tests: Sequence[str]) -> tuple[int, list[str], str]:
         TimeoutExpired: they did not end. A test that hangs where it should fail catches nothing.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qn0", "-p", "no:cacheprovider", "--tb=line", *tests],
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "--tb=line", *tests],
         cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True, text=True, check=False, timeout=WITHIN_SECONDS,
     )  # fmt: skip

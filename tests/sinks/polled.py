@@ -223,7 +223,8 @@ def main() -> int:
         summary = trial(Path(folder), options.commits, options.seed)
     for name, looks, faults in summary:
         print(f"{name:24} {looks:6} looks, {len(faults)} of something not whole")
-        print(*faults[:20], sep="\n")
+        for words in faults[:20]:
+            print(f"    {words}")
     took = time.monotonic() - started
     print(f"seed {options.seed}: {options.commits} commits to each in {took:.0f} s")
     return int(any(faults for _, _, faults in summary))
