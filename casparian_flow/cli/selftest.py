@@ -15,8 +15,9 @@ from casparian_flow.cli import context
 if TYPE_CHECKING:
     from casparian_flow.selftest.matrix import Point, Tally
 
-DRAINS = ("first", "second")
-"""The acts that take files to tables; what comes before them is tried with `--all`."""
+ACTS = ("reinstate", "retract", "first", "second")
+"""The acts that take files to tables, and their rows out of sight and back, each point being tried
+in the last of them that comes to it; what comes before them is tried with `--all`."""
 
 
 def selftest(
@@ -65,8 +66,9 @@ def _chosen(points: list[Point], everything: bool, seed: int) -> list[Point]:
 
     if everything:
         return points
-    by_name = {point.name: point for point in sample(points, seed) if point.act in DRAINS}
-    return list(by_name.values())
+    chosen = [point for point in sample(points, seed) if point.act in ACTS]
+    chosen.sort(key=lambda point: ACTS.index(point.act))
+    return list({point.name: point for point in chosen}.values())
 
 
 def _verdict(tally: Tally, seed: int, seconds: float) -> int:

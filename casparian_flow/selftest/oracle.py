@@ -60,8 +60,8 @@ def _of_ledger(scene: Scene, act: Act, ledger: Ledger) -> Iterator[str]:
 
 
 def _of_topic(scene: Scene, act: Act, topic: str) -> Iterator[str]:
-    """Each content that there was gave its rows, once."""
-    due = [content for contents in scene.versions(act).values() for content in contents]
+    """Each content that a reader is to see gave its rows, once, and no other is there."""
+    due = [content for content in scene.shown(act, topic) if content.rows(topic)]
     groups: dict[str, list[Group]] = {}
     for group in seen.groups(scene.locations[topic], topic):
         groups.setdefault(group.source_hash, []).append(group)
@@ -75,7 +75,7 @@ def _of_topic(scene: Scene, act: Act, topic: str) -> Iterator[str]:
         elif here[0].rows != content.rows(topic):
             yield f"{name} are not what the file holds"
     for unknown in groups.values():
-        yield f"topic {topic}: {len(unknown[0].rows)} rows of a content that no file has had"
+        yield f"topic {topic}: {len(unknown[0].rows)} rows of a content that is not to be seen"
 
 
 def _left(folder: Path) -> Iterator[str]:
@@ -88,7 +88,8 @@ def _left(folder: Path) -> Iterator[str]:
 
 
 class Reader:
-    """Looks at the tables all the time, and holds that each job's rows are all there or none."""
+    """Looks at the tables all the time, and holds that each job's rows are all there or none, and
+    in mode replace those of one version of a file."""
 
     def __init__(self, scene: Scene) -> None:
         self.looks = 0
@@ -96,6 +97,7 @@ class Reader:
         self.faults: list[str] = []
         self._scene = scene
         self._contents = scene.contents()
+        self._versions = scene.versions(scene.acts[-1])
         self._known: set[Path] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look_on, name="reader", daemon=True)
@@ -112,15 +114,25 @@ class Reader:
 
     def look(self) -> None:
         """Look once."""
-        for topic in TOPICS:
+        for topic, mode in TOPICS.items():
+            known = self._known if mode == "append" else set()  # what replaces has the same name
+            hashes = set()
             try:
-                for count in seen.counts(self._scene.locations[topic], topic, self._known):
-                    self.faults += filter(None, [self._fault(topic, *count)])
+                for source_hash, rows in seen.counts(self._scene.locations[topic], topic, known):
+                    self.faults += filter(None, [self._fault(topic, source_hash, rows)])
                     self.looks += 1
+                    hashes.add(source_hash)
             except seen.UNREADABLE:
                 pass  # not made yet, or being recovered: there is nothing to see
             except pa.ArrowException as error:
                 self.faults.append(f"a reader saw a file that is none, in {topic}: {error}")
+            if mode == "replace":
+                self.faults += self._at_once(topic, hashes)
+
+    def _at_once(self, topic: str, hashes: set[str]) -> Iterator[str]:
+        for path, contents in self._versions.items():
+            if len(hashes & {content.hash for content in contents}) > 1:
+                yield f"a reader saw two versions of {path} at once in {topic}"
 
     def _look_on(self) -> None:
         while not self._stop.wait(PAUSE_SECONDS):

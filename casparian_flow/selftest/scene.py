@@ -1,8 +1,9 @@
 """Files of which every row is known, and the commands that make tables of them.
 
 Each content is built from rows, so what the tables must hold is not computed by what is tested.
-Two files come; then one is edited, one goes and a third comes: several versions, two topics, a
-file whose rows fill more than one batch.
+Two files come; then one is edited, one goes and a third comes; then the edited one's rows are
+retracted, and reinstated: several versions, two topics in mode append and two in mode replace, a
+file whose rows fill more than one batch, one that gives nothing where it gave rows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from typing import NamedTuple
 from casparian_flow import config
 from casparian_flow.engine import sinks
 
-TOPICS = ("lines", "words")
+TOPICS = {"lines": "append", "words": "append", "now": "replace", "firsts": "replace"}
+"""Topic -> its mode. `now` has the lines of a file, `firsts` the first word of each."""
+
+PLACES = {"lines": 0, "now": 0, "words": 1, "firsts": 1}
+"""Topic -> which of a scene's two sinks it goes to."""
+
+ENOUGH = 3
+"""A file with fewer lines gives nothing to `firsts`."""
 
 LONG = 17_000
 """Words of the long content: more than one batch of the SQLite sink."""
@@ -46,9 +54,13 @@ class Handler(BasePlugin):
     def execute(self, file_path: str):
         with open(file_path) as file:
             lines = file.read().splitlines()
-        self.publish("lines", pa.table({{"line": pa.array(lines, pa.string())}}))
+        for topic in ("lines", "now"):
+            self.publish(topic, pa.table({{"line": pa.array(lines, pa.string())}}))
         words = [word for line in lines for word in line.split()]
         self.publish("words", pa.table({{"word": pa.array(words, pa.string())}}))
+        if len(lines) >= {enough}:
+            firsts = [line.split()[0] for line in lines]
+            self.publish("firsts", pa.table({{"word": pa.array(firsts, pa.string())}}))
 """
 
 
@@ -67,7 +79,9 @@ class Content(NamedTuple):
         return hashlib.sha256(self.data).hexdigest()
 
     def rows(self, topic: str) -> list[str]:
-        return self.lines if topic == "lines" else self.words
+        if topic == "firsts":
+            return [line.split()[0] for line in self.lines] if len(self.lines) >= ENOUGH else []
+        return self.words if topic == "words" else self.lines
 
 
 def _content(name: str, lines: int, words: int) -> Content:
@@ -88,6 +102,7 @@ SECOND: Files = {
     "deep/long.txt": None,
     "deep/new.txt": _content("new", 4, 1),
 }
+EDITED = f"{SOURCE}/orders.txt"
 LAST: Files = {"last.txt": _content("last", 1, 1)}
 
 
@@ -99,6 +114,8 @@ class Act(NamedTuple):
     files: Files
     again: int = 0
     """What it may end with as well, when it was done before the crash and says so."""
+    retracted: str = ""
+    """The path whose rows nobody sees when it is done."""
 
 
 @dataclass
@@ -158,16 +175,16 @@ class Scene:
 
     Args:
         ground: prepared.
-        kinds: `parquet` or `sqlite` for each of `TOPICS`.
+        kinds: `parquet` or `sqlite` for each of its two sinks.
     """
 
     def __init__(self, ground: Ground, kinds: Sequence[str]) -> None:
         self.ground = ground
         self.uris = {
             topic: f"parquet://{ground.sink}/tables"
-            if kind == "parquet"
+            if kinds[PLACES[topic]] == "parquet"
             else f"sqlite:///{ground.sink}/tables.sqlite3"
-            for topic, kind in zip(TOPICS, kinds, strict=True)
+            for topic in TOPICS
         }
         self.locations = {
             topic: sinks.resolve(uri, ground.home) for topic, uri in self.uris.items()
@@ -175,13 +192,20 @@ class Scene:
         self._config = ground.home / config.FILE_NAME
         self._config.write_text(f"{CONFIG}[output]\nroots = {json.dumps([str(ground.sink)])}\n")
         plugin = ground.scratch / "rows.py"
-        plugin.write_text(PLUGIN.format(sinks=self.uris))
+        plugin.write_text(PLUGIN.format(sinks=self.uris, enough=ENOUGH))
         drain = ["scan", "--drain"]
         self.acts = [
             Act("watch", ["source", "add", str(ground.inbox), "--settle", "0"], {}, again=66),
             Act("publish", ["publish", str(plugin), "--version", "1.0.0"], {}),
+            *(
+                Act(f"set {topic}", ["topics", "set", "rows", topic, uri, "--mode", "replace"], {})
+                for topic, uri in self.uris.items()
+                if TOPICS[topic] == "replace"
+            ),
             Act("first", drain, FIRST),
             Act("second", drain, SECOND),
+            Act("retract", ["retract", EDITED], {}, again=66, retracted="orders.txt"),
+            Act("reinstate", ["retract", EDITED, "--undo"], {}, again=66),
             Act("last", drain, LAST),
         ]
 
@@ -219,6 +243,13 @@ class Scene:
                 if content is not None:
                     found.setdefault(path, []).append(content)
         return found
+
+    def shown(self, act: Act, topic: str) -> list[Content]:
+        """The contents whose rows a reader of a topic sees when the act is done."""
+        versions = self.versions(act)
+        versions.pop(act.retracted, None)
+        last = -1 if TOPICS[topic] == "replace" else 0
+        return [content for contents in versions.values() for content in contents[last:]]
 
     def contents(self) -> dict[str, Content]:
         """Every content that any act brings, by its hash."""

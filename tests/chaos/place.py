@@ -123,7 +123,7 @@ class Place:
     def _make(self) -> None:
         for folder in (self.flow, self.root, self.logs, self.temporary):
             folder.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(CONFIG.format(port=_free_port()))
+        self.config.write_text(CONFIG.format(port=free_port()))
         with open_ledger(self.settings.database) as ledger:
             add_root(ledger, self.root, settle_seconds=SETTLE_SECONDS)
             publish(ledger, self.settings, "lines", LINES, "1.0.0")
@@ -140,7 +140,8 @@ def private_environment(folder: Path) -> None:
     os.environ.pop("CASPARIAN_CONFIG", None)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

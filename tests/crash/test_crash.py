@@ -30,7 +30,7 @@ from tests.conftest import write_config
 from tests.crash.power import LoopGround, why_not
 
 DOCS = Path(__file__).parents[2] / "docs"
-SAMPLE = ("sqlite.ledger_written", "parquet.linked")
+SAMPLE = ("sqlite.replaced", "parquet.replaced")
 """Of hundreds; `python -m tests.crash` tries them all."""
 
 Stage = tuple[Matrix, list[Point]]
@@ -47,14 +47,12 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 RARE = {
     "connection.checkpointed", "retries.job_taken_back", "main.stage_swept",
-    "sqlite.replaced", "sqlite.rows_copied", "sqlite.change_written", "sqlite.changed",
-    "retract.decided", "retract.done", "retract.settled",
     "stage.part_finished", "stage.folder_synced", "parquet.renamed", "parquet.rewritten",
-    "parquet.replaced", "parquet.loser_removed", "parquet.moved", "parquet.move_synced",
+    "parquet.loser_removed",
 }  # fmt: skip
-"""What only a log of four megabytes, a recovery, mode replace, a retraction, an output of several
-parts or two Workers that race come to; tests/sinks/test_crashes.py, test_parquet_crashes.py and
-tests/cli/test_modes.py try them."""
+"""What only a log of four megabytes, a recovery, an output of several parts, two Workers that race,
+or a new version of what was retracted come to; tests/sinks/test_parquet_crashes.py tries those of
+Parquet."""
 
 
 def documented() -> list[str]:
@@ -166,6 +164,24 @@ def test_the_oracle_notices(recorded: Stage) -> None:
     stage = matrix.ground.sink / "tables" / ".casparian" / "stage" / "left"
     stage.touch()
     assert oracle.faults(matrix.scene, before) == [f"left behind: {stage}"]
+    matrix.back_to("retract")
+    found = [fault for fault in oracle.faults(matrix.scene, before) if "topic now" in fault]
+    assert [words.split()[-1] for words in found] == ["LOST", "seen", "seen"], found
+
+
+def test_a_reader_notices_two_versions_at_once(recorded: Stage) -> None:
+    matrix, _ = recorded
+    now = matrix.ground.sink / "tables" / "now"
+    matrix.back_to("second")
+    before = {file.name: file.read_bytes() for file in now.glob("*.parquet")}
+    matrix.back_to("retract")
+    reader = oracle.Reader(matrix.scene)
+    reader.look()
+    assert reader.faults == []
+    for name, data in before.items():
+        (now / f"before-{name}").write_bytes(data)
+    reader.look()
+    assert reader.faults == ["a reader saw two versions of orders.txt at once in now"]
 
 
 def test_a_reader_notices_half_of_an_output(recorded: Stage) -> None:
@@ -175,7 +191,7 @@ def test_a_reader_notices_half_of_an_output(recorded: Stage) -> None:
     matrix.back_to("second")
     reader = oracle.Reader(matrix.scene)
     reader.look()
-    assert (reader.faults, reader.looks) == ([], 4)  # two jobs, two topics
+    assert (reader.faults, reader.looks) == ([], 8)  # two jobs, four topics
     folder = matrix.ground.sink / "tables" / "lines"
     table = pq.read_table(max(folder.glob("*.parquet"), key=lambda p: p.stat().st_size))
     pq.write_table(table.slice(1), folder / "half.parquet")

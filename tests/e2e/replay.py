@@ -1,12 +1,18 @@
 """Replay a real revision history into a watched root under a running daemon, and compare.
 
     python -m tests.e2e.replay sp500 [--commits N] [--flood]
+    python -m tests.e2e.replay sp500 --mode replace|append|both [--kills N [--seed S]]
     python -m tests.e2e.replay countries
 
 The events file is the oracle. Waiting until idle after each commit, the ledger must hold exactly
 one version for each path and consecutive distinct content; flooding, every recorded version must
 be a content the path has had, and every path's last content must be recorded. A commit that
 removes hundreds of files at once may have its deletions held, and must then lose nothing else.
+
+With a mode, every topic goes to a SQLite database and to Parquet (with both, to two of each), and
+the tables are held to the files as well (`tables.py`): under `replace` after every commit, under
+`append` after every hundredth and the last. With kills a Sentinel and two Workers run instead of
+one daemon; they and their guests are killed in between (`upsets.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -25,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import select
 
@@ -37,7 +44,11 @@ from casparian_flow.db.models import FileLocation, FileVersion
 from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.root import Root
 from casparian_flow.services.scan import scan
+from casparian_flow.services.verify import verify
+from tests.chaos.place import private_environment
 from tests.conftest import write_config
+from tests.e2e.tables import Tables
+from tests.e2e.upsets import Upsets
 from tests.factories import add_root
 from tests.plugs import publish_file
 from tests.real_data import REPOSITORY, real_data
@@ -147,34 +158,62 @@ def problems(ledger: Ledger, root: Root, history: Sequence[Event], flood: bool) 
     return found
 
 
-def replay(folder: Path, name: str, commits: int | None, flood: bool) -> dict[str, int]:
+class Way(NamedTuple):
+    """How a history is replayed."""
+
+    commits: int | None = None
+    """So many; None for all."""
+    flood: bool = False
+    modes: Sequence[str] = ()
+    """Each topic goes to sinks of its own in each of these."""
+    kinds: Sequence[str] = ("sqlite", "parquet")
+    kills: int = 0
+    seed: int = 0
+
+
+def replay(folder: Path, name: str, way: Way) -> dict[str, Any]:
     """Run a history in `folder`; the figures of the run.
 
     Raises:
-        AssertionError: the ledger differs from the oracle, or a job is unfinished.
+        AssertionError: ledger or tables differ from the oracle, or a job is unfinished.
     """
-    history = events(name, commits)
+    history = events(name, way.commits)
+    bursts = [list(burst) for _, burst in groupby(history, key=lambda event: event.seq)]
     blobs = folder / "blobs"
     with tarfile.open(HISTORIES / f"{name}.blobs.tar.xz") as archive:
         archive.extractall(folder, filter="data")
-    settings = write_config(folder / "flow")
+    upsets = Upsets(folder, way.kills, len(bursts), way.seed) if way.kills else None
+    settings = upsets.place.settings if upsets else write_config(folder / "flow")
     files = folder / "root"
     files.mkdir()
     with open_ledger(settings.database) as ledger:
         root = add_root(ledger, files)
         publish_file(ledger, settings, REPOSITORY / "plugins" / "delimited.py", "1.0.0")
-        with daemon(settings):
-            for _, burst in groupby(history, key=lambda event: event.seq):
-                apply(list(burst), blobs, files)
-                if not flood:
-                    wait_until_idle(settings, ledger, IDLE_SECONDS)
-            wait_until_idle(settings, ledger, IDLE_SECONDS)
-        found = problems(ledger, root, history, flood)
+        tables = [Tables(ledger, settings, mode, way.kinds, blobs) for mode in way.modes]
+        for each in tables:
+            each.place_topics()
+        with upsets.running() if upsets else daemon(settings):
+            for number, burst in enumerate(bursts):
+                apply(burst, blobs, files)
+                if upsets:
+                    upsets.strike(number)
+                if way.flood and number < len(bursts) - 1:
+                    continue
+                wait_until_idle(settings, ledger, IDLE_SECONDS)
+                wrong = [words for each in tables for words in each.look(number, len(bursts))]
+                assert not wrong, "\n".join([f"after commit {number + 1}:", *wrong[:20]])
+        found = problems(ledger, root, history, way.flood)
+        if tables:
+            found += verify(settings, ledger).problems
         assert not found, "\n".join(found[:20])
         counts = ledger.read(jobs.counts)
         assert not counts.keys() & set(jobs.UNFINISHED), counts
         versions = sum(map(len, recorded(ledger)[0].values()))
-    return {"events": len(history), "versions": versions, **counts}
+    return {
+        "events": len(history), "versions": versions, **counts,
+        **{f"looks under {each.mode}": each.looks for each in tables},
+        **({f"killed {who}": n for who, n in upsets.killed.items()} if upsets else {}),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -182,12 +221,22 @@ def main() -> None:
     parser.add_argument("name", choices=["sp500", "countries"])
     parser.add_argument("--commits", type=int)
     parser.add_argument("--flood", action="store_true")
+    parser.add_argument("--mode", choices=["replace", "append", "both"])
+    parser.add_argument("--kills", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
     options = parser.parse_args()
+    modes = ["replace", "append"] if options.mode == "both" else filter(None, [options.mode])
+    way = Way(
+        options.commits, options.flood, tuple(modes), kills=options.kills, seed=options.seed
+    )  # fmt: skip
+    print(f"seed {way.seed}", flush=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="replay-") as folder:
-        figures = replay(Path(folder), options.name, options.commits, options.flood)
+        private_environment(Path(folder))
+        figures = replay(Path(folder), options.name, way)
     took = time.monotonic() - started
-    print(f"{options.name}: the ledger equals the history after {took:.0f} s: {figures}")
+    what = "the ledger and every table equal" if way.modes else "the ledger equals"
+    print(f"{options.name}: {what} the history after {took:.0f} s: {figures}")
 
 
 if __name__ == "__main__":

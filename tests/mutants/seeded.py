@@ -34,7 +34,11 @@ _SINKS = "tests/sinks"
 _SERVER = "tests/sinks/test_mssql_crashes.py::test_the_first_output"
 _DURABLE = f"{_TRACED}[what must be durable before what]"
 
-_DIES = "tests/sinks/test_crashes.py::test_a_publisher_that_dies_leaves_the_old_version_or_the_new"
+_COMMITTED = """\
+            for words in ("RELEASE job", "COMMIT", "BEGIN IMMEDIATE", "SAVEPOINT job"):
+                connection.execute(words)
+"""
+"""Ends the SQLite sink's transaction where it must not end, and begins another one."""
 
 MUTANTS = [
     Mutant(
@@ -162,7 +166,7 @@ MUTANTS = [
                 '            crashpoint("sqlite.ledger_written")\n',
             )
         ],
-        [f"{_DIES}[sqlite.rows_written]"],
+        [f"{_SINKS}/test_sqlite_crashes.py::test_a_replacement_that_is_killed"],
     ),
     Mutant(
         "adopt without comparing",
@@ -265,6 +269,107 @@ MUTANTS = [
             Edit("engine/sinks/mssql_publish.py", "found = _adopted(aims)", "found = {}"),
         ],
         [f"{_SERVER}[committed]"],
+    ),
+    Mutant(
+        "insert before ledger",
+        [
+            Edit(
+                "engine/sinks/sqlite.py",
+                "self._adopted(connection, output) or self._add(connection, output)",
+                "self._add(connection, output)",
+            ),
+            Edit(
+                "engine/sinks/sqlite.py",
+                "INSERT INTO _cf_outputs",
+                "INSERT OR IGNORE INTO _cf_outputs",
+            ),
+        ],
+        [
+            f"{_SINKS}/test_contract.py::"
+            "test_a_second_attempt_with_the_same_key_adopts_the_first[sqlite]"
+        ],
+    ),
+    Mutant(
+        "replace in two transactions",
+        [
+            Edit(
+                "engine/sinks/sqlite.py",
+                """                self._replace(connection, output)
+""",
+                """                self._replace(connection, output)
+"""
+                + _COMMITTED,
+            )
+        ],
+        [f"{_SINKS}/test_sqlite_crashes.py::test_a_replacement_that_is_killed"],
+    ),
+    Mutant(
+        "retract without ledger",
+        [
+            Edit(
+                "engine/sinks/sqlite_ledger.py",
+                """    connection.execute(
+        "UPDATE _cf_outputs SET state = ? WHERE output_key = ?", [state, record["output_key"]]
+    )
+""",
+                "",
+            )
+        ],
+        [
+            f"{_SINKS}/test_contract.py::"
+            "test_what_is_retracted_stays_so_when_it_is_published_again[sqlite]"
+        ],
+    ),
+    Mutant(
+        "adopt by name",
+        [
+            Edit(
+                "engine/sinks/parquet.py",
+                "if first.output_key == output.output_key and first.told.rows == output.rows:",
+                "if first.told.rows == output.rows:",
+            )
+        ],
+        [f"{_SINKS}/test_parquet_modes.py::test_the_versions_of_a_location_have_one_file"],
+    ),
+    Mutant(
+        "exchange without looking",
+        [
+            Edit(
+                "engine/sinks/parquet.py",
+                "looked.append(self._settled(output) or ",
+                "looked.append(",
+            ),
+            Edit(
+                "engine/sinks/parquet.py",
+                'self._there(output) if output.mode == "replace" else []',
+                "[]",
+            ),
+            Edit("engine/sinks/parquet.py", "os.link(path, target)", "os.replace(path, target)"),
+        ],
+        [f"{_SINKS}/test_parquet_modes.py::test_what_is_not_of_the_slot_is_never_replaced"],
+    ),
+    Mutant(
+        "topics of a job one by one",
+        [
+            Edit(
+                "engine/sinks/sqlite.py",
+                """                tables.insert(connection, output.topic, staged)
+""",
+                """                tables.insert(connection, output.topic, staged)
+"""
+                + _COMMITTED,
+            )
+        ],
+        [f"{_SINKS}/test_sqlite_crashes.py::test_an_append_that_is_killed"],
+    ),
+    Mutant(
+        "nothing replaces nothing",
+        [
+            Edit(
+                "engine/runner.py", "for topic in plans.keys() - stages.keys():", "for topic in ():"
+            )
+        ],
+        ["tests/cli/test_modes.py::test_a_history_under_replace_is_the_file_after_every_commit"],
     ),
 ]
 
