@@ -103,7 +103,9 @@ def killed(settings: Settings, at: str, burst: list[Event], blobs: Path, files: 
         "CASPARIAN_CRASH_AT": at,
     }
     apply(burst, blobs, files)
-    ended = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, timeout=IDLE_SECONDS, check=False
+    )
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
     settings.database.control_socket.unlink()  # by which the next one is known
 
