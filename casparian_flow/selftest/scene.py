@@ -102,7 +102,7 @@ SECOND: Files = {
     "deep/long.txt": None,
     "deep/new.txt": _content("new", 4, 1),
 }
-EDITED = f"{SOURCE}/orders.txt"
+EDITED = "inbox/orders.txt"
 LAST: Files = {"last.txt": _content("last", 1, 1)}
 
 
