@@ -246,7 +246,7 @@ def test_a_sink_that_was_moved_is_retracted_where_it_is(parquet: Place) -> None:
     """The ledger still says where it was."""
     made = show(parquet, parquet.sealed({"id": [1]}))
     (parquet.home / "out").rename(parquet.home / "moved")
-    sink = sinks.open_sink(f"parquet://{parquet.home}/moved")
+    sink = sinks.open_sink(f"parquet://{parquet.home}/moved", parquet.settings)
     sink.retract(made)
     assert not (parquet.home / "moved" / TOPIC / Path(made.target).name).exists()
 
