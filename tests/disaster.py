@@ -9,6 +9,7 @@ sinks against what was written. It ends with 1 where anything is lost, doubled o
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import random
 import shutil
@@ -21,7 +22,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pyarrow.dataset as ds
 
 from casparian_flow import config, daemon_lock
@@ -33,6 +33,7 @@ from tests.conftest import write_config
 from tests.e2e.test_daemon import free_endpoint
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
+from tests.until import until
 
 PATIENCE_SECONDS = 300
 
@@ -170,12 +171,10 @@ def race(drill: Drill, _folder: Path) -> None:
     """Daemons started at once: one lives, the others leave with 75."""
     drill.edit(5)
     crowd = [drill.start() for _ in range(4)]
-    _, alive = psutil.wait_procs([psutil.Process(one.pid) for one in crowd], timeout=1)
-    while len(alive) > 1:
-        _, alive = psutil.wait_procs(alive, timeout=1)
+    asyncio.run(until(lambda: sum(one.poll() is None for one in crowd) == 1))
     drill.casparian("wait", "--idle")
     for one in crowd:
-        if one.pid == alive[0].pid:
+        if one.poll() is None:
             one.terminate()
         one.communicate()
     codes = sorted(one.returncode for one in crowd)
