@@ -17,6 +17,12 @@ FIND_FORMAT = "%s %T@ %p\n"
 HASH = 'find "$1" -type f -print0 | xargs -0 -P2 sha256sum'
 FIND_THEN_IMPORT = 'find "$1" -type f -printf "$2" && "$3" -c "import sqlalchemy"'
 
+PARQUET = ("write_table", "peers/parquet_write.py", "parquet://out")
+SQLITE = ("executemany", "peers/sqlite_insert.py", "sqlite:///tables.sqlite3")
+"""A sink's peer: its name, its script; and the sink."""
+LOAD = "`load` leaves out Python's start and imports."
+BEFORE = "The whole process contains the version before. "
+
 
 def small_files(inputs: Path, quick: bool) -> Benchmark:
     """Many small CSV files, one Parquet file each."""
@@ -151,22 +157,61 @@ def oneshot(inputs: Path, quick: bool) -> Benchmark:
     ])  # fmt: skip
 
 
+def sink_parquet(inputs: Path, quick: bool) -> Benchmark:
+    """Rows into the Parquet sink."""
+    rows = _rows(inputs, quick)
+    text = (
+        f"{rows:,} rows of 10 columns from an Arrow file into a new Parquet file. Ours is staged, "
+        "sealed and published, with four lineage columns more on every row; the peer is "
+        "`pyarrow.parquet.write_table`. Both have row groups of 128k rows, zstd level 1, and leave "
+        f"the file and its folder fsynced. {LOAD}"
+    )
+    return Benchmark(text, _sides(inputs, *PARQUET, "append", rounds=1), rows)
+
+
+def sink_parquet_replace(inputs: Path, quick: bool) -> Benchmark:
+    """Rows into the Parquet sink, in the place of as many."""
+    rows = _rows(inputs, quick)
+    text = (
+        f"{rows:,} rows of 10 columns from an Arrow file, in the place of as many of the version "
+        "before, which were published off the clock: one Parquet file put in the place of another. "
+        "Ours looks, under a lock, whether the file there is its own and an older version's; the "
+        "peer renames its file over whatever is there. Written and made durable as in "
+        f"`sink_parquet`. {BEFORE}{LOAD}"
+    )
+    return Benchmark(text, _sides(inputs, *PARQUET, "replace", rounds=2), rows)
+
+
 def sink_sqlite(inputs: Path, quick: bool) -> Benchmark:
     """Rows into the SQLite sink."""
-    rows = 50_000 if quick else 1_000_000
-    source = inputs / "rows.arrow"
-    execute(_python("ours/rows.py", source, rows, SEED), inputs)
+    rows = _rows(inputs, quick)
     text = (
         f"{rows:,} rows of 10 columns from an Arrow file into a new SQLite table. Ours is "
         "staged, sealed and published, with four lineage columns more on every row and the "
         "output's entry in the sink's ledger; the peer is `executemany` of the same batches. "
         "Both commit once, in WAL mode with synchronous=FULL; ours fsyncs the staged file too. "
-        "`load` leaves out Python's start and imports."
+        f"{LOAD}"
     )
-    return Benchmark(text, [
-        Side("executemany", _alone(_python("peers/sqlite_insert.py", source))),
-        Side("ours", _alone(_python("ours/sink.py", source)), peers=("executemany",)),
-    ])  # fmt: skip
+    return Benchmark(text, _sides(inputs, *SQLITE, "append", rounds=1), rows)
+
+
+def sink_sqlite_replace(inputs: Path, quick: bool) -> Benchmark:
+    """Rows into the SQLite sink, in the place of as many."""
+    rows = _rows(inputs, quick)
+    text = (
+        f"{rows:,} rows of 10 columns from an Arrow file, in the place of as many of the version "
+        "before, which were published off the clock. Ours deletes the rows of that version and "
+        "inserts the new ones, the peer empties its table and does the same, each in one "
+        f"transaction. Otherwise as `sink_sqlite`. {BEFORE}{LOAD}"
+    )
+    return Benchmark(text, _sides(inputs, *SQLITE, "replace", rounds=2), rows)
+
+
+def _rows(inputs: Path, quick: bool) -> int:
+    """Write the Arrow file that the sinks are fed with; how many rows it has."""
+    rows = 50_000 if quick else 1_000_000
+    execute(_python("ours/rows.py", inputs / "rows.arrow", rows, SEED), inputs)
+    return rows
 
 
 def stream(inputs: Path, quick: bool) -> Benchmark:
@@ -183,6 +228,16 @@ def stream(inputs: Path, quick: bool) -> Benchmark:
         Side("socketpair", _alone(_python("peers/socket_stream.py", mib))),
         Side("ours", _alone(_python("ours/stream.py", mib)), peers=("socketpair",)),
     ])  # fmt: skip
+
+
+def _sides(inputs: Path, peer: str, script: str, uri: str, mode: str, rounds: int) -> list[Side]:
+    """The rows through a sink of ours, after the same through the script that does without."""
+    source = inputs / "rows.arrow"
+    ours = _python("ours/sink.py", source, uri, mode, rounds)
+    return [
+        Side(peer, _alone(_python(script, source, rounds))),
+        Side("ours", _alone(ours), peers=(peer,)),
+    ]
 
 
 def _python(script: str, *arguments: object) -> list[str]:
@@ -232,7 +287,10 @@ BENCHMARKS = {
         snapshots,
         help,
         oneshot,
+        sink_parquet,
+        sink_parquet_replace,
         sink_sqlite,
+        sink_sqlite_replace,
         stream,
     )
 }

@@ -46,6 +46,8 @@ class Benchmark:
     text: str
     """What is compared, and what is durable on each side when the clock stops."""
     sides: Sequence[Side]
+    rows: int = 0
+    """What a figure other than the whole process is a rate of; 0 where it is none of rows."""
 
 
 class Run(NamedTuple):

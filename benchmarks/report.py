@@ -53,11 +53,15 @@ def machine(scratch: Path) -> str:
 def section(name: str, benchmark: Benchmark, runs: Mapping[str, Sequence[Run]], facts: str) -> str:
     """A benchmark's part of the page."""
     rows = [
-        _row(side.name, figure, runs[side.name], {peer: runs[peer] for peer in side.peers})
+        _row(
+            side.name, figure, runs[side.name], {peer: runs[peer] for peer in side.peers},
+            benchmark.rows,
+        )
         for side in benchmark.sides
         for figure in runs[side.name][0].seconds
-    ]
-    table = [COLUMNS, "|" + "---|" * (COLUMNS.count("|") - 1), *rows]
+    ]  # fmt: skip
+    columns = f"{COLUMNS} rows/s |" if benchmark.rows else COLUMNS
+    table = [columns, "|" + "---|" * (columns.count("|") - 1), *rows]
     return "\n\n".join([f"## {name}", benchmark.text, f"Measured {facts}.", "\n".join(table)])
 
 
@@ -69,7 +73,9 @@ def save(page: Path, name: str, text: str, order: Sequence[str]) -> None:
     page.write_text("\n\n".join([TITLE, *kept]) + "\n", "utf-8")
 
 
-def _row(side: str, figure: str, runs: Sequence[Run], peers: Mapping[str, Sequence[Run]]) -> str:
+def _row(
+    side: str, figure: str, runs: Sequence[Run], peers: Mapping[str, Sequence[Run]], rows: int
+) -> str:
     seconds = [run.seconds[figure] for run in runs]
     is_whole = figure == WHOLE
     cells = [
@@ -80,6 +86,8 @@ def _row(side: str, figure: str, runs: Sequence[Run], peers: Mapping[str, Sequen
         f"{median(run.peak_mib for run in runs):.0f}" if is_whole else "",
         ", ".join(f"{_ratio(figure, runs, peer):.2f} ({name})" for name, peer in peers.items()),
     ]
+    if rows:
+        cells.append("" if is_whole else f"{rows / median(seconds):,.0f}")
     return f"| {' | '.join(cells)} |"
 
 

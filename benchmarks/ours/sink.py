@@ -1,4 +1,7 @@
-"""Rows of an Arrow file through the SQLite sink, into the working directory: sink.py FILE"""
+"""Rows of an Arrow file through a sink, into the working directory: sink.py FILE URI MODE ROUNDS
+
+Each round publishes the next version's output; the last is measured.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +14,38 @@ import pyarrow as pa
 
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import sinks
+from casparian_flow.engine.sinks import parquet, sqlite  # noqa: F401  not on the clock
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.protocol import OutputPlan, Published
 
-URI = "sqlite:///tables.sqlite3"
 
-
-def main(file: str) -> None:
-    location = sinks.resolve(URI, Path.cwd())
+def load(file: str, location: str, uri: str, mode: str, number: int) -> None:
     plan = OutputPlan(
-        topic="measurements", uri=URI, location=location, mode="append", output_key="0" * 64,
-        slot="0" * 64, ordinal=1,
+        topic="measurements", uri=uri, location=location, mode=mode, output_key=f"{number:064}",
+        slot="0" * 64, ordinal=number,
     )  # fmt: skip
-    lineage = Lineage(file_version_id=1, job_id=1, source_hash="0" * 64, plugin_version="1.0.0")
-    started = time.perf_counter()
+    lineage = Lineage(
+        file_version_id=number, job_id=number, source_hash="0" * 64, plugin_version="1.0.0"
+    )
     sink = sinks.open_sink(location, DatabaseSettings())
-    stage = sink.open_stage(plan, lineage, "attempt")
+    stage = sink.open_stage(plan, lineage, f"attempt{number}")
     with pa.memory_map(file) as source, pa.ipc.open_file(source) as reader:
-        for number in range(reader.num_record_batches):
-            stage.write(reader.get_batch(number))
+        for batch in range(reader.num_record_batches):
+            stage.write(reader.get_batch(batch))
     stage.finish()
     [outcome] = sink.publish(sinks.seal([stage]))
-    seconds = time.perf_counter() - started
     if not isinstance(outcome, Published):
         raise outcome
+
+
+def main(file: str, uri: str, mode: str, rounds: int) -> None:
+    location = sinks.resolve(uri, Path.cwd())
+    for number in range(1, rounds + 1):
+        started = time.perf_counter()
+        load(file, location, uri, mode, number)
+        seconds = time.perf_counter() - started
     Path("figures.json").write_text(json.dumps({"load": seconds}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:4], int(sys.argv[4]))
