@@ -96,6 +96,7 @@ def test_tables_that_are_refused(uri: str, said: str) -> None:
         sinks.resolve(uri, HOME)
 
 
+@pytest.mark.of_a_folder
 def test_opening_touches_nothing(place: Place) -> None:
     beside = Path(
         ".casparian", "casparian_flow.sqlite3.stage"
