@@ -174,7 +174,8 @@ def _wrong(
     first: Published | JobError, second: Published | JobError, committed: bool
 ) -> Iterator[str]:
     """What was said that is not so."""
-    lost = isinstance(first, SinkUnavailable) and "the connection is lost" in first.message
+    words = ("the connection is lost", "it cannot be reached")
+    lost = isinstance(first, SinkUnavailable) and any(word in first.message for word in words)
     if not isinstance(first, Published) and not lost:
         yield f"a lost line was taken for {first!r}"
     if isinstance(first, Published) and not committed:
