@@ -18,6 +18,9 @@ from casparian_flow.cli import main
 from tests.conftest import POLICY
 from tests.plugs import ROWS
 
+QUIET = ROWS.replace("        self.publish", "        if lines:\n            self.publish")
+"""Publishes nothing where the file has no line."""
+
 COMMAND = [sys.executable, "-W", "error::ResourceWarning", "-m", "casparian_flow.cli"]
 
 
@@ -64,6 +67,14 @@ class Casparian:
         file = self.folder / f"{name}.py"
         file.write_text(source)
         return file
+
+
+def asked(casparian: Casparian, table: str = "lines") -> list[str]:
+    return sorted(row["line"] for row in casparian.json("query", f"SELECT line FROM {table}"))
+
+
+def holds(casparian: Casparian) -> None:
+    assert casparian.json("verify")["problems"] == []
 
 
 def _held(done: subprocess.CompletedProcess[str], code: int) -> subprocess.CompletedProcess[str]:

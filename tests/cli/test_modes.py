@@ -11,11 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import COMMAND, Casparian
+from tests.cli.conftest import COMMAND, QUIET, Casparian, asked, holds
 from tests.plugs import ROWS
-
-QUIET = ROWS.replace("        self.publish", "        if lines:\n            self.publish")
-"""Publishes nothing where the file has no line."""
 
 OURS = "sqlite:///out.sqlite3"
 
@@ -29,14 +26,6 @@ def lines(casparian: Casparian) -> list[str]:
 def states(casparian: Casparian) -> dict[tuple[str, int], str]:
     rows = casparian.json("outputs", "list")
     return {(row["rel_path"], row["version"]): row["state"] for row in rows}
-
-
-def asked(casparian: Casparian, table: str = "lines") -> list[str]:
-    return sorted(row["line"] for row in casparian.json("query", f"SELECT line FROM {table}"))
-
-
-def holds(casparian: Casparian) -> None:
-    assert casparian.json("verify")["problems"] == []
 
 
 @pytest.fixture

@@ -11,11 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from casparian_flow.engine.sinks.parts import GROUP_ROWS
-from tests.cli.conftest import COMMAND, Casparian
+from tests.cli.conftest import COMMAND, QUIET, Casparian, asked, holds
 from tests.plugs import ROWS
-
-QUIET = ROWS.replace("        self.publish", "        if lines:\n            self.publish")
-"""Publishes nothing where the file has no line."""
 
 
 def lines(casparian: Casparian) -> list[str]:
@@ -24,14 +21,6 @@ def lines(casparian: Casparian) -> list[str]:
     schema = pq.read_schema(folder / "_common_metadata")
     table = ds.dataset(folder, schema=schema).to_table()
     return sorted(table.column("line").to_pylist()) if "line" in table.column_names else []
-
-
-def asked(casparian: Casparian, table: str = "lines") -> list[str]:
-    return sorted(row["line"] for row in casparian.json("query", f"SELECT line FROM {table}"))
-
-
-def holds(casparian: Casparian) -> None:
-    assert casparian.json("verify")["problems"] == []
 
 
 @pytest.fixture
