@@ -123,6 +123,7 @@ class Read(NamedTuple):
     """Topic -> how many; empty where it refused the file."""
     reason: str
     seconds: float
+    """Of processor time."""
     dialect: tuple[Any, ...]
     """Encoding, and what csv is told to read it so."""
 
@@ -135,13 +136,13 @@ def reads(delimited: Run, shared_files: Path) -> dict[Path, Read]:
     said.addHandler(lines)
     said.setLevel(logging.INFO)
     for file in real_files(shared_files):
-        started, rows, reason = time.monotonic(), {}, ""
+        started, rows, reason = time.process_time(), {}, ""
         try:
             rows = {topic: table.num_rows for topic, table in delimited(file).items()}
         except ValueError as error:
             assert type(error) is ValueError, f"{file}: {error!r}"
             reason = str(error)
-        made[file] = Read(rows, reason, time.monotonic() - started, lines.last)
+        made[file] = Read(rows, reason, time.process_time() - started, lines.last)
     said.setLevel(logging.NOTSET)
     said.removeHandler(lines)
     return made
