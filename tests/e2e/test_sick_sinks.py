@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
-from sqlalchemy import insert, select
+from sqlalchemy import select
 
 from casparian_flow import main
 from casparian_flow.config import Settings
-from casparian_flow.db import wiring
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import ProcessingJob, TopicConfig
+from casparian_flow.db.models import ProcessingJob
 from casparian_flow.engine.sinks import sqlite as sqlite_sink
 from casparian_flow.services.scan import scan
+from casparian_flow.services.topics import set_topic
 from casparian_flow.services.verify import verify
 from tests.disks import in_memory
 from tests.e2e.test_daemon import all_done, outcomes, work_off
@@ -100,10 +100,8 @@ def test_of_two_sinks_of_a_topic_the_sick_one_waits_and_catches_up(
     root = add_root(ledger, source)
     publish(ledger, settings, "rows", ROWS, "1.0.0")
     publish(ledger, settings, "others", OTHERS, "1.0.0")
-    rows = {"plugin_name": "rows", "topic_name": "lines", "mode": "replace"}
-    second = insert(TopicConfig).values(uri=f"sqlite:///{sick}/sick.sqlite3", **rows)
-    ledger.write(lambda c: wiring.set_topic(c, "rows", "lines", "parquet://output", "replace"))
-    ledger.write(lambda c: c.execute(second).rowcount)
+    uris = ["parquet://output", f"sqlite:///{sick}/sick.sqlite3"]
+    set_topic(ledger, settings, "rows", "lines", uris, "replace")
     (source / "a.txt").write_text("one\ntwo")
     scan(ledger, root)
     assert work_off(settings) == {"COMPLETED": 1}

@@ -28,8 +28,10 @@ def runner(tmp_path: Path) -> Iterator[Make]:
     made: list[Runner] = []
 
     def make(**limits: Any) -> Runner:
-        guests = str(tmp_path / "guests")
-        welcome = Welcome(guests_folder=guests, inode=0, guests=4, limits=GuestSettings(**limits))
+        welcome = Welcome(
+            guests_folder=str(tmp_path / "guests"), inode=0, database=str(tmp_path / "ledger"),
+            guests=4, limits=GuestSettings(**limits),
+        )  # fmt: skip
         made.append(Runner(welcome, config.cache_folder()))
         return made[-1]
 
