@@ -27,6 +27,7 @@ from tests.disks import in_memory
 from tests.e2e.test_daemon import PATIENCE, all_done, said, start
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
+from tests.until import until
 
 WAITS = ROWS.replace(
     '        with open(file_path, encoding="utf-8", errors="replace") as file:',
@@ -70,9 +71,7 @@ def test_a_file_that_is_cut_while_its_plugin_reads_it_in_place_gives_nothing(
 
     async def story() -> dict[str, int]:
         async with main.running(settings, "test", workers=1, watch=False) as daemon:
-            async with asyncio.timeout(PATIENCE):
-                while not staged(settings):
-                    await asyncio.sleep(0.02)
+            await until(lambda: staged(settings))
             os.truncate(file, 0)
             return await all_done(daemon)
 

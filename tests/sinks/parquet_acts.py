@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 
-from casparian_flow import crashpoints
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import parts
 from casparian_flow.engine.sinks.base import Claim
 from casparian_flow.protocol import Published, StagedOutput
+from tests.sinks import forks
 from tests.sinks.stages import TOPIC, Place, claims
 
 GROUP_ROWS = 2
@@ -149,26 +147,7 @@ def seen(place: Place) -> dict[str, Any]:
 
 def dies(place: Place, story: Story, at: int, die: Callable[[], object]) -> bool:
     """Whether a fork that does it comes to its n-th crash point, and ends there."""
-    process = os.fork()
-    if not process:
-        count = 0
-
-        def react(_: str) -> None:
-            nonlocal count
-            count += 1
-            if count == at:
-                die()
-                crashpoints.die()
-
-        with suppress(BaseException):
-            crashpoints.arm(react)
-            story.act(place)
-            os._exit(0)
-        os._exit(1)
-    status = os.waitpid(process, 0)[1]
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        raise AssertionError(f"{story.name}: it failed before crash point {at}")
-    return os.WIFSIGNALED(status)
+    return forks.dies(lambda: story.act(place), at, die)
 
 
 def finish(place: Place, story: Story, expected: dict[str, Any]) -> str:

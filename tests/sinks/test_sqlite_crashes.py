@@ -15,10 +15,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from casparian_flow import crashpoints
 from casparian_flow.engine.sinks import sqlite_tables
 from casparian_flow.engine.sinks.base import Claim
 from casparian_flow.protocol import Published, StagedOutput
+from tests.sinks import forks
 from tests.sinks.stages import TOPIC, Place, claims
 
 OTHER = "others"
@@ -40,26 +40,6 @@ def seen(place: Place) -> list[str]:
     return sorted(repr(row) for topic in (TOPIC, OTHER) for row in place.rows(topic))
 
 
-def killed(place: Place, act: Act, at: int) -> bool:
-    """Whether a process that does it dies at its n-th crash point; False: it came to its end."""
-    process = os.fork()
-    if not process:
-        count = 0
-
-        def react(_: str) -> None:
-            nonlocal count
-            count += 1
-            if count == at:
-                crashpoints.die()
-
-        try:
-            crashpoints.arm(react)
-            act(place)
-        finally:
-            os._exit(0)
-    return os.waitpid(process, 0)[1] != 0
-
-
 def trials(home: Path, prepare: Act, act: Act) -> Iterator[tuple[int, Place, list[str]]]:
     """One for each crash point: its number, the place after the crash, and what must come."""
     fresh = home / "fresh"
@@ -74,7 +54,7 @@ def trials(home: Path, prepare: Act, act: Act) -> Iterator[tuple[int, Place, lis
         number += 1
         shutil.rmtree(place.home)
         shutil.copytree(fresh, place.home)
-        if not killed(place, act, number):
+        if not forks.dies(lambda: act(place), number):
             assert number > 2, "hardly a crash point was met"
             return
         yield number, place, expected
