@@ -143,13 +143,19 @@ class Matrix:
             return [f"started again, it ended with {code}: {self._said()}"]
         found = oracle.faults(self.scene, act)
         if found and all(words.startswith(oracle.LEFT) for words in found):
-            # A power cut brings back what was unlinked just before; where no job is left to do,
-            # it lies there until the next one comes.
-            following = self.scene.acts[self.scene.acts.index(act) + 1]
+            # A guest's folder of the last job, or what a power cut brought back just after it was
+            # unlinked, lies there until a daemon starts again.
+            found = oracle.faults(self.scene, self._on_to_the_next_job(act))
+        return found
+
+    def _on_to_the_next_job(self, act: Act) -> Act:
+        """Go on until files came, and a daemon with them; the act that brought them."""
+        for following in self.scene.acts[self.scene.acts.index(act) + 1 :]:
             self.scene.put_files(following)
             self._run(following)
-            found = oracle.faults(self.scene, following)
-        return found
+            if following.files:
+                return following
+        return act
 
     @contextmanager
     def _watched(self) -> Iterator[list[str]]:

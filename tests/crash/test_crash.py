@@ -148,6 +148,13 @@ def test_what_was_killed_goes_on(recorded: Stage, name: str) -> None:
     assert matrix.try_point(point), matrix.tally.violations
 
 
+def test_what_a_dead_daemon_left_goes_with_the_next_one(recorded: Stage) -> None:
+    """After the last job, the act that is run again starts none, nor do the two that follow."""
+    matrix, points = recorded
+    last = [p for p in points if p.act == "second" and p.name == "committer.completed"][-1]
+    assert matrix.try_point(last), matrix.tally.violations
+
+
 def test_the_oracle_notices(recorded: Stage) -> None:
     matrix, _ = recorded
     act = matrix.back_to("second")
