@@ -58,7 +58,7 @@ def _take(database: DatabaseSettings, ledger: Ledger, locations: list[str]) -> l
     words = []
     for location in dict.fromkeys([*locations, *noted]):
         try:
-            news = list(sinks.open_sink(location, database).inventory(known))
+            news = list(sinks.inventory(location, database, known))
         except CasparianError as error:
             log.warning("the sink %s could not be inventoried: %s", location, error.message)
             continue

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Casparian
 from tests.cli.write_docs import block, documented, every_command
+from tests.plugs import ROWS
+
+
+def loaded_by(arguments: list[str], folder: Path) -> set[str]:
+    """The packages that a command has imported when it ends."""
+    code = f"""
+import sys
+from casparian_flow.cli import main
+sys.argv = ["casparian", *{arguments!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print("LOADED", *{{name.partition(".")[0] for name in sys.modules}})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.rpartition("LOADED")[2].split())
 
 
 @pytest.mark.parametrize("words", every_command(), ids=" ".join)
@@ -22,20 +42,20 @@ def test_the_docs_have_no_command_that_is_not_there() -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["scan", "--help"], ["jobs", "show", "--help"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    code = f"""
-import sys
-from casparian_flow.cli import main
-sys.argv = ["casparian", *{arguments!r}]
-try:
-    main()
-except SystemExit:
-    pass
-print("LOADED", *{{name.partition(".")[0] for name in sys.modules}})
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.rpartition("LOADED")[2].split())
     heavy = "sqlalchemy pandas pyarrow duckdb zmq nacl watchdog rich msgspec asyncio numpy uv"
-    assert not loaded & set(heavy.split())
+    assert not loaded_by(arguments, Path()) & set(heavy.split())
+
+
+def test_a_scan_that_finds_nothing_new_in_its_sink_does_without_pyarrow(
+    casparian: Casparian, source: Path
+) -> None:
+    casparian.run("publish", casparian.plugin("rows", ROWS), "--version", "1.0.0")
+    (source / "a.txt").write_text("a\n")
+    casparian.run("scan", "--drain")
+    (output,) = (casparian.folder / "output" / "lines").glob("*.parquet")
+    assert "pyarrow" not in loaded_by(["scan"], casparian.folder)
+    output.rename(output.with_name(f"{'0' * 32}.parquet"))
+    assert "pyarrow" in loaded_by(["scan"], casparian.folder)
 
 
 def test_wrong_usage_is_told_by_the_command_itself(bare: Casparian) -> None:

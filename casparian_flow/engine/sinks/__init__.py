@@ -10,20 +10,22 @@ The path starts at the configuration's folder; one more slash makes it absolute
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from casparian_flow import sink_uri
 from casparian_flow.atomic import STATE_FOLDER
+from casparian_flow.engine.sinks import listing
 from casparian_flow.errors import ConfigError
 from casparian_flow.protocol import StagedOutput
 
 if TYPE_CHECKING:
     from casparian_flow.config import DatabaseSettings
-    from casparian_flow.engine.sinks.base import Sink
+    from casparian_flow.engine.sinks.base import Found, Sink
     from casparian_flow.engine.sinks.stage import Stage
 
 PREFIXES = {"parquet": "parquet://", "sqlite": "sqlite:///"}
@@ -157,6 +159,20 @@ def open_sink(location: str, database: DatabaseSettings) -> Sink:
     scheme = location.partition("://")[0]
     path = Path(location.removeprefix(PREFIXES[scheme]))
     return ParquetSink(path) if scheme == "parquet" else SqliteSink(path)
+
+
+def inventory(location: str, database: DatabaseSettings, known: Container[str]) -> Iterable[Found]:
+    """See `Sink.inventory`; a sink in which nothing can be news by its name is not opened.
+
+    Args:
+        location: as for `open_sink`.
+    """
+    scheme, _, path = location.partition("://")
+    if scheme == "parquet":
+        with contextlib.suppress(OSError):  # the sink itself says what is wrong
+            if not any(listing.unknown(Path(path), known)):
+                return ()
+    return open_sink(location, database).inventory(known)
 
 
 def store(location: str) -> str:

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from casparian_flow import atomic
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import parts, topic_folder
+from casparian_flow.engine.sinks import parts
 from casparian_flow.engine.sinks.base import (
     KEY_DIGITS,
     Claim,
@@ -32,6 +32,7 @@ from casparian_flow.engine.sinks.base import (
     is_disk_fault,
     unavailable,
 )
+from casparian_flow.engine.sinks.listing import hidden_folder, unknown
 from casparian_flow.errors import SinkConflict, SinkUnavailable
 from casparian_flow.protocol import StagedOutput
 
@@ -57,10 +58,6 @@ class Standing(NamedTuple):
         """What its files say that its own should be, without an ending."""
         facts = self.told.facts
         return facts["slot" if facts.get("mode") == "replace" else "output_key"][:KEY_DIGITS]
-
-
-def hidden_folder(root: Path, topic: str) -> Path:
-    return root / atomic.STATE_FOLDER / "hidden" / topic
 
 
 def name(output: StagedOutput) -> str:
@@ -163,17 +160,15 @@ def show_again(root: Path, claim: Claim) -> None:
 def inventory(root: Path, known: Container[str]) -> Iterator[Found]:
     """What is there of ours under other output keys than those known, and what is hidden; see
     `Sink.inventory`."""
-    kept = root / atomic.STATE_FOLDER / "hidden"
-    for folder in sorted([*root.glob("[!._]*/"), *kept.glob("*/")]):
-        hidden = folder.parent == kept
-        for path in topic_folder.outputs(folder):
-            with contextlib.suppress(SinkConflict, ValueError, KeyError, FileNotFoundError):
-                each = _read(path, hidden)
-                named = each.told.facts["topic"], each.name
-                mine = named == (folder.name, path.name.removesuffix(".parquet"))
-                if mine and (hidden or each.output_key[:KEY_DIGITS] not in known):
-                    target, digest = str(root / folder.name / path.name), parts.digest(path)
-                    yield found(target, each.told.rows, digest, each.told.facts, retracted=hidden)
+    for path, hidden in unknown(root, known):
+        with contextlib.suppress(SinkConflict, ValueError, KeyError, FileNotFoundError):
+            each = _read(path, hidden)
+            topic = path.parent.name
+            named = each.told.facts["topic"], each.name
+            mine = named == (topic, path.name.removesuffix(".parquet"))
+            if mine and (hidden or each.output_key[:KEY_DIGITS] not in known):
+                target, digest = str(root / topic / path.name), parts.digest(path)
+                yield found(target, each.told.rows, digest, each.told.facts, retracted=hidden)
 
 
 def remove(standings: Sequence[Standing]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import pyarrow.parquet as pq
 
 from casparian_flow import atomic
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import parts
-from casparian_flow.engine.sinks.base import KEY_DIGITS, is_disk_fault
+from casparian_flow.engine.sinks import listing, parts
+from casparian_flow.engine.sinks.base import is_disk_fault
 from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, own_columns, unite
 from casparian_flow.errors import SinkConflict
 
@@ -28,22 +27,6 @@ COLUMNS_FILE = "_common_metadata"
 """The name that Parquet readers know for a file with the columns of the files beside it."""
 
 _OURS = b"casparian.topic"
-
-
-def outputs(folder: Path) -> Iterator[Path]:
-    """What may be outputs there, by name: files, and folders of parts; none has been opened.
-
-    Raises:
-        OSError: the folder is there and cannot be looked at.
-    """
-    try:
-        entries = sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for entry in entries:
-        name = entry.name.removesuffix(".parquet")
-        if len(name) == KEY_DIGITS and not name.startswith((".", "_")):
-            yield entry
 
 
 def has_columns_file(folder: Path) -> bool:
@@ -91,7 +74,7 @@ def set_columns(folder: Path, schema: Any) -> None:
 def _columns_of_outputs(folder: Path) -> Any:
     """What the outputs' footers say, the one of the first job first."""
     found = []
-    for output in outputs(folder):
+    for output in listing.outputs(folder):
         try:
             told = parts.told(output)
             with parts.files(output)[0].open("rb") as file:
