@@ -217,3 +217,31 @@ def test_a_rule_names_the_plugins_that_really_subscribe(casparian: Casparian) ->
     with open_ledger(settings.database) as ledger:
         add_plugin(ledger, "p", subscriptions="axb")
     assert [rule["plugins"] for rule in casparian.json("rules", "list")] == [None, None]
+
+
+NUMBERS = """
+from casparian_flow.sdk import BasePlugin, PluginMetadata
+import pyarrow as pa
+
+MANIFEST = PluginMetadata(pattern="*.txt", topic="numbers")
+
+class Handler(BasePlugin):
+    def execute(self, file_path: str):
+        self.publish("numbers", pa.table({"n": [float(line) for line in open(file_path)]}))
+"""
+
+
+def test_what_one_sink_has_no_value_for_no_other_sink_gets(
+    casparian: Casparian, source: Path
+) -> None:
+    casparian.run("publish", casparian.plugin("rows", NUMBERS), "--version", "1.0.0")
+    casparian.run("topics", "set", "rows", "numbers", "parquet://out", "sqlite:///two.sqlite3")
+    (source / "a.txt").write_text("1.5\nnan\n")
+    said = casparian.err("scan", "--drain", code=1)
+    assert "column 'n' (double) cannot be stored in SQLite: it has no NaN" in said
+    assert not list((casparian.folder / "out").rglob("*.parquet"))
+    (source / "a.txt").write_text("1.5\n2.5\n")
+    casparian.run("scan", "--drain")
+    assert len(list((casparian.folder / "out").rglob("*.parquet"))) == 1
+    found = casparian.json("query", "SELECT n FROM numbers ORDER BY n")
+    assert found == [{"n": 1.5}, {"n": 2.5}]

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from casparian_flow.engine.sinks import mssql_types
-from casparian_flow.errors import JobError, OutputRefused
+from casparian_flow.errors import OutputRefused
 from casparian_flow.protocol import Published
 from tests.sinks.arrow_types import Row, rows
 from tests.sinks.stages import Place
@@ -51,8 +51,8 @@ something else.
 - **exact**: the sink gives back the same value, floating point to the bit. For Parquet the type as
   well, to readers that know Arrow's schema in the file, such as pyarrow, pandas and polars.
 - **mapped**: it is kept in another way, as shown, from which the value can be made again exactly.
-- **refused**: the job fails with the name of the column, and nothing of it is visible. A type is
-  refused while the plugin runs; a value, at the latest, before the rows are shown.
+- **refused**: the job fails with the name of the column, while the plugin runs: nothing of it is
+  visible in any sink.
 
 A value that is named is an exception from what is said of its type. Nulls are kept by every sink.
 SQLite has no NaN and no sign of zero. NaN is refused, since it would come back as null. -0.0 in a
@@ -110,15 +110,13 @@ def column(place: Place, found: Sequence[Row], read: Callable[..., Kept]) -> lis
         try:
             staged[topic] = place.sealed({COLUMN: case}, job, topic=topic)
         except OutputRefused as error:
-            outcomes[topic] = _refused(error, while_staging=True)
+            outcomes[topic] = _refused(error)
     seen = dict(zip(staged, place.publish(*staged.values()), strict=True))
     for topic, case in named:
         if topic in seen:
             outcome = seen[topic]
-            if isinstance(outcome, Published):
-                outcomes[topic] = read(place, outcome, case)
-            else:
-                outcomes[topic] = _refused(outcome)
+            assert isinstance(outcome, Published), f"refused too late: {outcome}"
+            outcomes[topic] = read(place, outcome, case)
         assert visible(place, topic) == (0 if outcomes[topic].how == "refused" else len(case)), (
             topic
         )
@@ -152,17 +150,14 @@ def _handed(place: Place, case: Any) -> Kept:
     try:
         staged = place.sealed({COLUMN: case})
     except OutputRefused as error:
-        return _refused(error, while_staging=True)
-    try:
-        with pq.ParquetFile(staged.stage) as file:
-            (batch,) = file.iter_batches()
-        Path(staged.stage).unlink()
-        column = mssql_types.columns_of(batch.schema)[0]
-        if not column.declared:
-            return Kept("exact", "no column until another type comes")
-        handed = column.array(batch.column(0))
-    except OutputRefused as error:
         return _refused(error)
+    with pq.ParquetFile(staged.stage) as file:
+        (batch,) = file.iter_batches()
+    Path(staged.stage).unlink()
+    column = mssql_types.columns_of(batch.schema)[0]
+    if not column.declared:
+        return Kept("exact", "no column until another type comes")
+    handed = column.array(batch.column(0))
     kind, types = _storage(case.type), pa.types
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if types.is_nested(kind):
@@ -177,10 +172,9 @@ def _handed(place: Place, case: Any) -> Kept:
     return Kept("mapped" if how else "exact", column.declared + how)
 
 
-def _refused(error: JobError, *, while_staging: bool = False) -> Kept:
-    assert isinstance(error, OutputRefused), error
+def _refused(error: OutputRefused) -> Kept:
     assert f"column {COLUMN!r}" in error.message, error.message
-    return Kept("refused", "while staging" if while_staging else "")
+    return Kept("refused")
 
 
 def _cell(scheme: str, row: Row, outcomes: Sequence[Kept]) -> str:
@@ -193,8 +187,6 @@ def _cell(scheme: str, row: Row, outcomes: Sequence[Kept]) -> str:
             exceptions.append(said)
     refused = [name for name, kept in cases.items() if kept.how == "refused"]
     if len(refused) == len(cases):
-        # Of a type that is no sink's the job must know before anything is decided.
-        assert all(kept.words for kept in outcomes), f"{scheme} refuses {row.kind} too late"
         return "refused"
     if refused:
         exceptions.append(f"refused: {', '.join(refused)}")

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -47,9 +49,25 @@ class Column:
         Raises:
             OutputRefused: a value that SQLite cannot hold as it is.
         """
-        try:
-            values = _values(array.cast(self.plain))
+        with self._holding():
+            values = _values(self._checked(array))
             return _json_texts(values) if pa.types.is_nested(self.plain) else values
+
+    def check(self, array: Any) -> None:
+        """Return if SQLite can hold every value. Quicker than `values`, and raises as it does."""
+        with self._holding():
+            self._checked(array)
+
+    def _checked(self, array: Any) -> Any:
+        """The array cast to what `plain` says."""
+        array = array.cast(self.plain)
+        _check(array, in_json=pa.types.is_nested(self.plain))
+        return array
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        try:
+            yield
         except (ValueError, NotImplementedError) as error:
             raise OutputRefused(
                 f"column {self.name!r} ({self.kind}) cannot be stored in SQLite: {error}",
@@ -143,6 +161,39 @@ def fold(name: str) -> str:
     return name.encode().lower().decode()
 
 
+def _check(array: Any, *, in_json: bool) -> None:
+    """Return if every value of an array, and within it, has a word in SQLite or JSON.
+
+    Raises:
+        ValueError: one has not.
+    """
+    types = pa.types
+    while is_wrapped(kind := array.type):
+        array = array.dictionary_decode() if types.is_dictionary(kind) else array.storage
+    if types.is_nested(kind):
+        for inner in array.flatten() if types.is_struct(kind) else _inner(array):
+            _check(inner, in_json=in_json)
+    elif types.is_duration(kind):
+        array.cast(pa.duration("ns"))
+    elif types.is_temporal(kind):
+        if pc.any(pc.starts_with(_plain_texts(array), "<")).as_py():
+            raise ValueError("a date or time is out of the range of calendars")
+    elif types.is_floating(kind) and len(array.drop_null()):
+        if in_json and not pc.all(pc.is_finite(array)).as_py():
+            raise ValueError("JSON has no NaN and no infinity; publish null instead")
+        if pc.any(pc.is_nan(array)).as_py():
+            raise ValueError("it has no NaN; publish null instead")
+
+
+def _inner(array: Any) -> list[Any]:
+    """The values inside of lists, or the keys and the items of maps."""
+    if not pa.types.is_map(array.type):
+        return [array.flatten()]
+    pairs = pa.list_(pa.struct([("key", array.type.key_type), ("value", array.type.item_type)]))
+    keys, items = array.cast(pairs).flatten().flatten()
+    return [keys, items]
+
+
 def _values(array: Any) -> list[Any]:
     """Python values of an Arrow array, exact, as SQLite or JSON takes them."""
     types = pa.types
@@ -161,8 +212,6 @@ def _values(array: Any) -> list[Any]:
         array = array.cast(pa.duration("ns")).cast(pa.int64())
     elif types.is_temporal(kind) or types.is_decimal(kind):
         return _texts(array)
-    elif types.is_floating(kind) and pc.any(pc.is_nan(array)).as_py():
-        raise ValueError("it has no NaN; publish null instead")
     values: list[Any] = array.to_pylist()
     return values
 
@@ -181,12 +230,14 @@ def _records(array: Any) -> list[Any]:
 def _texts(array: Any) -> list[Any]:
     """Decimals and moments as text; a moment of a time zone is one of UTC."""
     zone = "+00:00" if getattr(array.type, "tz", None) else ""
-    if zone:
+    return [None if text is None else text + zone for text in _plain_texts(array).to_pylist()]
+
+
+def _plain_texts(array: Any) -> Any:
+    """The same as an Arrow array, without a zone; `<...>` where Arrow has no words for a moment."""
+    if getattr(array.type, "tz", None):
         array = array.cast(pa.timestamp(array.type.unit))
-    texts = array.cast(pa.string()).to_pylist()
-    if any(text is not None and text.startswith("<") for text in texts):
-        raise ValueError("a date or time is out of the range of calendars")
-    return [None if text is None else text + zone for text in texts]
+    return array.cast(pa.string())
 
 
 def json_texts(array: Any) -> list[str | None]:
@@ -195,6 +246,7 @@ def json_texts(array: Any) -> list[str | None]:
     Raises:
         ValueError, NotImplementedError: a value in them that JSON cannot hold as it is.
     """
+    _check(array, in_json=True)
     return _json_texts(_values(array))
 
 

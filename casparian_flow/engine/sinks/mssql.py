@@ -24,7 +24,7 @@ from casparian_flow.engine.sinks.mssql_publish import Publisher, locks, stage_ta
 from casparian_flow.engine.sinks.mssql_session import Refused, Session
 from casparian_flow.engine.sinks.mssql_statements import REPLACED, RETRACTED, SHOWN, Statement
 from casparian_flow.engine.sinks.mssql_tables import Recorded, Target
-from casparian_flow.engine.sinks.mssql_types import columns_of
+from casparian_flow.engine.sinks.mssql_types import check_values
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.errors import JobError, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
@@ -45,7 +45,7 @@ class MssqlSink:
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """See `Sink.open_stage`. Asks nothing of the server."""
-        return Stage(self.stage_folder, plan, lineage, attempt, admit=columns_of)
+        return Stage(self.stage_folder, plan, lineage, attempt, check=check_values)
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
         """See `Sink.publish`. One transaction a job."""

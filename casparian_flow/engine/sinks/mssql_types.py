@@ -158,6 +158,17 @@ def columns_of(schema: Any) -> list[Column]:
     return found
 
 
+def check_values(batch: Any) -> None:
+    """Return if SQL Server can hold every column and value of a batch.
+
+    Raises:
+        OutputRefused: it cannot; the message names the column.
+    """
+    for column, values in zip(columns_of(batch.schema), batch.columns, strict=True):
+        if column.declared:
+            column.array(values)
+
+
 def check_count(count: int) -> None:
     """Return if a table can have so many columns besides ours.
 

@@ -18,6 +18,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from casparian_flow.engine.sinks.base import (
     facts_of,
     unavailable,
 )
-from casparian_flow.engine.sinks.sqlite_limits import SqliteStage
+from casparian_flow.engine.sinks.sqlite_limits import check_table, check_values
 from casparian_flow.engine.sinks.sqlite_tables import Rows
 from casparian_flow.engine.sinks.stage import Stage, reading
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
@@ -63,7 +64,10 @@ class SqliteSink:
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """See `Sink.open_stage`."""
-        return SqliteStage(self.stage_folder, plan, lineage, attempt)
+        return Stage(
+            self.stage_folder, plan, lineage, attempt,
+            admit=partial(check_table, plan.topic), check=partial(check_values, plan.topic),
+        )  # fmt: skip
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
         """See `Sink.publish`. One transaction for all jobs, and a savepoint in it for each."""

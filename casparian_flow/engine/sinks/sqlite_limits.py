@@ -9,36 +9,18 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from casparian_flow.engine.sinks import sqlite_tables as tables
-from casparian_flow.engine.sinks.base import LINEAGE, Lineage
-from casparian_flow.engine.sinks.columns import Column, columns_of
-from casparian_flow.engine.sinks.stage import Stage
+from casparian_flow.engine.sinks.base import LINEAGE
+from casparian_flow.engine.sinks.columns import Column, columns_of, is_binary, is_text
 from casparian_flow.errors import OutputRefused
-from casparian_flow.protocol import OutputPlan
 
 CELL_BYTES = 1_000_000_000
 """SQLite's limit of a value, and of a row (SQLITE_MAX_LENGTH), as every distribution builds it."""
-
-
-class SqliteStage(Stage):
-    """A stage for SQLite; see `Stage`, and `Sink.open_stage` for what it raises."""
-
-    def __init__(self, folder: Path, plan: OutputPlan, lineage: Lineage, attempt: str) -> None:
-        super().__init__(
-            folder, plan, lineage, attempt, admit=lambda schema: check_table(plan.topic, schema)
-        )
-        self._topic = plan.topic
-
-    def write(self, batch: Any) -> None:
-        """See `Stage.write`."""
-        check_cells(self._topic, batch)
-        super().write(batch)
 
 
 def check_table(topic: str, schema: Any) -> None:
@@ -67,31 +49,26 @@ def check_table(topic: str, schema: Any) -> None:
             ) from error
 
 
-def check_cells(topic: str, batch: Any) -> None:
-    """Return if no text and no bytes of a batch are longer than SQLite's longest.
+def check_values(topic: str, batch: Any) -> None:
+    """Return if SQLite can hold every value of a batch.
 
     Raises:
-        OutputRefused: some are; the message names their column.
+        OutputRefused: it cannot; the message names the column.
     """
-    if batch.nbytes <= CELL_BYTES:
+    for column, values in zip(columns_of(batch.schema), batch.columns, strict=True):
+        column.check(values)
+        if batch.nbytes > CELL_BYTES:
+            _check_length(topic, column, values)
+
+
+def _check_length(topic: str, column: Column, values: Any) -> None:
+    if not (is_text(column.kind) or is_binary(column.kind)):
         return
-    for field, column in zip(batch.schema, batch.columns, strict=True):
-        if _is_text(field.type) or _is_binary(field.type):
-            long = column.cast(pa.large_string() if _is_text(field.type) else pa.large_binary())
-            longest = pc.max(pc.binary_length(long)).as_py() or 0
-            if longest > CELL_BYTES:
-                raise OutputRefused(
-                    f"topic {topic!r}: column {field.name!r} ({field.type}) has a value of "
-                    f"{longest} bytes; SQLite's longest has {CELL_BYTES}",
-                    "publish it in parts; Parquet has room: casparian topics set",
-                )
-
-
-def _is_text(kind: Any) -> bool:
-    types = pa.types
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
-
-
-def _is_binary(kind: Any) -> bool:
-    types = pa.types
-    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+    long = values.cast(pa.large_string() if is_text(column.kind) else pa.large_binary())
+    longest = pc.max(pc.binary_length(long)).as_py() or 0
+    if longest > CELL_BYTES:
+        raise OutputRefused(
+            f"topic {topic!r}: column {column.name!r} ({column.kind}) has a value of "
+            f"{longest} bytes; SQLite's longest has {CELL_BYTES}",
+            "publish it in parts; Parquet has room: casparian topics set",
+        )

@@ -59,7 +59,8 @@ class Stage:
         attempt: a name no other attempt has.
         admit: called with the first batch's schema; raises OutputRefused where the sink could
             not hold its columns, so that the job fails before anything is decided.
-        unite: called with it next, for the columns to write, where the sink's files must agree.
+        check: called with each batch; raises OutputRefused where the sink could not hold a value.
+        unite: called with the first schema, for the columns to write, where files must agree.
         split_bytes: size of a part, where the sink takes a folder of them; 0: it takes one file.
 
     Raises:
@@ -74,6 +75,7 @@ class Stage:
         lineage: Lineage,
         attempt: str,
         admit: Callable[[Any], object] = lambda schema: None,
+        check: Callable[[Any], object] = lambda batch: None,
         unite: Callable[[Any], Any] = lambda schema: schema,
         split_bytes: int = 0,
     ) -> None:
@@ -82,6 +84,7 @@ class Stage:
         self._lineage = lineage
         self._attempt = attempt
         self._admit = admit
+        self._check = check
         self._unite = unite
         self._pending: list[Any] = []
         self._pending_rows = self._pending_bytes = self._rows = self._batches = 0
@@ -108,6 +111,7 @@ class Stage:
         if not self._parts.begun:
             self._start(batch.schema)
         days.check(self._plan.topic, batch)
+        self._check(batch)
         self._batches += 1
         self._pending.append(batch)
         self._pending_rows += batch.num_rows
