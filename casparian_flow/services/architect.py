@@ -11,6 +11,7 @@ import json
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import msgspec
@@ -144,22 +145,22 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
         settings, message, ledger.read(trust.ledger_id), ledger.read(roots.active_paths)
     )
 
-    def work(connection: Connection) -> str:
+    def work(connection: Connection) -> list[str]:
         words = _record(connection, candidate)
         if message.dry_run:
-            raise _DryRun(words)
+            raise _DryRun("\n".join(words))
         crashpoint("architect.deployment_written")
         return words
 
     try:
-        words = ledger.write(work)
+        deed, *stays = ledger.write(work)
     except _DryRun as undone:
         return f"a dry run: nothing was changed; without --dry-run it is:\n{undone}"
     crashpoint("architect.deployed")
     adopted = inventory.take(settings, ledger)  # its sinks may hold what a lost ledger published
     queued = queue_missing(ledger)
-    words += f"; {queued} job{'' if queued == 1 else 's'} queued for files already known"
-    return "\n".join([words, *adopted])
+    deed += f"; {queued} job{'' if queued == 1 else 's'} queued for files already known"
+    return "\n".join([deed, *stays, *adopted])
 
 
 def queue_missing(ledger: Ledger) -> int:
@@ -170,12 +171,27 @@ def queue_missing(ledger: Ledger) -> int:
 
 def wire(
     connection: Connection, name: str, version: str, manifest: Manifest, placed: list[Place]
-) -> None:
-    """Make a deployed version the active one: its rules, subscriptions and topics."""
+) -> list[str]:
+    """Make a deployed version the active one: its rules, subscriptions and topics.
+
+    Returns:
+        What its MANIFEST says of sinks and is not so, a sentence each: a topic stays where it is.
+    """
     tag = f"plugin:{name}"
     plugins.replace_rules(connection, tag, manifest.patterns, manifest.priority)
     plugins.subscribe(connection, name, [tag, *manifest.subscriptions], version)
     plugins.add_topics(connection, name, placed)
+    now = plugins.topics(connection).get(name, [])
+    words = []
+    for topic in filter(manifest.sinks_of, manifest.topics):
+        said = [str(place) for place in placed if place.topic == topic]
+        there = [str(Place(topic, row.uri, row.mode)) for row in now if row.topic_name == topic]
+        if set(said) != set(there):
+            words.append(
+                f"topic {topic} goes to {', '.join(there)} as before, whatever the MANIFEST says; "
+                f"to follow it: casparian topics set {name} {topic} {' '.join(map(quote, said))}"
+            )
+    return words
 
 
 def _examine(
@@ -231,8 +247,9 @@ def _authenticate(settings: Settings, message: Deploy, statement: Publish) -> di
     return {"object_id": publisher.object_id, "tenant": publisher.tenant, "name": publisher.name}
 
 
-def _record(connection: Connection, candidate: _Candidate) -> str:
-    """One transaction: first key, artifact, rules, subscription, topics, audit; in words."""
+def _record(connection: Connection, candidate: _Candidate) -> list[str]:
+    """One transaction: first key, artifact, rules, subscription, topics, audit; the deed in words,
+    then what else there is to say."""
     introduced = _introduce(connection, candidate)
     name, version = candidate.manifest.name, candidate.statement.version
     trusted = trust.read(connection)
@@ -241,19 +258,18 @@ def _record(connection: Connection, candidate: _Candidate) -> str:
     if _is_there(connection, candidate):
         words = f"{name} {version} is deployed already, with the same bytes"
         if stopped:
-            return f"{words}, and {stopped}"
+            return [f"{words}, and {stopped}"]
         _require_fit(connection, trusted, name, version)
-        return words
+        return [words]
     _add(connection, candidate, key)
     words = f"{introduced}deployed {name} {version}"
     words += f" (artifact {candidate.statement.artifact_sha256[:12]})"
     if stopped:
-        return f"{words}, which takes no jobs: {stopped}"
+        return [f"{words}, which takes no jobs: {stopped}"]
     newest = plugins.newest(connection, name, trusted)
     if newest != version:
-        return f"{words}, which takes no jobs: {newest} is newer"
-    wire(connection, name, version, candidate.manifest, candidate.places)
-    return words
+        return [f"{words}, which takes no jobs: {newest} is newer"]
+    return [words, *wire(connection, name, version, candidate.manifest, candidate.places)]
 
 
 def _introduce(connection: Connection, candidate: _Candidate) -> str:
@@ -327,7 +343,7 @@ def _add(connection: Connection, candidate: _Candidate, key: Key) -> None:
         "artifact": statement.artifact_sha256,
         "key": key.key_id,
         "owner": key.owner,
-        "topics": sorted(f"{place.topic} -> {place}" for place in candidate.places),
+        "declared": sorted(f"{place.topic} -> {place}" for place in candidate.places),
         "gatekeeper": candidate.verdict,
         **({"azure": candidate.signed_in} if candidate.signed_in else {}),
     }

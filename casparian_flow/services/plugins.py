@@ -126,7 +126,7 @@ def activate(
     changes.check_words("reason", reason)
     signer = keys.local_key(folder)
 
-    def work(connection: Connection) -> None:
+    def work(connection: Connection) -> list[str]:
         plugin = _choose(connection, name, version)
         statement = Activate(
             **trust.read(connection).link(signer),
@@ -137,12 +137,13 @@ def activate(
             raise ArtifactRefused(refusal, f"casparian plugins show {name} {version}")
         manifest = plugins.manifest_of(plugin.manifest)
         placed = places.of_manifest(settings, manifest, roots.active_paths(connection))
-        architect.wire(connection, name, version, manifest, placed)
+        return architect.wire(connection, name, version, manifest, placed)
 
-    ledger.write(work)
+    stays = ledger.write(work)
     queued = architect.queue_missing(ledger)
     changes.ring(settings)
-    return f"{name} {version} takes new jobs; {queued} queued for files already known"
+    words = f"{name} {version} takes new jobs; {queued} queued for files already known"
+    return "\n".join([words, *stays])
 
 
 def disable(

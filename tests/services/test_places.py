@@ -183,6 +183,27 @@ def test_what_the_manifest_says_is_what_is_configured(
         assert plugins.manifest_of(plugin.manifest).sinks_of("lines") == said
 
 
+def test_a_new_version_that_names_other_sinks_says_that_its_topics_stay(
+    tmp_path: Path, settings: Settings
+) -> None:
+    def saying(sinks: list[str]) -> str:
+        return ROWS.replace('topic="lines"', f"sinks={{'lines': {sinks!r}}}")
+
+    def deployed(source: str, version: str) -> str:
+        message = signed(ledger, tmp_path / "keys", source, version=version)
+        return architect.deploy(ledger, settings, message)
+
+    with Ledger(get_engine(settings.database)) as ledger:
+        assert "topics set" not in deployed(saying(["parquet://a", "sqlite:///b"]), "1.0.0")
+        assert "topics set" not in deployed(saying(["sqlite:///b", "parquet://a"]), "1.0.1")
+        assert deployed(saying(["parquet://a b?mode=replace"]), "1.0.2").splitlines()[1:] == [
+            "topic lines goes to parquet://a?mode=append, sqlite:///b?mode=append as before, "
+            "whatever the MANIFEST says; to follow it: "
+            "casparian topics set rows lines 'parquet://a b?mode=replace'"
+        ]
+        assert "topics set" not in deployed(ROWS, "1.0.3")
+
+
 def test_what_people_write_into_the_table_works(
     ledger: Ledger, settings: Settings, source: Path
 ) -> None:
