@@ -87,8 +87,7 @@ def _named(ledger: Ledger, name: str) -> list[Any]:
         NotFound: there are none.
         CasparianError: nobody is to see them: they are retracted or replaced.
     """
-    target = os.path.abspath(name) if os.path.lexists(name) else name
-    rows = ledger.read(lambda c: outputs.named(c, target))
+    rows = ledger.read(lambda c: outputs.named(c, name) or outputs.named(c, os.path.abspath(name)))
     if not rows:
         raise NotFound(f"no published output is named {name}", "casparian outputs list")
     if all(row.retracted for row in rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -68,6 +69,18 @@ def test_a_deleted_output_is_missing_then_forgotten_then_made_again_once(flow: F
         with pytest.raises(CasparianError, match="has changed since version 1"):
             outputs.restore(ledger, flow.settings, job)
         assert ledger.read(jobs.counts) == {"COMPLETED": 2}
+
+
+def test_a_path_from_the_current_directory_names_an_output_that_is_gone(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_ledger(flow.settings.database) as ledger:
+        root = flow.publish(ledger)
+        flow.work(ledger, root, a="a1")
+        _, target = of_a(ledger)
+        monkeypatch.chdir(flow.settings.home)
+        take_away(flow, target)
+        assert outputs.forget(ledger, os.path.relpath(target)) == [target]
 
 
 @pytest.mark.parametrize("flow", ["parquet"], indirect=True)
