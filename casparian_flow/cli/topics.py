@@ -44,7 +44,8 @@ def set_(
     uris: Annotated[
         list[str],
         typer.Argument(
-            metavar="URI", help="One sink or several, such as sqlite:///tables.sqlite3."
+            metavar="URI",
+            help="One sink or several: parquet://DIR, sqlite:///FILE, mssql://TABLE.",
         ),
     ],
     mode: Annotated[
