@@ -145,17 +145,21 @@ class Matrix:
         if found and all(words.startswith(oracle.LEFT) for words in found):
             # A guest's folder of the last job, or what a power cut brought back just after it was
             # unlinked, lies there until a daemon starts again.
-            found = oracle.faults(self.scene, self._on_to_the_next_job(act))
+            return self._until_the_next_job(act)
         return found
 
-    def _on_to_the_next_job(self, act: Act) -> Act:
-        """Go on until files came, and a daemon with them; the act that brought them."""
+    def _until_the_next_job(self, act: Act) -> list[str]:
+        """Go on until files come, and a daemon with them; what is not as it must be then, or
+        before that is more than left behind."""
+        found: list[str] = []
         for following in self.scene.acts[self.scene.acts.index(act) + 1 :]:
             self.scene.put_files(following)
-            self._run(following)
-            if following.files:
-                return following
-        return act
+            if (code := self._run(following)) not in (0, following.again):
+                return [f"{following.name}, which came next, ended with {code}: {self._said()}"]
+            found = oracle.faults(self.scene, following)
+            if following.files or not all(words.startswith(oracle.LEFT) for words in found):
+                break
+        return found
 
     @contextmanager
     def _watched(self) -> Iterator[list[str]]:

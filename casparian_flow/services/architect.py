@@ -146,7 +146,7 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
     )
 
     def work(connection: Connection) -> list[str]:
-        words = _record(connection, candidate)
+        words = _record(connection, settings, candidate)
         if message.dry_run:
             raise _DryRun("\n".join(words))
         crashpoint("architect.deployment_written")
@@ -170,7 +170,12 @@ def queue_missing(ledger: Ledger) -> int:
 
 
 def wire(
-    connection: Connection, name: str, version: str, manifest: Manifest, placed: list[Place]
+    connection: Connection,
+    settings: Settings,
+    name: str,
+    version: str,
+    manifest: Manifest,
+    placed: list[Place],
 ) -> list[str]:
     """Make a deployed version the active one: its rules, subscriptions and topics.
 
@@ -184,12 +189,13 @@ def wire(
     now = plugins.topics(connection).get(name, [])
     words = []
     for topic in filter(manifest.sinks_of, manifest.topics):
-        said = [str(place) for place in placed if place.topic == topic]
-        there = [str(Place(topic, row.uri, row.mode)) for row in now if row.topic_name == topic]
-        if set(said) != set(there):
+        said = [place for place in placed if place.topic == topic]
+        there = [places.of_row(topic, row.uri, row.mode) for row in now if row.topic_name == topic]
+        if places.spots(settings, said) != places.spots(settings, there):
             words.append(
-                f"topic {topic} goes to {', '.join(there)} as before, whatever the MANIFEST says; "
-                f"to follow it: casparian topics set {name} {topic} {' '.join(map(quote, said))}"
+                f"topic {topic} goes to {', '.join(map(str, there))} as before, whatever the "
+                f"MANIFEST says; to follow it: casparian topics set {name} {topic} "
+                f"{' '.join(quote(str(place)) for place in said)}"
             )
     return words
 
@@ -247,7 +253,7 @@ def _authenticate(settings: Settings, message: Deploy, statement: Publish) -> di
     return {"object_id": publisher.object_id, "tenant": publisher.tenant, "name": publisher.name}
 
 
-def _record(connection: Connection, candidate: _Candidate) -> list[str]:
+def _record(connection: Connection, settings: Settings, candidate: _Candidate) -> list[str]:
     """One transaction: first key, artifact, rules, subscription, topics, audit; the deed in words,
     then what else there is to say."""
     introduced = _introduce(connection, candidate)
@@ -269,7 +275,8 @@ def _record(connection: Connection, candidate: _Candidate) -> list[str]:
     newest = plugins.newest(connection, name, trusted)
     if newest != version:
         return [f"{words}, which takes no jobs: {newest} is newer"]
-    return [words, *wire(connection, name, version, candidate.manifest, candidate.places)]
+    stays = wire(connection, settings, name, version, candidate.manifest, candidate.places)
+    return [words, *stays]
 
 
 def _introduce(connection: Connection, candidate: _Candidate) -> str:

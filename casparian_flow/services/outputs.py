@@ -29,7 +29,8 @@ def forget(ledger: Ledger, name: str) -> list[str]:
     over. What the sink still has of them is left as it is. Their targets.
 
     Args:
-        name: a job's id, or an output's target as `casparian outputs list` shows it.
+        name: a job's id, or an output's target as `casparian outputs list` shows it, or as a path
+            from the current directory.
 
     Raises:
         NotFound: no published output has that name.

@@ -8,6 +8,7 @@ is a path, so that no later change of an environment moves a topic.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Sequence
@@ -69,6 +70,25 @@ def of_person(
         ConfigError: a sink or mode is not one we have, or a sink is there twice.
     """
     return _places(settings, topic, uris, mode, roots)
+
+
+def of_row(topic: str, uri: str, mode: str) -> Place:
+    """Where the ledger's table sends a topic: people write options into it as well."""
+    with contextlib.suppress(ConfigError):
+        uri, said = sink_uri.read(uri)
+        return Place(topic, uri, said or mode)
+    return Place(topic, uri, mode)
+
+
+def spots(settings: Settings, placed: Sequence[Place]) -> set[tuple[str, str]]:
+    """The location and the mode of each, however its URI is spelt."""
+    found = set()
+    for place in placed:
+        location = place.uri
+        with contextlib.suppress(ConfigError):
+            location = sinks.resolve(place.uri, settings.home)
+        found.add((location, place.mode))
+    return found
 
 
 def _places(

@@ -137,7 +137,7 @@ def activate(
             raise ArtifactRefused(refusal, f"casparian plugins show {name} {version}")
         manifest = plugins.manifest_of(plugin.manifest)
         placed = places.of_manifest(settings, manifest, roots.active_paths(connection))
-        return architect.wire(connection, name, version, manifest, placed)
+        return architect.wire(connection, settings, name, version, manifest, placed)
 
     stays = ledger.write(work)
     queued = architect.queue_missing(ledger)

@@ -195,13 +195,19 @@ def test_a_new_version_that_names_other_sinks_says_that_its_topics_stay(
 
     with Ledger(get_engine(settings.database)) as ledger:
         assert "topics set" not in deployed(saying(["parquet://a", "sqlite:///b"]), "1.0.0")
-        assert "topics set" not in deployed(saying(["sqlite:///b", "parquet://a"]), "1.0.1")
+        assert "topics set" not in deployed(saying(["sqlite:///b", "parquet://./a/"]), "1.0.1")
         assert deployed(saying(["parquet://a b?mode=replace"]), "1.0.2").splitlines()[1:] == [
             "topic lines goes to parquet://a?mode=append, sqlite:///b?mode=append as before, "
             "whatever the MANIFEST says; to follow it: "
             "casparian topics set rows lines 'parquet://a b?mode=replace'"
         ]
         assert "topics set" not in deployed(ROWS, "1.0.3")
+        with Session(get_engine(settings.database)) as db:
+            db.query(TopicConfig).delete()
+            uri = "parquet://a b?mode=replace"
+            db.add(TopicConfig(plugin_name="rows", topic_name="lines", uri=uri))
+            db.commit()
+        assert "topics set" not in deployed(saying([uri]), "1.0.4")
 
 
 def test_what_people_write_into_the_table_works(

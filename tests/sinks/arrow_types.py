@@ -117,6 +117,10 @@ def _nested() -> Iterator[Row]:
         "items": _array(pa.list_(pa.date64()), [[LAST_DAY], None]),
         "years beyond": pa.ListArray.from_arrays([0, 2], days),
     })  # fmt: skip
+    yield row(pa.list_(pa.null()), nulls=[None] * 5, empty=[])
+    yield row(pa.list_(pa.list_(pa.null())), nulls=[[None], [None] * 3, None, []])
+    yield row(pa.list_(pa.struct([("a", pa.null()), ("b", pa.int32())])),
+              a_field_of_nulls=[{"a": None, "b": 1}, {"a": None, "b": 2}])  # fmt: skip
     yield row(pa.struct([("a", pa.int64()), ("b", pa.list_(pa.binary()))]),
               fields={"a": 1, "b": [b"\0\xff"]})  # fmt: skip
     yield row(pa.struct([]), empty={})
@@ -125,6 +129,8 @@ def _nested() -> Iterator[Row]:
     yield Row(twins.type, {"fields": twins})
     yield row(pa.map_(pa.string(), pa.decimal128(9, 2)),
               pairs=[("a", Decimal("1.50")), ("a", None)], empty=[])  # fmt: skip
+    yield row(pa.map_(pa.string(), pa.list_(pa.null())), pairs=[("a", [None] * 3), ("b", None)])
+    yield row(pa.map_(pa.string(), pa.null()), pairs=[("a", None), ("b", None)])
 
 
 def _wrapped() -> Iterator[Row]:

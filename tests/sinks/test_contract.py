@@ -271,7 +271,9 @@ def test_a_type_that_cannot_be_stored_is_refused_by_name(place: Place, kind: Any
     assert place.staged_files() == []
 
 
-def test_a_value_that_cannot_be_stored_is_refused_when_the_topic_ends(place: Place) -> None:
+def test_a_value_that_cannot_be_stored_is_refused_when_the_topic_ends_at_the_latest(
+    place: Place,
+) -> None:
     """Parquet keeps seconds as milliseconds, and these overflow; the others see it at once."""
     stage = place.stage()
     with pytest.raises(OutputRefused, match=r"column 'when' \(timestamp\[s\]\)"):

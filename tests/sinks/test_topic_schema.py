@@ -96,6 +96,13 @@ def test_a_value_that_would_change_is_refused(values: Any, given: Any, wanted: A
     assert "not exactly of that type" in refused(values, given, wanted)
 
 
+def test_nulls_that_arrow_miscounts_are_refused_and_end_no_process() -> None:
+    """Its cast gives lists that reach beyond their values."""
+    deep = pa.list_(pa.list_(pa.null()))
+    said = refused([[[None], [None] * 3]], deep, pa.large_list(pa.list_(pa.null())))
+    assert "not exactly of that type" in said
+
+
 OTHER_KINDS = [
     (["1"], pa.string(), pa.int64()),
     ([1], pa.int64(), pa.string()),

@@ -153,12 +153,13 @@ def open_sink(location: str, database: DatabaseSettings) -> Sink:
         from casparian_flow.engine.sinks.mssql import MssqlSink
 
         return MssqlSink(location, database)
-    from casparian_flow.engine.sinks.parquet import ParquetSink
+    if location.startswith(PREFIXES["parquet"]):
+        from casparian_flow.engine.sinks.parquet import ParquetSink
+
+        return ParquetSink(Path(location.removeprefix(PREFIXES["parquet"])))
     from casparian_flow.engine.sinks.sqlite import SqliteSink
 
-    scheme = location.partition("://")[0]
-    path = Path(location.removeprefix(PREFIXES[scheme]))
-    return ParquetSink(path) if scheme == "parquet" else SqliteSink(path)
+    return SqliteSink(Path(location.removeprefix(PREFIXES["sqlite"])))
 
 
 def inventory(location: str, database: DatabaseSettings, known: Container[str]) -> Iterable[Found]:

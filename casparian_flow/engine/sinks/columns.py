@@ -59,9 +59,11 @@ class Column:
             self._checked(array)
 
     def _checked(self, array: Any) -> Any:
-        """The array cast to what `plain` says."""
-        array = array.cast(self.plain)
-        _check(array, in_json=pa.types.is_nested(self.plain))
+        """The array cast to what `plain` says; a nested one as it is, for such a cast breaks it:
+        of nulls in a list in a list, pyarrow 26 makes as many as the outer list has items."""
+        nested = pa.types.is_nested(self.plain)
+        array = array if nested else array.cast(self.plain)
+        check_inside(array, in_json=nested)
         return array
 
     @contextmanager
@@ -161,8 +163,8 @@ def fold(name: str) -> str:
     return name.encode().lower().decode()
 
 
-def _check(array: Any, *, in_json: bool) -> None:
-    """Return if every value of an array, and within it, has a word in SQLite or JSON.
+def check_inside(array: Any, *, in_json: bool) -> None:
+    """Return if every value of an array, and within it, has a word in SQLite or in JSON.
 
     Raises:
         ValueError: one has not.
@@ -170,9 +172,13 @@ def _check(array: Any, *, in_json: bool) -> None:
     types = pa.types
     while is_wrapped(kind := array.type):
         array = array.dictionary_decode() if types.is_dictionary(kind) else array.storage
-    if types.is_nested(kind):
-        for inner in array.flatten() if types.is_struct(kind) else _inner(array):
-            _check(inner, in_json=in_json)
+    if types.is_map(kind):
+        check_inside(as_list(array), in_json=in_json)
+    elif types.is_struct(kind):
+        for field in array.flatten():
+            check_inside(field, in_json=in_json)
+    elif types.is_nested(kind):
+        check_inside(array.flatten(), in_json=in_json)
     elif types.is_duration(kind):
         array.cast(pa.duration("ns"))
     elif types.is_temporal(kind):
@@ -185,13 +191,12 @@ def _check(array: Any, *, in_json: bool) -> None:
             raise ValueError("it has no NaN; publish null instead")
 
 
-def _inner(array: Any) -> list[Any]:
-    """The values inside of lists, or the keys and the items of maps."""
-    if not pa.types.is_map(array.type):
-        return [array.flatten()]
-    pairs = pa.list_(pa.struct([("key", array.type.key_type), ("value", array.type.item_type)]))
-    keys, items = array.cast(pairs).flatten().flatten()
-    return [keys, items]
+def as_list(array: Any) -> Any:
+    """An array of maps as one of lists of key and value; built and not cast, as above."""
+    pairs = pa.StructArray.from_arrays([array.keys, array.items], ["key", "value"])
+    return pa.Array.from_buffers(
+        pa.list_(pairs.type), len(array), array.buffers()[:2], offset=array.offset, children=[pairs]
+    )
 
 
 def _values(array: Any) -> list[Any]:
@@ -200,8 +205,7 @@ def _values(array: Any) -> list[Any]:
     while is_wrapped(kind := array.type):
         array = array.dictionary_decode() if types.is_dictionary(kind) else array.storage
     if types.is_map(kind):
-        pair = pa.struct([("key", kind.key_type), ("value", kind.item_type)])
-        return _values(array.cast(pa.list_(pair)))
+        return _values(as_list(array))
     if types.is_struct(kind):
         return _records(array)
     if types.is_nested(kind):
@@ -246,7 +250,7 @@ def json_texts(array: Any) -> list[str | None]:
     Raises:
         ValueError, NotImplementedError: a value in them that JSON cannot hold as it is.
     """
-    _check(array, in_json=True)
+    check_inside(array, in_json=True)
     return _json_texts(_values(array))
 
 

@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,11 +104,16 @@ class Column:
         Raises:
             OutputRefused: a value that SQL Server cannot hold as it is.
         """
-        try:
+        with self._holding():
             return _exact(_decoded(values), self.plain)
-        except (ValueError, NotImplementedError) as error:
-            raise self._refused(f"cannot be stored in SQL Server as {self.declared}: {error}",
-                                "convert the column in the plugin") from error  # fmt: skip
+
+    def check(self, values: Any) -> None:
+        """Return if SQL Server can hold every value. Makes no JSON, and raises as `array` does."""
+        with self._holding():
+            if pa.types.is_nested(_unwrapped(self.kind)):
+                columns.check_inside(values, in_json=True)
+            else:
+                _exact(_decoded(values), self.plain)
 
     def fit(self, declared: str) -> Column:
         """The column as a table takes it that declares it so.
@@ -127,6 +134,14 @@ class Column:
     def named(self, name: str) -> Column:
         """The same column under the name that the table has for it."""
         return replace(self, name=name)
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, NotImplementedError) as error:
+            raise self._refused(f"cannot be stored in SQL Server as {self.declared}: {error}",
+                                "convert the column in the plugin") from error  # fmt: skip
 
     def _refused(self, words: str, hint: str) -> OutputRefused:
         return OutputRefused(f"column {self.name!r} ({self.kind}) {words}", hint)
@@ -166,7 +181,7 @@ def check_values(batch: Any) -> None:
     """
     for column, values in zip(columns_of(batch.schema), batch.columns, strict=True):
         if column.declared:
-            column.array(values)
+            column.check(values)
 
 
 def check_count(count: int) -> None:

@@ -66,7 +66,7 @@ class SqliteSink:
         """See `Sink.open_stage`."""
         return Stage(
             self.stage_folder, plan, lineage, attempt,
-            admit=partial(check_table, plan.topic), check=partial(check_values, plan.topic),
+            admit=partial(check_table, plan.topic), check=check_values,
         )  # fmt: skip
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:

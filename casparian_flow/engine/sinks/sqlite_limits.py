@@ -49,26 +49,27 @@ def check_table(topic: str, schema: Any) -> None:
             ) from error
 
 
-def check_values(topic: str, batch: Any) -> None:
+def check_values(batch: Any) -> None:
     """Return if SQLite can hold every value of a batch.
 
     Raises:
         OutputRefused: it cannot; the message names the column.
     """
+    large = batch.nbytes > CELL_BYTES
     for column, values in zip(columns_of(batch.schema), batch.columns, strict=True):
         column.check(values)
-        if batch.nbytes > CELL_BYTES:
-            _check_length(topic, column, values)
+        if large:
+            _check_length(column, values)
 
 
-def _check_length(topic: str, column: Column, values: Any) -> None:
+def _check_length(column: Column, values: Any) -> None:
     if not (is_text(column.kind) or is_binary(column.kind)):
         return
     long = values.cast(pa.large_string() if is_text(column.kind) else pa.large_binary())
     longest = pc.max(pc.binary_length(long)).as_py() or 0
     if longest > CELL_BYTES:
         raise OutputRefused(
-            f"topic {topic!r}: column {column.name!r} ({column.kind}) has a value of "
-            f"{longest} bytes; SQLite's longest has {CELL_BYTES}",
+            f"column {column.name!r} ({column.kind}) has a value of {longest} bytes; SQLite's "
+            f"longest has {CELL_BYTES}",
             "publish it in parts; Parquet has room: casparian topics set",
         )

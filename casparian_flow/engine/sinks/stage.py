@@ -111,7 +111,7 @@ class Stage:
         if not self._parts.begun:
             self._start(batch.schema)
         days.check(self._plan.topic, batch)
-        self._check(batch)
+        self._check_values(batch)
         self._batches += 1
         self._pending.append(batch)
         self._pending_rows += batch.num_rows
@@ -165,6 +165,13 @@ class Stage:
         _check_names(self._plan.topic, given.names)
         self._admit(given)
         self._open(given)
+
+    def _check_values(self, batch: Any) -> None:
+        try:
+            self._check(batch)
+        except OutputRefused as error:
+            words = f"topic {self._plan.topic!r}: {error.message}"
+            raise OutputRefused(words, error.hint) from error
 
     def _open(self, given: Any) -> None:
         # Only our own words go to the footer: what a plugin put there might pass for them.
