@@ -103,14 +103,16 @@ class Matrix:
         second = ""
         with self._watched() as found:
             reached = self._crash(act, point.hit, found)
-            if reached:
-                self.ground.save("crashed")
-                self._run(act, log=True)
-                second = choose.choice(self._hits())
-                self.ground.restore("crashed")
-                self.ground.forget("crashed")
-                reached = self._crash(act, second, found)
-                found.extend(self._see_through(act))
+        if reached:  # nobody looks while everything is put back: half of that is half of nothing
+            self.ground.save("crashed")
+            self._run(act, log=True)
+            second = choose.choice(self._hits())
+            self.ground.restore("crashed")
+            self.ground.forget("crashed")
+            with self._watched() as again:
+                reached = self._crash(act, second, again)
+                again.extend(self._see_through(act))
+            found += again
         return self._note(f"{point.act:8} {point.hit}, then {second}", reached, found)
 
     def back_to(self, name: str) -> Act:
