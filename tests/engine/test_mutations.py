@@ -67,7 +67,8 @@ def test_a_mutated_batch_is_refused_or_safe_to_read_and_never_the_one_that_was_s
         except ProtocolError:
             continue
         read += 1
-        assert len(batch.to_pylist()) == batch.num_rows
+        for column in batch.columns:  # Python's dicts have no room for fields of one name
+            assert column.to_string(window=len(column) or 1, container_window=99)
         assert data == good or received.end() != sent.end()
     assert 0 < read < COUNT
     assert len(rows) == 20
