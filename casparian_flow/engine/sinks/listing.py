@@ -1,7 +1,6 @@
 """What a Parquet sink holds, by name alone: nothing is opened, so that pyarrow is not imported.
 
-<root>/<topic>/<name>[.parquet]                        shown
-<root>/.casparian/hidden/<topic>/<name>[.parquet]      retracted
+`standing.py` says which names there are.
 """
 
 from __future__ import annotations
