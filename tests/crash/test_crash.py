@@ -108,6 +108,19 @@ def test_a_command_that_never_came_to_its_point_is_not_simply_missed(
     assert len(matrix.tally.violations) == 1
 
 
+def test_an_act_that_fails_on_the_way_to_the_next_job_is_no_leftover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oracle, "faults", lambda *_: [f"{oracle.LEFT}a folder"])
+    ground = Ground(tmp_path)
+    ground.prepare()
+    matrix = Ended(ground, 70)
+    found = matrix._until_the_next_job(matrix.back_to("second"))
+    assert found == ["retract, which came next, ended with 70: what it said"]
+    matrix.code = 0
+    assert matrix._until_the_next_job(matrix.back_to("second")) == [f"{oracle.LEFT}a folder"]
+
+
 def test_a_trap_springs_at_its_hit_and_at_no_other(tmp_path: Path) -> None:
     sprung: list[str] = []
     log = tmp_path / "log"

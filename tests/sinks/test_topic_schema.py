@@ -96,7 +96,7 @@ def test_a_value_that_would_change_is_refused(values: Any, given: Any, wanted: A
     assert "not exactly of that type" in refused(values, given, wanted)
 
 
-def test_nulls_that_arrow_miscounts_are_refused_and_end_no_process() -> None:
+def test_nulls_that_arrow_miscounts_are_refused_by_name() -> None:
     """Its cast gives lists that reach beyond their values."""
     deep = pa.list_(pa.list_(pa.null()))
     said = refused([[[None], [None] * 3]], deep, pa.large_list(pa.list_(pa.null())))
