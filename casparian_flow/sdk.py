@@ -1,4 +1,4 @@
-"""What a plugin imports: `BasePlugin`, `PluginMetadata`, and nothing heavy.
+"""What a plugin imports: `BasePlugin`, `PluginMetadata`, a few readers' helpers, nothing heavy.
 
 A plugin is one Python file with a `MANIFEST` and a class `Handler`:
 
@@ -16,9 +16,15 @@ This file is copied beside the guest, so it uses the standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,11 @@ class PluginMetadata:
 
     network: bool = False
     """Whether it needs the network. It gets it only where the configuration allows it too."""
+
+    options: Mapping[str, str | int | bool] = field(default_factory=dict)
+    """What a person may choose when they publish it, with the values that hold where they do not:
+    `casparian publish plugin.py --option delimiter=";"` puts the choice in the place of the value
+    here before the plugin is signed. The plugin reads `MANIFEST.options`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,3 +126,63 @@ class BasePlugin:
             ValueError: the topic is not declared, or the columns changed between calls.
         """
         self._publish(topic, data)
+
+
+@contextmanager
+def open_bytes(path: str) -> Iterator[io.BufferedIOBase]:
+    """Open a file's bytes for reading; gzip is unpacked, whatever the file is called.
+
+    Raises:
+        ValueError: the gzip file is damaged; raised where the damage is reached.
+    """
+    try:
+        with open(path, "rb") as file:
+            packed = file.peek(2)[:2] == b"\x1f\x8b"
+            with gzip.GzipFile(fileobj=file) if packed else file as opened:
+                yield opened
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"the gzip file is damaged: {error}") from error
+
+
+def column_names(cells: Iterable[str | None], taken: Iterable[str] = ()) -> list[str]:
+    """Turn header cells into column names that every sink takes.
+
+    White space is folded, an empty cell becomes `column_3` (its position), a repeated one `name_2`
+    (case does not count), `_cf_x` becomes `x_cf_x`, and 100 characters are kept.
+
+    Args:
+        taken: names that the table has besides, which no cell gets.
+    """
+    names: list[str] = []
+    seen = {name.casefold() for name in taken}
+    for position, cell in enumerate(cells, start=1):
+        base = printable(" ".join((cell or "").split()))[:100] or f"column_{position}"
+        base = f"x{base}" if base.lower().startswith("_cf_") else base
+        name, count = base, 1
+        while name.casefold() in seen:
+            count += 1
+            name = f"{base}_{count}"
+        seen.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def printable(text: str) -> str:
+    """Escape what no sink can store: NUL as `\\x00`, lone surrogates as `\\udcNN`."""
+    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def batches(
+    items: Iterable[T], size: Callable[[T], int], *, rows: int = 5000, total: int = 16 << 20
+) -> Iterator[list[T]]:
+    """Group items by `rows`, or fewer where their sizes add up to more than `total`."""
+    batch: list[T] = []
+    sizes = 0
+    for item in items:
+        batch.append(item)
+        sizes += size(item)
+        if len(batch) == rows or sizes > total:
+            yield batch
+            batch, sizes = [], 0
+    if batch:
+        yield batch

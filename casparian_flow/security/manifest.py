@@ -25,6 +25,7 @@ EXAMPLE = 'MANIFEST = PluginMetadata(pattern="*.csv", topic="sales_data", subscr
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _TOPIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_OPTION = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _UNSTORABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _LIMIT = 10**9
 """Numbers beyond it are mistakes, and some would not fit a database column."""
@@ -50,6 +51,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """0 takes the configured limit."""
     scratch_bytes: int = 0
     network: bool = False
+    options: dict[str, str | int | bool] = msgspec.field(default_factory=dict)
 
     def sinks_of(self, topic: str) -> list[str]:
         """The sinks it names for a topic; none where it leaves that to the configuration."""
@@ -86,6 +88,7 @@ def manifest_in(tree: ast.Module, source: bytes, file_name: str) -> Manifest:
         memory_bytes=fields.get("memory_bytes", 0),
         scratch_bytes=fields.get("scratch_bytes", 0),
         network=fields.get("network", False),
+        options=fields.get("options", {}),
     )
     for fault, hint in _faults(manifest):
         raise PluginError(f"{file_name}: {fault}", hint)
@@ -264,6 +267,13 @@ def _is_sinks(value: object) -> bool:
     )
 
 
+def _is_options(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(key, str) and (isinstance(each, str | bool) or _is_whole(each))
+        for key, each in value.items()
+    )
+
+
 _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "pattern": (_is_texts, "a string or a list of strings"),
     "topic": (_is_texts, "a string or a list of strings"),
@@ -276,6 +286,7 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "memory_bytes": (_is_bytes, "a number of bytes, such as 2_000_000_000"),
     "scratch_bytes": (_is_bytes, "a number of bytes, such as 100_000_000"),
     "network": (_is_flag, "True or False"),
+    "options": (_is_options, "a dict of strings to strings, whole numbers, True or False"),
 }
 """The fields of `sdk.PluginMetadata`: what each accepts, and that in words."""
 
@@ -326,6 +337,7 @@ def _faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
         if "," in tag:
             yield f"subscription {tag[:80]!r} has a comma in it", "make two subscriptions of it"
     yield from _faults_of_sinks(manifest)
+    yield from _faults_of_options(manifest)
     texts = {
         "pattern": manifest.patterns,
         "subscription": manifest.subscriptions,
@@ -338,6 +350,17 @@ def _faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
                     f"{what} {text[:80]!a} is empty or has control characters in it",
                     "remove it, or write it in printable characters",
                 )
+
+
+def _faults_of_options(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    for name, value in manifest.options.items():
+        if not _OPTION.fullmatch(name):
+            yield (
+                f"option {name[:80]!r} is not an option's name: small letters, digits and `_`",
+                'write it like options={"header_line": 0}',
+            )
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            yield f"option {name!r} has characters that are not Unicode text", "remove them"
 
 
 def _faults_of_sinks(manifest: Manifest) -> Iterator[tuple[str, str]]:

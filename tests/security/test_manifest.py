@@ -86,6 +86,19 @@ def test_every_field_of_the_sdk_is_known_and_no_other() -> None:
     assert refused("zzz=1").message.endswith(f"the fields are {', '.join(names)}")
 
 
+def test_options_are_literals_by_name() -> None:
+    assert read(
+        "pattern='*', options={'delimiter': '\\x01', 'line': 2, 'strict': True}"
+    ).options == {
+        "delimiter": "\x01",
+        "line": 2,
+        "strict": True,
+    }
+    assert "options must be" in refused("pattern='*', options={'line': 1.5}").message
+    assert "not an option's name" in refused("pattern='*', options={'A b': 1}").message
+    assert "not Unicode" in refused(r"pattern='*', options={'a': '\ud800'}").message
+
+
 def test_nothing_of_the_plugin_is_run() -> None:
     read("pattern='*'", before="raise SystemExit('ran')\n")
 
