@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,47 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+_MAGIC = (
+    (b"\x1f\x8b", "a gzip file"),
+    (b"\x1f\x9d", "a file packed with compress"),
+    (b"BZh", "a bzip2 file"),
+    (b"\xfd7zXZ\0", "an xz file"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
+    (b"\x04\x22\x4d\x18", "an LZ4 file"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),
+    (b"Rar!\x1a\x07", "a RAR archive"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a file of an older Office (an Excel .xls?)"),
+    (b"%PDF-", "a PDF document"),
+    (b"{\\rtf", "an RTF document"),
+    (b"%!PS", "a PostScript document"),
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1", "an Arrow file"),
+    (b"FEA1", "a Feather file"),
+    (b"ORC", "an ORC file"),
+    (b"Obj\x01", "an Avro file"),
+    (b"\x89HDF\r\n", "an HDF5 file"),
+    (b"SQLite format 3\0", "a SQLite database"),
+    (b"\0\x01\0\0Standard ", "an Access database"),
+    (b"ElfFile\0", "a Windows event log (.evtx)"),
+    (b"\x89PNG\r\n", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"GIF8", "a GIF picture"),
+    (b"\x7fELF", "a program"),
+    (b"\0\x05\x16\x07", "an AppleDouble file, which macOS writes beside another file"),
+    (b"\0\x05\x16\0", "an AppleSingle file"),
+    (b"version https://git-lfs.github.com/", "a Git LFS pointer, whose content is elsewhere"),
+)
+_HTML = re.compile(
+    r"(?:<!--.*?-->\s*)*<(?:!doctype\s+html|(?:html|head|body|table|title|meta|div|script)\b[^>]*>"
+    r"(?!\s*[,;|\t]))",
+    re.IGNORECASE | re.DOTALL,
+)
+_XML = re.compile(
+    r"<\?xml\b|(?:<!--.*?-->\s*)*(?:<!doctype\s|<[A-Za-z_][\w:.-]*(?:\s[^<>]*)?>\s*<)",
+    re.DOTALL,
+)
+_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +184,38 @@ def open_bytes(path: str) -> Iterator[io.BufferedIOBase]:
                 yield opened
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"the gzip file is damaged: {error}") from error
+
+
+def foreign_kind(start: bytes) -> str:
+    """Name what a file that should be text or a table is instead, by its first bytes.
+
+    Args:
+        start: the first kilobytes of the file, unpacked where it is packed with gzip.
+
+    Returns:
+        such as `a PDF document`, to be said in a message; empty where nothing is recognised.
+    """
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")):
+        return _zip_kind(start)
+    for magic, kind in _MAGIC:
+        # Text may begin with the letters of a magic number, as a column `ORC` does.
+        if start.startswith(magic) and (not magic.isalnum() or _CONTROL.search(start)):
+            return kind
+    if start[257:262] == b"ustar":
+        return "a tar archive"
+    encoding = "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    text = start[:8192].decode(encoding, "replace").lstrip()
+    if _HTML.match(text):
+        return "an HTML page"
+    return "XML" if _XML.match(text) else ""
+
+
+def _zip_kind(start: bytes) -> str:
+    if b"vnd.oasis.opendocument" in start[:200]:
+        return "an OpenDocument file (an .ods workbook?)"
+    if b"word/" in start:
+        return "a ZIP file (a Word document?)"
+    return "a ZIP file (an Excel workbook?)"
 
 
 def column_names(cells: Iterable[str | None], taken: Iterable[str] = ()) -> list[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
+import lzma
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from casparian_flow.sdk import batches, column_names, open_bytes, printable
+from casparian_flow.sdk import batches, column_names, foreign_kind, open_bytes, printable
 
 
 def test_column_names() -> None:
@@ -46,3 +51,59 @@ def test_batches_are_bounded_by_rows_and_by_size() -> None:
         [9],
         [1],
     ]
+
+
+def packed(name: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, "text")
+    return file.getvalue()
+
+
+def tar() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a,b.csv"))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("start", "word"),
+    [
+        (packed("xl/workbook.xml"), "Excel"),
+        (packed("word/document.xml"), "Word"),
+        (gzip.compress(b"a,b"), "gzip"),
+        (bz2.compress(b"a,b"), "bzip2"),
+        (lzma.compress(b"a,b"), "xz"),
+        (tar(), "tar"),
+        (b"%PDF-1.7\n", "PDF"),
+        (b"SQLite format 3\0", "SQLite"),
+        (b"\0\x05\x16\x07\0\x02\0\0Mac OS X", "AppleDouble"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html>", "HTML"),
+        (b"<!-- saved -->\n<TABLE border=1><tr>", "HTML"),
+        ("<html><body>".encode("utf-16"), "HTML"),
+        (b"<?xml version='1.0'?><a/>", "XML"),
+        (b"<rows><row a='1'/></rows>", "XML"),
+    ],
+)
+def test_foreign_content_is_named_by_its_first_bytes(start: bytes, word: str) -> None:
+    assert word in foreign_kind(start)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"a,b\n1,2\n",
+        b"<TICKER>,<PER>,<DATE>\n",
+        b"<TITLE>;<A>\n",
+        b"PK,name\n",
+        b"<b",
+        b"\0" * 9,
+        b"ORC,PAR1\n",
+        b"GIF8;BZh\n",
+        b"<id>,<t>\n1,<b>x</b>\n",
+    ],
+)
+def test_text_and_what_nobody_knows_has_no_name(start: bytes) -> None:
+    assert foreign_kind(start) == ""
