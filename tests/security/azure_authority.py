@@ -192,6 +192,7 @@ def make_ca(folder: Path) -> tuple[Path, Path]:
             .not_valid_before(now - datetime.timedelta(hours=1))
             .not_valid_after(now + datetime.timedelta(hours=1))
             .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
+            .add_extension(_usage(is_ca), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
             .add_extension(
                 x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer), False
@@ -208,6 +209,21 @@ def make_ca(folder: Path) -> tuple[Path, Path]:
         + certificate("localhost", key.public_key(), False).public_bytes(pem)
     )
     return ca_file, server_file
+
+
+def _usage(is_ca: bool) -> x509.KeyUsage:
+    """What a certificate's key is for; RFC 5280 wants it of a CA, and Python 3.13 checks it."""
+    return x509.KeyUsage(
+        digital_signature=not is_ca,
+        key_cert_sign=is_ca,
+        crl_sign=is_ca,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
 
 
 def encoded(part: Any) -> str:
