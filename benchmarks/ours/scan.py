@@ -15,11 +15,13 @@ from casparian_flow.services.scout import Scout
 
 
 def main() -> None:
-    with Session(get_engine(settings.database)) as db:
+    engine = get_engine(settings.database)
+    with Session(engine) as db:
         started = time.perf_counter()
         for root in db.query(SourceRoot).all():
             Scout(db).scan_source(root)
         seconds = time.perf_counter() - started
+    engine.dispose()
     Path("figures.json").write_text(json.dumps({"scan": seconds}))
 
 

@@ -9,6 +9,7 @@ a transaction wrote is sealed before it is committed (see `db.seals`).
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import functools
 import queue
@@ -16,6 +17,7 @@ import re
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -50,6 +52,16 @@ _READS = re.compile(
 """Statements that take no turn; one that is taken for a write by mistake waits a little."""
 
 
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_engines() -> None:
+    """Close what a script left open: the garbage collector would close it without the gate."""
+    for engine in list(_engines):
+        engine.dispose()
+
+
 def get_engine(database: DatabaseSettings) -> Engine:
     """An engine over the ledger, which is created and brought up to date first.
 
@@ -69,14 +81,10 @@ def get_engine(database: DatabaseSettings) -> Engine:
         },
         execution_options={"database": database},
     )
-    event.listen(engine, "connect", _on_connect)
+    _engines.add(engine)
     event.listen(engine, "begin", _on_begin)
     event.listen(engine, "before_cursor_execute", _on_execute)
     return engine
-
-
-def _on_connect(connection: sqlite3.Connection, _record: object) -> None:
-    schema.configure(connection)
 
 
 def _on_begin(connection: Connection) -> None:
@@ -141,7 +149,10 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Finish what was submitted, then stop the thread; the engine stays the caller's."""
+        """Finish what was submitted, then stop the thread; the engine stays the caller's.
+
+        A read in progress goes on, and closes its connection itself.
+        """
         with self._door:
             self._closed = True
             self._requests.put(None)
@@ -175,6 +186,7 @@ class Ledger:
             LedgerError: the database cannot be read (its disk is gone, for one).
             LedgerLost: it is damaged.
         """
+        pool = self.engine.pool
         try:
             with self.engine.connect() as connection:
                 return work(connection)
@@ -183,6 +195,11 @@ class Ledger:
                 f"the ledger could not be read: {getattr(error, 'orig', error)}",
                 "see that its disk is there and has room, then: casparian verify",
             ) from error
+        finally:
+            if self._closed:
+                # An engine that is disposed of closes what lies in its pool, and this connection
+                # may have come back after that.
+                pool.dispose()
 
     def write(self, work: Work[T]) -> T:
         """Run `work` in a writing transaction and wait until it is durable.

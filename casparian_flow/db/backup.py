@@ -18,8 +18,8 @@ from sqlalchemy.exc import DBAPIError
 
 from casparian_flow.db import jobs, seals
 from casparian_flow.db.access import Ledger
+from casparian_flow.db.connection import configure
 from casparian_flow.db.models import JobStatus, ProcessingJob
-from casparian_flow.db.schema import configure
 from casparian_flow.errors import LedgerError
 
 INTERRUPTED = "it was running when the backup was made"

@@ -88,19 +88,10 @@ def bring_up_to_date(database: DatabaseSettings) -> None:
 
 
 def connect(database: DatabaseSettings) -> LedgerConnection:
-    """A plain connection with our settings; the engine's connections get the same ones."""
-    connection = LedgerConnection(
+    """A plain connection; the engine's connections are of the same kind."""
+    return LedgerConnection(
         database.gate, str(database.path), create=True, timeout=30.0, isolation_level=None
     )
-    configure(connection)
-    return connection
-
-
-def configure(connection: sqlite3.Connection) -> None:
-    """What every connection needs. FULL: NORMAL loses acknowledged commits in a power cut."""
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA wal_autocheckpoint = 0")
 
 
 def _version(connection: sqlite3.Connection, database: DatabaseSettings) -> int:

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -215,6 +216,81 @@ def test_a_database_that_cannot_be_opened_is_an_error_in_words_and_passes(
     gate.rmdir()
     ledger.write(lambda c: add_rule(c, "*.csv"))
     assert ledger.read(rules) == 1
+
+
+def held(database: DatabaseSettings) -> list[str]:
+    """Files of the ledger that this process has open, its gate among them."""
+    found = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own is gone by now
+            found.append(str(entry.readlink()))
+    ours = (str(database.path), str(database.gate))
+    return [name for name in found if name.startswith(ours)]
+
+
+def refused_gate(database: DatabaseSettings) -> None:
+    database.gate.unlink()
+    database.gate.mkdir()
+
+
+def damaged(database: DatabaseSettings) -> None:
+    database.path.write_bytes(b"no database" + database.path.read_bytes()[11:])
+
+
+@pytest.mark.parametrize("harm", [refused_gate, damaged])
+def test_a_connection_that_cannot_be_made_ready_is_closed(
+    settings: Settings, harm: Callable[[DatabaseSettings], None]
+) -> None:
+    with open_ledger(settings.database) as ledger:
+        ledger.engine.dispose()
+        harm(settings.database)
+        with pytest.raises(LedgerError) as read:
+            ledger.read(rules)
+        with pytest.raises(LedgerError) as written:
+            ledger.write(rules)
+        with pytest.raises(LedgerError) as opened:
+            get_engine(settings.database)
+        # While they are alive, so is every connection that their frames know.
+        assert all((read, written, opened))
+        assert held(settings.database) == []
+
+
+def test_a_read_that_outlives_the_ledger_closes_its_connection(settings: Settings) -> None:
+    inside, release = threading.Event(), threading.Event()
+
+    def slow(connection: Connection) -> int:
+        inside.set()
+        assert release.wait(10)
+        return rules(connection)
+
+    with ThreadPoolExecutor(1) as pool:
+        with open_ledger(settings.database) as ledger:
+            reading = pool.submit(ledger.read, slow)
+            assert inside.wait(10)
+        assert held(settings.database)
+        release.set()
+        assert reading.result() == 0
+    assert held(settings.database) == []
+
+
+def test_a_script_that_disposes_of_nothing_closes_its_connections_at_its_end(
+    settings: Settings,
+) -> None:
+    code = (
+        "import sys\n"
+        "from sqlalchemy import text\n"
+        "from casparian_flow.config import DatabaseSettings\n"
+        "from casparian_flow.db import access, connection\n"
+        "engine = access.get_engine(DatabaseSettings(db_location=sys.argv[1]))\n"
+        "connection.crashpoint = print\n"
+        "with engine.connect() as opened:\n"
+        "    opened.execute(text('SELECT 1'))\n"
+        "print('end')\n"
+    )
+    command = [sys.executable, "-X", "dev", "-c", code, str(settings.database.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["end", "connection.closed"]
+    assert done.stderr == ""
 
 
 def test_a_closed_ledger_says_so(settings: Settings) -> None:

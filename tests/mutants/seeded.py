@@ -65,7 +65,7 @@ MUTANTS = [
     ),
     Mutant(
         "synchronous NORMAL",
-        [Edit("db/schema.py", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = NORMAL"')],
+        [Edit("db/connection.py", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = NORMAL"')],
         [_DURABLE],
     ),
     Mutant(

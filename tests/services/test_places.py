@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from casparian_flow import atomic
 from casparian_flow.config import Settings
 from casparian_flow.db import plugins
-from casparian_flow.db.access import Ledger, get_engine
+from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import ProcessingJob, TopicConfig
 from casparian_flow.errors import ConfigError
 from casparian_flow.security.manifest import Manifest, read_manifest
@@ -172,7 +172,7 @@ def test_what_the_manifest_says_is_what_is_configured(
     settings = write_config(tmp_path / "flow", '[output]\nenv = ["TEAM_DIR"]\n')
     said = ["parquet://${TEAM_DIR}/out?mode=replace", "sqlite:///t.sqlite3"]
     source = ROWS.replace('topic="lines"', f"sinks={{'lines': {said!r}}}")
-    with Ledger(get_engine(settings.database)) as ledger:
+    with open_ledger(settings.database) as ledger:
         architect.deploy(ledger, settings, signed(ledger, tmp_path / "keys", source))
         monkeypatch.setenv("TEAM_DIR", "blue")
         rows = ledger.read(plugins.topics)["rows"]
@@ -193,7 +193,7 @@ def test_a_new_version_that_names_other_sinks_says_that_its_topics_stay(
         message = signed(ledger, tmp_path / "keys", source, version=version)
         return architect.deploy(ledger, settings, message)
 
-    with Ledger(get_engine(settings.database)) as ledger:
+    with open_ledger(settings.database) as ledger:
         assert "topics set" not in deployed(saying(["parquet://a", "sqlite:///b"]), "1.0.0")
         assert "topics set" not in deployed(saying(["sqlite:///b", "parquet://./a/"]), "1.0.1")
         assert deployed(saying(["parquet://a b?mode=replace"]), "1.0.2").splitlines()[1:] == [
@@ -202,7 +202,7 @@ def test_a_new_version_that_names_other_sinks_says_that_its_topics_stay(
             "casparian topics set rows lines 'parquet://a b?mode=replace'"
         ]
         assert "topics set" not in deployed(ROWS, "1.0.3")
-        with Session(get_engine(settings.database)) as db:
+        with Session(ledger.engine) as db:
             db.query(TopicConfig).delete()
             uri = "parquet://a b?mode=replace"
             db.add(TopicConfig(plugin_name="rows", topic_name="lines", uri=uri))
@@ -218,7 +218,7 @@ def test_what_people_write_into_the_table_works(
 
     root = add_root(ledger, source)
     publish(ledger, settings, "rows", ROWS, "1.0.0")
-    with Session(get_engine(settings.database)) as db:
+    with Session(ledger.engine) as db:
         db.query(TopicConfig).delete()
         for uri in ("parquet://out?mode=append", "sqlite:///t.sqlite3"):
             db.add(TopicConfig(plugin_name="rows", topic_name="lines", uri=uri))
