@@ -71,6 +71,8 @@ def show(
 
 def _show(found: dict[str, Any]) -> None:
     tables = {name: found.pop(name) or {} for name in ("statement", "verdict", "manifest")}
+    options = tables["manifest"].pop("options", {})
+    tables["options"] = {name: repr(value) for name, value in options.items()}
     tables["topics"] = found.pop("topics")
     packages = found.pop("lock")
     context.facts({**found, "refusal": found["refusal"] or "none: it may run"})

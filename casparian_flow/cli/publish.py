@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from casparian_flow.cli.context import Here
     from casparian_flow.config import Settings
     from casparian_flow.protocol import Deploy
+    from casparian_flow.security.choices import Choices
     from casparian_flow.security.manifest import Manifest
     from casparian_flow.security.signing import AzureAuth, LocalAuth
 
@@ -26,6 +28,27 @@ def publish(
             metavar="V", help="Its version; else the MANIFEST's, else the next patch release."
         ),
     ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its name; else the MANIFEST's.")
+    ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Files it gets, in place of the MANIFEST's; repeatable."),
+    ] = None,
+    topic: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOPIC", help="Name of a topic; once for each of the MANIFEST's, in its order."
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help=r"An option that the MANIFEST declares; repeatable. In text, \t \n \r \0 \\ \xNN "
+            r"and \uNNNN are escapes.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do and check everything, but deploy nothing.")
     ] = False,
@@ -34,21 +57,27 @@ def publish(
 
     Files that are known already and that it wants are queued. The first key that publishes into a
     ledger becomes the one that is trusted there; others must be trusted first (casparian keys).
+    What --name, --pattern, --topic and --option choose is put into the MANIFEST of what is
+    deployed; the file stays as it is. So one file can be several plugins.
     """
     from casparian_flow import config
     from casparian_flow.engine.undeclared import check_imports
     from casparian_flow.engine.venv_manager import EnvironmentStore
     from casparian_flow.security import gatekeeper, signing
+    from casparian_flow.security.choices import Choices
     from casparian_flow.security.manifest import normal_version
     from casparian_flow.security.rules import RULESET, Policy
     from casparian_flow.services import architect
 
     file = Path(plugin).absolute()
+    choices = Choices(name, pattern or (), topic or (), _options(option or ()))
     with context.opened(ctx) as here:
-        source, manifest = architect.read_plugin(file)
+        source, manifest = architect.read_plugin(file, choices, context.note)
         chosen = normal_version(version or manifest.version, file.name)
         chosen = chosen or architect.next_version(here.ledger, manifest.name)
         context.note(f"plugin       {manifest.name} {chosen}")
+        for line in _shown(manifest, choices):
+            context.note(line)
         gatekeeper.inspect(source, file.name, Policy.of(here.settings.gatekeeper)).require()
         context.note(f"gatekeeper   nothing found (ruleset {RULESET})")
         context.note(f"limits       {_limits(manifest, here.settings)}")
@@ -72,6 +101,30 @@ def publish(
         words = _deploy(here, message)
         context.note("checked      signature, statement, artifact, and what the key may publish")
         context.say(words)
+
+
+def _options(written: Sequence[str]) -> dict[str, str]:
+    """Each `--option KEY=VALUE`, by its key."""
+    options: dict[str, str] = {}
+    for text in written:
+        key, sign, value = text.partition("=")
+        if not key or not sign:
+            raise typer.BadParameter(f"--option is KEY=VALUE, not {text[:60]!r}")
+        if key in options:
+            raise typer.BadParameter(f"--option {key[:60]} is there twice")
+        options[key] = value
+    return options
+
+
+def _shown(manifest: Manifest, choices: Choices) -> Iterator[str]:
+    """What was chosen as the MANIFEST has it now, and all options."""
+    if choices.patterns:
+        yield f"patterns     {', '.join(manifest.patterns)}"
+    if choices.topics:
+        yield f"topics       {', '.join(manifest.topics)}"
+    if manifest.options:
+        shown = (f"{name}={value!r}" for name, value in manifest.options.items())
+        yield f"options      {', '.join(shown)}"
 
 
 def _limits(manifest: Manifest, settings: Settings) -> str:

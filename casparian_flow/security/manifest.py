@@ -73,9 +73,18 @@ def read_manifest(source: bytes, file_name: str) -> Manifest:
 
 def manifest_in(tree: ast.Module, source: bytes, file_name: str) -> Manifest:
     """`read_manifest` of a source that is parsed already, as `tree`."""
-    module = _Module(tree, source, file_name)
+    module = Module(tree, source, file_name)
     fields = module.manifest_fields()
     module.check_handler()
+    return of_fields(fields, file_name)
+
+
+def of_fields(fields: dict[str, Any], file_name: str) -> Manifest:
+    """The manifest that these arguments of `PluginMetadata` make, each of its field's type.
+
+    Raises:
+        PluginError: a value cannot be used; the message says which and why.
+    """
     manifest = Manifest(
         name=fields.get("name") or PurePosixPath(file_name).stem,
         version=normal_version(fields.get("version", ""), file_name),
@@ -95,7 +104,7 @@ def manifest_in(tree: ast.Module, source: bytes, file_name: str) -> Manifest:
     return manifest
 
 
-class _Module:
+class Module:
     """A plugin's source, parsed."""
 
     def __init__(self, tree: ast.Module, source: bytes, file_name: str) -> None:
@@ -113,7 +122,7 @@ class _Module:
     def manifest_fields(self) -> dict[str, Any]:
         """The arguments of the MANIFEST's call, each of its field's type; None is left out."""
         fields: dict[str, Any] = {}
-        for keyword in self._manifest_call().keywords:
+        for keyword in self.manifest_call().keywords:
             field = keyword.arg
             if field is None:
                 raise self._computed(keyword)
@@ -151,7 +160,7 @@ class _Module:
         if not inherits and not any("execute" in _bound(node) for node in _module_level(handler)):
             raise self._error(handler, "class Handler has no method execute", shape)
 
-    def _manifest_call(self) -> ast.Call:
+    def manifest_call(self) -> ast.Call:
         found = [node for node in self.statements if "MANIFEST" in _bound(node)]
         if not found:
             raise PluginError(f"{self.file_name} has no MANIFEST", f"add {EXAMPLE}")

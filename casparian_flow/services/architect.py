@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -28,6 +29,7 @@ from casparian_flow.engine.locking import check_lock
 from casparian_flow.errors import AuthError, PluginError, PublishConflict
 from casparian_flow.protocol import Deploy, Introduction
 from casparian_flow.security import gatekeeper, keys, signing
+from casparian_flow.security.choices import NOTHING, Choices, choose
 from casparian_flow.security.manifest import Manifest, normal_version, read_manifest
 from casparian_flow.security.rules import Policy
 from casparian_flow.security.signing import AzureAuth, LocalAuth, Publish
@@ -46,17 +48,26 @@ def next_version(ledger: Ledger, name: str) -> str:
     return _after(known[-1]) if known else "1.0.0"
 
 
-def read_plugin(file: Path) -> tuple[bytes, Manifest]:
-    """A plugin file's bytes and its MANIFEST.
+def read_plugin(
+    file: Path, choices: Choices = NOTHING, say: Callable[[str], None] = lambda _: None
+) -> tuple[bytes, Manifest]:
+    """A plugin file's bytes and its MANIFEST, with what was chosen in the place of the author's.
+
+    Args:
+        say: is given each line that a person should read about the choices.
 
     Raises:
-        PluginError: it cannot be read, or is not a plugin; the message says what is missing.
+        PluginError: it cannot be read, is not a plugin, or does not have what was chosen; the
+            message says what is missing.
     """
     try:
         source = file.read_bytes()
     except OSError as error:
         raise PluginError(f"cannot read {file}: {error.strerror}", "check the path") from error
-    return source, read_manifest(source, file.name)
+    chosen = choose(source, file.name, choices)
+    for note in chosen.notes:
+        say(note)
+    return chosen.source, read_manifest(chosen.source, file.name)
 
 
 def sign(

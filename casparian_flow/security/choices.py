@@ -1,0 +1,300 @@
+"""What a person chooses of a plugin when they publish it, put into the source of its MANIFEST.
+
+The chosen values stand in the artifact as literals, in the place of the author's. So they are
+signed with it, and whoever reads the MANIFEST later reads them without knowing of any choice.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from casparian_flow.errors import PluginError
+from casparian_flow.security.manifest import Module, of_fields, read_manifest
+from casparian_flow.security.source import parse
+
+_ESCAPE = re.compile(
+    r"\\(?:(?P<plain>[tnr0\\])|x(?P<x>[0-9A-Fa-f]{2})|u(?P<u>[0-9A-Fa-f]{4})"
+    r"|U(?P<U>[0-9A-Fa-f]{8})|(?P<other>.?))",
+    re.DOTALL,
+)
+_PLAIN = {"t": "\t", "n": "\n", "r": "\r", "0": "\0", "\\": "\\"}
+_FLAGS = {"true": True, "yes": True, "on": True, "1": True,
+          "false": False, "no": False, "off": False, "0": False}  # fmt: skip
+_BOM = b"\xef\xbb\xbf"
+
+
+class Choices(NamedTuple):
+    """What was chosen; the author's word holds where nothing was."""
+
+    name: str | None = None
+    patterns: Sequence[str] = ()
+    topics: Sequence[str] = ()
+    """In the order of the MANIFEST's, and as many."""
+    options: Mapping[str, str] = {}
+    """Option -> its value as it was typed."""
+
+
+NOTHING = Choices()
+
+
+class Chosen(NamedTuple):
+    """A plugin's source with the choices in it."""
+
+    source: bytes
+    notes: list[str]
+    """What a person should look at, a sentence each."""
+
+
+class _Edit(NamedTuple):
+    start: int
+    """A byte of the source."""
+    end: int
+    text: bytes
+
+
+def choose(source: bytes, file_name: str, choices: Choices) -> Chosen:
+    """Put the choices into the MANIFEST's call; every other byte stays as it is.
+
+    Args:
+        source: the plugin's file; UTF-8.
+        file_name: its name, for messages.
+
+    Raises:
+        PluginError: it is not a plugin, or does not have what was chosen: an option that it does
+            not declare, a value of another type, another number of topics.
+    """
+    if choices == NOTHING:
+        return Chosen(source, [])
+    tree = parse(source, file_name)
+    module = Module(tree, source, file_name)
+    fields = module.manifest_fields()
+    writer = _Writer(source, module.manifest_call())
+    notes: list[str] = []
+    if choices.name is not None:
+        if not choices.name:
+            raise PluginError("the name that was chosen is empty", "write it like --name orders")
+        writer.field(fields, "name", choices.name)
+    if choices.patterns:
+        several = len(choices.patterns) > 1 or not isinstance(fields.get("pattern", ""), str)
+        chosen = list(dict.fromkeys(choices.patterns))
+        writer.field(fields, "pattern", chosen if several else chosen[0])
+    if choices.topics:
+        renamed = _renamed(fields, file_name, choices.topics)
+        notes = list(_mentions(tree, writer.call, file_name, renamed))
+        writer.topics(fields, renamed)
+    for option, text in choices.options.items():
+        writer.option(fields, option, _option_value(fields, file_name, option, text))
+    changed = writer.written()
+    if read_manifest(changed, file_name) != of_fields(fields, file_name):
+        raise PluginError(
+            f"the MANIFEST of {file_name} cannot be rewritten: it would not read back as chosen",
+            "edit the file itself, and publish it without choices",
+        )
+    return Chosen(changed, notes)
+
+
+class _Writer:
+    """Collects the edits of a MANIFEST's call, and keeps its fields as they will read then."""
+
+    def __init__(self, source: bytes, call: ast.Call) -> None:
+        self.call = call
+        self._source = source
+        self._lines = source.removeprefix(_BOM).splitlines(keepends=True)
+        self._starts = [len(source) - sum(map(len, self._lines))]
+        for line in self._lines:
+            self._starts.append(self._starts[-1] + len(line))
+        self._keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+        self._edits: list[_Edit] = []
+        self._new: list[str] = []
+        """Keywords that the call does not have yet."""
+
+    def field(self, fields: dict[str, Any], name: str, value: str | list[str]) -> None:
+        """Give a field a value, in the place of the one that it has."""
+        fields[name] = value
+        if name in self._keywords:
+            self._replace(self._keywords[name], value)
+        else:
+            self._new.append(f"{name}={_literal(value)}")
+
+    def topics(self, fields: dict[str, Any], renamed: Mapping[str, str]) -> None:
+        """Give topics other names wherever the call names them; lists keep their form."""
+        for node in _texts_of(self._keywords.get("topic")):
+            self._replace(node, renamed[str(node.value)])
+        if "topic" in fields:
+            topic = fields["topic"]
+            many = isinstance(topic, list)
+            fields["topic"] = [renamed[each] for each in topic] if many else renamed[topic]
+        sinks = self._keywords.get("sinks")
+        for key in sinks.keys if isinstance(sinks, ast.Dict) else ():
+            if isinstance(key, ast.Constant):
+                self._replace(key, renamed[str(key.value)])
+        if "sinks" in fields:
+            fields["sinks"] = {renamed[key]: sink for key, sink in fields["sinks"].items()}
+
+    def option(self, fields: dict[str, Any], name: str, value: str | int | bool) -> None:
+        """Give an option that is declared another value."""
+        fields["options"] = {**fields["options"], name: value}
+        options = self._keywords["options"]
+        assert isinstance(options, ast.Dict)
+        for key, node in zip(options.keys, options.values, strict=True):
+            if isinstance(key, ast.Constant) and key.value == name:
+                self._replace(node, value)
+
+    def written(self) -> bytes:
+        """The source with the edits made."""
+        edits = [*self._edits, *self._insertion()]
+        text = self._source
+        for edit in sorted(edits, reverse=True):
+            text = text[: edit.start] + edit.text + text[edit.end :]
+        return text
+
+    def _insertion(self) -> Iterator[_Edit]:
+        """New keywords stand before the first, on lines of their own where it does so."""
+        if not self._new:
+            return
+        if not self.call.keywords:
+            assert self.call.end_lineno and self.call.end_col_offset
+            at = self._at(self.call.end_lineno, self.call.end_col_offset) - 1
+            yield _Edit(at, at, ", ".join(self._new).encode())
+            return
+        first = self.call.keywords[0]
+        before = self._lines[first.lineno - 1][: first.col_offset]
+        gap = b" "
+        if first.lineno > self.call.lineno and not before.strip():
+            above = self._lines[first.lineno - 2]
+            gap = above[len(above.rstrip(b"\r\n")) :] + before
+        at = self._at(first.lineno, first.col_offset)
+        yield _Edit(at, at, b"".join(f"{new},".encode() + gap for new in self._new))
+
+    def _replace(self, node: ast.expr, value: object) -> None:
+        assert node.end_lineno and node.end_col_offset is not None
+        start = self._at(node.lineno, node.col_offset)
+        end = self._at(node.end_lineno, node.end_col_offset)
+        self._edits.append(_Edit(start, end, _literal(value).encode()))
+
+    def _at(self, line: int, column: int) -> int:
+        """The byte at a place of the tree, whose columns are bytes and do not count a BOM."""
+        return self._starts[line - 1] + column
+
+
+def _texts_of(node: ast.expr | None) -> Iterator[ast.Constant]:
+    """The strings of a literal that is one, or several."""
+    each = node.elts if isinstance(node, ast.List | ast.Tuple | ast.Set) else [node]
+    for item in each:
+        if isinstance(item, ast.Constant) and isinstance(item.value, str):
+            yield item
+
+
+def _literal(value: object) -> str:
+    """A literal of Python on one line, in double quotes where that needs no escape."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    text = repr(value)
+    return f'"{text[1:-1]}"' if text.startswith("'") and '"' not in text else text
+
+
+def _renamed(fields: dict[str, Any], file_name: str, chosen: Sequence[str]) -> dict[str, str]:
+    """Each topic of the MANIFEST and the name that it gets."""
+    topic = fields.get("topic", [])
+    several = [topic] if isinstance(topic, str) else topic
+    known = list(dict.fromkeys([*several, *fields.get("sinks", {})]))
+    if len(chosen) != len(known):
+        listed = ", ".join(known) or "none"
+        raise PluginError(
+            f"{len(chosen)} topic{'' if len(chosen) == 1 else 's'} chosen, and the MANIFEST of "
+            f"{file_name} has {len(known)}: {listed}",
+            "name them all, in that order: "
+            + (" ".join(f"--topic {name}" for name in known) or "leave --topic out"),
+        )
+    if twice := next((name for name in chosen if list(chosen).count(name) > 1), None):
+        raise PluginError(
+            f"topic {twice[:80]!r} is chosen twice", "give each topic a name of its own"
+        )
+    return dict(zip(known, chosen, strict=True))
+
+
+def _mentions(
+    tree: ast.Module, call: ast.Call, file_name: str, renamed: Mapping[str, str]
+) -> Iterator[str]:
+    """Places that may still name a topic as the author did.
+
+    Raises:
+        PluginError: one of them publishes to it.
+    """
+    old = {name for name, new in renamed.items() if name != new}
+    in_manifest = {id(node) for node in ast.walk(call)}
+    for node in ast.walk(tree):
+        topic = _published_to(node)
+        if topic is not None and topic.value in old:
+            raise PluginError(
+                f"{file_name} line {topic.lineno} publishes to the topic {topic.value!r} by this "
+                "name, so it cannot get another",
+                "write MANIFEST.topic there, or MANIFEST.topic[0] where it is a list",
+            )
+    for node in ast.walk(tree):
+        if id(node) not in in_manifest and isinstance(node, ast.Constant) and node.value in old:
+            yield (
+                f"{file_name} line {node.lineno} has the text {node.value!r}, which was a topic's "
+                f"name and is {renamed[str(node.value)]!r} now; a plugin that publishes to it fails"
+            )
+
+
+def _published_to(node: ast.AST) -> ast.Constant | None:
+    """The topic of `self.publish("topic", data)`, where it is a literal."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return None
+    if node.func.attr != "publish":
+        return None
+    named = [keyword.value for keyword in node.keywords if keyword.arg == "topic"]
+    topic = next(iter([*node.args[:1], *named]), None)
+    return topic if isinstance(topic, ast.Constant) else None
+
+
+def _option_value(
+    fields: dict[str, Any], file_name: str, option: str, text: str
+) -> str | int | bool:
+    """An option's value, of the type of the one that the MANIFEST declares."""
+    declared: dict[str, str | int | bool] = fields.get("options", {})
+    if option not in declared:
+        known = ", ".join(f"{name}={_literal(value)}" for name, value in declared.items())
+        raise PluginError(
+            f"{file_name} has no option {option[:60]!r}; "
+            + (f"it has, with their values now: {known}" if known else "it has no options"),
+            "choose one of these" if known else "leave --option out",
+        )
+    default = declared[option]
+    if isinstance(default, bool):
+        if text.lower() not in _FLAGS:
+            raise _misfit(option, text, "true or false")
+        return _FLAGS[text.lower()]
+    if isinstance(default, int):
+        if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
+            raise _misfit(option, text, "a whole number of 9 digits at most")
+        return int(text)
+    return _unescaped(option, text)
+
+
+def _misfit(option: str, text: str, wanted: str) -> PluginError:
+    return PluginError(
+        f"option {option} must be {wanted}, not {text[:60]!r}", f"write it like --option {option}=1"
+    )
+
+
+def _unescaped(option: str, text: str) -> str:
+    r"""The text that was typed, with `\t`, `\x01` and the like as the characters they stand for."""
+
+    def character(found: re.Match[str]) -> str:
+        if found["plain"]:
+            return _PLAIN[found["plain"]]
+        code = int(found["x"] or found["u"] or found["U"] or "ffffffff", 16)
+        if code > 0x10FFFF:
+            raise PluginError(
+                f"option {option}: {found[0]!r} is not an escape",
+                r"the escapes are \t \n \r \0 \\ \xNN \uNNNN \UNNNNNNNN; a backslash itself is \\",
+            )
+        return chr(code)
+
+    return _ESCAPE.sub(character, text)
