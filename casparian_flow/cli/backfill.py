@@ -63,7 +63,7 @@ def _tell(plugin: str, done: Backfilled, *, dry_run: bool) -> None:
     if done.worked:
         context.say(
             f"{done.worked} versions were worked by another version of {plugin} "
-            f"(--redo has {done.version} work them too)"
+            f"(--redo has {done.version} work {_as_many(done)} too)"
         )
     if done.waits:
         context.say(
@@ -75,3 +75,9 @@ def _tell(plugin: str, done: Backfilled, *, dry_run: bool) -> None:
             "their rows come beside those that are there, with their own _cf_plugin_version, or in "
             "mode replace in their place; `casparian query` shows each file's latest version once"
         )
+
+
+def _as_many(done: Backfilled) -> str:
+    if done.again == done.worked:
+        return "them"
+    return f"{done.again} of them, whose bytes are there,"

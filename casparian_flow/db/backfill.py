@@ -64,6 +64,8 @@ class Looked(NamedTuple):
     """Of those: another artifact has worked them, and nobody said to redo it."""
     waits: int
     """Of those: a job of another artifact is unfinished."""
+    again: int
+    """Of `worked`: their bytes are there, so that to redo them would queue them."""
 
 
 def look(connection: Connection, choice: Choice, routing: Routing, after: int) -> Looked:
@@ -72,7 +74,7 @@ def look(connection: Connection, choice: Choice, routing: Routing, after: int) -
     del values["redo"]
     rows = connection.execute(text(_VERSIONS), values).all()
     lacking: list[tuple[int, Wanted]] = []
-    routed = bytes_gone = worked = waits = 0
+    routed = bytes_gone = worked = waits = again = 0
     for row in rows:
         wanted = _wanted(routing, row, choice.plugin)
         if wanted is None:
@@ -84,11 +86,37 @@ def look(connection: Connection, choice: Choice, routing: Routing, after: int) -
             waits += 1
         elif row.worked and not choice.redo:
             worked += 1
+            again += bool(row.kept)
         elif not row.kept:
             bytes_gone += 1
         else:
             lacking.append((row.id, wanted))
-    return Looked(rows[-1].id if rows else None, lacking, routed, bytes_gone, worked, waits)
+    last = rows[-1].id if rows else None
+    return Looked(last, lacking, routed, bytes_gone, worked, waits, again)
+
+
+class WorkOfOthers(NamedTuple):
+    """What other versions of a plugin did with file versions that it would get."""
+
+    worked: int
+    """Also those that they failed at."""
+    again: int
+    """Of those: their bytes are there."""
+    waits: int
+    """Versions that are queued for another version of the plugin, or being worked by it."""
+
+
+def of_others(connection: Connection, plugin: str, version: str) -> WorkOfOthers:
+    """Count what the other versions of a plugin have worked and this one has not."""
+    choice = Choice(plugin, version)
+    routing = Routing(connection)
+    worked = again = waits = 0
+    last: int | None = 0
+    while last is not None:
+        looked = look(connection, choice, routing, last)
+        worked, again, waits = worked + looked.worked, again + looked.again, waits + looked.waits
+        last = looked.last
+    return WorkOfOthers(worked, again, waits)
 
 
 def _wanted(routing: Routing, row: Any, plugin: str) -> Wanted | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -21,7 +21,7 @@ from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, plugins, roots, trust, wiring
+from casparian_flow.db import audit, backfill, plugins, roots, trust, wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Plugin
 from casparian_flow.db.routing import Routing
@@ -170,8 +170,31 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
     crashpoint("architect.deployed")
     adopted = inventory.take(settings, ledger)  # its sinks may hold what a lost ledger published
     queued = queue_missing(ledger)
-    deed += f"; {queued} job{'' if queued == 1 else 's'} queued for files already known"
-    return "\n".join([deed, *stays, *adopted])
+    deed += f"; {_counted(queued, 'job')} queued for files already known"
+    older = _older_work(ledger, candidate.manifest.name, candidate.statement.version)
+    return "\n".join([deed, *stays, *older, *adopted])
+
+
+def _older_work(ledger: Ledger, name: str, version: str) -> Iterator[str]:
+    """What other versions of a plugin have worked, which this one does not by itself."""
+    if ledger.read(lambda c: plugins.active(c, name)) != version:
+        return
+    done = ledger.read(lambda c: backfill.of_others(c, name, version))
+    redo = f"casparian backfill {name} --redo"
+    if done.worked:
+        words = f"older versions of {name} have worked {_counted(done.worked, 'file version')}"
+        if done.again == done.worked:
+            yield f"{words}; to have {version} work them too: {redo}"
+        elif done.again:
+            yield f"{words}; to have {version} work the {done.again} whose bytes are there: {redo}"
+        else:
+            yield f"{words}, whose bytes are gone: {version} cannot work them"
+    if done.waits:
+        yield f"an older version of {name} keeps its {_counted(done.waits, 'unfinished job')}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def queue_missing(ledger: Ledger) -> int:

@@ -39,6 +39,8 @@ class Backfilled(NamedTuple):
     """Versions that another version of the plugin has worked, and that were not to be redone."""
     waits: int
     """Versions that still wait for another version of the plugin, or are being worked by it."""
+    again: int = 0
+    """Of `worked`: those whose bytes are there, which `redo` would queue."""
 
 
 def backfill(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from sqlalchemy import select
 
-from casparian_flow import config
+from casparian_flow import config, main
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs, snapshots, views
 from casparian_flow.db.access import Ledger, open_ledger
@@ -102,6 +103,46 @@ def test_what_has_no_bytes_any_more_and_what_waits_is_counted(tmp_path: Path, so
         assert "sees 1.1.0: 2 jobs queued" in said
         assert "1 versions have no bytes any more" in said
         assert "1 versions have an unfinished job of another version of sees" in said
+
+
+def test_a_new_version_says_what_older_ones_have_worked(tmp_path: Path, source: Path) -> None:
+    settings = recorded(tmp_path, source)
+    cli = Casparian(settings.home)
+    better = settings.home / "sees.py"
+    with open_ledger(settings.database) as ledger:
+        assert "older" not in publish(ledger, settings, "sees", SEES, "1.0.0")
+        words = publish(ledger, settings, "sees", SEES + "\n# 2\n", "1.0.1")
+        assert "an older version of sees keeps its 1 unfinished job" in words
+        backfill(ledger, settings, "sees")
+        assert work_all(settings) == {"COMPLETED": 4}
+        words = publish(ledger, settings, "sees", SEES + "\n# 3\n", "1.1.0")
+        assert (
+            "older versions of sees have worked 4 file versions; to have 1.1.0 work them too: "
+            "casparian backfill sees --redo"
+        ) in words.splitlines()
+        better.write_text(SEES + "\n# older\n")
+        assert "older versions" not in cli.out("publish", better, "--version", "0.9")
+
+        def forget(ordinals: set[int]) -> None:
+            lost = select(FileVersion.content_hash).where(FileVersion.ordinal.in_(ordinals))
+            ledger.write(lambda c: snapshots.forget(c, c.execute(lost).scalars().all()))
+
+        forget({2})
+        better.write_text(SEES + "\n# 4\n")
+        words = cli.out("publish", better, "--version", "1.2")
+        assert "to have 1.2 work the 3 whose bytes are there: casparian backfill sees" in words
+        said = cli.out("backfill", "sees", "--dry-run")
+        assert "--redo has 1.2 work 3 of them, whose bytes are there, too" in said
+        better.write_text(SEES.replace("*.txt", "b.txt"))
+
+        async def through_the_daemon() -> str:
+            async with main.running(settings, "test", workers=1, watch=False):
+                publishing = asyncio.to_thread(cli.process, "publish", better, "--version", "1.3")
+                return (await publishing).stdout
+
+        words = asyncio.run(through_the_daemon())
+        assert "deployed sees 1.3" in words
+        assert "have worked 1 file version; to have 1.3 work them too" in words
 
 
 def test_what_cannot_be_meant_is_said(tmp_path: Path, source: Path) -> None:
