@@ -24,7 +24,12 @@ def query(
         str, typer.Argument(metavar="SQL", help="One SELECT over <topic> or <topic>_history.")
     ],
     as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Comma separated, with a header.")] = False,
+    as_csv: Annotated[
+        bool,
+        typer.Option(
+            "--csv", help="Comma separated, with a header; as it is, but on a terminal escaped."
+        ),
+    ] = False,
     limit: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Rows at the most; a table shows 50, else all."),
@@ -33,7 +38,8 @@ def query(
     """Ask a question of the committed outputs.
 
     Each topic is a table of what the latest version of each file gave; <topic>_history has what
-    every version gave.
+    every version gave. SHOW TABLES lists them, DESCRIBE <topic> its columns. It reads only, and of
+    files only those of the topics.
     """
     from casparian_flow.db import views
     from casparian_flow.engine.sinks.query import answer
@@ -45,7 +51,8 @@ def query(
     with answer(sql, outputs) as reader:
         names, rows = list(reader.schema.names), _rows(reader)
         if as_csv:
-            writer = csv.writer(sys.stdout, lineterminator="\n")
+            writer = csv.writer(_Terminal() if sys.stdout.isatty() else sys.stdout,
+                                lineterminator="\n")  # fmt: skip
             writer.writerow(names)
             writer.writerows(itertools.islice(rows, limit))
         elif as_json:
@@ -55,6 +62,13 @@ def query(
             context.table(names, shown, _cell)
             if more := sum(1 for _ in rows):
                 context.note(f"{more} more rows   (--limit N shows more, --csv and --json all)")
+
+
+class _Terminal:
+    """Standard output, where a value's characters must not move the cursor or turn the text."""
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(context.printable(text))
 
 
 def _cell(_name: str, value: Any) -> str:

@@ -1,7 +1,9 @@
 """Committed outputs as tables of DuckDB, for one question that only reads.
 
 A topic is a view over its Parquet files; what a SQLite sink holds of it is copied into DuckDB
-first, in batches. Only the topics that the question names are opened.
+first, in batches. Only the topics that the question names are opened, and DuckDB can open no file
+but those of their folders: what is asked must only read (`questions`), and where that fails the
+connection itself refuses.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from casparian_flow.engine.sinks import PREFIXES, SERVER
+from casparian_flow.engine.sinks import PREFIXES, SERVER, questions
 from casparian_flow.engine.sinks import sqlite_tables as tables
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import CasparianError, NotFound
@@ -28,6 +30,9 @@ BATCH_ROWS = 16 << 10
 """Rows of a SQLite table converted at once."""
 
 HISTORY = "_history"
+
+COPIES = "copies"
+"""A schema of its own, so that SHOW TABLES has the topics and nothing else."""
 
 Output = Mapping[str, Any]
 """A committed output: topic, location, target, output_key, latest."""
@@ -52,7 +57,6 @@ def answer(question: str, outputs: Sequence[Output]) -> Iterator[Any]:
         raise CasparianError(
             "queries need DuckDB, which is not installed", "pip install 'casparian-flow[query]'"
         ) from error
-    tables = _tables(outputs)
     with tempfile.TemporaryDirectory(prefix="casparian-query-") as scratch:
         settings = {
             "autoinstall_known_extensions": "false",
@@ -62,17 +66,22 @@ def answer(question: str, outputs: Sequence[Output]) -> Iterator[Any]:
         }
         with duckdb.connect(config=settings) as database:
             try:
-                _check_reads_only(duckdb, question)
+                asked = questions.reading(duckdb, database, question)
                 database.execute("SET TimeZone = 'UTC'")
-                for name, (wanted, shown) in tables.items():
-                    if _names(question, name):
-                        _create(database, name, wanted, shown)
-                yield pa.RecordBatchReader.from_stream(database.sql(question))
+                database.execute(f"CREATE SCHEMA {COPIES}")
+                folders = _define(database, question, outputs)
+                _lock(database, folders)
+                yield pa.RecordBatchReader.from_stream(database.sql(asked))
             except duckdb.CatalogException as error:
                 known = ", ".join(sorted({o["topic"] for o in outputs})) or "none yet"
                 raise NotFound(
                     f"{_first_line(error)}; topics with output: {known}",
                     'casparian topics   (write a name that has - or . as "my-topic")',
+                ) from error
+            except duckdb.PermissionException as error:
+                raise CasparianError(
+                    f"the query failed: {_first_line(error)}",
+                    "a query sees the topics that it names, and no other file",
                 ) from error
             except BrokenPipeError:  # of whoever prints the rows
                 raise
@@ -84,7 +93,7 @@ def answer(question: str, outputs: Sequence[Output]) -> Iterator[Any]:
 
 
 def _tables(outputs: Sequence[Output]) -> dict[str, tuple[list[Output], bool]]:
-    """Table name -> outputs that give its columns, and whether it shows their rows.
+    """Name in small letters -> outputs that give a table its columns; whether it has their rows.
 
     A topic whose latest versions gave nothing has the columns of its history and no row. A topic
     that is itself named like another one's history wins.
@@ -99,15 +108,34 @@ def _tables(outputs: Sequence[Output]) -> dict[str, tuple[list[Output], bool]]:
     }
 
 
-def _check_reads_only(duckdb: Any, question: str) -> None:
-    """One statement that only reads: no COPY, ATTACH, INSTALL, SET or anything else."""
-    reading = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN)
-    statements = duckdb.extract_statements(question)
-    if len(statements) != 1 or statements[0].type not in reading:
-        raise CasparianError(
-            "a query is one SELECT: it reads, and changes nothing",
-            'casparian query "SELECT * FROM <topic>"   (casparian topics lists them)',
-        )
+def _define(database: Any, question: str, outputs: Sequence[Output]) -> set[str]:
+    """Create the tables that the question may ask for; the folders that they read from.
+
+    For a question about the tables themselves those that it does not name are there without rows.
+    """
+    folders: set[str] = set()
+    for lowered, (wanted, shown) in _tables(outputs).items():
+        topic = wanted[0]["topic"]
+        name = topic if topic.lower() == lowered else topic + HISTORY
+        if questions.asks_for_names(question):
+            database.execute(f"CREATE TEMP VIEW {_quote(name)} AS SELECT NULL AS unopened")
+        elif _names(question, name):
+            folders |= _create(database, name, wanted, shown)
+        elif questions.asks_catalog(question) and not any(map(_on_server, wanted)):
+            folders |= _create(database, name, wanted, False)
+    return folders
+
+
+def _lock(database: Any, folders: set[str]) -> None:
+    """From here on nothing but these folders can be opened, and no setting can be changed."""
+    allowed = ", ".join(_text(each) for folder in folders for each in (folder, glob.escape(folder)))
+    database.execute(f"SET allowed_directories = [{allowed}]")
+    database.execute("SET enable_external_access = false")
+    database.execute("SET lock_configuration = true")
+
+
+def _on_server(output: Output) -> bool:
+    return bool(output["location"].startswith(SERVER))
 
 
 def _names(question: str, table: str) -> bool:
@@ -115,32 +143,41 @@ def _names(question: str, table: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(table)}(?!\w)", question, re.IGNORECASE) is not None
 
 
-def _create(database: Any, name: str, outputs: Sequence[Output], shown: bool) -> None:
-    """One view over the files and the copied tables, their columns united by name."""
+def _create(database: Any, name: str, outputs: Sequence[Output], shown: bool) -> set[str]:
+    """One view over the files and the copied tables, their columns united by name.
+
+    Args:
+        shown: whether it has their rows.
+
+    Returns:
+        The folders that its files are in.
+    """
     for output in outputs:
-        if output["location"].startswith(SERVER):
+        if _on_server(output):
             raise CasparianError(
                 f"topic {output['topic']!r} is in SQL Server, where this does not look",
                 f"ask the server itself, for table {output['target'].removeprefix(SERVER)}",
             )
     parts = []
-    files = [_files(o["target"]) for o in outputs if o["location"].startswith(PREFIXES["parquet"])]
-    if files:
-        listed = ", ".join(map(_text, files))
+    targets = [o["target"] for o in outputs if o["location"].startswith(PREFIXES["parquet"])]
+    if targets:
+        listed = ", ".join(map(_text, map(_files, targets)))
         options = "union_by_name = true, hive_partitioning = false"
         parts.append(f"SELECT * FROM read_parquet([{listed}], {options})")  # noqa: S608
     for location, keys in _databases(outputs).items():
-        copy = _quote(f"{name} in {location}")
+        copy = f"{COPIES}.{_quote(f'{name} in {location}')}"
         path = Path(location.removeprefix(PREFIXES["sqlite"]))
         with _table_rows(path, outputs[0]["topic"], keys) as rows:
             database.register("_incoming", rows)
-            database.execute(f"CREATE TEMP TABLE {copy} AS SELECT * FROM _incoming")  # noqa: S608
+            some = "" if shown else " LIMIT 0"
+            database.execute(f"CREATE TABLE {copy} AS SELECT * FROM _incoming{some}")  # noqa: S608
             database.unregister("_incoming")
         parts.append(f"SELECT * FROM {copy}")  # noqa: S608
     rows_of_all = " UNION ALL BY NAME ".join(f"({part})" for part in parts)
     limit = "" if shown else " LIMIT 0"
     view = f"SELECT * FROM ({rows_of_all}){limit}"  # noqa: S608
     database.execute(f"CREATE TEMP VIEW {_quote(name)} AS {view}")
+    return {str(Path(target).parent) for target in targets}
 
 
 def _files(target: str) -> str:
