@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from casparian_flow.crashpoints import crashpoint
+from casparian_flow.errors import Unavailable
 
 STATE_FOLDER = ".casparian"
 _OWNED = "owned"
@@ -42,6 +43,38 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
     crashpoint("atomic.folder_made")
     fsync_path(folder.parent)
     crashpoint("atomic.folder_synced")
+
+
+def make_private(folder: Path) -> bool:
+    """Create a folder that only this user can enter, or make one so; whatever the umask is.
+
+    Returns:
+        Whether others could have written there until now: what is in it may be theirs.
+
+    Raises:
+        Unavailable: it belongs to another user, or its filesystem does not keep modes.
+    """
+    make_folder(folder, mode=0o700)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if found.st_uid != os.geteuid():
+            raise Unavailable(
+                f"{folder} belongs to another user (uid {found.st_uid}), and what we run would "
+                "come from there",
+                "remove it, or set XDG_CACHE_HOME to a folder of your own",
+            )
+        if found.st_mode & 0o777 == 0o700:
+            return False
+        os.fchmod(descriptor, 0o700)
+        if os.fstat(descriptor).st_mode & 0o077:
+            raise Unavailable(
+                f"{folder} is open to other users, and its filesystem does not let us close it",
+                "set XDG_CACHE_HOME to a folder on a filesystem that keeps modes",
+            )
+    finally:
+        os.close(descriptor)
+    return bool(found.st_mode & 0o022)
 
 
 def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from casparian_flow.atomic import exclusive, make_folder
+from casparian_flow.atomic import exclusive, make_private
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
 from casparian_flow.errors import JobError, PluginFailed, SandboxUnavailable, Unavailable
@@ -119,7 +119,7 @@ def _placed(cache: Path) -> Iterator[tuple[Path, int]]:
     by the next one.
     """
     folder = Path(os.path.realpath(cache)) / "canary"
-    make_folder(folder.parent)
+    make_private(folder.parent)
     with (
         exclusive(folder.with_suffix(".lock")),
         socket.create_server(("127.0.0.1", 0)) as server,
