@@ -280,6 +280,16 @@ def private_environment(person: Path, runtime: Path) -> dict[str, str]:
     }
 
 
+def uv_environment() -> dict[str, str]:
+    """The environment of uv: index and secrets are this person's, programs are the system's.
+
+    A file beside a plugin can make uv start programs that it finds on the path, such as
+    `nvidia-smi` (`torch-backend = "auto"`), and the path may lead to the plugin's own folder. A
+    lock takes nothing from git, so git opens no connection, for which it would run helpers.
+    """
+    return dict(os.environ) | {"PATH": os.defpath, "GIT_ALLOW_PROTOCOL": "none"}
+
+
 def find(path: str | None = None) -> Path:
     """The configuration file in force, absolute.
 

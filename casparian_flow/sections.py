@@ -109,6 +109,9 @@ class GuestSettings(Section, frozen=True):
     environments_bytes: Count = 20 << 30
     """Plugins' environments kept on this machine; beyond it the least recently used ones go."""
 
+    environment_limit_bytes: Count = 12 << 30
+    """What one plugin's environment may have, unpacked; a larger one is not built."""
+
     copy_limit_bytes: Count = 1 << 30
     """A larger file is not copied to the inbox: it is hashed in place before and after the run."""
 

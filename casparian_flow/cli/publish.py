@@ -60,7 +60,7 @@ def publish(
     What --name, --pattern, --topic and --option choose is put into the MANIFEST of what is
     deployed; the file stays as it is. So one file can be several plugins.
     """
-    from casparian_flow import config
+    from casparian_flow import atomic, config
     from casparian_flow.engine.undeclared import check_imports
     from casparian_flow.engine.venv_manager import EnvironmentStore
     from casparian_flow.security import gatekeeper, signing
@@ -84,9 +84,11 @@ def publish(
         lock = _lock(here, file, source, manifest.name, chosen)
         pins = sum("==" in line for line in lock.splitlines())
         context.note(f"locked       {pins} packages, each with its hashes")
+        atomic.make_private(config.cache_folder())
         store = EnvironmentStore(
-            config.cache_folder() / "envs", here.settings.guest.environments_bytes
-        )
+            config.cache_folder() / "envs", here.settings.guest.environments_bytes,
+            one_limit_bytes=here.settings.guest.environment_limit_bytes,
+        )  # fmt: skip
         with store.lease(lock) as lease:
             context.note(f"environment  {lease.site_packages}")
             for note in check_imports(file, source, lease.site_packages):

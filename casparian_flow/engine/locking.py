@@ -22,6 +22,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
+from casparian_flow import config
 from casparian_flow.errors import CasparianError, PluginError, Unavailable
 
 PYARROW = "pyarrow>=23.0.1"
@@ -31,6 +32,8 @@ DEFAULT = ("pandas>=2.2", PYARROW)
 COMPILE = ("pip", "compile", "--universal", "--generate-hashes", "--no-build")
 EXPORT = ("export", "--frozen", "--no-emit-project", "--no-dev")
 """Frozen, or else uv runs the interpreter that it finds in a `.venv` beside the plugin."""
+SAFE = ("--keyring-provider", "disabled", "--no-python-downloads")
+"""Whatever a `uv.toml` says: uv asks no program for passwords, and fetches no interpreter."""
 PLAIN = ("--quiet", "--no-header", "--no-annotate")
 SCRIPT_BLOCK = re.compile(r"(?m)^# /// script\s*$\n(?P<body>(?:^#(?:| .*)$\n)+?)^# ///\s*$")
 """PEP 723's own expression, for blocks of the type it defines."""
@@ -45,6 +48,14 @@ PIN = re.compile(
     r"(?: --hash=sha256:[0-9a-f]{64})+"
 )
 HASH = re.compile(r" --hash=sha256:[0-9a-f]{64}(?= |$)")
+
+
+WRITE_LIMIT_BYTES = 24 << 30
+"""What uv may write while it resolves: where an index gives no metadata it unpacks wheels."""
+
+
+class TooMuchWritten(PluginError):
+    """uv wrote more than it may, and was killed."""
 
 
 class Pin(NamedTuple):
@@ -185,23 +196,40 @@ def run_uv(
     stdin: str = "",
     holds: Sequence[int] = (),
     given_up: Callable[[], bool] = lambda: False,
+    write_limit_bytes: int = WRITE_LIMIT_BYTES,
 ) -> str:
     """Run uv to its end; what it printed. It sees our environment: the index is the user's.
+
+    It finds programs of the system only, and is killed once it has written too much: a wheel may
+    be a thousand times as large as its archive, and uv unpacks it into its own cache.
 
     Args:
         folder: where it runs; it reads the configuration that it finds there and above.
         holds: descriptors that it keeps open, even when this process ends before it.
         given_up: asked every LOOK_SECONDS whether it is to be killed.
+        write_limit_bytes: beyond it uv is killed, where the system counts what it writes.
 
     Raises:
+        TooMuchWritten: uv wrote more than it may.
         Unavailable: it was given up.
     """
-    command = [uv.find_uv_bin(), *arguments]
+    command = [uv.find_uv_bin(), *arguments, *SAFE]
+
+    def check() -> None:
+        if given_up():
+            raise Unavailable("uv was stopped: nobody waits for it any more")
+        if _written(process.pid) > write_limit_bytes:
+            raise TooMuchWritten(
+                f"the packages unpack to more than {write_limit_bytes} bytes, and uv was stopped",
+                "depend on less; uv cache clean   (removes what was unpacked)",
+            )
+
     with subprocess.Popen(
-        command, cwd=folder, pass_fds=holds, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True
-    ) as process:
+        command, cwd=folder, pass_fds=holds, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True,
+        env=config.uv_environment(), umask=0o077,
+    ) as process:  # fmt: skip
         try:
-            said, complaint = _communicate(process, stdin, given_up)
+            said, complaint = _communicate(process, stdin, check)
         except BaseException:
             process.kill()
             raise
@@ -211,15 +239,23 @@ def run_uv(
 
 
 def _communicate(
-    process: subprocess.Popen[str], stdin: str | None, given_up: Callable[[], bool]
+    process: subprocess.Popen[str], stdin: str | None, check: Callable[[], None]
 ) -> tuple[str, str]:
     while True:
         try:
             return process.communicate(stdin, LOOK_SECONDS)
         except subprocess.TimeoutExpired:
             stdin = None  # it is kept for the next call
-            if given_up():
-                raise Unavailable("uv was stopped: nobody waits for it any more") from None
+            check()
+
+
+def _written(pid: int) -> int:
+    """Bytes that a process of ours has written so far; 0 where the system does not say."""
+    try:
+        counted = re.search(rb"^wchar: (\d+)$", Path(f"/proc/{pid}/io").read_bytes(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(counted[1]) if counted else 0
 
 
 def script_block(plugin: Path) -> dict[str, object] | None:

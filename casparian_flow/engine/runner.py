@@ -126,8 +126,9 @@ class Runner:
         self._limits = welcome.limits
         self._database = DatabaseSettings(db_location=welcome.database)
         self._environments = EnvironmentStore(
-            self._cache / "envs", welcome.limits.environments_bytes, given_up=self._taken
-        )
+            self._cache / "envs", welcome.limits.environments_bytes, given_up=self._taken,
+            one_limit_bytes=welcome.limits.environment_limit_bytes,
+        )  # fmt: skip
 
     def run(self, jobs: Sequence[tuple[Assignment, Artifact]]) -> list[Receipt]:
         """Run each job, then seal what they staged; one receipt a job, in their order."""

@@ -15,20 +15,27 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import stat
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Self
 
-from casparian_flow.atomic import fsync_path, make_folder, write_once
+from casparian_flow.atomic import fsync_path, make_private, write_once
 from casparian_flow.engine import byte_code
-from casparian_flow.engine.locking import check_lock, run_uv
+from casparian_flow.engine.locking import TooMuchWritten, check_lock, run_uv
 from casparian_flow.errors import ArtifactRefused, EnvironmentFailed, PluginError, Unavailable
+from casparian_flow.sections import GuestSettings
 
+log = logging.getLogger(__name__)
+
+SLACK_BYTES = 64 << 20
+"""What uv writes besides packages: metadata of the index, mostly."""
 SYNC = ("pip", "sync", "--quiet", "--require-hashes", "--no-build")
 
 
@@ -39,14 +46,20 @@ class EnvironmentStore:
         root: such as `config.cache_folder() / "envs"`; may be deleted while no guest runs.
         limit_bytes: beyond it those least recently used go, but none that is leased.
         given_up: asked while one is built whether nobody waits for it any more.
+        one_limit_bytes: a larger one is not built.
     """
 
     def __init__(
-        self, root: Path, limit_bytes: int, given_up: Callable[[], bool] = lambda: False
+        self,
+        root: Path,
+        limit_bytes: int,
+        given_up: Callable[[], bool] = lambda: False,
+        one_limit_bytes: int = GuestSettings().environment_limit_bytes,
     ) -> None:
         self._root = root
         self._limit_bytes = limit_bytes
         self._given_up = given_up
+        self._one_limit_bytes = one_limit_bytes
 
     def lease(self, lock: str) -> Lease:
         """The environment of a lock, built where it is missing; release the lease after use.
@@ -55,12 +68,15 @@ class EnvironmentStore:
 
         Raises:
             ArtifactRefused: the lock holds anything but pinned packages with hashes.
-            EnvironmentFailed: uv could not build it; nothing half-built is ever returned.
-            Unavailable: the store's folder cannot be written, or it was given up.
+            EnvironmentFailed: uv could not build it, or it is too large; nothing half-built is ever
+                returned.
+            Unavailable: the store's folder cannot be written or is another user's, or it was given
+                up.
         """
         folder = self._root / environment_key(lock)
         try:
-            make_folder(self._root)
+            if make_private(self._root):
+                distrust(self._root)
             with contextlib.ExitStack() as undo:
                 descriptor = open_lock(folder)
                 undo.callback(os.close, descriptor)
@@ -68,7 +84,7 @@ class EnvironmentStore:
                 while not in_use(folder, descriptor):
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
                     if not marker(folder).exists():
-                        build(folder, lock, descriptor, self._given_up)
+                        build(folder, lock, descriptor, self._given_up, self._one_limit_bytes)
                         evict(self._root, self._limit_bytes)
                 undo.pop_all()
         except OSError as error:
@@ -135,7 +151,9 @@ def in_use(folder: Path, descriptor: int) -> bool:
     return True
 
 
-def build(folder: Path, lock: str, descriptor: int, given_up: Callable[[], bool]) -> None:
+def build(
+    folder: Path, lock: str, descriptor: int, given_up: Callable[[], bool], limit_bytes: int
+) -> None:
     """Make the environment from nothing, holding its lock alone.
 
     uv holds the lock too: if this process is killed, the next one waits until uv has ended.
@@ -154,11 +172,42 @@ def build(folder: Path, lock: str, descriptor: int, given_up: Callable[[], bool]
         raise ArtifactRefused(error.message, error.hint) from error
     if folder.exists():
         shutil.rmtree(folder)
+    folder.mkdir()
+    folder.chmod(0o700)
     command = [*SYNC, "--python", sys.executable, "--target", str(folder), "-"]
-    # In our own folder, since uv takes settings from the current one and those above it.
-    run_uv(command, failed, folder=folder.parent, stdin=lock, holds=[descriptor], given_up=given_up)
+    try:
+        # In our own folder, since uv takes settings from the current one and those above it.
+        run_uv(
+            command, failed, folder=folder.parent, stdin=lock, holds=[descriptor],
+            given_up=given_up,
+            write_limit_bytes=2 * limit_bytes + SLACK_BYTES,  # unpacked, and copied from there
+        )  # fmt: skip
+    except TooMuchWritten as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise too_large(limit_bytes) from error
+    if (size := size_bytes(folder)) > limit_bytes:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise too_large(limit_bytes)
+    narrow(folder)
     os.sync()  # or a power cut could keep the marker and lose what it vouches for
-    write_once(marker(folder), str(size_bytes(folder)).encode())
+    write_once(marker(folder), str(size).encode())
+
+
+def too_large(limit_bytes: int) -> EnvironmentFailed:
+    """The error for an environment that was not built, since it would have more than it may."""
+    return EnvironmentFailed(
+        f"the plugin's environment has more than {limit_bytes} bytes when it is unpacked "
+        "([guest] environment_limit_bytes)",
+        "depend on less, or raise the limit; uv keeps what it unpacked until: uv cache clean",
+    )
+
+
+def distrust(root: Path) -> None:
+    """Remove the environments of a folder that others could write in; they are built again."""
+    log.warning("%s could be written by other users: its environments are built again", root)
+    for folder in root.iterdir():
+        if folder.is_dir() and not remove(folder):
+            log.warning("%s is in use and stays; stop what runs, and delete it", folder)
 
 
 def size_bytes(folder: Path) -> int:
@@ -169,6 +218,17 @@ def size_bytes(folder: Path) -> int:
             look = os.lstat(os.path.join(parent, name))
             sizes[look.st_dev, look.st_ino] = look.st_size
     return sum(sizes.values())
+
+
+def narrow(folder: Path) -> None:
+    """Let nobody else write what is in a folder: uv's cache, which has the same files by other
+    names, may have been filled under any umask.
+    """
+    for parent, _, names in os.walk(folder):
+        for path in (parent, *(os.path.join(parent, name) for name in names)):
+            mode = os.lstat(path).st_mode
+            if mode & 0o022 and not stat.S_ISLNK(mode):
+                os.chmod(path, stat.S_IMODE(mode) & ~0o022)
 
 
 def evict(root: Path, limit_bytes: int) -> None:
