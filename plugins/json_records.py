@@ -2,160 +2,570 @@
 # requires-python = ">=3.11"
 # dependencies = ["pyarrow>=23.0.1"]
 # ///
-"""JSON documents, JSON lines and GeoJSON become rows of topic `json`.
+"""JSON documents, JSON lines and GeoJSON become rows of topic `json`; gzip is unpacked.
 
-A `.json` or `.geojson` file is one document, held in memory: an array of objects is a row each;
-so is an object with exactly one member that is an array of objects, whose other members are
-repeated on every row as `document_<name>`; any other document is one row. A `.json` file whose
-first line is a whole object and not its last is read as JSON lines, and a `.jsonl` file whose
-first line is only `{` or `[` as a document. A document that is not JSON
-fails the job, with the line and column.
+**Which records.** A `.json` or `.geojson` file is one document, held in memory. An array that has
+an object among its elements is a row for each element; an empty array is no row. An object with
+exactly one member that is such an array is a page: the elements are the rows, and its other members
+are repeated on each as `document_<name>`. A page whose array is empty is no row; an empty array
+tells a page only by a usual name (`items`, `results`, ...) or where it is the only member. Any
+other document is one row. The log says what was guessed; option `records` says it instead: the
+member's name, or `.` for the document itself.
+A `.json` file whose first line is a whole value and not its last is read as JSON lines, and a
+`.jsonl` file whose first line is only `{` or `[` as a document. Objects one after another, without
+lines between them, are a row each. A document that is not JSON fails the job, with the line and
+column; so does HTML, XML, a ZIP or anything else that its first bytes tell. A file of 0 bytes
+publishes nothing.
 
 `.jsonl`, `.ndjson` and `.geojsonl` are read line by line, twice: first for the columns, then for
-the rows. A line that is not JSON, not UTF-8, or repeats a key within an object goes to topic
-`json_rejects` (line from 1, reason, raw text with undecodable bytes as `\\xNN`); blank lines are
-skipped.
+the rows. Blank lines are skipped, a line that is an array with objects is a row for each element.
+What cannot be a row goes to topic `json_rejects` with its line (from 1; null in a document), the
+reason and the raw text (undecodable bytes as `\\xNN`): a line that is not JSON, not in the file's
+encoding or repeats a key within an object; a record with NaN or Infinity, which JSON does not have;
+a record with a number that neither a double nor a decimal of 38 digits holds.
 
 A GeoJSON feature is a row of its properties, with its other members as `feature_<name>`. What is
 not an object is a row with the one column `value`.
-Each top-level key is a column. Where all values of the file agree it is boolean, int64, float64
-(integers up to 2**53 may be among them) or text; a column that holds anything else, or mixes
-them, is JSON text. A missing key and `null` are both null. A lone surrogate in a text stays the
-escape it was (`\\udNNN`). A file with more than 1000 keys, or none, has the one column
-`value`, JSON text of each row. Names: white space is folded, an empty key becomes `column_3` (its
-position), keys that differ in case only `name_2`, `_cf_x` becomes `x_cf_x`; 100 characters are
-kept.
+
+**Which columns.** Each top-level key is one. Its type holds for all of the file:
+
+    nothing but null      null: no type yet
+    true and false        boolean
+    text                  text
+    whole numbers         int64
+    numbers               double, where the shortest text of the double nearest to each of them has
+                          its value: 0.1 and 1e3, not 12345678901234567.89
+    numbers otherwise     decimal(38, 18), or of as many digits after the point as there are:
+                          whole numbers beyond 64 bits, numbers of 17 digits and more
+    what has no room      JSON text, which the log says: whole numbers of more than 38 digits
+    anything else         JSON text: arrays, objects, columns of mixed kinds
+
+Numbers within JSON text stay as they were written. A missing key and `null` are both null. A lone
+surrogate in a text stays the escape it was (`\\udNNN`). A file with more than 1000 keys, or none,
+has the one column `value`, JSON text of each row. Names: white space is folded, an empty key
+becomes `column_3` (its position), keys that differ in case only `name_2`, `_cf_x` becomes
+`x_cf_x`; 100 characters are kept.
+
+**Option `types`** settles columns whose types differ from file to file. `text` makes every column
+text: texts as they are, all else as JSON text. `double` takes the nearest double for every number
+that is not an int64. `id:text,lat:double,sum:decimal` says it of some columns, by their keys; there
+`decimal` is decimal(38, 18), and a record with another value is a reject.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Context, Decimal, InvalidOperation
 from functools import partial
+from itertools import islice
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from casparian_flow.sdk import BasePlugin, PluginMetadata
-
-MANIFEST = PluginMetadata(
-    pattern=["*.json", "*.geojson", "*.jsonl", "*.ndjson", "*.geojsonl"],
-    topic=["json", "json_rejects"],
-    version="1.0.0",
+from casparian_flow.sdk import (
+    BasePlugin,
+    PluginMetadata,
+    batches,
+    column_names,
+    foreign_kind,
+    open_bytes,
 )
 
+MANIFEST = PluginMetadata(
+    pattern=[
+        "*.json", "*.geojson", "*.jsonl", "*.ndjson", "*.geojsonl",
+        "*.json.gz", "*.geojson.gz", "*.jsonl.gz", "*.ndjson.gz", "*.geojsonl.gz",
+    ],
+    topic=["json", "json_rejects"],
+    version="1.1.0",
+    options={"types": "", "records": ""},
+)  # fmt: skip
+
 LINES = {".jsonl", ".ndjson", ".geojsonl"}
+PAGES = {
+    "items", "results", "result", "data", "records", "rows", "values", "value", "features",
+    "entries", "hits", "documents", "docs", "list", "objects", "elements", "content", "nodes",
+    "edges", "events", "members", "messages",
+}  # fmt: skip
+"""Names of a member whose array, when it is empty, still says that the document is a page."""
 MAX_COLUMNS = 1000
-BATCH_ROWS = 5000
-BATCH_BYTES = 16 << 20
+BLOCK = 1 << 16
+LOOK = 10
+"""Lines that tell lines from a document printed over many."""
+DIGITS = 38
+SCALE = 18
+"""Digits after the point of most decimals: outputs of one topic should agree."""
+PLAIN, ONE = Context(prec=100), Decimal(1)
 REJECTS = pa.schema([("line", pa.int64()), ("reason", pa.string()), ("raw", pa.string())])
+BLANKS = " \t\r\n"
+MARKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"
+"""What may stand around a brace, in any encoding of JSON."""
+NUMBERS = {"int", "long", "big", "huge", "float", "decimal"}
+ANY = NUMBERS | {"none"}
 
 Kinds = dict[str, set[str]]
 """For each key in order of appearance, the kinds of its values in the file."""
 
 
+class Number(str):
+    """The text of a number that Python would write otherwise."""
+
+
+class Constant(str):
+    """NaN, Infinity or -Infinity, which are in some files and not in JSON."""
+
+
 class Entry(NamedTuple):
-    """A row and about how many bytes it has, or a line and the reason why it is no row."""
+    """A row and about how many bytes it has, or what is no row and the reason why."""
 
     row: dict[str, Any]
     size: int
-    line: int = 0
+    line: int | None = None
     reason: str = ""
     raw: str = ""
+
+
+class Column(NamedTuple):
+    """What a column is in all of a file."""
+
+    type: Any
+    values: Callable[[Any], Any]
+    """Makes a value that is not null one that Arrow takes for the type."""
 
 
 class Handler(BasePlugin):
     """Publishes the records of one JSON file."""
 
     def execute(self, file_path: str) -> None:
-        entries: Callable[[], Iterator[Entry]]
-        if is_lines(file_path):
-            entries = partial(read_lines, file_path)
-        else:
-            entries = partial(iter, read_document(file_path))
+        self.rows_topic, self.rejects_topic = topics()
+        with open_bytes(file_path) as file:
+            start = file.read(BLOCK)
+        if not start:
+            return
+        if kind := foreign_kind(start):
+            raise ValueError(f"this is {kind}, not JSON")
+        reader = Reader(start, MANIFEST.options)
+        entries = reader.entries(file_path)
         kinds: Kinds = {}
-        for batch in batches(entries()):
-            survey(batch, kinds)
+        for batch in batches(entries(), size_of):
+            reader.survey(batch, kinds)
             self.publish_rejects([entry for entry in batch if entry.reason])
         whole = not 0 < len(kinds) <= MAX_COLUMNS
-        if whole:
-            kinds = {"value": {"other"}}
-        for batch in batches(entries()):
+        columns = {"value": reader.json_text()} if whole else reader.columns(kinds, entries)
+        for batch in batches(entries(), size_of):
             rows = [entry.row for entry in batch if not entry.reason]
             if rows:
-                self.publish("json", table([{"value": r} for r in rows] if whole else rows, kinds))
+                rows = [{"value": row} for row in rows] if whole else rows
+                self.publish(self.rows_topic, table(rows, columns))
 
     def publish_rejects(self, bad: list[Entry]) -> None:
         if bad:
             rows = [(entry.line, entry.reason, entry.raw) for entry in bad]
-            columns = [pa.array(column) for column in zip(*rows, strict=True)]
-            self.publish("json_rejects", pa.Table.from_arrays(columns, schema=REJECTS))
+            lines, reasons, raws = zip(*rows, strict=True)
+            arrays = [pa.array(lines, pa.int64()), texts(reasons), texts(raws)]
+            self.publish(self.rejects_topic, pa.Table.from_arrays(arrays, schema=REJECTS))
 
 
-def is_lines(path: str) -> bool:
-    """By name, unless it is printed over many lines; else by its first line."""
-    with open(path, "rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-        more = any(line.strip() for line in file)
-    if PurePath(path).suffix.lower() in LINES:
-        return first.strip() not in (b"{", b"[")
-    if not more:
-        return False
-    try:
-        return isinstance(parse(first), dict)
-    except ValueError:
-        return False
+class Reader:
+    """Reads one file: twice where it is lines.
 
+    Args:
+        start: the first bytes of its text.
+        options: those of the MANIFEST.
+    """
 
-def read_lines(path: str) -> Iterator[Entry]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
+    def __init__(self, start: bytes, options: Mapping[str, Any]) -> None:
+        self.encoding = encoding_of(start)
+        newline = "\n".encode(self.encoding)
+        self.newline = newline if newline in start else "\r".encode(self.encoding)
+        if self.newline not in start:
+            self.newline = newline
+        self.forced, self.every = forced_types(str(options.get("types", "")))
+        self.records = str(options.get("records", ""))
+        self._constants = False
+        """Whether what was parsed last has a Constant in it."""
+        self._numbers = False
+        """Whether a Number was ever parsed."""
+        self._decoder = json.JSONDecoder(
+            object_pairs_hook=unique, parse_float=self._fraction, parse_int=self._whole,
+            parse_constant=self._constant,
+        )  # fmt: skip
+
+    def entries(self, path: str) -> Callable[[], Iterator[Entry]]:
+        """What reads the file from its beginning, as often as it is called.
+
+        Raises:
+            ValueError: it is a document that is not JSON.
+        """
+        with open_bytes(path) as file:
+            found = islice((line for line in self._split(file) if self._is_text(line)), LOOK)
+            first, *later = [*found] or [b""]
+        suffixes = [suffix.lower() for suffix in PurePath(path).suffixes if suffix.lower() != ".gz"]
+        named = bool(suffixes[-1:]) and suffixes[-1] in LINES
+        is_open = first.strip(MARKS) in (b"{", b"[")
+        if (named and not is_open) or (not named and later and self._is_value(first)):
+            return partial(self.lines, path)
+        try:
+            return partial(iter, self.document(path))
+        except ValueError:
+            # Of damaged lines the first may be cut to a brace.
+            if named and any(map(self._is_value, later)):
+                return partial(self.lines, path)
+            raise
+
+    def lines(self, path: str) -> Iterator[Entry]:
+        """The rows and rejects of a file of JSON lines."""
+        with open_bytes(path) as file:
+            for number, line in enumerate(self._split(file), start=1):
+                if self._is_text(line):
+                    yield from self._line(number, line)
+
+    def document(self, path: str) -> list[Entry]:
+        """The rows of a file that is one JSON document.
+
+        Raises:
+            ValueError: it is not JSON; the message says where.
+        """
+        with open_bytes(path) as file:
+            data = file.read()
+        if not self._is_text(data):
+            say("the file has nothing but white space: no rows")
+            return []
+        documents = self._values(self._decoded(data))
+        if len(documents) > 1:
+            say(f"the file is {len(documents)} objects one after another, each a record")
+        rows, outer = (documents, {}) if len(documents) > 1 else self._records_of(documents[0])
+        if self._constants and (word := constant_in(list(outer.values()))):
+            raise ValueError(f"not JSON: {word} beside the records")
+        size = len(data) // max(len(rows), 1) + len(self.dumps(outer))
+        whole = [beside(row_of(row), "document_", outer) for row in rows]
+        reasons = [self._reason(row) for row in whole]
+        return [
+            Entry(row, size, None, f"record {n}: {reason}", self.dumps(row)) if reason
+            else Entry(row, size)
+            for n, (row, reason) in enumerate(zip(whole, reasons, strict=True), start=1)
+        ]  # fmt: skip
+
+    def survey(self, entries: Iterable[Entry], kinds: Kinds) -> None:
+        """Add the kinds of the entries' values."""
+        for entry in entries:
+            for name, value in entry.row.items() if not entry.reason else ():
+                seen = kinds.setdefault(name, set())
+                if value is not None:
+                    seen.add(kind(value))
+
+    def columns(self, kinds: Kinds, entries: Callable[[], Iterator[Entry]]) -> dict[str, Column]:
+        """The columns that all of the file agrees on."""
+        found = {name: self._column(name, seen) for name, seen in kinds.items()}
+        missing = [name for name, column in found.items() if column is None]
+        rooms = dict.fromkeys(missing, (0, 0))
+        for entry in entries() if missing else ():
+            for name in missing if not entry.reason else ():
+                if (value := entry.row.get(name)) is not None:
+                    pairs = zip(rooms[name], room(decimal(value)), strict=True)
+                    before, after = (max(pair) for pair in pairs)
+                    rooms[name] = before, after
+        for name, (before, after) in rooms.items():
+            scale = SCALE if 0 < after <= SCALE and before <= DIGITS - SCALE else after
+            if before + after <= DIGITS:
+                found[name] = Column(pa.decimal128(DIGITS, scale), plain_decimal)
+            else:
+                say(f"guessed: column {name!r} is JSON text: no number has room for its digits")
+                found[name] = self.json_text()
+        return {name: column or self.json_text() for name, column in found.items()}
+
+    def json_text(self) -> Column:
+        """A column of anything."""
+        return Column(pa.string(), self.dumps)
+
+    def dumps(self, value: Any) -> str:
+        """A value as JSON text."""
+        if not self._numbers and not self._constants:
             try:
-                yield Entry(row_of(parse(line.strip())), len(line))
-            except ValueError as error:
-                raw = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-                yield Entry({}, len(line), number, str(error).replace("line 1 ", ""), raw)
+                return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+            except RecursionError:
+                pass
+        return written(value)
+
+    def _column(self, name: str, seen: set[str]) -> Column | None:
+        """None: it is a decimal, if there is room."""
+        forced = self.forced.get(name, self.every)
+        if forced == "text":
+            return Column(pa.string(), lambda v: v if type(v) is str else self.dumps(v))
+        if name in self.forced:
+            if forced == "decimal":
+                return Column(pa.decimal128(DIGITS, SCALE), plain_decimal)
+            return Column(pa.float64(), float)
+        for kinds, column in (
+            (set(), Column(pa.null(), lambda v: v)),
+            ({"str"}, Column(pa.string(), lambda v: v)),
+            ({"bool"}, Column(pa.bool_(), lambda v: v)),
+            ({"int", "long"}, Column(pa.int64(), lambda v: v)),
+            (ANY if forced == "double" else {"int", "float"}, Column(pa.float64(), float)),
+        ):
+            if seen <= kinds:
+                return column
+        if seen <= NUMBERS - {"huge"}:
+            return None
+        if seen - {"other"}:
+            words = ", ".join(sorted(WORDS[each] for each in seen))
+            say(f"guessed: column {name!r} is JSON text: it has {words}")
+        return self.json_text()
+
+    def _line(self, number: int, line: bytes) -> Iterator[Entry]:
+        raw = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+        try:
+            values = self._values(self._decoded(line).strip(BLANKS))
+        except ValueError as error:
+            yield Entry({}, len(line), number, str(error).replace("line 1 ", ""), raw)
+            return
+        if len(values) == 1 and (is_records(values[0]) or values[0] == []):
+            values = values[0]
+        for row in map(row_of, values):
+            size = len(line) // len(values)
+            if reason := self._reason(row):
+                yield Entry({}, size, number, reason, raw if len(values) == 1 else self.dumps(row))
+            else:
+                yield Entry(row, size)
+
+    def _records_of(self, document: Any) -> tuple[list[Any], dict[str, Any]]:
+        """The records of a document, and the members that stand beside them."""
+        if self.records == ".":
+            return [document], {}
+        if self.records:
+            if not isinstance(document, dict) or not isinstance(document.get(self.records), list):
+                raise ValueError(
+                    f"the document has no array {self.records!r}, which option records names"
+                )
+            return document.pop(self.records), document
+        if document == [] or is_records(document):
+            return document, {}
+        if not isinstance(document, dict) or document.get("type") == "Feature":
+            return [document], {}
+        inner = [name for name in document if is_records(document[name])]
+        if not inner:
+            inner = [
+                name
+                for name, value in document.items()
+                if value == [] and (name.casefold() in PAGES or len(document) == 1)
+            ]
+        if len(inner) > 1:
+            names = ", ".join(map(repr, inner[:5]))
+            say(f"guessed: the document is one record: its members {names} are arrays of records")
+        if len(inner) != 1:
+            return [document], {}
+        rows = document.pop(inner[0])
+        say(
+            f"guessed: the document is a page: its records are the {len(rows)} elements of its "
+            f"member {inner[0]!r}; --option records=. makes the document one record"
+        )
+        return rows, document
+
+    def _reason(self, row: Mapping[str, Any]) -> str:
+        """Why it cannot be a row; empty where it can."""
+        if self._constants and (word := constant_in(list(row.values()))):
+            name = next(name for name, value in row.items() if constant_in([value]))
+            return f"{word} is no number of JSON: {name!r}"
+        for name, forced in self.forced.items():
+            value = row.get(name)
+            if forced == "text" or value is None:
+                continue
+            if kind(value) not in ANY:
+                return f"{name!r} is {WORDS[kind(value)]}; option types says {forced}"
+            if not (is_double(value) if forced == "double" else has_room(value)):
+                return f"{name!r} is {str(value)[:60]}, which no {forced} holds"
+        for name, value in row.items() if self._numbers and self.every != "text" else ():
+            if not isinstance(value, Number) or name in self.forced:
+                continue
+            if self.every == "double" and not is_double(value):
+                return f"{name!r} is {value[:60]}, which no double holds"
+            if not self.every and kind(value) == "none":
+                return (
+                    f"{name!r} is {value[:60]}, which neither a double nor a decimal of {DIGITS} "
+                    "digits holds"
+                )
+        return ""
+
+    def _is_value(self, line: bytes) -> bool:
+        try:
+            self._values(self._decoded(line).strip(BLANKS))
+        except ValueError:
+            return False
+        return True
+
+    def _decoded(self, data: bytes) -> str:
+        try:
+            return data.decode(self.encoding).removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            words = f"not {error.encoding}: {error.reason} at byte {error.start}"
+            raise ValueError(words) from error
+
+    def _is_text(self, data: bytes) -> bool:
+        """Whether there is more than white space."""
+        if self.encoding != "utf-8":
+            return bool(data.decode(self.encoding, "replace").strip(BLANKS + "\ufeff"))
+        return bool(data.removeprefix(b"\xef\xbb\xbf").strip())
+
+    def _values(self, text: str) -> list[Any]:
+        """The JSON value in a text; or all of them, where they are objects one after another.
+
+        Raises:
+            ValueError: as `_parse`.
+        """
+        try:
+            return [self._parse(text)]
+        except ValueError as error:
+            if "Extra data" not in str(error):
+                raise
+            values, at = [], 0
+            text = text.strip(BLANKS)
+            while at < len(text):
+                try:
+                    value, at = self._decoder.raw_decode(text, at)
+                except (ValueError, RecursionError):
+                    raise error from None
+                if not isinstance(value, dict):
+                    raise
+                values.append(value)
+                while text[at : at + 1] in BLANKS and at < len(text):
+                    at += 1
+            return values
+
+    def _parse(self, text: str) -> Any:
+        """The JSON value in a text.
+
+        Raises:
+            ValueError: not JSON, or an object with a key twice.
+        """
+        self._constants = False
+        try:
+            return self._decoder.decode(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not JSON: {error}") from error
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+
+    def _split(self, file: Any) -> Iterator[bytes]:
+        """The lines of a file, each with its end."""
+        if self.newline == b"\n":
+            yield from file
+            return
+        width = len(self.newline)
+        rest = b""
+        while block := file.read(BLOCK):
+            rest += block
+            start = at = 0
+            while (at := rest.find(self.newline, at)) >= 0:
+                if at % width:  # half of one character and half of the next
+                    at += 1
+                    continue
+                at += width
+                yield rest[start:at]
+                start = at
+            rest = rest[start:]
+        if rest:
+            yield rest
+
+    def _fraction(self, text: str) -> float | Number:
+        value = float(text)
+        if repr(value) == text:
+            return value
+        self._numbers = True
+        return Number(text)
+
+    def _whole(self, text: str) -> int | Number:
+        if len(text) <= DIGITS:
+            return int(text)
+        self._numbers = True
+        return Number(text)
+
+    def _constant(self, text: str) -> Constant:
+        self._constants = True
+        return Constant(text)
 
 
-def read_document(path: str) -> list[Entry]:
-    """The rows of a file that is one JSON document.
+WORDS = {
+    "bool": "true or false", "str": "text", "other": "arrays or objects",
+    **dict.fromkeys(ANY, "numbers"), "huge": "whole numbers of more than 38 digits",
+}  # fmt: skip
+
+
+def topics() -> tuple[str, str]:
+    """The names of our two topics, which `casparian publish --topic` may have changed."""
+    names = MANIFEST.topic
+    if isinstance(names, str) or len(names) != 2:
+        raise ValueError(
+            "this plugin has two topics, for rows and for rejects: publish it with "
+            "--topic NAME --topic NAME_rejects"
+        )
+    return names[0], names[1]
+
+
+def forced_types(option: str) -> tuple[dict[str, str], str]:
+    """What option `types` says of columns by their keys, and of every other.
 
     Raises:
-        ValueError: it is not JSON; the message says where.
+        ValueError: it says something else.
     """
-    with open(path, "rb") as file:
-        data = file.read()
-    document = parse(data)
-    if not is_objects(document):
-        inner = (
-            [name for name in document if is_objects(document[name])] if is_dict(document) else []
-        )
-        if len(inner) != 1:
-            return [Entry(row_of(document), len(data))]
-        rows, outer = document.pop(inner[0]), document
-    else:
-        rows, outer = document, {}
-    size = len(data) // len(rows) + len(json.dumps(outer))
-    return [Entry(beside(row_of(row), "document_", outer), size) for row in rows]
+    forced: dict[str, str] = {}
+    every = ""
+    for word in filter(None, option.split(",")):
+        name, colon, wanted = word.rpartition(":")
+        known = {"text", "double", "decimal"} if colon else {"text", "double"}
+        if wanted not in known:
+            raise ValueError(
+                f"option types has {word!r}: write text, double, or KEY:text, KEY:double, "
+                "KEY:decimal, with commas between them"
+            )
+        if colon:
+            forced[name] = wanted
+        else:
+            every = wanted
+    return forced, every
 
 
-def is_dict(value: Any) -> bool:
-    return isinstance(value, dict)
+def encoding_of(start: bytes) -> str:
+    """The encoding of JSON, by its byte order mark, or by zeros beside its first character.
+
+    Zeros alone prove nothing: without a mark the start must be plausible text in that encoding.
+    """
+    found = json.detect_encoding(start[:4])
+    if found in ("utf-8", "utf-8-sig"):
+        return "utf-8"
+    if found in ("utf-16", "utf-32"):  # there is a mark, which says the order
+        return found + ("-le" if start[:1] == b"\xff" else "-be")
+    try:
+        text = codecs.getincrementaldecoder(found)().decode(start)
+    except UnicodeDecodeError:
+        return "utf-8"
+    controls = sum(char < " " and char not in BLANKS for char in text)
+    ascii_share = sum(char.isascii() for char in text) / max(len(text), 1)
+    return found if not controls and ascii_share > 0.2 else "utf-8"
 
 
-def is_objects(value: Any) -> bool:
-    """A list of objects, and of at least one."""
-    return isinstance(value, list) and bool(value) and all(map(is_dict, value))
+def say(words: str) -> None:
+    """Say something of the file; it stands in the attempt's log."""
+    print(words)  # noqa: T201
+
+
+def size_of(entry: Entry) -> int:
+    return entry.size
+
+
+def is_records(value: Any) -> bool:
+    """A list that has an object among its elements."""
+    return isinstance(value, list) and any(isinstance(each, dict) for each in value)
 
 
 def row_of(value: Any) -> dict[str, Any]:
     """A JSON value as a row: a feature's properties, an object's members, or `value`."""
     if not isinstance(value, dict):
         return {"value": value}
-    if value.get("type") != "Feature" or not is_dict(value.get("properties")):
+    if value.get("type") != "Feature" or not isinstance(value.get("properties"), dict):
         return value
     others = {name: value[name] for name in value if name not in ("type", "properties")}
     return beside(value["properties"], "feature_", others)
@@ -172,22 +582,6 @@ def beside(row: dict[str, Any], prefix: str, others: dict[str, Any]) -> dict[str
     return whole
 
 
-def parse(data: bytes) -> Any:
-    """The JSON value in these bytes.
-
-    Raises:
-        ValueError: not JSON, or not its encoding, or an object with a key twice.
-    """
-    try:
-        return json.loads(data.decode(json.detect_encoding(data)), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not {error.encoding}: {error.reason} at byte {error.start}") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
@@ -197,82 +591,138 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def survey(entries: Iterable[Entry], kinds: Kinds) -> None:
-    """Add the kinds of the entries' values."""
-    for entry in entries:
-        for name, value in entry.row.items():
-            seen = kinds.setdefault(name, set())
-            if value is not None:
-                seen.add(kind(value))
+def constant_in(values: list[Any]) -> str:
+    """A Constant among values or within them; empty where there is none."""
+    todo = list(values)
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Constant):
+            return str(value)
+        if isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, list):
+            todo += value
+    return ""
 
 
 def kind(value: Any) -> str:
+    """What a value other than null is, for the type of its column."""
+    if isinstance(value, Number):
+        return kind_of_number(value)
     if isinstance(value, bool | float | str):
         return type(value).__name__
-    if isinstance(value, int) and -(1 << 63) <= value < 1 << 63:
-        return "int" if abs(value) <= 1 << 53 else "long"
+    if isinstance(value, int):
+        if -(1 << 53) <= value <= 1 << 53:
+            return "int"
+        if not -(1 << 63) <= value < 1 << 63:
+            return "big"
+        near = float(value)
+        return "int" if int(near) == value == Decimal(repr(near)) else "long"
     return "other"
 
 
-def table(rows: list[dict[str, Any]], kinds: Kinds) -> Any:
-    """The rows as a table with the columns and types that the whole file agrees on."""
-    arrays = [column([row.get(name) for row in rows], seen) for name, seen in kinds.items()]
-    return pa.Table.from_arrays(arrays, names=column_names(kinds))
+def kind_of_number(text: Number) -> str:
+    """`float` where the shortest text of the nearest double has the same value; `none` where no
+    type of number holds it."""
+    if text.lstrip("-").isdigit():
+        return "big" if len(text.lstrip("-")) <= DIGITS else "huge"
+    try:
+        exact = Decimal(text)
+    except InvalidOperation:  # an exponent of twenty digits
+        return "none"
+    nearest = float(text)
+    if math.isfinite(nearest) and Decimal(repr(nearest)) == exact:
+        return "float"
+    return "decimal" if sum(room(exact)) <= DIGITS else "none"
 
 
-def column(values: list[Any], seen: set[str]) -> Any:
-    if seen <= {"str"}:
-        return texts(values)
-    if seen <= {"bool"}:
-        return pa.array(values, pa.bool_())
-    if seen <= {"int", "long"}:
-        return pa.array(values, pa.int64())
-    if seen <= {"int", "float"}:
-        return pa.array(values, pa.float64())
-    return texts([value if value is None else dumps(value) for value in values])
+def decimal(value: Any) -> Decimal:
+    """A number as the decimal that it is written as."""
+    return Decimal(repr(value) if isinstance(value, float) else value)
 
 
-def dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def plain_decimal(value: Any) -> Decimal:
+    """The same without an exponent and without zeros at its end, as Arrow wants it."""
+    exact = PLAIN.normalize(decimal(value))
+    exponent = exact.as_tuple().exponent
+    return exact if isinstance(exponent, int) and exponent <= 0 else PLAIN.quantize(exact, ONE)
 
 
-def texts(values: list[str | None]) -> Any:
+def room(value: Decimal) -> tuple[int, int]:
+    """Digits that it needs before the point, and after it."""
+    _, digits, exponent = value.as_tuple()
+    if not any(digits) or not isinstance(exponent, int):
+        return 0, 0
+    last = max(n for n, digit in enumerate(digits) if digit)
+    exponent += len(digits) - 1 - last
+    return max(last + 1 + exponent, 0), max(-exponent, 0)
+
+
+def has_room(value: Any) -> bool:
+    """Whether decimal(38, 18) holds a number."""
+    try:
+        before, after = room(decimal(value))
+    except InvalidOperation:
+        return False
+    return before <= DIGITS - SCALE and after <= SCALE
+
+
+def is_double(value: Any) -> bool:
+    """Whether a number has a nearest double."""
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def written(value: Any) -> str:
+    """JSON text in which Numbers and Constants are as they were, of any depth."""
+    out: list[str] = []
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Number | Constant):
+            out.append(item)
+        elif isinstance(item, dict | list):
+            todo += reversed(list(pieces(item)))
+        else:
+            out.append(json.dumps(item, ensure_ascii=False))
+    return "".join(out)
+
+
+def pieces(value: dict[str, Any] | list[Any]) -> Iterator[Any]:
+    """The members of an object or an array, and as Number what stands around them."""
+    comma = ""
+    if isinstance(value, dict):
+        yield Number("{")
+        for name, member in value.items():
+            yield Number(f"{comma}{json.dumps(name, ensure_ascii=False)}:")
+            yield member
+            comma = ","
+        yield Number("}")
+        return
+    yield Number("[")
+    for member in value:
+        yield Number(comma)
+        yield member
+        comma = ","
+    yield Number("]")
+
+
+def table(rows: list[dict[str, Any]], columns: Mapping[str, Column]) -> Any:
+    """The rows as a table of these columns."""
+    arrays = []
+    for name, (type_, values) in columns.items():
+        found = [None if (v := row.get(name)) is None else values(v) for row in rows]
+        arrays.append(texts(found) if type_ == pa.string() else pa.array(found, type_))
+    return pa.Table.from_arrays(arrays, names=column_names(columns))
+
+
+def texts(values: Iterable[str | None]) -> Any:
+    """Texts as Arrow has them; a lone surrogate, which it has not, as its escape."""
+    values = list(values)
     try:
         return pa.array(values, pa.string())
     except UnicodeEncodeError:
-        return pa.array([value and printable(value) for value in values], pa.string())
-
-
-def batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """Entries by some thousands, or fewer where they are long."""
-    batch: list[Entry] = []
-    size = 0
-    for entry in entries:
-        batch.append(entry)
-        size += entry.size
-        if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def column_names(cells: Iterable[str]) -> list[str]:
-    """Names that every sink takes: not empty, not repeated in any case, not reserved."""
-    names: list[str] = []
-    seen: set[str] = set()
-    for position, cell in enumerate(cells, start=1):
-        base = printable(" ".join(cell.split()))[:100] or f"column_{position}"
-        base = f"x{base}" if base.lower().startswith("_cf_") else base
-        name, count = base, 1
-        while name.casefold() in seen:
-            count += 1
-            name = f"{base}_{count}"
-        seen.add(name.casefold())
-        names.append(name)
-    return names
-
-
-def printable(text: str) -> str:
-    """The text as Unicode that can be stored: NUL and lone surrogates are escaped."""
-    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
+        escaped = [v and v.encode("utf-8", "backslashreplace").decode("utf-8") for v in values]
+        return pa.array(escaped, pa.string())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +27,17 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def runner(name: str) -> Run:
-    """A function that runs the plugin on a file; it holds the plugin to its declared topics."""
+def runner(name: str, **options: str) -> Run:
+    """A function that runs the plugin on a file; it holds the plugin to its declared topics.
+
+    Args:
+        options: those of its MANIFEST that `casparian publish --option` changes.
+    """
     module = load(name)
+    if options:
+        assert options.keys() <= module.MANIFEST.options.keys()
+        chosen = {**module.MANIFEST.options, **options}
+        module.MANIFEST = dataclasses.replace(module.MANIFEST, options=chosen)
     topics = module.MANIFEST.topic
     declared = {topics} if isinstance(topics, str) else set(topics)
     handler = module.Handler()
