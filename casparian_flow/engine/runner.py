@@ -193,6 +193,7 @@ class Runner:
             fault = _job_error(error)
         ran.seconds = time.monotonic() - started
         self._account(ran)
+        ran.log = _with_notes(ran.log, ran.stages)
         if fault and self._taken():
             return released(job, ran.log)
         return _failed(ran, fault) if fault else ran
@@ -335,6 +336,14 @@ class Runner:
         seat = _Seat(guest, folder, lease)
         seat.keep_byte_code()
         return seat
+
+
+def _with_notes(log: str, stages: Sequence[Stage]) -> str:
+    """An attempt's log with what its sinks have to say of its outputs."""
+    notes = list(dict.fromkeys(stage.note for stage in stages if stage.note))
+    if notes and log and not log.endswith("\n"):
+        log += "\n"
+    return log + "".join(f"{note}\n" for note in notes)
 
 
 def _job_error(fault: Exception) -> JobError:

@@ -63,6 +63,57 @@ def test_a_later_column_is_cast_where_that_is_exact(parquet: Place) -> None:
     assert parquet.staged_files() == []
 
 
+def test_whole_numbers_become_doubles_where_they_all_are_exact(parquet: Place) -> None:
+    show(parquet, parquet.sealed({"a.b": [1, 2**53, None], "n": [1, 2, 3]}, job=1))
+    show(parquet, parquet.sealed({"a.b": [2.0, None]}, job=2))
+    assert said(parquet).field("a.b").type == pa.int64()
+    (third,) = show(parquet, parquet.sealed({"a.b": [0.5, -0.0]}, job=3))
+    assert said(parquet).field("a.b").type == pa.float64()
+    assert pq.read_schema(third).field("a.b").type == pa.float64()
+    (fourth,) = show(parquet, parquet.sealed({"a.b": [7], "n": pa.nulls(1)}, job=4))
+    assert pq.read_schema(fourth).field("a.b").type == pa.float64()
+    with pytest.raises(OutputRefused, match=r"column 'a.b' is double .* has int64"):
+        parquet.sealed({"a.b": [2**53 + 1]}, job=5)
+    (folder(parquet) / COLUMNS_FILE).unlink()
+    assert topic_folder.columns(folder(parquet)).field("a.b").type == pa.float64()
+
+
+@pytest.mark.parametrize("retracted", [False, True])
+def test_a_whole_number_that_no_double_is_keeps_doubles_out(
+    parquet: Place, retracted: bool
+) -> None:
+    first = parquet.sealed({"n": [2**53 + 1]}, job=1)
+    found = parquet.publish(first)
+    if retracted:
+        parquet.sink.retract(claims([first], found)[0])
+    (refused,) = parquet.publish(parquet.sealed({"n": [0.5]}, job=2))
+    assert isinstance(refused, OutputRefused)
+    assert "column 'n' is int64 since it was first published; this output has double" in str(
+        refused
+    )
+    assert said(parquet).field("n").type == pa.int64()
+    (third,) = show(parquet, parquet.sealed({"n": [2.0]}, job=3))
+    assert pq.read_table(third).column("n").to_pylist() == [2]
+
+
+def test_a_file_that_cannot_be_read_may_have_any_number(parquet: Place) -> None:
+    show(parquet, parquet.sealed({"n": [1]}, job=1))
+    (folder(parquet) / f"{'a' * 32}.parquet").write_bytes(b"PAR1 of somebody")
+    (refused,) = parquet.publish(parquet.sealed({"n": [0.5]}, job=2))
+    assert isinstance(refused, OutputRefused)
+
+
+def test_two_racing_outputs_widen_a_column_in_either_order(parquet: Place) -> None:
+    show(parquet, parquet.sealed({"n": pa.array([1], pa.int8())}, job=1))
+    wide, real = parquet.sealed({"n": [300]}, job=2), parquet.sealed({"n": [0.5]}, job=3)
+    (_, seen) = show(parquet, wide, real)
+    assert said(parquet).field("n").type == pa.float64()
+    assert pq.read_table(seen).column("n").to_pylist() == [0.5]
+    late = parquet.sealed({"n": pa.array([0.25], pa.float32())}, job=4)
+    (seen,) = show(parquet, late)
+    assert pq.read_schema(seen).field("n").type == pa.float64()
+
+
 def test_the_first_type_of_a_column_that_was_null_holds(parquet: Place) -> None:
     show(parquet, parquet.sealed({"n": pa.nulls(2)}, job=1))
     assert said(parquet).field("n").type == pa.null()
@@ -104,7 +155,7 @@ def test_a_racing_output_whose_values_do_not_fit_is_refused_and_changes_nothing(
     parquet: Place,
 ) -> None:
     first = parquet.sealed({"n": [1]}, job=1)
-    second = parquet.sealed({"n": [1.5], "new": [1]}, job=2)
+    second = parquet.sealed({"n": ["1"], "new": [1]}, job=2)
     seen, refused = parquet.publish(first, second)
     assert isinstance(seen, Published)
     assert isinstance(refused, OutputRefused)

@@ -152,7 +152,7 @@ def test_a_job_that_cannot_publish_everything_publishes_nothing(parquet: Place) 
 def test_one_that_was_published_is_not_taken_back_with_its_job(parquet: Place) -> None:
     done = parquet.sealed({"id": [1]}, job=1, topic="done")
     show(parquet, done)
-    refused = parquet.sealed({"n": [1.5]}, job=1)
+    refused = parquet.sealed({"n": ["1.5"]}, job=1)
     show(parquet, parquet.sealed({"n": [1]}, job=2))
     adopted, outcome = parquet.publish(done, refused)
     assert isinstance(adopted, Published)

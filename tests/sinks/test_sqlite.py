@@ -227,12 +227,48 @@ def test_integers_and_reals_mix_where_they_stay_exact(sqlite: Place) -> None:
     assert "topic 'sales': column 'whole' (double)" in error.message
 
 
-def test_a_column_of_nulls_takes_any_type_later(sqlite: Place) -> None:
+def test_a_column_of_nulls_has_the_first_type_that_comes(sqlite: Place) -> None:
     published(sqlite, {"empty": [None], "n": [1]}, job=1)
     published(sqlite, {"empty": [7], "n": pa.nulls(1)}, job=2)
-    published(sqlite, {"empty": ["007"], "n": [2]}, job=3)
-    assert column(sqlite, "empty") == [None, 7, "007"]
+    error = refused(sqlite, {"empty": ["007"], "n": [2]}, job=3)
+    assert "column 'empty' (string) is INTEGER in the table, not TEXT" in error.message
+    published(sqlite, {"empty": [0.5], "n": [2]}, job=4)
+    assert column(sqlite, "empty") == [None, 7, 0.5]
     assert column(sqlite, "n") == [1, None, 2]
+
+
+def test_a_column_without_a_type_that_has_several_kinds_of_value_stays_open(
+    sqlite: Place,
+) -> None:
+    """As earlier releases left it."""
+    published(sqlite, {"empty": [None, None]}, job=1)
+    with database(sqlite) as connection:
+        connection.execute("UPDATE sales SET empty = CASE rowid WHEN 1 THEN 7 ELSE '007' END")
+    published(sqlite, {"empty": ["x"]}, job=2)
+    published(sqlite, {"empty": [0.5]}, job=3)
+    assert column(sqlite, "empty") == [7, "007", "x", 0.5]
+
+
+def test_whole_numbers_take_reals_where_a_real_holds_them_all(sqlite: Place) -> None:
+    published(sqlite, {"n": [1, 2**53, -(2**53), None], "m": [2**53 + 1, 1, 1, 1]}, job=1)
+    published(sqlite, {"n": [0.5, 1e300, 3.0]}, job=2)
+    published(sqlite, {"N": [4]}, job=3)
+    assert column(sqlite, "n") == [1, 2**53, -(2**53), None, 0.5, 1e300, 3, 4]
+    error = refused(sqlite, {"n": [2**53 + 1]}, job=4)
+    assert "column 'n' (int64)" in error.message
+    error = refused(sqlite, {"m": [0.5]}, job=5)
+    assert "whole numbers that no REAL is exactly" in error.message
+    with database(sqlite) as connection:
+        connection.executescript("ALTER TABLE sales DROP COLUMN n; ALTER TABLE sales ADD n TEXT")
+    published(sqlite, {"n": ["what was noted of the other column does not count"]}, job=6)
+
+
+def test_a_retracted_whole_number_keeps_reals_out(sqlite: Place) -> None:
+    output = sqlite.sealed({"n": [-(2**63), 1]}, job=1)
+    claim = claims([output], sqlite.publish(output))[0]
+    sqlite.sink.retract(claim)
+    error = refused(sqlite, {"n": [0.5]}, job=2)
+    assert "whole numbers that no REAL is exactly" in error.message
 
 
 @pytest.mark.parametrize(

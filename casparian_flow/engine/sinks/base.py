@@ -9,8 +9,11 @@ key, however often it is asked. tests/sinks/test_contract.py holds every sink to
 from __future__ import annotations
 
 import errno
+import os
+import re
+import shlex
 from collections.abc import Container, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from casparian_flow.errors import JobError, SinkUnavailable
@@ -79,6 +82,43 @@ def facts_of(footer: Mapping[bytes, bytes]) -> dict[str, str]:
         for name, value in footer.items()
         if name.startswith(b"casparian.")
     }
+
+
+def own_topic(topic: str, facts: Mapping[str, str]) -> str:
+    """What to type so that files of another kind than a topic's get a topic of their own.
+
+    Args:
+        topic: that of the output.
+        facts: those of the output, as `OutputPlan.facts` has them; without a path there is nothing
+            to say.
+    """
+    name = PurePath(os.fsdecode(bytes.fromhex(facts.get("path", "")))).name
+    if not name.isprintable() or "plugin" not in facts:
+        return ""
+    first = re.match(r"[A-Za-z]*", name)
+    begin = first[0] if first else ""
+    own = begin.lower() or "other"
+    own = f"{own}_2" if own in (topic, facts["plugin"]) else own
+    ends = PurePath(name).suffixes
+    end = "".join(ends[-2:] if ends[-1:] == [".gz"] else ends[-1:])
+    return (
+        f"casparian publish {facts['plugin']}.py --name {own} --pattern "
+        f"{shlex.quote(f'{begin}*{end}')} --topic {own}   (a --topic for each that the plugin has)"
+    )
+
+
+def otherwise(settles: str) -> str:
+    """What ends the message of an output that is refused for the type of a column.
+
+    Args:
+        settles: what `own_topic` said, or nothing.
+    """
+    if not settles:
+        return ""
+    return (
+        f". Files of another kind get a topic of their own: {settles}. Where they are of one kind, "
+        "let the plugin publish the column as text"
+    )
 
 
 def found(

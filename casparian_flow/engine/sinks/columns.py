@@ -11,8 +11,10 @@
     list, map, struct           TEXT      JSON; binary in hexadecimal, a map as [{"key":, "value":}]
     null                        (none)    such a column takes values of every type
 
-A column has the type that its first output gave it. INTEGER and REAL columns take each other's
-numbers where every one of them stays exact; any other change of a column's type is refused.
+A column has the type that its first output gave it; one that was null everywhere gets it later.
+INTEGER and REAL columns take each other's numbers where every one of them stays exact. Where one
+does not, an INTEGER column takes REALs all the same, if a REAL could hold each of its numbers
+(`sqlite_columns.py`). Any other change of a column's type is refused.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from casparian_flow.engine.sinks.base import otherwise
 from casparian_flow.errors import OutputRefused
 
 
@@ -141,8 +144,11 @@ def _has_twins(kind: Any) -> bool:
     return twins or any(_has_twins(field.type) for field in fields)
 
 
-def fit(column: Column, declared: str) -> Column:
+def fit(column: Column, declared: str, settles: str = "") -> Column:
     """The column as a table takes it that declares it so.
+
+    Args:
+        settles: what to type where the output is refused.
 
     Raises:
         OutputRefused: its values would change there.
@@ -153,7 +159,8 @@ def fit(column: Column, declared: str) -> Column:
     if here == {"INTEGER", "REAL"}:
         return replace(column, plain=pa.int64() if declared == "INTEGER" else pa.float64())
     raise OutputRefused(
-        f"column {column.name!r} ({column.kind}) is {declared} in the table, not {column.declared}",
+        f"column {column.name!r} ({column.kind}) is {declared} in the table, not {column.declared}"
+        f"{otherwise(settles)}",
         "convert the column in the plugin, or give it another name",
     )
 

@@ -40,7 +40,13 @@ from casparian_flow.engine.sinks.base import (
 )
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.engine.sinks.standing import Standing
-from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, own_columns, unite
+from casparian_flow.engine.sinks.topic_schema import (
+    LINEAGE_FIELDS,
+    as_staged,
+    own_columns,
+    unite,
+    wider,
+)
 from casparian_flow.errors import JobError, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
 
@@ -74,13 +80,19 @@ class ParquetSink:
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """See `Sink.open_stage`."""
 
+        folder = self.root / plan.topic
+
         def united(columns: Any) -> Any:
-            return unite(topic_folder.columns(self.root / plan.topic), columns)
+            return as_staged(topic_folder.columns(folder), columns)
+
+        def known() -> list[str]:
+            return list(topic_folder.columns(folder).names)
 
         split_bytes = 0 if plan.mode == "replace" else plan.split_bytes
         return Stage(
-            self.stage_folder, plan, lineage, attempt, unite=united, split_bytes=split_bytes
-        )
+            self.stage_folder, plan, lineage, attempt, unite=united, split_bytes=split_bytes,
+            known=known,
+        )  # fmt: skip
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
         """See `Sink.publish`. Each topic's folder is made durable once for all its outputs."""
@@ -236,7 +248,7 @@ class ParquetSink:
             _check_all_ours(folder)
         staged = own_columns(pq.read_schema(parts.files(stage)[0]))
         known = self._columns(output.topic)
-        wanted = unite(known, staged)
+        wanted = self._widened(output, unite(known, staged), staged)
         shown = stage
         if any(wanted.field(field.name).type != field.type for field in staged):
             columns = pa.schema([*wanted, *LINEAGE_FIELDS])
@@ -245,6 +257,27 @@ class ParquetSink:
         stays = output.topic in self._known and wanted.equals(known)
         losers = self._there(output) if output.mode == "replace" else []
         return _Move(shown, None if stays else wanted, losers)
+
+    def _widened(self, output: StagedOutput, columns: Any, staged: Any) -> Any:
+        """The topic's columns, those of numbers as wide as an output needs them to be.
+
+        Whole numbers become doubles only where they all are exact. Else the column stays as it is,
+        and the output will be refused.
+
+        Raises:
+            OSError, pa.ArrowException: the disk refused, or what was staged is damaged.
+        """
+        for number, field in enumerate(columns):
+            if field.name not in staged.names:
+                continue
+            wide = wider(field.type, staged.field(field.name).type)
+            if wide is None or parts.are_exact(Path(output.stage), field.name, field.type):
+                continue
+            is_whole = pa.types.is_integer(field.type) and pa.types.is_floating(wide)
+            if is_whole and not topic_folder.is_within_double(self.root, output.topic, field.name):
+                continue
+            columns = columns.set(number, field.with_type(wide))
+        return columns
 
     def _show(self, output: StagedOutput, move: _Move) -> Published:
         """Give an output its name among the topic's, and what it replaces none any more.

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from casparian_flow import atomic
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks.base import facts_of
-from casparian_flow.engine.sinks.topic_schema import fit
+from casparian_flow.engine.sinks.base import facts_of, own_topic
+from casparian_flow.engine.sinks.topic_schema import EXACT_IN_DOUBLE, fit, is_exact
 
 GROUP_ROWS = 128 << 10
 """Rows of a row group."""
@@ -206,16 +206,70 @@ def rewritten(path: Path, topic: str, columns: Any) -> Path:
         with file.open("rb") as opened, pq.ParquetFile(opened) as source:
             facts = {k: v for k, v in (source.metadata.metadata or {}).items() if k[:10] == _OURS}
             schema = columns.with_metadata(facts)
+            settles = own_topic(topic, facts_of(facts))
             target = copy / file.name if path.is_dir() else copy
             with pq.ParquetWriter(
                 target, schema, compression="zstd", compression_level=1
             ) as writer:
                 for number in range(source.num_row_groups):
-                    table = fit(topic, source.read_row_group(number), schema)
+                    table = fit(topic, source.read_row_group(number), schema, settles)
                     writer.write_table(table, row_group_size=GROUP_ROWS)
     make_durable(copy)
     atomic.fsync_path(copy.parent)
     return copy
+
+
+def are_exact(path: Path, name: str, kind: Any) -> bool:
+    """Whether a finished output's column of numbers has values of another type only.
+
+    Raises:
+        OSError, pa.ArrowException: it cannot be read.
+    """
+    for file in files(path):
+        with file.open("rb") as opened, pq.ParquetFile(opened) as source:
+            number = _leaf(source, name)
+            for group in range(source.num_row_groups):
+                column = source.read_row_group(group, columns=[name]).column(0)
+                if number is None or not is_exact(column, kind):
+                    return False
+    return True
+
+
+def is_within_double(path: Path, name: str) -> bool:
+    """Whether a double holds every value of a finished output's column of whole numbers.
+
+    The files' statistics tell; without them it counts as not.
+
+    Raises:
+        OSError, pa.ArrowException: it cannot be read.
+    """
+    for file in files(path):
+        with file.open("rb") as opened, pq.ParquetFile(opened) as source:
+            number = _leaf(source, name)
+            if number is None:
+                continue
+            for group in range(source.num_row_groups):
+                column = source.metadata.row_group(group).column(number)
+                told = column.statistics if column.is_stats_set else None
+                if told is None or not told.has_min_max:
+                    if told is None or told.null_count != column.num_values:
+                        return False
+                elif not -EXACT_IN_DOUBLE <= told.min <= told.max <= EXACT_IN_DOUBLE:
+                    return False
+    return True
+
+
+def _leaf(source: Any, name: str) -> int | None:
+    """The number of a column of whole numbers or floating point among a file's; None where it has
+    none of that name."""
+    schema = source.schema_arrow
+    if name not in schema.names:
+        return None
+    kind = schema.field(name).type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        return None
+    leaves = (n for n in range(len(source.schema)) if source.schema.column(n).path == name)
+    return next(leaves, None)
 
 
 def _part(folder: Path, number: int) -> Path:

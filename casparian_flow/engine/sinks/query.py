@@ -21,8 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from casparian_flow.engine.sinks import PREFIXES, SERVER, questions
-from casparian_flow.engine.sinks import sqlite_tables as tables
+from casparian_flow.engine.sinks import PREFIXES, SERVER, questions, sqlite_columns
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import CasparianError, NotFound
 
@@ -204,7 +203,7 @@ def _table_rows(path: Path, topic: str, keys: Sequence[str]) -> Iterator[Any]:
     # DuckDB pulls the rows from threads of its own, one at a time.
     opened = sqlite3.connect(uri, uri=True, check_same_thread=False)
     with contextlib.closing(opened) as connection:
-        columns = list(tables.columns(connection, topic).items())
+        columns = list(sqlite_columns.types(connection, topic).items())
         if not columns and not _rows_promised(connection, topic, keys):
             schema = pa.schema([(name, pa.string()) for name in LINEAGE])
             yield pa.RecordBatchReader.from_batches(schema, [])

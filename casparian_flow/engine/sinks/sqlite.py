@@ -34,6 +34,7 @@ from casparian_flow.engine.sinks.base import (
     facts_of,
     unavailable,
 )
+from casparian_flow.engine.sinks.sqlite_columns import declared
 from casparian_flow.engine.sinks.sqlite_limits import check_table, check_values
 from casparian_flow.engine.sinks.sqlite_tables import Rows
 from casparian_flow.engine.sinks.stage import Stage, reading
@@ -67,7 +68,16 @@ class SqliteSink:
         return Stage(
             self.stage_folder, plan, lineage, attempt,
             admit=partial(check_table, plan.topic), check=check_values,
+            known=partial(self._names, plan.topic),
         )  # fmt: skip
+
+    def _names(self, topic: str) -> list[str]:
+        """The columns of a topic's table; none where it cannot be asked just now."""
+        try:
+            with self._reading() as connection:
+                return list(declared(connection, topic))
+        except sqlite3.Error:
+            return []
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
         """See `Sink.publish`. One transaction for all jobs, and a savepoint in it for each."""
@@ -107,7 +117,7 @@ class SqliteSink:
             return
         try:
             with self._reading() as connection:
-                if tables.columns(connection, "_cf_outputs"):
+                if declared(connection, "_cf_outputs"):
                     for row in connection.execute("SELECT * FROM _cf_outputs ORDER BY rowid"):
                         output = ledger.found_as(dict(row), f"{self.path}:{row['topic']}")
                         if output.retracted or output.output_key[:KEY_DIGITS] not in known:

@@ -7,8 +7,8 @@ import sqlite3
 from collections.abc import Callable
 from typing import Any
 
-from casparian_flow.engine.sinks import sqlite_tables as tables
 from casparian_flow.engine.sinks.base import Found, found
+from casparian_flow.engine.sinks.sqlite_columns import declared
 from casparian_flow.engine.sinks.sqlite_tables import Rows
 from casparian_flow.errors import SinkConflict
 
@@ -32,7 +32,7 @@ _LATER = {
 def make(connection: sqlite3.Connection) -> None:
     """Have the ledger in this transaction, in today's form."""
     connection.execute(_LEDGER)
-    for name in _LATER.keys() - tables.columns(connection, "_cf_outputs").keys():
+    for name in _LATER.keys() - declared(connection, "_cf_outputs").keys():
         connection.execute(f"ALTER TABLE _cf_outputs ADD COLUMN {name} {_LATER[name]}")
     connection.execute("CREATE INDEX IF NOT EXISTS _cf_slots ON _cf_outputs (slot)")
 

@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks.base import LINEAGE
-from casparian_flow.engine.sinks.columns import Column, columns_of, fit, fold
+from casparian_flow.engine.sinks.base import LINEAGE, facts_of, own_topic
+from casparian_flow.engine.sinks.columns import Column, columns_of, fold
+from casparian_flow.engine.sinks.sqlite_columns import RETRACTED, declared, fitted, quote
 from casparian_flow.errors import OutputRefused, SinkConflict
 
 BATCH_ROWS = 16 << 10
 """Rows converted to Python values at once."""
-
-RETRACTED = "_cf_retracted_"
-"""Begins the name of the table that keeps a topic's retracted rows."""
 
 
 class Rows(NamedTuple):
@@ -47,14 +45,9 @@ AND _cf_plugin_version = coalesce(nullif(:plugin_version, ''), _cf_plugin_versio
 """
 
 
-def columns(connection: sqlite3.Connection, table: str) -> dict[str, str]:
-    """Name -> declared type; empty where there is no such table."""
-    return dict(connection.execute("SELECT name, type FROM pragma_table_info(?)", [table]))
-
-
 def is_ours(connection: sqlite3.Connection, table: str) -> bool:
     """Whether there is such a table, and it has the lineage columns."""
-    return columns(connection, table).keys() >= set(LINEAGE)
+    return declared(connection, table).keys() >= set(LINEAGE)
 
 
 def count(connection: sqlite3.Connection, topic: str) -> dict[int, int]:
@@ -80,13 +73,13 @@ def insert(connection: sqlite3.Connection, topic: str, staged: Any) -> None:
     if len(incoming) == len(LINEAGE):
         return
     try:
-        fitted = _fit_table(connection, topic, incoming)
+        taken = _fit_table(connection, topic, staged, incoming)
         crashpoint("sqlite.table_fitted")
-        names = ", ".join(quote(column.name) for column in fitted)
-        marks = ", ".join("?" * len(fitted))
+        names = ", ".join(quote(column.name) for column in taken)
+        marks = ", ".join("?" * len(taken))
         statement = f"INSERT INTO {quote(topic)} ({names}) VALUES ({marks})"  # noqa: S608
         for batch in staged.iter_batches(BATCH_ROWS):
-            values = [c.values(a) for c, a in zip(fitted, batch.columns, strict=True)]
+            values = [c.values(a) for c, a in zip(taken, batch.columns, strict=True)]
             connection.executemany(statement, zip(*values, strict=True))
             crashpoint("sqlite.rows_written")
     except OutputRefused as error:
@@ -112,15 +105,15 @@ def retract(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
     if not is_ours(connection, topic):
         return 0
     kept = RETRACTED + topic
-    known = {fold(name) for name in columns(connection, kept)}
-    lacking = [name for name in columns(connection, topic) if fold(name) not in known]
+    known = {fold(name) for name in declared(connection, kept)}
+    lacking = [name for name in declared(connection, topic) if fold(name) not in known]
     if not known:
         described = ", ".join(map(quote, lacking))
         connection.execute(f"CREATE TABLE {quote(kept)} ({described})")
     else:
         for name in lacking:
             connection.execute(f"ALTER TABLE {quote(kept)} ADD COLUMN {quote(name)}")
-    return _move(connection, topic, kept, columns(connection, topic), rows)
+    return _move(connection, topic, kept, declared(connection, topic), rows)
 
 
 def reinstate(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
@@ -132,13 +125,13 @@ def reinstate(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
     kept = RETRACTED + topic
     if not is_ours(connection, kept):
         return 0
-    there = {fold(name) for name in columns(connection, topic)}
-    if lost := [name for name in columns(connection, kept) if fold(name) not in there]:
+    there = {fold(name) for name in declared(connection, topic)}
+    if lost := [name for name in declared(connection, kept) if fold(name) not in there]:
         raise SinkConflict(
             f"table {topic!r} has no column {lost[0]!r}, which rows retracted from it have",
             f"put that column back; the rows wait in the table {kept!r}",
         )
-    return _move(connection, kept, topic, columns(connection, kept), rows)
+    return _move(connection, kept, topic, declared(connection, kept), rows)
 
 
 def forget(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
@@ -155,7 +148,7 @@ def check_all_ours(connection: sqlite3.Connection, topic: str, promised: dict[in
     Raises:
         SinkConflict: it holds what is not ours.
     """
-    if not columns(connection, topic):
+    if not declared(connection, topic):
         return
     if not is_ours(connection, topic) or count(connection, topic) != promised:
         raise SinkConflict(
@@ -163,11 +156,6 @@ def check_all_ours(connection: sqlite3.Connection, topic: str, promised: dict[in
             "left untouched",
             "rename that table, or: casparian topics set ... --mode append",
         )
-
-
-def quote(name: str) -> str:
-    """A name as a statement has it."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _move(
@@ -188,7 +176,7 @@ def _chosen(connection: sqlite3.Connection, table: str) -> str:
     """The condition that picks `Rows` in a table, with the index it needs."""
     index = quote(f"_cf_job_of_{table}")
     connection.execute(f"CREATE INDEX IF NOT EXISTS {index} ON {quote(table)} (_cf_job_id)")
-    taken = {fold(name) for name in columns(connection, table)}
+    taken = {fold(name) for name in declared(connection, table)}
     rowid = next((name for name in ("rowid", "_rowid_", "oid") if name not in taken), None)
     if rowid is None:
         raise SinkConflict(f"table {table!r} has columns for every name of SQLite's row number")
@@ -197,7 +185,7 @@ def _chosen(connection: sqlite3.Connection, table: str) -> str:
 
 
 def _fit_table(
-    connection: sqlite3.Connection, topic: str, incoming: Sequence[Column]
+    connection: sqlite3.Connection, topic: str, staged: Any, incoming: Sequence[Column]
 ) -> list[Column]:
     """Create the topic's table, or add the columns it lacks; the columns as the table has them.
 
@@ -206,7 +194,7 @@ def _fit_table(
         OutputRefused: a column has another type in the table.
     """
     table = quote(topic)
-    existing = {fold(name): declared for name, declared in columns(connection, topic).items()}
+    existing = {fold(name): kind for name, kind in declared(connection, topic).items()}
     if not existing:
         create(connection, topic, incoming)
         return list(incoming)
@@ -220,4 +208,5 @@ def _fit_table(
             connection.execute(
                 f"ALTER TABLE {table} ADD COLUMN {quote(column.name)} {column.declared}"
             )
-    return [fit(column, existing.get(fold(column.name), column.declared)) for column in incoming]
+    settles = own_topic(topic, facts_of(staged.metadata.metadata))
+    return fitted(connection, topic, staged, incoming, settles)

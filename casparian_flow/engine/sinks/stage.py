@@ -9,7 +9,7 @@ the size. `parts.py` says when it is a folder of several files.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,14 @@ import pyarrow.parquet as pq
 
 from casparian_flow.atomic import fsync_path, make_folder
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import days, parts
-from casparian_flow.engine.sinks.base import Lineage, is_disk_fault, lost, unavailable
+from casparian_flow.engine.sinks import days, families, parts
+from casparian_flow.engine.sinks.base import (
+    Lineage,
+    is_disk_fault,
+    lost,
+    own_topic,
+    unavailable,
+)
 from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, fit
 from casparian_flow.errors import OutputRefused
 from casparian_flow.protocol import MODES, OutputPlan, StagedOutput
@@ -62,6 +68,7 @@ class Stage:
         check: called with each batch; raises OutputRefused where the sink could not hold a value.
         unite: called with the first schema, for the columns to write, where files must agree.
         split_bytes: size of a part, where the sink takes a folder of them; 0: it takes one file.
+        known: asks the sink for the names of the topic's columns so far.
 
     Raises:
         OutputRefused: the topic's name or mode is not one sinks have.
@@ -78,6 +85,7 @@ class Stage:
         check: Callable[[Any], object] = lambda batch: None,
         unite: Callable[[Any], Any] = lambda schema: schema,
         split_bytes: int = 0,
+        known: Callable[[], Collection[str]] = tuple,
     ) -> None:
         _check_plan(plan)
         self._plan = plan
@@ -86,6 +94,11 @@ class Stage:
         self._admit = admit
         self._check = check
         self._unite = unite
+        self._known = known
+        self._settles = own_topic(plan.topic, plan.facts)
+        self._counted: list[str] = []
+        self.note = ""
+        """What is to be said of the output in its attempt's log."""
         self._pending: list[Any] = []
         self._pending_rows = self._pending_bytes = self._rows = self._batches = 0
         path = folder / f"{attempt}-{plan.output_key[:32]}.parquet.part"
@@ -159,12 +172,18 @@ class Stage:
 
     def discard(self) -> None:
         """Remove what was staged; may be called at any time, and twice."""
+        families.forget(self._plan.location, self._plan.topic, self._counted)
+        self._counted = []
         self._parts.discard()
 
     def _start(self, given: Any) -> None:
         _check_names(self._plan.topic, given.names)
         self._admit(given)
         self._open(given)
+        self._counted = given.names
+        self.note = families.note(
+            self._plan.location, self._plan.topic, given.names, self._known, self._settles
+        )
 
     def _check_values(self, batch: Any) -> None:
         try:
@@ -201,7 +220,7 @@ class Stage:
         for value, field in values:
             constant = pa.repeat(pa.scalar(value, field.type), given.num_rows)
             given = given.append_column(field, constant)
-        table = fit(self._plan.topic, given, self._schema)
+        table = fit(self._plan.topic, given, self._schema, self._settles)
         with self._storing(table.drop_columns([field.name for field in LINEAGE_FIELDS])):
             self._parts.write(table)
         self._rows += self._pending_rows

@@ -20,7 +20,7 @@ from casparian_flow import atomic
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks import listing, parts
 from casparian_flow.engine.sinks.base import is_disk_fault
-from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, own_columns, unite
+from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, own_columns, widened
 from casparian_flow.errors import SinkConflict
 
 COLUMNS_FILE = "_common_metadata"
@@ -71,6 +71,23 @@ def set_columns(folder: Path, schema: Any) -> None:
     crashpoint("parquet.columns_written")
 
 
+def is_within_double(root: Path, topic: str, name: str) -> bool:
+    """Whether a double holds each value of a column of whole numbers in all outputs of a topic,
+    also in those that are retracted. What cannot be read as Parquet may have any.
+
+    Raises:
+        OSError: the disk refused to read one.
+    """
+    folders = (root / topic, listing.hidden_folder(root, topic))
+    every = (output for folder in folders for output in listing.outputs(folder))
+    try:
+        return all(parts.is_within_double(output, name) for output in every)
+    except (OSError, pa.ArrowException) as error:
+        if is_disk_fault(error):
+            raise
+        return False
+
+
 def _columns_of_outputs(folder: Path) -> Any:
     """What the outputs' footers say, the one of the first job first."""
     found = []
@@ -85,7 +102,7 @@ def _columns_of_outputs(folder: Path) -> Any:
                 raise
     united = pa.schema([])
     for _, _, schema in sorted(found, key=lambda each: each[:2]):
-        united = unite(united, schema)
+        united = widened(united, schema)
     return united
 
 

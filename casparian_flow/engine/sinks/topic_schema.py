@@ -2,8 +2,9 @@
 
 Columns are united by name, in the order in which they came. A column has one type in a topic, the
 first that was published; a later output's values are cast to it where that is exact for every one
-of them, bit for bit, else the output is refused. A new column is null in earlier rows, and one that
-an output lacks is null in its rows. What may be cast to each other:
+of them, bit for bit. Where it is not, a column of numbers becomes *wider*, if all its values so far
+are exactly ones of the wider type; else the output is refused. A new column is null in earlier
+rows, and one that an output lacks is null in its rows. What may be cast to each other:
 
     integers, floating point           where the value is the same, -0.0 and NaN included
     decimals                           where no digit is lost
@@ -20,6 +21,9 @@ a boolean is no number, an extension type is only itself. A dictionary counts as
 a nested type it is only itself). Null is no type yet: a column, or something inside it, that was
 null everywhere takes the first type that comes.
 
+Wider than an integer is one of the same sign with more bits, and double (`EXACT_IN_DOUBLE`); wider
+than float is double.
+
 Pure functions on Arrow schemas and tables; no sink's names are in them.
 """
 
@@ -30,7 +34,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from casparian_flow.engine.sinks.base import LINEAGE
+from casparian_flow.engine.sinks.base import LINEAGE, otherwise
 from casparian_flow.engine.sinks.columns import as_list
 from casparian_flow.errors import OutputRefused
 
@@ -44,6 +48,10 @@ LINEAGE_FIELDS: tuple[Any, ...] = tuple(
 def own_columns(schema: Any) -> Any:
     """The columns of a staged or published file that came from the plugin, without metadata."""
     return pa.schema([field for field in schema if field.name not in LINEAGE])
+
+
+EXACT_IN_DOUBLE = 1 << 53
+"""Whole numbers up to this, and down to its negative, are all exactly ones of a double."""
 
 
 def unite(known: Any, columns: Any) -> Any:
@@ -62,19 +70,69 @@ def unite(known: Any, columns: Any) -> Any:
     return pa.schema(kinds.items())
 
 
-def fit(topic: str, table: Any, columns: Any) -> Any:
+def wider(kind: Any, other: Any) -> Any:
+    """The type of numbers that a topic's column may become for the sake of another type.
+
+    Args:
+        kind: the column's type in the topic.
+        other: that of an output.
+
+    Returns:
+        None where `kind` is wide enough, or nothing is wide enough for both.
+    """
+    numbers = (pa.types.is_integer, pa.types.is_float32, pa.types.is_float64)
+    if kind == other or not all(any(test(each) for test in numbers) for each in (kind, other)):
+        return None
+    whole = [pa.types.is_integer(each) for each in (kind, other)]
+    if whole == [True, True]:
+        signed = [pa.types.is_signed_integer(each) for each in (kind, other)]
+        return other if signed[0] == signed[1] and other.bit_width > kind.bit_width else None
+    return None if kind == pa.float64() else pa.float64()
+
+
+def widened(known: Any, columns: Any) -> Any:
+    """As `unite`, with columns of numbers as wide as what the outputs have."""
+    united = unite(known, columns)
+    for number, field in enumerate(united):
+        if field.name in columns.names:
+            wide = wider(field.type, _plain(columns.field(field.name).type))
+            united = united.set(number, field.with_type(wide or field.type))
+    return united
+
+
+def as_staged(known: Any, columns: Any) -> Any:
+    """As `unite`, but numbers that may widen a column keep their type: the values decide later."""
+    united = unite(known, columns)
+    for number, field in enumerate(united):
+        if field.name in columns.names:
+            kind = _plain(columns.field(field.name).type)
+            if wider(field.type, kind):
+                united = united.set(number, field.with_type(kind))
+    return united
+
+
+def is_exact(column: Any, kind: Any) -> bool:
+    """Whether every value of a column of numbers is exactly one of a type."""
+    try:
+        return all(len(_exact(chunk, kind)) == len(chunk) for chunk in column.chunks)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return False
+
+
+def fit(topic: str, table: Any, columns: Any, settles: str = "") -> Any:
     """A table with exactly these columns: cast, in their order, null where it has none.
 
     Args:
         table: of columns that are all among `columns`.
         columns: what `unite` gave, with or without the lineage columns.
+        settles: what to type where the output is refused.
 
     Raises:
         OutputRefused: a column's values are not exactly values of its type in the topic.
     """
     given = dict(zip(table.column_names, table.columns, strict=True))
     arrays = [
-        _cast(topic, field, given[field.name])
+        _cast(topic, field, given[field.name], settles)
         if field.name in given
         else pa.nulls(table.num_rows, field.type)
         for field in columns
@@ -82,7 +140,7 @@ def fit(topic: str, table: Any, columns: Any) -> Any:
     return pa.Table.from_arrays(arrays, schema=columns)
 
 
-def _cast(topic: str, field: Any, column: Any) -> Any:
+def _cast(topic: str, field: Any, column: Any, settles: str) -> Any:
     if column.type == field.type:
         return column
     chunks = [_decoded(chunk) for chunk in column.chunks]
@@ -98,7 +156,7 @@ def _cast(topic: str, field: Any, column: Any) -> Any:
             return pa.chunked_array(exact, field.type)
     raise OutputRefused(
         f"topic {topic!r}: column {field.name!r} is {field.type} since it was first published; "
-        f"this output has {kind}, {wrong}",
+        f"this output has {kind}, {wrong}{otherwise(settles)}",
         "convert the column in the plugin, or give it another name",
     )
 
