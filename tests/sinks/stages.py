@@ -59,6 +59,7 @@ class Place:
     def stage(
         self, job: int = 1, attempt: str = "a1", key: str = "", topic: str = TOPIC,
         mode: str = "append", slot: str = "", ordinal: int = 1, split_bytes: int = 0,
+        facts: dict[str, str] | None = None,
     ) -> Stage:  # fmt: skip
         plan = OutputPlan(
             topic=topic,
@@ -69,6 +70,7 @@ class Place:
             slot=hashlib.sha256((slot or f"slot of {topic}").encode()).hexdigest(),
             ordinal=ordinal,
             split_bytes=split_bytes,
+            facts=facts or {},
         )
         lineage = Lineage(
             file_version_id=job + 100, job_id=job, source_hash="ab" * 32, plugin_version="1.2.3"

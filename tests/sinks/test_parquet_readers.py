@@ -23,11 +23,14 @@ OUTPUTS: list[dict[str, Any]] = [
     {"n": [1.5, None], "later": pa.nulls(2), "a": ["x", "y"]},
     {"a": ["z"], "n": [2], "more": [[1, 2]], "zone": pa.array([0], pa.timestamp("us", "UTC"))},
     {"later": ["now"], "more": [[]], "s": [{"f": True}]},
+    {"whole": pa.array([7, -1], pa.int8()), "thin": pa.array([0.5, 2], pa.float32())},
+    {"whole": [2**53, 300], "thin": [0.1, 4.0], "a": ["big", "small"]},
+    {"whole": [0.5, None], "a": ["real", "none"]},
     {"a": [f"row {n}" for n in range(500)], "n": [*range(500)]},
 ]
 """Columns that come, stay away and change their type; the last output is large."""
 
-COLUMNS = ["n", "later", "a", "more", "zone", "s", *LINEAGE]
+COLUMNS = ["n", "later", "a", "more", "zone", "s", "whole", "thin", *LINEAGE]
 
 
 @pytest.fixture
@@ -59,7 +62,12 @@ def rows_of(found: Any) -> list[dict[str, Any]]:
         found = pa.Table.from_pandas(found, preserve_index=False)
     assert sorted(found.column_names) == sorted(COLUMNS)
     rows = found.select(COLUMNS).to_pylist()
-    return sorted(rows, key=lambda row: (row["_cf_job_id"], row["a"] or "", row["n"] or 0))
+    return sorted(rows, key=order)
+
+
+def order(row: dict[str, Any]) -> tuple[Any, ...]:
+    numbers = (row["n"], row["thin"])
+    return row["_cf_job_id"], row["a"] or "", *(n if n and n == n else 0 for n in numbers)
 
 
 def expected() -> list[dict[str, Any]]:
@@ -68,7 +76,7 @@ def expected() -> list[dict[str, Any]]:
         for row in pa.table(columns).to_pylist():
             lineage = dict(zip(LINEAGE, (job + 100, job, "ab" * 32, "1.2.3"), strict=True))
             rows.append({name: row.get(name) for name in COLUMNS} | lineage)
-    return sorted(rows, key=lambda row: (row["_cf_job_id"], row["a"] or "", row["n"] or 0))
+    return sorted(rows, key=order)
 
 
 def test_the_page_shows_four_readers() -> None:
