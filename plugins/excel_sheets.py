@@ -1,19 +1,32 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["pyarrow>=23.0.1", "python-calamine>=0.9"]
+# dependencies = ["pyarrow>=23.0.1", "xlrd>=2.0.1"]
 # ///
-"""Workbooks (XLSX, XLS, ODS) become rows of topic `excel`: every row of every worksheet.
+"""Workbooks (XLSX, XLSM, XLSB, XLS, ODS) become rows of topic `excel`: every row of every sheet.
 
-The first row of a sheet that is not wholly empty is its header. The columns of the topic are
-`sheet`, `row` (as the sheet numbers it, from 1) and the headers of all sheets together, in the
-order they first appear; a row is null where its sheet has no such column. Wholly empty rows are
-skipped; no other row is ever left out, so there are no rejects. Hidden sheets are read; charts
-and macro sheets are not.
+What a file is shows in its bytes, not in its name. The columns of the topic are `sheet`, `row` (as
+the sheet numbers it, from 1) and the headers of all sheets together, in the order they first
+appear; a row is null where its sheet has no such column. Wholly empty rows, and columns that have
+neither a header nor a cell, are left out. Hidden sheets are read; charts and macro sheets are not.
 
-Cells are text, as they are stored rather than as they are shown: a number exactly (`5`, `0.1`),
-a date or time in ISO format (a date without time is midnight), a duration as `26:00:00`, `true`
-and `false`, a formula's last value; an empty cell is null, and so is an error such as `#N/A`.
-A workbook that is damaged, protected by a password, or no workbook fails the job.
+The header is where the table begins: the first row of names under which the cells of the rows
+below it lie. Narrow rows above it are titles; each is told in the log, as is every guess. Header
+cells that are merged over rows or columns give one name. A sheet on which the header is not clear
+becomes rejects, and the log says what to type; where no sheet is clear the job fails.
+`--option header_row=4` says where the header is, 0 that there is none, and
+`--option sheets="Data,20*"` which sheets are read.
+
+Cells are text, as they are stored rather than as they are shown: a number exactly (`5`, `0.1`,
+`10000000000000000`), a date or time in ISO format (without a time of day where its format shows
+none), a duration as `26:00:00`, `true` and `false`, a formula's stored value, an error as `#N/A`;
+an empty cell is null. A number that is formatted as a date and is none (60 would be 29 February
+1900) stays the number.
+
+Topic `excel_rejects` has the rows that cannot be read, with the cells, the reason and the whole row
+as JSON: a formula without a stored value (`--option formulas=empty` makes it null), a number that
+is none, a header that comes again. A workbook that is damaged, protected by a password, or no
+workbook fails the job, and so does a sheet that is nearly all empty between cells far apart. An
+empty file publishes nothing.
 Columns: white space in a header cell is folded, an empty one becomes `column_3` (its position),
 one repeated within its sheet `name_2` (case does not count), `_cf_x` becomes `x_cf_x`, and 100
 characters are kept; a header `sheet` or `row` becomes `sheet_2` or `row_2`.
@@ -22,128 +35,1538 @@ characters are kept; a header `sheet` or `row` becomes `sheet_2` or `row_2`.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Any, NamedTuple
+import io
+import json
+import lzma
+import os
+import posixpath
+import re
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal, InvalidOperation
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from typing import IO, Any, NamedTuple
+from xml.parsers import expat
 
 import pyarrow as pa
-from python_calamine import (
-    CalamineError,
-    CalamineSheet,
-    CalamineWorkbook,
-    PasswordError,
-    SheetTypeEnum,
+import xlrd
+
+from casparian_flow.sdk import (
+    BasePlugin,
+    PluginMetadata,
+    batches,
+    column_names,
+    foreign_kind,
+    printable,
 )
 
-from casparian_flow.sdk import BasePlugin, PluginMetadata
+MANIFEST = PluginMetadata(
+    pattern=["*.xlsx", "*.xlsm", "*.xlsb", "*.xls", "*.ods"],
+    topic=["excel", "excel_rejects"],
+    version="1.1.0",
+    options={
+        "header_row": -1,  # -1: find it; 0: there is none; N: it is row N of every sheet
+        "sheets": "",  # names or globs, with commas between them; all where it is empty
+        "formulas": "reject",  # or "empty": what a formula without a stored value becomes
+    },
+)
 
-MANIFEST = PluginMetadata(pattern=["*.xlsx", "*.xls", "*.ods"], topic="excel", version="1.0.0")
+REJECTS = pa.schema(
+    [
+        ("sheet", pa.string()),
+        ("row", pa.int64()),
+        ("cell", pa.string()),
+        ("reason", pa.string()),
+        ("raw", pa.string()),
+    ]
+)
+HEAD_ROWS = 50  # where a header may be
+TITLE_ROWS = 20
+KEPT_CELLS = 300_000  # of small workbooks, so that they are not read twice
+PATTERNS = 20_000  # of filled cells, that are counted
+STRINGS_BYTES = 384 << 20
+CELL_CHARACTERS = 4 << 20  # Excel's own limit is 32,767
+UNPACKED_BYTES = 4 << 30
+SPARSE_CELLS = 10_000_000
+COLUMNS, ROWS = 16_384, 1_048_576  # of the largest sheet there can be
+CHUNK = 1 << 16
 
-BATCH_ROWS = 2000
+HOW = "open the workbook in a spreadsheet program and save it, or --option formulas=empty"
+UNCALCULATED = f"a formula without a stored value: {HOW}"
+NEVER = f"a formula that was never calculated, 0 is stored for every formula: {HOW}"
 
-Row = tuple[int, list[str | None]]
-"""A row's number on its sheet, and its cells."""
+Merge = tuple[int, int, int, int]
+"""First row, first column, last row, last column: rows from 1, columns from 0."""
 
 
-class Sheet(NamedTuple):
-    """A worksheet with something on it."""
+class Row(NamedTuple):
+    """A row that is not wholly empty."""
 
-    name: str
-    columns: list[str]
-    rows: Iterator[Row]
+    number: int
+    cells: dict[int, str]
+    """By column, from 0."""
+    filled: int
+    """The columns with a cell or a fault, as bits."""
+    typed: int
+    """Those whose cell is no text, as bits."""
+    bad: dict[int, str]
+    """Cells that cannot be read, and why."""
+    zeros: tuple[int, ...]
+    """Formulas whose stored value is 0."""
+
+
+class Sheet:
+    """A worksheet. What is counted is known when its rows have been read once."""
+
+    def __init__(self, name: str, read: Callable[[Sheet], Iterator[Row]]) -> None:
+        self.name = name
+        self.read = read
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what the last reading counted."""
+        self.merges: list[Merge] = []
+        self.formulas = 0
+        self.zeros = 0
+        self.seen: dict[str, list[str]] = {}
+        """What the log tells: cells by what they are."""
+
+    def tell(self, what: str, row: int, column: int, text: str) -> None:
+        cells = self.seen.setdefault(what, [])
+        cells.append(f"{place(row, column)} {text}" if len(cells) < 5 else "")
+
+
+class Book:
+    """A workbook: its sheets, and whether it asks to be calculated before it is believed."""
+
+    def __init__(self, sheets: list[Sheet]) -> None:
+        self.sheets = sheets
+        self.recalculate = False
+
+
+class Read:
+    """What one reading of a sheet says of its shape."""
+
+    def __init__(self) -> None:
+        self.head: list[Row] = []
+        self.kept: list[Row] | None = []
+        self.patterns: Counter[tuple[int, int]] = Counter()
+        """Rows by the columns that are filled and those that are no text."""
+        self.rest = 0
+        """The columns of rows whose pattern was one too many to count."""
+        self.rows = 0
+        self.cells = 0
+        self.last = 0
+
+
+class Header(NamedTuple):
+    """Where a sheet's table begins, and its columns."""
+
+    last: int
+    """The last row that is no data; 0 where there is no header."""
+    places: list[int]
+    names: list[str]
+    cells: dict[int, str]
+    """The last header row as it stands; it may come again."""
+    unnamed: list[int]
+
+
+class Unclear(Exception):
+    """Where the header is cannot be said."""
+
+
+DAMAGE = (
+    expat.ExpatError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    struct.error,
+    UnicodeDecodeError,
+)
+"""What reading damaged bytes raises."""
 
 
 class Handler(BasePlugin):
     """Publishes the rows of one workbook."""
 
     def execute(self, file_path: str) -> None:
-        sheets = list(read_sheets(file_path))
+        if not os.path.getsize(file_path):
+            return
+        with open(file_path, "rb") as file:
+            try:
+                self.publish_sheets(open_book(file))
+            except DAMAGE as error:
+                raise damaged(error) from error
+
+    def publish_sheets(self, book: Book) -> None:
+        sheets = [sheet for sheet in book.sheets if wanted(sheet.name)]
+        if not sheets:
+            names = ", ".join(repr(sheet.name) for sheet in book.sheets[:20]) or "none"
+            raise ValueError(
+                f"no sheet is called {MANIFEST.options['sheets']!r}; there are: {names}"
+            )
+        reads = [read_shape(sheet) for sheet in sheets]
+        formulas = sum(sheet.formulas for sheet in sheets)
+        never = book.recalculate and formulas == sum(sheet.zeros for sheet in sheets)
+        headers: list[Header | str | None] = []
+        unclear: list[str] = []
+        for sheet, read in zip(sheets, reads, strict=True):
+            try:
+                headers.append(header_of(sheet, read) if read.rows else None)
+            except Unclear as error:
+                headers.append("the header of the sheet is not clear: --option header_row=N")
+                unclear.append(f"{error}; {settle(sheet)}")
+        if unclear and not any(isinstance(each, Header) for each in headers):
+            raise ValueError("\n".join(unclear))
+        for text in unclear:
+            print(f"rejected: {text}")
         columns: dict[str, str] = {}
-        for sheet in sheets:
-            for name in sheet.columns:
-                columns.setdefault(name.casefold(), name)
+        for header in headers:
+            if isinstance(header, Header):
+                for name in header.names:
+                    columns.setdefault(name.casefold(), name)
         fields = [(name, pa.string()) for name in columns.values()]
         schema = pa.schema([("sheet", pa.string()), ("row", pa.int64()), *fields])
-        self.publish("excel", schema.empty_table())
-        for sheet in sheets:
-            own = {name.casefold(): place for place, name in enumerate(sheet.columns)}
-            places = [own.get(key) for key in columns]
-            while batch := list(islice(sheet.rows, BATCH_ROWS)):
-                self.publish("excel", table(sheet.name, batch, places, schema))
+        if any(headers):
+            self.publish(MANIFEST.topic[0], schema.empty_table())
+        for sheet, read, found in zip(sheets, reads, headers, strict=True):
+            if found:
+                rows = read.kept if read.kept is not None else sheet.read(sheet)
+                self.publish_sheet(sheet, judged(rows, found, never), found, columns, schema)
+            tell(sheet)
+
+    def publish_sheet(
+        self,
+        sheet: Sheet,
+        rows: Iterator[tuple[Row, str]],
+        header: Header | str,
+        columns: dict[str, str],
+        schema: pa.Schema,
+    ) -> None:
+        """The rows, with each column taken from its place on the sheet, or null."""
+        own: dict[str, int] = {}
+        if isinstance(header, Header):
+            own = {n.casefold(): p for n, p in zip(header.names, header.places, strict=True)}
+        places = [own.get(key, -1) for key in columns]
+        name = printable(sheet.name)
+
+        def size(item: tuple[Row, str]) -> int:
+            return sum(map(len, item[0].cells.values())) + 8 * len(places)
+
+        for batch in batches(rows, size, rows=2000):
+            good = [row for row, reason in batch if not reason]
+            if good:
+                cells = [[row.cells.get(p) for row in good] for p in places]
+                data = [[name] * len(good), [row.number for row in good], *cells]
+                self.publish(MANIFEST.topic[0], table(data, schema))
+            bad = [
+                (name, row.number, ", ".join(place(row.number, c) for c in row.bad), reason, raw)
+                for row, reason in batch
+                if reason
+                for raw in [json.dumps(by_letter(row), ensure_ascii=False)]
+            ]
+            if bad:
+                self.publish(MANIFEST.topic[1], table(list(zip(*bad, strict=True)), REJECTS))
 
 
-def table(sheet: str, rows: list[Row], places: list[int | None], schema: Any) -> Any:
-    """The rows, with each column taken from its place on the sheet, or null."""
-    cells: list[Sequence[Any]] = [
-        [None if place is None else row[place] for _, row in rows] for place in places
-    ]
-    columns = [[sheet] * len(rows), [number for number, _ in rows], *cells]
+def table(columns: list[Any], schema: pa.Schema) -> pa.Table:
     arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def read_sheets(path: str) -> Iterator[Sheet]:
-    """The worksheets that are not empty, in the order of the workbook.
+def judged(rows: Iterable[Row], header: Header | str, never: bool) -> Iterator[tuple[Row, str]]:
+    """The rows below the header, each with why it is a reject, or ''."""
+    empty = MANIFEST.options["formulas"] == "empty"
+    for row in rows:
+        if isinstance(header, str):
+            yield row._replace(bad={}), header
+        elif row.number > header.last:
+            bad = {**row.bad, **dict.fromkeys(row.zeros if never else (), NEVER)}
+            cells = row.cells
+            if empty:
+                drop = {column for column, why in bad.items() if why in (NEVER, UNCALCULATED)}
+                cells = {column: text for column, text in cells.items() if column not in drop}
+                bad = {column: why for column, why in bad.items() if column not in drop}
+            reason = "; ".join(dict.fromkeys(bad.values()))
+            if not reason and len(cells) > 1 and cells == header.cells:
+                reason = "the header comes again"
+            if cells or reason:
+                yield row._replace(cells=cells, bad=bad), reason
+
+
+def wanted(name: str) -> bool:
+    chosen = str(MANIFEST.options["sheets"])
+    return not chosen or any(fnmatchcase(name, each.strip()) for each in chosen.split(","))
+
+
+def settle(sheet: Sheet) -> str:
+    return (
+        "say which row it is by `casparian publish ... --option header_row=N` (0: there is no "
+        f"header), or which sheets to read by `--option sheets=...`, if {sheet.name!r} is no table"
+    )
+
+
+def tell(sheet: Sheet) -> None:
+    for what, cells in sheet.seen.items():
+        shown = ", ".join(filter(None, cells))
+        print(f"sheet {sheet.name!r}: {len(cells)} {what}: {shown}{' ...' * (len(cells) > 5)}")
+
+
+def by_letter(row: Row) -> dict[str, str]:
+    return {letters(column): text for column, text in sorted(row.cells.items())}
+
+
+@cache
+def letters(column: int) -> str:
+    text, column = "", column + 1
+    while column:
+        column, rest = divmod(column - 1, 26)
+        text = chr(65 + rest) + text
+    return text
+
+
+def place(row: int, column: int) -> str:
+    return f"{letters(column)}{row}"
+
+
+# Where the table begins
+
+
+def read_shape(sheet: Sheet) -> Read:
+    """Read a sheet once, to know its shape.
 
     Raises:
-        ValueError: the workbook cannot be read.
+        ValueError: its cells are so far apart that it is no table.
     """
+    read = Read()
+    low = high = 0
+    for row in sheet.read(sheet):
+        read.rows += 1
+        read.cells += len(row.cells)
+        read.last = max(read.last, row.number)
+        low, high = min(low or row.number, row.number), high | row.filled
+        if read.rows <= HEAD_ROWS:
+            read.head.append(row)
+        if read.kept is not None:
+            read.kept.append(row)
+            if read.cells > KEPT_CELLS:
+                read.kept = None
+        pattern = (row.filled, row.typed)
+        if pattern not in read.patterns and len(read.patterns) >= PATTERNS:
+            read.rest |= row.filled
+            pattern = (0, 0)
+        read.patterns[pattern] += 1
+    left, right = (high & -high).bit_length() - 1, high.bit_length() - 1
+    height, width = read.last - low + 1, right - left + 1
+    if height * width > max(SPARSE_CELLS, 100 * read.cells):
+        raise ValueError(
+            f"sheet {sheet.name!r} spans {place(low, left)}:{place(read.last, right)}, {height:,} "
+            f"rows by {width:,} columns, and only {read.cells:,} of these {height * width:,} cells "
+            "hold anything: that is no table. Delete the cells far from the table, or say which "
+            "sheets to read: casparian publish ... --option sheets=..."
+        )
+    return read
+
+
+def header_of(sheet: Sheet, read: Read) -> Header:
+    """Where the table begins and what its columns are called; guesses are told in the log.
+
+    Raises:
+        Unclear: more than one row may be the header, or none is.
+    """
+    chosen = int(MANIFEST.options["header_row"])
+    if chosen == 0:
+        return columns_of(sheet, read, [])
+    if chosen > 0:
+        start = end = next((i for i, row in enumerate(read.head) if row.number == chosen), -1)
+        if start < 0:
+            raise Unclear(f"sheet {sheet.name!r} has nothing in row {chosen}, or too much above it")
+        said = ""
+    else:
+        start, said = find_header(sheet, read)
+        end = header_end(sheet, read, start)
+        start = group_start(sheet, read, start)
+    rows = read.head[start : end + 1]
+    header = columns_of(sheet, read, rows)
+    if chosen < 0 and (said or start or len(rows) > 1):
+        merged = f" to {rows[-1].number}, by merged cells" if len(rows) > 1 else ""
+        why = f" ({said})" if said else ""
+        print(f"guessed: the header of sheet {sheet.name!r} is row {rows[0].number}{merged}{why}")
+    for row in read.head[:start]:
+        print(
+            f"skipped: sheet {sheet.name!r} row {row.number}, above the header: {shown(row, 300)}"
+        )
+    if header.unnamed:
+        columns = ", ".join(letters(column) for column in header.unnamed[:10])
+        print(f"sheet {sheet.name!r} has {len(header.unnamed)} columns without a header: {columns}")
+    return header
+
+
+def find_header(sheet: Sheet, read: Read) -> tuple[int, str]:
+    """The place among the first rows of the one that is the header, and how it was guessed."""
+    if len(read.head) == 1 and header_like(read, 0):
+        return 0, ""
+    start, said = candidate(sheet, read)
+    if start is None:
+        raise Unclear(
+            f"the header of sheet {sheet.name!r} is not clear: no row near its top holds "
+            f"names, and only names, for the columns below it (row {read.head[0].number}: "
+            f"{shown(read.head[0])})"
+        )
+    header = read.head[start]
+    width = covers(sheet, header).bit_count()
+    for row in read.head[: group_start(sheet, read, start)]:
+        if len(row.cells) * 2 > width:
+            raise Unclear(
+                f"the header of sheet {sheet.name!r} is not clear: it may be row {row.number} "
+                f"({shown(row)}) or row {header.number} ({shown(header)})"
+            )
+    differs = contrast(read, start)
+    if start and not said and not differs and not apart(sheet, read, start, width):
+        raise Unclear(
+            f"the header of sheet {sheet.name!r} is not clear: row {header.number} "
+            f"({shown(header)}) looks like the rows around it"
+        )
+    if not said and start:
+        said = f"{start} narrow rows above it"
+    if not differs and read.rows > 1:
+        said += f"{said and '; '}below it is text too, so it may be a row like the others"
+    return start, said
+
+
+def candidate(sheet: Sheet, read: Read) -> tuple[int | None, str]:
+    """The first row of names under which all rows lie, or else the first that is wide enough."""
+    whole, wide = None, None
+    half = middle_width(read) / 2
+    for i, row in enumerate(read.head[: TITLE_ROWS + 1]):
+        cover = covers(sheet, row).bit_count()
+        if cover < half or not header_like(read, i):
+            continue
+        if whole is None and below(read, i) and fits(sheet, read, i) == below(read, i):
+            whole = i
+        if wide is None and len(row.cells) >= max(2, half):
+            wide = i
+    if wide is not None and (whole is None or whole > wide):
+        narrower = whole is not None and len(read.head[whole].cells) <= len(read.head[wide].cells)
+        if whole is None or narrower or fits(sheet, read, wide) >= 0.9 * below(read, wide):
+            return wide, "some cells lie outside its columns"
+    return whole, ""
+
+
+def middle_width(read: Read) -> int:
+    """The number of cells of the row in the middle, if rows are put in that order."""
+    widths = Counter[int]()
+    for (filled, _), count in read.patterns.items():
+        widths[filled.bit_count()] += count
+    before = 0
+    for width in sorted(widths):
+        before += widths[width]
+        if before * 2 >= read.rows:
+            return width
+    return 0
+
+
+def shown(row: Row, limit: int = 100) -> str:
+    return " | ".join(row.cells[column] for column in sorted(row.cells))[:limit]
+
+
+NUMBERISH = re.compile(r"[-+]?[\d.,]*\d[\d.,]*([eE][-+]?\d+)?%?|true|false")
+YEARISH = re.compile(r"(19|20)\d\d|\d{4}-\d\d-\d\d(T00:00:00)?|Q[1-4]")
+
+
+def header_like(read: Read, i: int) -> bool:
+    """Whether a row holds names: no numbers, but years and dates that the next row has not."""
+    row = read.head[i]
+    follows = read.head[i + 1] if i + 1 < len(read.head) else None
+    if row.bad:
+        return False
+    for column, text in row.cells.items():
+        if len(text) > 500:
+            return False
+        if row.typed >> column & 1 or NUMBERISH.fullmatch(text):
+            after = follows.cells.get(column, "") if follows else ""
+            if not YEARISH.fullmatch(text) or YEARISH.fullmatch(after):
+                return False
+    return bool(row.cells)
+
+
+def covers(sheet: Sheet, row: Row) -> int:
+    """The columns that a header row names, as bits: with those its merged cells reach over."""
+    bits = row.filled
+    if len(row.cells) > 1:
+        for top, left, _, right in sheet.merges:
+            if top == row.number:
+                bits |= (2 << right) - (1 << left)
+    return bits
+
+
+def below(read: Read, i: int) -> int:
+    return read.rows - i - 1
+
+
+def fits(sheet: Sheet, read: Read, i: int) -> int:
+    """How many of the rows below have all their cells in the columns that the row names."""
+    outside = ~covers(sheet, read.head[i])
+    count = sum(n for (filled, _), n in read.patterns.items() if not filled & outside)
+    return count - sum(not row.filled & outside for row in read.head[: i + 1])
+
+
+def contrast(read: Read, start: int) -> bool:
+    """Whether a column whose header is text has mostly numbers, dates or the like below it."""
+    header = read.head[start]
+    for column in header.cells:
+        if header.typed >> column & 1:
+            continue
+        above = read.head[: start + 1]
+        bit = 1 << column
+        filled = sum(n for (f, _), n in read.patterns.items() if f & bit)
+        typed = sum(n for (_, t), n in read.patterns.items() if t & bit)
+        filled -= sum(bool(row.filled & bit) for row in above)
+        typed -= sum(bool(row.typed & bit) for row in above)
+        if typed and typed * 2 >= filled:
+            return True
+    return False
+
+
+def apart(sheet: Sheet, read: Read, start: int, width: int) -> bool:
+    """Whether rows above the header are set off from it: by a gap, by a merge, or by width."""
+    above = read.head[:start]
+    if read.head[start].number - above[-1].number > 1:
+        return True
+    numbers = {row.number for row in above}
+    if any(top in numbers and right > left for top, left, _, right in sheet.merges):
+        return True
+    narrow = sum(n for (filled, _), n in read.patterns.items() if filled.bit_count() == 1)
+    ones = sum(len(row.cells) == 1 for row in above)
+    return width > 2 and ones == len(above) and (narrow - ones) * 5 <= below(read, start)
+
+
+def group_start(sheet: Sheet, read: Read, start: int) -> int:
+    """The first row directly above the header whose merged cells name a few columns each."""
+    whole = covers(sheet, read.head[start])
+    while start and any(
+        top == bottom == read.head[start - 1].number == read.head[start].number - 1
+        and left < right
+        and left in read.head[start - 1].cells
+        and whole & ~((2 << right) - (1 << left))
+        for top, left, bottom, right in sheet.merges
+    ):
+        start -= 1
+    return start
+
+
+def header_end(sheet: Sheet, read: Read, start: int) -> int:
+    """The place of the last row of a header whose merged cells reach over more than one row."""
+    row = read.head[start]
+    if len(row.cells) < 2:
+        return start
+    first = end = row.number
+    for top, _, bottom, _ in sorted(sheet.merges):
+        if first <= top <= end and bottom < first + TITLE_ROWS:
+            end = max(end, bottom)
+    follows = read.head[start + 1] if start + 1 < len(read.head) else None
+    if follows and end == first and follows.number == first + 1:
+        spans = [(left, right) for top, left, _, right in sheet.merges if top == first]
+        spans = [(a, b) for a, b in spans if len({*range(a, b + 1)} & follows.cells.keys()) > 1]
+        if spans and header_like(read, start + 1):
+            if not contrast(read, start + 1):
+                raise Unclear(
+                    f"where the header of sheet {sheet.name!r} ends is not clear: row {first} has "
+                    f"merged cells, and row {first + 1} ({shown(follows)}) may be names or data"
+                )
+            end = first + 1
+    return max(i for i, each in enumerate(read.head) if each.number <= end)
+
+
+def columns_of(sheet: Sheet, read: Read, rows: list[Row]) -> Header:
+    """The columns that have a name in the header's rows, or a cell in or below them."""
+    last = rows[-1].number if rows else 0
+    patterns = Counter(read.patterns)
+    patterns.subtract((row.filled, row.typed) for row in read.head if row.number <= last)
+    used = read.rest
+    for (filled, _), count in patterns.items():
+        used |= filled if count > 0 else 0
+    texts = header_texts(sheet, read, rows)
+    for column in texts:
+        used |= 1 << column
+    cells = [texts.get(column) for column in range(used.bit_length())]
+    names = column_names(cells, taken=("sheet", "row"))
+    places = [column for column in range(len(names)) if used >> column & 1]
+    unnamed = [column for column in places if rows and not texts.get(column)]
+    return Header(last, places, [names[p] for p in places], rows[-1].cells if rows else {}, unnamed)
+
+
+def header_texts(sheet: Sheet, read: Read, rows: list[Row]) -> dict[int, str]:
+    """The text of each column's header; the text of a merged cell counts wherever it reaches."""
+    grid = {row.number: dict(row.cells) for row in rows}
+    anchors = {row.number: row.cells for row in read.head}
+    for top, left, bottom, right in sheet.merges:
+        text = anchors.get(top, {}).get(left)
+        reached = [number for number in grid if top <= number <= bottom]
+        if text and (len(rows) > 1 or top < bottom):
+            for number in reached:
+                grid[number].update(dict.fromkeys(range(left, right + 1), text))
+    texts: dict[int, dict[str, None]] = {}
+    for number in sorted(grid):
+        for column, text in grid[number].items():
+            texts.setdefault(column, {})[" ".join(text.split())] = None
+    return {column: " ".join(filter(None, each)) for column, each in texts.items()}
+
+
+# What a cell holds
+
+
+def number_text(raw: str) -> str:
+    """A stored number as text: a whole one in digits, a fraction as short as it is exact.
+
+    Raises:
+        ValueError: it is no number that a workbook can hold.
+    """
+    if raw.isascii() and raw.isdigit() and len(raw) < 300:
+        return raw.lstrip("0") or "0"
     try:
-        book = CalamineWorkbook.from_path(path)
-        for sheet in book.sheets_metadata:
-            if sheet.typ == SheetTypeEnum.WorkSheet:
-                rows = read_rows(book.get_sheet_by_name(sheet.name))
-                if header := next(rows, None):
-                    yield Sheet(sheet.name, column_names(header[1]), rows)
-    except PasswordError as error:
-        raise ValueError("the workbook is protected by a password") from error
-    except CalamineError as error:
-        raise ValueError(f"the workbook cannot be read, it may be damaged: {error}") from error
+        value = Decimal(raw.strip())
+    except InvalidOperation:
+        raise ValueError(f"{raw[:40]!r} is no number") from None
+    if not value.is_finite() or len(raw) > 400 or value.adjusted() > 308:
+        raise ValueError(f"{raw[:40]!r} is no number that a workbook can hold")
+    if value.adjusted() >= -1 and value == int(value):
+        return str(int(value))
+    if not value:
+        return "0"
+    short = float(value)
+    if len(value.as_tuple().digits) > 17 or not short:
+        return raw.strip()
+    return str(int(short)) if short.is_integer() else repr(short)
 
 
-def read_rows(sheet: CalamineSheet) -> Iterator[Row]:
-    """The rows that are not wholly empty."""
-    for number, values in enumerate(sheet.iter_rows(), start=1):
-        cells = [text_of(value) for value in values]
-        if any(cell is not None for cell in cells):
-            yield number, cells
+@cache
+def format_kind(code: str) -> str:
+    """What a number format shows: '', 'date', 'time', 'datetime' or 'duration'."""
+    code = re.sub(r'"[^"]*"|\\.|_.|\*.', "", code).split(";")[0].lower()
+    if re.search(r"\[(h+|m+|s+)\]", code):
+        return "duration"
+    code = re.sub(r"\[[^\]]*\]|general|am/pm|a/p", "", code)
+    if re.search(r"[0#?]", re.sub(r"s\.0+|ss?0+", "s", code)):
+        return ""
+    time = bool(re.search("[hs]", code))
+    date = bool(re.search("[dy]", code)) or ("m" in code and not time)
+    return ("date" * date + "time" * time) or ""
 
 
-def text_of(value: Any) -> str | None:
-    """A cell's text."""
-    match value:
-        case str():
-            text = printable(value)
-        case bool():
-            text = str(value).lower()
-        case float() if value.is_integer() and abs(value) < 1e15:
-            text = str(int(value))
-        case datetime.timedelta():
-            hours, rest = divmod(value, datetime.timedelta(hours=1))
-            text = f"{hours}{str(rest)[1:]}"
-        case datetime.date() | datetime.time():
-            text = value.isoformat()
-        case _:
-            text = str(value)
-    return text or None
+BUILT_IN = {
+    **dict.fromkeys([14, 15, 16, 17, *range(27, 32), 36, *range(50, 59)], "date"),
+    **dict.fromkeys([18, 19, 20, 21, 32, 33, 34, 35, 45, 47], "time"),
+    22: "datetime",
+    46: "duration",
+}
 
 
-def column_names(cells: Iterable[str | None]) -> list[str]:
-    """Names that every sink takes: not empty, not repeated in any case, not reserved."""
+def moment_text(raw: str, kind: str, base_1904: bool) -> str | None:
+    """A stored number as the date, time or duration it is; None where it is none."""
+    days = float(raw)
+    micros = round_moment(Decimal(raw), days)
+    if kind == "duration":
+        return duration_text(micros)
+    if kind == "time" and 0 <= micros < 86_400_000_000:
+        return (datetime.datetime.min + datetime.timedelta(microseconds=micros)).time().isoformat()
+    if not (0 if base_1904 else 1) <= days < 2_958_466 or (not base_1904 and 60 <= days < 61):
+        return None
+    base = datetime.datetime(1904, 1, 1) if base_1904 else datetime.datetime(1899, 12, 30)
+    if not base_1904 and days < 60:
+        base += datetime.timedelta(days=1)
+    try:
+        moment = base + datetime.timedelta(microseconds=micros)
+    except OverflowError:
+        return None
+    whole = kind == "date" and not micros % 86_400_000_000
+    return moment.date().isoformat() if whole else moment.isoformat()
+
+
+def round_moment(stored: Decimal, days: float) -> int:
+    """Days as microseconds: the roundest that the stored digits allow, since 1/86400 has no end."""
+    exact = stored * 86_400_000_000
+    digits = -int(stored.as_tuple().exponent)
+    slack = Decimal(f"0.5e-{min(digits, 30)}") + Decimal(abs(days)) * Decimal(2) ** -53
+    for step in (1_000_000, 1_000, 1):
+        micros = int((exact / step).to_integral_value()) * step
+        if abs(micros - exact) <= slack * 86_400_000_000 and digits > 5:
+            return micros
+    return int(exact.to_integral_value())
+
+
+def duration_text(micros: int) -> str:
+    seconds, rest = divmod(abs(micros), 1_000_000)
+    text = f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    return f"{'-' * (micros < 0)}{text}{f'.{rest:06}' if rest else ''}"
+
+
+class Formats:
+    """The cell formats of a workbook: what the number under each of them is."""
+
+    def __init__(self) -> None:
+        self.codes: dict[int, str] = {}
+        self.cells: list[int] = []
+        self.base_1904 = False
+
+    def kind(self, index: int) -> str:
+        number = self.cells[index] if 0 <= index < len(self.cells) else 0
+        code = self.codes.get(number)
+        return format_kind(code) if code is not None else BUILT_IN.get(number, "")
+
+
+class Cells:
+    """Puts together one row of a sheet after another."""
+
+    def __init__(self, sheet: Sheet, formats: Formats) -> None:
+        self.sheet = sheet
+        self.formats = formats
+        self.start(0)
+
+    def start(self, number: int) -> None:
+        if number > ROWS:
+            raise ValueError(f"sheet {self.sheet.name!r} has a row {number:,}: it is damaged")
+        self.number = number
+        self.cells: dict[int, str] = {}
+        self.typed = 0
+        self.bad: dict[int, str] = {}
+        self.zeros: list[int] = []
+
+    def row(self) -> Row | None:
+        """The row as it is now, or None where it is empty."""
+        if not self.cells and not self.bad:
+            return None
+        filled = 0
+        for column in (*self.cells, *self.bad):
+            filled |= 1 << column
+        return Row(self.number, self.cells, filled, self.typed, self.bad, tuple(self.zeros))
+
+    def put(self, column: int, text: str, typed: bool = True) -> None:
+        if not text:
+            return
+        if not 0 <= column < COLUMNS:
+            raise ValueError(
+                f"sheet {self.sheet.name!r} has a column {column + 1:,}: it is damaged"
+            )
+        if column in self.cells:
+            self.fault(column, "the cell is there twice")
+        self.cells[column] = text
+        if typed:
+            self.typed |= 1 << column
+
+    def text(self, column: int, text: str) -> None:
+        self.put(column, printable(text), typed=False)
+
+    def error(self, column: int, text: str) -> None:
+        self.sheet.tell("error values, as text", self.number, column, text)
+        self.put(column, printable(text))
+
+    def number_of(self, column: int, raw: str, style: int, formula: bool = False) -> None:
+        try:
+            text = number_text(raw)
+        except ValueError as error:
+            self.fault(column, str(error))
+            return
+        if formula:
+            self.sheet.formulas += 1
+            if text == "0":
+                self.sheet.zeros += 1
+                self.zeros.append(column)
+        if kind := self.formats.kind(style):
+            moment = moment_text(raw, kind, self.formats.base_1904)
+            if moment is None:
+                what = "numbers that are formatted as dates and are none, as numbers"
+                self.sheet.tell(what, self.number, column, text)
+            text = moment or text
+        self.put(column, text)
+
+    def fault(self, column: int, reason: str) -> None:
+        if not 0 <= column < COLUMNS:
+            raise ValueError(
+                f"sheet {self.sheet.name!r} has a column {column + 1:,}: it is damaged"
+            )
+        self.bad.setdefault(column, reason)
+
+
+# What the file is
+
+
+def open_book(file: IO[bytes]) -> Book:
+    """Open a workbook of any kind, by its bytes.
+
+    Raises:
+        ValueError: it is none, or cannot be read; the message says what it is.
+    """
+    start = file.read(4096)
+    file.seek(0)
+    if start.startswith(b"PK"):
+        try:
+            return open_zip(zipfile.ZipFile(file))
+        except (zipfile.BadZipFile, KeyError, NotImplementedError, OSError) as error:
+            raise damaged(error) from error
+    if start.startswith((b"\xd0\xcf\x11\xe0", b"\x09\x08", b"\x09\x04", b"\x09\x02", b"\x09\x00")):
+        return open_xls(file)
+    what = foreign_kind(start)
+    raise ValueError(f"this is {what or 'no workbook: it is neither XLSX, XLSB, XLS nor ODS'}")
+
+
+def damaged(error: object) -> ValueError:
+    return ValueError(f"the workbook cannot be read, it may be damaged: {error}")
+
+
+def open_zip(pack: zipfile.ZipFile) -> Book:
+    entries = {
+        info.filename.replace("\\", "/").lstrip("/").lower(): info for info in pack.infolist()
+    }
+    unpacked = sum(info.file_size for info in entries.values())
+    packed = sum(info.compress_size for info in entries.values())
+    if unpacked > UNPACKED_BYTES or (unpacked > 200 << 20 and unpacked > 300 * packed):
+        raise ValueError(
+            f"the workbook unpacks from {packed:,} to {unpacked:,} bytes: it is too large to read, "
+            "or made to fill the memory"
+        )
+    if any(info.flag_bits & 1 for info in entries.values()):
+        raise ValueError("the workbook is protected by a password")
+    parts = Parts(pack, entries)
+    if "content.xml" in entries:
+        return open_ods(parts)
+    for target in parts.related("", "/officedocument"):
+        if target.endswith(".bin"):
+            return open_xlsb(parts, target)
+        if target.startswith("word/") or target.startswith("ppt/"):
+            kind = "Word document" if target.startswith("word/") else "PowerPoint presentation"
+            raise ValueError(f"this is a {kind}, not a workbook")
+        return open_xlsx(parts, target)
+    names = ", ".join(list(entries)[:3])
+    raise ValueError(f"this is a ZIP archive, not a workbook; it holds {names or 'nothing'}")
+
+
+class Parts:
+    """The files in a workbook that is a ZIP archive."""
+
+    def __init__(self, pack: zipfile.ZipFile, entries: dict[str, zipfile.ZipInfo]) -> None:
+        self.pack = pack
+        self.entries = entries
+
+    def open(self, name: str) -> IO[bytes]:
+        info = self.entries.get(name.lower())
+        if info is None:
+            raise damaged(f"it has no {name}")
+        return self.pack.open(info)
+
+    def links(self, name: str) -> dict[str, tuple[str, str]]:
+        """The parts that one part names: by id, the kind and the target, in small letters."""
+        folder, base = posixpath.split(name)
+        rels = posixpath.join(folder, "_rels", f"{base}.rels").lower()
+        found: dict[str, tuple[str, str]] = {}
+
+        def start(tag: str, attrs: dict[str, str]) -> None:
+            if tag == "Relationship" and attrs.get("TargetMode") != "External":
+                target = attrs.get("Target", "").replace("\\", "/")
+                path = posixpath.normpath(posixpath.join("/", folder, target)).lstrip("/")
+                found[attrs.get("Id", "")] = (attrs.get("Type", "").lower(), path.lower())
+
+        if rels in self.entries:
+            parse(self.open(rels), start)
+        return found
+
+    def related(self, name: str, kind: str) -> list[str]:
+        return [path for link, path in self.links(name).values() if link.endswith(kind)]
+
+
+class LocalNames(dict[str, str]):
+    """XML names without their namespace."""
+
+    def __missing__(self, name: str) -> str:
+        local = self[name] = name.rpartition("|")[2]
+        return local
+
+
+Start = Callable[[str, dict[str, str]], None]
+
+
+def parse(
+    stream: IO[bytes],
+    start: Start,
+    end: Callable[[str], None] | None = None,
+    text: Callable[[str], None] | None = None,
+) -> None:
+    for _ in pieces(stream, start, end, text):
+        pass
+
+
+def pieces(
+    stream: IO[bytes],
+    start: Start,
+    end: Callable[[str], None] | None = None,
+    text: Callable[[str], None] | None = None,
+) -> Iterator[None]:
+    """Parse XML a piece at a time. Elements are called by their local names."""
+    local = LocalNames()
+    parser = expat.ParserCreate(namespace_separator="|")
+    parser.buffer_text = True
+    parser.StartElementHandler = lambda name, attrs: start(local[name], attrs)
+    if end:
+        parser.EndElementHandler = lambda name: end(local[name])
+    parser.CharacterDataHandler = text
+    parser.StartDoctypeDeclHandler = refuse_doctype
+    fed = 0
+    with stream:
+        while piece := stream.read(CHUNK):
+            parser.Parse(piece, False)
+            fed += len(piece)
+            if fed - parser.CurrentByteIndex > CELL_CHARACTERS + CHUNK:
+                raise damaged("a piece of its XML has no end")
+            yield
+        parser.Parse(b"", True)
+        yield
+
+
+def refuse_doctype(*_: Any) -> None:
+    raise damaged("its XML declares a document type, as no workbook does")
+
+
+# XLSX and XLSM
+
+
+def open_xlsx(parts: Parts, name: str) -> Book:
+    formats, found = Formats(), dict[str, str]()
+    links = parts.links(name)
+    book = Book([])
+
+    def start(tag: str, attrs: dict[str, str]) -> None:
+        if tag == "workbookPr":
+            formats.base_1904 = attrs.get("date1904") in ("1", "true")
+        elif tag == "calcPr":
+            book.recalculate = attrs.get("fullCalcOnLoad") in ("1", "true")
+        elif tag == "sheet":
+            link = next((attrs[key] for key in attrs if key.endswith("|id")), "")
+            found[attrs.get("name", "")] = link
+
+    parse(parts.open(name), start)
+    for style in parts.related(name, "/styles"):
+        read_styles(parts.open(style), formats)
+    strings: list[str] = []
+    for shared in parts.related(name, "/sharedstrings"):
+        strings = shared_strings(parts.open(shared))
+    for title, link in found.items():
+        kind, path = links.get(link, ("", ""))
+        if not kind:
+            raise damaged(f"it has no part for its sheet {title!r}")
+        if kind.endswith("/worksheet"):
+            book.sheets.append(Sheet(title, partial(xlsx_rows, parts, path, formats, strings)))
+    return book
+
+
+def read_styles(stream: IO[bytes], formats: Formats) -> None:
+    inside = False
+
+    def start(tag: str, attrs: dict[str, str]) -> None:
+        nonlocal inside
+        if tag == "numFmt" and attrs.get("numFmtId", "").isdigit():
+            formats.codes.setdefault(int(attrs["numFmtId"]), attrs.get("formatCode", ""))
+        elif tag == "cellXfs":
+            inside = True
+        elif tag == "xf" and inside:
+            number = attrs.get("numFmtId", "")
+            formats.cells.append(int(number) if number.isdigit() else 0)
+
+    def end(tag: str) -> None:
+        nonlocal inside
+        inside = inside and tag != "cellXfs"
+
+    parse(stream, start, end)
+
+
+ESCAPE = re.compile(r"_x([0-9A-Fa-f]{4})_")
+
+
+def unescaped(text: str) -> str:
+    """Text in which characters that XML cannot hold are written `_x0007_`."""
+    if "_x" not in text:
+        return text
+    text = ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def too_many_strings() -> ValueError:
+    return ValueError(
+        f"the texts of the workbook take more than {STRINGS_BYTES:,} bytes of memory: split it"
+    )
+
+
+def shared_strings(stream: IO[bytes]) -> list[str]:
+    strings: list[str] = []
+    parts: list[str] = []
+    on = phonetic = False
+    size = 0
+
+    def start(tag: str, _: dict[str, str]) -> None:
+        nonlocal on, phonetic
+        on = tag == "t" and not phonetic
+        phonetic = phonetic or tag == "rPh"
+
+    def text(data: str) -> None:
+        nonlocal size
+        if on:
+            size += len(data)
+            if size > STRINGS_BYTES:
+                raise too_many_strings()
+            parts.append(data)
+
+    def end(tag: str) -> None:
+        nonlocal on, phonetic, size
+        on = False
+        if tag == "rPh":
+            phonetic = False
+        elif tag == "si":
+            strings.append(printable(unescaped("".join(parts))))
+            parts.clear()
+            size += 64
+            if size > STRINGS_BYTES:
+                raise too_many_strings()
+
+    parse(stream, start, end, text)
+    return strings
+
+
+@cache
+def column_of(name: str) -> int:
+    column = 0
+    for letter in name.upper():
+        column = column * 26 + ord(letter) - 64
+    return column - 1
+
+
+def xlsx_rows(
+    parts: Parts, path: str, formats: Formats, strings: list[str], sheet: Sheet
+) -> Iterator[Row]:
+    reader = XlsxSheet(Cells(sheet, formats), strings)
+    sheet.begin()
+    for _ in pieces(parts.open(path), reader.start, reader.end, reader.text):
+        yield from reader.rows
+        reader.rows.clear()
+
+
+class XlsxSheet:
+    """What an XML parser meets in a worksheet becomes rows."""
+
+    def __init__(self, cells: Cells, strings: list[str]) -> None:
+        self.cells = cells
+        self.strings = strings
+        self.rows: list[Row] = []
+        self.column = -1
+        self.cell: dict[str, str] | None = None
+        self.formula = self.valued = self.on = self.phonetic = False
+        self.parts: list[str] = []
+        self.size = 0
+
+    def start(self, tag: str, attrs: dict[str, str]) -> None:
+        if tag == "c":
+            self.cell = attrs
+            name = attrs.get("r")
+            self.column = column_of(name.rstrip("0123456789")) if name else self.column + 1
+            self.formula = self.valued = False
+            self.parts.clear()
+            self.size = 0
+        elif self.cell is not None:
+            self.on = tag == "v" or (tag == "t" and not self.phonetic)
+            self.valued = self.valued or tag in ("v", "is")
+            self.formula = self.formula or tag == "f"
+            self.phonetic = self.phonetic or tag == "rPh"
+        elif tag == "row":
+            number = attrs.get("r", "")
+            self.cells.start(int(number) if number.isdigit() else self.cells.number + 1)
+            self.column = -1
+        elif tag == "mergeCell":
+            match = re.fullmatch(
+                r"([A-Z]{1,3})(\d{1,7}):([A-Z]{1,3})(\d{1,7})", attrs.get("ref", "")
+            )
+            if match:
+                top, left = int(match[2]), column_of(match[1])
+                self.cells.sheet.merges.append((top, left, int(match[4]), column_of(match[3])))
+
+    def text(self, data: str) -> None:
+        if self.on:
+            self.parts.append(data)
+            self.size += len(data)
+            if self.size > CELL_CHARACTERS:
+                raise damaged(f"cell {place(self.cells.number, self.column)} has no end")
+
+    def end(self, tag: str) -> None:
+        self.on = False
+        if tag == "c":
+            if self.cell is not None and (self.valued or self.formula):
+                self.value(self.cell, "".join(self.parts))
+            self.cell = None
+        elif tag == "rPh":
+            self.phonetic = False
+        elif tag == "row" and (row := self.cells.row()):
+            self.rows.append(row)
+
+    def value(self, cell: dict[str, str], raw: str) -> None:
+        cells, column = self.cells, self.column
+        kind = cell.get("t", "n")
+        if self.formula and not raw and not (kind == "str" and self.valued):
+            cells.fault(column, UNCALCULATED)
+        elif kind == "s":
+            index = int(raw) if raw.isascii() and raw.isdigit() else -1
+            if not 0 <= index < len(self.strings):
+                cells.fault(column, f"there is no text {raw[:20]!r} in the workbook")
+            elif text := self.strings[index]:
+                cells.put(column, text, typed=False)
+        elif kind in ("str", "inlineStr"):
+            cells.text(column, unescaped(raw))
+        elif not raw.strip():
+            return
+        elif kind == "b":
+            cells.put(column, "true" if raw.strip() in ("1", "true") else "false")
+        elif kind == "e":
+            cells.error(column, raw)
+        elif kind == "d":
+            cells.put(column, printable(raw))
+        else:
+            style = cell.get("s", "0")
+            cells.number_of(column, raw, int(style) if style.isdigit() else 0, self.formula)
+
+
+# XLSB
+
+
+class Records:
+    """The records of a part of a binary workbook."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[tuple[int, bytes]]:
+        with self.stream as stream:
+            while first := stream.read(1):
+                kind = first[0]
+                if kind & 0x80:
+                    kind = kind & 0x7F | (self.byte() & 0x7F) << 7
+                size = shift = 0
+                while True:
+                    byte = self.byte()
+                    size |= (byte & 0x7F) << shift
+                    shift += 7
+                    if byte < 0x80 or shift == 28:
+                        break
+                if size > CELL_CHARACTERS:
+                    raise damaged("a record of it has no end")
+                data = stream.read(size)
+                if len(data) < size:
+                    raise damaged("a part of it ends within a record")
+                yield kind, data
+
+    def byte(self) -> int:
+        data = self.stream.read(1)
+        if not data:
+            raise damaged("a part of it ends within a record")
+        return data[0]
+
+
+def wide(data: bytes, at: int) -> tuple[str, int]:
+    """A text with its length before it, and where it ends."""
+    (size,) = struct.unpack_from("<I", data, at)
+    if size == 0xFFFFFFFF:
+        return "", at + 4
+    end = at + 4 + 2 * size
+    if end > len(data):
+        raise damaged("a text of it has no end")
+    return data[at + 4 : end].decode("utf-16-le", "surrogatepass"), end
+
+
+def open_xlsb(parts: Parts, name: str) -> Book:
+    formats, links, book = Formats(), parts.links(name), Book([])
+    strings = [
+        text for part in parts.related(name, "/sharedstrings") for text in xlsb_strings(parts, part)
+    ]
+    for style in parts.related(name, "/styles"):
+        xlsb_styles(parts, style, formats)
+    for kind, data in Records(parts.open(name)):
+        if kind == 153:  # BrtWbProp
+            formats.base_1904 = bool(data[0] & 1)
+        elif kind == 156:  # BrtBundleSh
+            link, end = wide(data, 8)
+            what, path = links.get(link, ("", ""))
+            if what.endswith("/worksheet"):
+                title = wide(data, end)[0]
+                book.sheets.append(Sheet(title, partial(xlsb_rows, parts, path, formats, strings)))
+    return book
+
+
+def xlsb_strings(parts: Parts, name: str) -> Iterator[str]:
+    size = 0
+    for kind, data in Records(parts.open(name)):
+        if kind == 19:  # BrtSSTItem
+            yield printable(wide(data, 1)[0])
+            size += len(data) + 64
+            if size > STRINGS_BYTES:
+                raise too_many_strings()
+
+
+def xlsb_styles(parts: Parts, name: str, formats: Formats) -> None:
+    inside = False
+    for kind, data in Records(parts.open(name)):
+        if kind == 44:  # BrtFmt
+            formats.codes[struct.unpack_from("<H", data)[0]] = wide(data, 2)[0]
+        elif kind in (617, 618):  # BrtBeginCellXFs, BrtEndCellXFs
+            inside = kind == 617
+        elif kind == 47 and inside:  # BrtXF
+            formats.cells.append(struct.unpack_from("<H", data, 2)[0])
+
+
+ERRORS = {
+    0: "#NULL!", 7: "#DIV/0!", 15: "#VALUE!", 23: "#REF!", 29: "#NAME?", 36: "#NUM!", 42: "#N/A",
+    43: "#GETTING_DATA",
+}  # fmt: skip
+
+
+def error_name(code: int) -> str:
+    return ERRORS.get(code, f"#ERROR {code}")
+
+
+def rk_number(data: bytes) -> str:
+    """A number in the four bytes that short ones take."""
+    (bits,) = struct.unpack("<i", data)
+    if bits & 2:
+        number: float = bits >> 2
+    else:
+        (number,) = struct.unpack("<d", b"\0\0\0\0" + struct.pack("<i", bits & ~3))
+    return repr(number / 100 if bits & 1 else number)
+
+
+def xlsb_rows(
+    parts: Parts, path: str, formats: Formats, strings: list[str], sheet: Sheet
+) -> Iterator[Row]:
+    cells = Cells(sheet, formats)
+    sheet.begin()
+    for kind, data in Records(parts.open(path)):
+        if kind == 0:  # BrtRowHdr
+            if row := cells.row():
+                yield row
+            cells.start(struct.unpack_from("<I", data)[0] + 1)
+        elif 2 <= kind <= 11:
+            column, style = struct.unpack_from("<II", data)
+            xlsb_cell(cells, kind, column, style & 0xFFFFFF, data, strings)
+        elif kind == 62:  # BrtCellRString
+            cells.text(struct.unpack_from("<I", data)[0], wide(data, 9)[0])
+        elif kind == 176:  # BrtMergeCell
+            top, bottom, left, right = struct.unpack_from("<IIII", data)
+            sheet.merges.append((top + 1, left, bottom + 1, right))
+    if row := cells.row():
+        yield row
+
+
+def xlsb_cell(
+    cells: Cells, kind: int, column: int, style: int, data: bytes, strings: list[str]
+) -> None:
+    """One cell, or formula with its value."""
+    if kind == 2:
+        cells.number_of(column, rk_number(data[8:12]), style)
+    elif kind in (3, 11):
+        cells.error(column, error_name(data[8]))
+    elif kind in (4, 10):
+        cells.put(column, "true" if data[8] else "false")
+    elif kind in (5, 9):
+        cells.number_of(column, repr(struct.unpack_from("<d", data, 8)[0]), style, kind == 9)
+    elif kind in (6, 8):
+        cells.text(column, wide(data, 8)[0])
+    else:
+        (index,) = struct.unpack_from("<I", data, 8)
+        if index >= len(strings):
+            cells.fault(column, f"there is no text {index} in the workbook")
+        else:
+            cells.put(column, strings[index], typed=False)
+
+
+# XLS
+
+
+def open_xls(file: IO[bytes]) -> Book:
+    """Open a workbook of Excel 97 or older; it is read into memory."""
+    data = file.read()
+    for stream, what in (
+        ("EncryptedPackage", "the workbook is protected by a password"),
+        ("WordDocument", "this is a Word document, not a workbook"),
+        ("PowerPoint Document", "this is a PowerPoint presentation, not a workbook"),
+    ):
+        if data.startswith(b"\xd0\xcf\x11\xe0") and stream.encode("utf-16-le") in data:
+            raise ValueError(what)
+    try:
+        book = xlrd.open_workbook(
+            file_contents=data,
+            formatting_info=True,
+            ragged_rows=True,
+            on_demand=True,
+            logfile=io.StringIO(),
+        )
+        never = never_calculated(book)
+        sources = [book.sheet_by_index(index) for index in range(book.nsheets)]
+    except MemoryError:
+        raise
+    except Exception as error:  # it raises anything for bytes that are damaged
+        if "encrypted" in str(error).lower():
+            raise ValueError("the workbook is protected by a password") from error
+        raise damaged(error) from error
+    formats = Formats()
+    formats.base_1904 = bool(book.datemode)
+    formats.cells = [xf.format_key for xf in book.xf_list]
+    formats.codes = {key: each.format_str for key, each in book.format_map.items()}
+    return Book(
+        [
+            Sheet(source.name, partial(xls_rows, source, formats, cells))
+            for source, cells in zip(sources, never, strict=True)
+        ]
+    )
+
+
+def never_calculated(book: Any) -> list[set[tuple[int, int]]]:
+    """The formulas of each sheet, where 0 or nothing is stored for each one of the workbook.
+
+    A program that cannot calculate writes such, and no record of what calculated it (RECALCID).
+    """
+    sheets: list[set[tuple[int, int]]] = [set() for _ in range(book.nsheets)]
+    for index, start in enumerate(book._sh_abs_posn if book.biff_version >= 50 else ()):
+        book._position = start
+        depth = 0
+        while True:
+            code, _, data = book.get_record_parts()
+            depth += (code == 0x0809) - (code == 0x000A)
+            if code == 0x0006 and len(data) >= 14:
+                row, column = struct.unpack_from("<HH", data)
+                if data[6:14] not in (bytes(8), b"\3\0\0\0\0\0\xff\xff"):
+                    return [set() for _ in sheets]
+                sheets[index].add((row, column))
+            if depth == 0:
+                break
+    if b"\xc1\x01\x08\x00\xc1\x01" in book.mem:  # RECALCID
+        return [set() for _ in sheets]
+    return sheets
+
+
+def xls_rows(
+    source: Any, formats: Formats, never: set[tuple[int, int]], sheet: Sheet
+) -> Iterator[Row]:
+    sheet.begin()
+    sheet.merges = [(top + 1, a, bottom, b - 1) for top, bottom, a, b in source.merged_cells]
+    cells = Cells(sheet, formats)
+    for index in range(source.nrows):
+        cells.start(index + 1)
+        values, kinds = source.row_values(index), source.row_types(index)
+        for column, (value, kind) in enumerate(zip(values, kinds, strict=True)):
+            if (index, column) in never:
+                cells.fault(column, NEVER)
+            elif kind == xlrd.XL_CELL_TEXT:
+                cells.text(column, value)
+            elif kind in (xlrd.XL_CELL_NUMBER, xlrd.XL_CELL_DATE):
+                cells.number_of(column, repr(value), source.cell_xf_index(index, column))
+            elif kind == xlrd.XL_CELL_BOOLEAN:
+                cells.put(column, "true" if value else "false")
+            elif kind == xlrd.XL_CELL_ERROR:
+                cells.error(column, error_name(value))
+        if row := cells.row():
+            yield row
+
+
+# ODS
+
+
+def open_ods(parts: Parts) -> Book:
+    if "meta-inf/manifest.xml" in parts.entries:
+        with parts.open("meta-inf/manifest.xml") as stream:
+            if b"encryption-data" in stream.read(CELL_CHARACTERS):
+                raise ValueError("the workbook is protected by a password")
     names: list[str] = []
-    seen = {"sheet", "row"}
-    for position, cell in enumerate(cells, start=1):
-        base = " ".join((cell or "").split())[:100] or f"column_{position}"
-        base = f"x{base}" if base.lower().startswith("_cf_") else base
-        name, count = base, 1
-        while name.casefold() in seen:
-            count += 1
-            name = f"{base}_{count}"
-        seen.add(name.casefold())
-        names.append(name)
-    return names
+    sheets = False
+
+    def start(tag: str, attrs: dict[str, str]) -> None:
+        nonlocal sheets
+        sheets = sheets or tag == "spreadsheet"
+        reader.start(tag, attrs)
+
+    reader = OdsSheet(None, -1)
+    for _ in pieces(parts.open("content.xml"), start, reader.end, reader.text):
+        names = reader.names
+    if not sheets:
+        raise ValueError("this is an OpenDocument file, but not a workbook")
+    return Book([Sheet(name, partial(ods_rows, parts, i)) for i, name in enumerate(names)])
 
 
-def printable(text: str) -> str:
-    """The text as Unicode that can be stored: NUL and lone surrogates are escaped."""
-    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
+def ods_rows(parts: Parts, index: int, sheet: Sheet) -> Iterator[Row]:
+    sheet.begin()
+    reader = OdsSheet(sheet, index)
+    unfolded = 0
+    for _ in pieces(parts.open("content.xml"), reader.start, reader.end, reader.text):
+        for row, times in reader.rows:
+            unfolded += len(row.cells) * (times - 1)
+            if row.number + times - 1 > ROWS or unfolded > 2 * SPARSE_CELLS:
+                raise ValueError(
+                    f"sheet {sheet.name!r} repeats row {row.number} of {len(row.cells):,} cells "
+                    f"{times:,} times: that is no table"
+                )
+            for more in range(times):
+                yield row._replace(number=row.number + more)
+        reader.rows.clear()
+        if reader.over:
+            return
+
+
+OUTSIDE = {
+    "annotation", "frame", "custom-shape", "rect", "line", "circle", "ellipse", "polygon",
+    "polyline", "path", "g", "control", "object", "ruby-text", "table", "shapes", "detective",
+}  # fmt: skip
+"""Elements in a cell that are not its text: notes and drawings."""
+
+
+class OdsSheet:
+    """What an XML parser meets in `content.xml` becomes the rows of one of its sheets."""
+
+    def __init__(self, sheet: Sheet | None, index: int) -> None:
+        self.cells = Cells(sheet or Sheet("", lambda _: iter(())), Formats())
+        self.index = index
+        self.names: list[str] = []
+        self.rows: list[tuple[Row, int]] = []
+        self.over = False
+        self.inside = 0
+        """How many tables deep; only the first level are sheets."""
+        self.next = 1
+        self.times = 1
+        self.column = 0
+        self.cell: dict[str, str] | None = None
+        self.skipped = 0
+        self.paragraphs = 0
+        self.parts: list[str] = []
+        self.size = 0
+
+    def start(self, tag: str, attrs: dict[str, str]) -> None:
+        if self.skipped or (self.cell is not None and tag in OUTSIDE):
+            self.skipped += 1
+            return
+        if tag == "table":
+            self.inside += 1
+            if self.inside == 1:
+                name = next((attrs[key] for key in attrs if key.endswith("table:1.0|name")), "")
+                self.names.append(name)
+        if self.inside != 1 or len(self.names) - 1 != self.index:
+            return
+        if tag in ("table-cell", "covered-table-cell"):
+            self.cell = {
+                ("calc:" if "calc" in key else "") + key.rpartition("|")[2]: text
+                for key, text in attrs.items()
+            }
+            self.parts.clear()
+            self.paragraphs = self.size = 0
+        elif self.cell is not None:
+            self.mark(tag, attrs)
+        elif tag == "table-row":
+            self.times = repeats(attrs, "number-rows-repeated")
+            self.cells.start(min(self.next, ROWS))
+            self.next += self.times
+            self.column = 0
+
+    def mark(self, tag: str, attrs: dict[str, str]) -> None:
+        """An element within a cell's text."""
+        if tag in ("p", "h"):
+            if self.paragraphs:
+                self.parts.append("\n")
+            self.paragraphs += 1
+        elif tag == "s":
+            self.parts.append(" " * min(repeats(attrs, "c"), 1000))
+        elif tag in ("tab", "line-break"):
+            self.parts.append("\t" if tag == "tab" else "\n")
+
+    def text(self, data: str) -> None:
+        if self.cell is not None and not self.skipped and self.paragraphs:
+            self.parts.append(data)
+            self.size += len(data)
+            if self.size > CELL_CHARACTERS:
+                raise damaged(f"cell {place(self.cells.number, self.column)} has no end")
+
+    def end(self, tag: str) -> None:
+        if self.skipped:
+            self.skipped -= 1
+        elif tag == "table":
+            self.inside -= 1
+            self.over = self.inside == 0 and len(self.names) - 1 == self.index
+        elif self.inside != 1 or len(self.names) - 1 != self.index:
+            return
+        elif tag in ("table-cell", "covered-table-cell") and self.cell is not None:
+            self.put(self.cell)
+            self.cell = None
+        elif tag == "table-row" and (row := self.cells.row()):
+            self.rows.append((row, self.times))
+
+    def put(self, cell: dict[str, str]) -> None:
+        times = whole(cell.get("number-columns-repeated", "1"))
+        across = whole(cell.get("number-columns-spanned", "1"))
+        down = whole(cell.get("number-rows-spanned", "1"))
+        if across > 1 or down > 1:
+            top, left = self.cells.number, self.column
+            self.cells.sheet.merges.append((top, left, top + down - 1, left + across - 1))
+        text = "".join(self.parts)
+        if text or "value-type" in cell or "formula" in cell:
+            for column in range(self.column, self.column + times):
+                if not self.put_one(column, cell, text):
+                    break
+        self.column += times
+
+    def put_one(self, column: int, cell: dict[str, str], text: str) -> bool:
+        """One cell, or one of those that it is repeated as; whether it holds anything."""
+        cells, kind = self.cells, cell.get("value-type", "")
+        if cell.get("calc:value-type") == "error":
+            cells.error(column, text or "#ERROR")
+        elif kind in ("float", "percentage", "currency"):
+            cells.number_of(column, cell.get("value", ""), 0)
+        elif kind == "boolean":
+            cells.put(column, cell.get("boolean-value", text).lower())
+        elif kind in ("date", "time"):
+            raw = cell.get(f"{kind}-value", "")
+            moment = ods_date(raw) if kind == "date" else ods_time(raw)
+            if moment:
+                cells.put(column, moment)
+            else:
+                cells.fault(column, f"{raw[:40]!r} is no {kind}")
+        elif not kind and "formula" in cell and not text:
+            cells.fault(column, UNCALCULATED)
+        else:
+            cells.text(column, cell.get("string-value") or text)
+        return column in cells.cells or column in cells.bad
+
+
+def whole(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 1
+
+
+def repeats(attrs: dict[str, str], name: str) -> int:
+    return whole(next((text for key, text in attrs.items() if key.endswith(f"|{name}")), "1"))
+
+
+def ods_date(raw: str) -> str:
+    """A date as it is stored, with six digits of a second where it has any; '' where it is none."""
+    match = re.fullmatch(r"(-?\d{4,}-\d\d-\d\d)(T\d\d:\d\d:\d\d)?(?:\.(\d+))?Z?", raw)
+    if not match:
+        return ""
+    rest = (match[3] or "").rstrip("0")
+    return match[1] + (match[2] or "") + (f".{rest:0<6}" if rest else "")
+
+
+def ods_time(raw: str) -> str:
+    """A duration such as PT26H00M00S as `26:00:00`; '' where it is none."""
+    match = re.fullmatch(
+        r"(-?)P(?:(\d{1,9})D)?(?:T(?:(\d{1,9})H)?(?:(\d{1,9})M)?(?:(\d{1,9})(?:[.,](\d+))?S)?)?",
+        raw,
+    )
+    if not match or raw.endswith(("P", "T")):
+        return ""
+    days, hours, minutes, seconds = (int(each or 0) for each in match.groups()[1:5])
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    rest = (match[6] or "").rstrip("0")
+    text = f"{total // 3600:02}:{total // 60 % 60:02}:{total % 60:02}"
+    return f"{match[1]}{text}{f'.{rest:0<6}' if rest else ''}"

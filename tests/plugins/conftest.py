@@ -27,13 +27,14 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def runner(name: str, **options: str) -> Run:
+def runner(name: str, module: ModuleType | None = None, **options: str) -> Run:
     """A function that runs the plugin on a file; it holds the plugin to its declared topics.
 
     Args:
+        module: the plugin, where it is loaded already.
         options: those of its MANIFEST that `casparian publish --option` changes.
     """
-    module = load(name)
+    module = module or load(name)
     if options:
         assert options.keys() <= module.MANIFEST.options.keys()
         chosen = {**module.MANIFEST.options, **options}
