@@ -689,13 +689,18 @@ def moment_text(raw: str, kind: str, base_1904: bool) -> str | None:
 
 
 def round_moment(stored: Decimal, days: float) -> int:
-    """Days as microseconds: the roundest that the stored digits allow, since 1/86400 has no end."""
+    """Days as microseconds: the roundest that the stored digits allow, since 1/86400 has no end.
+
+    Programs write at least 15 digits, without the zeros at their end.
+    """
     exact = stored * 86_400_000_000
-    digits = -int(stored.as_tuple().exponent)
-    slack = Decimal(f"0.5e-{min(digits, 30)}") + Decimal(abs(days)) * Decimal(2) ** -53
-    for step in (1_000_000, 1_000, 1):
+    digits = min(max(-int(stored.as_tuple().exponent), 14 - stored.adjusted()), 30)
+    slack = (
+        Decimal(5).scaleb(-digits - 1) + Decimal(abs(days)) * Decimal(2) ** -53
+    ) * 86_400_000_000
+    for step in (1_000_000, 1_000):
         micros = int((exact / step).to_integral_value()) * step
-        if abs(micros - exact) <= slack * 86_400_000_000 and digits > 5:
+        if abs(micros - exact) <= slack:
             return micros
     return int(exact.to_integral_value())
 
