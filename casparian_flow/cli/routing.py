@@ -20,7 +20,7 @@ def list_(ctx: typer.Context, as_json: AsJson = False) -> None:
 
     with context.opened(ctx) as (_, ledger):
         rows = [{**r, "problem": rule_fault(r["pattern"])} for r in ledger.read(views.rules)]
-    columns = "id pattern tag priority plugins problem"
+    columns = "id pattern case tag priority plugins problem"
     context.listing(rows, as_json, columns, "no rules\n  try: casparian rules add PATTERN TAG")
 
 
@@ -38,6 +38,10 @@ def add(
     priority: Annotated[
         int, typer.Option(metavar="N", help="Order of the jobs; higher runs first.")
     ] = 0,
+    exact_case: Annotated[
+        bool,
+        typer.Option("--exact-case", help="Tell *.csv from *.CSV; else one rule matches both."),
+    ] = False,
 ) -> None:
     """Give a tag to the files that match a pattern.
 
@@ -46,7 +50,9 @@ def add(
     from casparian_flow.services import changes
 
     with context.opened(ctx) as (settings, ledger):
-        rule_id, queued = changes.add_rule(ledger, settings, pattern, tag, priority)
+        rule_id, queued = changes.add_rule(
+            ledger, settings, pattern, tag, priority, any_case=not exact_case
+        )
     context.say(f"rule {rule_id} added; {queued} jobs queued for files already known")
 
 

@@ -203,6 +203,8 @@ class RoutingRule(Base):
     pattern: Mapped[str]
     tag: Mapped[str] = mapped_column(index=True)
     priority: Mapped[int] = mapped_column(default=0)
+    any_case: Mapped[bool] = mapped_column(default=True, server_default=text("0"))
+    """Whether `*.csv` matches `ORDERS.CSV`. Rules from before there was a choice do not."""
 
 
 class PluginConfig(Base):

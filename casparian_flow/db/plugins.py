@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 from packaging.version import Version
-from sqlalchemy import Connection, LargeBinary, and_, cast, insert, select, update
+from sqlalchemy import Connection, LargeBinary, and_, cast, delete, insert, select, update
 
 from casparian_flow.db.models import Epoch, Plugin, PluginConfig, RoutingRule, TopicConfig
 from casparian_flow.db.routing import tags_of
@@ -104,13 +104,23 @@ def subscribe(connection: Connection, name: str, tags: Sequence[str], active: st
     )
 
 
-def replace_rules(connection: Connection, tag: str, patterns: Sequence[str], priority: int) -> None:
-    """Give a tag exactly these patterns: what a plugin's own rules become at each publish."""
-    connection.execute(RoutingRule.__table__.delete().where(RoutingRule.tag == tag))  # type: ignore[attr-defined]
+def replace_rules(
+    connection: Connection, tag: str, patterns: Sequence[str], priority: int
+) -> list[str]:
+    """Give a tag exactly these patterns: what a plugin's own rules become at each publish.
+
+    Returns:
+        Those that matched in one case until now, and match in any from now on.
+    """
+    rules = RoutingRule.__table__
+    exact = select(rules.c.pattern).where(rules.c.tag == tag, ~rules.c.any_case)
+    before = set(connection.execute(exact).scalars())
+    connection.execute(delete(RoutingRule).where(RoutingRule.tag == tag))
     connection.execute(
         insert(RoutingRule),
         [{"pattern": pattern, "tag": tag, "priority": priority} for pattern in patterns],
     )
+    return [pattern for pattern in patterns if pattern in before]
 
 
 def add_topics(connection: Connection, name: str, places: Iterable[tuple[str, str, str]]) -> None:

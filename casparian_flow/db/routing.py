@@ -1,7 +1,8 @@
 """Which plugins want a file: rules give tags to paths, plugins subscribe to tags.
 
 A pattern without a slash matches the file's name at any depth; with a slash it is anchored at the
-source root, and `**` crosses directories.
+source root, and `**` crosses directories. Capital and small letters are the same, unless the rule
+asks for the exact case.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from wcmatch import glob
 
 from casparian_flow.db.models import Plugin, PluginConfig, RoutingRule
 
-_FLAGS = glob.GLOBSTAR | glob.DOTGLOB | glob.BRACE | glob.EXTGLOB | glob.CASE | glob.FORCEUNIX
+_FLAGS = glob.GLOBSTAR | glob.DOTGLOB | glob.BRACE | glob.EXTGLOB | glob.FORCEUNIX
 
 
-def compile_pattern(pattern: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str, *, any_case: bool = True) -> re.Pattern[str]:
     """A routing pattern as one regular expression over the path relative to the root.
+
+    Args:
+        any_case: capital and small letters are the same, in every part of the path.
 
     Raises:
         ValueError: the pattern is empty or not a glob.
@@ -28,7 +32,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     if not pattern.strip("/"):
         raise ValueError(f"not a pattern: {pattern!r}")
     anchored = pattern.lstrip("/") if "/" in pattern else f"**/{pattern}"
-    wanted, _ = glob.translate(anchored, flags=_FLAGS)
+    case = glob.IGNORECASE if any_case else glob.CASE
+    wanted, _ = glob.translate(anchored, flags=_FLAGS | case)
     return re.compile("|".join(f"(?:{part})" for part in wanted))
 
 
@@ -62,13 +67,14 @@ class Routing:
         """
         self._rules: list[_Rule] = []
         rules = connection.execute(
-            select(RoutingRule.pattern, RoutingRule.tag, RoutingRule.priority).order_by(
-                RoutingRule.id
-            )
+            select(
+                RoutingRule.pattern, RoutingRule.tag, RoutingRule.priority, RoutingRule.any_case
+            ).order_by(RoutingRule.id)
         ).all()
-        for pattern, tag, priority in rules:
+        for pattern, tag, priority, any_case in rules:
             try:
-                self._rules.append(_Rule(compile_pattern(pattern), tag, priority))
+                compiled = compile_pattern(pattern, any_case=any_case)
+                self._rules.append(_Rule(compiled, tag, priority))
             except (ValueError, re.error):
                 continue
         plugins = connection.execute(

@@ -65,7 +65,8 @@ def rules(connection: Connection) -> list[Row]:
     return _rows(
         connection,
         """
-        SELECT r.id, r.pattern, r.tag, r.priority,
+        SELECT r.id, r.pattern, CASE WHEN r.any_case THEN 'any' ELSE 'exact' END AS "case",
+               r.tag, r.priority,
                (SELECT group_concat(p.plugin_name, ', ') FROM cf_plugin_config p
                 WHERE instr(',' || replace(p.subscription_tags, ' ', '') || ',',
                             ',' || replace(r.tag, ' ', '') || ',')) AS plugins

@@ -88,17 +88,19 @@ def remove_root(connection: Connection, name: str) -> bool:
     return True
 
 
-def add_rule(connection: Connection, pattern: str, tag: str, priority: int) -> int | None:
+def add_rule(
+    connection: Connection, pattern: str, tag: str, priority: int, any_case: bool
+) -> int | None:
     """A routing rule's id; None where there is one with that pattern and tag."""
     same = (RoutingRule.pattern == pattern, RoutingRule.tag == tag)
     if connection.execute(select(RoutingRule.id).where(*same)).first():
         return None
     rule_id: int = connection.execute(
         insert(RoutingRule)
-        .values(pattern=pattern, tag=tag, priority=priority)
+        .values(pattern=pattern, tag=tag, priority=priority, any_case=any_case)
         .returning(RoutingRule.id)
     ).scalar_one()
-    detail = {"pattern": pattern, "tag": tag, "priority": priority}
+    detail = {"pattern": pattern, "tag": tag, "priority": priority, "any_case": any_case}
     note(connection, "add-rule", [f"rule {rule_id}"], **detail)
     return rule_id
 

@@ -214,14 +214,20 @@ def wire(
     """Make a deployed version the active one: its rules, subscriptions and topics.
 
     Returns:
-        What its MANIFEST says of sinks and is not so, a sentence each: a topic stays where it is.
+        A sentence each: what its MANIFEST says of sinks and is not so, since a topic stays where
+        it is; and that its patterns match more files than before.
     """
     tag = f"plugin:{name}"
-    plugins.replace_rules(connection, tag, manifest.patterns, manifest.priority)
+    widened = plugins.replace_rules(connection, tag, manifest.patterns, manifest.priority)
     plugins.subscribe(connection, name, [tag, *manifest.subscriptions], version)
     plugins.add_topics(connection, name, placed)
     now = plugins.topics(connection).get(name, [])
     words = []
+    if widened:
+        words.append(
+            f"{', '.join(widened)} matched in this case only; from now on they match in any "
+            "case, and so more files"
+        )
     for topic in filter(manifest.sinks_of, manifest.topics):
         said = [place for place in placed if place.topic == topic]
         there = [places.of_row(topic, row.uri, row.mode) for row in now if row.topic_name == topic]

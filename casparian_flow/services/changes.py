@@ -232,7 +232,13 @@ def remove_source(ledger: Ledger, settings: Settings, name: str) -> None:
 
 
 def add_rule(
-    ledger: Ledger, settings: Settings, pattern: str, tag: str, priority: int
+    ledger: Ledger,
+    settings: Settings,
+    pattern: str,
+    tag: str,
+    priority: int,
+    *,
+    any_case: bool = True,
 ) -> tuple[int, int]:
     """Add a routing rule and queue what it asks for; the rule's id, and how many jobs.
 
@@ -247,7 +253,7 @@ def add_rule(
         raise ConfigError(f"{pattern!r} cannot be a rule's pattern: {error}", "*.csv") from error
     if "," in tag or tag != tag.strip() or not tag:
         raise ConfigError(f"{tag!r} is not a tag", "a tag is one word without commas")
-    rule_id = ledger.write(lambda c: wiring.add_rule(c, pattern, tag, priority))
+    rule_id = ledger.write(lambda c: wiring.add_rule(c, pattern, tag, priority, any_case))
     if rule_id is None:
         raise ConfigError(f"there is a rule {pattern} -> {tag} already", "casparian rules list")
     queued = architect.queue_missing(ledger)

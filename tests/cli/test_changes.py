@@ -163,6 +163,19 @@ def test_a_rule_queues_what_it_asks_for(casparian: Casparian, source: Path) -> N
     assert "1 jobs are queued and no daemon works them" in casparian.err("status")
 
 
+def test_a_rule_matches_in_any_case_or_in_its_own(casparian: Casparian, source: Path) -> None:
+    for name in ("a.LOG", "b.log"):
+        (source / name).write_text("a")
+    casparian.run("publish", casparian.plugin("rows", ROWS))
+    casparian.run("scan")
+    add = ("rules", "add", "*.log", "plugin:rows")
+    assert "1 jobs queued" in casparian.out(*add, "--exact-case")
+    assert [rule["case"] for rule in casparian.json("rules", "list")] == ["any", "exact"]
+    casparian.run("rules", "remove", "2")
+    assert "1 jobs queued" in casparian.out(*add)
+    assert [rule["case"] for rule in casparian.json("rules", "list")] == ["any", "any"]
+
+
 def test_a_topic_goes_where_it_is_sent(casparian: Casparian, source: Path) -> None:
     assert "no plugin is named" in casparian.err("topics", "set", "rows", "a", "b", code=66)
     casparian.run("publish", casparian.plugin("rows", ROWS))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from pathlib import Path
+
 import pytest
 from sqlalchemy import Connection, insert
 
-from casparian_flow.db import plugins
-from casparian_flow.db.access import Ledger
+from casparian_flow.config import DatabaseSettings
+from casparian_flow.db import plugins, schema
+from casparian_flow.db.access import Ledger, get_engine
 from casparian_flow.db.models import PluginConfig, RoutingRule
 from casparian_flow.db.routing import Routing, compile_pattern
 from tests.factories import add_plugin
@@ -19,7 +23,9 @@ from tests.factories import add_plugin
         ("*.csv", "deep/down/a.csv", True),
         ("*.csv", "a.csv/b", False),
         ("*.csv", ".hidden.csv", True),
-        ("*.csv", "a.CSV", False),
+        ("*.csv", "a.CSV", True),
+        ("IN/*.CSV", "in/a.csv", True),
+        ("é.csv", "É.csv", True),
         ("in/*.csv", "in/a.csv", True),
         ("in/*.csv", "x/in/a.csv", False),
         ("in/*.csv", "in/deep/a.csv", False),
@@ -37,10 +43,43 @@ def test_patterns(pattern: str, path: str, matches: bool) -> None:
     assert bool(compile_pattern(pattern).match(path)) is matches
 
 
+@pytest.mark.parametrize(
+    ("path", "matches"),
+    [("in/a.csv", True), ("in/A.csv", True), ("in/a.CSV", False), ("IN/a.csv", False)],
+)
+def test_patterns_in_their_own_case(path: str, matches: bool) -> None:
+    assert bool(compile_pattern("in/*.csv", any_case=False).match(path)) is matches
+
+
 @pytest.mark.parametrize("pattern", ["", "/"])
 def test_what_is_no_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(ValueError, match="not a pattern"):
         compile_pattern(pattern)
+
+
+def test_rules_of_an_earlier_release_keep_their_case(tmp_path: Path) -> None:
+    database = DatabaseSettings(db_location=str(tmp_path / "ledger.sqlite3"))
+    scripts = [(name, sql) for name, sql in schema._scripts() if name < "0009"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(schema, "_scripts", lambda: scripts)
+        schema.bring_up_to_date(database)
+    with closing(schema.connect(database)) as old:
+        old.begin_writing()
+        old.execute("INSERT INTO cf_routing_rule (pattern, tag, priority) VALUES ('*.csv', 't', 0)")
+        old.commit()
+    engine = get_engine(database)
+    with Ledger(engine) as ledger:
+        ledger.write(lambda c: rule(c, "*.tsv", "t"))
+        tags = ledger.read(Routing).tags
+        found = {name: tags(name) for name in ("a.csv", "a.CSV", "a.tsv", "a.TSV")}
+        assert found == {"a.csv": {"t"}, "a.CSV": set(), "a.tsv": {"t"}, "a.TSV": {"t"}}
+        # A plugin's own rules match any case from its next publish on, and that is said.
+        assert ledger.write(lambda c: plugins.replace_rules(c, "t", ["*.csv", "*.x"], 0)) == [
+            "*.csv"
+        ]
+        assert ledger.read(Routing).tags("a.CSV") == {"t"}
+        assert ledger.write(lambda c: plugins.replace_rules(c, "t", ["*.csv"], 0)) == []
+    engine.dispose()
 
 
 def rule(connection: Connection, pattern: str, tag: str, priority: int = 0) -> None:
