@@ -4,68 +4,131 @@
 # ///
 """Web server access logs and syslog become rows of topics `access_log` and `syslog`; also gzipped.
 
-Each line is judged by itself. Access log: common and combined format, with an optional virtual
-host before them; what a server adds after them is `extra`. Syslog: RFC 5424, RFC 3164, and
-rsyslog's and systemd's forms with an ISO timestamp, with or without a priority.
+Each line is judged by itself: it is a row with every field in its place, or it goes to topic
+`access_log_rejects` with its number (from 1), the reason and its text. Blank lines are skipped. A
+damaged gzip file fails the job, and so does a file whose first bytes are those of another kind.
 
-A line that is none of these, or whose time is no time, goes to topic `access_log_rejects`: line
-(from 1), reason, raw text. Blank lines are skipped. A damaged gzip file fails the job. Text is
-UTF-8; other bytes are shown as `\\xNN` and NUL as `\\x00`; they do not make a line a reject.
+Access log: common and combined format. Before the client may stand a virtual host; before or after
+it, or in its place, the addresses of `X-Forwarded-For`. These are kept whole in `forwarded_for`;
+where they stand in the client's place, `client` is the first of them. What a server adds at the
+end is `extra`; where that begins with a quoted list of addresses right after the user agent, as
+nginx writes it, `forwarded_for` has them too. A client is an IP address, a host name, `unix:` or
+`-`. Syslog: RFC 5424, RFC 3164, and rsyslog's and systemd's forms with an ISO timestamp, with or
+without a priority.
 
-`time` is UTC. RFC 3164 times say neither year nor zone, so theirs is null: `time_text` has what
-was written. `-` is null. A request that is not three words keeps its text in `request` and has no
-`method`, `target` and `protocol`. Quotes inside quotes stay escaped as they were.
+Text stays as the server wrote it, with its escapes; only `-` is null. It is read as UTF-8; other
+bytes are shown as `\\xNN`. NUL bytes before a line's text, which a crash leaves, are skipped; NUL
+bytes inside a line make it a reject. `time` is UTC. RFC 3164 times say neither year nor zone, so
+theirs is null: `time_text` has what was written. A request that is not method, target and protocol
+keeps its text in `request` alone.
 """
 
 from __future__ import annotations
 
-import gzip
+import calendar
 import io
 import re
-import zlib
+from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from itertools import islice
-from typing import Any
+from datetime import UTC, datetime, timedelta, timezone
+from functools import lru_cache
+from ipaddress import ip_address
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from casparian_flow.sdk import BasePlugin, PluginMetadata
+from casparian_flow.sdk import (
+    BasePlugin,
+    PluginMetadata,
+    batches,
+    foreign_kind,
+    open_bytes,
+    printable,
+)
 
 MANIFEST = PluginMetadata(
     pattern=[
-        "*access*log*", "*.access", "*.access.gz",
-        "*syslog*", "messages", "auth.log*", "kern.log*", "mail.log*", "daemon.log*",
+        "*access*([0-9 ._-])log*([0-9._-])?(.@(txt|log|old))?(.gz)",
+        "*.access*([0-9._-])?(.gz)",
+        "*syslog*([0-9._-])?(.@(txt|log|old))?(.gz)",
+        "messages*([0-9._-])?(.gz)",
+        "@(auth|kern|mail|daemon).log*([0-9._-])?(.gz)",
     ],
     topic=["access_log", "syslog", "access_log_rejects"],
-    version="1.0.0",
-)  # fmt: skip
-
-BATCH_ROWS = 5000
-
-ACCESS = re.compile(
-    r"(?:(?P<virtual_host>[\w.-]+:\d+) )?(?P<client>\S+) (?P<identity>\S+) (?P<user>.+?) "
-    r"\[(?P<time_text>[^\]]+)\] "
-    r'"(?P<request>(?:[^"\\]|\\.)*)" (?P<status>\d{3}|-) (?P<bytes>\d{1,18}|-)'
-    r'(?: "(?P<referer>(?:[^"\\]|\\.)*)" "(?P<user_agent>(?:[^"\\]|\\.)*)")?'
-    r"(?: (?P<extra>.*))?"
+    version="1.1.0",
 )
-REQUEST = re.compile(r"(?P<method>\S+) (?P<target>\S+) (?P<protocol>\S+)")
+
+LINE_LIMIT = 1 << 20
+"""Bytes; no server writes a longer line, and it must fit into memory."""
+
+SHOWN = 1000
+"""Characters of a line that is longer than that which its reject keeps."""
+
+CLF_TIME = r"\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d(?:\.\d{1,6})? [+-]\d{4}"
+CLF = re.compile(
+    r"(\d\d)/([A-Z][a-z]{2})/(\d{4}):(\d\d):(\d\d):(\d\d)(\.\d{1,6})? ([+-])(\d\d)(\d\d)", re.ASCII
+)
+TIME = re.compile(rf' \[(?P<time_text>{CLF_TIME})\] (?=")', re.ASCII)
+"""The first one is the line's: a server escapes a quote in what a client sends."""
+ANY_TIME = re.compile(r" \[(?P<time_text>[^\]\"]{1,100})\] (?=\")")
+"""Where the time of an access log would stand; used to say what is wrong with it."""
+
+# Nothing below can be read in two ways (`++` and `*+` give nothing back), so that no line, however
+# long or hostile, takes more than one pass.
+QUOTED = r'(?:[^"\\]++|\\.)*+'
+AFTER_TIME = re.compile(
+    rf'"(?P<request>{QUOTED})" (?P<status>\d{{3}}|-) (?P<bytes>0|[1-9]\d{{0,17}}|-)'
+    rf'(?: "(?P<referer>{QUOTED})" "(?P<user_agent>{QUOTED})"(?=\ |\Z))?+'
+    r"(?: (?P<extra>.*+))?",
+    re.ASCII,
+)
+EXTRA = re.compile(rf'(?:[^"]++|(?<![^\s=:,;\[({{])"{QUOTED}"(?![^\s,;\])}}]))*+')
+"""Words, and quoted strings that begin and end where words do: no quote is left over."""
+LISTED = re.compile(r'"(?P<list>[^"\\]+)"(?: .*)?', re.ASCII)
+REQUEST = re.compile(
+    r"(?P<method>[!#$%&'*+.^_`|~0-9A-Za-z-]+) (?P<target>\S+) (?P<protocol>[A-Za-z]+/\d[\w.]*)",
+    re.ASCII,
+)
+
+ISO_TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?:Z|[+-]\d\d:?\d\d)?"
+PRIORITY = r"(?:<(?P<priority>\d{1,3})>)"
+TAG = r"(?P<program>[^\s:\[]++)(?:\[(?P<pid>[^\]\s]*+)\])?:(?: |\Z)"
 SYSLOG_5424 = re.compile(
-    r"<(?P<priority>\d{1,3})>1 (?P<time_text>\S+) (?P<host>\S+) (?P<program>\S+) (?P<pid>\S+) "
-    r"(?P<message_id>\S+) "
-    r'(?P<structured_data>-|(?:\[(?:[^\]"]|"(?:[^"\\]|\\.)*")*\])+)(?: (?P<message>.*))?'
+    rf"{PRIORITY}1 (?P<time_text>-|{ISO_TIME}) "
+    r"(?P<host>[!-~]{1,255}) (?P<program>[!-~]{1,48}) (?P<pid>[!-~]{1,128}) "
+    r"(?P<message_id>[!-~]{1,32}) "
+    r'(?P<structured_data>-|(?:\[(?:[^\]"]++|"(?:[^"\\]++|\\.)*+")*+\])++)(?: (?P<message>.*+))?',
+    re.ASCII,
 )
 SYSLOG_3164 = re.compile(
-    r"(?:<(?P<priority>\d{1,3})>)?"
-    r"(?P<time_text>[A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d|\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\S*) "
-    r"(?P<host>\S+) (?:(?P<program>[^\s:\[]+)(?:\[(?P<pid>[^\]]*)\])?: ?)?(?P<message>.*)"
+    rf"{PRIORITY}?(?P<time_text>([A-Z][a-z]{{2}}) ([ \d]\d) (\d\d):(\d\d):(\d\d)) "
+    rf"(?P<host>\S++) (?:{TAG})?(?P<message>.*+)",
+    re.ASCII,
 )
+SYSLOG_ISO = re.compile(
+    rf"{PRIORITY}?(?P<time_text>{ISO_TIME}) (?P<host>\S++) {TAG}(?P<message>.*+)", re.ASCII
+)
+SYSLOGS = (SYSLOG_5424, SYSLOG_3164, SYSLOG_ISO)
+
+MONTHS = {
+    "Jan": 1, "Feb": 2, "Mar": 3, "Apr": 4, "May": 5, "Jun": 6,
+    "Jul": 7, "Aug": 8, "Sep": 9, "Oct": 10, "Nov": 11, "Dec": 12,
+}  # fmt: skip
+"""In English, whatever the locale: servers write no other."""
+LEVELS = frozenset(
+    ("TRACE", "DEBUG", "INFO", "NOTICE", "WARN", "WARNING", "ERROR", "ERR", "FATAL", "CRITICAL")
+)
+"""What stands in a host's place where a program's own log begins with an ISO time."""
+
+IDENTITY = re.compile(r"[^\s:,|\[\]]+")
+LABELS = re.compile(r"(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*+"
+                    r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?")  # fmt: skip
 
 MOMENT = pa.timestamp("us", "UTC")
 ACCESS_SCHEMA = pa.schema(
     [("line", pa.int64()), ("time", MOMENT), ("time_text", pa.string())]
-    + [(name, pa.string()) for name in ("virtual_host", "client", "identity", "user", "request")]
+    + [(name, pa.string()) for name in ("virtual_host", "client", "forwarded_for")]
+    + [(name, pa.string()) for name in ("identity", "user", "request")]
     + [(name, pa.string()) for name in ("method", "target", "protocol")]
     + [("status", pa.int64()), ("bytes", pa.int64())]
     + [(name, pa.string()) for name in ("referer", "user_agent", "extra")]
@@ -77,85 +140,342 @@ SYSLOG_SCHEMA = pa.schema(
     + [("structured_data", pa.string()), ("message", pa.string())]
 )
 REJECTS = pa.schema([("line", pa.int64()), ("reason", pa.string()), ("raw", pa.string())])
-SCHEMAS = {
-    "access_log": ACCESS_SCHEMA,
-    "syslog": SYSLOG_SCHEMA,
-    "access_log_rejects": REJECTS,
-}
+SCHEMAS = (ACCESS_SCHEMA, SYSLOG_SCHEMA, REJECTS)
+ACCESS, SYSLOG, REJECT = range(3)
+"""Positions in `SCHEMAS` and in the MANIFEST's topics, whatever these are called."""
+
+Row = dict[str, Any]
 
 
 class Handler(BasePlugin):
     """Publishes the lines of one log file."""
 
     def execute(self, file_path: str) -> None:
+        notes: Counter[str] = Counter()
         with open_bytes(file_path) as file:
-            lines = read_lines(file)
-            while batch := list(islice(lines, BATCH_ROWS)):
-                judged = [judge(number, line) for number, line in batch]
-                for topic, schema in SCHEMAS.items():
-                    rows = [row for to, row in judged if to == topic]
+            judged = judge_all(read_lines(file, notes), notes)
+            for batch in batches(judged, lambda one: one.size):
+                for kind, schema in enumerate(SCHEMAS):
+                    rows = [one.row for one in batch if one.kind == kind]
                     if rows:
-                        self.publish(topic, pa.Table.from_pylist(rows, schema=schema))
+                        table = pa.Table.from_pylist(rows, schema=schema)
+                        self.publish(MANIFEST.topic[kind], table)
+        for words, count in notes.items():
+            lines = "line" if count == 1 else "lines"
+            print(f"{words} ({count} {lines})")  # noqa: T201  - into the attempt's log
 
 
-def open_bytes(path: str) -> io.BufferedIOBase:
-    return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
+class Line(NamedTuple):
+    """One line of the file that is not blank."""
+
+    number: int
+    text: str
+    fault: str = ""
+    """Why it cannot be read, whatever it says."""
+    ended: bool = True
+    """Whether a newline ends it."""
 
 
-def read_lines(file: io.BufferedIOBase) -> Iterator[tuple[int, str]]:
-    """Line numbers and lines that are not blank.
+class Judged(NamedTuple):
+    """What became of a line."""
+
+    kind: int
+    row: Row
+    size: int
+
+
+def read_lines(file: io.BufferedIOBase, notes: Counter[str]) -> Iterator[Line]:
+    """The lines that are not blank, as text.
 
     Raises:
-        ValueError: the file is a damaged gzip file.
+        ValueError: the first bytes are those of another kind of file.
     """
-    try:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
-                yield number, text.replace("\0", "\\x00")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"the gzip file is damaged: {error}") from error
+    refuse_other_kinds(file.peek(4096)[:4096])  # type: ignore[attr-defined]
+    data = file.readline(LINE_LIMIT).removeprefix(b"\xef\xbb\xbf")
+    number = 0
+    while data:
+        number += 1
+        if data.startswith(b"\0"):
+            notes["NUL bytes before the text of a line, as a crash leaves them, were skipped"] += 1
+            data = after_nulls(data, file)
+        ended, fault = data.endswith(b"\n"), ""
+        if not ended and len(data) >= LINE_LIMIT:
+            fault = f"the line is longer than {LINE_LIMIT:,} bytes; this is its beginning"
+            data = data[:SHOWN]
+            while more := file.readline(LINE_LIMIT):
+                if more.endswith(b"\n"):
+                    break
+        elif b"\0" in data:
+            fault = "there are NUL bytes inside the line: something of it is lost"
+        if data.strip():
+            text = data.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+            yield Line(number, printable(text), fault, ended)
+        data = file.readline(LINE_LIMIT)
 
 
-def judge(number: int, line: str) -> tuple[str, dict[str, Any]]:
-    """The line's topic and its row there."""
+def refuse_other_kinds(start: bytes) -> None:
+    """Return if a file that begins like this may be a log.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("this is UTF-16 text; logs are read as UTF-8: convert it with iconv")
+    if named := foreign_kind(start):
+        raise ValueError(f"this is {named}, not a log")
+
+
+def after_nulls(data: bytes, file: io.BufferedIOBase) -> bytes:
+    """The text after NUL bytes, of which there may be any number, to the end of its line."""
+    text = data.lstrip(b"\0")
+    while not text and (data := file.readline(LINE_LIMIT)):
+        text = data.lstrip(b"\0")
+    if not text.endswith(b"\n") and len(data) >= LINE_LIMIT:
+        text += file.readline(LINE_LIMIT)
+    return text or b"\n"
+
+
+def judge_all(lines: Iterator[Line], notes: Counter[str]) -> Iterator[Judged]:
+    """Each line's place. A last line without a newline must have what those before it had."""
+    combined = False
+    for line in lines:
+        kind, row = (REJECT, {"reason": line.fault}) if line.fault else judge(line.text, notes)
+        if kind == ACCESS:
+            agent = row["user_agent"] is not None
+            if combined and not agent and not line.ended:
+                words = "the file ends inside this line: those before it have a user agent"
+                kind, row = REJECT, {"reason": words}
+            combined = combined or agent
+        row = {name: None if value == "-" else value for name, value in row.items()}
+        if kind == REJECT:
+            row["raw"] = line.text
+        yield Judged(kind, {**row, "line": line.number}, len(line.text))
+
+
+def judge(line: str, notes: Counter[str]) -> tuple[int, Row]:
+    """What kind of line it is, and its row; `-` where the line has it."""
     try:
-        if match := ACCESS.fullmatch(line):
-            return "access_log", {"line": number, **access_row(nulled(match))}
-        if match := SYSLOG_5424.fullmatch(line) or SYSLOG_3164.fullmatch(line):
-            return "syslog", {"line": number, **syslog_row(nulled(match))}
+        for pattern in SYSLOGS:
+            if match := pattern.fullmatch(line):
+                return SYSLOG, syslog_row(match)
+        if time := TIME.search(line):
+            return ACCESS, access_row(line, time, notes)
+        if time := ANY_TIME.search(line):
+            words = f"{time['time_text']!r} is no time as 10/Oct/2000:13:55:36 -0700 is one"
+            return REJECT, {"reason": words}
         reason = "neither an access log line nor a syslog line"
     except (ValueError, OverflowError) as error:
         reason = str(error)
-    return "access_log_rejects", {"line": number, "reason": reason, "raw": line}
+    return REJECT, {"reason": reason}
 
 
-def nulled(match: re.Match[str]) -> dict[str, Any]:
-    return {name: None if text == "-" else text for name, text in match.groupdict().items()}
-
-
-def access_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its request taken apart.
+def access_row(line: str, time: re.Match[str], notes: Counter[str]) -> Row:
+    """The fields of a line that has a time where an access log has it.
 
     Raises:
-        ValueError: the time is no time.
+        ValueError: some field is not what stands in its place.
     """
-    request = REQUEST.fullmatch(row["request"] or "")
-    moment = datetime.strptime(row["time_text"] or "", "%d/%b/%Y:%H:%M:%S %z").astimezone(UTC)
-    numbers = {name: row[name] and int(row[name]) for name in ("status", "bytes")}
-    return {**row, **(request.groupdict() if request else {}), **numbers, "time": moment}
+    moment = clf_moment(time["time_text"])
+    match = AFTER_TIME.fullmatch(line, time.end())
+    if not match:
+        raise ValueError(
+            "what follows the time is not a quoted request, a status and a size, or a quote inside "
+            "a field is not escaped"
+        )
+    row: Row = match.groupdict()
+    if row["extra"] is not None and not EXTRA.fullmatch(row["extra"]):
+        raise ValueError("a quote is not escaped: where a field ends cannot be told")
+    if row["status"] != "-":
+        row["status"] = int(row["status"])
+        if not 100 <= row["status"] <= 599:
+            raise ValueError(f"{match['status']} is no status")
+    if row["bytes"] != "-":
+        row["bytes"] = int(row["bytes"])
+    row |= read_head(line[: time.start()].split(" "), notes)
+    if row["forwarded_for"] is None and row["user_agent"] is not None:
+        row["forwarded_for"] = forwarded_at_the_end(row["extra"])
+    if request := REQUEST.fullmatch(row["request"]):
+        row |= request.groupdict()
+    return {**row, "time_text": time["time_text"], "time": moment}
 
 
-def syslog_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its priority taken apart, and its time where year and zone are known.
+@lru_cache(1024)
+def clf_moment(text: str) -> datetime:
+    """The time of an access log in UTC.
 
     Raises:
-        ValueError: the time is no time.
+        ValueError: it is none.
     """
+    match = CLF.fullmatch(text)
+    if not match or match[2] not in MONTHS or int(match[10]) > 59:
+        raise ValueError(f"{text!r} is no time as 10/Oct/2000:13:55:36 -0700 is one")
+    offset = timedelta(hours=int(match[9]), minutes=int(match[10]))
+    micro = int((match[7] or ".")[1:].ljust(6, "0"))
+    try:
+        return datetime(
+            int(match[3]), MONTHS[match[2]], int(match[1]), int(match[4]), int(match[5]),
+            int(match[6]), micro, timezone(-offset if match[8] == "-" else offset),
+        ).astimezone(UTC)  # fmt: skip
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{text!r} is no time: {error}") from None
+
+
+def forwarded_at_the_end(extra: str | None) -> str | None:
+    """The addresses of `X-Forwarded-For` where they follow the user agent, quoted, as in nginx."""
+    match = LISTED.fullmatch(extra or "")
+    if match and all(kind(item.strip()) == "a" for item in match["list"].split(",")):
+        return match["list"]
+    return None
+
+
+READINGS = [
+    (re.compile(pattern), roles)
+    for pattern, roles in (
+        ("[nhps]a[al]", "VCX"), ("[nhps]la", "VXC"),
+        ("[nhps-]a", "VC"), ("[nhps-]l", "VL"),
+        ("a[al]", "CX"), ("la", "XC"),
+        ("a[np](?=-)", "CV"), ("[nps][nh](?=-)", "VC"),
+        ("(?:[ps-])-(?=-)", "VC"), ("a-(?=-)", "CX"),
+        ("[anh-]", "C"), ("l", "L"),
+    )
+]  # fmt: skip
+"""What may stand before identity and user, by the kinds of the first words (see `kind`): virtual
+host, client, X-Forwarded-For, or that List in the client's place."""
+ROLES = {"V": "virtual_host", "C": "client", "X": "forwarded_for", "L": "forwarded_for"}
+TWO_ADDRESSES = (
+    "guessed: of two addresses before the user the first is the client, the second X-Forwarded-For"
+)
+HOST_SECOND = "guessed: a host name between client and user is the virtual host, as in lighttpd"
+
+
+def read_head(words: list[str], notes: Counter[str]) -> Row:
+    """What stands before the time: [virtual host] client [forwarded for] identity user.
+
+    A user's name may have spaces in it; nothing else has, but a list of addresses.
+
+    Raises:
+        ValueError: the words cannot be told apart, or the client is none.
+    """
+    row: Row = dict.fromkeys(("virtual_host", "client", "forwarded_for"))
+    groups, ends = grouped(words)
+    kinds = "".join(map(kind, groups))
+    for pattern, roles in READINGS:
+        if pattern.match(kinds) and len(words) - ends[len(roles) - 1] >= 2:
+            break
+    else:
+        raise ValueError(f"{groups[0][:100]!r} is neither an IP address nor a host name")
+    row |= {ROLES[role]: group for role, group in zip(roles, groups, strict=False)}
+    if roles.endswith("L"):
+        first = row["forwarded_for"].split(",")[0]
+        row["client"] = "-" if first == "unknown" else without_port(first)
+    identity, *names = words[ends[len(roles) - 1] :]
+    what = kind(identity)
+    if roles == "C" and len(names) == 1 and kinds[0] in "a-" and (
+        what in "np" or identity == "localhost"
+    ):  # fmt: skip
+        row["virtual_host"], identity, what = identity, "-", "-"
+        notes[HOST_SECOND] += 1
+    if what in "alnps" or not IDENTITY.fullmatch(identity):
+        raise ValueError("what stands before the time is not client, identity and user")
+    if not names[0] or (len(names) > 1 and any(kind(name) == "a" for name in names)):
+        raise ValueError("what stands before the time is not client, identity and user")
+    if re.match("[nhps]?aa", kinds) and "X" in roles:
+        notes[TWO_ADDRESSES] += 1
+    return {**row, "identity": identity, "user": " ".join(names)}
+
+
+def grouped(words: list[str]) -> tuple[list[str], list[int]]:
+    """The first four words, with what a comma joins as one; and where each ends."""
+    groups: list[str] = []
+    ends: list[int] = []
+    end = 0
+    while end < len(words) and len(groups) < 4:
+        start = end
+        while words[end].endswith(",") and end < len(words) - 1:
+            end += 1
+        end += 1
+        groups.append(" ".join(words[start:end]))
+        ends.append(end)
+    return groups, ends
+
+
+def kind(word: str) -> str:
+    """What a word may be: IP [a]ddress, [l]ist of addresses, [n]ame with a dot, [h]ost name without
+    one, [p]ort after a name, [s]ame after an address, `-`, or [x] none of these."""
+    if "," in word:
+        items = [item.strip() for item in word.split(",")]
+        return "l" if all(kind_of_one(item[:300]) in "anhs-" for item in items) else "x"
+    return kind_of_one(word[:300])
+
+
+@lru_cache(4096)
+def kind_of_one(word: str) -> str:
+    if word == "-":
+        return "-"
+    if word in ("_", "*"):
+        return "p"  # the server that takes what names no other
+    if word == "unix:" or is_address(word):
+        return "a"
+    if is_name(word):
+        return "n" if "." in word.rstrip(".") else "h"
+    host = without_port(word)
+    if host != word:
+        return "s" if is_address(host) else "p" if is_name(host) or host in "_*" else "x"
+    return "x"
+
+
+def without_port(word: str) -> str:
+    """The host of `host:port`, `[address]:port` and `[address]`; else the word as it is."""
+    if match := re.fullmatch(r"\[([0-9A-Fa-f:.%\w]+)\](?::\d{1,5})?|([^:]+):\d{1,5}", word):
+        return match[1] or match[2]
+    return word
+
+
+def is_address(word: str) -> bool:
+    try:
+        ip_address(word)
+    except ValueError:
+        return False
+    return True
+
+
+def is_name(word: str) -> bool:
+    """Whether it is a host name: what ends in a number is an address or nothing, and what has no
+    letter is a number or a date."""
+    last = word.rstrip(".").rpartition(".")[2]
+    return (
+        len(word) <= 253
+        and LABELS.fullmatch(word) is not None
+        and not last.isdecimal()
+        and any(letter.isalpha() for letter in word)
+    )
+
+
+def syslog_row(match: re.Match[str]) -> Row:
+    """The fields of a syslog line: its priority taken apart, its time where year and zone are
+    known.
+
+    Raises:
+        ValueError: time, priority or host is none.
+    """
+    row: Row = match.groupdict()
     text = row["time_text"]
-    moment = datetime.fromisoformat(text) if text and text[0].isdigit() else None
-    priority = row["priority"] and int(row["priority"])
-    facility, severity = (None, None) if priority is None else divmod(priority, 8)
+    moment = None
+    if match.re is SYSLOG_3164:
+        month, day, hour, minute, second = match.group(3, 4, 5, 6, 7)
+        days = 29 if month == "Feb" else calendar.mdays[MONTHS.get(month, 0)]
+        if not (1 <= int(day) <= days and hour < "24" and minute < "60" and second < "61"):
+            raise ValueError(f"{text!r} is no time")
+    elif text != "-":
+        moment = datetime.fromisoformat(text)
+    priority = row.pop("priority")
+    if priority is not None and int(priority) > 191:
+        raise ValueError(f"{priority} is no priority of syslog")
+    if match.re is not SYSLOG_5424 and kind(row["host"]) not in "anh":
+        raise ValueError(f"{row['host'][:100]!r} is neither an IP address nor a host name")
+    if match.re is SYSLOG_ISO and row["host"].upper() in LEVELS:
+        raise ValueError(f"{row['host']!r} in the host's place: a program's own log, not syslog")
+    facility, severity = (None, None) if priority is None else divmod(int(priority), 8)
     return {
         **row,
         "time": moment.astimezone(UTC) if moment and moment.tzinfo else None,

@@ -6,11 +6,11 @@ import ast
 import re
 import sys
 import tomllib
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
+from casparian_flow.db.routing import compile_pattern
 from tests.plugins.conftest import REPOSITORY, load, runner
 
 PLUGINS = sorted(file.stem for file in (REPOSITORY / "plugins").glob("*.py"))
@@ -45,7 +45,7 @@ def test_every_import_is_declared(name: str) -> None:
 def test_demo_files(name: str) -> None:
     plugin, rows = DEMO[name]
     patterns = load(plugin).MANIFEST.pattern
-    assert any(fnmatch(name, pattern) for pattern in patterns)
+    assert any(compile_pattern(pattern).match(name) for pattern in patterns)
     out = runner(plugin)(REPOSITORY / "casparian_flow" / "demo_files" / name)
     assert {topic: table.num_rows for topic, table in out.items()} == rows
 
