@@ -120,6 +120,11 @@ def _print(report: ScanReport) -> None:
         context.note("  unsettled: files that kept changing; the next scan looks at them again")
     if report.waiting:
         context.note(f"  {report.waiting} files wait for their done file or their minimum age")
+    if report.passed_over:
+        context.note(
+            f"  {report.passed_over} known files are passed over from now on, and are not deleted; "
+            f"their rows stay\n    try: casparian source show {report.source}"
+        )
     if report.held:
         context.note(
             f"  {report.held} files vanished at once; none is marked deleted yet"

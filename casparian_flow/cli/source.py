@@ -96,6 +96,27 @@ def list_(ctx: typer.Context, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def show(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As in `casparian source list`.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a source root in full, with what is passed over.
+
+    `--ignore '!PATTERN'` takes back what is passed over by default.
+    """
+    from casparian_flow.services import report
+
+    with context.opened(ctx) as (settings, ledger):
+        row = report.source(settings, ledger, name)
+    if as_json:
+        context.document(row)
+        return
+    patterns = {key: " ".join(row[key]) for key in ("ignore", "ignored_by_default")}
+    context.facts({**row, **patterns})
+
+
+@app.command()
 def remove(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="As in `casparian source list`.")],

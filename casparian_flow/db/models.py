@@ -154,7 +154,7 @@ class FileLocation(Base):
         ForeignKey("cf_file_version.id", use_alter=True)
     )
     problem: Mapped[str] = mapped_column(default="")
-    """Why the last scan could not read it; empty where it could."""
+    """Why the last scan could not read it, or that scans pass it over; else empty."""
     device: Mapped[int | None]
     inode: Mapped[int | None]
     size_bytes: Mapped[int | None]

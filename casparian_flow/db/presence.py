@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sqlalchemy import Connection, func, select, update
 
 from casparian_flow.db.access import execute_many
-from casparian_flow.db.models import Directory, FileLocation, utcnow
+from casparian_flow.db.models import Directory, FileLocation, SourceRoot, utcnow
 
 
 class Present(NamedTuple):
@@ -74,10 +74,20 @@ def forget_directory(connection: Connection, root_id: int, directory: bytes) -> 
     )
 
 
-def mark_gone(connection: Connection, root_id: int, gone: Sequence[Present]) -> int:
-    """Mark locations deleted, unless another scan has seen them anew; their versions stay.
+PASSED_OVER = "not deleted: scans pass it over, by an ignore pattern or since it is ours"
+"""The `problem` of a location that is still on the disk and that no scan takes any more."""
+
+
+def mark_gone(
+    connection: Connection, root_id: int, gone: Sequence[Present], problem: str = ""
+) -> int:
+    """Mark that locations are no longer there, unless another scan has seen them anew; their
+    versions stay.
 
     One that is doubted since (`db.doubts`) was not seen anew.
+
+    Args:
+        problem: `PASSED_OVER` where they are on the disk.
 
     Returns:
         How many were marked.
@@ -85,9 +95,18 @@ def mark_gone(connection: Connection, root_id: int, gone: Sequence[Present]) -> 
     return execute_many(
         connection,
         """
-        UPDATE cf_file_location SET gone_at = ?1
+        UPDATE cf_file_location SET gone_at = ?1, problem = CASE ?6 WHEN '' THEN problem ELSE ?6 END
         WHERE source_root_id = ?2 AND path = ?3 AND (inode IS ?4 OR inode IS NULL)
           AND ctime_ns IS ?5 AND gone_at IS NULL
         """,
-        [(utcnow().isoformat(" "), root_id, p.path, p.inode, p.ctime_ns) for p in gone],
+        [(utcnow().isoformat(" "), root_id, p.path, p.inode, p.ctime_ns, problem) for p in gone],
     )
+
+
+def count_passed_over(connection: Connection, root: str) -> int:
+    """How many locations of the source root of this name were known, and are passed over by now."""
+    ids = select(SourceRoot.id).where(SourceRoot.name == root).scalar_subquery()
+    query = select(func.count()).where(
+        FileLocation.source_root_id == ids, FileLocation.problem == PASSED_OVER
+    )
+    return connection.execute(query).scalar_one()

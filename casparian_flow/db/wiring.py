@@ -89,7 +89,7 @@ def remove_root(connection: Connection, name: str) -> bool:
 
 
 def add_rule(
-    connection: Connection, pattern: str, tag: str, priority: int, any_case: bool
+    connection: Connection, pattern: str, tag: str, priority: int, any_case: bool = True
 ) -> int | None:
     """A routing rule's id; None where there is one with that pattern and tag."""
     same = (RoutingRule.pattern == pattern, RoutingRule.tag == tag)

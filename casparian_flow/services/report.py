@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 from casparian_flow import daemon_lock, mounts
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, snapshots, views
+from casparian_flow.db import jobs, presence, snapshots, views
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.routing import compile_pattern
 from casparian_flow.db.views import Row
 from casparian_flow.engine import sinks
-from casparian_flow.errors import CasparianError
+from casparian_flow.errors import CasparianError, NotFound
 from casparian_flow.services import snapshot_checks
+from casparian_flow.services.walk import BUILT_IN_IGNORES
 
 WAL_LIMIT_BYTES = 64 << 20
 """A write-ahead log that is larger is held by some reader: ours end in moments."""
@@ -57,6 +58,23 @@ def sources(settings: Settings, ledger: Ledger) -> list[Row]:
         if not daemon or not row["active"]:
             row["watch"] = "no"
     return rows
+
+
+def source(settings: Settings, ledger: Ledger, name: str) -> Row:
+    """One source root: as `sources` has it, and what its scans pass over.
+
+    Raises:
+        NotFound: no source root has that name.
+    """
+    found = next((row for row in sources(settings, ledger) if row["name"] == name), None)
+    if found is None:
+        raise NotFound(f"no source root is named {name!r}", "casparian source list")
+    return {
+        **found,
+        "ignore": found["ignore"].splitlines(),
+        "ignored_by_default": list(BUILT_IN_IGNORES),
+        "passed_over": ledger.read(lambda c: presence.count_passed_over(c, name)),
+    }
 
 
 def _scrub(settings: Settings) -> str:

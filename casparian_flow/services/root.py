@@ -38,6 +38,8 @@ class ScanReport:
     """Locations marked deleted."""
     held: int = 0
     """Locations that are missing, so many at once that nothing is inferred from it yet."""
+    passed_over: int = 0
+    """Known locations that are still on the disk, and that scans pass over from now on."""
     waiting: int = 0
     """Files that lack their done file or their minimum age."""
     unreadable: list[str] = field(default_factory=list)

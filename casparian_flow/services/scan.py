@@ -116,7 +116,8 @@ class _Scan:
         finally:
             os.close(descriptor)
         if not self.stop.is_set():  # a part of a root says nothing of what is missing
-            self.report.gone, self.report.held = self._write(self.vanished.settle)
+            found = self.report
+            found.gone, found.held, found.passed_over = self._write(self.vanished.settle)
             crashpoint("scan.vanished")
         if only is None and not self.stop.is_set():
             self._route_all()

@@ -6,7 +6,7 @@ at once are held: nothing is marked deleted until a person says so, or until the
 missing for a day. Files that come back meanwhile were never gone, and nothing is loaded again.
 
 What is still on the disk, and passed over since the ignore patterns changed, is no such riddle: it
-is marked deleted at once, however much it is.
+is marked so at once, however much it is, and is not counted as deleted. Its versions and rows stay.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Vanished:
         """A directory's digest that is true once these deletions are."""
         self._digests.append((folder, digest))
 
-    def settle(self, connection: Connection) -> tuple[int, int]:
-        """Mark what is believed gone, in the caller's transaction; (gone, held).
+    def settle(self, connection: Connection) -> tuple[int, int, int]:
+        """Mark what is believed gone, in the caller's transaction; (gone, held, passed over).
 
         What is not believed keeps its directories without a digest, so that the next scan
         compares them again.
@@ -66,10 +66,10 @@ class Vanished:
         if self._full:
             held = len(self._gone) if held_since else 0
             roots.save_scan_state(connection, root_id, held=held, held_since=held_since)
-        marked = presence.mark_gone(connection, root_id, self._ignored)
+        passed = presence.mark_gone(connection, root_id, self._ignored, presence.PASSED_OVER)
         if held_since:
-            return marked, len(self._gone)
-        marked += presence.mark_gone(connection, root_id, self._gone)
+            return 0, len(self._gone), passed
+        marked = presence.mark_gone(connection, root_id, self._gone)
         for folder in self._lost:
             presence.forget_directory(connection, root_id, folder)
         files.save_directories(connection, root_id, self._digests)
@@ -77,7 +77,7 @@ class Vanished:
         if self.believe and marked:
             subject = f"source {self._root.name}"
             wiring.note(connection, "believe-deletions", [subject], gone=marked)
-        return marked, 0
+        return marked, 0, passed
 
     def _held_since(self, connection: Connection) -> float:
         """Since when this many have been missing, in seconds since the epoch; 0: not held."""

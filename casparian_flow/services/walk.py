@@ -20,7 +20,22 @@ from pathspec import GitIgnoreSpec
 from casparian_flow.atomic import STATE_FOLDER
 
 _STATE = f"{STATE_FOLDER}/"
-BUILT_IN_IGNORES = ("*.tmp", "*.part", "~$*", ".git/", _STATE)
+BUILT_IN_IGNORES = (
+    # Being written: temporary names, partial downloads, partial copies.
+    "*.tmp", "*.part", "*.partial", "*.filepart", "*.crdownload", ".~tmp~/", ".goutputstream-*",
+    "*___jb_tmp___", "*___jb_old___",
+    # Editors: swap files, backups, locks, automatic saves.
+    ".*.sw[a-px]", ".*.kate-swp", "*~", ".[#]*", "[#]*[#]", "~$*", ".~lock.*[#]",
+    # What desktops and servers keep beside the files.
+    "._*", ".DS_Store", "Thumbs.db", "desktop.ini", ".nfs[0-9a-f]*", ".fuse_hidden*",
+    "@eaDir/", ".AppleDouble/", ".TemporaryItems/", ".Spotlight-V100/", ".fseventsd/",
+    "System Volume Information/",
+    # What was deleted, and how things were.
+    ".Trash/", ".Trash-*/", ".Trashes/", "$RECYCLE.BIN/", "[#]recycle/", "@Recycle/", "lost+found/",
+    ".snapshot/", ".snapshots/", "~snapshot/", "[#]snapshot/", ".zfs/",
+    ".git/", _STATE,
+)  # fmt: skip
+"""Patterns over a name, the same to gitignore and to fnmatch; docs/detection.md lists them."""
 
 CHUNK = 4096
 """Entries of one directory held in memory at a time."""
@@ -44,8 +59,10 @@ class Ignore:
             ValueError: a line that is not a pattern.
         """
         own = [line for line in patterns.splitlines() if line.strip()]
-        self._spec = GitIgnoreSpec.from_lines([*BUILT_IN_IGNORES, *own, _STATE]) if own else None
-        # The built-in ones look at the name alone; one expression is ten times the speed.
+        lines = ([*own, _STATE], [*BUILT_IN_IGNORES, *own, _STATE]) if own else ()
+        self._specs = [GitIgnoreSpec.from_lines(each) for each in lines]
+        # The built-in ones look at the name alone; one expression is ten times the speed. The last
+        # pattern that matches decides, so they do where none of the root's own matches.
         self._files, self._folders = (
             re.compile("|".join(fnmatch.translate(p.rstrip("/")) for p in group))
             for group in (
@@ -59,15 +76,20 @@ class Ignore:
         """Whether a file is passed over."""
         if self._markers and self._markers.fullmatch(name):
             return True
-        if self._spec:
-            return self._spec.match_file(f"{_prefix(folder)}{name}")
-        return self._files.match(name) is not None
+        said = self._said(f"{_prefix(folder)}{name}") if self._specs else None
+        return self._files.match(name) is not None if said is None else said
 
     def folder(self, folder: bytes, name: str) -> bool:
         """Whether a directory, with all below it, is passed over."""
-        if self._spec:
-            return self._spec.match_file(f"{_prefix(folder)}{name}/")
-        return self._folders.match(name) is not None
+        said = self._said(f"{_prefix(folder)}{name}/") if self._specs else None
+        return self._folders.match(name) is not None if said is None else said
+
+    def _said(self, path: str) -> bool | None:
+        """What the root's own patterns say of a path; None where they do not speak of it."""
+        own, everything = self._specs
+        said = own.check_file(path).include
+        # A directory that is taken back does not take back everything in it.
+        return said if said is not False else everything.match_file(path)
 
 
 def marker_names(done_file: str) -> re.Pattern[str]:

@@ -145,6 +145,25 @@ def test_what_cannot_be_a_source_root_is_refused(casparian: Casparian, source: P
     assert len(casparian.json("source", "list")) == 1
 
 
+def test_a_source_root_is_shown_with_what_it_passes_over(
+    casparian: Casparian, source: Path
+) -> None:
+    for name in ("a.bak", "._b.txt", "c.txt"):
+        (source / name).write_text("a")
+    casparian.run("source", "set", "in", "--ignore", "!._*")
+    assert "3 new versions" in casparian.out("scan")
+    shown = casparian.json("source", "show", "in")
+    assert (shown["ignore"], shown["passed_over"]) == (["!._*"], 0)
+    assert {".Trash-*/", "._*", "lost+found/"} < set(shown["ignored_by_default"])
+    casparian.run("source", "set", "in", "--ignore", "*.bak")
+    scanned = casparian.run("scan")
+    assert "0 gone" in scanned.stdout and "2 known files are passed over" in scanned.stderr
+    assert casparian.json("source", "show", "in")["passed_over"] == 2
+    assert "passed_over" in casparian.out("source", "show", "in")
+    assert {row["rel_path"] for row in casparian.json("files", "--gone")} == {"a.bak", "._b.txt"}
+    assert "no source root" in casparian.err("source", "show", "x", code=66)
+
+
 def test_a_rule_queues_what_it_asks_for(casparian: Casparian, source: Path) -> None:
     (source / "a.log").write_text("a")
     casparian.run("publish", casparian.plugin("rows", ROWS))

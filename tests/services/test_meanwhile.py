@@ -124,8 +124,13 @@ def test_what_is_ignored_from_now_on_is_no_mass_deletion(ledger: Ledger, source:
         put(source / "old" / f"{n}.csv", "1", OLD)
     scan(ledger, root)
     report = scan(ledger, root._replace(ignore="*.bak\nold/"))
-    assert (report.gone, report.held) == (240, 0)
+    assert (report.gone, report.held, report.passed_over) == (0, 0, 240)
     assert ledger.read(lambda c: presence.count_present(c, root.id)) == 0
+    assert ledger.read(lambda c: presence.count_passed_over(c, root.name)) == 240
+    assert scan(ledger, root._replace(ignore="*.bak\nold/")).passed_over == 0
+    report = scan(ledger, root)
+    assert (report.versions, len(gone(ledger))) == (0, 0), "the same contents are no new versions"
+    assert ledger.read(lambda c: presence.count_passed_over(c, root.name)) == 0
 
 
 def test_a_file_that_is_ours_from_now_on_is_there_no_more(ledger: Ledger, source: Path) -> None:

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from casparian_flow import atomic
 from casparian_flow.config import Settings
+from casparian_flow.db import presence, views
 from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.files import Stat
 from casparian_flow.db.models import (
@@ -195,6 +196,59 @@ def test_ignored_names_and_pruned_folders(ledger: Ledger, source: Path) -> None:
         put(source / name, "1")
     scan(ledger, root)
     assert set(history(ledger)) == {b"keep.log", b"sub/only-here", b"x.tmp", b"ok"}
+
+
+PASSED_OVER = """
+    .Trash-1000/files/old.csv .Trash/a .Trashes/a $RECYCLE.BIN/a.csv #recycle/a @Recycle/a
+    lost+found/#12 .snapshot/h/s.csv .snapshots/1/a ~snapshot/a #snapshot/a .zfs/snapshot/a
+    @eaDir/a.csv@SynoEAStream/x .AppleDouble/a .git/config
+    ._orders.csv .DS_Store Thumbs.db desktop.ini .nfs000000000001 .fuse_hidden0001
+    .orders.csv.swp .orders.csv.swo .orders.csv.swx orders.csv~ .#orders.csv #orders.csv#
+    ~$orders.xlsx .~lock.orders.ods# .goutputstream-ABC123 a.csv.part a.csv.crdownload
+    a.csv.filepart a.csv.partial a.tmp a.csv___jb_tmp___ deep/er/._x.csv deep/.Trash-0/a/b
+"""
+TAKEN = """
+    orders.csv .hidden.csv a~b.csv trash/a .trash-x/a snapshot/a .snapshots.csv #1.csv a#
+    lost+found.csv parts.csv a.part.csv .swp.csv x.swp ._/a thumbs.db.csv deep/Trash/a ~a.csv
+"""
+
+
+def test_what_is_passed_over_by_default(ledger: Ledger, source: Path) -> None:
+    for name in (PASSED_OVER + TAKEN).split():
+        put(source / name, "1", OLD)
+    root = add_root(ledger, source)
+    scan(ledger, root)
+    taken = {name.encode() for name in TAKEN.split()} - {b"._/a"}
+    assert set(history(ledger)) - {b"._/a"} == taken
+    # What a root ignores besides changes nothing of that.
+    scan(ledger, root._replace(ignore="*.bak"))
+    assert (set(history(ledger)) - {b"._/a"}, gone(ledger)) == (taken, set())
+
+
+@pytest.mark.parametrize("back", ["!.Trash-1000/", "!.Trash-*/", "!/.Trash-1000/", "!.Trash-1000"])
+def test_what_is_passed_over_by_default_can_be_taken_back(
+    ledger: Ledger, source: Path, back: str
+) -> None:
+    for name in (".Trash-1000/files/old.csv", ".Trash-1000/._x", ".zfs/a", "sub/.zfs/a"):
+        put(source / name, "1", OLD)
+    scan(ledger, add_root(ledger, source, ignore=back))
+    assert set(history(ledger)) == {b".Trash-1000/files/old.csv"}
+
+
+def test_files_that_an_upgrade_passes_over_keep_their_versions(
+    ledger: Ledger, source: Path
+) -> None:
+    names = [f".snapshot/{n}.csv" for n in range(120)] + ["._a.csv", "a.csv"]
+    for name in names:
+        put(source / name, "1", OLD)
+    root = add_root(ledger, source)
+    before = scan(ledger, root._replace(ignore="!.snapshot/\n!._*"))
+    assert before.versions == len(names)
+    report = scan(ledger, root)
+    assert (report.gone, report.held, report.passed_over) == (0, 0, 121)
+    assert len(history(ledger)) == len(names)
+    rows = ledger.read(lambda c: views.files(c, 1000, gone=True))
+    assert {row["problem"] for row in rows} == {presence.PASSED_OVER}
 
 
 def test_our_own_outputs_are_never_our_input(ledger: Ledger, source: Path) -> None:
