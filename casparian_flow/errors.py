@@ -19,6 +19,7 @@
         ├── PluginFailed         the plugin raised (retried)
         ├── PluginTimeout        the plugin outran its wall clock (retried)
         ├── GuestDied            the guest process ended under the job (retried)
+        │   └── GuestKilled      a signal from elsewhere ended it (retried)
         ├── OutOfMemory          it needed more memory than there was (retried once)
         ├── EnvironmentFailed    the plugin's environment cannot be built (retried)
         ├── ArtifactRefused      the artifact, its signature or its key is not in order (permanent)
@@ -160,6 +161,10 @@ class PluginTimeout(JobError):
 
 class GuestDied(JobError):
     """The guest process ended, or broke the protocol, while it ran the job."""
+
+
+class GuestKilled(GuestDied):
+    """A signal that the plugin did not cause ended the guest; who sent it is not known."""
 
 
 class OutOfMemory(JobError):

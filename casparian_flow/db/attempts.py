@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 
 from casparian_flow.db.access import execute_many
 from casparian_flow.db.models import Attempt, utcnow
@@ -46,9 +46,16 @@ def add_attempts(connection: Connection, epoch: int, ended: Sequence[Ended]) -> 
     )
 
 
-def faults(connection: Connection, job_id: int, fault: str, after: int) -> int:
-    """Attempts of the job under a later fence than that which ended with that class of error."""
-    query = select(func.count()).where(
-        Attempt.job_id == job_id, Attempt.fault == fault, Attempt.fence > after
+def counted(connection: Connection, job_id: int, number: int) -> list[Any]:
+    """The last attempts of the job that count against its budget: outcome, fault, error.
+
+    Args:
+        number: how many; those that were released or aborted are not among them.
+    """
+    query = (
+        select(Attempt.outcome, Attempt.fault, Attempt.error)
+        .where(Attempt.job_id == job_id, Attempt.outcome.in_(["FAILED", "LOST"]))
+        .order_by(Attempt.fence.desc())
+        .limit(number)
     )
-    return connection.execute(query).scalar_one()
+    return list(connection.execute(query))

@@ -16,13 +16,19 @@ from pathlib import Path
 from socket import socket
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
 
-from casparian_flow.errors import GuestDied, JobError, OutOfMemory
+from casparian_flow.errors import GuestDied, GuestKilled, JobError, OutOfMemory
 from casparian_flow.protocol import Artifact, Evidence
 from casparian_flow.sections import GuestSettings
 from casparian_flow.security.sandbox import Confinement, InPlace
 
 ENDING_SECONDS = 0.2
 """Between the end of a process's wire and its own end, if it is ending."""
+
+_FROM_ELSEWHERE = {
+    -number
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+}
+"""Exit codes of a process that somebody ended: no fault of its own raises these signals."""
 
 
 def environment(allowed: Confinement) -> dict[str, str]:
@@ -140,10 +146,12 @@ class Meter:
         code = self._process.returncode
         words = exit_words(code) if by_itself else "closed the wire, and we killed it"
         hint = "see the job's log for what the plugin printed"
-        if not by_itself or code != -signal.SIGKILL:
+        if not by_itself or code not in _FROM_ELSEWHERE:
             return GuestDied(f"the guest of {who} {words}", hint)
+        if code != -signal.SIGKILL:
+            return GuestKilled(f"the guest of {who} {words}", hint)
         if _oom_kills() == self._oom_kills:
-            return GuestDied(f"the guest of {who} {words}, and not by us", hint)
+            return GuestKilled(f"the guest of {who} {words}, and not by us", hint)
         what = f"the machine had no memory left, and it held {self._rss() >> 20} MiB"
         return OutOfMemory(f"the guest of {who} {words}: {what}", "give the plugin smaller files")
 

@@ -1,6 +1,7 @@
 """Which jobs are tried again, and when; and what becomes of those whose Worker or daemon is gone.
 
-    the attempt failed    again after a pause, while attempts are left and the error may pass
+    the attempt failed    again after a pause, while attempts are left and the error may pass: one
+                          that has come twice the same (`_repeats`) is not tried a third time
     its Worker is gone    what it had in hand counts an attempt; what only waited there does not
     the daemon is gone    the same, and it counts as a crash of the job: after two, the job runs
                           alone (`jobs.claim`); after the third it is FAILED as poison. But what a
@@ -15,6 +16,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,9 @@ from sqlalchemy import Connection
 
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, jobs, plugins
-from casparian_flow.db.attempts import Ended, add_attempts, faults
+from casparian_flow.db.attempts import Ended, add_attempts, counted
 from casparian_flow.engine import in_hand
-from casparian_flow.errors import OutOfMemory
+from casparian_flow.errors import GuestDied, JobError, OutOfMemory, PluginFailed
 from casparian_flow.protocol import Pair, Receipt
 from casparian_flow.sections import JobSettings
 
@@ -34,6 +36,14 @@ PAUSE_LIMIT_SECONDS = 900.0
 
 POISON_AFTER = jobs.ALONE_AFTER + 1
 """Deaths of the daemon with a job in hand after which it is not tried again."""
+
+_DETERMINISTIC = {each.__name__ for each in (PluginFailed, GuestDied, JobError)}
+"""Kinds of error that come of the plugin and the bytes, where the words are the same. Not among
+them: what ran out of time, was killed from elsewhere, or lacked an environment, since the next
+attempt may find a machine that is less busy, or an index that answers."""
+
+_VARYING = re.compile(r"\b0x[0-9a-fA-F]+\b|(?<=/)tmp\w{8}\b")
+"""What differs between two errors that are the same: addresses, and names of scratch folders."""
 
 _RECOVERY = "recovery"
 
@@ -52,16 +62,28 @@ def pause(limits: JobSettings, attempts: int) -> float:
 def after_failure(connection: Connection, end: Receipt, limits: JobSettings, actor: str) -> bool:
     """Give a failed attempt its consequence; False when the job was another's by now."""
     attempts = jobs.attempts(connection, end.job_id)
-    # With as much memory as before it would hardly get further: one more try, and no third, until
-    # a person gives it a fresh budget.
-    fault, budget = end.evidence.fault, end.fence - attempts
-    vain = fault == OutOfMemory.__name__ and faults(connection, end.job_id, fault, budget) > 0
+    # Those before this one, since a person last gave the job a fresh budget.
+    earlier = counted(connection, end.job_id, max(attempts - 1, 0))
+    vain = any(_repeats(end, each.fault, each.error) for each in earlier)
     if end.retryable and attempts < limits.max_attempts and not vain:
         delay = pause(limits, attempts)
         return jobs.requeue(
             connection, end.job_id, end.fence, reason=end.error, delay_seconds=delay
         )
     return _fail(connection, end.job_id, end.fence, end.error, actor)
+
+
+def _repeats(end: Receipt, fault: str, error: str) -> bool:
+    """Whether an attempt failed as an earlier one did, for a reason that does not pass.
+
+    Args:
+        fault, error: of the earlier one.
+    """
+    if fault != end.evidence.fault:
+        return False
+    if fault == OutOfMemory.__name__:  # how much it had by then differs each time
+        return True
+    return fault in _DETERMINISTIC and _VARYING.sub("", error) == _VARYING.sub("", end.error)
 
 
 def begin(connection: Connection, limits: JobSettings, guests_folder: Path) -> int:

@@ -12,7 +12,14 @@ import psutil
 import pytest
 
 from casparian_flow.engine.bridge import Guest
-from casparian_flow.errors import GuestDied, JobError, OutOfMemory, PluginFailed, Unavailable
+from casparian_flow.errors import (
+    GuestDied,
+    GuestKilled,
+    JobError,
+    OutOfMemory,
+    PluginFailed,
+    Unavailable,
+)
 from casparian_flow.protocol import Evidence
 from tests.engine.guests import plugin, run
 
@@ -62,7 +69,7 @@ def test_a_kill_from_outside_is_told_from_ours(start: Start) -> None:
     guest.load()
     (process,) = [p for p in psutil.Process().children() if "guest.py" in str(p.cmdline())]
     threading.Timer(0.2, process.kill).start()
-    with pytest.raises(GuestDied) as raised:
+    with pytest.raises(GuestKilled) as raised:
         run(guest)
     assert raised.value.message.endswith("was killed by SIGKILL, and not by us")
     other = start(plugin("import time\ntime.sleep(3600)"))

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,24 +83,69 @@ def test_a_failed_attempt_waits_in_the_ledger(
     assert not ledger.write(lambda c: retries.after_failure(c, end, limits, "test"))
 
 
-def test_want_of_memory_is_tried_once_more_and_not_a_third_time(ledger: Ledger) -> None:
-    job = add_job(ledger)
-    for wanted in (JobStatus.QUEUED, JobStatus.FAILED):
-        assert claim(ledger) == [job]
-        fence = job_row(ledger, job).fence
-        end = Receipt(
-            job_id=job, fence=fence, outcome=Outcome.FAILED, error="MemoryError",
-            evidence=Evidence(fault="OutOfMemory"),
-        )  # fmt: skip
-        ledger.write(partial(retries.after_failure, end=end, limits=MANY, actor="test"))
-        ended = Ended(job, fence, "w", "FAILED", "MemoryError", fault="OutOfMemory")
-        ledger.write(partial(add_attempts, epoch=epoch(ledger), ended=[ended]))
-        assert job_row(ledger, job).status == wanted
+def fails(ledger: Ledger, job: int, fault: str, error: str, limits: JobSettings = MANY) -> str:
+    """Claim the job, fail its attempt with this error; its status then."""
+    assert claim(ledger) == [job]
+    fence = job_row(ledger, job).fence
+    end = Receipt(
+        job_id=job, fence=fence, outcome=Outcome.FAILED, error=error, evidence=Evidence(fault=fault)
+    )
+    ledger.write(partial(retries.after_failure, end=end, limits=limits, actor="test"))
+    ended = Ended(job, fence, "w", "FAILED", error, fault=fault)
+    ledger.write(partial(add_attempts, epoch=epoch(ledger), ended=[ended]))
+    return str(job_row(ledger, job).status)
+
+
+@pytest.mark.parametrize(
+    ("fault", "first", "second"),
+    [
+        ("OutOfMemory", "it had 40 MiB", "it had 41 MiB"),
+        ("PluginFailed", "ValueError: line 7", "ValueError: line 7"),
+        ("PluginFailed", "<Sheet at 0x7f01>: no", "<Sheet at 0x7fee>: no"),
+        ("PluginFailed", "no file /a/tmpq1w2e3r4/x", "no file /a/tmp_y7u8i9o/x"),
+        ("GuestDied", "was killed by SIGSEGV", "was killed by SIGSEGV"),
+        ("JobError", "KeyError: 'x'", "KeyError: 'x'"),
+    ],
+)
+def test_the_same_error_twice_is_not_tried_a_third_time(
+    ledger: Ledger, fault: str, first: str, second: str
+) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+    assert fails(ledger, job, fault, first) == "QUEUED"
+    assert fails(ledger, job, fault, second) == "FAILED"
     ledger.write(lambda c: jobs.retry(c, [job]))
-    claim(ledger)
-    end = msgspec.structs.replace(end, fence=job_row(ledger, job).fence)
-    ledger.write(partial(retries.after_failure, end=end, limits=MANY, actor="test"))
-    assert job_row(ledger, job).status == JobStatus.QUEUED, "a person gave it a fresh budget"
+    assert fails(ledger, job, fault, second) == "QUEUED", "a person gave it a fresh budget"
+    assert fails(ledger, job, fault, second) == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("fault", "first", "second"),
+    [
+        ("PluginFailed", "ValueError: line 7", "ValueError: line 8"),
+        ("PluginTimeout", "ran longer than 1 s", "ran longer than 1 s"),
+        ("GuestKilled", "was killed by SIGKILL", "was killed by SIGKILL"),
+        ("EnvironmentFailed", "the index does not answer", "the index does not answer"),
+    ],
+)
+def test_an_error_that_may_pass_is_tried_as_often_as_may_be(
+    ledger: Ledger, fault: str, first: str, second: str
+) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+    limits = JobSettings(max_attempts=3, retry_seconds=0.0)
+    assert fails(ledger, job, fault, first, limits) == "QUEUED"
+    assert fails(ledger, job, fault, second, limits) == "QUEUED"
+    assert fails(ledger, job, fault, "at last", limits) == "FAILED"
+
+
+def test_what_repeats_is_seen_behind_attempts_that_did_not_count(ledger: Ledger) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+    assert fails(ledger, job, "PluginFailed", "no") == "QUEUED"
+    for _ in range(3):
+        assert claim(ledger) == [job]
+        pair = (job, job_row(ledger, job).fence)
+        ledger.write(partial(retries.release, pairs=[pair], why="left"))
+    assert fails(ledger, job, "PluginTimeout", "too slow") == "QUEUED"
+    assert fails(ledger, job, "PluginFailed", "no") == "FAILED"
 
 
 def test_a_job_in_hand_when_the_daemon_died_is_told_from_those_that_waited(

@@ -50,6 +50,9 @@ Q, R, C = JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING
 
 TOPICS = ("a", "b")
 
+REPEAT = {"OutOfMemory", "PluginFailed"}
+"""Faults that are not tried a third time where they come twice; the words are always the same."""
+
 
 @dataclass
 class Job:
@@ -63,10 +66,14 @@ class Job:
     attempts: int = 0
     crashes: int = 0
     worker: str = ""
-    starved: bool = False
-    """It has had an attempt that ran out of memory."""
+    faults: set[str] = field(default_factory=set)
+    """How its attempts have failed since its budget was last fresh."""
     planned: set[str] = field(default_factory=set)
     published: set[str] = field(default_factory=set)
+
+    def begin_anew(self) -> None:
+        """Queued on somebody's word."""
+        self.status, self.attempts, self.faults = Q, 0, set()
 
     @property
     def pair(self) -> Pair:
@@ -152,7 +159,7 @@ class Life(RuleBasedStateMachine):
         wanted = {job.id for job in chosen if job.status == JobStatus.SUPERSEDED}
         assert set(found) == wanted
         for job_id in wanted:
-            self.jobs[job_id].status, self.jobs[job_id].attempts = Q, 0
+            self.jobs[job_id].begin_anew()
 
     # --- Sentinel ---
 
@@ -243,10 +250,11 @@ class Life(RuleBasedStateMachine):
                 job.status = Q
                 job.attempts -= 1
             case Outcome.FAILED:
-                starving = bool(receipt.evidence.fault)
+                fault = receipt.evidence.fault
                 again = receipt.retryable and job.attempts < self.limits.max_attempts
-                job.status = Q if again and not (starving and job.starved) else JobStatus.FAILED
-                job.starved |= starving
+                vain = fault in job.faults & REPEAT
+                job.status = Q if again and not vain else JobStatus.FAILED
+                job.faults.add(fault)
 
     @rule(data=st.data(), refuse=st.booleans())
     def publish(self, data: st.DataObject, refuse: bool) -> None:
@@ -318,7 +326,7 @@ class Life(RuleBasedStateMachine):
         wanted = [j for j in self.of(JobStatus.FAILED, JobStatus.ABORTED) if j.id in chosen]
         assert sorted(found) == sorted(job.id for job in wanted)
         for job in wanted:
-            job.status, job.attempts = Q, 0
+            job.begin_anew()
 
     # --- what must hold ---
 
@@ -348,6 +356,6 @@ class Life(RuleBasedStateMachine):
 _OUTCOMES = st.tuples(
     st.sampled_from(Outcome),
     st.booleans(),
-    st.sampled_from(["", "", "OutOfMemory"]),
+    st.sampled_from(["", "PluginTimeout", "PluginFailed", "OutOfMemory"]),
     st.frozensets(st.sampled_from(TOPICS)),
 )
