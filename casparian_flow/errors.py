@@ -25,6 +25,7 @@
         ├── ArtifactRefused      the artifact, its signature or its key is not in order (permanent)
         ├── OutputRefused        what it published cannot be stored (permanent)
         │   └── SinkConflict     the target is there and is not ours (permanent)
+        ├── OnlyRejects          nothing but rejects came of the file (permanent)
         ├── Superseded           the version's bytes are gone or changed
         └── Unavailable          a fault of ours or of the machine (costs no attempt)
             └── SinkUnavailable      disk full, sink locked, output read-only
@@ -189,6 +190,12 @@ class OutputRefused(JobError):
 
 class SinkConflict(OutputRefused):
     """The target exists and is not the output of this job; it was left untouched."""
+
+
+class OnlyRejects(JobError):
+    """Nothing but rejects came of the file; the same bytes would give the same."""
+
+    retryable = False
 
 
 class Superseded(JobError):

@@ -80,6 +80,8 @@ class Assignment(Record, frozen=True):
     outputs: list[OutputPlan]
     snapshot: str = ""
     """Absolute path of the version's bytes in the snapshot store; empty where it has none."""
+    may_be_empty: list[str] = []
+    """Topics of data that the file may give no row while it gives rejects."""
 
 
 class StagedOutput(Record, frozen=True):

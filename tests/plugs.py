@@ -25,6 +25,31 @@ class Handler(BasePlugin):
         self.publish("lines", pa.table({"line": pa.array(lines, pa.string())}))
 """
 
+REJECTS = """
+from casparian_flow.sdk import BasePlugin, PluginMetadata
+import pyarrow as pa
+
+MANIFEST = PluginMetadata(pattern="*.txt", topic=["lines", "lines_rejects"])
+
+class Handler(BasePlugin):
+    def execute(self, file_path: str):
+        with open(file_path, "rb") as file:
+            lines = [raw.rstrip(b"\\n").decode("latin-1") for raw in file]
+        good = [line for line in lines if not line.startswith("!")]
+        if good:
+            self.publish("lines", pa.table({"line": pa.array(good, pa.string())}))
+        bad = [(n, line) for n, line in enumerate(lines, 1) if line.startswith("!")]
+        if bad:
+            self.publish("lines_rejects", pa.table({
+                "line": pa.array([n for n, _ in bad], pa.int64()),
+                "reason": pa.array(["it shouts"] * len(bad), pa.string()),
+                "raw": pa.array([line for _, line in bad], pa.string()),
+            }))
+        if "raise" in lines:
+            raise ValueError("told to")
+"""
+"""Lines that begin with `!` are rejects; one that is `raise` fails the attempt at its end."""
+
 BEHAVES = """
 import ctypes, os, sys, time
 from casparian_flow.sdk import BasePlugin, PluginMetadata

@@ -68,6 +68,7 @@ LAYERS = [
         "engine.holdings",
         "engine.venv_manager",
         "engine.undeclared",
+        "engine.rejects",
         "engine.byte_code",
         "engine.locking",
         "engine.handshake",
@@ -99,7 +100,7 @@ LAYERS = [
     ["engine.guest", "engine.attempt", "security", "sink_uri", "protocol", "engine.frames"],
     ["config", "daemon_lock"],
     ["sections"],
-    ["errors", "atomic", "sdk", "crashpoints", "mounts", "services.aside"],
+    ["errors", "atomic", "sdk", "crashpoints", "mounts", "services.aside", "wording", "topics"],
 ]
 """From the roof down; a module may import from its own layer and from those below."""
 

@@ -233,6 +233,17 @@ class TopicConfig(Base):
     mode: Mapped[str] = mapped_column(default="append")
 
 
+class EmptyTopic(Base):
+    """A topic of data that a file may give no row while it gives rejects, as a person said: such a
+    file is COMPLETED, and its rejects are published."""
+
+    __tablename__ = "cf_empty_topic"
+
+    plugin_name: Mapped[str] = mapped_column(primary_key=True)
+    topic_name: Mapped[str] = mapped_column(primary_key=True)
+    allowed_at: Mapped[datetime] = mapped_column(default=utcnow)
+
+
 _STATUSES = ", ".join(f"'{status}'" for status in JobStatus)
 _RETRACTIONS = ", ".join(f"'{state}'" for state in Retraction)
 _STATES = ", ".join(f"'{state}'" for state in OutputState)

@@ -12,7 +12,14 @@ import msgspec
 from packaging.version import Version
 from sqlalchemy import Connection, LargeBinary, and_, cast, delete, insert, select, update
 
-from casparian_flow.db.models import Epoch, Plugin, PluginConfig, RoutingRule, TopicConfig
+from casparian_flow.db.models import (
+    EmptyTopic,
+    Epoch,
+    Plugin,
+    PluginConfig,
+    RoutingRule,
+    TopicConfig,
+)
 from casparian_flow.db.routing import tags_of
 from casparian_flow.errors import ArtifactRefused, CasparianError
 from casparian_flow.security import signing
@@ -166,6 +173,15 @@ def begin_epoch(connection: Connection) -> int:
 def ids(connection: Connection, names: Iterable[str]) -> list[int]:
     """Ids of every deployed version of these plugins."""
     return list(connection.execute(select(Plugin.id).where(Plugin.name.in_(list(names)))).scalars())
+
+
+def may_be_empty(connection: Connection) -> dict[str, list[str]]:
+    """Plugin name -> its topics that a file may give no row while it gives rejects."""
+    found: dict[str, list[str]] = {}
+    rows = select(EmptyTopic.plugin_name, EmptyTopic.topic_name).order_by(EmptyTopic.topic_name)
+    for plugin, topic in connection.execute(rows):
+        found.setdefault(plugin, []).append(topic)
+    return found
 
 
 def topics_of(connection: Connection, plugin: Any) -> list[str]:

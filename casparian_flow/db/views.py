@@ -16,7 +16,7 @@ from casparian_flow.db.shown import HIDDEN, REPLACED, RETRACTED
 
 Row = dict[str, Any]
 
-_BOOLEANS = {"active", "current", "latest"}
+_BOOLEANS = {"active", "current", "latest", "may_be_empty"}
 
 EVERY = (1 << 63) - 1
 """An id that no row is above."""
@@ -122,7 +122,9 @@ def topics(connection: Connection) -> list[Row]:
             WHERE o.state = 'PUBLISHED' AND o.output_key NOT IN ({HIDDEN}) GROUP BY 1, 2, 3
         )
         SELECT t.plugin_name AS plugin, t.topic_name AS topic, t.uri, t.mode,
-               coalesce(p.outputs, 0) AS outputs, coalesce(p.total, 0) AS "rows"
+               coalesce(p.outputs, 0) AS outputs, coalesce(p.total, 0) AS "rows",
+               EXISTS (SELECT 1 FROM cf_empty_topic e WHERE e.plugin_name = t.plugin_name
+                       AND e.topic_name = t.topic_name) AS may_be_empty
         FROM (SELECT id, plugin_name, topic_name,
                      substr(uri, 1, instr(uri || '?', '?') - 1) AS uri,
                      CASE WHEN instr(uri, '?mode=') THEN substr(uri, instr(uri, '?mode=') + 6)

@@ -11,6 +11,7 @@ from sqlalchemy import Connection, delete, func, insert, select, text, update
 
 from casparian_flow.db import audit
 from casparian_flow.db.models import (
+    EmptyTopic,
     Output,
     OutputState,
     ProcessingJob,
@@ -138,6 +139,22 @@ def set_topic(
     connection.execute(insert(TopicConfig), rows)
     written = [f"{uri}?mode={mode}" for uri, mode in sinks]
     note(connection, "set-topic", [f"topic {plugin} {topic}"], sinks=written)
+
+
+def allow_empty(connection: Connection, plugin: str, topic: str, allow: bool) -> None:
+    """Say whether a file may give a topic of data no row while it gives rejects."""
+    connection.execute(
+        delete(EmptyTopic).where(EmptyTopic.plugin_name == plugin, EmptyTopic.topic_name == topic)
+    )
+    if allow:
+        connection.execute(insert(EmptyTopic).values(plugin_name=plugin, topic_name=topic))
+    note(connection, "set-topic", [f"topic {plugin} {topic}"], allow_empty=allow)
+
+
+def plugins_with(connection: Connection, topic: str) -> list[str]:
+    """The plugins that have a topic of this name."""
+    query = select(TopicConfig.plugin_name).where(TopicConfig.topic_name == topic).distinct()
+    return list(connection.execute(query.order_by(TopicConfig.plugin_name)).scalars())
 
 
 class Standing(NamedTuple):

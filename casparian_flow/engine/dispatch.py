@@ -47,9 +47,12 @@ class Dispatcher:
         job_ids = jobs.claim(connection, worker, self._epoch, limit, avoid)
         crashpoint("dispatch.claim_written")
         assignments = []
+        empty = plugins.may_be_empty(connection) if job_ids else {}
         for job in jobs.claimed(connection, job_ids) if job_ids else []:
+            name = job.plugin_name
             try:
-                assignments.append(self._assignment(job, topics.get(job.plugin_name, [])))
+                made = self._assignment(job, topics.get(name, []), empty.get(name, []))
+                assignments.append(made)
             except CasparianError as error:
                 # A sink URI that a person wrote into the table and nobody can open, for one.
                 jobs.fail(connection, job.id, job.fence, error.message)
@@ -73,7 +76,7 @@ class Dispatcher:
         except CasparianError:
             return False
 
-    def _assignment(self, job: Any, placed: Sequence[Any]) -> Assignment:
+    def _assignment(self, job: Any, placed: Sequence[Any], empty: list[str]) -> Assignment:
         manifest = plugins.manifest_of(job.manifest)
         declared = set(manifest.topics) - {row.topic_name for row in placed}
         places = [(row.topic_name, row.uri, row.mode) for row in placed]
@@ -102,6 +105,7 @@ class Dispatcher:
             timeout_seconds=min(manifest.timeout_seconds or ceiling, ceiling),
             outputs=outputs,
             snapshot=str(self._settings.database.snapshot(job.snapshot)) if job.snapshot else "",
+            may_be_empty=empty,
         )
 
     def _plan(self, job: Any, topic: str, uri: str, mode: str) -> OutputPlan:

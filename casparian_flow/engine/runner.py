@@ -29,6 +29,7 @@ from casparian_flow.engine import in_hand, sinks
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
 from casparian_flow.engine.placing import BadSnapshot, placed, proved
+from casparian_flow.engine.rejects import Rejects
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.engine.venv_manager import EnvironmentStore, Lease
@@ -117,6 +118,8 @@ class Runner:
         """What runs it, while it does; with `_lock` held it stays so."""
         self._used: Guest | None = None
         """The guest that ran it last; its log may wait to be taken."""
+        self._rejects: Rejects | None = None
+        """What the current attempt has given so far."""
         self._revoked: set[tuple[int, int]] = set()
 
     def follow(self, welcome: Welcome) -> None:
@@ -179,6 +182,7 @@ class Runner:
     def _attempt(self, job: Assignment, artifact: Artifact) -> _Ran | Receipt:
         """One attempt; whatever goes wrong becomes a receipt, and no stage is left behind."""
         self._current, self._used = (job.job_id, job.fence), None
+        self._rejects = None
         if self._halted.is_set() or self._taken():
             return released(job)
         started = time.monotonic()
@@ -192,17 +196,19 @@ class Runner:
         except Exception as error:  # noqa: BLE001 - sorted by _job_error
             fault = _job_error(error)
         ran.seconds = time.monotonic() - started
-        self._account(ran)
+        self._account(ran, failed=fault is not None)
         ran.log = _with_notes(ran.log, ran.stages)
         if fault and self._taken():
             return released(job, ran.log)
         return _failed(ran, fault) if fault else ran
 
-    def _account(self, ran: _Ran) -> None:
+    def _account(self, ran: _Ran, *, failed: bool) -> None:
         """Take what the guest that ran it has said and used, if one did."""
         if self._used:
             ran.log, ran.sandbox = self._used.take_log(), self._used.sandbox
             ran.evidence = self._used.evidence
+        if failed and self._rejects and (rejects := self._rejects.log()):
+            ran.log = "\n".join(filter(None, [ran.log.rstrip("\n"), rejects]))
 
     def _run(self, job: Assignment, artifact: Artifact) -> list[Stage]:
         """Stage a job's output; with the version's file where its snapshot cannot be used."""
@@ -258,12 +264,14 @@ class Runner:
     def _stage(self, seat: _Seat, job: Assignment) -> list[Stage]:
         plans = _by_topic(job.outputs)
         stages: dict[str, list[Stage]] = {}
+        self._rejects = rejects = Rejects(plans.keys(), job.may_be_empty)
         try:
             with (
                 placed(job, seat.folder / "in", self._limits.copy_limit_bytes) as file,
                 contextlib.closing(seat.guest.run(file, job.timeout_seconds)) as batches,
             ):
                 for topic, batch in batches:
+                    rejects.see(topic, batch)
                     if topic not in stages:
                         self._open(stages.setdefault(topic, []), job, plans[topic])
                     for stage in stages[topic]:
@@ -274,6 +282,7 @@ class Runner:
                     self._open(stages.setdefault(topic, []), job, replacing)
                 for stage in _flat(stages):
                     stage.finish()
+            rejects.judge()  # only now is it sure which bytes they came of
         except BaseException:
             for stage in _flat(stages):
                 stage.discard()

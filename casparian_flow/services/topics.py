@@ -11,9 +11,10 @@ from casparian_flow.config import Settings
 from casparian_flow.db import plugins, roots, wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.wiring import Standing
-from casparian_flow.errors import NotFound
+from casparian_flow.errors import ConfigError, NotFound
 from casparian_flow.services import inventory, places
 from casparian_flow.services.places import Place
+from casparian_flow.topics import data_of, rejects
 
 
 class Placed(NamedTuple):
@@ -54,6 +55,59 @@ def set_topic(
     done = ledger.write(work)
     inventory.take(settings, ledger)
     return done
+
+
+def allow_empty(ledger: Ledger, plugin: str, topic: str, allow: bool) -> list[str]:
+    """Say whether a file of which nothing but rejects came may be COMPLETED; what follows, a
+    sentence each.
+
+    Args:
+        plugin: empty where only one has such a topic.
+        topic: a topic of data.
+
+    Raises:
+        NotFound: no such plugin, or it has no such topic.
+        ConfigError: it is a topic of rejects, or several plugins have it.
+    """
+    plugin = plugin or _only_plugin(ledger, topic)
+    known = ledger.read(lambda c: plugins.versions(c, plugin))
+    if not known:
+        raise NotFound(f"no plugin is named {plugin!r}", "casparian plugins")
+
+    def declared(connection: Connection) -> list[str]:
+        newest = plugins.find(connection, plugin, str(known[-1]))
+        return plugins.topics_of(connection, newest)
+
+    names = ledger.read(declared)
+    if topic not in names:
+        have = ", ".join(names) or "none"
+        raise NotFound(f"{plugin} has no topic {topic!r} (it has: {have})", "casparian topics")
+    if topic in rejects(names):
+        data = sorted(data_of(topic, names))
+        raise ConfigError(
+            f"{topic} is a topic of rejects: it is empty where a file has none",
+            f"casparian topics set {plugin} {data[0]} --allow-empty",
+        )
+    ledger.write(lambda c: wiring.allow_empty(c, plugin, topic, allow))
+    if not allow:
+        return [f"{plugin}: a file that gives rejects and no row of {topic} is FAILED"]
+    return [
+        f"{plugin}: a file that gives rejects and no row of {topic} is COMPLETED, "
+        "and its rejects are published",
+        f"those that failed for it: casparian jobs retry --failed --plugin {plugin}",
+    ]
+
+
+def _only_plugin(ledger: Ledger, topic: str) -> str:
+    found = ledger.read(lambda c: wiring.plugins_with(c, topic))
+    if not found:
+        raise NotFound(f"no plugin has a topic {topic!r}", "casparian topics")
+    if len(found) > 1:
+        raise ConfigError(
+            f"several plugins have a topic {topic!r}: {', '.join(found)}",
+            f"casparian topics set {found[0]} {topic} --allow-empty",
+        )
+    return found[0]
 
 
 def _stays(placed: Sequence[Place], standing: Sequence[Standing]) -> Iterator[str]:

@@ -1,0 +1,97 @@
+"""Rejects are said aloud: counted everywhere, and a file that gives nothing else has failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Casparian, asked, holds
+from tests.plugs import REJECTS
+
+
+@pytest.fixture
+def shouts(casparian: Casparian, source: Path) -> Casparian:
+    """Lines that begin with `!` are rejects."""
+    casparian.run("publish", casparian.plugin("rows", REJECTS), "--version", "1.0.0")
+    return casparian
+
+
+def test_a_file_of_nothing_but_rejects_is_failed_and_its_log_has_the_first_of_them(
+    shouts: Casparian, source: Path
+) -> None:
+    (source / "bad.txt").write_bytes(b"!\x1b[2J\x00 \xff\n" + b"!no\n" * 30)
+    done = shouts.run("scan", "--drain", code=1)
+    assert "nothing but rejects came of the file: 31 rejects, and no row for lines" in done.stderr
+    assert "\x1b" not in done.stderr
+    (job,) = shouts.json("jobs", "--status", "FAILED")
+    found = shouts.json("jobs", "show", str(job["id"]))
+    (attempt,) = found["attempt_log"]
+    assert (attempt["fault"], attempt["outcome"]) == ("OnlyRejects", "FAILED")
+    lines = attempt["log"].splitlines()
+    assert lines[0] == "31 rejects, not published; the first 20:"
+    assert lines[1] == "rejected: line 1; reason it shouts; raw !\\x1b[2J\\x00 ÿ"
+    assert lines[20] == "rejected: line 20; reason it shouts; raw !no"
+    assert len(lines) == 21
+    assert found["outputs"] == []
+    assert not (shouts.folder / "output" / "lines_rejects").exists()
+    holds(shouts)
+
+
+def test_one_row_among_rejects_is_enough(shouts: Casparian, source: Path) -> None:
+    (source / "a.txt").write_text("!no\nyes\n!no\n")
+    (source / "empty.txt").write_text("")
+    shouts.run("scan", "--drain")
+    assert asked(shouts) == ["yes"]
+    assert len(shouts.json("query", "SELECT * FROM lines_rejects")) == 2
+    assert {job["status"] for job in shouts.json("jobs")} == {"COMPLETED"}
+
+
+def test_a_person_may_allow_that_nothing_but_rejects_comes(shouts: Casparian, source: Path) -> None:
+    (source / "bad.txt").write_text("!no\n")
+    shouts.run("scan", "--drain", code=1)
+    assert "lines_rejects is a topic of rejects" in shouts.err(
+        "topics", "set", "rows", "lines_rejects", "--allow-empty", code=78
+    )
+    assert "no topic 'nope'" in shouts.err(
+        "topics", "set", "rows", "nope", "--allow-empty", code=66
+    )
+    assert "COMPLETED" in shouts.out("topics", "set", "rows", "lines", "--allow-empty")
+    shouts.run("topics", "set", "rows", "lines", "sqlite:///other.db")
+    allowed = {t["topic"]: t["may_be_empty"] for t in shouts.json("topics")}
+    assert allowed == {"lines": True, "lines_rejects": False}, "a sink does not take it back"
+    shouts.run("jobs", "retry", "--failed")
+    shouts.run("scan", "--drain")
+    assert len(shouts.json("query", "SELECT * FROM lines_rejects")) == 1
+    assert "FAILED" in shouts.out("topics", "set", "lines", "--no-allow-empty")
+    (source / "worse.txt").write_text("!no\n!no\n")
+    shouts.run("scan", "--drain", code=1)
+    noted = [e["detail"] for e in shouts.json("audit", "show") if e["action"] == "set-topic"]
+    assert [detail for detail in noted if "allow_empty" in detail] == [
+        '{"allow_empty": false}', '{"allow_empty": true}',
+    ]  # fmt: skip
+    holds(shouts)
+
+
+def test_whatever_else_fails_an_attempt_its_rejects_are_in_its_log(
+    shouts: Casparian, source: Path
+) -> None:
+    (source / "a.txt").write_text("yes\n!no\nraise\n")
+    shouts.run("scan", "--drain", code=1)
+    (job,) = shouts.json("jobs")
+    attempts = shouts.json("jobs", "show", str(job["id"]))["attempt_log"]
+    assert [attempt["fault"] for attempt in attempts] == ["PluginFailed"] * 2
+    for attempt in attempts:
+        assert "rejected: line 2; reason it shouts; raw !no" in attempt["log"].splitlines()
+
+
+def test_a_plugin_that_has_only_topics_of_that_name_makes_data(
+    casparian: Casparian, source: Path
+) -> None:
+    only = REJECTS.replace('["lines", "lines_rejects"]', '"bank_rejects"').replace(
+        '"lines_rejects"', '"bank_rejects"'
+    )
+    casparian.run("publish", casparian.plugin("bank", only), "--version", "1.0.0")
+    (source / "a.txt").write_text("!one\n")
+    casparian.run("scan", "--drain")
+    assert len(casparian.json("query", "SELECT * FROM bank_rejects")) == 1

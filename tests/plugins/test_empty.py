@@ -1,0 +1,23 @@
+"""A file of 0 bytes gives nothing: no row, no reject, no error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.plugins.conftest import runner
+
+PATTERNS = {
+    "delimited": "a.csv",
+    "json_records": "a.jsonl",
+    "access_log": "access.log",
+    "windows_events": "a.evtx",
+}
+
+
+@pytest.mark.parametrize("plugin", PATTERNS)
+def test_nothing_comes_of_nothing(plugin: str, tmp_path: Path) -> None:
+    file = tmp_path / PATTERNS[plugin]
+    file.write_bytes(b"")
+    assert sum(table.num_rows for table in runner(plugin)(file).values()) == 0
