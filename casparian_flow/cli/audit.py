@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from casparian_flow.cli import context
-from casparian_flow.cli.context import AsJson, Limit
+from casparian_flow.cli.context import All, AsJson, Limit
 
 app = context.group("Show and check the audit.")
 
@@ -18,19 +18,22 @@ def show(
     subject: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Only about this: 'plugin sales*'.")
     ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="The seals too, which say what each transaction wrote.")
+    seals: Annotated[
+        bool, typer.Option("--seals", help="The seals too, which say what each transaction wrote.")
     ] = False,
-    limit: Limit = 50,
+    limit: Limit = None,
+    every: All = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what people did and what was committed, the newest first."""
     from casparian_flow.db import views
 
+    most = context.wanted(limit, every)
     with context.opened(ctx) as (_, ledger):
-        rows = ledger.read(lambda c: views.audit(c, limit, subject, every))
+        rows = ledger.read(lambda c: views.audit(c, most, subject, seals))
     if not as_json:
-        rows = [{**row, "detail": _in_short(row)} for row in rows]
+        for row in rows:
+            row["detail"] = _in_short(row)
     context.listing(
         rows, as_json, "seq recorded_at actor action subject detail", "no such audit rows"
     )

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from casparian_flow.wording import counted
+
 if TYPE_CHECKING:
     from casparian_flow.config import Settings
     from casparian_flow.db.access import Ledger
@@ -21,7 +23,19 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
 
-Limit = Annotated[int, typer.Option(min=1, metavar="N", help="Rows at the most.")]
+LIMIT = 50
+"""Rows of a list that are shown where nobody says how many."""
+
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Rows at the most; else 50.")]
+
+All = Annotated[bool, typer.Option("--all", help="Every row.")]
+
+
+def wanted(limit: int | None, every: bool) -> int | None:
+    """How many rows of a list are asked for by `--limit` and `--all`; None for all of them."""
+    if every and limit is not None:
+        raise typer.BadParameter("--limit or --all, not both")
+    return None if every else limit or LIMIT
 
 
 class Here(NamedTuple):
@@ -66,8 +80,24 @@ def note(words: str) -> None:
 
 def advise(advice: Iterable[Advice]) -> None:
     """What is missing, and what to type next."""
-    for words, command in advice:
-        note(f"{words}\n  try: {command}")
+    for each in advice:
+        note(f"{each.words}\n  try: {each.command}")
+
+
+def amount(rows: int, rejects: int) -> str:
+    """What came of jobs in words; empty where nothing did."""
+    some = [(rows, "row"), (rejects, "reject")]
+    return ", ".join(counted(number, noun) for number, noun in some if number)
+
+
+def rejected(row: Mapping[str, Any]) -> str:
+    """A version of which more was rejected than is usual (`db.rejects.named`), in words."""
+    total = row["rows"] + row["rejects"]
+    return (
+        f"{row['source']}/{row['rel_path']}, version {row['version']}: {row['rejects']:,} of "
+        f"{total:,} rejected ({100 * row['rejects'] / total:.1f} %)"
+        f"\n    try: casparian jobs show {row['job']}"
+    )
 
 
 def document(data: Any) -> None:
@@ -85,6 +115,8 @@ def plain(value: Any) -> Any:
 def listing(rows: Sequence[Mapping[str, Any]], as_json: bool, columns: str, empty: str) -> None:
     """Rows as a table of these columns, or all of them as JSON.
 
+    Where they are only the first of more (`db.pages.Page`), it says so, beside JSON as well.
+
     Args:
         columns: names, separated by spaces.
         empty: what to say where there are no rows.
@@ -96,6 +128,17 @@ def listing(rows: Sequence[Mapping[str, Any]], as_json: bool, columns: str, empt
         table(names, ([_short(name, row[name]) for name in names] for row in rows))
     else:
         note(empty)
+    left_out(len(rows), getattr(rows, "total", len(rows)))
+
+
+def left_out(shown: int, total: int, more: str = "--limit N or --all") -> None:
+    """Say that these are not all there are, where they are not.
+
+    Args:
+        more: what shows the others.
+    """
+    if shown < total:
+        note(f"{shown:,} of {total:,}; {more}")
 
 
 def _short(name: str, value: Any) -> Any:

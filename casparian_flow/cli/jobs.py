@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from casparian_flow.cli import context
-from casparian_flow.cli.context import AsJson, Limit
+from casparian_flow.cli.context import All, AsJson, Limit
+from casparian_flow.wording import counted
+
+if TYPE_CHECKING:
+    from casparian_flow.db.access import Ledger
 
 app = context.group(
-    "List, show, retry and abort jobs.", invoke_without_command=True, no_args_is_help=False
+    "List, show, retry, dismiss and abort jobs.", invoke_without_command=True, no_args_is_help=False
 )
 
 Ids = Annotated[list[int], typer.Argument(metavar="ID", help="As in `casparian jobs`.")]
@@ -20,7 +24,8 @@ Ids = Annotated[list[int], typer.Argument(metavar="ID", help="As in `casparian j
 def jobs(
     ctx: typer.Context,
     status: Annotated[
-        str | None, typer.Option(metavar="STATUS", help="Only these: QUEUED, FAILED, ...")
+        str | None,
+        typer.Option(metavar="STATUS", help="Only these: QUEUED, FAILED, GONE-UNREAD, ..."),
     ] = None,
     plugin: Annotated[
         str | None, typer.Option(metavar="PLUGIN", help="Only this plugin's.")
@@ -29,22 +34,79 @@ def jobs(
         str | None,
         typer.Option(metavar="GLOB", help="Only of files whose path matches; * crosses /."),
     ] = None,
-    limit: Limit = 50,
+    rejects: Annotated[
+        bool,
+        typer.Option(
+            "--rejects",
+            help="Only those that worked a file's last version, and more than 1 % was rejected.",
+        ),
+    ] = False,
+    limit: Limit = None,
+    every: All = False,
     as_json: AsJson = False,
 ) -> None:
-    """List jobs, the newest first."""
+    """List jobs, the newest first.
+
+    A job that failed is FAILED while its failure is open; later MENDED, GONE UNREAD or DISMISSED.
+    """
     if ctx.invoked_subcommand is not None:
         return
     from casparian_flow.db import views
+
+    most = context.wanted(limit, every)
+    ledgers, failure = _statuses(status)
+    with context.opened(ctx) as (_, ledger):
+        named = _with_rejects(ledger) if rejects else None
+        rows = ledger.read(
+            lambda c: views.jobs(c, most, ledgers, plugin, path, failure, job_ids=named)
+        )
+    if not as_json:
+        for row in rows:
+            row.update(_in_words(row))
+    columns = (
+        "id status plugin plugin_version source rel_path version attempts rows rejects "
+        "finished_at reason"
+    )
+    context.listing(rows, as_json, columns, "no such jobs\n  try: casparian status")
+
+
+def _statuses(asked: str | None) -> tuple[str | None, str | None]:
+    """What the ledger calls the status that a person asks for, and the state of the failure."""
+    from casparian_flow.db import failures
     from casparian_flow.db.models import JobStatus
 
-    if status is not None and status.upper() not in list(JobStatus):
-        raise typer.BadParameter(f"{status!r}; there are {', '.join(JobStatus)}")
-    wanted = status.upper() if status else None
-    with context.opened(ctx) as (_, ledger):
-        rows = ledger.read(lambda c: views.jobs(c, limit, wanted, plugin, path))
-    columns = "id status plugin plugin_version source rel_path version attempts finished_at reason"
-    context.listing(rows, as_json, columns, "no such jobs\n  try: casparian status")
+    if asked is None:
+        return None, None
+    words = asked.upper().replace("-", " ").replace("_", " ")
+    closed = {state.upper(): state for state in failures.CLOSED}
+    if words in closed:
+        return JobStatus.FAILED, closed[words]
+    if words not in list(JobStatus):
+        known = ", ".join([*JobStatus, *closed])
+        raise typer.BadParameter(f"{asked!r}; there are {known}")
+    return words, failures.OPEN if words == JobStatus.FAILED else None
+
+
+def _with_rejects(ledger: Ledger) -> list[int]:
+    from casparian_flow.db import rejects
+
+    return [row["job"] for row in ledger.read(lambda c: rejects.named(c, None))]
+
+
+def _in_words(job: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a job that people read in other words than programs."""
+    from casparian_flow.db import failures
+    from casparian_flow.db.rejects import NAMED_PERCENT
+
+    closed = job["failure"] in failures.CLOSED
+    total = job["rows"] + job["rejects"]
+    share = 100 * job["rejects"] / total if total else 0
+    named = f" ({share:.1f} %)" if share > NAMED_PERCENT else ""
+    return {
+        "status": job["failure"].upper() if closed else job["status"],
+        "rows": job["rows"] or None,
+        "rejects": f"{job['rejects']}{named}" if job["rejects"] else None,
+    }
 
 
 @app.command()
@@ -141,7 +203,30 @@ def retry(
         raise typer.BadParameter("--plugin and --path choose among the jobs of --failed")
     with context.opened(ctx) as (settings, ledger):
         count = changes.retry_jobs(ledger, settings, job_ids or None, plugin=plugin, path=path)
-    context.say(f"{count} jobs queued")
+    context.say(f"{counted(count, 'job')} queued")
+
+
+@app.command()
+def dismiss(
+    ctx: typer.Context,
+    job_ids: Annotated[
+        list[int] | None, typer.Argument(metavar="ID", help="As in `casparian jobs`.")
+    ] = None,
+    all_gone: Annotated[
+        bool, typer.Option("--all-gone", help="Every one whose file was deleted unread.")
+    ] = False,
+) -> None:
+    """Accept failures: they are counted no more.
+
+    The audit has who did it. One that is retried and fails again is counted again.
+    """
+    from casparian_flow.services import changes
+
+    if bool(job_ids) == all_gone:
+        raise typer.BadParameter("name jobs, or say --all-gone")
+    with context.opened(ctx) as (settings, ledger):
+        count = changes.dismiss_jobs(ledger, settings, job_ids or None)
+    context.say(f"{counted(count, 'failure')} dismissed")
 
 
 @app.command()
@@ -155,4 +240,4 @@ def abort(ctx: typer.Context, job_ids: Ids) -> None:
 
     with context.opened(ctx) as (settings, ledger):
         count = changes.abort_jobs(ledger, settings, job_ids)
-    context.say(f"{count} jobs aborted")
+    context.say(f"{counted(count, 'job')} aborted")

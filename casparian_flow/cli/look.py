@@ -7,38 +7,67 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from casparian_flow.cli import context
-from casparian_flow.cli.context import AsJson, Limit
+from casparian_flow.cli.context import All, AsJson, Limit
+from casparian_flow.wording import counted
 
 if TYPE_CHECKING:
     pass
 
 
-def status(ctx: typer.Context, as_json: AsJson = False) -> None:
+def status(
+    ctx: typer.Context,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Say only what is wrong; end with 1 if anything is, else with 0."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show how things stand, and what is missing."""
     from casparian_flow.services import report
 
     with context.opened(ctx) as (settings, ledger):
-        found = report.status(settings, ledger)
+        if check and not as_json:
+            advice = report.advise(settings, ledger)
+            found: dict[str, Any] = {}
+        else:
+            found = report.status(settings, ledger)
+            advice = [report.Advice(**each) for each in found["advice"]]
+    wrong = [each for each in advice if each.wrong]
     if as_json:
         context.document(found)
-        return
+    elif check:
+        context.advise(wrong)
+    else:
+        _print_status(found)
+        if advice:
+            context.say("")
+        context.advise(advice)
+    raise typer.Exit(1 if check and wrong else 0)
+
+
+def _print_status(found: dict[str, Any]) -> None:
     context.say(f"database  {found['database']}")
     context.say(f"daemon    {_who(found['daemon'])}")
     context.say(f"sandbox   {_sandbox(found['sandbox'], found['held_by'])}")
     if found["refused"]:
         context.say(f"wire      refused: {_counted(found['refused'])}")
     context.say(f"snapshots {_snapshots(found['snapshots'])}")
-    counts = ", ".join(f"{n} {s}" for s, n in sorted(found["jobs"].items()))
+    counts = ", ".join(f"{n:,} {s}" for s, n in sorted(found["jobs"].items()))
     context.say(f"jobs      {counts or 'none'}")
+    context.say(f"output    {context.amount(found['rows'], found['rejects']) or 'none'}")
     context.say(f"scrub     {found['scrub']}")
     columns = "name path active watch files unreadable waiting held missed hidden scanned_at"
     _section("sources", found["sources"], f"{columns} scrubbed_at problem")
     _section("plugins", found["plugins"], "name version topics subscriptions")
     _section("sinks", found["sinks"], "uri topics rows place")
     _section("why jobs wait or failed", found["reasons"], "status jobs example reason")
-    if found["advice"]:
-        context.say("")
-    context.advise(report.Advice(**advice) for advice in found["advice"])
+    context.left_out(len(found["reasons"]), found["reasons_in_all"], "casparian jobs --all")
+    columns = "job plugin source rel_path version rows rejects"
+    _section("more than 1 % rejects", found["rejected_most"], columns)
+    more = "casparian jobs --rejects --all"
+    context.left_out(len(found["rejected_most"]), found["rejected_most_in_all"], more)
 
 
 def _who(daemon: dict[str, Any] | None) -> str:
@@ -65,7 +94,8 @@ def _snapshots(store: dict[str, Any]) -> str:
             if names := ", ".join(name for name, found in sources.items() if found is shares):
                 words.append(f"{kind}: {names}")
     if store["unprotected_jobs"]:
-        words.append(f"{store['unprotected_jobs']} unfinished jobs have none")
+        without = counted(store["unprotected_jobs"], "unfinished job")
+        words.append(f"{without} without one")
     return "; ".join(words)
 
 
@@ -76,7 +106,7 @@ def _counted(refused: dict[str, int]) -> str:
 def _section(title: str, rows: list[dict[str, Any]], columns: str) -> None:
     if rows:
         context.say(f"\n{title}")
-        context.listing(rows, False, columns, "")
+        context.listing(list(rows), False, columns, "")
 
 
 def files(
@@ -90,7 +120,8 @@ def files(
     unreadable: Annotated[
         bool, typer.Option("--unreadable", help="Only those that could not be read.")
     ] = False,
-    limit: Limit = 50,
+    limit: Limit = None,
+    every: All = False,
     as_json: AsJson = False,
 ) -> None:
     """List the files that are known.
@@ -99,8 +130,9 @@ def files(
     """
     from casparian_flow.db import views
 
+    most = context.wanted(limit, every)
     with context.opened(ctx) as (_, ledger):
-        rows = ledger.read(lambda c: views.files(c, limit, source, gone, unreadable))
+        rows = ledger.read(lambda c: views.files(c, most, source, gone, unreadable))
     columns = "source rel_path size_bytes versions content_hash detected_at jobs problem"
     context.listing(rows, as_json, columns, "no such files\n  try: casparian status")
 
@@ -157,5 +189,6 @@ def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
             context.say(f"problem: {problem}")
         for note in verdict.notes:
             context.say(f"note: {note}")
-        context.say(f"{len(verdict.problems)} problems" if verdict.problems else "everything holds")
+        found = counted(len(verdict.problems), "problem")
+        context.say(found if verdict.problems else "everything holds")
     raise typer.Exit(1 if verdict.problems else 0)

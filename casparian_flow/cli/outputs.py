@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from casparian_flow.cli import context
-from casparian_flow.cli.context import AsJson, Limit
+from casparian_flow.cli.context import All, AsJson, Limit
+from casparian_flow.wording import counted
 
 app = context.group("List, forget and restore outputs.")
 
@@ -18,14 +19,16 @@ Name = Annotated[str, typer.Argument(metavar="TARGET|JOB", help="As in `casparia
 def list_outputs(
     ctx: typer.Context,
     topic: Annotated[str | None, typer.Option(metavar="TOPIC", help="Only of this topic.")] = None,
-    limit: Limit = 50,
+    limit: Limit = None,
+    every: All = False,
     as_json: AsJson = False,
 ) -> None:
     """List what was published, the newest first."""
     from casparian_flow.db import outputs
 
+    most = context.wanted(limit, every)
     with context.opened(ctx) as (_, ledger):
-        rows = ledger.read(lambda c: outputs.listed(c, limit, topic))
+        rows = ledger.read(lambda c: outputs.listed(c, most, topic))
     columns = "job topic state rows source rel_path version target"
     context.listing(rows, as_json, columns, "no outputs\n  try: casparian status")
 
@@ -53,4 +56,4 @@ def restore(ctx: typer.Context, name: Name) -> None:
 
     with context.opened(ctx) as (settings, ledger):
         queued = outputs.restore(ledger, settings, name)
-    context.say(f"{len(queued)} jobs queued")
+    context.say(f"{counted(len(queued), 'job')} queued")

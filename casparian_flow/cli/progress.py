@@ -27,10 +27,11 @@ class Line:
 
     Args:
         chatty: without a terminal, write a line for each change; else nothing.
+        quiet: show nothing on a terminal either; what is written stays.
     """
 
-    def __init__(self, chatty: bool) -> None:
-        self._live = sys.stderr.isatty()
+    def __init__(self, chatty: bool, quiet: bool = False) -> None:
+        self._live = sys.stderr.isatty() and not quiet
         self._chatty = chatty
         self._shown = ""
         self._last = 0.0
@@ -76,9 +77,9 @@ def _say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def line(chatty: bool = False) -> Iterator[Line]:
+def line(chatty: bool = False, quiet: bool = False) -> Iterator[Line]:
     """A live line, with log messages above it, for as long as the block runs."""
-    live = Line(chatty)
+    live = Line(chatty, quiet)
     handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
     streams = [handler.setStream(live) for handler in handlers]
     try:

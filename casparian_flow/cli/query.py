@@ -13,9 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from casparian_flow.cli import context
-from casparian_flow.cli.context import AsJson
-
-TABLE_ROWS = 50
+from casparian_flow.cli.context import All, AsJson
 
 
 def query(
@@ -34,6 +32,7 @@ def query(
         int | None,
         typer.Option(min=1, metavar="N", help="Rows at the most; a table shows 50, else all."),
     ] = None,
+    every: All = False,
 ) -> None:
     """Ask a question of the committed outputs.
 
@@ -46,6 +45,7 @@ def query(
 
     if as_json and as_csv:
         raise typer.BadParameter("--json or --csv, not both")
+    most = context.wanted(limit, every or (limit is None and (as_json or as_csv)))
     with context.opened(ctx) as (_, ledger):
         outputs = ledger.read(views.committed)
     with answer(sql, outputs) as reader:
@@ -54,14 +54,14 @@ def query(
             writer = csv.writer(_Terminal() if sys.stdout.isatty() else sys.stdout,
                                 lineterminator="\n")  # fmt: skip
             writer.writerow(names)
-            writer.writerows(itertools.islice(rows, limit))
+            writer.writerows(itertools.islice(rows, most))
         elif as_json:
-            _print_json(names, itertools.islice(rows, limit))
+            _print_json(names, itertools.islice(rows, most))
         else:
-            shown = list(itertools.islice(rows, limit or TABLE_ROWS))
-            context.table(names, shown, _cell)
-            if more := sum(1 for _ in rows):
-                context.note(f"{more} more rows   (--limit N shows more, --csv and --json all)")
+            context.table(names, list(itertools.islice(rows, most)), _cell)
+        # A limit that was not reached leaves none, and all of them leave none either.
+        if most is not None and (more := sum(1 for _ in rows)):
+            context.left_out(most, most + more)
 
 
 class _Terminal:

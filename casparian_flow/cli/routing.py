@@ -8,6 +8,7 @@ import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import AsJson
+from casparian_flow.wording import counted
 
 app = context.group("Say which files get which tag.")
 
@@ -53,7 +54,8 @@ def add(
         rule_id, queued = changes.add_rule(
             ledger, settings, pattern, tag, priority, any_case=not exact_case
         )
-    context.say(f"rule {rule_id} added; {queued} jobs queued for files already known")
+    some = counted(queued, "job")
+    context.say(f"rule {rule_id} added; {some} queued for files already known")
 
 
 @app.command()

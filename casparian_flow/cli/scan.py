@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from casparian_flow.cli import context
+from casparian_flow.wording import counted
 
 if TYPE_CHECKING:
     import asyncio
@@ -56,10 +57,14 @@ def scan(
             "--believe-deletions", help="Mark what is missing as deleted, however much it is."
         ),
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say only what is wrong; nothing if all is well.")
+    ] = False,
 ) -> None:
     """Look once for what changed and queue its jobs.
 
-    For cron, and beside a running daemon.
+    For cron, and beside a running daemon. With --drain it ends with 1 if a job failed that it
+    queued or saw through; failures of earlier runs do not count.
     """
     import asyncio
 
@@ -67,7 +72,7 @@ def scan(
     from casparian_flow.services import changes, inventory, scout
     from casparian_flow.services.scrub import scrub as read_again
 
-    with context.opened(ctx) as here, progress.line() as line:
+    with context.opened(ctx) as here, progress.line(quiet=quiet) as line:
         for words in inventory.take(here.settings, here.ledger):
             context.note(words)
         wanted = set(_unfinished(here) if drain else ())
@@ -80,9 +85,9 @@ def scan(
                 scrubs.append(read_again(here.ledger, root, anew=True))
         line.clear()
         for report in reports:
-            _print(report)
+            _print(report, quiet)
         for scrubbed in scrubs:
-            _print_scrub(scrubbed)
+            _print_scrub(scrubbed, quiet)
         changes.ring(here.settings)
         reason = ""
         if drain:
@@ -92,7 +97,7 @@ def scan(
         if wanted:
             reason = asyncio.run(_see_through(here, sorted(wanted), line))
             line.clear()
-        code = _verdict(here, reports, sorted(wanted), reason)
+        code = _verdict(here, reports, sorted(wanted), reason, quiet)
         if not code and any(scrubbed.unreadable for scrubbed in scrubs):
             code = PARTIAL
     raise typer.Exit(code)
@@ -104,46 +109,66 @@ def _unfinished(here: Here) -> list[int]:
     return here.ledger.read(lambda c: views.job_ids(c, jobs.UNFINISHED))
 
 
-def _print(report: ScanReport) -> None:
+def _print(report: ScanReport, quiet: bool) -> None:
     if report.problem:
         return
-    context.say(
-        f"{report.source}: {report.files} files, {report.versions} new versions, "
-        f"{len(report.job_ids)} jobs queued, {report.gone} gone, "
-        f"{len(report.unreadable)} unreadable, {len(report.unsettled)} unsettled"
-    )
-    for words in report.unreadable[:SHOWN]:
-        context.note(f"  unreadable: {words}")
-    if len(report.unreadable) > SHOWN:
-        context.note(f"  and {len(report.unreadable) - SHOWN} more: casparian files --unreadable")
+    if not quiet:
+        context.say(f"{report.source}: {_found(report)}")
+    _name("unreadable", report.unreadable, f"casparian files --source {report.source} --unreadable")
     if report.unsettled:
         context.note("  unsettled: files that kept changing; the next scan looks at them again")
-    if report.waiting:
-        context.note(f"  {report.waiting} files wait for their done file or their minimum age")
+    if report.waiting and not quiet:
+        wait = "waits for its" if report.waiting == 1 else "wait for their"
+        context.note(f"  {counted(report.waiting, 'file')} {wait} done file or minimum age")
     if report.passed_over:
         context.note(
-            f"  {report.passed_over} known files are passed over from now on, and are not deleted; "
-            f"their rows stay\n    try: casparian source show {report.source}"
+            f"  {counted(report.passed_over, 'known file')} passed over from now on, not deleted; "
+            f"the rows stay\n    try: casparian source show {report.source}"
         )
     if report.held:
         context.note(
-            f"  {report.held} files vanished at once; none is marked deleted yet"
+            f"  {counted(report.held, 'file')} vanished at once; not marked deleted yet"
             f"\n    try: casparian scan {report.source} --believe-deletions   (if that is right)"
         )
 
 
-def _print_scrub(report: ScrubReport) -> None:
-    context.say(
-        f"{report.source}: {report.files} files read again, {len(report.hidden)} with changes "
-        f"that their stamps did not show, {len(report.unreadable)} unreadable"
-    )
-    for words in report.hidden[:SHOWN]:
-        context.note(f"  changed: {words}")
-    for words in report.unreadable[:SHOWN]:
-        context.note(f"  unreadable: {words}")
+def _found(report: ScanReport) -> str:
+    """What a scan found; what it found none of is left out."""
+    words = [
+        (len(report.job_ids), f"{counted(len(report.job_ids), 'job')} queued"),
+        (report.gone, f"{report.gone:,} gone"),
+        (len(report.unreadable), f"{len(report.unreadable):,} unreadable"),
+        (len(report.unsettled), f"{len(report.unsettled):,} unsettled"),
+    ]
+    found = [counted(report.files, "file")]
+    if report.versions:
+        found.append(counted(report.versions, "new version"))
+    return ", ".join([*found, *(said for number, said in words if number)])
 
 
-def _verdict(here: Here, reports: Sequence[ScanReport], wanted: Sequence[int], reason: str) -> int:
+def _name(what: str, all_of_them: Sequence[str], more: str) -> None:
+    """Name the first of these, and say how many more there are."""
+    for words in all_of_them[:SHOWN]:
+        context.note(f"  {what}: {words}")
+    if len(all_of_them) > SHOWN:
+        context.note(f"  and {len(all_of_them) - SHOWN:,} more: {more}")
+
+
+def _print_scrub(report: ScrubReport, quiet: bool) -> None:
+    if not quiet:
+        words = [f"{counted(report.files, 'file')} read again"]
+        if report.hidden:
+            words.append(f"{len(report.hidden):,} with changes that their stamps did not show")
+        if report.unreadable:
+            words.append(f"{len(report.unreadable):,} unreadable")
+        context.say(f"{report.source}: {', '.join(words)}")
+    _name("changed", report.hidden, "casparian jobs   (each has a new version)")
+    _name("unreadable", report.unreadable, f"casparian files --source {report.source} --unreadable")
+
+
+def _verdict(
+    here: Here, reports: Sequence[ScanReport], wanted: Sequence[int], reason: str, quiet: bool
+) -> int:
     """Say how it ended; the exit code.
 
     Raises:
@@ -152,9 +177,10 @@ def _verdict(here: Here, reports: Sequence[ScanReport], wanted: Sequence[int], r
     from casparian_flow.errors import SourceError
     from casparian_flow.services.report import advise
 
-    failed = _print_jobs(here, wanted, reason) if wanted else False
+    failed = _print_jobs(here, wanted, reason, quiet) if wanted else False
     if not wanted:
-        context.advise(advise(here.settings, here.ledger))
+        advice = advise(here.settings, here.ledger)
+        context.advise(each for each in advice if each.wrong or not quiet)
     for report in reports:
         if report.problem:
             raise SourceError(report.problem, "nothing is inferred from that; mount or restore it")
@@ -163,25 +189,54 @@ def _verdict(here: Here, reports: Sequence[ScanReport], wanted: Sequence[int], r
     return PARTIAL if any(r.unreadable or r.unsettled or r.held for r in reports) else 0
 
 
-def _print_jobs(here: Here, wanted: Sequence[int], reason: str) -> bool:
-    """Print what became of these jobs; whether any failed."""
-    from casparian_flow.db import jobs, views
+def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> bool:
+    """Print what became of these jobs; whether the failure of any is open.
 
-    outcomes = here.ledger.read(lambda c: jobs.outcomes(c, wanted))
-    context.say(", ".join(f"{n} jobs {status}" for status, n in sorted(outcomes.items())))
+    All of them were unfinished when we began: what has failed did so in this run.
+    """
+    from casparian_flow.db import failures, rejects
+
+    if not quiet:
+        context.say(_became(here, wanted))
     if reason:
         context.note(f"error: not all of them are done: {reason}\n  try: casparian status")
-    if not outcomes.get("FAILED"):
-        return False
-    everything = here.ledger.read(lambda c: views.job_ids(c, ["FAILED"]))
-    failed = sorted(set(everything).intersection(wanted))
+    named = here.ledger.read(lambda c: rejects.named(c, SHOWN, wanted))
+    for row in named:
+        context.note(f"  rejects: {context.rejected(row)}")
+    if more := named.total - len(named):
+        context.note(f"  and {more:,} more: casparian jobs --rejects --all")
+    opened = here.ledger.read(lambda c: failures.job_ids(c, failures.OPEN))
+    failed = sorted(set(opened).intersection(wanted))
+    _print_failed(here, failed)
+    if earlier := len(opened) - len(failed):
+        words = f"{counted(earlier, 'job')} of earlier runs failed"
+        context.note(f"{words}\n  try: casparian jobs --status FAILED")
+    return bool(failed)
+
+
+def _became(here: Here, wanted: Sequence[int]) -> str:
+    """Jobs by what became of them, rows and rejects; what there is none of is left out."""
+    from casparian_flow.db import failures, jobs, rejects
+
+    outcomes = here.ledger.read(lambda c: jobs.outcomes(c, wanted))
+    if outcomes.pop("FAILED", 0):
+        states = here.ledger.read(lambda c: failures.counts(c, wanted))
+        states["FAILED"] = states.pop(failures.OPEN, 0)
+        outcomes.update(states)
+    words = [f"{counted(n, 'job')} {status}" for status, n in sorted(outcomes.items()) if n]
+    came = context.amount(*here.ledger.read(lambda c: rejects.of_jobs(c, wanted)))
+    return "; ".join(filter(None, [", ".join(words), came]))
+
+
+def _print_failed(here: Here, failed: Sequence[int]) -> None:
+    from casparian_flow.db import views
+
     for job_id in failed[:SHOWN]:
         job = here.ledger.read(lambda c, job_id=job_id: views.job(c, job_id)) or {}  # type: ignore[misc]
         context.note(f"  failed: {job['source']}/{job['rel_path']}: {job['reason']}")
         context.note(f"    try: casparian jobs show {job_id}")
     if len(failed) > SHOWN:
-        context.note(f"  and {len(failed) - SHOWN} more: casparian jobs --status FAILED")
-    return True
+        context.note(f"  and {len(failed) - SHOWN:,} more: casparian jobs --status FAILED")
 
 
 _STOPPED = "interrupted; what is left stays queued"
@@ -233,7 +288,7 @@ async def _done(
     from casparian_flow import daemon_lock
     from casparian_flow.cli.progress import waiting
     from casparian_flow.db import views
-    from casparian_flow.engine.committer import PAUSED
+    from casparian_flow.db.states import PAUSED
 
     calm = 0
     patience = time.monotonic() + PATIENCE_SECONDS

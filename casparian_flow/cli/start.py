@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from casparian_flow.cli import context
+from casparian_flow.wording import counted
 
 if TYPE_CHECKING:
     from casparian_flow.cli.context import Here
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from casparian_flow.main import Daemon
 
 TICK_SECONDS = 0.5
+
+TICK_SHARE = 20
+"""Counting what is in a large ledger takes a while: a twentieth of the time is spent on it."""
 
 
 def start(
@@ -34,12 +39,16 @@ def start(
 
     with context.opened(ctx) as here, progress.line(chatty=True) as line:
         count = workers or here.settings.workers.effective
-        asyncio.run(_run(here, count, line))
+        tally = _Tally(here)
+        asyncio.run(_run(here, count, line, tally))
         line.clear()
-        context.note(f"stopped: {_counts(here)}")
+        words = tally.fresh_words()
+        for named in tally.take_named():
+            context.note(named)
+        context.note(f"stopped: {words}")
 
 
-async def _run(here: Here, workers: int, line: Line) -> None:
+async def _run(here: Here, workers: int, line: Line, tally: _Tally) -> None:
     import asyncio
 
     from casparian_flow import main
@@ -51,7 +60,9 @@ async def _run(here: Here, workers: int, line: Line) -> None:
     ) as daemon:
         line.write("".join(f"{words}\n" for words in [*daemon.adopted, _watched(here)]))
         while not stop.is_set():
-            line.show(await asyncio.to_thread(_state, here, daemon))
+            line.show(await asyncio.to_thread(_state, here, daemon, tally))
+            for words in tally.take_named():
+                line.write(f"{context.printable(words)}\n")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await stop.wait()
@@ -69,28 +80,81 @@ def _watched(here: Here) -> str:
         for root in here.ledger.read(views.roots)
         if root["active"]
     ]
-    lines += [f"{words}\n  try: {command}" for words, command in advise(here.settings, here.ledger)]
+    lines += [f"{a.words}\n  try: {a.command}" for a in advise(here.settings, here.ledger)]
     return context.printable("\n".join(lines))
 
 
-def _state(here: Here, daemon: Daemon) -> str:
+class _Tally:
+    """Jobs in words, the rows and rejects that came since we began, and who rejected much."""
+
+    def __init__(self, here: Here) -> None:
+        self._here = here
+        self._due = 0.0
+        self._words = ""
+        self._named: list[str] = []
+        self._rows = self._rejects = 0
+        self._seen = self._committed(1 << 62)[1]
+
+    def words(self) -> str:
+        """The counts of now. Where that takes a while, they are those of a while ago."""
+        if (began := time.monotonic()) >= self._due:
+            self._words = self.fresh_words()
+            self._due = began + TICK_SHARE * (time.monotonic() - began)
+        return self._words
+
+    def fresh_words(self) -> str:
+        """The counts of now."""
+        self._look()
+        came = context.amount(self._rows, self._rejects)
+        return ", ".join(filter(None, [_counts(self._here), came]))
+
+    def take_named(self) -> list[str]:
+        """A sentence for each version of which more than 1 % was rejected; each is said once."""
+        found, self._named = self._named, []
+        return found
+
+    def _look(self) -> None:
+        from casparian_flow.db import rejects
+
+        job_ids, self._seen = self._committed(self._seen)
+        if not job_ids:
+            return
+        came = self._here.ledger.read(lambda c: rejects.of_jobs(c, job_ids))
+        self._rows += came.rows
+        self._rejects += came.rejects
+        if not came.rejects:
+            return
+        rows = self._here.ledger.read(lambda c: rejects.named(c, context.LIMIT, job_ids))
+        self._named += [f"rejects: {context.rejected(row)}" for row in reversed(rows)]
+        if more := rows.total - len(rows):
+            self._named.append(f"and {more:,} more: casparian jobs --rejects --all")
+
+    def _committed(self, after: int) -> tuple[list[int], int]:
+        from casparian_flow.db import rejects
+
+        return self._here.ledger.read(lambda c: rejects.committed(c, after))
+
+
+def _state(here: Here, daemon: Daemon, tally: _Tally) -> str:
     from casparian_flow.db import views
-    from casparian_flow.engine.committer import PAUSED
+    from casparian_flow.db.states import PAUSED
 
     files = sum(r["files"] for r in here.ledger.read(views.roots) if r["active"])
-    workers = f"{daemon.sentinel.workers} workers"
+    workers = counted(daemon.sentinel.workers, "worker")
     paused = here.ledger.read(lambda c: views.waiting(c, PAUSED)).reason
     refused = str(daemon.sentinel.refused)
     wire = f"wire refused: {refused}" if refused else ""
-    return " | ".join(filter(None, [f"{files} files", _counts(here), workers, paused, wire]))
+    words = [counted(files, "file"), tally.words(), workers, paused, wire]
+    return " | ".join(filter(None, words))
 
 
 def _counts(here: Here) -> str:
-    from casparian_flow.db import jobs
+    """Jobs by status; what there is none of is left out."""
+    from casparian_flow.services.report import counts
 
-    counts = here.ledger.read(jobs.counts)
-    shown = ("QUEUED", "RUNNING", "COMMITTING", "COMPLETED", "FAILED")
-    return ", ".join(f"{counts.get(status, 0)} {status.lower()}" for status in shown)
+    found = counts(here.ledger)
+    shown = ("QUEUED", "RUNNING", "COMMITTING", "COMPLETED", "FAILED", "gone unread")
+    return ", ".join(f"{found[s]:,} {s.lower()}" for s in shown if s in found) or "no jobs"
 
 
 def wait(

@@ -284,6 +284,17 @@ class ProcessingJob(Base):
     finished_at: Mapped[datetime | None]
 
 
+class DismissedFailure(Base):
+    """A failure that a person has accepted: it is counted no more."""
+
+    __tablename__ = "cf_dismissed_failure"
+
+    job_id: Mapped[int] = mapped_column(ForeignKey("cf_processing_queue.id"), primary_key=True)
+    fence: Mapped[int]
+    """Of the job when it was dismissed: once it has been claimed again, it may fail anew."""
+    dismissed_at: Mapped[datetime] = mapped_column(default=utcnow)
+
+
 class ForgottenOutput(Base):
     """A published output that a person took away on purpose: no claim on its sink any more."""
 

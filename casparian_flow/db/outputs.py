@@ -18,6 +18,7 @@ from casparian_flow.db.models import (
     ProcessingJob,
     utcnow,
 )
+from casparian_flow.db.pages import Page, page
 from casparian_flow.db.shown import HIDDEN, REPLACED, RETRACTED
 from casparian_flow.protocol import Published, StagedOutput
 
@@ -204,17 +205,16 @@ def named(connection: Connection, name: str) -> list[Any]:
     return list(connection.execute(text(query), {"name": name}))
 
 
-def listed(connection: Connection, limit: int, topic: str | None) -> list[dict[str, Any]]:
+def listed(connection: Connection, limit: int | None, topic: str | None) -> Page:
     """Published outputs, the newest first, as people and programs look at them."""
     query = f"""
         SELECT job_id AS job, topic, CASE WHEN forgotten THEN 'FORGOTTEN'
                WHEN retracted THEN 'RETRACTED' WHEN replaced THEN 'REPLACED'
                WHEN status IS NULL THEN 'ADOPTED' ELSE 'PUBLISHED' END AS state,
                rows, source, rel_path, ordinal AS version, target, location AS sink, output_key
-        FROM ({NAMED}) WHERE :topic IS NULL OR topic = :topic ORDER BY job_id DESC LIMIT :limit
+        FROM ({NAMED}) WHERE :topic IS NULL OR topic = :topic ORDER BY job_id DESC
         """  # noqa: S608
-    found = connection.execute(text(query), {"topic": topic, "limit": limit}).mappings()
-    return [dict(row) for row in found]
+    return page(connection, query, limit, topic=topic)
 
 
 def forget(connection: Connection, keys: Sequence[str]) -> None:

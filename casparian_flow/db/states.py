@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+PAUSED = "paused: "
+"""Begins the `reason` of a job that waits for a sink or the machine, not for its own retry."""
+
 
 class JobStatus(StrEnum):
     """Where a job is; docs/job_lifecycle.md draws the arrows."""

@@ -5,35 +5,21 @@ A column named `..._at` is a time: ISO 8601, UTC.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
+from casparian_flow.db import failures, rejects
 from casparian_flow.db.found import COMMITTED
+from casparian_flow.db.pages import Page, Row, page
+from casparian_flow.db.pages import rows as _rows
 from casparian_flow.db.shown import HIDDEN, REPLACED, RETRACTED
-
-Row = dict[str, Any]
-
-_BOOLEANS = {"active", "current", "latest", "may_be_empty"}
 
 EVERY = (1 << 63) - 1
 """An id that no row is above."""
-
-
-def _rows(connection: Connection, query: str, **values: Any) -> list[Row]:
-    found = connection.execute(text(query), values).mappings()
-    return [{name: _value(name, value) for name, value in row.items()} for row in found]
-
-
-def _value(name: str, value: Any) -> Any:
-    """SQLite has neither times nor truth values; the names of our columns tell them."""
-    if name in _BOOLEANS:
-        return bool(value)
-    if value is None or not name.endswith("_at"):
-        return value
-    return f"{str(value).replace(' ', 'T')}Z"
 
 
 def roots(connection: Connection) -> list[Row]:
@@ -92,22 +78,22 @@ def plugins(connection: Connection) -> list[Row]:
 
 
 def audit(
-    connection: Connection, limit: int, subject: str | None, every: bool = False
-) -> list[Row]:
+    connection: Connection, limit: int | None, subject: str | None, every: bool = False
+) -> Page:
     """Rows of the audit, the newest first.
 
     Args:
         subject: a glob over what they are about.
         every: the seals among them.
     """
-    return _rows(
+    return page(
         connection,
         """
         SELECT seq, at AS recorded_at, actor, action, subject, detail FROM cf_audit
         WHERE (:subject IS NULL OR subject GLOB :subject) AND (:every OR action <> 'seal')
-        ORDER BY seq DESC LIMIT :limit
+        ORDER BY seq DESC
         """,
-        limit=limit, subject=subject, every=every,
+        limit, subject=subject, every=every,
     )  # fmt: skip
 
 
@@ -137,10 +123,7 @@ def topics(connection: Connection) -> list[Row]:
     )
 
 
-_JOBS = """
-    SELECT j.id, j.status, j.plugin_name AS plugin, p.version AS plugin_version,
-           r.name AS source, l.rel_path, v.ordinal AS version, j.attempts, j.reason,
-           j.created_at, j.finished_at
+_JOB_TABLES = """
     FROM cf_processing_queue j
     JOIN cf_plugin p ON p.id = j.plugin_id
     JOIN cf_file_version v ON v.id = j.file_version_id
@@ -148,29 +131,43 @@ _JOBS = """
     JOIN cf_source_root r ON r.id = l.source_root_id
 """
 
+_JOBS = f"""
+    SELECT j.id, j.status, {failures.STATE} AS failure, j.plugin_name AS plugin,
+           p.version AS plugin_version, r.name AS source, l.rel_path, v.ordinal AS version,
+           j.attempts, {rejects.ROWS} AS "rows", {rejects.REJECTS} AS rejects, j.reason,
+           j.created_at, j.finished_at
+    {_JOB_TABLES}
+"""
+
 
 def jobs(
     connection: Connection,
-    limit: int,
+    limit: int | None,
     status: str | None = None,
     plugin: str | None = None,
     path: str | None = None,
-) -> list[Row]:
+    failure: str | None = None,
+    job_ids: Sequence[int] | None = None,
+) -> Page:
     """Jobs, the newest first.
 
     Args:
         path: a glob over the path relative to the source root; `*` crosses directories.
+        failure: only FAILED ones in this state of `db.failures`.
+        job_ids: only these.
     """
-    return _rows(
-        connection,
-        _JOBS
-        + """
+    which = f"""
         WHERE (:status IS NULL OR j.status = :status)
           AND (:plugin IS NULL OR j.plugin_name = :plugin)
           AND (:path IS NULL OR l.rel_path GLOB :path)
-        ORDER BY j.id DESC LIMIT :limit
-        """,
-        limit=limit, status=status, plugin=plugin, path=path,
+          AND (:failure IS NULL OR {failures.STATE} = :failure)
+          AND (:ids IS NULL OR j.id IN (SELECT value FROM json_each(:ids)))
+        """  # noqa: S608
+    return page(
+        connection, f"{_JOBS} {which} ORDER BY j.id DESC", limit,
+        counted=f"SELECT j.id {_JOB_TABLES} {which}",
+        status=status, plugin=plugin, path=path, failure=failure,
+        ids=None if job_ids is None else json.dumps(list(job_ids)),
     )  # fmt: skip
 
 
@@ -254,32 +251,34 @@ def job_ids(
     ]
 
 
-def reasons(connection: Connection) -> list[Row]:
-    """The commonest reasons why jobs wait or have failed."""
-    return _rows(
+def reasons(connection: Connection, limit: int | None) -> Page:
+    """The reasons why jobs wait or have failed, those of open failures; the commonest first."""
+    return page(
         connection,
-        """
-        SELECT status, reason, count(*) AS jobs, max(id) AS example FROM cf_processing_queue
+        f"""
+        SELECT status, reason, count(*) AS jobs, max(id) AS example FROM cf_processing_queue j
         WHERE status IN ('FAILED', 'QUEUED', 'COMMITTING') AND reason <> ''
-        GROUP BY status, reason ORDER BY status, jobs DESC, reason LIMIT 10
-        """,
+          AND {failures.STATE} IN ('', '{failures.OPEN}')
+        GROUP BY status, reason ORDER BY status, jobs DESC, reason
+        """,  # noqa: S608
+        limit,
     )
 
 
 def files(
     connection: Connection,
-    limit: int,
+    limit: int | None,
     source: str | None = None,
     gone: bool = False,
     unreadable: bool = False,
-) -> list[Row]:
+) -> Page:
     """Locations, with their current version and its jobs.
 
     Args:
         gone: those that were deleted, instead of those that are there.
         unreadable: only those the last scan could not read.
     """
-    return _rows(
+    return page(
         connection,
         """
         SELECT r.name AS source, l.rel_path, v.size_bytes, v.ordinal AS versions, v.content_hash,
@@ -291,9 +290,9 @@ def files(
         LEFT JOIN cf_file_version v ON v.id = l.current_version_id
         WHERE (:source IS NULL OR r.name = :source)
           AND (l.gone_at IS NOT NULL) = :gone AND (NOT :unreadable OR l.problem <> '')
-        ORDER BY r.name, l.path LIMIT :limit
+        ORDER BY r.name, l.path
         """,
-        limit=limit, source=source, gone=gone, unreadable=unreadable,
+        limit, source=source, gone=gone, unreadable=unreadable,
     )  # fmt: skip
 
 

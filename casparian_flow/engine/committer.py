@@ -27,6 +27,7 @@ from casparian_flow import atomic
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import attempts, audit, doubts, jobs, outputs
 from casparian_flow.db.access import Ledger, Work
+from casparian_flow.db.states import PAUSED
 from casparian_flow.engine import retries, sinks
 from casparian_flow.errors import JobError, LedgerError, LedgerLost, SinkUnavailable, Unavailable
 from casparian_flow.protocol import Outcome, Pair, Published, Receipt, StagedOutput
@@ -41,9 +42,6 @@ GROUP_LIMIT = 256
 
 PAUSE_SECONDS = 5.0
 """Pause before a sink that could not take output is tried again."""
-
-PAUSED = "paused: "
-"""Begins the `reason` of a job that waits for a sink or the machine, not for its own retry."""
 
 ACTOR = "committer"
 

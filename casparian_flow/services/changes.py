@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from casparian_flow import daemon_lock
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import jobs, views, wiring
+from casparian_flow.db import failures, jobs, views, wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import JobStatus
 from casparian_flow.db.routing import compile_pattern
@@ -62,6 +62,9 @@ def ring(settings: Settings, *, scan: bool = False) -> None:
         control.ask(settings.database, Ring(scan=scan))
     except DaemonGone as error:
         log.warning("%s; it will see the change at its next look", error.message)
+
+
+_DONE = {"retry": "retried", "abort": "aborted", "dismiss": "dismissed"}
 
 
 class SourceOptions(NamedTuple):
@@ -287,18 +290,33 @@ def retry_jobs(
     Superseded ones too, where the snapshot store has their version's bytes.
 
     Args:
-        job_ids: None means every FAILED one.
-        plugin: of the FAILED ones, only this plugin's.
-        path: of the FAILED ones, only those of files whose path matches this glob.
+        job_ids: None means every FAILED one whose failure is open (`db.failures`).
+        plugin: of those, only this plugin's.
+        path: of those, only the ones of files whose path matches this glob.
 
     Raises:
         NotFound: no job has one of these ids.
         CasparianError: some are neither, and have no snapshot; the others were queued.
     """
     if job_ids is None:
-        job_ids = ledger.read(lambda c: views.job_ids(c, [JobStatus.FAILED], plugin, path))
+        job_ids = ledger.read(lambda c: failures.job_ids(c, failures.OPEN, plugin, path))
     wanted = "FAILED or ABORTED, or SUPERSEDED with a snapshot of the version,"
     return _change(ledger, settings, "retry", jobs.retry, job_ids, wanted)
+
+
+def dismiss_jobs(ledger: Ledger, settings: Settings, job_ids: Sequence[int] | None) -> int:
+    """Accept failures, so that nobody counts them any more; how many.
+
+    Args:
+        job_ids: None means every one whose file is gone.
+
+    Raises:
+        NotFound: no job has one of these ids.
+        CasparianError: some are not FAILED; the others were dismissed.
+    """
+    if job_ids is None:
+        job_ids = ledger.read(lambda c: failures.job_ids(c, failures.GONE))
+    return _change(ledger, settings, "dismiss", failures.dismiss, job_ids, "FAILED")
 
 
 def abort_jobs(ledger: Ledger, settings: Settings, job_ids: Sequence[int]) -> int:
@@ -340,8 +358,7 @@ def _change(
                 f"casparian jobs show {job_id}",
             )
         raise CasparianError(
-            f"job {job_id} is {found['status']}; only jobs that are {wanted} can be "
-            f"{'retried' if verb == 'retry' else 'aborted'}",
+            f"job {job_id} is {found['status']}; only jobs that are {wanted} can be {_DONE[verb]}",
             f"casparian jobs show {job_id}",
         )
     return len(changed)

@@ -11,6 +11,7 @@ from typing import Any
 
 from casparian_flow.db import views
 from casparian_flow.db.access import Ledger
+from casparian_flow.db.pages import Row
 from casparian_flow.errors import CasparianError
 
 INBOX = "inbox"
@@ -80,7 +81,7 @@ def broken_promises(ledger: Ledger) -> list[str]:
     """What is not as the demo says, a sentence each."""
     found = [
         f"job {job['id']} ({job['rel_path']}) is {job['status']}: {job['reason']}"
-        for job in ledger.read(lambda c: views.jobs(c, views.EVERY))
+        for job in ledger.read(lambda c: views.jobs(c, None))
         if job["status"] != "COMPLETED"
     ]
     versions = {row["rel_path"]: row["versions"] for row in _files(ledger)}
@@ -91,8 +92,8 @@ def broken_promises(ledger: Ledger) -> list[str]:
     return found
 
 
-def _files(ledger: Ledger) -> list[views.Row]:
-    return ledger.read(lambda c: views.files(c, views.EVERY))
+def _files(ledger: Ledger) -> list[Row]:
+    return ledger.read(lambda c: views.files(c, None))
 
 
 def trace(ledger: Ledger) -> dict[str, Any]:

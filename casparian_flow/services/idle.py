@@ -12,9 +12,9 @@ from casparian_flow import daemon_lock
 from casparian_flow.config import Settings
 from casparian_flow.db import views
 from casparian_flow.db.access import Ledger
+from casparian_flow.db.states import PAUSED
 from casparian_flow.db.views import Waiting
 from casparian_flow.engine import control
-from casparian_flow.engine.committer import PAUSED
 from casparian_flow.errors import DaemonGone, SourceError
 from casparian_flow.protocol import Ring
 

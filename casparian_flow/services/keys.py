@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from casparian_flow.config import Settings
 from casparian_flow.db import plugins, trust, wiring
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.views import Row
+from casparian_flow.db.pages import Row
 from casparian_flow.errors import AuthError, CasparianError, NotFound
 from casparian_flow.security import keys
 from casparian_flow.security.signing import key_id

@@ -18,8 +18,8 @@ from casparian_flow.config import Settings
 from casparian_flow.db import plugins, roots, trust, views, wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Plugin
+from casparian_flow.db.pages import Row
 from casparian_flow.db.plugins import Stored
-from casparian_flow.db.views import Row
 from casparian_flow.errors import ArtifactRefused, NotFound
 from casparian_flow.security import keys
 from casparian_flow.security.statements import Activate, Disable, written

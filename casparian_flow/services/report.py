@@ -8,17 +8,24 @@ from typing import Any, NamedTuple
 
 from casparian_flow import daemon_lock, mounts
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, presence, snapshots, views
+from casparian_flow.db import failures, jobs, presence, rejects, snapshots, views
 from casparian_flow.db.access import Ledger
+from casparian_flow.db.models import JobStatus
+from casparian_flow.db.pages import Row
 from casparian_flow.db.routing import compile_pattern
-from casparian_flow.db.views import Row
+from casparian_flow.db.states import PAUSED
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, NotFound
 from casparian_flow.services import snapshot_checks
 from casparian_flow.services.walk import BUILT_IN_IGNORES
+from casparian_flow.wording import counted
 
 WAL_LIMIT_BYTES = 64 << 20
 """A write-ahead log that is larger is held by some reader: ours end in moments."""
+
+
+SHOWN = 10
+"""Reasons, and versions with many rejects, that are named; the others are counted."""
 
 
 class Advice(NamedTuple):
@@ -26,11 +33,16 @@ class Advice(NamedTuple):
 
     words: str
     command: str
+    wrong: bool = True
+    """Whether somebody has to do something: then `status --check` fails, and `scan -q` says it."""
 
 
 def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
     """Daemon, what its wire refused, source roots, jobs, plugins, sinks, why jobs wait or failed,
-    and advice."""
+    rows and rejects, and advice."""
+    amount = ledger.read(rejects.shown)
+    reasons = ledger.read(lambda c: views.reasons(c, SHOWN))
+    named = ledger.read(lambda c: rejects.named(c, SHOWN))
     topics = ledger.read(views.topics)
     daemon = daemon_lock.holder(settings.database.daemon_lock)
     return {
@@ -42,12 +54,31 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         "snapshots": snapshot_checks.report(ledger),
         "sandbox": settings.guest.sandbox,
         "held_by": ledger.read(views.last_sandbox),
-        "jobs": ledger.read(jobs.counts),
-        "reasons": ledger.read(views.reasons),
+        "jobs": counts(ledger),
+        "rows": amount.rows,
+        "rejects": amount.rejects,
+        "reasons": reasons,
+        "reasons_in_all": reasons.total,
+        "rejected_most": named,
+        "rejected_most_in_all": named.total,
         "plugins": [row for row in ledger.read(views.plugins) if row["active"]],
         "sinks": _sinks(settings, topics),
         "advice": [advice._asdict() for advice in advise(settings, ledger)],
     }
+
+
+def counts(ledger: Ledger) -> dict[str, int]:
+    """Jobs by their status: FAILED are those whose failure is open, and `gone unread` are apart
+    (`db.failures`)."""
+    found = ledger.read(jobs.counts)
+    if JobStatus.FAILED in found:
+        del found[JobStatus.FAILED]
+        states = ledger.read(failures.counts)
+        if opened := states.get(failures.OPEN):
+            found[JobStatus.FAILED] = opened
+        if gone := states.get(failures.GONE):
+            found[failures.GONE] = gone
+    return found
 
 
 def sources(settings: Settings, ledger: Ledger) -> list[Row]:
@@ -110,7 +141,7 @@ def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
     """What stands between the files and their tables, most fundamental first."""
     roots = [root for root in sources(settings, ledger) if root["active"]]
     plugins = ledger.read(views.plugins)
-    counts = ledger.read(jobs.counts)
+    tally = counts(ledger)
     files = sum(root["files"] for root in roots)
     daemon = daemon_lock.holder(settings.database.daemon_lock)
     found = [*_dangers(settings)]
@@ -133,17 +164,37 @@ def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
         if fault := rule_fault(rule["pattern"]):
             words = f"rule {rule['id']} matches nothing: {fault}"
             found.append(Advice(words, f"casparian rules remove {rule['id']}"))
-    if files and plugins and not counts:
-        words = f"no jobs queued: no rule that a plugin subscribes to matches any of {files} files"
+    if files and plugins and not ledger.read(jobs.counts):
+        some = counted(files, "file")
+        words = f"no jobs queued: no rule that a plugin subscribes to matches any of {some}"
         found.append(Advice(words, "casparian rules list"))
-    if counts.get("QUEUED") and not daemon:
-        words = f"{counts['QUEUED']} jobs are queued and no daemon works them"
-        found.append(Advice(words, "casparian start   (or: casparian scan --drain)"))
-    found += _advise_snapshots(settings, ledger, counts.get("SUPERSEDED", 0))
-    if counts.get("FAILED"):
-        command = "casparian jobs --status FAILED"
-        found.append(Advice(f"{counts['FAILED']} jobs failed", command))
+    found += _advise_jobs(ledger, tally, daemon is not None)
+    found += _advise_snapshots(settings, ledger, tally.get("SUPERSEDED", 0))
     return found
+
+
+def _advise_jobs(ledger: Ledger, tally: dict[str, int], worked: bool) -> Iterator[Advice]:
+    """What keeps jobs from their end, and which have come to a bad one."""
+    queued, failed, gone = (tally.get(s, 0) for s in ("QUEUED", "FAILED", failures.GONE))
+    if queued and not worked:
+        words = f"{counted(queued, 'job')} {_be(queued)} queued and no daemon works them"
+        yield Advice(words, "casparian start   (or: casparian scan --drain)")
+    waits = ledger.read(lambda c: views.waiting(c, PAUSED))
+    if waits.paused:
+        words = f"{counted(waits.paused, 'job')} {_be(waits.paused)} {waits.reason}"
+        yield Advice(words, "mend that; they are tried again every few seconds")
+    if failed:
+        command = "casparian jobs --status FAILED   (then: casparian jobs retry, or dismiss)"
+        yield Advice(f"{counted(failed, 'job')} failed", command)
+    if gone:
+        some = counted(gone, "version")
+        words = f"{some} {_be(gone)} gone unread: the job failed, then the file was deleted"
+        command = "casparian jobs --status gone-unread   (then: casparian jobs dismiss --all-gone)"
+        yield Advice(words, command, wrong=False)
+
+
+def _be(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _advise_on(root: Row, watched: bool) -> list[Advice]:
@@ -152,14 +203,17 @@ def _advise_on(root: Row, watched: bool) -> list[Advice]:
     found = []
     if root["held"]:
         words = (
-            f"source root {name}: {root['held']} files vanished at once, first missed at "
-            f"{root['held_since_at'][:19]}Z; none is marked deleted before a day has passed"
+            f"source root {name}: {counted(root['held'], 'file')} vanished at once, first missed "
+            f"at {root['held_since_at'][:19]}Z; none is marked deleted before a day has passed"
         )
         command = f"mount or restore them, or: casparian scan {name} --believe-deletions"
         found.append(Advice(words, command))
     if root["watch"].startswith("degraded"):
         words = f"the watcher of source root {name} is {root['watch']}; it is armed again and again"
         found.append(Advice(words, "casparian status   (it is scanned more often meanwhile)"))
+    if root["unreadable"]:
+        words = f"source root {name}: {counted(root['unreadable'], 'file')} cannot be read"
+        found.append(Advice(words, f"casparian files --source {name} --unreadable"))
     if root["problem"]:
         found.append(Advice(root["problem"], "mount or restore it, then: casparian scan"))
     elif not root["scanned_at"] and not watched:
@@ -185,11 +239,12 @@ def _dangers(settings: Settings) -> Iterator[Advice]:
 
 def _advise_snapshots(settings: Settings, ledger: Ledger, superseded: int) -> Iterator[Advice]:
     if fault := ledger.read(snapshots.fault):
-        words = f"{fault.files} contents were recorded without a snapshot: {fault.words}"
+        words = f"{counted(fault.files, 'content')} recorded without a snapshot: {fault.words}"
         yield Advice(words, "make room for it   (docs/snapshots.md)")
     if superseded and settings.snapshots.mode != "copy":
-        words = f"{superseded} jobs were superseded: their files changed or went before they ran"
-        yield Advice(words, 'mode = "copy" in [snapshots] keeps such bytes   (docs/snapshots.md)')
+        words = f"{counted(superseded, 'job')} superseded: the file changed or went before it ran"
+        command = 'mode = "copy" in [snapshots] keeps such bytes   (docs/snapshots.md)'
+        yield Advice(words, command, wrong=False)
 
 
 def rule_fault(pattern: str) -> str:

@@ -169,7 +169,7 @@ def test_a_rule_queues_what_it_asks_for(casparian: Casparian, source: Path) -> N
     casparian.run("publish", casparian.plugin("rows", ROWS))
     casparian.run("scan")
     assert "no jobs queued" in casparian.err("status")
-    assert "1 jobs queued" in casparian.out("rules", "add", "*.log", "plugin:rows")
+    assert "1 job queued" in casparian.out("rules", "add", "*.log", "plugin:rows")
     rules = casparian.json("rules", "list")
     assert [(rule["pattern"], rule["plugins"]) for rule in rules] == [
         ("*.txt", "rows"), ("*.log", "rows"),
@@ -179,7 +179,7 @@ def test_a_rule_queues_what_it_asks_for(casparian: Casparian, source: Path) -> N
     assert "no rule" in casparian.err("rules", "remove", "99", code=66)
     assert "pattern" in casparian.err("rules", "add", "/", "tag", code=78)
     assert "tag" in casparian.err("rules", "add", "*", "a,b", code=78)
-    assert "1 jobs are queued and no daemon works them" in casparian.err("status")
+    assert "1 job is queued and no daemon works them" in casparian.err("status")
 
 
 def test_a_rule_matches_in_any_case_or_in_its_own(casparian: Casparian, source: Path) -> None:

@@ -16,7 +16,7 @@ def test_the_options_of_a_source_root_can_be_changed(casparian: Casparian, sourc
     (root,) = casparian.json("source", "list")
     assert (root["done_file"], root["min_age_seconds"], root["watch"]) == ("{stem}.ok", 1.0, "no")
     casparian.run("source", "set", "in", "--min-age", "0", "--ignore", "*.bak")
-    assert "1 files wait for their done file" in casparian.err("scan")
+    assert "1 file waits for its done file" in casparian.err("scan")
     assert casparian.json("status")["sources"][0]["waiting"] == 1
     (source / "a.ok").write_text("")
     casparian.run("scan")
@@ -56,5 +56,5 @@ def test_a_scrub_says_what_it_read(casparian: Casparian, source: Path) -> None:
     casparian.run("scan")
     assert "scrub     every 7 days" in casparian.out("status")
     words = casparian.out("scan", "--scrub")
-    assert "files read again, 0 with changes" in words
+    assert "1 file read again" in words
     assert casparian.json("status")["sources"][0]["scrubbed_at"]

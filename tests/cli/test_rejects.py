@@ -95,3 +95,52 @@ def test_a_plugin_that_has_only_topics_of_that_name_makes_data(
     (source / "a.txt").write_text("!one\n")
     casparian.run("scan", "--drain")
     assert len(casparian.json("query", "SELECT * FROM bank_rejects")) == 1
+
+
+def test_rows_and_rejects_are_counted_and_versions_with_many_are_named(
+    shouts: Casparian, source: Path
+) -> None:
+    (source / "few.txt").write_text("yes\n" * 99 + "!no\n")
+    (source / "many.txt").write_text("yes\n" * 97 + "!no\n" * 3)
+    done = shouts.run("scan", "--drain")
+    assert "2 jobs COMPLETED; 196 rows, 4 rejects" in done.stdout
+    named = "in/many.txt, version 1: 3 of 100 rejected (3.0 %)"
+    assert named in done.stderr
+    assert "few.txt" not in done.stderr
+    status = shouts.json("status")
+    assert (status["rows"], status["rejects"]) == (196, 4)
+    (worst,) = status["rejected_most"]
+    assert (worst["rel_path"], worst["rows"], worst["rejects"]) == ("many.txt", 97, 3)
+    assert "output    196 rows, 4 rejects" in shouts.out("status")
+    assert "many.txt" in shouts.out("status").partition("more than 1 % rejects")[2]
+    jobs = {job["rel_path"]: (job["rows"], job["rejects"]) for job in shouts.json("jobs")}
+    assert jobs == {"few.txt": (99, 1), "many.txt": (97, 3)}
+    assert "3 (3.0 %)" in shouts.out("jobs")
+    assert [job["rel_path"] for job in shouts.json("jobs", "--rejects")] == ["many.txt"]
+    shouts.run("status", "--check")
+
+
+def test_a_version_that_was_mended_is_named_no_more(shouts: Casparian, source: Path) -> None:
+    (source / "a.txt").write_text("yes\n!no\n")
+    shouts.run("scan", "--drain")
+    assert len(shouts.json("status")["rejected_most"]) == 1
+    (source / "a.txt").write_text("yes\nno\n")
+    shouts.run("scan", "--drain")
+    status = shouts.json("status")
+    assert status["rejected_most"] == []
+    assert (status["rows"], status["rejects"]) == (3, 1), "both versions stand in mode append"
+    assert shouts.json("jobs", "--rejects") == []
+    shouts.run("retract", "in/a.txt")
+    status = shouts.json("status")
+    assert (status["rows"], status["rejects"]) == (0, 0)
+
+
+def test_a_topic_in_several_sinks_counts_once(shouts: Casparian, source: Path) -> None:
+    for topic in ("lines", "lines_rejects"):
+        shouts.run("topics", "set", "rows", topic, "parquet://one", "sqlite:///two.db")
+    (source / "a.txt").write_text("yes\nyes\n!no\n")
+    assert "2 rows, 1 reject\n" in shouts.out("scan", "--drain")
+    status = shouts.json("status")
+    assert (status["rows"], status["rejects"]) == (2, 1)
+    (job,) = shouts.json("jobs")
+    assert (job["rows"], job["rejects"]) == (2, 1)

@@ -40,7 +40,7 @@ def test_people_see_tables(shown: Casparian) -> None:
     assert "parquet://output" in shown.out("status")
     assert "attempt 1: STAGED" in shown.out("jobs", "show", "1")
     done = shown.run("query", "SELECT * FROM lines_history", "--limit", "1")
-    assert "3 more rows" in done.stderr
+    assert "1 of 4; --limit N or --all" in done.stderr
 
 
 def test_every_reading_command_is_one_json_document(shown: Casparian) -> None:
@@ -88,16 +88,16 @@ def test_failed_jobs_are_told_with_their_reason_and_can_be_retried(
     (source / "a.do").write_text("raise")
     (source / "b.do").write_text("fine")
     done = casparian.run("scan", "--drain", code=1)
-    assert "1 jobs COMPLETED, 1 jobs FAILED" in done.stdout
+    assert "1 job COMPLETED, 1 job FAILED" in done.stdout
     assert "ValueError: no such thing" in done.stderr
-    assert "1 jobs failed" in casparian.err("status")
+    assert "1 job failed" in casparian.err("status")
     (failed,) = casparian.json("jobs", "--status", "failed")
     shown = casparian.out("jobs", "show", str(failed["id"]))
     assert "told to raise" in shown
     assert "fault: PluginFailed; received: 0 batches, 0 rows; memory: " in shown
     assert "0 jobs queued" in casparian.out("jobs", "retry", "--failed", "--path", "b*")
-    assert "1 jobs queued" in casparian.out("jobs", "retry", "--failed")
-    assert "1 jobs aborted" in casparian.out("jobs", "abort", str(failed["id"]))
+    assert "1 job queued" in casparian.out("jobs", "retry", "--failed")
+    assert "1 job aborted" in casparian.out("jobs", "abort", str(failed["id"]))
     assert "is ABORTED" in casparian.err("jobs", "abort", str(failed["id"]), code=1)
     assert "no job 99" in casparian.err("jobs", "retry", "99", code=66)
     assert casparian.json("verify")["problems"] == []
@@ -114,7 +114,7 @@ def test_an_output_folder_that_cannot_be_written_is_named_and_waited_for(
     done = casparian.run("scan", "--drain", code=1)
     assert str(casparian.folder / "output") in done.stderr
     (casparian.folder / "output").unlink()
-    assert "1 jobs COMPLETED" in casparian.out("scan", "--drain")
+    assert "1 job COMPLETED" in casparian.out("scan", "--drain")
 
 
 def test_a_root_that_is_gone_is_an_error_and_nothing_is_inferred(
@@ -204,7 +204,7 @@ def test_a_daemon_watches_works_and_stops(casparian: Casparian, source: Path) ->
         daemon.send_signal(signal.SIGTERM)
         last = daemon.stderr.read()
     assert daemon.returncode == 0
-    assert "stopped: 0 queued, 0 running, 0 committing, 4 completed, 0 failed" in last
+    assert "stopped: 4 completed, 4 rows" in last
     assert casparian.json("verify")["problems"] == []
 
 
