@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.errors import Unavailable
+from casparian_flow.trees import remove_tree
 
 STATE_FOLDER = ".casparian"
 _OWNED = "owned"
@@ -107,7 +107,7 @@ def remove(path: Path) -> None:
         OSError: something is left.
     """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        remove_tree(path)
     else:
         path.unlink(missing_ok=True)
 

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from functools import partial
 import zmq.asyncio
 from sqlalchemy import Connection
 
-from casparian_flow import atomic, config, daemon_lock
+from casparian_flow import atomic, config, daemon_lock, trees
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import invariants, outputs, plugins
@@ -166,7 +165,7 @@ def _sweep(settings: Settings, ledger: Ledger) -> None:
     files and stage tables nobody decided."""
     with contextlib.suppress(OSError):
         snapshot_checks.sweep(ledger)
-    shutil.rmtree(settings.database.guests_folder, ignore_errors=True)
+    trees.clear_away(settings.database.guests_folder)
     crashpoint("main.guests_swept")
     owed = {staged.stage for _, _, staged in ledger.read(outputs.unpublished)}
     tag = ledger_tag(settings.database.path)

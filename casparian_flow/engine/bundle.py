@@ -13,7 +13,6 @@ import importlib.util
 import logging
 import marshal
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,12 +20,14 @@ from importlib import resources
 from pathlib import Path
 
 from casparian_flow.atomic import make_private
+from casparian_flow.trees import clear_away
 
 log = logging.getLogger(__name__)
 
 BUNDLED = (
     "__init__.py",
     "sdk.py",
+    "trees.py",
     "engine/__init__.py",
     "engine/attempt.py",
     "engine/frames.py",
@@ -75,7 +76,7 @@ def bundle(cache: Path) -> Path:
         if _fault(folder, wanted):  # else another process was first, with the same bytes
             raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        clear_away(temporary)
     return folder
 
 

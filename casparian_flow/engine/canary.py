@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from casparian_flow.engine.bundle import bundle
 from casparian_flow.errors import JobError, PluginFailed, SandboxUnavailable, Unavailable
 from casparian_flow.protocol import Artifact
 from casparian_flow.sections import GuestSettings
+from casparian_flow.trees import clear_away
 
 log = logging.getLogger(__name__)
 
@@ -124,11 +124,11 @@ def _placed(cache: Path) -> Iterator[tuple[Path, int]]:
         exclusive(folder.with_suffix(".lock")),
         socket.create_server(("127.0.0.1", 0)) as server,
     ):
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_away(folder)
         try:
             for inner in ("in", "tmp"):
                 (folder / inner).mkdir(parents=True)
             (folder / "secret").write_text("not for guests")
             yield folder, server.getsockname()[1]
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            clear_away(folder)

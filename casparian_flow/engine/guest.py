@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import select
-import shutil
 import signal
 import site
 import socket
@@ -127,12 +126,14 @@ def _without_byte_code(site_packages: str) -> Iterator[str]:
 
 def clear(scratch: str) -> None:
     """Leave the next job nothing of this one's in the scratch folder, where there is one."""
+    from casparian_flow import trees
+
     for name in os.listdir(scratch) if scratch else ():
         path = os.path.join(scratch, name)
         try:
             os.unlink(path)
         except OSError:
-            shutil.rmtree(path, ignore_errors=True)
+            trees.clear_away(path)
 
 
 def receive(incoming: BinaryIO) -> tuple[Kind, int, bytes]:

@@ -11,13 +11,13 @@ import errno
 import fcntl
 import hashlib
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
 from casparian_flow.errors import Superseded, Unavailable
+from casparian_flow.trees import clear_away
 
 FICLONE = 0x40049409
 """Linux's ioctl that makes one file share another's blocks; instant, where it is possible."""
@@ -63,7 +63,7 @@ def clear(placed: Path) -> None:
     try:
         placed.unlink(missing_ok=True)
     except OSError:
-        shutil.rmtree(placed, ignore_errors=True)
+        clear_away(placed)
 
 
 def hash_file(path: bytes) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import shutil
 import tempfile
 import threading
 import time
@@ -50,6 +49,7 @@ from casparian_flow.protocol import (
     Welcome,
 )
 from casparian_flow.security.sandbox import InPlace
+from casparian_flow.trees import clear_away
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class _Seat:
 
     def leave(self) -> None:
         self.guest.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        clear_away(self.folder)
         self.lease.release()
 
 
@@ -328,7 +328,7 @@ class Runner:
             try:
                 make_folder(parent, mode=0o700)
                 folder = Path(tempfile.mkdtemp(dir=parent))
-                undo.callback(shutil.rmtree, folder, ignore_errors=True)
+                undo.callback(clear_away, folder)
                 (folder / "in").mkdir()
                 (folder / "tmp").mkdir()
                 crashpoint("runner.guest_housed")

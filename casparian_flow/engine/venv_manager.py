@@ -18,7 +18,6 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import stat
 import sys
 import sysconfig
@@ -31,6 +30,7 @@ from casparian_flow.engine import byte_code
 from casparian_flow.engine.locking import TooMuchWritten, check_lock, run_uv
 from casparian_flow.errors import ArtifactRefused, EnvironmentFailed, PluginError, Unavailable
 from casparian_flow.sections import GuestSettings
+from casparian_flow.trees import clear_away, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def build(
     except PluginError as error:
         raise ArtifactRefused(error.message, error.hint) from error
     if folder.exists():
-        shutil.rmtree(folder)
+        remove_tree(folder)
     folder.mkdir()
     folder.chmod(0o700)
     command = [*SYNC, "--python", sys.executable, "--target", str(folder), "-"]
@@ -183,10 +183,10 @@ def build(
             write_limit_bytes=2 * limit_bytes + SLACK_BYTES,  # unpacked, and copied from there
         )  # fmt: skip
     except TooMuchWritten as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_away(folder)
         raise too_large(limit_bytes) from error
     if (size := size_bytes(folder)) > limit_bytes:
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_away(folder)
         raise too_large(limit_bytes)
     narrow(folder)
     os.sync()  # or a power cut could keep the marker and lose what it vouches for
@@ -258,5 +258,5 @@ def remove(folder: Path) -> bool:
         # First, and durably: half an environment is never taken for one.
         marker(folder).unlink(missing_ok=True)
         fsync_path(folder.parent)
-        shutil.rmtree(folder, ignore_errors=True)
+        clear_away(folder)
         return True

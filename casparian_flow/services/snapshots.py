@@ -21,7 +21,6 @@ import errno
 import fcntl
 import logging
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from casparian_flow.db import snapshots as claims
 from casparian_flow.db.snapshots import Placed
 from casparian_flow.engine import inbox
 from casparian_flow.security import kernel
+from casparian_flow.trees import clear_away, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +291,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
             clear_dead(folder)
             own = Path(tempfile.mkdtemp(dir=folder / "tmp"))
             ours.enter_context(_locked(own))
-        ours.callback(shutil.rmtree, own, ignore_errors=True)
+        ours.callback(clear_away, own)
         yield own
 
 
@@ -303,7 +303,7 @@ def clear_dead(folder: Path) -> None:
     """
     for left in (folder / "tmp").glob("*"):
         with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left)
+            remove_tree(left)
 
 
 @contextlib.contextmanager
