@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from casparian_flow.security import kernel, landlock, namespaces, seccomp
 LAYERS = ("limits", "landlock", "seccomp")
 """What `required` requires. The fourth, `namespaces`, closes what remains where a machine has it:
 see docs/security.md."""
+
+THREADS = 512
+"""Of one guest. Libraries start one a core, some of them each for themselves."""
 
 _SYSTEM = (
     "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache",
@@ -124,6 +128,7 @@ def _confine(allowed: Confinement, level: Level) -> None:
     with _layer(level, "namespaces"):
         shown = [*read, *([file[0]] if file else [])]
         namespaces.enter(allowed.home, shown, _DEVICES, allowed.scratch, size)
+        _limit_threads()
     proved = [_proved(*file)] if file else []
     kernel.drop_capabilities()
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
@@ -155,6 +160,20 @@ def _layer(level: Level, name: str) -> Iterator[None]:
         level.missing[name] = f"{error.filename or name}: {error.strerror or error}"
     else:
         level.layers.append(name)
+
+
+def _limit_threads() -> None:
+    """Hold an ordinary user's guest to THREADS, in the user namespace that it has just entered.
+
+    Since Linux 5.14 the kernel counts those of that namespace by themselves; before, all that the
+    user runs, so that a guest would be held to what others leave. Of root it counts none: the host
+    looks (`engine.thread_watch`).
+    """
+    release = re.match(r"([0-9]+)\.([0-9]+)", os.uname().release)
+    if release and (int(release[1]), int(release[2])) >= (5, 14):
+        _, most = resource.getrlimit(resource.RLIMIT_NPROC)
+        least = THREADS if most == resource.RLIM_INFINITY else min(THREADS, most)
+        resource.setrlimit(resource.RLIMIT_NPROC, (least, least))
 
 
 def _limit(allowed: Confinement) -> None:

@@ -69,6 +69,15 @@ MISSING: dict[str, int] = {"clone3": 435, "openat2": 437}
 """Answered as if the kernel had none: the C library then takes an older call, whose arguments a
 filter can see."""
 
+FCNTL, LOCKS = 72, (6, 7)
+"""F_SETLK and F_SETLKW are answered as done, and nothing is done.
+
+They keep out other processes, and a guest is one: of its own locks a process is never kept out. So
+a library that takes them (SQLite, DuckDB) meets what it would meet, while the kernel keeps no lock.
+It would keep any number, one a range of bytes, in memory that no limit of the guest's counts. Locks
+of an open file (F_OFD_SETLK) could keep out the guest's own threads: they are refused.
+"""
+
 NEWEST = 462
 """The newest number known to whoever wrote the lists; a later one is missing, not forbidden."""
 
@@ -115,7 +124,7 @@ def conditional(pid: int, network: bool) -> list[Conditional]:
     own = Condition(0, [pid])
     no_address = [*_null(4), Condition(3, [0, _MSG_NOSIGNAL])]
     reading_only = [*_null(2), Condition(0, [0, pid])]
-    fcntl = [0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030]  # no owner, no lease, no pipe size
+    fcntl = [0, 1, 2, 3, 4, 5, 1030]  # no owner, no lease, no pipe size, no lock (see below)
     ioctl = [0x5401, 0x5421, 0x541B, 0x5450, 0x5451]  # TCGETS, FIONBIO, FIONREAD, FIO(N)CLEX
     names = [15, 16]  # PR_SET_NAME, PR_GET_NAME: the parent-death signal stays as it is
     calls = [
@@ -177,6 +186,14 @@ def program(pid: int, network: bool) -> bytes:
         code += [_step(_EQUAL, number, 0, 1), _step(_RETURN, _ALLOW)]
     for number in MISSING.values():
         code += [_step(_EQUAL, number, 0, 1), _step(_RETURN, _ERRNO | errno.ENOSYS)]
+    code += [
+        _step(_EQUAL, FCNTL, 0, 5),
+        _step(_LOAD, _ARGUMENTS + 8),
+        _step(_EQUAL, LOCKS[0], 1, 0),
+        _step(_EQUAL, LOCKS[1], 0, 1),
+        _step(_RETURN, _ERRNO),
+        _step(_LOAD, _NUMBER),
+    ]
     for call in conditional(pid, network):
         body = _body(call.conditions)
         code += [_step(_EQUAL, call.number, 0, len(body)), *body]
