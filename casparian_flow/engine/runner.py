@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from casparian_flow.atomic import make_folder
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import in_hand, sinks
+from casparian_flow.engine.attempt import printable
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.engine.bundle import bundle
 from casparian_flow.engine.placing import BadSnapshot, placed, proved
 from casparian_flow.engine.rejects import Rejects
+from casparian_flow.engine.reports import MESSAGE_LIMIT
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.engine.venv_manager import EnvironmentStore, Lease
@@ -63,15 +66,24 @@ class _Seat:
     lease: Lease
 
     def keep_byte_code(self) -> None:
-        """Have what the first guest of an environment compiled at hand for those after it."""
+        """Have what the first guest of an environment compiled at hand for those after it.
+
+        It takes of the time that the guest has left. Without it a job is slower, and no less done.
+        """
         modules, self.guest.compiled_anew = self.guest.compiled_anew, []
         if modules:
-            self.lease.compile(modules)
+            try:
+                self.lease.compile(modules, self.guest.seconds_left)
+            except Exception:  # which modules is the guest's word
+                log.exception("byte code of %s was not cached", self.lease.site_packages)
 
     def leave(self) -> None:
-        self.guest.close()
-        clear_away(self.folder)
-        self.lease.release()
+        """Let the guest go; what goes wrong then costs no more than a line in the log."""
+        for step in (self.guest.close, partial(clear_away, self.folder), self.lease.release):
+            try:
+                step()
+            except Exception:  # it had a guest's folder or process in hand
+                log.exception("a guest's leavings in %s were not cleared", self.folder)
 
 
 @dataclass
@@ -84,6 +96,20 @@ class _Ran:
     seconds: float = 0.0
     sandbox: str = ""
     evidence: Evidence = field(default_factory=Evidence)
+    fault: JobError | None = None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The one place that every exception of an attempt comes to: the first one ends it.
+
+        All that has to do with a guest is done in here. What a guest says, does or leaves behind
+        can make any step of ours fail, in ways that nobody has foreseen; an exception that went
+        further would end the worker, and the daemon with it.
+        """
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - sorted by _job_error
+            self.fault = self.fault or _job_error(error)
 
     def receipt(self, outcome: Outcome, **more: Any) -> Receipt:
         return Receipt(
@@ -143,12 +169,11 @@ class Runner:
         stages = [stage for o in outcomes if isinstance(o, _Ran) for stage in o.stages]
         try:
             sealed = iter(sinks.seal(stages))
+            return [_staged(o, sealed) if isinstance(o, _Ran) else o for o in outcomes]
         except Exception as error:  # noqa: BLE001 - sorted by _job_error
-            for stage in stages:
-                stage.discard()
+            _discard(stages)
             fault = _job_error(error)
             return [_failed(o, fault) if isinstance(o, _Ran) else o for o in outcomes]
-        return [_staged(o, sealed) if isinstance(o, _Ran) else o for o in outcomes]
 
     def halt(self, kill: bool = False) -> None:
         """From another thread: start no further job, and with `kill` end the one that runs.
@@ -187,20 +212,19 @@ class Runner:
             return released(job)
         started = time.monotonic()
         ran = _Ran(job)
-        fault: JobError | None = None
-        try:
+        with ran.held():
             if artifact.refusal:
                 raise ArtifactRefused(artifact.refusal)
             with in_hand.held(Path(self._welcome.guests_folder), *self._current):
                 ran.stages = self._run(job, artifact)
-        except Exception as error:  # noqa: BLE001 - sorted by _job_error
-            fault = _job_error(error)
         ran.seconds = time.monotonic() - started
-        self._account(ran, failed=fault is not None)
-        ran.log = _with_notes(ran.log, ran.stages)
-        if fault and self._taken():
-            return released(job, ran.log)
-        return _failed(ran, fault) if fault else ran
+        with ran.held():
+            self._account(ran, failed=ran.fault is not None)
+            ran.log = _with_notes(ran.log, ran.stages)
+        if ran.fault is None:
+            return ran
+        _discard(ran.stages)
+        return released(job, ran.log) if self._taken() else _failed(ran, ran.fault)
 
     def _account(self, ran: _Ran, *, failed: bool) -> None:
         """Take what the guest that ran it has said and used, if one did."""
@@ -284,8 +308,7 @@ class Runner:
                     stage.finish()
             rejects.judge()  # only now is it sure which bytes they came of
         except BaseException:
-            for stage in _flat(stages):
-                stage.discard()
+            _discard(_flat(stages))
             raise
         return _flat(stages)
 
@@ -362,7 +385,17 @@ def _job_error(fault: Exception) -> JobError:
     if isinstance(fault, OSError):
         return Unavailable(f"{fault.strerror or fault}: {fault.filename or 'this machine'}")
     log.exception("an attempt failed in a way we did not expect", exc_info=fault)
-    return JobError(f"{type(fault).__name__}: {fault}")
+    words = f"a bug in casparian, or a guest that found one: {type(fault).__name__}: {fault}"
+    return JobError(words, "the daemon's log has the traceback; please report it")
+
+
+def _discard(stages: Sequence[Stage]) -> None:
+    """Leave nothing of them; what cannot be removed now is swept at the next start."""
+    for stage in stages:
+        try:
+            stage.discard()
+        except Exception:
+            log.exception("what was staged in %s was not removed", stage.path)
 
 
 def _staged(ran: _Ran, sealed: Iterator[StagedOutput]) -> Receipt:
@@ -374,8 +407,7 @@ def _kept(outcome: _Ran | Receipt, over: Set[tuple[int, int]]) -> _Ran | Receipt
     """The same, unless the attempt was taken from us when it had just run: nothing stays then."""
     if isinstance(outcome, Receipt) or (outcome.job.job_id, outcome.job.fence) not in over:
         return outcome
-    for stage in outcome.stages:
-        stage.discard()
+    _discard(outcome.stages)
     return released(outcome.job, outcome.log)
 
 
@@ -404,4 +436,5 @@ def _failed(ran: _Ran, error: JobError) -> Receipt:
         case _:
             outcome = Outcome.FAILED
     evidence = msgspec.structs.replace(ran.evidence, fault=type(error).__name__)
-    return ran.receipt(outcome, error=error.message, retryable=error.retryable, evidence=evidence)
+    words = printable(error.message[: 2 * MESSAGE_LIMIT])  # a guest may have had its say in it
+    return ran.receipt(outcome, error=words, retryable=error.retryable, evidence=evidence)

@@ -108,9 +108,9 @@ class Lease:
         self.site_packages = site_packages
         self._descriptor = descriptor
 
-    def compile(self, modules: Iterable[str]) -> None:
+    def compile(self, modules: Iterable[str], seconds: float) -> None:
         """Cache the byte code of modules that a guest imported without; see `byte_code`."""
-        byte_code.compile_modules(self.python, self.site_packages, modules)
+        byte_code.compile_modules(self.python, self.site_packages, modules, seconds)
 
     def release(self) -> None:
         """Give it back; may be called twice."""

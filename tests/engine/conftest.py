@@ -56,9 +56,9 @@ def environment(
             folder=folder, bundle=bundle_folder, limits=GuestSettings(),
         ) as guest:  # fmt: skip
             guest.load()
-            lease.compile(guest.compiled_anew)
+            lease.compile(guest.compiled_anew, 60.0)
             run(guest)
-            lease.compile(guest.compiled_anew)
+            lease.compile(guest.compiled_anew, 60.0)
         yield lease.python, lease.site_packages
 
 
