@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from casparian_flow.engine import sizes
 from casparian_flow.engine.frames import (
     BATCH_BYTES,
     BATCH_ROWS,
@@ -27,6 +28,7 @@ from casparian_flow.engine.frames import (
     Kind,
     pack,
 )
+from casparian_flow.engine.layouts import plain, written_out_bytes
 from casparian_flow.sdk import BasePlugin, FileInfo
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 TRACEBACK_LIMIT = 1 << 16
 """Characters of a traceback that are sent; its end says most."""
+UNFOLDED_BYTES = 16 * BATCH_BYTES
+"""What a batch of more than one row may unfold to: the host writes its values out one by one."""
 ACCEPTED = (
     "publish takes a pandas DataFrame, a pyarrow Table, RecordBatch or RecordBatchReader, "
     "anything with __arrow_c_stream__ (polars, DuckDB), or an iterator of these"
@@ -175,20 +179,26 @@ class Attempt:
             self._publish_batch(topic, empty_batch(reader.schema))
 
     def _publish_batch(self, topic: str, batch: pa.RecordBatch) -> None:
-        batch = plain(batch)
+        try:
+            batch = plain(batch)
+        except NotImplementedError as error:
+            raise self._refuse(ValueError(f"topic {topic!r}: {error}")) from error
         stream = ipc_stream(batch)
         name = topic.encode()
         head = TOPIC_LENGTH.pack(len(name)) + name
         length = len(head) + stream.size
-        if length > self._batch_limit:
-            if batch.num_rows < 2:
-                what = f"topic {topic!r}: one row has {stream.size} bytes"
-                hint = f"the limit is {self._batch_limit} ([guest] batch_limit_bytes)"
-                raise self._refuse(ValueError(f"{what}; {hint}"))
+        # The host counts what a batch unfolds to; null values have no bytes of their own.
+        unfolded = self._unfolded(topic, stream)
+        most = max(length, unfolded)
+        if batch.num_rows > 1 and (most > self._batch_limit or unfolded > UNFOLDED_BYTES):
             half = batch.num_rows // 2
             self._publish_batch(topic, batch.slice(0, half))
             self._publish_batch(topic, batch.slice(half))
             return
+        if most > self._batch_limit:
+            what = f"topic {topic!r}: one row has {most} bytes"
+            hint = f"the limit is {self._batch_limit} ([guest] batch_limit_bytes)"
+            raise self._refuse(ValueError(f"{what}; {hint}"))
         with self._lock:
             tally = self._open.setdefault(topic, Tally(batch.schema))
             if batch.schema != tally.schema:
@@ -197,6 +207,12 @@ class Attempt:
             self._wire.write(HEADER.pack(Kind.BATCH, self._job, length) + head)
             self._wire.write(stream)
             self._wire.flush()
+
+    def _unfolded(self, topic: str, stream: pa.Buffer) -> int:
+        try:
+            return sizes.measure(memoryview(stream)).unfolded_bytes
+        except sizes.Unfit as error:
+            raise self._refuse(ValueError(f"topic {topic!r} was given {error}")) from error
 
 
 class Tally:
@@ -245,26 +261,10 @@ def changed(topic: str, before: pa.Schema, after: pa.Schema) -> ValueError:
 
 def pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """The batch in slices of about BATCH_BYTES; no rows, no slices."""
-    fitting = batch.num_rows * BATCH_BYTES // max(batch.nbytes, 1)
+    fitting = batch.num_rows * BATCH_BYTES // max(written_out_bytes(batch), 1)
     rows = min(max(fitting, 1), BATCH_ROWS)
     for start in range(0, batch.num_rows, rows):
         yield batch.slice(start, rows)
-
-
-def plain(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch without dictionaries and metadata.
-
-    Both differ between chunks of one table (a category's index type follows the number of its
-    values), which would look like a change of columns.
-    """
-    import pyarrow as pa
-
-    def decoded(column: Any) -> Any:
-        return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-
-    columns = [decoded(column) for column in batch.columns]
-    fields = [f.with_type(c.type) for f, c in zip(batch.schema, columns, strict=True)]
-    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
 
 def empty_batch(schema: pa.Schema) -> pa.RecordBatch:

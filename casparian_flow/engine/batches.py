@@ -1,8 +1,9 @@
 """Arrow bytes from a guest become batches, or are refused.
 
-The bytes come from code nobody trusts. Arrow's reader takes their offsets and lengths as they
-are, so a batch is checked in full before anything looks at its values; a compressed body, which
-could unfold to any size, is refused before it is decoded.
+The bytes come from code nobody trusts. What they unfold to is bounded before Arrow reads them
+(`engine.sizes`), and a compressed body, which could unfold to any size, is refused before it is
+decoded. Arrow's reader takes offsets and lengths as they are, so a batch is checked in full before
+anything looks at its values.
 """
 
 from __future__ import annotations
@@ -13,14 +14,10 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
+from casparian_flow.engine import sizes
 from casparian_flow.engine.frames import BATCH_ROWS
 from casparian_flow.errors import ProtocolError
 from casparian_flow.protocol import Record
-
-# Members of the tables of Arrow's flatbuffer schema (format/Message.fbs), by position.
-MESSAGE_HEADER = 2
-DICTIONARY_DATA = 1
-BATCH_COMPRESSION = 3
 
 
 class TopicEnd(Record, frozen=True):
@@ -43,20 +40,23 @@ class Tally:
         self._rows = 0
         self._digest = hashlib.sha256()
 
-    def add(self, data: pa.Buffer) -> pa.RecordBatch:
-        """The batch in these bytes, checked and counted.
+    def add(self, data: pa.Buffer, limit_bytes: int) -> tuple[pa.RecordBatch, int]:
+        """The batch in these bytes, checked and counted, and the bytes that it unfolds to.
+
+        Args:
+            limit_bytes: what it may unfold to.
 
         Raises:
             ProtocolError: it is not a valid batch, or its columns are not those of the first.
         """
-        batch = read_batch(data)
+        batch, unfolded = read_batch(data, limit_bytes)
         self._schema = self._schema or batch.schema
         if not batch.schema.equals(self._schema, check_metadata=True):
             raise ProtocolError(f"the columns of topic {self._topic!r} changed")
         self._batches += 1
         self._rows += batch.num_rows
         self._digest.update(data)
-        return batch
+        return batch, unfolded
 
     def end(self) -> TopicEnd:
         """What the guest's END must say."""
@@ -64,66 +64,35 @@ class Tally:
         return TopicEnd(topic=self._topic, batches=self._batches, rows=self._rows, digest=digest)
 
 
-def read_batch(data: pa.Buffer) -> pa.RecordBatch:
-    """The one record batch of an IPC stream.
+def read_batch(data: pa.Buffer, limit_bytes: int) -> tuple[pa.RecordBatch, int]:
+    """The one record batch of an IPC stream, and the bytes that it unfolds to.
 
     Raises:
-        ProtocolError: the stream is malformed, compressed, holds another number of batches or
-            too many rows, or a batch whose buffers do not fit each other.
+        ProtocolError: the stream is malformed, compressed, holds another number of batches, too
+            many rows or what unfolds to more than the limit, a layout that the wire does not take,
+            or a batch whose buffers do not fit each other.
     """
     try:
-        batches = 0
-        for message in pa.ipc.MessageReader.open_stream(data):
-            if is_compressed(message):
-                raise ProtocolError("a compressed batch")
-            batches += message.type == "record batch"
-        if batches != 1:
-            raise ProtocolError(f"a stream of {batches} batches where one was due")
+        size = sizes.measure(memoryview(data))
+        if not size.columns or size.rows > BATCH_ROWS:
+            raise ProtocolError(f"a batch of {size.rows} rows, {size.columns} columns")
+        if size.unfolded_bytes > limit_bytes:
+            words = f"a batch that unfolds to {size.unfolded_bytes} bytes"
+            raise ProtocolError(f"{words}; the limit is {limit_bytes}")
         with pa.ipc.open_stream(data) as reader:
             batch = reader.read_next_batch()
-        if not batch.num_columns or batch.num_rows > BATCH_ROWS:
-            raise ProtocolError(f"a batch of {batch.num_rows} rows, {batch.num_columns} columns")
+        if (batch.num_rows, batch.num_columns) != (size.rows, size.columns):
+            raise ProtocolError("a batch that is not what its metadata say")
         batch.validate(full=True)
         list(_names(pa.struct(batch.schema)))  # those that are not UTF-8 fail here
     except (pa.ArrowException, OSError, ValueError, StopIteration, struct.error) as error:
         raise ProtocolError(f"invalid Arrow data: {error}") from error
-    return batch
+    return batch, size.unfolded_bytes
 
 
 def _names(kind: pa.DataType) -> Iterator[str]:
     """The name of every field in a type, at any depth."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
     for number in range(kind.num_fields):
         field = kind.field(number)
         yield field.name
         yield from _names(field.type)
-
-
-def is_compressed(message: pa.Message) -> bool:
-    """Whether the message's body is compressed, read from its metadata: the body stays untouched.
-
-    pyarrow has verified that the metadata is a well-formed flatbuffer, but does not show this.
-    """
-    if message.type not in ("record batch", "dictionary"):
-        return False
-    data = memoryview(message.metadata)
-    table = _follow(data, _member(data, _follow(data, 0), MESSAGE_HEADER))
-    if message.type == "dictionary":
-        table = _follow(data, _member(data, table, DICTIONARY_DATA))
-    return _member(data, table, BATCH_COMPRESSION) != 0
-
-
-def _follow(data: memoryview, position: int) -> int:
-    """Where the offset stored at `position` points."""
-    return position + int(struct.unpack_from("<I", data, position)[0])
-
-
-def _member(data: memoryview, table: int, number: int) -> int:
-    """Where a member of a flatbuffer table is; 0 where it is absent."""
-    vtable = table - struct.unpack_from("<i", data, table)[0]
-    slot = 4 + 2 * number
-    if slot >= struct.unpack_from("<H", data, vtable)[0]:
-        return 0
-    offset: int = struct.unpack_from("<H", data, vtable + slot)[0]
-    return table + offset if offset else 0

@@ -37,6 +37,7 @@ from casparian_flow.engine.guest_process import (
 )
 from casparian_flow.engine.job_log import JobLog
 from casparian_flow.engine.reports import Failure, Locked, outran, outspent
+from casparian_flow.engine.thread_watch import WATCH
 from casparian_flow.errors import (
     GuestDied,
     JobError,
@@ -48,12 +49,15 @@ from casparian_flow.errors import (
 from casparian_flow.protocol import Artifact, Evidence
 from casparian_flow.sdk import FileInfo
 from casparian_flow.sections import GuestSettings
-from casparian_flow.security.sandbox import LAYERS, InPlace
+from casparian_flow.security.sandbox import LAYERS, THREADS, InPlace
 
 QUIT_SECONDS = 2.0
 """How long a guest may take to leave when asked; it has no work to save."""
 READ_AHEAD = 64 << 10
 """Bytes taken from the wire at once: a small job is one system call."""
+PAID_BYTES = 1 << 20
+"""Bytes on the wire that pay for a second of our processor: the dearest sinks need a tenth of it.
+What a batch costs beyond is the guest's own time: few bytes can be much to unfold."""
 T = TypeVar("T")
 
 
@@ -106,6 +110,10 @@ class Guest:
         self._idle = False
         self._ahead = bytearray()
         self._deadline = 0.0
+        self._paid = 0.0
+        """Seconds of our processor that what the current job sent has paid for, and not used up."""
+        self._crowded = False
+        """Whether it was killed for its threads."""
         script = bundle / "casparian_flow" / "engine" / "guest.py"
         with contextlib.ExitStack() as undo:
             try:
@@ -166,7 +174,8 @@ class Guest:
 
         Args:
             file: what the plugin sees as `self.file`.
-            timeout_seconds: wall clock of the whole run, without the caller's own work.
+            timeout_seconds: wall clock of the whole run, without the caller's own work; but what
+                the caller computes counts as far as the bytes sent do not pay for it.
 
         Raises:
             PluginFailed, OutOfMemory: the plugin raised; the traceback is in the log.
@@ -180,6 +189,11 @@ class Guest:
             request = json.dumps(dataclasses.asdict(file)).encode()
             self._wire.sendall(pack(Kind.RUN, file.job_id, request))
             self.ends = yield from self._stream(file.job_id)
+
+    @property
+    def seconds_left(self) -> float:
+        """What is left of the time of its last job, or of its loading, for work that it causes."""
+        return max(0.0, self._deadline - time.monotonic())
 
     def take_log(self) -> str:
         """What the plugin printed since the last call, and the traceback of a failed job."""
@@ -232,6 +246,7 @@ class Guest:
         self._idle = False
         if self._process.returncode is not None:
             return
+        WATCH.forget(self._process.pid)
         kill_tree(self._process.pid)
         self._meter.reap()
         self._drain()
@@ -252,8 +267,11 @@ class Guest:
         """A question and its whole answer; whatever cuts it short kills the guest."""
         self._idle = False
         self._tallies = {}
+        self._paid = 0.0
         self._deadline = time.monotonic() + timeout_seconds
         self._meter.start(cpu_seconds)
+        if self._process.returncode is None:
+            WATCH.watch(self._process.pid, self._crowd)
         self._signal(signal.SIGCONT)
         try:
             self._wire.settimeout(timeout_seconds)
@@ -271,6 +289,9 @@ class Guest:
         except OSError as error:
             by_itself = self._meter.has_ended()
             self.kill()
+            if self._crowded:
+                what = f"the guest of {self._who} started more than {THREADS} threads"
+                raise GuestDied(f"{what} and was killed", "start fewer in the plugin") from error
             raise self._meter.cause(self._who, by_itself) from error
         except ProtocolError as error:
             self.kill()
@@ -287,8 +308,12 @@ class Guest:
         if self._process.returncode is None:
             os.kill(self._process.pid, number)
 
+    def _crowd(self) -> None:
+        self._crowded = True
+
     def _finish(self) -> None:
         """Stop the guest until its next job: a thread it left behind works on nobody's account."""
+        WATCH.forget(self._process.pid)
         self._signal(signal.SIGSTOP)
         self._drain()
         self._idle = True
@@ -300,19 +325,16 @@ class Guest:
         while True:
             kind, length = self._header(job)
             if kind == Kind.BATCH:
-                received += length
-                if received > self._limits.output_limit_bytes:
-                    self.kill()
-                    limit = self._limits.output_limit_bytes
-                    what = f"{self._who} published more than {limit} bytes for one file"
-                    raise OutputRefused(what, "raise output_limit_bytes under [guest]")
+                self._within_output(received + length)
                 topic, data = self._batch(length)
                 if topic in ends or topic not in self._artifact.topics:
                     raise ProtocolError(f"a batch for topic {topic!r}, which is not open to it")
-                batch = tallies.setdefault(topic, Tally(topic)).add(data)
-                began = time.monotonic()
-                yield topic, batch
-                self._deadline += time.monotonic() - began
+                tally = tallies.setdefault(topic, Tally(topic))
+                batch, unfolded = tally.add(data, self._limits.batch_limit_bytes)
+                received += max(length, unfolded)
+                self._within_output(received)
+                with self._worked(length):
+                    yield topic, batch
             elif kind == Kind.END:
                 end = self._record(length, TopicEnd)
                 if end.topic not in tallies or end != tallies[end.topic].end():
@@ -326,6 +348,29 @@ class Guest:
                 return ends
             else:
                 raise ProtocolError(f"{kind.name} where it was not due")
+
+    def _within_output(self, received: int) -> None:
+        """Go on, or kill the guest: it has sent what it may, counted as what it unfolds to."""
+        limit = self._limits.output_limit_bytes
+        if received > limit:
+            self.kill()
+            what = f"{self._who} published more than {limit} bytes for one file"
+            raise OutputRefused(what, "raise output_limit_bytes under [guest]")
+
+    @contextlib.contextmanager
+    def _worked(self, length: int) -> Iterator[None]:
+        """While the caller works on a batch of so many bytes, the guest's clocks stand still: a
+        slow disk or sink is not its fault. But they go on while we compute, as far as its bytes do
+        not pay for that.
+        """
+        began, computed = time.monotonic(), time.thread_time()
+        yield
+        computed = time.thread_time() - computed
+        self._paid += length / PAID_BYTES
+        unpaid = max(0.0, computed - self._paid)
+        self._paid = max(0.0, self._paid - computed)
+        self._meter.charge(unpaid)
+        self._deadline += time.monotonic() - began - unpaid
 
     def _batch(self, length: int) -> tuple[str, pa.Buffer]:
         (name_length,) = TOPIC_LENGTH.unpack(self._read(TOPIC_LENGTH.size))
@@ -344,10 +389,13 @@ class Guest:
     def _record(self, length: int, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(self._read(length), type=kind)
-        except msgspec.DecodeError as error:
+        except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             raise ProtocolError(f"a {kind.__name__} that does not fit: {error}") from error
 
     def _header(self, job: int) -> tuple[Kind, int]:
+        # What was read ahead could keep us at work without ever waiting for the wire again.
+        if self._deadline <= time.monotonic():
+            raise TimeoutError
         number, its_job, length = HEADER.unpack(self._read(HEADER.size))
         try:
             kind = Kind(number)

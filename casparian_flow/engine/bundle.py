@@ -32,6 +32,8 @@ BUNDLED = (
     "engine/attempt.py",
     "engine/frames.py",
     "engine/guest.py",
+    "engine/layouts.py",
+    "engine/sizes.py",
     "security/__init__.py",
     "security/kernel.py",
     "security/landlock.py",

@@ -7,11 +7,11 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from socket import socket
 from subprocess import DEVNULL, PIPE, STDOUT, Popen
@@ -109,6 +109,10 @@ class Meter:
         self._began = self._used()
         self._most = self._began + limit_seconds
 
+    def charge(self, seconds: float) -> None:
+        """Count work that somebody else did for it as its own."""
+        self._most -= seconds
+
     def left(self) -> float:
         """Seconds of wall clock before which it cannot have used it up, on all cores at once."""
         return (self._most - self._used()) / (os.cpu_count() or 1)
@@ -180,20 +184,29 @@ class Meter:
     def _rss(self) -> int:
         if self._usage:
             return self._usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        try:
-            status = Path(f"/proc/{self._process.pid}/status").read_text()
-        except OSError:
-            return 0
-        return int((status.partition("VmHWM:")[2].split() or ["0"])[0]) << 10
+        return status_number(self._process.pid, b"VmHWM") << 10
+
+
+def status_number(pid: int, key: bytes) -> int:
+    """A number of a process's `/proc/<pid>/status`; 0 where it has none.
+
+    A process chooses its name, which stands there before all else: of any bytes, but for a newline,
+    which the kernel writes as `\\n`. So a key counts at the beginning of a line only.
+    """
+    return _number(f"/proc/{pid}/status", rb"^%s:[ \t]+([0-9]{1,15})\b" % re.escape(key))
 
 
 def _oom_kills() -> int:
     """How often the kernel has killed a process for want of memory since it was started."""
+    return _number("/proc/vmstat", rb"^oom_kill ([0-9]{1,15})$")
+
+
+def _number(file: str, pattern: bytes) -> int:
     try:
-        counters = Path("/proc/vmstat").read_text()
+        found = re.search(pattern, Path(file).read_bytes(), re.MULTILINE)
     except OSError:
         return 0
-    return int((counters.partition("oom_kill ")[2].split() or ["0"])[0])
+    return int(found[1]) if found else 0
 
 
 def signal_name(number: int) -> str:
@@ -226,10 +239,11 @@ def kill_below(pid: int) -> None:
             os.kill(each, signal.SIGKILL)
 
 
-def descendants(pid: int) -> Iterator[int]:
-    """Every process below `pid`, as far as the kernel lists them (Linux)."""
-    for listing in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, listing.read_text().split()):
-                yield from descendants(child)
-                yield child
+def descendants(pid: int) -> list[int]:
+    """Every process below `pid`, the lowest first, as far as the kernel lists them (Linux)."""
+    found = [pid]
+    for each in found:  # it grows meanwhile
+        for listing in Path(f"/proc/{each}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += map(int, listing.read_bytes().split())
+    return found[:0:-1]

@@ -10,6 +10,7 @@ from casparian_flow.engine.batches import Tally
 from casparian_flow.errors import ProtocolError
 
 COUNT = 4000
+LIMIT = 1 << 20
 
 
 def stream() -> bytes:
@@ -20,7 +21,8 @@ def stream() -> bytes:
             "word": pa.array(["alpha", None] * 10),
             "list": pa.array([[1, 2], [], None, [3]] * 5),
             "struct": pa.array([{"a": 1, "b": "x"}, None] * 10),
-            "kind": pa.array(["x", "y"] * 10).dictionary_encode(),
+            "pairs": pa.FixedSizeListArray.from_arrays(pa.array([*range(40)]), 2),
+            "none": pa.array([[None], None] * 10, pa.list_(pa.null())),
             "flag": pa.array([True, False, None, True] * 5),
         }
     )
@@ -57,13 +59,13 @@ def test_a_mutated_batch_is_refused_or_safe_to_read_and_never_the_one_that_was_s
     chance = random.Random(seed)
     good = stream()
     sent = Tally("t")
-    rows = sent.add(pa.py_buffer(good)).to_pylist()
+    rows = sent.add(pa.py_buffer(good), LIMIT)[0].to_pylist()
     read = 0
     for _ in range(COUNT):
         data = mutated(good, chance)
         received = Tally("t")
         try:
-            batch = received.add(pa.py_buffer(data))
+            batch, _ = received.add(pa.py_buffer(data), LIMIT)
         except ProtocolError:
             continue
         read += 1

@@ -27,7 +27,9 @@ from casparian_flow.engine.sinks.base import (
     own_topic,
     unavailable,
 )
+from casparian_flow.engine.sinks.columns import as_list
 from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, fit
+from casparian_flow.engine.sizes import VALUE_BYTES
 from casparian_flow.errors import OutputRefused
 from casparian_flow.protocol import MODES, OutputPlan, StagedOutput
 
@@ -126,11 +128,12 @@ class Stage:
         days.check(self._plan.topic, batch)
         self._check_values(batch)
         self._batches += 1
-        self._pending.append(batch)
-        self._pending_rows += batch.num_rows
-        self._pending_bytes += batch.nbytes
-        if self._pending_rows >= parts.GROUP_ROWS or self._pending_bytes >= GROUP_BYTES:
-            self._flush()
+        for piece, size in _pieces(batch):
+            self._pending.append(piece)
+            self._pending_rows += piece.num_rows
+            self._pending_bytes += size
+            if self._pending_rows >= parts.GROUP_ROWS or self._pending_bytes >= GROUP_BYTES:
+                self._flush()
 
     def finish(self) -> None:
         """Write what is still in memory; to be called when the topic has ended.
@@ -256,6 +259,34 @@ def reading(output: StagedOutput) -> Iterator[Any]:
         if is_disk_fault(error):
             raise unavailable(error, Path(output.stage)) from error
         raise lost(output, error) from error
+
+
+def _pieces(batch: Any) -> Iterator[tuple[Any, int]]:
+    """The batch in pieces of at most GROUP_BYTES where its rows allow, each with what it unfolds
+    to: writing null values takes room, though they have none of their own."""
+    values = sum(_values(column) for column in batch.columns)
+    size = max(batch.nbytes, VALUE_BYTES * values)
+    if size <= GROUP_BYTES or batch.num_rows < 2:
+        yield batch, size
+        return
+    half = batch.num_rows // 2
+    for part in (batch.slice(0, half), batch.slice(half)):
+        yield from _pieces(part)
+
+
+def _values(array: Any) -> int:
+    """How many values an array has, those within its values too."""
+    kind, count = array.type, len(array)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _values(array.storage)
+    if pa.types.is_fixed_size_list(kind):
+        size = kind.list_size
+        return count + _values(array.values.slice(array.offset * size, count * size))
+    if pa.types.is_struct(kind):
+        return count + sum(_values(array.field(number)) for number in range(kind.num_fields))
+    if pa.types.is_nested(kind) and not pa.types.is_union(kind):
+        return count + _values((as_list(array) if pa.types.is_map(kind) else array).flatten())
+    return count
 
 
 def _check_plan(plan: OutputPlan) -> None:
