@@ -67,6 +67,7 @@ LAYERS = [
         "engine.placing",
         "engine.in_hand",
         "engine.holdings",
+        "engine.one_thread",
         "engine.venv_manager",
         "engine.undeclared",
         "engine.rejects",

@@ -18,7 +18,6 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from casparian_flow import protocol
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import canary, wire
 from casparian_flow.engine.holdings import Holdings
+from casparian_flow.engine.one_thread import OneThread
 from casparian_flow.engine.runner import Runner, released
 from casparian_flow.errors import CasparianError, DaemonGone, ProtocolError, leave
 from casparian_flow.protocol import AnyMessage, Artifact, Assignment, Conclude
@@ -49,6 +49,12 @@ KEY_SECONDS = 0.5
 
 FETCH_SECONDS = 10.0
 """How long an artifact may take before it is asked for again: a message may be lost."""
+
+HUNG_SECONDS = 2.0
+"""How long what was killed may take to come to its end, before it is left behind."""
+
+CLOSE_SECONDS = 1.0
+"""How long letting the guests go may take; what is left of them ends with this process."""
 
 PREFETCH_SECONDS = 0.25
 """Work a worker asks for ahead: many jobs where they are short, one where they are long."""
@@ -72,8 +78,7 @@ class Worker:
         self._endpoint = endpoint
         self._socket = context.socket(zmq.DEALER)
         wire.tune(self._socket)
-        # One thread for life: the kernel kills guests when the thread that started them ends.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"worker-{name}")
+        self._thread = OneThread(f"worker-{name}")
         self._runner: Runner | None = None
         self._jobs: asyncio.Queue[list[Assignment]] = asyncio.Queue()
         self._artifacts: dict[int, asyncio.Future[Artifact]] = {}
@@ -84,6 +89,7 @@ class Worker:
         self._welcomed = False
         self._pace = PREFETCH_SECONDS
         self._draining = asyncio.Event()
+        self._hung = asyncio.Event()
 
     async def run(self) -> None:
         """Introduce ourselves, then serve until the Sentinel says Drain.
@@ -93,7 +99,7 @@ class Worker:
             ConfigError: the Sentinel's key cannot be read, or could be somebody else's.
             SandboxUnavailable: the sandbox is required, and does not hold here.
         """
-        loops = [self._listen(), self._work(), self._beat()]
+        loops = [self._listen(), self._work(), self._beat(), self._wait_in_vain()]
         if self._alone:
             loops.append(self._follow())
         else:
@@ -121,16 +127,27 @@ class Worker:
             return
         self._draining.set()
         self._runner.halt()
-        asyncio.get_running_loop().call_later(grace_seconds, self._runner.halt, True)
+        loop = asyncio.get_running_loop()
+        loop.call_later(grace_seconds, self._runner.halt, True)
+        loop.call_later(grace_seconds + HUNG_SECONDS, self._hung.set)
 
     async def _leave(self) -> None:
         if self._runner:
             self._runner.halt(kill=True)
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.close)
-        self._thread.shutdown()
+            closing = self._thread.run(self._runner.close)
+            done, _ = await asyncio.wait([closing], timeout=CLOSE_SECONDS)
+            if not done:
+                log.error("worker %s hangs in a call; it is left behind, and its jobs go back to "
+                          "the queue", self._name)  # fmt: skip
+                self._thread.leave_behind()
+        self._thread.stop()
         with contextlib.suppress(zmq.ZMQError):
             await self._send(protocol.Goodbye(), flags=zmq.NOBLOCK)
         self._socket.close()
+
+    async def _wait_in_vain(self) -> None:
+        """Until what we were told to end has not ended; nobody can end a call that hangs."""
+        await self._hung.wait()
 
     async def _listen(self) -> None:
         await self._send(protocol.Hello(worker=self._name))
@@ -179,7 +196,7 @@ class Worker:
     async def _try_sandbox(self, welcome: protocol.Welcome) -> None:
         if self._alone:
             trial = partial(canary.check, welcome.limits, self._cache)
-            await asyncio.get_running_loop().run_in_executor(self._thread, trial)
+            await self._thread.run(trial)
 
     async def _work(self) -> None:
         """Run one assigned batch after another; end when draining and nothing is in hand."""
@@ -206,12 +223,12 @@ class Worker:
         if self._welcome:
             welcome, self._welcome = self._welcome, None
             await self._try_sandbox(welcome)
-            await loop.run_in_executor(self._thread, self._runner.follow, welcome)
+            await self._thread.run(partial(self._runner.follow, welcome))
         needed = {job.plugin_id for job in batch}
         artifacts = {n: await self._artifact(n, draining) for n in needed}
         work = [(job, found) for job in batch if (found := artifacts[job.plugin_id])]
         started = loop.time()
-        receipts = await loop.run_in_executor(self._thread, self._runner.run, work)
+        receipts = await self._thread.run(partial(self._runner.run, work))
         receipts += [released(job) for job in batch if not artifacts[job.plugin_id]]
         self._holdings.conclude(receipts)
         await self._send(Conclude(receipts=receipts))

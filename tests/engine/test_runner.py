@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,19 @@ import msgspec
 import pytest
 
 from casparian_flow import config
-from casparian_flow.engine import bridge
+from casparian_flow.engine import (
+    batches,
+    bridge,
+    byte_code,
+    guest_process,
+    in_hand,
+    sinks,
+)
+from casparian_flow.engine import runner as runner_module
 from casparian_flow.engine.runner import Runner
-from casparian_flow.protocol import Assignment, Outcome, Receipt, Welcome
+from casparian_flow.engine.sinks.stage import Stage
+from casparian_flow.engine.venv_manager import EnvironmentStore
+from casparian_flow.protocol import Assignment, Outcome, OutputPlan, Receipt, Welcome
 from casparian_flow.sections import GuestSettings
 from tests.engine.guests import artifact, plugin
 
@@ -127,3 +138,76 @@ def test_an_environment_that_is_being_built_holds_nobody_up(
     receipt = run(ours, assignment(tmp_path / "a.txt", b"x"), b"", lock)
     leaving.join()
     assert receipt.outcome is Outcome.RELEASED
+
+
+FINE = plugin("self.publish('t', pa.table({'n': [1]}))")
+FAULTS = [ValueError("boom"), RecursionError("deep"), MemoryError(), OSError(5, "I/O error")]
+
+
+def raiser(fault: Exception) -> Callable[..., Any]:
+    def raises(*_: object, **__: object) -> None:
+        raise fault
+
+    return raises
+
+
+STEPS: dict[str, tuple[object, str]] = {
+    "start": (bridge, "spawn"),
+    "load": (bridge.Guest, "load"),
+    "wait for it": (bridge.Guest, "_await_wire"),
+    "read a frame": (bridge.Guest, "_header"),
+    "read a record": (bridge.Guest, "_record"),
+    "read a batch": (batches, "read_batch"),
+    "read what it prints": (bridge.Guest, "_drain"),
+    "its log": (bridge.Guest, "take_log"),
+    "what it used": (guest_process, "status_number"),
+    "whether it lives": (bridge.Guest, "alive"),
+    "its end": (bridge.Guest, "close"),
+    "why it ended": (guest_process.Meter, "cause"),
+    "the byte code": (byte_code, "real_modules"),
+    "the place of its file": (runner_module, "placed"),
+    "the mark of what is in hand": (in_hand, "held"),
+    "the bundle": (runner_module, "bundle"),
+    "the environment": (EnvironmentStore, "lease"),
+    "the folder it left": (runner_module, "clear_away"),
+    "the sink": (sinks, "open_sink"),
+    "staging a batch": (Stage, "write"),
+    "the end of staging": (Stage, "finish"),
+    "sealing": (sinks, "seal"),
+    "throwing away": (Stage, "discard"),
+}
+
+
+@pytest.mark.parametrize(("step", "fault"), [*zip(STEPS, cycle(FAULTS), strict=False)])
+def test_no_exception_of_any_step_leaves_the_attempt(
+    runner: Make, tmp_path: Path, default_lock: str, step: str, fault: Exception
+) -> None:
+    """Each is a receipt, and the worker goes on with the next job."""
+    (tmp_path / "a.txt").write_bytes(b"x")
+    plan = OutputPlan(
+        topic="t", uri="parquet://out", location=f"parquet://{tmp_path}/out", mode="append",
+        output_key="k" * 64, slot="s", ordinal=0,
+    )  # fmt: skip
+    job = assignment(tmp_path / "a.txt", b"x", outputs=[plan])
+    ours = runner()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*STEPS[step], raiser(fault))
+        receipt = run(ours, job, FINE, default_lock)
+        assert receipt.outcome in (Outcome.FAILED, Outcome.RELEASED, Outcome.STAGED)
+        assert receipt.error or receipt.outcome is Outcome.STAGED, "it says why"
+        ours.close()
+    again = msgspec.structs.replace(job, attempt="x-2")
+    receipt = run(ours, again, FINE, default_lock)
+    assert receipt.outcome is Outcome.STAGED
+    assert receipt.outputs[0].rows == 1
+
+
+def test_words_that_are_no_text_come_through(
+    runner: Make, tmp_path: Path, default_lock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x")
+    fault = ValueError("lone \ud800, NUL \0, and long " + "x" * 10_000_000)
+    monkeypatch.setattr(bridge.Guest, "take_log", raiser(fault))
+    receipt = run(runner(), assignment(tmp_path / "a.txt", b"x"), FINE, default_lock)
+    assert receipt.outcome is Outcome.FAILED
+    assert len(msgspec.json.encode(receipt)) < 20_000

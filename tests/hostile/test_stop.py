@@ -1,0 +1,83 @@
+"""SIGTERM ends a daemon whatever its workers do, and what they had in hand is worked by the next."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from casparian_flow.config import Settings
+from casparian_flow.db import jobs
+from casparian_flow.db.access import Ledger
+from casparian_flow.engine.one_thread import HUNG_EXIT
+from casparian_flow.services.scan import scan
+from casparian_flow.services.verify import verify
+from tests.conftest import write_config
+from tests.e2e.test_daemon import PATIENCE, outcomes, said, work_off
+from tests.factories import add_root
+from tests.plugs import BEHAVES, publish
+
+HANGS = """
+import os, sys
+from casparian_flow import main
+from casparian_flow.engine import runner, sinks, worker_client
+from casparian_flow.engine.sinks.stage import Stage
+
+def hang(*_, **__):
+    print("it hangs", file=sys.stderr, flush=True)
+    os.read(os.pipe()[0], 1)
+
+def spin(*_, **__):
+    print("it hangs", file=sys.stderr, flush=True)
+    while True:
+        pass
+
+{patch}
+sys.argv = ["casparian", "start", "--workers", "1"]
+from casparian_flow.cli import main
+main()
+"""
+
+
+def persisting(tmp_path: Path) -> Settings:
+    from casparian_flow import config
+
+    file = write_config(tmp_path / "flow").home / "global_config.toml"
+    file.write_text(file.read_text().replace("[jobs]", "[jobs]\ndrain_seconds = 0.5"))
+    return config.load(str(file))
+
+
+@pytest.mark.parametrize(
+    "patch",
+    ["Stage.write = hang", "Stage.write = spin", "sinks.seal = hang", "runner.bundle = hang"],
+)
+def test_sigterm_ends_a_daemon_whose_worker_hangs_and_no_job_is_lost(
+    ledger: Ledger, tmp_path: Path, source: Path, patch: str
+) -> None:
+    settings = persisting(tmp_path)
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    for n in range(3):
+        (source / f"{n}.do").write_text(f"fine {n}")
+    scan(ledger, root)
+    command = [sys.executable, "-c", HANGS.format(patch=patch)]
+    environment = {**os.environ, "CASPARIAN_CONFIG": str(settings.home / "global_config.toml")}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as daemon:
+        said(daemon, "it hangs")
+        guests = psutil.Process(daemon.pid).children(recursive=True)
+        daemon.send_signal(signal.SIGTERM)
+        words = daemon.communicate(timeout=PATIENCE)[1]
+    assert daemon.returncode == HUNG_EXIT
+    assert "hangs in a call" in words
+    assert "stopped: " in words, "the ledger was closed in order"
+    _, alive = psutil.wait_procs(guests, timeout=PATIENCE)
+    assert not alive, "a guest outlived its worker"
+    assert ledger.read(jobs.counts) == {"QUEUED": 3}
+    assert work_off(settings) == {"COMPLETED": 3}
+    assert {reason for _, reason in outcomes(ledger).values()} == {""}
+    assert verify(settings, ledger).problems == []
