@@ -162,7 +162,7 @@ class Handler(BasePlugin):
                         self.publish(MANIFEST.topic[kind], table)
         for words, count in notes.items():
             lines = "line" if count == 1 else "lines"
-            print(f"{words} ({count} {lines})")  # noqa: T201  - into the attempt's log
+            print(f"{words} ({count} {lines})")
 
 
 class Line(NamedTuple):

@@ -549,7 +549,7 @@ def encoding_of(start: bytes) -> str:
 
 def say(words: str) -> None:
     """Say something of the file; it stands in the attempt's log."""
-    print(words)  # noqa: T201
+    print(words)
 
 
 def size_of(entry: Entry) -> int:

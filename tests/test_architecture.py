@@ -113,8 +113,15 @@ LAYERS = [
     ["config", "daemon_lock"],
     ["sections"],
     [
-        "errors", "atomic", "sdk", "trees", "crashpoints", "mounts", "services.aside",
-        "wording", "topics",
+        "errors",
+        "atomic",
+        "sdk",
+        "trees",
+        "crashpoints",
+        "mounts",
+        "services.aside",
+        "wording",
+        "topics",
     ],
 ]
 """From the roof down; a module may import from its own layer and from those below."""

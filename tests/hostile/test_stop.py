@@ -1,4 +1,4 @@
-"""SIGTERM ends a daemon whatever its workers do, and what they had in hand is worked by the next."""
+"""SIGTERM ends a daemon whatever its workers do; the next one works what they had in hand."""
 
 from __future__ import annotations
 
