@@ -83,7 +83,7 @@ class Dispatcher:
         places += [
             (topic, self._settings.output.default_uri, "append") for topic in sorted(declared)
         ]
-        outputs = [self._plan(job, *place) for place in places]
+        outputs = [self._plan(job, *place, manifest.topics) for place in places]
         for first, second in itertools.combinations(outputs, 2):
             if (first.topic, first.location) == (second.topic, second.location):
                 raise ConfigError(
@@ -108,7 +108,7 @@ class Dispatcher:
             may_be_empty=empty,
         )
 
-    def _plan(self, job: Any, topic: str, uri: str, mode: str) -> OutputPlan:
+    def _plan(self, job: Any, topic: str, uri: str, mode: str, topics: Sequence[str]) -> OutputPlan:
         uri, said = sink_uri.read(uri)  # people write options into the table as well
         location = sinks.resolve(uri, self._settings.home)
         sinks.check_not_ledger(location, self._settings.database.path)
@@ -129,6 +129,7 @@ class Dispatcher:
                 "size_bytes": str(job.size_bytes),
                 "artifact_hash": job.artifact_hash,
                 "plugin": job.plugin_name,
+                "topics": "/".join(topics),  # no topic of a sink has a slash
                 "uri": uri,
             },
         )

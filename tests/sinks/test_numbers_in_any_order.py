@@ -128,13 +128,19 @@ def test_what_agrees_is_taken_in_every_order(
 
 def test_the_message_names_what_settles_it(parquet: Place) -> None:
     """Column, both types, and the command; the facts say of which file and plugin."""
-    facts = {"plugin": "json_records", "path": b"in/users-2.jsonl.gz".hex()}
+    facts = {
+        "plugin": "json_records", "path": b"in/users-2.jsonl.gz".hex(),
+        "topics": "json/json_rejects",
+    }  # fmt: skip
     first, second = (
         parquet.sealed({"id": values}, job, facts=facts)
         for job, values in ((1, [1]), (2, pa.array(["u-1"])))
     )
     _, refused = parquet.publish(first, second)
     assert isinstance(refused, OutputRefused)
-    for word in ("'id'", "int64", "string", "casparian publish json_records.py --name users",
-                 "--pattern 'users*.jsonl.gz'", "--topic users"):  # fmt: skip
+    settles = (
+        "casparian publish json_records.py --name users --pattern 'users*.jsonl.gz' "
+        "--topic users --topic users_rejects."
+    )
+    for word in ("'id'", "int64", "string", settles):
         assert word in refused.message

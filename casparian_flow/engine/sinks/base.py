@@ -99,11 +99,14 @@ def own_topic(topic: str, facts: Mapping[str, str]) -> str:
     begin = first[0] if first else ""
     own = begin.lower() or "other"
     own = f"{own}_2" if own in (topic, facts["plugin"]) else own
+    main, *others = facts.get("topics", topic).split("/")
+    topics = [own, *(f"{own}_{each.removeprefix(main).lstrip('_')}" for each in others)]
+    said = " ".join(f"--topic {shlex.quote(each)}" for each in topics)
     ends = PurePath(name).suffixes
     end = "".join(ends[-2:] if ends[-1:] == [".gz"] else ends[-1:])
     return (
         f"casparian publish {facts['plugin']}.py --name {own} --pattern "
-        f"{shlex.quote(f'{begin}*{end}')} --topic {own}   (a --topic for each that the plugin has)"
+        f"{shlex.quote(f'{begin}*{end}')} {said}"
     )
 
 
