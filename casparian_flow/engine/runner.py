@@ -220,7 +220,6 @@ class Runner:
         ran.seconds = time.monotonic() - started
         with ran.held():
             self._account(ran, failed=ran.fault is not None)
-            ran.log = _with_notes(ran.log, ran.stages)
         if ran.fault is None:
             return ran
         _discard(ran.stages)
@@ -233,6 +232,7 @@ class Runner:
             ran.evidence = self._used.evidence
         if failed and self._rejects and (rejects := self._rejects.log()):
             ran.log = "\n".join(filter(None, [ran.log.rstrip("\n"), rejects]))
+        ran.log = _with_notes(ran.log, ran.stages)
 
     def _run(self, job: Assignment, artifact: Artifact) -> list[Stage]:
         """Stage a job's output; with the version's file where its snapshot cannot be used."""
