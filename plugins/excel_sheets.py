@@ -38,8 +38,6 @@ import datetime
 import io
 import json
 import lzma
-import os
-import posixpath
 import re
 import struct
 import zipfile
@@ -86,7 +84,7 @@ REJECTS = pa.schema(
 )
 HEAD_ROWS = 50  # where a header may be
 TITLE_ROWS = 20
-KEPT_CELLS = 300_000  # of small workbooks, so that they are not read twice
+KEPT_CELLS = 1_500_000  # of workbooks that are not too large, so that they are not read twice
 PATTERNS = 20_000  # of filled cells, that are counted
 STRINGS_BYTES = 384 << 20
 CELL_CHARACTERS = 4 << 20  # Excel's own limit is 32,767
@@ -195,9 +193,9 @@ class Handler(BasePlugin):
     """Publishes the rows of one workbook."""
 
     def execute(self, file_path: str) -> None:
-        if not os.path.getsize(file_path):
-            return
         with open(file_path, "rb") as file:
+            if not file.peek(1):
+                return
             try:
                 self.publish_sheets(open_book(file))
             except DAMAGE as error:
@@ -306,8 +304,9 @@ def wanted(name: str) -> bool:
 
 def settle(sheet: Sheet) -> str:
     return (
-        "say which row it is by `casparian publish ... --option header_row=N` (0: there is no "
-        f"header), or which sheets to read by `--option sheets=...`, if {sheet.name!r} is no table"
+        "say which row it is: casparian publish excel_sheets.py --name NAME --pattern "
+        f"'FILES*.xlsx' --option header_row=N (0: there is no header); if {sheet.name!r} is no "
+        "table, say which sheets are: --option sheets=..."
     )
 
 
@@ -368,7 +367,8 @@ def read_shape(sheet: Sheet) -> Read:
             f"sheet {sheet.name!r} spans {place(low, left)}:{place(read.last, right)}, {height:,} "
             f"rows by {width:,} columns, and only {read.cells:,} of these {height * width:,} cells "
             "hold anything: that is no table. Delete the cells far from the table, or say which "
-            "sheets to read: casparian publish ... --option sheets=..."
+            "sheets to read: casparian publish excel_sheets.py --name NAME --pattern 'FILES*.xlsx' "
+            "--option sheets=..."
         )
     return read
 
@@ -421,7 +421,7 @@ def find_header(sheet: Sheet, read: Read) -> tuple[int, str]:
     header = read.head[start]
     width = covers(sheet, header).bit_count()
     for row in read.head[: group_start(sheet, read, start)]:
-        if len(row.cells) * 2 > width:
+        if len(row.cells) > min(2, width / 2):
             raise Unclear(
                 f"the header of sheet {sheet.name!r} is not clear: it may be row {row.number} "
                 f"({shown(row)}) or row {header.number} ({shown(header)})"
@@ -451,11 +451,15 @@ def candidate(sheet: Sheet, read: Read) -> tuple[int | None, str]:
             whole = i
         if wide is None and len(row.cells) >= max(2, half):
             wide = i
-    if wide is not None and (whole is None or whole > wide):
-        narrower = whole is not None and len(read.head[whole].cells) <= len(read.head[wide].cells)
-        if whole is None or narrower or fits(sheet, read, wide) >= 0.9 * below(read, wide):
-            return wide, "some cells lie outside its columns"
-    return whole, ""
+    if wide is None or (whole is not None and whole <= wide):
+        return whole, ""
+    if whole is not None:
+        first, second = read.head[wide], read.head[whole]
+        joined = second.number - first.number == whole - wide and not contrast(read, whole)
+        narrower = len(second.cells) <= len(first.cells)
+        if not joined and not narrower and fits(sheet, read, wide) < 0.9 * below(read, wide):
+            return whole, ""
+    return wide, "some cells lie outside its columns" if below(read, wide) else "no row follows"
 
 
 def middle_width(read: Read) -> int:
@@ -717,12 +721,15 @@ class Formats:
     def __init__(self) -> None:
         self.codes: dict[int, str] = {}
         self.cells: list[int] = []
+        self.kinds: dict[int, str] = {}
         self.base_1904 = False
 
     def kind(self, index: int) -> str:
-        number = self.cells[index] if 0 <= index < len(self.cells) else 0
-        code = self.codes.get(number)
-        return format_kind(code) if code is not None else BUILT_IN.get(number, "")
+        if index not in self.kinds:
+            number = self.cells[index] if 0 <= index < len(self.cells) else 0
+            code = self.codes.get(number)
+            self.kinds[index] = BUILT_IN.get(number, "") if code is None else format_kind(code)
+        return self.kinds[index]
 
 
 class Cells:
@@ -817,6 +824,10 @@ def open_book(file: IO[bytes]) -> Book:
     if start.startswith((b"\xd0\xcf\x11\xe0", b"\x09\x08", b"\x09\x04", b"\x09\x02", b"\x09\x00")):
         return open_xls(file)
     what = foreign_kind(start)
+    if not what and b"\0" not in start:
+        what = (
+            "text, not a workbook: the plugin `delimited` reads it, where it is called .csv or .txt"
+        )
     raise ValueError(f"this is {what or 'no workbook: it is neither XLSX, XLSB, XLS nor ODS'}")
 
 
@@ -866,16 +877,16 @@ class Parts:
 
     def links(self, name: str) -> dict[str, tuple[str, str]]:
         """The parts that one part names: by id, the kind and the target, in small letters."""
-        folder, base = posixpath.split(name)
-        rels = posixpath.join(folder, "_rels", f"{base}.rels").lower()
+        folder, _, base = name.rpartition("/")
         found: dict[str, tuple[str, str]] = {}
 
-        def start(tag: str, attrs: dict[str, str]) -> None:
+        def start(name: str, attrs: dict[str, str]) -> None:
+            tag = LOCAL[name]
             if tag == "Relationship" and attrs.get("TargetMode") != "External":
-                target = attrs.get("Target", "").replace("\\", "/")
-                path = posixpath.normpath(posixpath.join("/", folder, target)).lstrip("/")
+                path = part_name(folder, attrs.get("Target", "").replace("\\", "/"))
                 found[attrs.get("Id", "")] = (attrs.get("Type", "").lower(), path.lower())
 
+        rels = part_name(folder, f"_rels/{base}.rels").lower()
         if rels in self.entries:
             parse(self.open(rels), start)
         return found
@@ -884,12 +895,26 @@ class Parts:
         return [path for link, path in self.links(name).values() if link.endswith(kind)]
 
 
+def part_name(folder: str, target: str) -> str:
+    """The name of a part that is named from a folder, or from the root."""
+    parts: list[str] = []
+    for part in target.split("/") if target.startswith("/") else f"{folder}/{target}".split("/"):
+        if part == "..":
+            del parts[-1:]
+        elif part not in ("", "."):
+            parts.append(part)
+    return "/".join(parts)
+
+
 class LocalNames(dict[str, str]):
     """XML names without their namespace."""
 
     def __missing__(self, name: str) -> str:
         local = self[name] = name.rpartition("|")[2]
         return local
+
+
+LOCAL = LocalNames()
 
 
 Start = Callable[[str, dict[str, str]], None]
@@ -911,13 +936,12 @@ def pieces(
     end: Callable[[str], None] | None = None,
     text: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """Parse XML a piece at a time. Elements are called by their local names."""
-    local = LocalNames()
+    """Parse XML a piece at a time. Names come with their namespace: LOCAL has them without."""
+    LOCAL.clear()
     parser = expat.ParserCreate(namespace_separator="|")
     parser.buffer_text = True
-    parser.StartElementHandler = lambda name, attrs: start(local[name], attrs)
-    if end:
-        parser.EndElementHandler = lambda name: end(local[name])
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
     parser.CharacterDataHandler = text
     parser.StartDoctypeDeclHandler = refuse_doctype
     fed = 0
@@ -940,18 +964,19 @@ def refuse_doctype(*_: Any) -> None:
 
 
 def open_xlsx(parts: Parts, name: str) -> Book:
-    formats, found = Formats(), dict[str, str]()
+    formats, found = Formats(), list[tuple[str, str]]()
     links = parts.links(name)
     book = Book([])
 
-    def start(tag: str, attrs: dict[str, str]) -> None:
+    def start(name: str, attrs: dict[str, str]) -> None:
+        tag = LOCAL[name]
         if tag == "workbookPr":
             formats.base_1904 = attrs.get("date1904") in ("1", "true")
         elif tag == "calcPr":
             book.recalculate = attrs.get("fullCalcOnLoad") in ("1", "true")
         elif tag == "sheet":
             link = next((attrs[key] for key in attrs if key.endswith("|id")), "")
-            found[attrs.get("name", "")] = link
+            found.append((attrs.get("name", ""), link))
 
     parse(parts.open(name), start)
     for style in parts.related(name, "/styles"):
@@ -959,7 +984,7 @@ def open_xlsx(parts: Parts, name: str) -> Book:
     strings: list[str] = []
     for shared in parts.related(name, "/sharedstrings"):
         strings = shared_strings(parts.open(shared))
-    for title, link in found.items():
+    for title, link in found:
         kind, path = links.get(link, ("", ""))
         if not kind:
             raise damaged(f"it has no part for its sheet {title!r}")
@@ -971,7 +996,8 @@ def open_xlsx(parts: Parts, name: str) -> Book:
 def read_styles(stream: IO[bytes], formats: Formats) -> None:
     inside = False
 
-    def start(tag: str, attrs: dict[str, str]) -> None:
+    def start(name: str, attrs: dict[str, str]) -> None:
+        tag = LOCAL[name]
         nonlocal inside
         if tag == "numFmt" and attrs.get("numFmtId", "").isdigit():
             formats.codes.setdefault(int(attrs["numFmtId"]), attrs.get("formatCode", ""))
@@ -981,7 +1007,8 @@ def read_styles(stream: IO[bytes], formats: Formats) -> None:
             number = attrs.get("numFmtId", "")
             formats.cells.append(int(number) if number.isdigit() else 0)
 
-    def end(tag: str) -> None:
+    def end(name: str) -> None:
+        tag = LOCAL[name]
         nonlocal inside
         inside = inside and tag != "cellXfs"
 
@@ -1011,7 +1038,8 @@ def shared_strings(stream: IO[bytes]) -> list[str]:
     on = phonetic = False
     size = 0
 
-    def start(tag: str, _: dict[str, str]) -> None:
+    def start(name: str, _: dict[str, str]) -> None:
+        tag = LOCAL[name]
         nonlocal on, phonetic
         on = tag == "t" and not phonetic
         phonetic = phonetic or tag == "rPh"
@@ -1024,7 +1052,8 @@ def shared_strings(stream: IO[bytes]) -> list[str]:
                 raise too_many_strings()
             parts.append(data)
 
-    def end(tag: str) -> None:
+    def end(name: str) -> None:
+        tag = LOCAL[name]
         nonlocal on, phonetic, size
         on = False
         if tag == "rPh":
@@ -1071,11 +1100,12 @@ class XlsxSheet:
         self.parts: list[str] = []
         self.size = 0
 
-    def start(self, tag: str, attrs: dict[str, str]) -> None:
+    def start(self, name: str, attrs: dict[str, str]) -> None:
+        tag = LOCAL[name]
         if tag == "c":
             self.cell = attrs
-            name = attrs.get("r")
-            self.column = column_of(name.rstrip("0123456789")) if name else self.column + 1
+            ref = attrs.get("r", "").rstrip("0123456789")
+            self.column = column_of(ref) if ref else self.column + 1
             self.formula = self.valued = False
             self.parts.clear()
             self.size = 0
@@ -1103,7 +1133,8 @@ class XlsxSheet:
             if self.size > CELL_CHARACTERS:
                 raise damaged(f"cell {place(self.cells.number, self.column)} has no end")
 
-    def end(self, tag: str) -> None:
+    def end(self, name: str) -> None:
+        tag = LOCAL[name]
         self.on = False
         if tag == "c":
             if self.cell is not None and (self.valued or self.formula):
@@ -1117,6 +1148,8 @@ class XlsxSheet:
     def value(self, cell: dict[str, str], raw: str) -> None:
         cells, column = self.cells, self.column
         kind = cell.get("t", "n")
+        if self.formula and kind != "n":
+            cells.sheet.formulas += 1
         if self.formula and not raw and not (kind == "str" and self.valued):
             cells.fault(column, UNCALCULATED)
         elif kind == "s":
@@ -1391,10 +1424,11 @@ def open_ods(parts: Parts) -> Book:
     names: list[str] = []
     sheets = False
 
-    def start(tag: str, attrs: dict[str, str]) -> None:
+    def start(name: str, attrs: dict[str, str]) -> None:
+        tag = LOCAL[name]
         nonlocal sheets
         sheets = sheets or tag == "spreadsheet"
-        reader.start(tag, attrs)
+        reader.start(name, attrs)
 
     reader = OdsSheet(None, -1)
     for _ in pieces(parts.open("content.xml"), start, reader.end, reader.text):
@@ -1430,6 +1464,9 @@ OUTSIDE = {
 """Elements in a cell that are not its text: notes and drawings."""
 
 
+ODS_ERROR = re.compile(r"#[A-Z0-9/]+[!?]?|Err:\d+")
+
+
 class OdsSheet:
     """What an XML parser meets in `content.xml` becomes the rows of one of its sheets."""
 
@@ -1450,7 +1487,8 @@ class OdsSheet:
         self.parts: list[str] = []
         self.size = 0
 
-    def start(self, tag: str, attrs: dict[str, str]) -> None:
+    def start(self, name: str, attrs: dict[str, str]) -> None:
+        tag = LOCAL[name]
         if self.skipped or (self.cell is not None and tag in OUTSIDE):
             self.skipped += 1
             return
@@ -1494,7 +1532,8 @@ class OdsSheet:
             if self.size > CELL_CHARACTERS:
                 raise damaged(f"cell {place(self.cells.number, self.column)} has no end")
 
-    def end(self, tag: str) -> None:
+    def end(self, name: str) -> None:
+        tag = LOCAL[name]
         if self.skipped:
             self.skipped -= 1
         elif tag == "table":
@@ -1525,7 +1564,9 @@ class OdsSheet:
     def put_one(self, column: int, cell: dict[str, str], text: str) -> bool:
         """One cell, or one of those that it is repeated as; whether it holds anything."""
         cells, kind = self.cells, cell.get("value-type", "")
-        if cell.get("calc:value-type") == "error":
+        if cell.get("calc:value-type") == "error" or (
+            "formula" in cell and ODS_ERROR.fullmatch(text)
+        ):
             cells.error(column, text or "#ERROR")
         elif kind in ("float", "percentage", "currency"):
             cells.number_of(column, cell.get("value", ""), 0)
@@ -1538,7 +1579,7 @@ class OdsSheet:
                 cells.put(column, moment)
             else:
                 cells.fault(column, f"{raw[:40]!r} is no {kind}")
-        elif not kind and "formula" in cell and not text:
+        elif kind in ("", "void") and "formula" in cell and not text:
             cells.fault(column, UNCALCULATED)
         else:
             cells.text(column, cell.get("string-value") or text)

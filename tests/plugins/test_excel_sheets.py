@@ -121,6 +121,12 @@ def test_titles_are_skipped_and_told(
     assert ("guessed: " in said) == bool(above)
 
 
+def test_a_report_without_rows(excel_sheets: Run, tmp_path: Path) -> None:
+    out = excel_sheets(written(tmp_path, [["Report"], [], TABLE[0]]))
+    assert header(out) == TABLE[0]
+    assert cells(out) == []
+
+
 def test_merged_title(excel_sheets: Run, tmp_path: Path) -> None:
     out = excel_sheets(written(tmp_path, [["Report"], *TABLE], ("A1:D1",)))
     assert header(out) == TABLE[0]
@@ -161,6 +167,22 @@ def test_a_column_without_a_name_keeps_its_cells(excel_sheets: Run, tmp_path: Pa
     assert cells(out) == [[2, "0", "a", "1.5"], [3, "1", "b", "2.5"]]
 
 
+def test_a_text_without_a_header_is_no_header(excel_sheets: Run, tmp_path: Path) -> None:
+    rows = [["supplier", "article"], ["Lee", "hinge", "preferred"], ["Orr", "screw"]]
+    out = excel_sheets(written(tmp_path, rows))
+    assert header(out) == ["supplier", "article", "column_3"]
+    assert cells(out) == [[2, "Lee", "hinge", "preferred"], [3, "Orr", "screw", None]]
+
+
+def test_pairs_above_a_table_are_told(
+    excel_sheets: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [["holder", "Jane"], ["iban", "DE00"], ["day", "text", "in", "out"], [1, "a", 2, 3]]
+    out = excel_sheets(written(tmp_path, rows))
+    assert header(out) == ["day", "text", "in", "out"]
+    assert "iban | DE00" in capsys.readouterr().out
+
+
 UNCLEAR = [
     [["North", 1, 2], ["South", 3, 4]],  # no header
     [["Alien", 1979], ["Brazil", 1985]],  # years that are data
@@ -172,6 +194,7 @@ UNCLEAR = [
         ["day", "text", "in", "out"],
         [1, "a", 2, 3],
     ],
+    [["a", "b", "c"], ["x", 1, 2], [], ["d", "e", "f", "g", "h", "i"], ["y", 1, 2, 3, 4, 5]],
     [["Turnout"], ["sheet", "https://a"], ["results", "https://b"], [], ["Votes"], ["c", "d"]],
 ]
 
@@ -527,6 +550,14 @@ def test_ods_values(cell: str, text: Any, excel_sheets: Run, tmp_path: Path) -> 
     assert cells(out) == [[2, "1", text]]
 
 
+def test_ods_errors_are_text(excel_sheets: Run, tmp_path: Path) -> None:
+    for kind in ('office:value-type="float" office:value="0"', 'office:value-type="string"'):
+        cell = f"<table:table-cell table:formula='of:=1/0' {kind}><text:p>#DIV/0!</text:p>"
+        row = f"<table:table-row>{ods_text('1')}{cell}</table:table-cell></table:table-row>"
+        out = excel_sheets(ods(tmp_path / "book.ods", ODS_HEAD + row))
+        assert cells(out) == [[2, "1", "#DIV/0!"]]
+
+
 @pytest.mark.parametrize(
     "cell",
     [
@@ -607,7 +638,8 @@ def test_xml_that_is_made_to_hurt_is_refused(part: str, excel_sheets: Run, tmp_p
     ("data", "what"),
     [
         (b"PK\x03\x04 and no more", "may be damaged"),
-        (b"plain text", "no workbook"),
+        (b"a\tb\n1\t2\n", "this is text, not a workbook"),
+        (bytes(600), "no workbook"),
         (b"<html><body><table><tr><td>a</td></tr></table>", "HTML"),
         (b"%PDF-1.7\n", "PDF"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "may be damaged"),
