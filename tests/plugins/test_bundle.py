@@ -14,7 +14,6 @@ from casparian_flow.db.routing import compile_pattern
 from tests.plugins.conftest import REPOSITORY, load, runner
 
 PLUGINS = sorted(file.stem for file in (REPOSITORY / "plugins").glob("*.py"))
-MODULES = {"python-calamine": "python_calamine"}
 DEMO = {
     "orders.csv": ("delimited", {"delimited": 5, "delimited_rejects": 1}),
     "stations.tsv": ("delimited", {"delimited": 4}),
@@ -38,7 +37,7 @@ def test_every_import_is_declared(name: str) -> None:
         elif isinstance(node, ast.ImportFrom):
             imported.add(str(node.module).partition(".")[0])
     foreign = imported - sys.stdlib_module_names - {"casparian_flow"}
-    assert foreign == {MODULES.get(project, project) for project in declared}
+    assert foreign == declared
 
 
 @pytest.mark.parametrize("name", DEMO)

@@ -14,9 +14,10 @@ import pytest
 import xlsxwriter
 import xlwt
 from openpyxl import Workbook
+from python_calamine import CalamineWorkbook
 
 from tests.plugins.conftest import Run, load, runner
-from tests.plugins.written_workbooks import check, write_ods
+from tests.plugins.written_workbooks import check, text_of, write_ods
 
 
 def written(folder: Path, rows: list[list[Any]], merges: tuple[str, ...] = ()) -> Path:
@@ -737,3 +738,47 @@ def test_real_workbooks(excel_sheets: Run, shared_files: Path) -> None:
         "off-year-turnout-2023.xlsx": 19,
         "table.xlsx": 2,
     }
+
+
+def other_reader(file: Path) -> dict[tuple[str, int, int], Any]:
+    """The cells of a workbook as openpyxl or calamine reads them."""
+    if file.suffix == ".xlsx":
+        return {
+            (sheet.title, cell.row, cell.column): cell.value
+            for sheet in openpyxl.load_workbook(file, data_only=True)
+            for row in sheet.iter_rows()
+            for cell in row
+            if cell.value not in (None, "")
+        }
+    book = CalamineWorkbook.from_path(str(file))
+    return {
+        (name, number, column): value
+        for name in book.sheet_names
+        for number, row in enumerate(book.get_sheet_by_name(name).iter_rows(), start=1)
+        for column, value in enumerate(row, start=1)
+        if value != ""
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_real_workbooks_as_other_readers_read_them(
+    shared_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cell by cell; openpyxl has no dates, only midnights, and calamine no midnights."""
+    run = with_options(monkeypatch, header_row=0)
+    compared = 0
+    for name in ("*.xlsx", "*.xls", "*.ods"):
+        for file in sorted(shared_files.rglob(name)):
+            found = {
+                (row["sheet"], row["row"], int(column.removeprefix("column_"))): text
+                for row in run(file)["excel"].to_pylist()
+                for column, text in row.items()
+                if column.startswith("column_") and text is not None
+            }
+            wanted = {key: text_of(value) for key, value in other_reader(file).items()}
+            midnight = "T00:00:00"
+            assert {key: text.removesuffix(midnight) for key, text in found.items()} == {
+                key: str(text).removesuffix(midnight) for key, text in wanted.items()
+            }, file.name
+            compared += len(found)
+    assert compared > 20_000

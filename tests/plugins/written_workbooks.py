@@ -45,8 +45,8 @@ def text_of(value: Any) -> str | None:
             return None
         case bool():
             return str(value).lower()
-        case float() if value.is_integer():
-            return str(int(Decimal(repr(value))))
+        case float():
+            return str(int(Decimal(repr(value)))) if value.is_integer() else repr(value)
         case datetime.timedelta():
             micros = value // datetime.timedelta(microseconds=1)
             seconds, rest = divmod(abs(micros), 1_000_000)
