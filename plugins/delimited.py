@@ -1,26 +1,46 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["chardet>=7.7", "clevercsv>=0.8.5", "pyarrow>=23.0.1"]
+# dependencies = ["chardet>=7.7", "pyarrow>=23.0.1"]
 # ///
-"""Delimited text (CSV, TSV, semicolons, pipes; any encoding; also gzipped) becomes a table of text.
+"""Delimited text (CSV, TSV and their like; any encoding; also gzipped) becomes a table of text.
 
-The first record is the header; every other one is a row of topic `delimited` or of topic
-`delimited_rejects`, never neither. Values stay the text they are: no type is guessed, an empty
+The first record of the table is the header; every later one is a row of the first topic or of the
+second, the rejects, never neither. Values stay the text they are: no type is guessed, an empty
 field is an empty string. Lines without a single character are no records, as for `csv.reader`.
 
-A record goes to `delimited_rejects` (line, record, reason, raw) when it has another number of
-fields than the header, when its quotes do not close or are followed by more text, when a field
-has more than 16 Mi characters, or when it holds a NUL or bytes that the file's encoding does not
-know. `line` is the physical line where the record starts, `record` counts records, both from 1
-with the header as record 1; `raw` is its text, with `\\x00` for NUL and `\\udcNN` for an
-undecodable byte NN. A file whose header cannot be read fails; an empty file publishes nothing.
+What is found by itself, each of which an option settles (`casparian publish plugins/delimited.py
+--option NAME=VALUE`). The log of the job says `guessed: ` with what was found and why, wherever
+more than one answer was possible. Where two answers are equally good the job fails, and says which
+option settles it.
+- `encoding`: what the byte order mark says; UTF-16 or UTF-32 where the bytes and the text that they
+  give both say so; UTF-8 where most of what is not ASCII is valid UTF-8; else what chardet finds,
+  or Windows-1252 where the evidence is weak.
+- `delimiter`: a character or several, or `tab`, `space`, `\\x01`; `none` for one column. Found
+  in a sample of the whole file: of the delimiters under which all records have one width above 1,
+  the one that the file's name suggests, then the most frequent. A first line `sep=;` settles it.
+- `quote`: a character or `none`. Found: `"`; in tabbed text also none.
+- `escape`: `none`, a character that takes its meaning from a delimiter, quote, line end or itself
+  after it, or `in_quotes`: a backslash that does so between quotes only. Found: the backslash,
+  only where quotes do not close without it, and then only before a quote or itself.
+- `blanks`: `skip` or `keep` blanks between a delimiter and a quote. Found: skipped only where
+  quotes close by that.
+- `skip_lines`: how many lines stand above the table and are no part of it.
+- `header_line`: the line where the header is, or `none` (columns `column_1` and so on).
+  Found: where the records of one width begin.
+- `comment`: lines that begin with it are skipped, or `none`. Found: `#`, above the table; and in
+  the table lines of another width, where such lines stand above it.
 
-The encoding is what the byte order mark says, else UTF-8 where most of what is not ASCII is
-valid UTF-8, else what chardet finds, else (where the evidence is weak) Windows-1252. CleverCSV
-finds the dialect in the first 64 Ki characters; the delimiter is a comma, semicolon, tab or pipe,
-and where there is none the one of the file's name. Fields are quoted with `"` or not at all: an
-apostrophe is text, and so are quotes in tabbed text that never quote. The log of the job names
-what was found.
+A record is rejected (line, record, reason, raw) when it has another number of fields than the
+header, when its quotes do not close or are followed by more text, when it repeats the header, when
+it has more than 16 Mi characters, or when it holds a NUL or bytes that the file's encoding does not
+know. Where a quote does not close, its line is rejected and reading goes on after it. Where every
+record ends with one more delimiter than the header, that is no field. U+FEFF at the start of a
+record is no text. `line` is the physical line where the record starts, `record` counts records,
+both from 1 with the header as record 1; `raw` is its text (at most 1 Mi characters of it), with
+`\\x00` for NUL and `\\udcNN` for an undecodable byte NN.
+
+A file that is something else inside fails with what it is, and so does text without a delimiter,
+but in a `.csv` or `.tsv`, which may have one column. An empty file publishes nothing.
 Columns: white space in a header cell is folded, an empty one becomes `column_3` (its position),
 a repeated one `name_2` (case does not count), `_cf_x` becomes `x_cf_x`, and 100 characters are
 kept.
@@ -30,101 +50,487 @@ from __future__ import annotations
 
 import codecs
 import csv
-import gzip
 import io
+import json
 import logging
 import re
-import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+import shlex
+import unicodedata
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import PurePath
+from typing import NamedTuple
 
 import chardet
-import clevercsv
 import pyarrow as pa
 from chardet.enums import EncodingEra
 
-from casparian_flow.sdk import BasePlugin, PluginMetadata
-
-MANIFEST = PluginMetadata(
-    pattern=["*.csv", "*.tsv", "*.tab", "*.csv.gz", "*.tsv.gz"],
-    topic=["delimited", "delimited_rejects"],
-    version="1.0.0",
+from casparian_flow.sdk import (
+    BasePlugin,
+    PluginMetadata,
+    batches,
+    column_names,
+    foreign_kind,
+    open_bytes,
+    printable,
 )
 
+MANIFEST = PluginMetadata(
+    pattern=[
+        "*.csv", "*.tsv", "*.tab", "*.psv", "*.txt",
+        "*.csv.gz", "*.tsv.gz", "*.tab.gz", "*.psv.gz", "*.txt.gz",
+    ],
+    topic=["delimited", "delimited_rejects"],
+    version="1.1.0",
+    options={
+        "encoding": "",
+        "delimiter": "",
+        "quote": "",
+        "escape": "",
+        "blanks": "",
+        "skip_lines": 0,
+        "header_line": "",
+        "comment": "",
+    },
+)  # fmt: skip
+
 SAMPLE_CHARACTERS = 64 << 10
-FIELD_CHARACTERS = 16 << 20
-EVIDENCE_BYTES = 256 << 10
+SAMPLE_LINES = 20
+PIECES = 16
+PIECE_BYTES = 8 << 10
+RECORD_CHARACTERS = 16 << 20
+RAW_CHARACTERS = 1 << 20
+CHUNK_BYTES = 256 << 10
 WEAK_EVIDENCE = 0.015
 """Below this confidence chardet names rare codecs for Western text with two or three accents."""
-BATCH_ROWS = 5000
-BATCH_CHARACTERS = 16 << 20
 
 BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it starts with
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16, whose mark it starts with
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
 }
+MARK = "\ufeff"
+NO_DELIMITER = "\ufdd1"
+NOWHERE = "\ufdd0\ufdd0"
+WEAK = (":", " ")
+"""Delimiters that plain text is full of: they count only where no other one fits."""
+DELIMITERS = (",", ";", "\t", "|", "^", "~", "\x01", "\x1f", *WEAK)
+WORDS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " ", "colon": ":"}
+BY_NAME = {"csv": ",", "tsv": "\t", "tab": "\t", "psv": "|"}
+RUN = re.compile(r"[^\w\s,;\"'.()\[\]{}<>/\\-]{2,4}")
+SEP_LINE = re.compile(r'\ufeff?"?sep=([^"\r\n]{1,4})"?;*\s*\Z', re.IGNORECASE)
 UNDECODABLE = re.compile("[\udc00-\udcff]")
-LONG_WORD = re.compile(r"""([^\s,;|"'\\]{200})[^\s,;|"'\\]+""")
+DATE = re.compile(
+    r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}(?:[T ,]+\d{1,2}:\d\d.*)?|\d{1,2}:\d\d(?::\d\d(?:[.,]\d+)?)?"
+)
+NUMBER = re.compile(r"[$€£]?[-+(]?[$€£]?(?:\d[\d.,' \u00a0]*|[.,]\d+)(?:[eE][-+]?\d+)?\)?[ %$€£]*")
+MISSING = {"", "na", "n/a", "nan", "null", "none", "nil", "-", "--", "?", ".", "\\n"}
+COMMENTS = ("#", "//", "%", "--", "!", "*", ";")
 REJECTS = pa.schema(
     [("line", pa.int64()), ("record", pa.int64()), ("reason", pa.string()), ("raw", pa.string())]
 )
 
 log = logging.getLogger("delimited")
 
+Read = tuple[int, list[str], str, str]
+"""A record: its line, its fields, the reason why it has none, and its text."""
 
-class Record(NamedTuple):
-    """What lies between two record ends, read or not."""
 
+class Dialect(NamedTuple):
+    """How the fields of a line are told apart."""
+
+    delimiter: str
+    quote: str = '"'
+    escape: str = ""
+    inside: str = ""
+    """The characters whose meaning the escape takes between quotes."""
+    outside: str = ""
+    """The same outside of quotes."""
+    blanks: bool = False
+    """Whether blanks before a quote are skipped."""
+
+    def __str__(self) -> str:
+        said = "one column" if self.delimiter == NO_DELIMITER else f"delimiter {self.delimiter!r}"
+        said += f", quote {self.quote}" if self.quote else ", no quotes"
+        said += f", escape {self.escape}" if self.escape else ""
+        return said + (", blanks before quotes skipped" if self.blanks else "")
+
+
+class Reject(NamedTuple):
     line: int
-    number: int
-    fields: list[str]
+    record: int
     reason: str
     raw: str
+
+
+class Sample(NamedTuple):
+    """Text of the whole file: the lines it begins with, and pieces from further on."""
+
+    head: str
+    first_line: int
+    whole: bool
+    pieces: list[str]
+    comments: list[str]
+    """Comment lines above the head."""
+
+
+class Fit(NamedTuple):
+    """What a dialect makes of the sample."""
+
+    dialect: Dialect
+    records: list[Read]
+    """Of the head, without those that cannot be read."""
+    widths: Counter[int]
+    """Of all records of the sample, from the table's first on."""
+    errors: int
+    total: int
+    """How many records the sample has, read or not."""
+    width: int
+    """The commonest number of fields above 1; 0 where there is none."""
+    start: int
+    """The index of the record where the table begins."""
+    trailing: bool
+    """Whether every record but the header ends with one more delimiter."""
+    cells: int
+    """How many delimiters that makes."""
+
+    @property
+    def clean(self) -> bool:
+        return bool(self.width) and not self.errors and set(self.widths) == {self.width}
+
+    @property
+    def share(self) -> float:
+        return self.widths[self.width] / max(1, self.total)
+
+    @property
+    def body(self) -> float:
+        """The share of one width from the table's first record on."""
+        return self.widths[self.width] / max(1, self.total - self.start)
+
+    @property
+    def quality(self) -> tuple[bool, float]:
+        return self.clean and not self.start, self.share
+
+
+class Layout(NamedTuple):
+    """Where the table is and how it is read."""
+
+    dialect: Dialect
+    line: int
+    """The physical line where it begins."""
+    header: list[str] | None
+    width: int
+    trailing: bool
+    comment: str
+    """What lines of another width begin with that are skipped; empty for nothing."""
+    every_comment: bool
+    """Whether such lines are skipped whatever their width."""
+    commented: bool = False
+    """Whether the header is a comment above the table."""
 
 
 class Handler(BasePlugin):
     """Publishes the rows of one delimited text file."""
 
     def execute(self, file_path: str) -> None:
-        encoding = find_encoding(file_path)
+        options = Options(file_path)
+        encoding, pieces = find_encoding(file_path, options)
+        if not encoding:
+            return
         with open_text(file_path, encoding) as text:
-            dialect = find_dialect(text.read(SAMPLE_CHARACTERS), file_path)
-        log.info("read as %s with %s", encoding, dialect)
+            sample = take_sample(text, pieces, encoding, options)
+        if sample is None:
+            return
+        layout = find_layout(sample, options)
+        log.info("read as %s with %s; the table begins in line %d", encoding, layout.dialect,
+                 layout.line)  # fmt: skip
+        for note in options.guesses:
+            log.info("guessed: %s", note)
         with open_text(file_path, encoding) as text:
-            records = read_records(text, dialect)
-            header = next(records, None)
-            if header is None:
-                return
-            if header.reason:
-                raise ValueError(f"line {header.line}, the header, cannot be read: {header.reason}")
-            names = column_names(header.fields)
-            schema = pa.schema([(name, pa.string()) for name in names])
-            self.publish("delimited", schema.empty_table())
-            for batch in batches(records):
-                self.publish_batch(schema, [judge(record, len(names)) for record in batch])
+            lines = Lines(text)
+            for _ in range(layout.line - 1):
+                lines.take()
+            self.publish_table(lines, layout)
 
-    def publish_batch(self, schema: Any, records: list[Record]) -> None:
-        good = [record.fields for record in records if not record.reason]
-        if good:
-            columns = [pa.array(column, pa.string()) for column in zip(*good, strict=True)]
-            self.publish("delimited", pa.Table.from_arrays(columns, schema=schema))
-        bad = [record for record in records if record.reason]
-        if bad:
-            rows = [(each.line, each.number, each.reason, printable(each.raw)) for each in bad]
-            columns = [pa.array(column) for column in zip(*rows, strict=True)]
-            self.publish("delimited_rejects", pa.Table.from_arrays(columns, schema=REJECTS))
-
-
-def open_bytes(path: str) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
+    def publish_table(self, lines: Lines, layout: Layout) -> None:
+        """The table's rows and rejects, in batches."""
+        table = Table(lines, layout)
+        schema = pa.schema([(name, pa.string()) for name in table.names()])
+        topic, rejects = MANIFEST.topic[0], MANIFEST.topic[1]
+        self.publish(topic, schema.empty_table())
+        for batch in batches(table.records(), lambda item: len(item[1])):
+            good = [fields for fields, _ in batch if type(fields) is list]
+            if good:
+                columns = [pa.array(column, pa.string()) for column in zip(*good, strict=True)]
+                self.publish(topic, pa.Table.from_arrays(columns, schema=schema))
+            bad = [fields for fields, _ in batch if type(fields) is Reject]
+            if bad:
+                columns = [pa.array(column) for column in zip(*bad, strict=True)]
+                self.publish(rejects, pa.Table.from_arrays(columns, schema=REJECTS))
+        if table.comments:
+            log.info("skipped %d lines of the table that begin with %s", table.comments,
+                     layout.comment)  # fmt: skip
 
 
-def open_text(path: str, encoding: str) -> io.TextIOWrapper:
+class Options:
+    """What the publisher chose, and what had to be guessed beside it."""
+
+    def __init__(self, path: str) -> None:
+        self.name = PurePath(path).name
+        self.chosen = {name: str(value) for name, value in MANIFEST.options.items()}
+        self.guesses: list[str] = []
+        self.suffix = re.sub(r"\.gz$", "", self.name.lower()).rpartition(".")[2]
+
+    def __getitem__(self, name: str) -> str:
+        return self.chosen[name]
+
+    @property
+    def usual(self) -> str:
+        """The delimiter that the file's name suggests."""
+        return BY_NAME.get(self.suffix, "")
+
+    def character(self, name: str) -> str:
+        """An option that names a delimiter, a quote or an escape; empty where it is not chosen."""
+        chosen = self[name]
+        if chosen.lower() in WORDS:
+            return WORDS[chosen.lower()]
+        escaped = re.fullmatch(r"\\(?:t|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})", chosen)
+        return chosen.encode().decode("unicode_escape") if escaped else chosen
+
+    def number(self, name: str) -> int:
+        if not self[name].isdecimal():
+            raise ValueError(f"option {name} is {self[name]!r}, which is no number of lines")
+        return int(self[name])
+
+    @property
+    def header_line(self) -> int:
+        """The chosen line, from 1; 0 where none is chosen."""
+        return 0 if self["header_line"] in ("", "none") else self.number("header_line")
+
+    def guess(self, text: str) -> None:
+        if text not in self.guesses:
+            self.guesses.append(text)
+
+    def refuse(self, what: str, *choices: str) -> ValueError:
+        """The error that says what is not clear, and the command that settles it."""
+        stem, dot, suffix = self.name.partition(".")
+        name = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_") or "table"
+        glob = re.sub(r"\d+", "*", re.sub(r"[\[\]?*]", "?", stem)).rstrip("*") + "*" + dot + suffix
+        command = f"casparian publish plugins/delimited.py --name {name} --pattern"
+        said = [f"{command} {shlex.quote(glob)} --option {shlex.quote(choices[0])}"]
+        said += [f"--option {shlex.quote(choice)}" for choice in choices[1:]]
+        return ValueError(f"{self.name}: {what}; to settle it: {', or with '.join(said)}")
+
+
+class Lines:
+    """The lines of a text, numbered from 1; some are given back and read again."""
+
+    def __init__(self, text: io.TextIOBase, number: int = 0) -> None:
+        self._text = text
+        self._again: deque[str] = deque()
+        self.number = number
+        self.taken: list[str] = []
+        self.size = 0
+
+    def take(self) -> str:
+        """The next line with its end; empty at the end. What is too long is cut."""
+        if self._again:
+            line = self._again.popleft()
+        else:
+            line = self._text.readline(RECORD_CHARACTERS + 1)
+            if len(line) > RECORD_CHARACTERS:
+                rest = line
+                while rest and not rest.endswith(("\n", "\r")):
+                    rest = self._text.readline(RECORD_CHARACTERS)
+        if line:
+            self.number += 1
+        return line
+
+    def again(self, lines: Sequence[str]) -> None:
+        self._again.extendleft(reversed(lines))
+        self.number -= len(lines)
+
+    def __iter__(self) -> Lines:
+        return self
+
+    def __next__(self) -> str:
+        """The next line of a record that may have several."""
+        line = self.take()
+        if not line:
+            raise StopIteration
+        self.taken.append(line)
+        self.size += len(line)
+        if self.size > RECORD_CHARACTERS:
+            raise csv.Error(f"more than {RECORD_CHARACTERS} characters")
+        return line
+
+
+class Splitter:
+    """Reads what csv.reader cannot: long delimiters, blanks before quotes, an escape that leaves
+    other characters alone."""
+
+    def __init__(self, lines: Lines, dialect: Dialect) -> None:
+        quote, escape = re.escape(dialect.quote), re.escape(dialect.escape)
+        delimiter = re.escape(dialect.delimiter)
+        self._lines, self._dialect = lines, dialect
+        inside = f"|{escape}(?:\r\n|[{re.escape(dialect.inside)}])?" if escape else ""
+        plain = f"[^{quote}{escape}]++" if quote else ""
+        self._inside = re.compile(f"(?:{plain}|{quote}{quote}{inside})*+")
+        outside = f"|{escape}(?:\r\n|[{re.escape(dialect.outside)}])?+" if dialect.outside else ""
+        bare = f"(?!{delimiter})[^{escape if dialect.outside else ''}\r\n]"
+        self._bare = re.compile(f"(?:{bare}{outside})*+")
+        self._unescape = {
+            chars: re.compile(f"{escape}(\r\n|[{re.escape(chars)}])") if escape and chars else None
+            for chars in {dialect.inside, dialect.outside}
+        }
+        self._doubled = re.compile(f"{quote}{quote}|{escape}(?:\r\n|[{re.escape(dialect.inside)}])"
+                                   if escape else f"{quote}{quote}")  # fmt: skip
+
+    def __next__(self) -> list[str]:
+        fields: list[str] = []
+        line, position = next(self._lines), 0
+        delimiter, quote = self._dialect.delimiter, self._dialect.quote
+        while True:
+            start = self._blanks(line, position)
+            if quote and line.startswith(quote, start):
+                cell, line, position = self._quoted(line, start + len(quote))
+                position = self._blanks(line, position)
+                if line[position:].rstrip("\r\n") and not line.startswith(delimiter, position):
+                    raise csv.Error("a delimiter is expected after a quote")
+            else:
+                cell, line, position = self._unquoted(line, position)
+            fields.append(cell)
+            if not line.startswith(delimiter, position):
+                return fields
+            position += len(delimiter)
+
+    def _blanks(self, line: str, position: int) -> int:
+        if self._dialect.blanks:
+            while (
+                line.startswith((" ", "\t"), position) and line[position] != self._dialect.delimiter
+            ):
+                position += 1
+        return position
+
+    def _quoted(self, line: str, position: int) -> tuple[str, str, int]:
+        """The text up to the closing quote, the line that has it, and what is after it."""
+        parts: list[str] = []
+        while True:
+            found = self._inside.match(line, position)
+            assert found
+            parts.append(found[0])
+            if found.end() < len(line):
+                text = self._doubled.sub(lambda pair: pair[0][1:], "".join(parts))
+                return text, line, found.end() + len(self._dialect.quote)
+            try:
+                line, position = next(self._lines), 0
+            except StopIteration:
+                raise csv.Error("unexpected end of data") from None
+
+    def _unquoted(self, line: str, position: int) -> tuple[str, str, int]:
+        parts: list[str] = []
+        while True:
+            found = self._bare.match(line, position)
+            assert found
+            parts.append(found[0])
+            if found.end() < len(line) or not found[0].endswith(("\n", "\r")):
+                break
+            try:
+                line, position = next(self._lines), 0
+            except StopIteration:
+                break
+        text, pattern = "".join(parts), self._unescape[self._dialect.outside]
+        return (pattern.sub(r"\1", text) if pattern else text), line, found.end()
+
+
+class Reader:
+    """Every record of some lines; after one that it cannot read it goes on."""
+
+    def __init__(self, lines: Lines, dialect: Dialect, width: int = 0) -> None:
+        self._lines, self._dialect, self._width = lines, dialect, width
+        self._doubt = 0
+        quote, delimiter = re.escape(dialect.quote), re.escape(dialect.delimiter)
+        self._stray = re.compile(
+            rf"(?:^|{delimiter})(?!{quote})(?:(?!{delimiter})[^{quote}\r\n])+{quote}", re.MULTILINE
+        )
+        ordinary = len(dialect.delimiter) == 1 and not dialect.escape and not dialect.blanks
+        self._ordinary = ordinary and len(dialect.quote) == 1
+        self._split = self._splitter(lines)
+
+    def _splitter(self, lines: Lines) -> Iterator[list[str]]:
+        if not self._ordinary:
+            return Splitter(lines, self._dialect)  # type: ignore[return-value]
+        quote = self._dialect.quote
+        return csv.reader(lines, delimiter=self._dialect.delimiter, quotechar=quote, strict=True)
+
+    def records(self, comment: str = "", every: bool = True) -> Iterator[Read]:
+        """All records; lines that begin with `comment` are none where `every` is true, else where
+        they have another width.
+        """
+        lines, delimiter = self._lines, self._dialect.delimiter
+        quote = self._dialect.quote or NOWHERE
+        escape = self._dialect.escape or NOWHERE
+        comment = comment or NOWHERE
+        while line := lines.take():
+            number = lines.number
+            if line.startswith(MARK):
+                line = line.lstrip(MARK)
+            if line.startswith(comment) and (every or line.count(delimiter) + 1 != self._width):
+                yield number, [], "", line
+            elif quote in line or escape in line or len(line) > RECORD_CHARACTERS:
+                fields, reason, raw = self._hard(line)
+                yield number, fields, reason, raw
+            elif text := line.rstrip("\r\n"):
+                yield number, text.split(delimiter), "", line
+
+    def _hard(self, line: str) -> tuple[list[str], str, str]:
+        """The fields of a record that may have several lines, the reason why not, its text."""
+        lines = self._lines
+        number = lines.number
+        lines.again([line])
+        lines.taken, lines.size = [], 0
+        fields: list[str] = []
+        reason = ""
+        try:
+            fields = next(self._split)
+        except csv.Error as error:
+            reason = str(error)
+            if "expected after" in reason:
+                reason = "text after a closing quote"
+        taken = lines.taken
+        raw = "".join(taken)
+        if len(taken) > 1:
+            odd = self._width and (len(fields) != self._width or self._stray.search(raw))
+            if reason or (odd and all(self._alone(each) for each in taken[1:])):
+                # The quote of the first line is a stray one: what follows are records.
+                lines.again(taken[1:])
+                self._doubt = max(self._doubt, number + len(taken) - 1)
+                last = " before the end" if reason == "unexpected end of data" else ""
+                return [], f"a quote that does not close{last}", taken[0]
+        if reason == "unexpected end of data":
+            reason = "a quote that does not close before the end"
+        if not reason and number <= self._doubt and self._stray.search(raw):
+            reason = "a quote within a field, after a line with a quote that does not close"
+        return fields, reason, raw
+
+    def _alone(self, line: str) -> bool:
+        """Whether a line is a record of the right width, without a stray quote."""
+        try:
+            fields = next(self._splitter(Lines(io.StringIO(line, newline=""))))
+        except (csv.Error, StopIteration):
+            return False
+        return len(fields) == self._width and not self._stray.search(line)
+
+
+@contextmanager
+def open_text(path: str, encoding: str) -> Iterator[io.TextIOWrapper]:
     """The file's text with its line ends as they are, undecodable bytes as lone surrogates."""
-    return io.TextIOWrapper(open_bytes(path), encoding, "keep-bytes", newline="")
+    with open_bytes(path) as file:
+        yield io.TextIOWrapper(file, encoding, "keep-bytes", newline="")  # type: ignore[arg-type]
 
 
 def keep_bytes(error: UnicodeError) -> tuple[str, int]:
@@ -135,50 +541,102 @@ def keep_bytes(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("keep-bytes", keep_bytes)
-csv.field_size_limit(FIELD_CHARACTERS)
+csv.field_size_limit(RECORD_CHARACTERS)
 
 
-def find_encoding(path: str) -> str:
-    """The encoding of the whole file: every byte is looked at, few are kept.
+def find_encoding(path: str, options: Options) -> tuple[str, list[bytes]]:
+    """The encoding, from every byte of the file, and some pieces of the file after its start.
+
+    Returns:
+        no encoding for an empty file.
 
     Raises:
-        ValueError: the file is a damaged gzip file.
+        ValueError: the file is no text, or a damaged gzip file.
     """
-    try:
-        with open_bytes(path) as file:
-            start = file.read(EVIDENCE_BYTES)
-            for mark, encoding in BYTE_ORDER_MARKS.items():
-                if start.startswith(mark):
-                    return encoding
-            if start[1::2].count(0) > len(start) // 4:
-                return "utf-16-le"
-            if start[0::2].count(0) > len(start) // 4:
-                return "utf-16-be"
-            evidence = first_not_utf8(start, file)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"the gzip file is damaged: {error}") from error
-    return guess_encoding(evidence) if evidence else "utf-8"
+    decode = codecs.getincrementaldecoder("utf-8")()
+    evidence, pieces, stride, empty = b"", [], 1, True
+    with open_bytes(path) as file:
+        start = chunk = file.read(CHUNK_BYTES)
+        if not start:
+            return "", []
+        if kind := foreign_kind(start) or json_kind(start):
+            raise ValueError(
+                f"{options.name}: this is {kind}, not delimited text; name it so that another "
+                "plugin reads it, or publish this plugin with a narrower --pattern"
+            )
+        mark = next((mark for mark in BYTE_ORDER_MARKS if start.startswith(mark)), b"")
+        count = 0
+        while chunk:
+            empty = empty and chunk.count(0) == len(chunk)
+            if count and count % stride == 0:
+                pieces.append(chunk[:PIECE_BYTES])
+                if len(pieces) == PIECES:
+                    del pieces[::2]
+                    stride *= 2
+            pending = decode.getstate()[0]
+            try:
+                if not evidence:
+                    decode.decode(chunk)
+            except UnicodeDecodeError:
+                evidence = pending + chunk
+            chunk = file.read(CHUNK_BYTES)
+            count += 1
+        if not evidence and decode.getstate()[0]:
+            evidence = decode.getstate()[0]
+    if empty:
+        raise ValueError(f"{options.name}: this file holds nothing but NUL bytes; nothing is read")
+    return options["encoding"] or BYTE_ORDER_MARKS.get(mark) or found_encoding(
+        start, evidence, options
+    ), pieces  # fmt: skip
 
 
-def first_not_utf8(chunk: bytes, file: gzip.GzipFile | io.BufferedReader) -> bytes:
-    """The first piece of the file that is not UTF-8; empty where all of it is."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    while True:
-        pending = decoder.getstate()[0]
+def found_encoding(start: bytes, evidence: bytes, options: Options) -> str:
+    """The encoding of a file without a mark. `evidence` is its first piece that is not UTF-8."""
+    if 0 in start and (wide := wide_encoding(start, bool(evidence))):
+        options.guess(f"encoding {wide}: it decodes without an error, and to plausible text")
+        return wide
+    return guess_encoding(evidence.replace(b"\0", b""), options) if evidence else "utf-8"
+
+
+def json_kind(start: bytes) -> str:
+    """`JSON` where the text is that; a header in brackets is none."""
+    text = start[:8192].decode("utf-8-sig", "replace").lstrip()
+    if not re.match(r'\{\s*"|\[\s*[\[{"\d]|[\[{]\s*\n', text):
+        return ""
+    for part in (text, text.splitlines()[0]):
         try:
-            decoder.decode(chunk, final=not chunk)
+            json.loads(part)
+            return "JSON"
+        except ValueError:
+            continue
+    return "JSON" if re.match(r'\{\s*"[^"\n]*"\s*:|\[\s*\{', text) else ""
+
+
+def wide_encoding(start: bytes, not_utf8: bool) -> str:
+    """UTF-16 or UTF-32 without a mark, where the bytes and the text both say so."""
+    for name, unit in (("utf-32-le", 4), ("utf-32-be", 4), ("utf-16-le", 2), ("utf-16-be", 2)):
+        try:
+            text = start[: len(start) // unit * unit].decode(name).replace("\0", "")
         except UnicodeDecodeError:
-            return pending + chunk
-        if not chunk:
-            return b""
-        chunk = file.read(EVIDENCE_BYTES)
+            continue
+        plausible = all(
+            character in "\t\n\r\f\x01\x1a\x1f"
+            or unicodedata.category(character) not in ("Cc", "Cn", "Co")
+            for character in set(text)
+        )
+        latin = sum(character < "\u0100" for character in text) / max(1, len(text))
+        lines = "\n" in text or "\r" in text
+        if text and plausible and (latin >= 0.7 or (latin >= 0.05 and lines and not_utf8)):
+            return name
+    return ""
 
 
-def guess_encoding(evidence: bytes) -> str:
+def guess_encoding(evidence: bytes, options: Options) -> str:
     """The likeliest encoding of bytes that are not all UTF-8."""
     kept = evidence.decode("utf-8", "surrogateescape")
     broken = len(UNDECODABLE.findall(kept))
     if sum(not character.isascii() for character in kept) > 2 * broken:
+        options.guess(f"encoding utf-8, though {broken} bytes of a piece are not")
         return "utf-8"
     found = chardet.detect(
         evidence,
@@ -187,96 +645,554 @@ def guess_encoding(evidence: bytes) -> str:
         exclude_encodings=["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"],
     )
     weak = not found["encoding"] or found["confidence"] < WEAK_EVIDENCE
-    return "cp1252" if weak else str(found["encoding"])
+    name = "cp1252" if weak else str(found["encoding"])
+    sure = "for want of evidence" if weak else f"{found['confidence']:.0%} sure"
+    options.guess(f"encoding {name} ({sure})")
+    return name
 
 
-def find_dialect(sample: str, path: str) -> dict[str, Any]:
-    """Keywords for `csv.reader`: delimiter, quotes and escape character."""
-    # CleverCSV takes neither NUL nor surrogates, and quadratic time over a long word.
-    sample = LONG_WORD.sub(r"\1", UNDECODABLE.sub("", sample.replace("\0", "")))
-    found = clevercsv.Detector().detect(sample, delimiters=[",", ";", "\t", "|"])
-    by_name = "\t" if re.search(r"\.(tsv|tab)(\.gz)?$", path, re.IGNORECASE) else ","
-    delimiter = (found and found.delimiter) or by_name
-    quote = found.quotechar if found else '"'
-    # Only where the whole sample says so: inches in tabbed text, for one.
-    literal = delimiter == "\t" and not quote and '"' in sample
-    return {
-        "delimiter": delimiter,
-        "quotechar": '"',
-        "escapechar": (found and found.escapechar) or None,
-        "quoting": csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL,
-    }
+def take_sample(
+    text: io.TextIOBase, pieces: list[bytes], encoding: str, options: Options
+) -> Sample | None:
+    """The sample, without the lines that stand above the table for sure; None without a record."""
+    head = last = text.read(SAMPLE_CHARACTERS)
+    while last and head.count("\n") + head.count("\r") < SAMPLE_LINES and len(head) < 4 << 20:
+        head += (last := text.read(SAMPLE_CHARACTERS))
+    whole = len(last) < SAMPLE_CHARACTERS
+    lines = io.StringIO(head, newline="").readlines()
+    if not whole and len(lines) > 1:
+        lines.pop()
+    if not head.strip("\r\n" + MARK):
+        return None
+    above = max(options.number("skip_lines"), options.header_line - 1)
+    if above >= len(lines):
+        raise options.refuse(f"there is no line {above + 1}", "skip_lines=0")
+    separator = SEP_LINE.match(lines[0]) if not above else None
+    if separator:
+        above = 1
+        options.chosen["delimiter"] = options["delimiter"] or separator[1]
+        log.info("line 1 says that the delimiter is %r", separator[1])
+    prefix = {"": "#", "none": NOWHERE}.get(options["comment"], options["comment"])
+    begin, comments = above, []
+    while not options.header_line and begin < len(lines):
+        line = lines[begin].lstrip(MARK)
+        if line.startswith(prefix):
+            comments.append(line)
+        elif line.strip("\r\n"):
+            break
+        begin += 1
+    if begin == len(lines):  # nothing but comments: then they are the table
+        begin, comments = above, []
+    parts = []
+    if encoding not in ("utf-16", "utf-32"):  # which want their mark
+        for piece in pieces:
+            found = io.StringIO(piece.decode(encoding, "keep-bytes"), newline="").readlines()
+            parts.append("".join(found[1:-1]))
+    return Sample("".join(lines[begin:]), begin + 1, whole, parts, comments)
 
 
-def read_records(text: Iterable[str], dialect: dict[str, Any]) -> Iterator[Record]:
-    """Every record that the csv module finds; after one it cannot read it goes on."""
-    taken: list[str] = []
+def find_layout(sample: Sample, options: Options) -> Layout:
+    """Where the table is in the sample, and how its fields are told apart.
 
-    def lines() -> Iterator[str]:
-        for line in text:
-            taken.append(line)
-            yield line
+    Raises:
+        ValueError: it is not clear, with the options that settle it.
+    """
+    fits = [best_fit(delimiter, sample, options) for delimiter in candidates(sample, options)]
+    fit = choose(fits, sample, options)
+    dialect, width = fit.dialect, fit.width or 1
+    if dialect.escape and not options["escape"]:
+        places = " and ".join(
+            f"before {' and '.join(map(repr, chars))} {where}"
+            for chars, where in ((dialect.inside, "in quotes"), (dialect.outside, "outside"))
+        )
+        options.guess(f"escape {dialect.escape} ({places}): quotes do not close without it")
+    if dialect.blanks and not options["blanks"]:
+        options.guess("blanks before a quote are skipped: quotes do not close otherwise")
+    if fit.trailing:
+        line = fit.records[fit.start][0]
+        options.guess(f"the delimiter that ends every record below line {line} begins no field")
+    comment = {"none": "", "": "#" if sample.comments else ""}.get(
+        options["comment"], options["comment"]
+    )
+    every = options["comment"] not in ("", "none")
+    if not fit.records:
+        raise options.refuse("no line can be read", "delimiter=none")
+    if options["header_line"] == "none":
+        return Layout(dialect, sample.first_line, None, width, False, comment, every)
+    if options.header_line:
+        line, fields, reason, _ = fit.records[0]
+        if reason:
+            raise options.refuse(f"line {line}, the header, cannot be read: {reason}", "quote=none")
+        trailing = fit.trailing and fit.start == 0
+        return Layout(dialect, line, fields, len(fields), trailing, comment, every)
+    return find_header(fit, sample, options)._replace(comment=comment, every_comment=every)
 
-    reader = csv.reader(lines(), strict=True, **dialect)
-    number = 0
-    while True:
-        taken.clear()
-        line, fields, reason = reader.line_num + 1, [], ""
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            reason = str(error)
-            if reason == "unexpected end of data":
-                reason = "the text ends within quotes or after an escape"
-        if fields or reason:
+
+def candidates(sample: Sample, options: Options) -> list[str]:
+    """The delimiters to try: the chosen one, or all that occur."""
+    chosen = options.character("delimiter")
+    if chosen:
+        return [NO_DELIMITER if chosen == "none" else chosen]
+    lines = sample.head[: 16 << 10].splitlines()
+    runs = Counter(run for line in lines for run in set(RUN.findall(line)))
+    found = [
+        run for run, count in runs.most_common(3)
+        if 2 * count > len(lines) and (count > 1 or len(set(run)) == 1)
+    ]  # fmt: skip
+    return [each for each in (*found, *DELIMITERS) if each in sample.head]
+
+
+def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
+    """The sample under a delimiter, with the simplest quoting that reads it."""
+    chosen = {name: options.character(name) for name in ("quote", "escape", "blanks")}
+    quote = {"none": "", "": '"'}.get(chosen["quote"], chosen["quote"])
+    dialect = Dialect(delimiter, quote, blanks=chosen["blanks"] == "skip")
+    escape = {"backslash": "\\"}.get(chosen["escape"], chosen["escape"])
+    if escape == "in_quotes":
+        dialect = dialect._replace(escape="\\", inside=f"{quote}\\", outside="")
+    elif escape not in ("", "none"):
+        specials = f"{delimiter[0]}{quote}{escape}\r\n"
+        dialect = dialect._replace(escape=escape, inside=specials, outside=specials)
+    best = fit(dialect, sample)
+    if not quote or quote not in sample.head or (best.quality[0] and not tabbed(best, chosen)):
+        return best
+    tried = [dialect]
+    if not chosen["blanks"] and re.search(rf"(?:^|{re.escape(delimiter)})[ \t]+{quote}",
+                                          sample.head, re.MULTILINE):  # fmt: skip
+        tried.append(dialect._replace(blanks=True))
+    if not chosen["escape"] and f"\\{quote}" in sample.head:
+        tried += [each._replace(escape="\\", inside=inside, outside=outside)
+                  for each in tried for inside, outside in escapes(sample.head, quote)]  # fmt: skip
+    for each in tried[1:]:
+        found = fit(each, sample)
+        # An escape is for quotes that do not close without it, and for nothing else.
+        widths_close = found.quality > best.quality and (found.quality[0] or not each.escape)
+        if found.errors < best.errors or (found.errors == best.errors and widths_close):
+            best = found
+    if tabbed(best, chosen):
+        literal = fit(dialect._replace(quote=""), sample)
+        if literal.clean:
+            options.guess("quotes are text: more of them stand alone than enclose a field")
+            return literal
+    return best
+
+
+def tabbed(found: Fit, chosen: dict[str, str]) -> bool:
+    """Whether quotes in tabbed text may be text: more do not close than enclose a field."""
+    if chosen["quote"] or found.dialect.delimiter != "\t":
+        return False
+    text = "".join(raw for *_, raw in found.records)
+    enclosing = re.findall(r'(?:^|\t)"(?:[^"\t\r\n]|"")*"(?=[\t\r\n]|\Z)', text, re.MULTILINE)
+    stray = re.findall(r'(?:^|\t)[^"\t\r\n]+"|(?:^|\t)"(?:[^"\r\n]|"")*"[^"\t\r\n]',
+                       text, re.MULTILINE)  # fmt: skip
+    return len(stray) + found.errors > len(enclosing)
+
+
+def escapes(head: str, quote: str) -> list[tuple[str, str]]:
+    """What a backslash may escape between quotes and outside, the likelier pair first.
+
+    A writer that leaves a backslash alone somewhere does not double any.
+    """
+    lone = re.compile(rf"(?<!\\)(?:\\\\)*\\(?![\\{quote}])")
+    parts = re.split(rf"({quote}(?:[^{quote}\\]|\\.|{quote}{quote})*{quote})", head)
+    both = f"{quote}\\"
+    outside = quote if any(map(lone.search, parts[::2])) else both
+    if any(map(lone.search, parts[1::2])):
+        return [(quote, outside), (both, outside)]
+    return [(both, outside)]
+
+
+def fit(dialect: Dialect, sample: Sample) -> Fit:
+    """Read the sample in a dialect."""
+    comment = "#" if sample.comments else ""
+    records, errors = [], 0
+    reader = Reader(Lines(io.StringIO(sample.head, newline=""), sample.first_line - 1), dialect)
+    for record in reader.records(comment):
+        if record[2].endswith("before the end") and not sample.whole:
+            break  # the sample ends here, not the file
+        if record[1] or record[2]:
+            records.append(record)
+            errors += bool(record[2])
+    pieces: list[list[str]] = []
+    for piece in sample.pieces:
+        tries: list[tuple[int, int, list[Read]]] = []
+        # A piece may begin within quotes.
+        for text in (piece, dialect.quote + piece) if dialect.quote in piece else (piece,):
+            found = list(Reader(Lines(io.StringIO(text, newline="")), dialect).records(comment))
+            tries.append((sum(bool(reason) for *_, reason, _ in found), len(tries), found))
+        pieces += [fields for _, fields, reason, _ in min(tries)[2] if not reason and fields]
+    # The first and last record of a piece may be cut; one piece of sixteen cannot decide.
+    counts = Counter(len(fields) for _, fields, reason, _ in records if not reason)
+    counts.update(len(fields) for fields in pieces)
+    width = max((each for each in counts if each > 1), key=lambda each: counts[each], default=0)
+    start = next((i for i, each in enumerate(records) if len(each[1]) == width), 0) if width else 0
+    rows = [fields for _, fields, _, _ in records[start:] if len(fields) == width]
+    rows += [fields for fields in pieces if len(fields) == width]
+    trailing = bool(
+        width and start and len(records[start - 1][1]) == width - 1
+        and all(not fields[-1] for fields in rows)
+    )  # fmt: skip
+    widths = Counter(len(fields) for _, fields, reason, _ in records[start:] if not reason)
+    widths.update(len(fields) for fields in pieces)
+    return Fit(dialect, records, widths, errors, len(records) + len(pieces), width,
+               start - trailing, trailing, (width - 1) * counts[width])  # fmt: skip
+
+
+def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
+    """The delimiter: all records have one width above 1, then the name, then the most frequent."""
+    if options["delimiter"]:
+        return fits[0] if fits else fit(Dialect(options.character("delimiter")), sample)
+
+    def rank(found: Fit) -> tuple[bool, bool, int]:
+        name = found.dialect.delimiter
+        return name == options.usual, len(name) > 1, found.cells
+
+    strong = [each for each in fits if each.dialect.delimiter not in WEAK]
+    parts = {
+        part for each in strong for part in each.dialect.delimiter
+        if len(each.dialect.delimiter) > 1 and each.clean
+        and part not in sample.head.replace(each.dialect.delimiter, "")
+    }  # fmt: skip
+    strong = [each for each in strong if each.dialect.delimiter not in parts]
+    whole = sorted((each for each in strong if each.clean and not each.start), key=rank)
+    if whole:
+        if len(whole) > 1 or whole[-1].dialect.delimiter != options.usual:
+            note_delimiter(whole, options)
+        return whole[-1]
+    ragged = [each for each in strong if each.width and not each.start and each.share >= 0.5]
+    below = [
+        each for each in strong if each.start and each.body >= 0.8 and rows_below(each) > 1
+    ]  # fmt: skip
+    below.sort(key=lambda each: (rows_below(each), *rank(each)))
+    ragged.sort(key=lambda each: (each.dialect.delimiter == options.usual, each.share))
+    if below and (not ragged or rows_below(below[-1]) > ragged[-1].widths[ragged[-1].width]):
+        note_delimiter(below[-1:], options)
+        return below[-1]
+    if ragged:
+        note_delimiter(ragged[-1:], options)
+        return ragged[-1]
+    if options["header_line"] and strong:
+        return max(strong, key=lambda each: (each.dialect.delimiter == options.usual, each.share))
+    return choose_weak(fits, strong, sample, options)
+
+
+def rows_below(found: Fit) -> int:
+    return len(found.records) - found.start
+
+
+def note_delimiter(found: list[Fit], options: Options) -> None:
+    best = found[-1]
+    shares = f"{best.widths[best.width]} of {best.total} records of a sample"
+    others = " and ".join(repr(each.dialect.delimiter) for each in found[:-1])
+    beside = f"; {others} would do as well" if others else ""
+    options.guess(
+        f"delimiter {best.dialect.delimiter!r}: {shares} have {best.width} fields{beside}"
+    )
+
+
+def choose_weak(fits: list[Fit], strong: list[Fit], sample: Sample, options: Options) -> Fit:
+    """Where nothing usual fits: blanks or colons, one column, or neither."""
+    for each in fits:
+        name = each.dialect.delimiter
+        plain = all(DATE.fullmatch(raw.strip()) or NUMBER.fullmatch(raw.strip())
+                    for *_, raw in each.records[1:])  # fmt: skip
+        if name in WEAK and each.clean and not each.start and len(each.records) > 2 and not plain:
+            if each.width > 2 or not options.usual:
+                note_delimiter([each], options)
+                return each
+            said = "space" if name == " " else name
+            raise options.refuse(
+                f"each line has two parts with {name!r} between: one column or two?",
+                "delimiter=none", f"delimiter={said}",
+            )  # fmt: skip
+    one = best_fit(NO_DELIMITER, sample, options)
+    usual = next((each for each in fits if each.dialect.delimiter == options.usual), one)
+    other = max((each.share for each in strong if each.width), default=0)
+    if options.usual and set(usual.widths) <= {1} and other < 0.5:
+        options.guess("one column: no delimiter is found")
+        return usual
+    if set(one.widths) <= {1} and not any(each.width for each in strong):
+        raise options.refuse(
+            "one column of text is no table, and no delimiter is found",
+            "delimiter=;", "delimiter=none",
+        )  # fmt: skip
+    if usual.records and usual.records[0][2]:
+        line, _, reason, _ = usual.records[0]
+        raise options.refuse(f"line {line}, the header, cannot be read: {reason}", "quote=none")
+    escape = ["escape=backslash"] if "\\" in sample.head else []
+    raise options.refuse(
+        "no delimiter is found under which the lines have one number of fields",
+        f"header_line={sample.first_line}", *escape, "delimiter=;", "delimiter=none",
+    )  # fmt: skip
+
+
+def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
+    """The header among the first records; what stands above the table is told."""
+    width = found.width or 1
+    start = found.start
+    if start:
+        check_above(found, sample, options)
+    start = below_title(found, start, width)
+    line, first, reason, _ = found.records[start]
+    bad = next((each for each in found.records[: start + 1] if each[2]), None)
+    if bad:
+        raise options.refuse(
+            f"line {bad[0]}, the header or above it, cannot be read: {bad[2]}",
+            f"header_line={line + bool(reason)}", "quote=none",
+        )  # fmt: skip
+    first = [cell.replace("\0", "") for cell in first]
+    below = [fields for _, fields, _, _ in found.records[start + 1 :] if len(fields) == width]
+    names = commented_names(sample, found.dialect, width - found.trailing, first, below)
+    if names:
+        options.guess(f"the header is the comment above line {line}")
+        return Layout(found.dialect, line, names, len(names), found.trailing, "", False, True)
+    verdict, why = judge_header(first, below)
+    parted = found.clean and blank_above(found, start, sample) if start else True
+    if verdict in ("none", "header") and not parted:
+        verdict, why = (
+            "unclear",
+            why or f"nothing but text stands in it, and text in line {line - 1}",
+        )
+    if verdict == "unclear" or (verdict == "none" and start):
+        raise options.refuse(
+            f"is line {line} the header, or is there none? {why}",
+            f"header_line={line}", "header_line=none",
+        )  # fmt: skip
+    if start:
+        options.guess(f"the header is in line {line}; what stands above is no part of the table")
+    elif sample.first_line > 1:
+        log.info("skipped what stands above line %d", line)
+    if why:
+        said = "no header" if verdict == "none" else f"the header is in line {line}"
+        options.guess(f"{said}: {why}")
+    header = None if verdict == "none" else first
+    return Layout(found.dialect, line, header, width - found.trailing, found.trailing, "", False)
+
+
+def check_above(found: Fit, sample: Sample, options: Options) -> None:
+    """Refuse to skip lines above the table that may be a part of it."""
+    line = found.records[found.start][0]
+    above = found.records[: found.start]
+    clear = all(
+        sum(bool(cell.strip()) for cell in fields) <= max(1, found.width // 2)
+        or raw.startswith(COMMENTS)
+        for _, fields, _, raw in above
+    )  # fmt: skip
+    if not clear and not blank_above(found, found.start, sample):
+        raise options.refuse(
+            f"line {above[-1][0]} has {len(above[-1][1])} fields, and the lines below have "
+            f"{found.width}: which one is the header?",
+            f"header_line={above[-1][0]}", f"header_line={line}", "header_line=none",
+        )  # fmt: skip
+
+
+def blank_above(found: Fit, start: int, sample: Sample) -> bool:
+    """Whether an empty line, or a comment, parts a record from what stands above it."""
+    line = found.records[start][0] - sample.first_line
+    above = io.StringIO(sample.head, newline="").readlines()[line - 1]
+    return above.startswith(COMMENTS) or not above.strip(found.dialect.delimiter + " \t\r\n")
+
+
+def below_title(found: Fit, start: int, width: int) -> int:
+    """The index of the header where lines above it are filled up with delimiters."""
+    if width < 2:
+        return start
+    records = [fields for _, fields, _, _ in found.records]
+    index = start
+    while index < len(records) and is_title(records[index], width):
+        index += 1
+    if index == start or index >= len(records) - 1:
+        return start
+    rows = [fields for fields in records[index + 1 :] if len(fields) == width]
+    columns = list(zip(*rows[:200], strict=True))
+    typed = [kind_of_column(cells) for cells in columns]
+    first = records[index]
+    if len(first) != width or not all(cell.strip() for cell in first):
+        return start
+    evident = any(typed) and not any(kind_of(cell) for cell in first)
+    return index if evident else start
+
+
+def is_title(fields: list[str], width: int) -> bool:
+    """Whether only the first cells hold text, at most half of them."""
+    filled = sum(bool(cell.strip()) for cell in fields)
+    return len(fields) <= width and filled <= width // 2 and all(
+        not cell.strip() for cell in fields[filled:]
+    )  # fmt: skip
+
+
+def commented_names(
+    sample: Sample, dialect: Dialect, width: int, first: list[str], below: list[list[str]]
+) -> list[str] | None:
+    """The last comment above the table where it is the header: `#id,name`."""
+    if not sample.comments or (width == 1 and len(sample.comments) > 1):
+        return None
+    lines = Lines(io.StringIO(sample.comments[-1].lstrip(MARK), newline=""))
+    _, names, reason, raw = next(Reader(lines, dialect).records())
+    glued = raw[1:2].strip() if width == 1 else raw
+    if reason or len(names) != width or not glued:
+        return None
+    kinds = [kind_of_column(cells) for cells in zip(*below[:200], strict=True)]
+    evident = any(kind and not kind_of(cell) for kind, cell in zip(kinds, first, strict=False))
+    return None if evident else names
+
+
+def kind_of(cell: str) -> str:
+    """`number`, `date`, or nothing for text."""
+    cell = cell.strip()
+    if DATE.fullmatch(cell):
+        return "date"
+    return "number" if NUMBER.fullmatch(cell) else ""
+
+
+def kind_of_column(cells: Iterable[str]) -> str:
+    """The kind of nearly all cells that are not empty."""
+    kinds = Counter(kind_of(cell) for cell in cells if cell.strip().lower() not in MISSING)
+    if not kinds:
+        return ""
+    kind, count = kinds.most_common(1)[0]
+    return kind if count >= 0.9 * kinds.total() else ""
+
+
+def judge_header(first: list[str], below: list[list[str]]) -> tuple[str, str]:
+    """Whether the first record is a header, and why where that is a guess.
+
+    Returns:
+        `evident` where the columns below differ from it, `header` where nothing speaks against
+        one, `none`, or `unclear`.
+    """
+    rows = below[: max(1, min(200, 20_000 // len(first)))]
+    kinds = [kind_of(cell) for cell in first]
+    columns = [kind_of_column(cells) for cells in zip(*rows, strict=True)] or [""] * len(first)
+    against = [
+        kind != column
+        for kind, column, cell in zip(kinds, columns, first, strict=False)
+        if column and cell.strip().lower() not in MISSING
+    ]
+    typed = [cell.strip() for cell, kind in zip(first, kinds, strict=True) if kind]
+    if any(against):
+        return "evident", ""
+    again = rows.count(first)
+    if again > 1 and 4 * again > len(rows):
+        return ("none" if typed else "unclear"), f"the same record comes {again} times again"
+    if not typed:
+        return "header", repeated(first, rows)
+    filled = [cell for cell in first if cell.strip()]
+    if is_series(typed) and (len(typed) < len(filled) or first[0] == "" or years_only(typed, rows)):
+        return "header", f"{typed[0]} to {typed[-1]} look like a series of names"
+    if not rows:
+        return "unclear", f"it is the only record, and has {', '.join(typed[:3])}"
+    if len(typed) == len(filled):
+        if is_series(typed) and typed[0] == "0":
+            return "unclear", "its cells count from 0"
+        return "none", f"the cells of the first record are {kinds[0] or 'data'}s like those below"
+    votes = [alike(cell, [row[place] for row in rows]) for place, cell in enumerate(first)]
+    told = f"{sum(map(bool, votes))} of its {len(first)} cells are like those below"
+    if sum(votes) > 1 and 2 * sum(votes) >= len(typed):
+        return "none", told
+    return ("unclear" if any(votes) else "header"), told
+
+
+def alike(cell: str, below: list[str]) -> int:
+    """How much a cell is like those below it, and unlike the name of a column."""
+    cell, kind = cell.strip(), kind_of(cell)
+    cells = [each.strip() for each in below if each.strip()]
+    if not cell or not cells:
+        return 0
+    if kind == "date":
+        return 2
+    if cell.isdecimal() and cells[:2] == [str(int(cell) + 1), str(int(cell) + 2)]:
+        return 2  # it counts on
+    if kind:
+        digits = [len(re.sub(r"\D", "", each.partition(".")[0])) for each in (cell, *cells)]
+        return int(min(digits[1:]) - 1 <= digits[0] <= max(digits[1:]) + 1)
+    shapes = set(map(shape_of, cells))
+    same = len(shapes) == 1 and len(cells) > 1 and shape_of(cell) in shapes and len(cell) > 3
+    return int(cell in cells or same)
+
+
+def shape_of(cell: str) -> str:
+    """The text with every letter and every digit the same."""
+    return re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", cell))
+
+
+def repeated(first: list[str], rows: list[list[str]]) -> str:
+    """Say that text of the first record comes again in its columns, as a name hardly does."""
+    again = sum(
+        bool(cell.strip()) and any(row[place] == cell for row in rows if row != first)
+        for place, cell in enumerate(first)
+    )
+    return f"though {again} of its {len(first)} cells come again below" if again else ""
+
+
+def is_series(cells: list[str]) -> bool:
+    """Whether cells are years in order, count from 0 or 1, or go up by equal steps."""
+    if not all(re.fullmatch(r"\d{1,8}(\.\d{1,4})?", cell, re.ASCII) for cell in cells):
+        return False
+    numbers = [float(cell) for cell in cells]
+    steps = {round(after - before, 4) for before, after in pairwise(numbers)}
+    if len(steps) == 1 and min(steps) > 0:
+        return len(numbers) > 2 or (numbers[0] in (0, 1) and steps == {1})
+    return all(1700 <= number <= 2200 and number.is_integer() for number in numbers) and (
+        all(step > 0 for step in steps) or all(step < 0 for step in steps)
+    )
+
+
+def years_only(typed: list[str], rows: list[list[str]]) -> bool:
+    """Whether a whole record of years stands above other numbers."""
+    return len(typed) > 1 and len(typed[0]) == 4 and not any(
+        re.fullmatch(r"1[7-9]\d\d|2[01]\d\d", cell.strip()) for row in rows for cell in row
+    )  # fmt: skip
+
+
+class Table:
+    """The records of the table: rows and rejects."""
+
+    def __init__(self, lines: Lines, layout: Layout) -> None:
+        self._layout = layout
+        self._reader = Reader(lines, layout.dialect, layout.width + layout.trailing)
+        self.comments = 0
+
+    def names(self) -> list[str]:
+        header = self._layout.header
+        return column_names([""] * self._layout.width if header is None else header)
+
+    def records(self) -> Iterator[tuple[list[str] | Reject, str]]:
+        """Every record below the header with its text."""
+        layout = self._layout
+        width, trailing = layout.width, layout.trailing
+        header = layout.header if sum(map(bool, layout.header or ())) > 1 else None
+        skip_header = layout.header is not None and not layout.commented
+        number = int(layout.commented)
+        for line, fields, why, raw in self._reader.records(layout.comment, layout.every_comment):
+            if not fields and not why:
+                self.comments += 1
+                continue
             number += 1
-            yield Record(line, number, fields, reason, "".join(taken))
+            reason = why
+            if number == 1 and skip_header:
+                if "\0" not in raw:
+                    continue
+                reason = "NUL characters in the header, left out of the names"
+            if trailing and len(fields) == width + 1 and not fields[-1]:
+                del fields[-1]
+            reason = reason or self._fault(fields, raw)
+            if not reason and fields == header:
+                reason = "the header again"
+            if reason:
+                kept = raw[:RAW_CHARACTERS]
+                yield Reject(line, number, reason, printable(kept)), kept
+            else:
+                yield fields, raw
 
-
-def judge(record: Record, width: int) -> Record:
-    """The record, with the reason why it is no row of the table, if there is one."""
-    reason = record.reason
-    if not reason and len(record.fields) != width:
-        reason = f"{len(record.fields)} fields where the header has {width}"
-    if not reason and "\0" in record.raw:
-        reason = "a NUL character"
-    if not reason and not record.raw.isascii() and UNDECODABLE.search(record.raw):
-        reason = "bytes that are not in the encoding of the file"
-    return record._replace(reason=reason)
-
-
-def batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records by some thousands, or fewer where they are long."""
-    batch: list[Record] = []
-    size = 0
-    for record in records:
-        batch.append(record)
-        size += len(record.raw)
-        if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def column_names(cells: Iterable[str]) -> list[str]:
-    """Names that every sink takes: not empty, not repeated in any case, not reserved."""
-    names: list[str] = []
-    seen: set[str] = set()
-    for position, cell in enumerate(cells, start=1):
-        base = printable(" ".join(cell.split()))[:100] or f"column_{position}"
-        base = f"x{base}" if base.lower().startswith("_cf_") else base
-        name, count = base, 1
-        while name.casefold() in seen:
-            count += 1
-            name = f"{base}_{count}"
-        seen.add(name.casefold())
-        names.append(name)
-    return names
-
-
-def printable(text: str) -> str:
-    """The text as Unicode that can be stored: NUL and undecodable bytes are escaped."""
-    return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
+    def _fault(self, fields: list[str], raw: str) -> str:
+        """Why a record is no row of the table, if it is none."""
+        if len(fields) != self._layout.width:
+            return f"{len(fields)} fields where the header has {self._layout.width}"
+        if "\0" in raw:
+            return "a NUL character"
+        if not raw.isascii() and UNDECODABLE.search(raw):
+            return "bytes that are not in the encoding of the file"
+        if len(raw) > RECORD_CHARACTERS:
+            return f"more than {RECORD_CHARACTERS} characters"
+        return ""
