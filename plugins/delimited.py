@@ -176,6 +176,8 @@ class Sample(NamedTuple):
     pieces: list[str]
     comments: list[str]
     """Comment lines above the head."""
+    comment: str
+    """What comment lines begin with; empty where there are none."""
 
 
 class Fit(NamedTuple):
@@ -283,6 +285,7 @@ class Options:
         self.name = PurePath(path).name
         self.chosen = {name: str(value) for name, value in MANIFEST.options.items()}
         self.guesses: list[str] = []
+        self.check()
         self.suffix = re.sub(r"\.gz$", "", self.name.lower()).rpartition(".")[2]
 
     def __getitem__(self, name: str) -> str:
@@ -293,6 +296,26 @@ class Options:
         """The delimiter that the file's name suggests."""
         return BY_NAME.get(self.suffix, "")
 
+    def check(self) -> None:
+        """Raise ValueError where a chosen value means nothing."""
+        if isinstance(MANIFEST.topic, str) or len(MANIFEST.topic) != 2:
+            raise ValueError("this plugin has two topics, for rows and for rejects: name both")
+        quote, escape = self.character("quote"), self["escape"]
+        wrong = {
+            "quote": len(quote) > 1 and quote != "none",
+            "escape": len(escape) > 1 and escape not in ("none", "backslash", "in_quotes"),
+            "blanks": self["blanks"] not in ("", "skip", "keep"),
+            "skip_lines": not self["skip_lines"].isdecimal(),
+            "header_line": self["header_line"] not in ("", "none")
+            and not re.fullmatch("[1-9][0-9]*", self["header_line"]),
+        }
+        try:
+            codecs.lookup(self["encoding"] or "utf-8").incrementaldecoder()
+        except (LookupError, TypeError):
+            wrong["encoding"] = True
+        for name in (name for name in wrong if wrong[name]):
+            raise ValueError(f"option {name} is {self[name]!r}, which means nothing to this plugin")
+
     def character(self, name: str) -> str:
         """An option that names a delimiter, a quote or an escape; empty where it is not chosen."""
         chosen = self[name]
@@ -301,15 +324,10 @@ class Options:
         escaped = re.fullmatch(r"\\(?:t|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})", chosen)
         return chosen.encode().decode("unicode_escape") if escaped else chosen
 
-    def number(self, name: str) -> int:
-        if not self[name].isdecimal():
-            raise ValueError(f"option {name} is {self[name]!r}, which is no number of lines")
-        return int(self[name])
-
     @property
     def header_line(self) -> int:
         """The chosen line, from 1; 0 where none is chosen."""
-        return 0 if self["header_line"] in ("", "none") else self.number("header_line")
+        return 0 if self["header_line"] in ("", "none") else int(self["header_line"])
 
     def guess(self, text: str) -> None:
         if text not in self.guesses:
@@ -454,9 +472,15 @@ class Reader:
         self._lines, self._dialect, self._width = lines, dialect, width
         self._doubt = 0
         quote, delimiter = re.escape(dialect.quote), re.escape(dialect.delimiter)
-        self._stray = re.compile(
-            rf"(?:^|{delimiter})(?!{quote})(?:(?!{delimiter})[^{quote}\r\n])+{quote}", re.MULTILINE
+        escape = re.escape(dialect.escape)
+        escaped = f"|{escape}[\\s\\S]" if escape else ""
+        blanks = "[ \\t]*" if dialect.blanks else ""
+        field = (
+            f"(?:{blanks}{quote}(?:[^{quote}{escape}]|{quote}{quote}{escaped})*+{quote}{blanks}"
+            f"|(?:(?!{delimiter})[^{quote}\r\n])*+)"
         )
+        # Whether quotes stand around fields only. Where one does not close, they may not.
+        self._tidy = re.compile(f"{field}(?:{delimiter}{field})*+[\r\n]*") if quote else None
         ordinary = len(dialect.delimiter) == 1 and not dialect.escape and not dialect.blanks
         self._ordinary = ordinary and len(dialect.quote) == 1
         self._split = self._splitter(lines)
@@ -467,10 +491,8 @@ class Reader:
         quote = self._dialect.quote
         return csv.reader(lines, delimiter=self._dialect.delimiter, quotechar=quote, strict=True)
 
-    def records(self, comment: str = "", every: bool = True) -> Iterator[Read]:
-        """All records; lines that begin with `comment` are none where `every` is true, else where
-        they have another width.
-        """
+    def records(self, comment: str = "") -> Iterator[Read]:
+        """All records; a line that begins with `comment` has neither fields nor a reason."""
         lines, delimiter = self._lines, self._dialect.delimiter
         quote = self._dialect.quote or NOWHERE
         escape = self._dialect.escape or NOWHERE
@@ -479,7 +501,7 @@ class Reader:
             number = lines.number
             if line.startswith(MARK):
                 line = line.lstrip(MARK)
-            if line.startswith(comment) and (every or line.count(delimiter) + 1 != self._width):
+            if line.startswith(comment):
                 yield number, [], "", line
             elif quote in line or escape in line or len(line) > RECORD_CHARACTERS:
                 fields, reason, raw = self._hard(line)
@@ -504,8 +526,8 @@ class Reader:
         taken = lines.taken
         raw = "".join(taken)
         if len(taken) > 1:
-            odd = self._width and (len(fields) != self._width or self._stray.search(raw))
-            if reason or (odd and all(self._alone(each) for each in taken[1:])):
+            odd = self._width and (len(fields) != self._width or not self._is_tidy(raw))
+            if reason or (odd and self._records_inside(taken[1:])):
                 # The quote of the first line is a stray one: what follows are records.
                 lines.again(taken[1:])
                 self._doubt = max(self._doubt, number + len(taken) - 1)
@@ -513,9 +535,14 @@ class Reader:
                 return [], f"a quote that does not close{last}", taken[0]
         if reason == "unexpected end of data":
             reason = "a quote that does not close before the end"
-        if not reason and number <= self._doubt and self._stray.search(raw):
+        if not reason and number <= self._doubt and not self._is_tidy(raw):
             reason = "a quote within a field, after a line with a quote that does not close"
         return fields, reason, raw
+
+    def _records_inside(self, lines: list[str]) -> bool:
+        """Whether lines that a quote seems to enclose are records of the table."""
+        count = sum(self._alone(line) for line in lines)
+        return count == len(lines) or (self._width > 2 and 2 * count > len(lines))
 
     def _alone(self, line: str) -> bool:
         """Whether a line is a record of the right width, without a stray quote."""
@@ -523,7 +550,10 @@ class Reader:
             fields = next(self._splitter(Lines(io.StringIO(line, newline=""))))
         except (csv.Error, StopIteration):
             return False
-        return len(fields) == self._width and not self._stray.search(line)
+        return len(fields) == self._width and self._is_tidy(line)
+
+    def _is_tidy(self, text: str) -> bool:
+        return self._tidy is None or bool(self._tidy.fullmatch(text))
 
 
 @contextmanager
@@ -664,7 +694,7 @@ def take_sample(
         lines.pop()
     if not head.strip("\r\n" + MARK):
         return None
-    above = max(options.number("skip_lines"), options.header_line - 1)
+    above = max(int(options["skip_lines"]), options.header_line - 1)
     if above >= len(lines):
         raise options.refuse(f"there is no line {above + 1}", "skip_lines=0")
     separator = SEP_LINE.match(lines[0]) if not above else None
@@ -688,7 +718,8 @@ def take_sample(
         for piece in pieces:
             found = io.StringIO(piece.decode(encoding, "keep-bytes"), newline="").readlines()
             parts.append("".join(found[1:-1]))
-    return Sample("".join(lines[begin:]), begin + 1, whole, parts, comments)
+    marked = prefix if comments or options["comment"] not in ("", "none") else ""
+    return Sample("".join(lines[begin:]), begin + 1, whole, parts, comments, marked)
 
 
 def find_layout(sample: Sample, options: Options) -> Layout:
@@ -711,10 +742,7 @@ def find_layout(sample: Sample, options: Options) -> Layout:
     if fit.trailing:
         line = fit.records[fit.start][0]
         options.guess(f"the delimiter that ends every record below line {line} begins no field")
-    comment = {"none": "", "": "#" if sample.comments else ""}.get(
-        options["comment"], options["comment"]
-    )
-    every = options["comment"] not in ("", "none")
+    comment, every = sample.comment, options["comment"] not in ("", "none")
     if not fit.records:
         raise options.refuse("no line can be read", "delimiter=none")
     if options["header_line"] == "none":
@@ -751,7 +779,7 @@ def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
     if escape == "in_quotes":
         dialect = dialect._replace(escape="\\", inside=f"{quote}\\", outside="")
     elif escape not in ("", "none"):
-        specials = f"{delimiter[0]}{quote}{escape}\r\n"
+        specials = f"{delimiter[0]}{quote or chr(34)}{escape}\r\n"
         dialect = dialect._replace(escape=escape, inside=specials, outside=specials)
     best = fit(dialect, sample)
     if not quote or quote not in sample.head or (best.quality[0] and not tabbed(best, chosen)):
@@ -804,7 +832,7 @@ def escapes(head: str, quote: str) -> list[tuple[str, str]]:
 
 def fit(dialect: Dialect, sample: Sample) -> Fit:
     """Read the sample in a dialect."""
-    comment = "#" if sample.comments else ""
+    comment = sample.comment
     records, errors = [], 0
     reader = Reader(Lines(io.StringIO(sample.head, newline=""), sample.first_line - 1), dialect)
     for record in reader.records(comment):
@@ -1016,7 +1044,7 @@ def below_title(found: Fit, start: int, width: int) -> int:
 def is_title(fields: list[str], width: int) -> bool:
     """Whether only the first cells hold text, at most half of them."""
     filled = sum(bool(cell.strip()) for cell in fields)
-    return len(fields) <= width and filled <= width // 2 and all(
+    return len(fields) <= width and filled <= (width + 1) // 2 and all(
         not cell.strip() for cell in fields[filled:]
     )  # fmt: skip
 
@@ -1164,8 +1192,10 @@ class Table:
         header = layout.header if sum(map(bool, layout.header or ())) > 1 else None
         skip_header = layout.header is not None and not layout.commented
         number = int(layout.commented)
-        for line, fields, why, raw in self._reader.records(layout.comment, layout.every_comment):
-            if not fields and not why:
+        comment = layout.comment or NOWHERE
+        for line, fields, why, raw in self._reader.records(comment if layout.every_comment else ""):
+            other = len(fields) not in (width, width + trailing)
+            if (not fields and not why) or (other and raw.startswith(comment)):
                 self.comments += 1
                 continue
             number += 1
@@ -1187,10 +1217,11 @@ class Table:
 
     def _fault(self, fields: list[str], raw: str) -> str:
         """Why a record is no row of the table, if it is none."""
-        if len(fields) != self._layout.width:
-            return f"{len(fields)} fields where the header has {self._layout.width}"
         if "\0" in raw:
             return "a NUL character"
+        if len(fields) != self._layout.width:
+            plural = "" if len(fields) == 1 else "s"
+            return f"{len(fields)} field{plural} where the header has {self._layout.width}"
         if not raw.isascii() and UNDECODABLE.search(raw):
             return "bytes that are not in the encoding of the file"
         if len(raw) > RECORD_CHARACTERS:

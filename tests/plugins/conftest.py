@@ -27,18 +27,22 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def runner(name: str, module: ModuleType | None = None, **options: str) -> Run:
+def runner(name: str, **options: str) -> Run:
     """A function that runs the plugin on a file; it holds the plugin to its declared topics.
 
     Args:
-        module: the plugin, where it is loaded already.
         options: those of its MANIFEST that `casparian publish --option` changes.
     """
-    module = module or load(name)
+    module = load(name)
     if options:
         assert options.keys() <= module.MANIFEST.options.keys()
         chosen = {**module.MANIFEST.options, **options}
         module.MANIFEST = dataclasses.replace(module.MANIFEST, options=chosen)
+    return running(module)
+
+
+def running(module: ModuleType) -> Run:
+    """The same for a module that is loaded already."""
     topics = module.MANIFEST.topic
     declared = {topics} if isinstance(topics, str) else set(topics)
     handler = module.Handler()

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pytest
 
 from casparian_flow.sdk import column_names
-from tests.plugins.conftest import Run
+from tests.plugins.conftest import Run, load, running
+from tests.plugins.written_tables import Reader
 
 CASES = {
     "semicolons in cp1252": (
@@ -118,6 +119,330 @@ def test_a_field_too_long_is_a_reject_and_reading_goes_on(delimited: Run, tmp_pa
     (reject,) = out["delimited_rejects"].to_pylist()
     assert reject["reason"] == f"more than {16 << 20} characters"
     assert reject["raw"] == "1," + "x" * ((1 << 20) - 2)
+
+
+FOUND = {
+    "a hole in the middle": (
+        "meter.csv",
+        b"ts,kwh\n2024-01-01,5.1\n" + b"\0" * 512 + b"\n2024-01-02,5.3\n",
+        ["ts", "kwh"],
+        [["2024-01-01", "5.1"], ["2024-01-02", "5.3"]],
+        ["a NUL character"],
+    ),
+    "a hole before the header": (
+        "hole.csv",
+        b"\0" * 2000 + b"h_ts,h_v\n2024,1\n2025,2\n",
+        ["h_ts", "h_v"],
+        [["2024", "1"], ["2025", "2"]],
+        ["NUL characters in the header, left out of the names"],
+    ),
+    "single NULs": (
+        "n.csv",
+        b"a,b\n1,\0002\n3,4\n\0\n5,6\0\n",
+        ["a", "b"],
+        [["3", "4"]],
+        ["a NUL character", "a NUL character", "a NUL character"],
+    ),
+    "UTF-16 without a mark, mostly Chinese": (
+        "zh.csv",
+        "名称,城市\n王小明,上海\n李雷,北京\n".encode("utf-16-be"),
+        ["名称", "城市"],
+        [["王小明", "上海"], ["李雷", "北京"]],
+        [],
+    ),
+    "UTF-32 without a mark": (
+        "u.csv",
+        "a,b\nx,y\n".encode("utf-32-le"),
+        ["a", "b"],
+        [["x", "y"]],
+        [],
+    ),
+    "backslashes are text": (
+        "p.csv",
+        b'id,path\n1,C:\\temp\\new\n2,\\N\n3,"\\\\server\\share"\n4,2020/05/11\n',
+        ["id", "path"],
+        [["1", "C:\\temp\\new"], ["2", "\\N"], ["3", "\\\\server\\share"], ["4", "2020/05/11"]],
+        [],
+    ),
+    "an escape where quotes need one": (
+        "e.csv",
+        b'id,text,path\n1,"he said \\"x\\", ok",C:\\temp\n2,"a\\\\b",\\\\server\\d\n3,"y",\\N\n',
+        ["id", "text", "path"],
+        [["1", 'he said "x", ok', "C:\\temp"], ["2", "a\\b", "\\\\server\\d"], ["3", "y", "\\N"]],
+        [],
+    ),
+    "slashes beside doubled quotes": (
+        "d.tsv",
+        b'name\tseen\nAnn\t2020/05/11\n"""a/b/"" / (see"\t2020/03/11\n',
+        ["name", "seen"],
+        [["Ann", "2020/05/11"], ['"a/b/" / (see', "2020/03/11"]],
+        [],
+    ),
+    "a delimiter at the end": (
+        "t.csv",
+        b"sku,price\nA1,7.50,\nA2,8.00,\nA3,9,x\n"[:-7] + b"\n",
+        ["sku", "price"],
+        [["A1", "7.50"], ["A2", "8.00"]],
+        [],
+    ),
+    "a preamble": (
+        "bank.csv",
+        b"Kontoauszug;\nKonto: DE00 0000;\n\nDatum;Text;Betrag\n01.03.2024;Miete;-800,00\n"
+        b"02.03.2024;Lohn;2500,00\nSumme 1700,00\n" + b"03.03.2024;Strom;-6,00\n" * 4,
+        ["Datum", "Text", "Betrag"],
+        [
+            ["01.03.2024", "Miete", "-800,00"],
+            ["02.03.2024", "Lohn", "2500,00"],
+            *[["03.03.2024", "Strom", "-6,00"]] * 4,
+        ],
+        ["1 field where the header has 3"],
+    ),
+    "a preamble filled up with delimiters": (
+        "x.csv",
+        b"Report,,\nFrom,2024,\n,,\nid,name,qty\n1,bolt,10\n2,nut,20\n"[:-1],
+        ["id", "name", "qty"],
+        [["1", "bolt", "10"], ["2", "nut", "20"]],
+        [],
+    ),
+    "comments": (
+        "c.csv",
+        b'# by tool, "v1"\n# units: mm\nid,len\n1,10\n# late "one"\n2,20\n#3,30\n',
+        ["id", "len"],
+        [["1", "10"], ["2", "20"], ["#3", "30"]],
+        [],
+    ),
+    "a header that is a comment": (
+        "h.csv",
+        b"#id,name\n1,a\n2,b\n",
+        ["#id", "name"],
+        [["1", "a"], ["2", "b"]],
+        [],
+    ),
+    "no header": (
+        "n.csv",
+        b"1001,2024-01-01,5.00\n1002,2024-01-02,6.00\n",
+        ["column_1", "column_2", "column_3"],
+        [["1001", "2024-01-01", "5.00"], ["1002", "2024-01-02", "6.00"]],
+        [],
+    ),
+    "no header above names": (
+        "n.csv",
+        b"1,AB-10,4.5\n2,AB-11,4.7\n3,AC-10,3.1\n",
+        ["column_1", "column_2", "column_3"],
+        [["1", "AB-10", "4.5"], ["2", "AB-11", "4.7"], ["3", "AC-10", "3.1"]],
+        [],
+    ),
+    "years are names": (
+        "y.csv",
+        b"land,2019,2020\nDE,5,6\nFR,7,8\n",
+        ["land", "2019", "2020"],
+        [["DE", "5", "6"], ["FR", "7", "8"]],
+        [],
+    ),
+    "a sep line": ("s.csv", b"sep=;\r\nid;name\r\n1;bolt\r\n", ["id", "name"], [["1", "bolt"]], []),
+    "blanks before quotes": (
+        "b.csv",
+        b'id, name, n\n1, "Lee, Ann" , 5\n2, "Ray, Bo", 6\n',
+        ["id", "name", "n"],
+        [["1", "Lee, Ann", " 5"], ["2", "Ray, Bo", " 6"]],
+        [],
+    ),
+    "blanks that nothing needs": (
+        "b.csv",
+        b'id, name\n1, "Lee"\n',
+        ["id", "name"],
+        [["1", ' "Lee"']],
+        [],
+    ),
+    "the header again, with a mark": (
+        "r.csv",
+        b"id,v\n1,a\n\xef\xbb\xbfid,v\n\xef\xbb\xbf2,b\n",
+        ["id", "v"],
+        [["1", "a"], ["2", "b"]],
+        ["the header again"],
+    ),
+    "an open quote": (
+        "o.csv",
+        b'id,note,q\n1,ok,5\n2,"never,6\n3,fine,3\n4,"fine, too",4\n5,fine,5\n',
+        ["id", "note", "q"],
+        [["1", "ok", "5"], ["3", "fine", "3"], ["4", "fine, too", "4"], ["5", "fine", "5"]],
+        ["a quote that does not close"],
+    ),
+    "semicolons in cells": (
+        "g.csv",
+        b"ref,tags\n" + b"a;b,a;b;c\n" * 30,
+        ["ref", "tags"],
+        [["a;b", "a;b;c"]] * 30,
+        [],
+    ),
+    "commas for decimals": (
+        "z.csv",
+        b"Zeit;Wert\n1.1.2024;1,5\n2.1.2024;1,7\n",
+        ["Zeit", "Wert"],
+        [["1.1.2024", "1,5"], ["2.1.2024", "1,7"]],
+        [],
+    ),
+    "bars that are doubled": (
+        "l.txt",
+        b"id||name\n1||a|b\n2||\n",
+        ["id", "name"],
+        [["1", "a|b"], ["2", ""]],
+        [],
+    ),
+    "one column": ("one.csv", b"name\nAnn Lee\nBob\n", ["name"], [["Ann Lee"], ["Bob"]], []),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_finds(case: str, delimited: Run, tmp_path: Path) -> None:
+    name, data, columns, rows, reasons = FOUND[case]
+    file = tmp_path / name
+    file.write_bytes(data)
+    out = delimited(file)
+    assert out["delimited"].column_names == columns
+    assert [list(row.values()) for row in out["delimited"].to_pylist()] == rows
+    assert [reason for _, _, reason, _ in (rejects(out) if "delimited_rejects" in out else [])] == (
+        reasons
+    )
+
+
+@pytest.mark.parametrize("delimiter", [*",;\t|^~:\x01\x1f ", "||", "::", "~~", "|~|"])
+@pytest.mark.parametrize("name", ["t.csv", "t.txt", "t.tsv", "t.psv"])
+def test_every_usual_delimiter(delimiter: str, name: str, delimited: Run, tmp_path: Path) -> None:
+    table = [["id", "name", "qty"], ["1", "bolt", "10"], ["2", "nut", "20"], ["3", "cog", "30"]]
+    file = tmp_path / name
+    file.write_text("".join(f"{delimiter.join(row)}\n" for row in table))
+    out = delimited(file)
+    assert out.keys() == {"delimited"}
+    assert out["delimited"].column_names == table[0]
+    assert [list(row.values()) for row in out["delimited"].to_pylist()] == table[1:]
+
+
+def test_the_whole_file_says_which_delimiter(delimited: Run, tmp_path: Path) -> None:
+    """Commas fit for 300 KB, and then no more."""
+    file = tmp_path / "long.csv"
+    file.write_text("a,b;c\n" + "1,2;3\n" * 60_000 + "1;3\n" * 90_000)
+    table = delimited(file)["delimited"]
+    assert table.column_names == ["a,b", "c"]
+    assert table.num_rows == 150_000
+
+
+REFUSED = {
+    "a workbook": ("a.csv", b"PK\x03\x04\x14\0\x06\0[Content_Types].xml", "ZIP file .an Excel"),
+    "a web page": ("a.csv", b"<!DOCTYPE html>\n<html><body>", "an HTML page, not delimited text"),
+    "JSON": ("a.csv", b'{"a": 1, "b": 2}\n{"a": 2, "b": 3}\n', "JSON, not delimited text"),
+    "NULs": ("a.csv", b"\0" * 4096, "nothing but NUL bytes"),
+    "prose": (
+        "a.txt",
+        b"This is prose.\nIt has, well, commas.\nOr not.\n",
+        "--option delimiter=none",
+    ),
+    "one column in .txt": ("a.txt", b"alpha\nbeta\ngamma\n", "one column of text is no table"),
+    "two parts by blanks": ("a.csv", b"first last\nAnn Lee\nBob Ray\n", "--option delimiter=space"),
+    "one record of data": ("a.csv", b"1001,2024-01-01\n", "--option header_line=none"),
+    "a shorter header": (
+        "a.csv",
+        b"a,b\n1,x,y\n2,x,y\n3,x,y\n",
+        "which one is the header.*--option",
+    ),
+    "a title above text": ("a.csv", b"Title\nAnn,Rome\nBob,Oslo\n", "--option header_line=2"),
+    "as many records of one text": ("a.csv", b"a,b\n" * 9, "comes 8 times again"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_clear_is_refused(case: str, delimited: Run, tmp_path: Path) -> None:
+    name, data, words = REFUSED[case]
+    file = tmp_path / name
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=words) as refused:
+        delimited(file)
+    assert str(refused.value).startswith(f"{name}: ")
+
+
+SETTLED: dict[str, tuple[bytes, dict[str, str], list[str], list[list[str]]]] = {
+    "header_line": (b"a,b\n1,x,y\n2,z\n", {"header_line": "1"}, ["a", "b"], [["2", "z"]]),
+    "no header": (
+        b"1001,2024-01-01\n",
+        {"header_line": "none"},
+        ["column_1", "column_2"],
+        [["1001", "2024-01-01"]],
+    ),
+    "skip_lines": (
+        b"x,y,z\n1,2\n3,4\n",
+        {"skip_lines": "1", "header_line": "none"},
+        ["column_1", "column_2"],
+        [["1", "2"], ["3", "4"]],
+    ),
+    "delimiter": (
+        b"a b,c d\nx y,z w\n",
+        {"delimiter": "space"},
+        ["a", "b,c", "d"],
+        [["x", "y,z", "w"]],
+    ),
+    "one column": (b"a,b\n1,2\n", {"delimiter": "none"}, ["a,b"], [["1,2"]]),
+    "a long delimiter": (
+        b"a<>b\n1<>'<'\n",
+        {"delimiter": "<>", "quote": "'"},
+        ["a", "b"],
+        [["1", "<"]],
+    ),
+    "quote": (b"a,b\n'x,y','it''s'\n", {"quote": "'"}, ["a", "b"], [["x,y", "it's"]]),
+    "no quotes": (b'a,b\n"x,y"\n', {"quote": "none"}, ["a", "b"], [['"x', 'y"']]),
+    "escape": (b"a,b\nx\\,y,\\N\\\\\n", {"escape": "backslash"}, ["a", "b"], [["x,y", "\\N\\"]]),
+    "escape in quotes": (
+        b'a,b\n"\\"x\\\\",y\\\\\n',
+        {"escape": "in_quotes"},
+        ["a", "b"],
+        [['"x\\', "y\\\\"]],
+    ),
+    "blanks": (b'a, "b"\n1, "x"\n', {"blanks": "skip"}, ["a", "b"], [["1", "x"]]),
+    "comment": (b"a,b\n1,2\n// c,d\n", {"comment": "//"}, ["a", "b"], [["1", "2"]]),
+    "encoding": ("a,b\nж,я\n".encode("cp1251"), {"encoding": "cp1251"}, ["a", "b"], [["ж", "я"]]),
+}
+
+
+@pytest.mark.parametrize("case", SETTLED)
+def test_an_option_settles(case: str, tmp_path: Path) -> None:
+    data, options, columns, rows = SETTLED[case]
+    out = Reader(tmp_path).read(data, "t.csv", options)
+    assert out["delimited"].column_names == columns
+    assert [list(row.values()) for row in out["delimited"].to_pylist()] == rows
+
+
+def test_an_unknown_option_value_is_named(tmp_path: Path) -> None:
+    for name, value in {
+        "encoding": "utf-9",
+        "header_line": "x",
+        "skip_lines": "-1",
+        "quote": "ab",
+    }.items():
+        with pytest.raises(ValueError, match=f"option {name} is '{value}'"):
+            Reader(tmp_path).read(b"a,b\n1,2\n", "t.csv", {name: value})
+
+
+def test_other_topics_get_the_rows(tmp_path: Path) -> None:
+    module = load("delimited")
+    module.MANIFEST.topic[:] = ["bank", "bank_rejects"]
+    file = tmp_path / "bank.csv"
+    file.write_bytes(b"a,b\n1,2\n3\n")
+    out = running(module)(file)
+    assert {topic: table.num_rows for topic, table in out.items()} == {"bank": 1, "bank_rejects": 1}
+
+
+def test_the_log_says_what_was_guessed(
+    delimited: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "t.csv"
+    file.write_bytes("Straße;Ort\nGärtnerweg;Köln\n".encode("cp1252"))
+    with caplog.at_level("INFO", logger="delimited"):
+        delimited(file)
+        guesses = [text for text in caplog.messages if text.startswith("guessed: ")]
+        assert [text.split()[1] for text in guesses] == ["encoding", "delimiter"]
+        caplog.clear()
+        file.write_bytes(b"id,name\n1,a\n")
+        delimited(file)
+        assert not [text for text in caplog.messages if text.startswith("guessed: ")]
 
 
 def real_files(folder: Path) -> list[Path]:

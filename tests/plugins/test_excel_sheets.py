@@ -36,7 +36,7 @@ def written(folder: Path, rows: list[list[Any]], merges: tuple[str, ...] = ()) -
 def with_options(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Run:
     """The plugin, published with options."""
     module = load("excel_sheets")
-    run = runner("excel_sheets", module)
+    run = running(module)
     for name, value in options.items():
         monkeypatch.setitem(module.MANIFEST.options, name, value)
     return run
