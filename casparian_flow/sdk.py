@@ -55,6 +55,11 @@ _MAGIC = (
     (b"\x7fELF", "a program"),
     (b"\0\x05\x16\x07", "an AppleDouble file, which macOS writes beside another file"),
     (b"\0\x05\x16\0", "an AppleSingle file"),
+    (b"MSH|^~\\&", "HL7"),
+    (b"UNA:+", "EDIFACT"),
+    (b"UNB+", "EDIFACT"),
+    (b"BEGIN:VCALENDAR", "an iCalendar file"),
+    (b"BEGIN:VCARD", "a vCard file"),
     (b"version https://git-lfs.github.com/", "a Git LFS pointer, whose content is elsewhere"),
 )
 _HTML = re.compile(
@@ -203,6 +208,8 @@ def foreign_kind(start: bytes) -> str:
             return kind
     if start[257:262] == b"ustar":
         return "a tar archive"
+    if re.match(rb"ISA([^\w\s])\d\d\1.{10}\1\d\d\1.{10}\1", start):
+        return "X12 EDI"
     encoding = "utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     text = start[:8192].decode(encoding, "replace").lstrip()
     if _HTML.match(text):

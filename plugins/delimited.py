@@ -875,7 +875,9 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
         name = found.dialect.delimiter
         return name == options.usual, len(name) > 1, found.cells
 
-    strong = [each for each in fits if each.dialect.delimiter not in WEAK]
+    strong = [
+        each for each in fits if each.dialect.delimiter not in WEAK and not ends_only(each, options)
+    ]  # fmt: skip
     parts = {
         part for each in strong for part in each.dialect.delimiter
         if len(each.dialect.delimiter) > 1 and each.clean
@@ -902,6 +904,12 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
     if options["header_line"] and strong:
         return max(strong, key=lambda each: (each.dialect.delimiter == options.usual, each.share))
     return choose_weak(fits, strong, sample, options)
+
+
+def ends_only(found: Fit, options: Options) -> bool:
+    """Whether a delimiter only ends the lines, as `~` does in EDI."""
+    usual = found.dialect.delimiter == options.usual
+    return found.width == 2 and not usual and not any(fields[-1] for _, fields, *_ in found.records)
 
 
 def rows_below(found: Fit) -> int:
@@ -970,17 +978,20 @@ def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
         )  # fmt: skip
     first = [cell.replace("\0", "") for cell in first]
     below = [fields for _, fields, _, _ in found.records[start + 1 :] if len(fields) == width]
-    names = commented_names(sample, found.dialect, width - found.trailing, first, below)
-    if names:
+    verdict, why = judge_header(first, below)
+    names = commented_names(sample, found.dialect, width - found.trailing)
+    if names and verdict != "evident":
+        alone = len(sample.comments) == 1 and sample.comments[0][len(sample.comment) :][:1].strip()
+        if verdict == "header" and not alone:
+            raise options.refuse(
+                f"is line {line} the header, or the comment above it?",
+                f"header_line={line}", "header_line=none",
+            )  # fmt: skip
         options.guess(f"the header is the comment above line {line}")
         return Layout(found.dialect, line, names, len(names), found.trailing, "", False, True)
-    verdict, why = judge_header(first, below)
     parted = found.clean and blank_above(found, start, sample) if start else True
     if verdict in ("none", "header") and not parted:
-        verdict, why = (
-            "unclear",
-            why or f"nothing but text stands in it, and text in line {line - 1}",
-        )
+        verdict, why = "unclear", why or f"it has nothing but text, and so has line {line - 1}"
     if verdict == "unclear" or (verdict == "none" and start):
         raise options.refuse(
             f"is line {line} the header, or is there none? {why}",
@@ -1049,20 +1060,14 @@ def is_title(fields: list[str], width: int) -> bool:
     )  # fmt: skip
 
 
-def commented_names(
-    sample: Sample, dialect: Dialect, width: int, first: list[str], below: list[list[str]]
-) -> list[str] | None:
-    """The last comment above the table where it is the header: `#id,name`."""
+def commented_names(sample: Sample, dialect: Dialect, width: int) -> list[str] | None:
+    """The last comment above the table where it may be the header: `#id,name`."""
     if not sample.comments or (width == 1 and len(sample.comments) > 1):
         return None
     lines = Lines(io.StringIO(sample.comments[-1].lstrip(MARK), newline=""))
     _, names, reason, raw = next(Reader(lines, dialect).records())
-    glued = raw[1:2].strip() if width == 1 else raw
-    if reason or len(names) != width or not glued:
-        return None
-    kinds = [kind_of_column(cells) for cells in zip(*below[:200], strict=True)]
-    evident = any(kind and not kind_of(cell) for kind, cell in zip(kinds, first, strict=False))
-    return None if evident else names
+    blank = width == 1 and not raw[len(sample.comment) :][:1].strip()
+    return None if reason or len(names) != width or blank else names
 
 
 def kind_of(cell: str) -> str:

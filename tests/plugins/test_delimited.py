@@ -331,6 +331,12 @@ REFUSED = {
     "a workbook": ("a.csv", b"PK\x03\x04\x14\0\x06\0[Content_Types].xml", "ZIP file .an Excel"),
     "a web page": ("a.csv", b"<!DOCTYPE html>\n<html><body>", "an HTML page, not delimited text"),
     "JSON": ("a.csv", b'{"a": 1, "b": 2}\n{"a": 2, "b": 3}\n', "JSON, not delimited text"),
+    "lines that end in a tilde": ("a.txt", b"A*1~\nB*2~\nC*3~\n", "--option"),
+    "two that may be the header": (
+        "a.csv",
+        b"# by tool, v1\nname,city\nAnn,Rome\n",
+        "or the comment above it",
+    ),
     "NULs": ("a.csv", b"\0" * 4096, "nothing but NUL bytes"),
     "prose": (
         "a.txt",

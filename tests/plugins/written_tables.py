@@ -196,9 +196,8 @@ WRITERS: list[Callable[[random.Random, list[str], Rows], Written]] = [
 def settled(written: Written) -> dict[str, str]:
     """The options without which a table in this dialect may as well be another one."""
     options = dict(written.options)
-    lines = written.text.splitlines()
     weak = written.delimiter in " :"  # found only in tables of three columns and records
-    few = len(lines) < 4  # one or two lines can be cut in many ways
+    few = len(written.rows) < 3  # one or two records can be cut in many ways
     if len(written.names) == 1 or weak or few or reads_otherwise(written):
         options["delimiter"] = written.delimiter
     # Names that look like data, or are hardly there, may be a row or a title.
@@ -291,16 +290,20 @@ def check_damaged(rng: random.Random, reader: Reader) -> None:
     file = io.StringIO()
     csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows([names, *rows])
     lines = file.getvalue().encode().splitlines(keepends=True)
-    kinds = ["cut", "extra", "nul", "byte"] * 3 + ["quote"]
+    added = {
+        "cut": b"", "extra": delimiter.encode(), "nul": b"\0", "byte": b"\xff", "quote": b'"'
+    }  # fmt: skip
+    open_quotes = 0
     for number in rng.sample(range(1, len(lines)), k=rng.randint(1, len(rows) // 5)):
-        kind = rng.choice(kinds)
-        if kind == "quote":  # two of them may enclose all that is between
-            kinds = kinds[:-1]
-        line, rows[number - 1] = lines[number][:-1], []
+        kind = rng.choice(list(added))
+        line = lines[number][:-1]
         place = rng.randint(0, len(line))
-        added = {"extra": delimiter.encode(), "nul": b"\0", "byte": b"\xff", "quote": b'"'}
-        rest = b"" if kind == "cut" else added[kind] + line[place:]
-        lines[number] = line[:place] + rest + b"\n"
+        damaged = line[:place] + added[kind] + (b"" if kind == "cut" else line[place:])
+        if damaged.count(b'"') % 2:
+            open_quotes += 1
+            if open_quotes > 1:  # two enclose all that is between, for every reader
+                continue
+        lines[number], rows[number - 1] = damaged + b"\n", []
     data = b"".join(lines)
     name = "d.tsv" if delimiter == "\t" else "d.csv"
     out = reader.read(data, name, {"encoding": "utf-8", "header_line": "1"})
