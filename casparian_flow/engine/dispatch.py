@@ -17,6 +17,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, jobs, plugins, trust
 from casparian_flow.db.models import Plugin
 from casparian_flow.engine import sinks
+from casparian_flow.engine.sinks import reserved
 from casparian_flow.errors import CasparianError, ConfigError
 from casparian_flow.protocol import Artifact, Assignment, OutputPlan
 
@@ -111,7 +112,7 @@ class Dispatcher:
     def _plan(self, job: Any, topic: str, uri: str, mode: str, topics: Sequence[str]) -> OutputPlan:
         uri, said = sink_uri.read(uri)  # people write options into the table as well
         location = sinks.resolve(uri, self._settings.home)
-        sinks.check_not_ledger(location, self._settings.database.path)
+        reserved.check(location, topic, self._settings)
         key = (job.source, job.path, job.content_hash, job.ordinal, job.artifact_hash, topic, uri)
         place = (job.source, job.path, job.plugin_name, topic, uri)
         return OutputPlan(

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from casparian_flow import atomic, config, sink_uri
 from casparian_flow.config import Settings
 from casparian_flow.engine import sinks
+from casparian_flow.engine.sinks import reserved
 from casparian_flow.errors import ConfigError
 from casparian_flow.protocol import MODES
 from casparian_flow.security.manifest import Manifest
@@ -102,7 +103,8 @@ def _places(
         place = Place(topic, _expanded(settings, topic, uri), own_mode or mode)
         location = sinks.resolve(place.uri, settings.home)
         sinks.check_usable(location, settings.database)
-        sinks.check_not_ledger(location, settings.database.path)
+        reserved.check(location, topic, settings)
+        reserved.check_content(location, topic)
         _check_sources(place, location, roots)
         if location in places:
             raise ConfigError(
