@@ -33,7 +33,10 @@ def compile_pattern(pattern: str, *, any_case: bool = True) -> re.Pattern[str]:
         raise ValueError(f"not a pattern: {pattern!r}")
     anchored = pattern.lstrip("/") if "/" in pattern else f"**/{pattern}"
     case = glob.IGNORECASE if any_case else glob.CASE
-    wanted, _ = glob.translate(anchored, flags=_FLAGS | case)
+    try:
+        wanted, _ = glob.translate(anchored, flags=_FLAGS | case)
+    except Exception as error:
+        raise ValueError(f"{pattern[:80]!r} stands for too many patterns: {error}") from error
     return re.compile("|".join(f"(?:{part})" for part in wanted))
 
 

@@ -57,6 +57,11 @@ def test_what_is_no_pattern_is_refused(pattern: str) -> None:
         compile_pattern(pattern)
 
 
+def test_a_pattern_that_stands_for_a_million_is_refused() -> None:
+    with pytest.raises(ValueError, match="too many"):
+        compile_pattern("{a,b}" * 20)
+
+
 def test_rules_of_an_earlier_release_keep_their_case(tmp_path: Path) -> None:
     database = DatabaseSettings(db_location=str(tmp_path / "ledger.sqlite3"))
     scripts = [(name, sql) for name, sql in schema._scripts() if name < "0009"]
