@@ -80,6 +80,8 @@ LAYERS = [
     ["db.scrubs", "db.backfill", "db.retracted"],
     [
         "db.files",
+        "db.unrouted",
+        "db.unsettled",
         "db.doubts",
         "db.presence",
         "db.roots",

@@ -189,6 +189,14 @@ def cell(name: str, value: Any) -> str:
     return printable(value.hex() if isinstance(value, bytes) else str(value), keep="")
 
 
+def age(seconds: float) -> str:
+    """A time that has passed, as people say it: 40 s, 12 min, 3 h, 2 days."""
+    for size, name, least in ((86_400, "days", 2), (3600, "h", 1), (60, "min", 1)):
+        if seconds >= least * size:
+            return f"{seconds // size:.0f} {name}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
 def printable(words: str, keep: str = "\n\t") -> str:
     """Text that a terminal only shows: a file's name may hold anything, escape codes too."""
     if words.isprintable():

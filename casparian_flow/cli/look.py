@@ -60,6 +60,10 @@ def _print_status(found: dict[str, Any]) -> None:
     context.say(f"scrub     {found['scrub']}")
     columns = "name path active watch files unreadable waiting held missed hidden scanned_at"
     _section("sources", found["sources"], f"{columns} scrubbed_at problem")
+    written = [{**row, "age": context.age(row["seconds"])} for row in found["still_written"]]
+    _section("still being written", written, "source rel_path age")
+    if found["still_written_in_all"] > len(written):
+        context.say(f"{len(written)} of {found['still_written_in_all']}")
     _section("plugins", found["plugins"], "name version topics subscriptions")
     _section("sinks", found["sinks"], "uri topics rows place")
     _section("why jobs wait or failed", found["reasons"], "status jobs example reason")
@@ -120,6 +124,10 @@ def files(
     unreadable: Annotated[
         bool, typer.Option("--unreadable", help="Only those that could not be read.")
     ] = False,
+    no_plugin: Annotated[
+        bool,
+        typer.Option("--unrouted", help="Only those that no plugin wants, with the nearest rule."),
+    ] = False,
     limit: Limit = None,
     every: All = False,
     as_json: AsJson = False,
@@ -131,10 +139,24 @@ def files(
     from casparian_flow.db import views
 
     most = context.wanted(limit, every)
+    if no_plugin:
+        if gone or unreadable:
+            raise typer.BadParameter("--unrouted goes with neither --gone nor --unreadable")
+        _unrouted(ctx, source, most, as_json)
+        return
     with context.opened(ctx) as (_, ledger):
         rows = ledger.read(lambda c: views.files(c, most, source, gone, unreadable))
     columns = "source rel_path size_bytes versions content_hash detected_at jobs problem"
     context.listing(rows, as_json, columns, "no such files\n  try: casparian status")
+
+
+def _unrouted(ctx: typer.Context, source: str | None, limit: int | None, as_json: bool) -> None:
+    from casparian_flow.db import unrouted
+
+    with context.opened(ctx) as (_, ledger):
+        rows = ledger.read(lambda c: unrouted.files(c, limit, source))
+    columns = "source rel_path size_bytes detected_at nearest"
+    context.listing(rows, as_json, columns, "every file is wanted by some plugin")
 
 
 def versions(

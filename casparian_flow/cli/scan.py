@@ -115,8 +115,7 @@ def _print(report: ScanReport, quiet: bool) -> None:
     if not quiet:
         context.say(f"{report.source}: {_found(report)}")
     _name("unreadable", report.unreadable, f"casparian files --source {report.source} --unreadable")
-    if report.unsettled:
-        context.note("  unsettled: files that kept changing; the next scan looks at them again")
+    _print_written(report)
     if report.waiting and not quiet:
         wait = "waits for its" if report.waiting == 1 else "wait for their"
         context.note(f"  {counted(report.waiting, 'file')} {wait} done file or minimum age")
@@ -144,6 +143,23 @@ def _found(report: ScanReport) -> str:
     if report.versions:
         found.append(counted(report.versions, "new version"))
     return ", ".join([*found, *(said for number, said in words if number)])
+
+
+def _print_written(report: ScanReport) -> None:
+    """Name what was not at rest, the oldest first, with its age."""
+    from casparian_flow.db.files import display
+
+    if not report.unsettled:
+        return
+    now = time.time()
+    for path, since in sorted(report.writing.items(), key=lambda item: item[1])[:SHOWN]:
+        context.note(
+            f"  {report.source}/{display(path)}: still being written, "
+            f"{context.age(now - since)} since first seen"
+        )
+    if len(report.writing) > SHOWN:
+        context.note(f"  and {len(report.writing) - SHOWN:,} more that are still being written")
+    context.note("  unsettled: the next scan looks at them again")
 
 
 def _name(what: str, all_of_them: Sequence[str], more: str) -> None:
@@ -175,12 +191,11 @@ def _verdict(
         SourceError: a source root is frozen.
     """
     from casparian_flow.errors import SourceError
-    from casparian_flow.services.report import advise
+    from casparian_flow.services.report import advise, unrouted
 
     failed = _print_jobs(here, wanted, reason, quiet) if wanted else False
-    if not wanted:
-        advice = advise(here.settings, here.ledger)
-        context.advise(each for each in advice if each.wrong or not quiet)
+    advice = unrouted(here.ledger) if wanted else advise(here.settings, here.ledger)
+    context.advise(each for each in advice if each.wrong or not quiet)
     for report in reports:
         if report.problem:
             raise SourceError(report.problem, "nothing is inferred from that; mount or restore it")

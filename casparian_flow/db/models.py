@@ -119,6 +119,18 @@ class ScanState(Base):
     """Changes, ever, that only a scrub has found: the stamps of the file did not show them."""
 
 
+class Unsettled(Base):
+    """A file that every scan since has found being written."""
+
+    __tablename__ = "cf_unsettled"
+
+    source_root_id: Mapped[int] = mapped_column(ForeignKey("cf_source_root.id"), primary_key=True)
+    path: Mapped[bytes] = mapped_column(primary_key=True)
+    """Relative to the source root, as the filesystem has it."""
+    first_seen: Mapped[float]
+    """When the first of those scans found it, seconds since the epoch."""
+
+
 class Directory(Base):
     """A directory under a source root, with a digest that says nothing in it has changed."""
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from casparian_flow import daemon_lock, mounts
 from casparian_flow.config import Settings
-from casparian_flow.db import failures, jobs, presence, rejects, snapshots, views
+from casparian_flow.db import failures, jobs, presence, rejects, snapshots, unsettled, views
+from casparian_flow.db import unrouted as no_plugin
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import JobStatus
 from casparian_flow.db.pages import Row
@@ -19,6 +20,9 @@ from casparian_flow.errors import CasparianError, NotFound
 from casparian_flow.services import snapshot_checks
 from casparian_flow.services.walk import BUILT_IN_IGNORES
 from casparian_flow.wording import counted
+
+WRITTEN = 20
+"""Files that are still being written which are named; the others are counted."""
 
 WAL_LIMIT_BYTES = 64 << 20
 """A write-ahead log that is larger is held by some reader: ours end in moments."""
@@ -50,6 +54,9 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         "daemon": daemon,
         "refused": _refused(settings) if daemon else {},
         "sources": sources(settings, ledger),
+        "still_written": ledger.read(lambda c: unsettled.listed(c, WRITTEN)),
+        "still_written_in_all": ledger.read(unsettled.count),
+        "unrouted": ledger.read(no_plugin.count),
         "scrub": _scrub(settings),
         "snapshots": snapshot_checks.report(ledger),
         "sandbox": settings.guest.sandbox,
@@ -142,7 +149,6 @@ def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
     roots = [root for root in sources(settings, ledger) if root["active"]]
     plugins = ledger.read(views.plugins)
     tally = counts(ledger)
-    files = sum(root["files"] for root in roots)
     daemon = daemon_lock.holder(settings.database.daemon_lock)
     found = [*_dangers(settings)]
     if not roots:
@@ -164,13 +170,18 @@ def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
         if fault := rule_fault(rule["pattern"]):
             words = f"rule {rule['id']} matches nothing: {fault}"
             found.append(Advice(words, f"casparian rules remove {rule['id']}"))
-    if files and plugins and not ledger.read(jobs.counts):
-        some = counted(files, "file")
-        words = f"no jobs queued: no rule that a plugin subscribes to matches any of {some}"
-        found.append(Advice(words, "casparian rules list"))
+    if plugins:
+        found += unrouted(ledger)
     found += _advise_jobs(ledger, tally, daemon is not None)
     found += _advise_snapshots(settings, ledger, tally.get("SUPERSEDED", 0))
     return found
+
+
+def unrouted(ledger: Ledger) -> list[Advice]:
+    """That there are files of which nothing is made, where there are."""
+    count = ledger.read(no_plugin.count)
+    words = f"{counted(count, 'file')} that no plugin wants"
+    return [Advice(words, "casparian files --unrouted", wrong=False)] if count else []
 
 
 def _advise_jobs(ledger: Ledger, tally: dict[str, int], worked: bool) -> Iterator[Advice]:

@@ -46,6 +46,8 @@ class ScanReport:
     """`path: why`, for each file or directory that could not be read."""
     unsettled: set[bytes] = field(default_factory=set)
     """Directories with files that were not at rest, or lost a race with another scan."""
+    writing: dict[bytes, float] = field(default_factory=dict)
+    """Files that were not at rest, and when that was first seen, seconds since the epoch."""
     settles_in: float = 0.0
     """Seconds until all of those could be at rest."""
     problem: str = ""
@@ -53,7 +55,9 @@ class ScanReport:
     fresh: list[bytes] = field(default_factory=list)
     """Files that differ from the ledger, and changed when the watcher had to announce it."""
     unheard: set[int] = field(default_factory=set)
-    """Inodes of the directories that the watcher does not watch."""
+    """Inodes of the directories that the watcher does not watch, and could."""
+    too_deep: int = 0
+    """Directories whose path is too long for any watcher."""
 
 
 @dataclass(frozen=True)

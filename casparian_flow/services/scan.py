@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import doubts, files, presence, roots
+from casparian_flow.db import doubts, files, presence, roots, unsettled
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.files import Known, Sighting, Stat
 from casparian_flow.db.presence import Present
@@ -39,6 +39,9 @@ BATCH_SECONDS = 0.5
 
 TORN_SECONDS = 0.05
 """Pause before a file that changed under our eyes is looked at again, at the least."""
+
+PATH_MAX = 4096
+"""Bytes of a path that the kernel takes, with the NUL at its end; no watcher gets beyond it."""
 
 _UNMOUNTED = "is empty and on another device than before (unmounted?)"
 
@@ -92,6 +95,7 @@ class _Scan:
         self.started = time.time()
         self._sightings: dict[bytes, Sighting] = {}
         self._folders: list[tuple[bytes, bytes | None]] = []
+        self._looked: set[bytes] = set()
         self._flushed = time.monotonic()
 
     def run(self, only: Iterable[bytes] | None) -> ScanReport:
@@ -111,6 +115,8 @@ class _Scan:
                 if self.stop.is_set():
                     break
                 crashpoint("scan.listed")
+                if only is not None:
+                    self._looked.add(listing.path)
                 self._compare(listing)
             self._flush()
         finally:
@@ -119,6 +125,7 @@ class _Scan:
             found = self.report
             found.gone, found.held, found.passed_over = self._write(self.vanished.settle)
             crashpoint("scan.vanished")
+            self._note_writing(full=only is None)
         if only is None and not self.stop.is_set():
             self._route_all()
             self._finish(device)
@@ -182,6 +189,9 @@ class _Scan:
 
     def _note_unheard(self, listing: Listing) -> None:
         if self.heard is not None and self.heard.inodes is not None:
+            if len(os.fsencode(self.root.path)) + 1 + len(listing.path) >= PATH_MAX:
+                self.report.too_deep += 1
+                return
             inode = os.fstat(listing.descriptor).st_ino
             if inode not in self.heard.inodes:
                 self.report.unheard.add(inode)
@@ -214,8 +224,7 @@ class _Scan:
             return False
         wait = unrest(found, now, self.root.settle_seconds)
         if wait > 0:
-            self.report.unsettled.add(listing.path)
-            self.report.settles_in = max(self.report.settles_in, wait)
+            self._is_written(listing, path, wait)
             return False
         try:
             content = hash_and_capture(
@@ -229,10 +238,7 @@ class _Scan:
             self._sightings[path] = _unread(path, listing.path, found, known, str(error.strerror))
             return False
         if content is None or self._was_written(found, content[1]):
-            self.report.unsettled.add(listing.path)
-            self.report.settles_in = max(
-                self.report.settles_in, self.root.settle_seconds, TORN_SECONDS
-            )
+            self._is_written(listing, path, max(self.root.settle_seconds, TORN_SECONDS))
             return False
         crashpoint("scan.hashed")
         digest, looked = content
@@ -240,6 +246,23 @@ class _Scan:
         compared = known.version_id if known else None
         self._sightings[path] = Sighting(path, listing.path, looked, digest, racy, compared)
         return not racy
+
+    def _is_written(self, listing: Listing, path: bytes, wait: float) -> None:
+        self.report.unsettled.add(listing.path)
+        self.report.writing[path] = time.time()
+        self.report.settles_in = max(self.report.settles_in, wait)
+
+    def _note_writing(self, *, full: bool) -> None:
+        """Remember since when the files that are not at rest have been so."""
+        writing = self.report.writing
+        known = self.ledger.read(lambda c: unsettled.known(c, self.root.id))
+        looked = (path for path in known if full or path.rpartition(b"/")[0] in self._looked)
+        ended = [path for path in looked if path not in writing]
+        room = unsettled.KEPT - len(known) + len(ended)
+        began = sorted(writing.keys() - known.keys())[: max(0, room)]
+        writing.update({path: known[path] for path in writing.keys() & known.keys()})
+        if ended or began:
+            self._write(lambda c: unsettled.change(c, self.root.id, ended, began))
 
     def _was_written(self, found: Stat, looked: Stat) -> bool:
         """Whether what was read is not what was found to be at rest: it was written in between."""

@@ -82,6 +82,7 @@ def scan_until_settled(
         report.gone += again.gone
         report.unreadable = list(dict.fromkeys([*report.unreadable, *again.unreadable]))
         report.unsettled, report.settles_in = again.unsettled, again.settles_in
+        report.writing = again.writing
         report.problem = again.problem
         left = len(again.unsettled)
         ledger.write(partial(db_roots.save_scan_state, root_id=root.id, unsettled=left))

@@ -132,7 +132,7 @@ class Watch:
     def _interval(self, root: Root, report: ScanReport) -> float:
         """Seconds until the next full scan: fewer where the watcher is in doubt."""
         watcher = self._watchers[root.id]
-        if watcher.confirm(report.unheard) and watcher.state == WATCHING:
+        if watcher.confirm(report.unheard, report.too_deep) and watcher.state == WATCHING:
             return min(GRACE_SECONDS, self._settings.rescan_seconds)
         slow, fast = self._settings.rescan_seconds, self._settings.poll_seconds
         return slow if watcher.state == WATCHING else min(slow, fast)

@@ -12,6 +12,8 @@ Where events do not tell the whole truth, on network filesystems, there is no wa
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import re
 import threading
@@ -42,6 +44,8 @@ LONGEST_PAUSE_SECONDS = 300.0
 STEADY_SECONDS = 60.0
 """A watcher that has lasted so long is not one that keeps dying."""
 
+_IN_CREATE = 0x100
+
 _arming = threading.Lock()
 
 
@@ -60,6 +64,7 @@ class Watcher:
         self._identity: tuple[int, int] | None = None
         self._doubted: set[int] = set()
         self._trouble = ""
+        self._too_deep = 0
         self._failures = 0
         self._armed = self._again = 0.0
         self._first_armed = 0.0
@@ -67,10 +72,15 @@ class Watcher:
 
     @property
     def state(self) -> str:
-        """`watching`, `polling: why` or `degraded: why`."""
+        """`watching`, `polling: why`, `degraded: why`, or `watching, but not` what."""
         if self._network:
             return f"polling: {self._network} tells of no changes that others make"
-        return f"degraded: {self._trouble}" if self._trouble else WATCHING
+        if self._trouble:
+            return f"degraded: {self._trouble}"
+        if self._too_deep:
+            folders = "1 folder" if self._too_deep == 1 else f"{self._too_deep} folders"
+            return f"{WATCHING}, but not {folders} whose path is too long for that"
+        return WATCHING
 
     @property
     def busy(self) -> bool:
@@ -101,10 +111,14 @@ class Watcher:
             return None
         return Heard(max(self._first_armed, since), self._inodes() if full else None)
 
-    def confirm(self, unheard: set[int]) -> bool:
+    def confirm(self, unheard: set[int], too_deep: int = 0) -> bool:
         """Take a full scan's word on which directories are not watched.
 
         One that was just made may not be watched yet; one that two scans name is lost.
+
+        Args:
+            too_deep: directories that cannot be watched, whatever is done. Arming it anew is of no
+                use there.
 
         Returns:
             Whether it should be scanned again soon, to be certain.
@@ -113,8 +127,9 @@ class Watcher:
         still = unheard - watched if watched is not None else set()
         lost = still & self._doubted
         self._doubted = still
+        self._too_deep = too_deep
         if lost:
-            self._fail(f"{len(lost)} folders are not watched{_limit()}")
+            self._fail(f"{len(lost)} folders are not watched{_limit(self.root.path)}")
         elif not still and self._observer is not None:
             self._trouble = ""
             if time.monotonic() - self._armed > STEADY_SECONDS:
@@ -153,8 +168,10 @@ class Watcher:
                 self._identity = _identity(self.root.path)
                 handler = Handler(self.root, self._hints)
                 self._observer.schedule(handler, self.root.path, recursive=True)
-            except OSError as error:
-                self._fail(f"it cannot be watched ({error.strerror})")
+            except (OSError, RecursionError) as error:
+                # watchdog walks the tree by recursion, where Python's os.walk does.
+                why = error.strerror if isinstance(error, OSError) else "too many levels deep"
+                self._fail(f"it cannot be watched ({why})")
                 self.close()
                 return False
             self._threads = [*(_threads() - threads)]
@@ -222,10 +239,21 @@ def _inotify() -> set[int]:
     return found
 
 
-def _limit() -> str:
-    """The kernel's limit, where there is one to name."""
+def _limit(path: str) -> str:
+    """The kernel's limit, where one more watch is refused because of it; else nothing."""
     try:
+        from watchdog.observers.inotify_c import inotify_add_watch, inotify_init
+
+        with _arming:  # a watcher must not take this descriptor for one of its own
+            probe = inotify_init()
+            if probe < 0:
+                return ""
+            added = inotify_add_watch(probe, os.fsencode(path), _IN_CREATE)
+            full = added < 0 and ctypes.get_errno() == errno.ENOSPC
+            os.close(probe)
+        if not full:
+            return ""
         with open("/proc/sys/fs/inotify/max_user_watches") as file:
             return f" (fs.inotify.max_user_watches is {int(file.read())} for all programs together)"
-    except OSError:
+    except (OSError, ImportError):  # there is no inotify here
         return ""

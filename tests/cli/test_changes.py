@@ -168,7 +168,7 @@ def test_a_rule_queues_what_it_asks_for(casparian: Casparian, source: Path) -> N
     (source / "a.log").write_text("a")
     casparian.run("publish", casparian.plugin("rows", ROWS))
     casparian.run("scan")
-    assert "no jobs queued" in casparian.err("status")
+    assert "1 file that no plugin wants" in casparian.err("status")
     assert "1 job queued" in casparian.out("rules", "add", "*.log", "plugin:rows")
     rules = casparian.json("rules", "list")
     assert [(rule["pattern"], rule["plugins"]) for rule in rules] == [

@@ -16,7 +16,7 @@ import xlwt
 from openpyxl import Workbook
 from python_calamine import CalamineWorkbook
 
-from tests.plugins.conftest import Run, load, runner
+from tests.plugins.conftest import Run, load, running
 from tests.plugins.written_workbooks import check, text_of, write_ods
 
 

@@ -1,0 +1,128 @@
+"""Files that are still being written, and folders that no watcher reaches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from casparian_flow.db import unsettled
+from casparian_flow.db.access import Ledger
+from casparian_flow.services.hints import Hints
+from casparian_flow.services.root import Heard, Root
+from casparian_flow.services.scan import scan
+from casparian_flow.services.watcher import WATCHING, Watcher
+from tests.factories import add_root
+from tests.services.test_scan import OLD, put
+
+
+def known(ledger: Ledger, root: Root) -> dict[bytes, float]:
+    return ledger.read(lambda c: unsettled.known(c, root.id))
+
+
+def test_since_when_a_file_is_written_is_kept_until_it_rests(ledger: Ledger, source: Path) -> None:
+    root = add_root(ledger, source, settle_seconds=3600.0)
+    put(source / "rests", "1", OLD)
+    os.utime(source, (OLD, OLD))
+    for name in ("a", "deep/b", "deep/c"):
+        put(source / name, "1")
+    at_once = root._replace(settle_seconds=0.0)
+    report = scan(ledger, root)
+    first = known(ledger, root)
+    assert report.writing.keys() == first.keys() == {b"a", b"deep/b", b"deep/c", b"rests"}
+    assert scan(ledger, root).writing == first
+    # A scan of one folder says nothing of the others.
+    assert scan(ledger, at_once, only=[b"deep"]).versions == 2
+    assert known(ledger, root).keys() == {b"a", b"rests"}
+    (source / "a").unlink()
+    assert scan(ledger, root).writing == {b"rests": first[b"rests"]}
+    assert scan(ledger, at_once).writing == {}
+    assert known(ledger, root) == {}
+    put(source / "rests", "written again")
+    assert scan(ledger, root).writing[b"rests"] > first[b"rests"]
+
+
+def test_of_a_crowd_only_so_many_are_kept(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unsettled, "KEPT", 3)
+    root = add_root(ledger, source, settle_seconds=3600.0)
+    for name in "bcd":
+        put(source / name, "1")
+    assert len(scan(ledger, root).writing) == 3
+    for name in "aef":
+        put(source / name, "1")
+    assert len(scan(ledger, root).writing) == 6
+    assert known(ledger, root).keys() == {b"b", b"c", b"d"}
+    (source / "c").unlink()
+    scan(ledger, root)
+    assert known(ledger, root).keys() == {b"a", b"b", b"d"}
+    assert ledger.read(unsettled.count) == 3
+    listed = ledger.read(lambda c: unsettled.listed(c, 2))
+    assert [row["rel_path"] for row in listed] == ["b", "d"]
+
+
+@pytest.fixture
+def grow(source: Path) -> Iterator[None]:
+    """Removes what `deepen` made: pathlib does not get there."""
+    yield
+    subprocess.run(["rm", "-r", str(source)], check=True)
+
+
+def deepen(folder: Path, name: str, levels: int) -> None:
+    """Folders in each other, deeper than a path may name."""
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=here)
+        below = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+
+
+@pytest.mark.usefixtures("grow")
+def test_folders_beyond_the_longest_path_are_not_blamed_on_a_limit(
+    ledger: Ledger, source: Path
+) -> None:
+    deepen(source, "d" * 200, 30)
+    root = add_root(ledger, source)
+    watcher = Watcher(root, Hints())
+    try:
+        assert watcher.look(), watcher.state
+        heard = watcher.heard(0.0, full=True)
+        if heard is None or heard.inodes is None:
+            pytest.skip("NOT PROVEN: which folders are watched (this kernel does not tell)")
+        for _ in range(2):
+            report = scan(ledger, root, heard=heard)
+            assert report.unheard == set()
+            assert 5 < report.too_deep < 30
+            assert watcher.confirm(report.unheard, report.too_deep) is False
+        words = f"{WATCHING}, but not {report.too_deep} folders"
+        assert watcher.state.startswith(words)
+        assert "inotify" not in watcher.state
+        assert watcher.look() is False, "arming it anew would be of no use"
+        # What is really lost is said as ever, and the limit only where it has been reached.
+        watcher.confirm({1})
+        assert watcher.confirm({1}) is True
+        assert watcher.state == "degraded: 1 folders are not watched"
+    finally:
+        watcher.close()
+
+
+@pytest.mark.usefixtures("grow")
+def test_more_levels_than_watchdog_can_walk_end_no_daemon(ledger: Ledger, source: Path) -> None:
+    deepen(source, "d", 1500)
+    watcher = Watcher(add_root(ledger, source), Hints())
+    try:
+        if not watcher.look():  # where os.walk is recursive
+            assert watcher.state.startswith("degraded: it cannot be watched (too many levels")
+    finally:
+        watcher.close()
+
+
+def test_a_shallow_scan_counts_nothing_as_too_deep(ledger: Ledger, source: Path) -> None:
+    report = scan(ledger, add_root(ledger, source), only=[b""], heard=Heard(0.0, None))
+    assert (report.too_deep, report.unheard) == (0, set())
