@@ -14,7 +14,8 @@ where they stand in the client's place, `client` is the first of them. What a se
 end is `extra`; where that begins with a quoted list of addresses right after the user agent, as
 nginx writes it, `forwarded_for` has them too. A client is an IP address, a host name, `unix:` or
 `-`. Syslog: RFC 5424, RFC 3164, and rsyslog's and systemd's forms with an ISO timestamp, with or
-without a priority.
+without a priority. A date and words are a syslog line only where a program is named, or the host in
+lines before it, or where the words are those of a syslog daemon.
 
 Text stays as the server wrote it, with its escapes; only `-` is null. It is read as UTF-8; other
 bytes are shown as `\\xNN`. NUL bytes before a line's text, which a crash leaves, are skipped; NUL
@@ -121,6 +122,12 @@ LEVELS = frozenset(
 """What stands in a host's place where a program's own log begins with an ISO time."""
 
 IDENTITY = re.compile(r"[^\s:,|\[\]]+")
+UNNAMED = re.compile(
+    r"(?:-{2,} )?(?:last )?message repeated |-- MARK --|exiting on signal|\S+ [0-9.]+: "
+)
+"""What syslog daemons write themselves without a program's name."""
+HOSTS = 1000
+"""Names of one file that are remembered."""
 LABELS = re.compile(r"(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*+"
                     r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?")  # fmt: skip
 
@@ -238,8 +245,13 @@ def after_nulls(data: bytes, file: io.BufferedIOBase) -> bytes:
 def judge_all(lines: Iterator[Line], notes: Counter[str]) -> Iterator[Judged]:
     """Each line's place. A last line without a newline must have what those before it had."""
     combined = False
+    hosts: set[str] = set()
     for line in lines:
         kind, row = (REJECT, {"reason": line.fault}) if line.fault else judge(line.text, notes)
+        if kind == SYSLOG and row["program"] is not None and len(hosts) < HOSTS:
+            hosts.add(row["host"])
+        elif kind == SYSLOG and not named_by_others(row, hosts):
+            kind, row = REJECT, {"reason": "no program is named, nor is the host in lines before"}
         if kind == ACCESS:
             agent = row["user_agent"] is not None
             if combined and not agent and not line.ended:
@@ -250,6 +262,12 @@ def judge_all(lines: Iterator[Line], notes: Counter[str]) -> Iterator[Judged]:
         if kind == REJECT:
             row["raw"] = line.text
         yield Judged(kind, {**row, "line": line.number}, len(line.text))
+
+
+def named_by_others(row: Row, hosts: set[str]) -> bool:
+    """Whether a syslog line without a program's name is one: a date and words are not enough."""
+    known = row["facility"] is not None or row["host"] in hosts
+    return known or UNNAMED.match(row["message"]) is not None
 
 
 def judge(line: str, notes: Counter[str]) -> tuple[int, Row]:
@@ -414,8 +432,8 @@ def kind_of_one(word: str) -> str:
         return "-"
     if word in ("_", "*"):
         return "p"  # the server that takes what names no other
-    if word == "unix:" or is_address(word):
-        return "a"
+    if word == "unix:" or is_address(word) or (word[:1] + word[-1:] == "[]" and ":" in word):
+        return "a" if word == "unix:" or is_address(word.strip("[]")) else "x"
     if is_name(word):
         return "n" if "." in word.rstrip(".") else "h"
     host = without_port(word)
@@ -476,6 +494,8 @@ def syslog_row(match: re.Match[str]) -> Row:
     if match.re is SYSLOG_ISO and row["host"].upper() in LEVELS:
         raise ValueError(f"{row['host']!r} in the host's place: a program's own log, not syslog")
     facility, severity = (None, None) if priority is None else divmod(int(priority), 8)
+    if row["message"] is not None:
+        row["message"] = row["message"].removeprefix("\ufeff")  # RFC 5424: what follows is UTF-8
     return {
         **row,
         "time": moment.astimezone(UTC) if moment and moment.tzinfo else None,

@@ -108,6 +108,7 @@ HEADS = {
     '1.2.3.4 - ""': (None, "1.2.3.4", None, None, '""'),
     "burger.letters.com - -": (None, "burger.letters.com", None, None, None),
     "fe80::1%eth0 - -": (None, "fe80::1%eth0", None, None, None),
+    "[2001:db8::1] - bob": (None, "[2001:db8::1]", None, None, "bob"),
     "unix: - -": (None, "unix:", None, None, None),
     "- - -": (None, None, None, None, None),
     "\0\0\0001.2.3.4 - -": (None, "1.2.3.4", None, None, None),
@@ -120,7 +121,7 @@ NO_HEADS = [
     "2024-01-01T10:00:00.1Z stdout F 1.2.3.4 - -", "web_1 | 1.2.3.4 - -", "web_1  | 1.2.3.4 - -",
     "1.2.3.4 9.9.9.9 bob", "1.2.3.4 5.6.7.8 9.9.9.9 - -", "1.2.3.4 -", "1.2.3.4", "1.2.3.4 - ",
     "1.2.3.4  -", "evil|sh, 1.2.3.4 - -", "1.2.3.4 - x 5.6.7.8", "ts,ip", "'1.2.3.4' - -",
-    "1.2.3.4 a.example.net bob smith", "203.0.113.9, - -", "-.example.org - -",
+    "1.2.3.4 a.example.net bob smith", "[1:2] - -", "203.0.113.9, - -", "-.example.org - -",
 ]  # fmt: skip
 
 REJECTED = [
@@ -215,6 +216,21 @@ def test_what_a_server_adds(
 ) -> None:
     row = one_row(access_log, tmp_path, f'9.9.9.9 - - {T} "-" "curl" {extra}')
     assert (row["extra"], row["forwarded_for"], row["client"]) == (extra, forwarded, "9.9.9.9")
+
+
+def test_a_date_and_words_are_no_syslog_line(access_log: Run, tmp_path: Path) -> None:
+    time = "Oct 11 22:14:15"
+    file = tmp_path / "messages"
+    lines = [
+        f"{time} Starting the server", f"{time} host -- MARK --", f"{time} host text",
+        f"{time} host su[1]: x", f"{time} host text", f"<13>{time} other text",
+        f"{time} combo syslogd 1.4.1: restart.", f"{time} other text",
+        "<34>1 2003-10-11T22:14:15.003Z h su - - - \ufefftext",
+    ]  # fmt: skip
+    file.write_text("\n".join(lines) + "\n", "utf-8")
+    out = access_log(file)
+    assert out["access_log_rejects"].column("line").to_pylist() == [1, 3, 8]
+    assert out["syslog"].column("message").to_pylist()[-1] == "text"
 
 
 def test_guesses_are_told(
@@ -450,6 +466,22 @@ def test_what_is_damaged_is_a_reject_or_a_row_that_says_the_line(
         assert rejects.get(number, line) == line
         if number in rows:
             assert line in set(written(rows[number])), rows[number]
+
+
+def test_noise_is_rejected_line_by_line(access_log: Run, tmp_path: Path) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    good = f"9.9.9.9 - - {T}".encode()
+    noise = [rng.randbytes(rng.randrange(40)).replace(b"\n", b"x") for _ in range(4000)]
+    noise += [rng.choice([b"\0", b" ", b"\r"]) * rng.randrange(5) for _ in range(200)]
+    rng.shuffle(noise)
+    file = tmp_path / "access.log"
+    file.write_bytes(b"\n".join([good, *noise, good]))
+    out = access_log(file)
+    told = [n for n, line in enumerate(noise, start=2) if line.lstrip(b"\0").strip()]
+    assert out["access_log_rejects"].column("line").to_pylist() == told
+    assert out["access_log"].column("line").to_pylist() == [1, len(noise) + 2]
 
 
 def test_no_line_takes_more_than_one_pass(access_log: Run, tmp_path: Path) -> None:
