@@ -25,7 +25,7 @@ from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import invariants, outputs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.engine import canary, in_hand, retries, sinks
+from casparian_flow.engine import canary, endings, in_hand, retries, sinks
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import ledger_tag
 from casparian_flow.engine.sentinel import INPROC, Sentinel
@@ -96,8 +96,10 @@ async def running(
         adopted = await asyncio.to_thread(inventory.take, settings, ledger)
         await asyncio.to_thread(retract.roll_forward, ledger)
         guests = settings.database.guests_folder
-        begin = partial(retries.begin, limits=settings.jobs, guests_folder=guests)
+        ending = await asyncio.to_thread(endings.read, guests)
+        begin = partial(retries.begin, limits=settings.jobs, ending=ending, guests_folder=guests)
         epoch = await ledger.write_soon(begin)
+        await asyncio.to_thread(endings.begin, guests)
         crashpoint("main.begun")
         context = stack.enter_context(zmq.asyncio.Context())
         bell = asyncio.Event()

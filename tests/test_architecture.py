@@ -66,6 +66,7 @@ LAYERS = [
         "engine.inbox",
         "engine.placing",
         "engine.in_hand",
+        "engine.endings",
         "engine.holdings",
         "engine.one_thread",
         "engine.venv_manager",

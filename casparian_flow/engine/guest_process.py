@@ -102,7 +102,7 @@ class Meter:
         self._began = 0.0
         self._most = math.inf
         self._usage: resource.struct_rusage | None = None
-        self._oom_kills = _oom_kills()
+        self._oom_kills = oom_kills()
 
     def start(self, limit_seconds: float) -> None:
         """Count from here; it may use so much."""
@@ -154,7 +154,7 @@ class Meter:
             return GuestDied(f"the guest of {who} {words}", hint)
         if code != -signal.SIGKILL:
             return GuestKilled(f"the guest of {who} {words}", hint)
-        if _oom_kills() == self._oom_kills:
+        if oom_kills() == self._oom_kills:
             return GuestKilled(f"the guest of {who} {words}, and not by us", hint)
         what = f"the machine had no memory left, and it held {self._rss() >> 20} MiB"
         return OutOfMemory(f"the guest of {who} {words}: {what}", "give the plugin smaller files")
@@ -196,7 +196,7 @@ def status_number(pid: int, key: bytes) -> int:
     return _number(f"/proc/{pid}/status", rb"^%s:[ \t]+([0-9]{1,15})\b" % re.escape(key))
 
 
-def _oom_kills() -> int:
+def oom_kills() -> int:
     """How often the kernel has killed a process for want of memory since it was started."""
     return _number("/proc/vmstat", rb"^oom_kill ([0-9]{1,15})$")
 

@@ -3,12 +3,16 @@
     the attempt failed    again after a pause, while attempts are left and the error may pass: one
                           that has come twice the same (`_repeats`) is not tried a third time
     its Worker is gone    what it had in hand counts an attempt; what only waited there does not
-    the daemon is gone    the same, and it counts as a crash of the job: after two, the job runs
-                          alone (`jobs.claim`); after the third it is FAILED as poison. But what a
-                          Worker that lives on has in hand does not count
+    the daemon is gone    no attempt counts: it has many ends, and most have nothing to do with
+                          what it was doing. But what it had in hand is suspected, unless a Worker
+                          that lives on has it: after two ends the job runs alone (`jobs.claim`),
+                          and after more of them, all alone, it is FAILED as poison
 
-Where nothing is known to have been in hand (a power cut, or a moment between two jobs), every
-attempt counts: a job that takes the whole machine with it must come to its end too.
+How many more depends on the trace that the daemon left (`engine.endings`). After a crash, a kill
+for want of memory or the machine's own end, the third is the last. Without a trace anybody may have
+killed it: one who does so a dozen times while a job runs makes no poison of it.
+
+Where the machine itself has ended, what was in hand is not known: then all that ran is suspected.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import itertools
 import os
 import random
 import re
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, jobs, plugins
 from casparian_flow.db.attempts import Ended, add_attempts, counted
 from casparian_flow.engine import in_hand
+from casparian_flow.engine.endings import Ending
 from casparian_flow.errors import GuestDied, JobError, OutOfMemory, PluginFailed
 from casparian_flow.protocol import Pair, Receipt
 from casparian_flow.sections import JobSettings
@@ -35,7 +40,14 @@ PAUSE_LIMIT_SECONDS = 900.0
 """The longest pause before a job is tried again."""
 
 POISON_AFTER = jobs.ALONE_AFTER + 1
-"""Deaths of the daemon with a job in hand after which it is not tried again."""
+"""Deaths of the daemon with a job in hand after which it is not tried again, the last with a trace
+of why."""
+
+POISON_AFTER_KILLS = 14
+"""The same, where the last left none."""
+
+SUSPECT_PAUSES = 3
+"""Deaths of the daemon up to which the pause before a suspected job's next run grows."""
 
 _DETERMINISTIC = {each.__name__ for each in (PluginFailed, GuestDied, JobError)}
 """Kinds of error that come of the plugin and the bytes, where the words are the same. Not among
@@ -86,14 +98,23 @@ def _repeats(end: Receipt, fault: str, error: str) -> bool:
     return fault in _DETERMINISTIC and _VARYING.sub("", error) == _VARYING.sub("", end.error)
 
 
-def begin(connection: Connection, limits: JobSettings, guests_folder: Path) -> int:
+def begin(connection: Connection, limits: JobSettings, ending: Ending, guests_folder: Path) -> int:
     """Start an epoch, which is returned. What an older one left RUNNING is dead: we hold the
-    daemon lock."""
+    daemon lock.
+
+    Args:
+        ending: how that one ended.
+    """
     epoch = plugins.begin_epoch(connection)
-    _take_back(
-        connection, jobs.held(connection, epoch), in_hand.read(guests_folder), limits,
-        "the daemon ended", daemon=True,
-    )  # fmt: skip
+    hands = in_hand.read(guests_folder)
+    for job in jobs.held(connection, epoch):
+        if _lives(job.worker):
+            _give_back(connection, job, "the daemon ended, and its worker lives")
+        elif ending.machine or (job.id, job.fence) in hands:
+            _suspect(connection, job, limits, ending)
+        else:
+            _give_back(connection, job, "the daemon ended before it began")
+        crashpoint("retries.job_taken_back")
     return epoch
 
 
@@ -106,32 +127,21 @@ def lose(
         hands: the attempts that are in somebody's hand.
         why: which Worker, and what it did not do.
     """
-    _take_back(connection, jobs.granted(connection, pairs), hands, limits, why, daemon=False)
+    for _, group in itertools.groupby(jobs.granted(connection, pairs), lambda job: job.worker):
+        crew = list(group)
+        suspects = {(job.id, job.fence) for job in crew} & hands
+        for job in crew:
+            if suspects and (job.id, job.fence) not in suspects:
+                _give_back(connection, job, f"{why} before it began")
+            else:
+                _count(connection, job, limits, f"{why} while it ran")
+            crashpoint("retries.job_taken_back")
 
 
 def release(connection: Connection, pairs: Iterable[Pair], why: str) -> None:
     """Take their jobs from a Worker that leaves; their attempts do not count."""
     for job in jobs.granted(connection, pairs):
         _give_back(connection, job, why)
-
-
-def _take_back(
-    connection: Connection, rows: Sequence[Any], hands: Set[Pair], limits: JobSettings,
-    why: str, *, daemon: bool,
-) -> None:  # fmt: skip
-    for _, group in itertools.groupby(rows, lambda job: job.worker):
-        crew = list(group)
-        suspects = {(job.id, job.fence) for job in crew} & hands
-        for job in crew:
-            if daemon and _lives(job.worker):
-                _give_back(connection, job, f"{why}, and its worker lives")
-                continue
-            suspected = (job.id, job.fence) in suspects
-            if suspects and not suspected:
-                _give_back(connection, job, f"{why} before it began")
-            else:
-                _count(connection, job, limits, f"{why} while it ran", daemon and suspected)
-            crashpoint("retries.job_taken_back")
 
 
 def _lives(worker: str) -> bool:
@@ -153,23 +163,34 @@ def _give_back(connection: Connection, job: Any, why: str) -> None:
     jobs.requeue(connection, job.id, job.fence, reason="", refund=True)
 
 
-def _count(connection: Connection, job: Any, limits: JobSettings, why: str, crashed: bool) -> None:
+def _count(connection: Connection, job: Any, limits: JobSettings, why: str) -> None:
+    """An attempt that its Worker did not live to end: it may have been the cause."""
     reason = f"{why} ({job.attempts} of {limits.max_attempts} attempts)"
-    crashes = job.crashes + crashed
-    poison = crashed and crashes >= POISON_AFTER
-    if poison:
-        reason = f"POISON: {why}, {crashes} times, the last time alone; it is not tried again"
-    elif crashes >= jobs.ALONE_AFTER:
-        reason += f"; it did so {crashes} times, so the job will run alone"
-    ended = Ended(job.id, job.fence, job.worker, "LOST", reason)
-    add_attempts(connection, job.epoch, [ended])
-    if poison or job.attempts >= limits.max_attempts:
+    add_attempts(connection, job.epoch, [Ended(job.id, job.fence, job.worker, "LOST", reason)])
+    if job.attempts >= limits.max_attempts:
         _fail(connection, job.id, job.fence, reason, _RECOVERY)
     else:
-        delay = pause(limits, job.attempts) if crashed else 0.0
-        jobs.requeue(
-            connection, job.id, job.fence, reason=reason, delay_seconds=delay, crashed=crashed
-        )
+        jobs.requeue(connection, job.id, job.fence, reason=reason)
+
+
+def _suspect(connection: Connection, job: Any, limits: JobSettings, ending: Ending) -> None:
+    """A job that was in hand when the daemon ended; no attempt of it counts for that."""
+    deaths = job.crashes + 1
+    reason = f"the daemon ended while it ran, {deaths} times"
+    poison = deaths >= (POISON_AFTER if ending.traced else POISON_AFTER_KILLS)
+    if poison:
+        reason = f"POISON: {reason}, the last time alone; it is not tried again"
+    elif deaths >= jobs.ALONE_AFTER:
+        reason += "; it will run alone"
+    add_attempts(connection, job.epoch, [Ended(job.id, job.fence, job.worker, "LOST", reason)])
+    if poison:
+        _fail(connection, job.id, job.fence, reason, _RECOVERY)
+        return
+    # Not sooner each time: what comes after it has its turn, should it be the cause.
+    delay = pause(limits, min(deaths, SUSPECT_PAUSES))
+    jobs.requeue(
+        connection, job.id, job.fence, reason=reason, delay_seconds=delay, refund=True, crashed=True
+    )
 
 
 def _fail(connection: Connection, job_id: int, fence: int, reason: str, actor: str) -> bool:

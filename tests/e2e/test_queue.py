@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import errno
 import os
+import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, ProcessingJob
-from casparian_flow.engine import guest_process, sentinel
+from casparian_flow.engine import guest_process, in_hand, retries, sentinel
 from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.services import changes
 from casparian_flow.services.scan import scan
@@ -136,30 +138,67 @@ def test_an_aborted_job_is_killed_and_the_next_one_runs(
     assert changes.abort_jobs(ledger, settings, [job]) == 1, "without a daemon too"
 
 
-KILLS = BEHAVES.replace('if what == "raise":', 'if what == "kill":\n            os.kill(os.getppid(), 9)\n        if what == "raise":')  # fmt: skip  # noqa: E501
+KILLS = BEHAVES.replace('if what == "raise":', 'if what.startswith("kill"):\n            os.kill(os.getppid(), int(what.split()[1]))\n        if what == "raise":')  # fmt: skip  # noqa: E501
 
 
+@pytest.mark.parametrize(
+    ("number", "deaths"),
+    [(signal.SIGABRT, retries.POISON_AFTER), (signal.SIGKILL, retries.POISON_AFTER_KILLS)],
+)
 def test_a_job_that_kills_the_daemon_is_isolated_and_the_others_go_on(
-    ledger: Ledger, tmp_path: Path, source: Path
+    ledger: Ledger, tmp_path: Path, source: Path, number: int, deaths: int
 ) -> None:
+    """After a crash, which leaves a trace, sooner than where anybody may have killed it."""
     settings = persistent(tmp_path, '[guest]\nsandbox = "off"\n')
     root = add_root(ledger, source)
     publish(ledger, settings, "behaves", KILLS, "1.0.0")
     for n in range(12):
-        (source / f"{n:02}.do").write_text(f"fine {n}" if n != 5 else "kill")
+        (source / f"{n:02}.do").write_text(f"fine {n}" if n != 5 else f"kill {int(number)}")
     scan(ledger, root)
     codes: list[int] = []
     while not codes or codes[-1] < 0:
         with start(settings, "casparian_flow.cli", "scan", "--drain") as daemon:
             daemon.communicate(timeout=PATIENCE)
         codes.append(daemon.returncode)
-    assert codes == [-signal.SIGKILL] * 3 + [1]
+    assert codes == [-number] * deaths + [1]
     found = outcomes(ledger)
     status, reason = found.pop("05.do")
     assert status == "FAILED"
-    assert reason.startswith("POISON: the daemon ended while it ran, 3 times, the last time alone")
+    words = f"POISON: the daemon ended while it ran, {deaths} times, the last time alone"
+    assert reason.startswith(words)
     assert {status for status, _ in found.values()} == {"COMPLETED"}
     assert len(rows(settings)) == 11
+    assert verify(settings, ledger).problems == []
+
+
+def test_random_kills_of_the_daemon_make_no_innocent_job_fail(
+    ledger: Ledger, settings: Settings, source: Path
+) -> None:
+    """As configured by default: three attempts. Each kill comes while jobs are in hand."""
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
+    for n in range(6):
+        (source / f"{n}.do").write_text(f"slow {1 + n / 10}")
+    scan(ledger, root)
+    kills = 0
+    while kills < 8:
+        with start(settings, "casparian_flow.cli", "scan", "--drain") as daemon:
+            deadline = time.monotonic() + PATIENCE
+            while daemon.poll() is None and not in_hand.read(settings.database.guests_folder):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.communicate(timeout=chance.uniform(0.0, 0.8))
+            if daemon.poll() is not None:
+                break  # all is done
+            daemon.kill()
+        kills += 1
+    assert kills
+    assert set(work_off(settings)) == {"COMPLETED"}
+    assert len(rows(settings)) == 6
     assert verify(settings, ledger).problems == []
 
 

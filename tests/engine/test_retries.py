@@ -18,7 +18,8 @@ from casparian_flow.db import audit, jobs
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.attempts import Ended, add_attempts
 from casparian_flow.db.models import Attempt, Epoch, JobStatus, ProcessingJob
-from casparian_flow.engine import in_hand, retries
+from casparian_flow.engine import endings, in_hand, retries
+from casparian_flow.engine.endings import Ending
 from casparian_flow.protocol import Evidence, Outcome, Pair, Receipt
 from casparian_flow.sections import JobSettings
 from tests.factories import add_job
@@ -44,12 +45,21 @@ def claim(ledger: Ledger, limit: int = 10, worker: str = "w") -> list[int]:
     return ledger.write(lambda c: jobs.claim(c, worker, epoch(ledger), limit))
 
 
-def die(ledger: Ledger, folder: Path, hands: Sequence[Pair], limits: JobSettings = MANY) -> None:
+TRACED, KILLED, CUT = Ending(traced=True), Ending(), Ending(machine=True, traced=True)
+
+
+def die(
+    ledger: Ledger,
+    folder: Path,
+    hands: Sequence[Pair],
+    limits: JobSettings = MANY,
+    ending: Ending = TRACED,
+) -> None:
     """The daemon dies with these in hand, and the next one begins."""
     folder.mkdir(exist_ok=True)
     for job_id, fence in hands:
         (folder / f"hand-{job_id}-{fence}").touch()
-    ledger.write(lambda c: retries.begin(c, limits, folder))
+    ledger.write(lambda c: retries.begin(c, limits, ending, folder))
     for file in folder.iterdir():
         file.unlink()
 
@@ -157,11 +167,11 @@ def test_a_job_in_hand_when_the_daemon_died_is_told_from_those_that_waited(
     die(ledger, tmp_path / "guests", [(first, 2)])
     found = [job_row(ledger, job) for job in (first, second, other)]
     assert [row.status for row in found] == ["QUEUED"] * 3
-    # `first` may be the cause; `second` waited behind it; of the other worker nothing is known.
-    assert [row.attempts for row in found] == [2, 1, 2]
+    # `first` may be the cause; `second` waited behind it; the other worker had not begun.
+    assert [row.attempts for row in found] == [1, 1, 1], "an attempt counts for nobody"
     assert [row.crashes for row in found] == [1, 0, 0]
     assert [attempts_of(ledger, job) for job in (first, second, other)] == [
-        ["LOST"], ["RELEASED"], ["LOST"],
+        ["LOST"], ["RELEASED"], ["RELEASED"],
     ]  # fmt: skip
 
 
@@ -177,7 +187,7 @@ def test_a_job_of_a_worker_that_lives_on_is_not_charged_with_the_end_of_the_daem
     claim(ledger, worker=f"{os.uname().nodename}-{worker.pid}")
     die(ledger, tmp_path / "guests", [(job, 2)])
     row = job_row(ledger, job)
-    assert (row.status, row.attempts, row.crashes) == ("QUEUED", 1, 1), "it ended as well"
+    assert (row.status, row.attempts, row.crashes) == ("QUEUED", 0, 1), "it ended as well"
 
 
 def test_poison_runs_alone_and_is_failed_the_third_time(ledger: Ledger, tmp_path: Path) -> None:
@@ -225,15 +235,73 @@ def test_a_retried_poison_is_alone_again(ledger: Ledger, tmp_path: Path) -> None
     assert job_row(ledger, job).status == JobStatus.FAILED
 
 
-def test_jobs_of_a_dead_daemon_have_a_budget(ledger: Ledger, tmp_path: Path) -> None:
-    """Where nothing is known to have been in hand, as after a power cut."""
-    job = add_job(ledger, attempts=0, fence=0)
-    limits = JobSettings(max_attempts=2)
-    for wanted in (JobStatus.QUEUED, JobStatus.FAILED):
-        claim(ledger)
-        die(ledger, tmp_path / "guests", [], limits)
-        assert job_row(ledger, job).status == wanted
-    assert "2 of 2 attempts" in job_row(ledger, job).reason
+def test_all_that_ran_is_suspected_where_the_machine_itself_ended(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    """What was in hand is not known then, as after a power cut."""
+    taker, other = add_job(ledger, attempts=0, fence=0), add_job(ledger, attempts=0, fence=0)
+    for _ in range(2):
+        assert claim(ledger) == [taker, other]
+        die(ledger, tmp_path / "guests", [], ending=CUT)
+    assert claim(ledger) == [taker], "each alone"
+    die(ledger, tmp_path / "guests", [], ending=CUT)
+    assert job_row(ledger, taker).status == JobStatus.FAILED
+    assert claim(ledger) == [other]
+    assert job_row(ledger, other).attempts == 1
+
+
+def test_a_dozen_kills_make_no_poison_of_what_runs_and_a_killer_ends_all_the_same(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    job = add_job(ledger, fence=0, attempts=0)
+    once = JobSettings(max_attempts=1, retry_seconds=0.0)
+    for death in range(1, retries.POISON_AFTER_KILLS + 1):
+        assert claim(ledger) == [job]
+        assert job_row(ledger, job).attempts == 1
+        die(ledger, tmp_path / "guests", [(job, death)], once, KILLED)
+    assert retries.POISON_AFTER_KILLS > 12
+    assert job_row(ledger, job).status == JobStatus.FAILED
+    assert job_row(ledger, job).reason.startswith("POISON: the daemon ended while it ran, 14 times")
+
+
+ENDS = {
+    "import os; os.kill(os.getpid(), 9)": KILLED,
+    "import os; os.kill(os.getpid(), 11)": TRACED,
+    "import os; os.abort()": TRACED,
+    "import ctypes; ctypes.string_at(0)": TRACED,
+    "raise SystemExit(3)": KILLED,
+}
+
+
+@pytest.mark.parametrize(("end", "ending"), ENDS.items())
+def test_how_a_daemon_ended_is_read_from_what_it_left(
+    tmp_path: Path, end: str, ending: Ending
+) -> None:
+    guests = tmp_path / "flow" / "x.guests"
+    assert endings.read(guests) == KILLED, "of none before it nothing is known"
+    code = f"""
+from pathlib import Path
+from casparian_flow.engine import endings
+endings.begin(Path({str(guests)!r}))
+{end}
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert endings.read(guests) == ending
+    subprocess.run([sys.executable, "-c", code.replace(end, "pass")], check=True)
+    assert endings.read(guests) == KILLED, "each begins anew"
+
+
+def test_another_run_of_the_machine_and_a_kill_for_want_of_memory_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guests = tmp_path / "x.guests"
+    endings.begin(guests)
+    monkeypatch.setattr(endings, "oom_kills", lambda: 1 << 40)
+    assert endings.read(guests) == TRACED
+    monkeypatch.setattr(endings, "_boot", lambda: "another")
+    assert endings.read(guests) == CUT
+    (tmp_path / "x.begun").write_bytes(b"{")
+    assert endings.read(guests) == KILLED
 
 
 def test_a_lost_worker_costs_what_it_had_in_hand_and_no_more(ledger: Ledger) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM ends a daemon whatever its workers do; the next one works what they had in hand."""
+"""SIGTERM ends a daemon whatever its workers do; what they had in hand, the next one works."""
 
 from __future__ import annotations
 

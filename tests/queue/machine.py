@@ -40,6 +40,8 @@ from casparian_flow.db.models import (
 from casparian_flow.db.routing import Wanted
 from casparian_flow.engine import retries
 from casparian_flow.engine.committer import Committer, _Ended, _Owed
+from casparian_flow.engine.endings import Ending
+from casparian_flow.engine.retries import POISON_AFTER, POISON_AFTER_KILLS
 from casparian_flow.errors import JobError, SinkConflict
 from casparian_flow.protocol import Evidence, Outcome, Pair, Published, Receipt, StagedOutput
 from casparian_flow.sections import JobSettings
@@ -114,9 +116,13 @@ class Life(RuleBasedStateMachine):
         folder_id = connection.execute(folder.returning(Directory.id)).scalar_one()
         self.places = {"source_root_id": root_id, "directory_id": folder_id}
 
+    ending = Ending()
+
     def _start_epoch(self) -> None:
         self.epoch = self.write(
-            partial(retries.begin, limits=self.limits, guests_folder=self.guests)
+            partial(
+                retries.begin, limits=self.limits, ending=self.ending, guests_folder=self.guests
+            )
         )
         for file in self.guests.iterdir():
             file.unlink()
@@ -191,18 +197,28 @@ class Life(RuleBasedStateMachine):
         else:
             self.write(partial(retries.release, pairs=pairs, why="left"))
         held = [job for job in self.of(R) if job.pair in pairs]
-        self._taken(held, hands if silent else None, daemon=False)
+        self._taken(held, hands if silent else None)
 
-    @rule(data=st.data())
-    def daemon_dies(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), ending=st.builds(Ending, st.booleans(), st.booleans()))
+    def daemon_dies(self, data: st.DataObject, ending: Ending) -> None:
         hands = set(data.draw(st.lists(self._any_pair(), max_size=2)))
         for job_id, fence in hands:
             (self.guests / f"hand-{job_id}-{fence}").touch()
         held = self.of(R)
+        self.ending = ending
         self._start_epoch()
-        self._taken(held, hands, daemon=True)
+        most = POISON_AFTER if ending.traced else POISON_AFTER_KILLS
+        for job in held:
+            job.status = Q
+            job.attempts -= 1
+            if ending.machine or job.pair in hands:
+                if job.crashes + 1 >= most:
+                    job.status = JobStatus.FAILED
+                    job.attempts += 1
+                else:
+                    job.crashes += 1
 
-    def _taken(self, held: list[Job], hands: set[Pair] | None, *, daemon: bool) -> None:
+    def _taken(self, held: list[Job], hands: set[Pair] | None) -> None:
         for worker in {job.worker for job in held}:
             crew = [job for job in held if job.worker == worker]
             suspects = [job for job in crew if hands is not None and job.pair in hands]
@@ -211,12 +227,7 @@ class Life(RuleBasedStateMachine):
                     job.status = Q
                     job.attempts -= 1
                     continue
-                crashed = daemon and job in suspects
-                last = crashed and job.crashes + 1 > ALONE_AFTER
-                job.status = (
-                    JobStatus.FAILED if last or job.attempts >= self.limits.max_attempts else Q
-                )
-                job.crashes += crashed and job.status == Q
+                job.status = JobStatus.FAILED if job.attempts >= self.limits.max_attempts else Q
 
     # --- Committer ---
 
