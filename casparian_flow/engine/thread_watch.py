@@ -52,12 +52,13 @@ class ThreadWatch:
             with self._change:
                 while not self._watched:
                     self._change.wait()
+            time.sleep(LOOK_SECONDS)  # first: a short job is over before anybody looks
+            with self._change:
                 for pid in list(self._watched):
                     if status_number(pid, b"Threads") > THREADS:
                         self._watched.pop(pid)()
                         with contextlib.suppress(OSError):
                             os.kill(pid, signal.SIGKILL)
-            time.sleep(LOOK_SECONDS)
 
 
 WATCH = ThreadWatch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -155,7 +156,7 @@ LAYOUTS = {
     ),
     "many levels": (
         "__import__('functools').reduce(lambda a, _: pa.StructArray.from_arrays([a], ['x']), "
-        "range(80), pa.array([1]))", "levels deep|nested|invalid Arrow"
+        "range(60), pa.array([1]))", "nested 61 levels deep"
     ),
 }  # fmt: skip
 
@@ -218,23 +219,27 @@ def test_one_row_that_unfolds_to_more_than_a_batch_may_is_refused_in_words(start
 def test_what_the_host_computes_is_the_guests_time_unless_its_bytes_pay_for_it(
     start: Start, monkeypatch: pytest.MonkeyPatch, rows: int, ends: bool
 ) -> None:
-    """Half a second for each batch, of a few bytes or of a mebibyte; the guest has ten."""
+    """Four tenths of a second for each batch, of a few bytes or of half a mebibyte; the guest has
+    twenty seconds."""
     spent = 0.0
     clock = types.SimpleNamespace(
         monotonic=lambda: time.monotonic() + spent, thread_time=lambda: time.thread_time() + spent
     )
     monkeypatch.setattr(bridge, "time", clock)
-    body = f"for _ in range(100): self.publish('t', pa.table({{'n': pa.array(range({rows}))}}))"
+    body = f"""
+    table = pa.table({{'n': pa.array(range({rows}))}})
+    for _ in range(100): self.publish('t', table)
+    """
     guest = loaded(start, body)
-    batches = guest.run(file_info(), 10.0)
+    batches = guest.run(file_info(), 20.0)
     seen = 0
     try:
         for _ in batches:
             seen += 1
-            spent += 0.5
+            spent += 0.4
     except PluginTimeout:
         assert ends
-        assert 10 < seen < 25
+        assert 10 < seen < 60
     else:
         assert not ends
         assert seen >= 100
@@ -268,9 +273,10 @@ def test_a_database_is_read_without_scratch_space(start: Start, tmp_path: Path) 
     self.publish("t", pa.table({'n': [row[0] for row in rows]}))
     """
     guest = loaded(start, body)
-    with sqlite3.connect(file) as database:
+    with contextlib.closing(sqlite3.connect(file)) as database:
         database.execute("create table t (n)")
         database.execute("insert into t values (42)")
+        database.commit()
     assert run(guest, path=str(file))["t"].to_pylist() == [{"n": 42}]
 
 
