@@ -37,7 +37,7 @@ def uphold(connection: Connection, root_id: int, folders: Sequence[bytes]) -> No
         connection,
         """
         UPDATE cf_directory SET digest = NULL
-        WHERE source_root_id = ?1 AND path = ?2 AND EXISTS (
+        WHERE source_root_id = ? AND path = ? AND EXISTS (
             SELECT 1 FROM cf_file_location l
             WHERE l.directory_id = cf_directory.id AND l.inode IS NULL AND l.gone_at IS NULL)
         """,

@@ -152,11 +152,15 @@ def save_directories(
         connection,
         """
         INSERT INTO cf_directory (source_root_id, path, parent_id, digest)
-        VALUES (?1, ?2, (SELECT id FROM cf_directory WHERE source_root_id = ?1 AND path = ?3), ?4)
+        VALUES (:root, :path, (
+            SELECT id FROM cf_directory WHERE source_root_id = :root AND path = :parent), :digest)
         ON CONFLICT (source_root_id, path)
         DO UPDATE SET digest = excluded.digest, parent_id = excluded.parent_id
         """,
-        [(root_id, path, _parent(path), digest) for path, digest in found],
+        [
+            {"root": root_id, "path": path, "parent": _parent(path), "digest": digest}
+            for path, digest in found
+        ],
     )
 
 
@@ -215,10 +219,20 @@ def _add_locations(
         """
         INSERT INTO cf_file_location
             (source_root_id, directory_id, path, rel_path, discovered_at, problem, racy)
-        VALUES (?1, (SELECT id FROM cf_directory WHERE source_root_id = ?1 AND path = ?2),
-                ?3, ?4, ?5, '', 0)
+        VALUES (:root, (
+            SELECT id FROM cf_directory WHERE source_root_id = :root AND path = :folder),
+            :path, :shown, :now, '', 0)
         """,
-        [(root_id, s.directory, s.path, display(s.path), now) for s in sightings],
+        [
+            {
+                "root": root_id,
+                "folder": s.directory,
+                "path": s.path,
+                "shown": display(s.path),
+                "now": now,
+            }
+            for s in sightings
+        ],
     )
 
 
@@ -251,11 +265,17 @@ def _add_versions(
         """
         INSERT INTO cf_file_version
             (id, location_id, ordinal, content_hash, size_bytes, detected_at)
-        VALUES (?1, ?2, 1 + (SELECT coalesce(max(ordinal), 0) FROM cf_file_version
-                             WHERE location_id = ?2), ?3, ?4, ?5)
+        VALUES (:id, :location, 1 + (SELECT coalesce(max(ordinal), 0) FROM cf_file_version
+                                     WHERE location_id = :location), :hash, :size, :now)
         """,
         [
-            (ids[s.path], current[s.path].location_id, s.content_hash, s.stat.size, now)
+            {
+                "id": ids[s.path],
+                "location": current[s.path].location_id,
+                "hash": s.content_hash,
+                "size": s.stat.size,
+                "now": now,
+            }
             for s in changed
         ],
     )
@@ -273,17 +293,17 @@ def _save_looks(
         connection,
         """
         UPDATE cf_file_location
-        SET current_version_id = ?2, device = ?3, inode = ?4, size_bytes = ?5, mtime_ns = ?6,
-            ctime_ns = ?7, racy = ?8, problem = ?9, gone_at = NULL
-        WHERE id = ?1
+        SET current_version_id = ?, device = ?, inode = ?, size_bytes = ?, mtime_ns = ?,
+            ctime_ns = ?, racy = ?, problem = ?, gone_at = NULL
+        WHERE id = ?
         """,
         [
             (
-                current[s.path].location_id,
                 version_ids.get(s.path, current[s.path].version_id),
                 *(s.stat if s.content_hash else (None,) * 5),
                 s.racy,
                 s.problem,
+                current[s.path].location_id,
             )
             for s in sightings
         ],

@@ -146,11 +146,17 @@ def bring_back(
             """
             INSERT INTO cf_file_version
                 (id, location_id, ordinal, content_hash, size_bytes, detected_at)
-            SELECT CASE WHEN EXISTS (SELECT 1 FROM cf_file_version WHERE id = ?1) THEN ?2
-                   ELSE ?1 END, ?3, ?4, ?5, ?6, ?7
+            SELECT CASE WHEN EXISTS (SELECT 1 FROM cf_file_version WHERE id = :version_id)
+                   THEN :fresh_id ELSE :version_id END,
+                   :location_id, :ordinal, :content_hash, :size_bytes, :now
             RETURNING id
             """,
-            (version.version_id, last_version_id(connection) + 1, location_id, *version[1:], now),
+            {
+                **version._asdict(),
+                "fresh_id": last_version_id(connection) + 1,
+                "location_id": location_id,
+                "now": now,
+            },
         ).one()
         back = {version.content_hash: number}
     return back
@@ -184,7 +190,7 @@ FROM cf_processing_queue
 """The last job id, and those of found jobs that this ledger does not have."""
 
 _FOUND = """
-FROM cf_found_output f JOIN cf_file_version v ON v.id = ?1
+FROM cf_found_output f JOIN cf_file_version v ON v.id = :version_id
 JOIN cf_file_location l ON l.id = v.location_id AND l.path = f.path
 JOIN cf_source_root r ON r.id = l.source_root_id AND r.name = f.source
 """
@@ -196,29 +202,30 @@ INSERT INTO cf_processing_queue
      status, fence, attempts, not_before, reason)
 SELECT coalesce(
         (SELECT f.job_id {_FOUND} WHERE f.ordinal = v.ordinal AND f.content_hash = v.content_hash
-         AND f.artifact_hash = (SELECT artifact_hash FROM cf_plugin WHERE id = ?2)
+         AND f.artifact_hash = (SELECT artifact_hash FROM cf_plugin WHERE id = :plugin_id)
          AND NOT EXISTS (SELECT 1 FROM cf_processing_queue WHERE id = f.job_id)),
         1 + max((SELECT coalesce(max(id), 0) FROM cf_processing_queue),
                 (SELECT coalesce(max(job_id), 0) FROM cf_found_output))),
-    ?1, ?2, ?3, ?4, ?5, 'QUEUED', 0, 0, 0.0, ''
+    :version_id, :plugin_id, :plugin_name, :priority, :now, 'QUEUED', 0, 0, 0.0, ''
 WHERE NOT EXISTS (SELECT 1 {_FOUND} WHERE f.ordinal > (
                   SELECT max(ordinal) FROM cf_file_version WHERE location_id = l.id))
 """  # noqa: S608  - a location that lacks versions waits for the scan that gives them back
-"""A job for ?1 version, ?2 plugin, ?3 its name, ?4 priority, ?5 now."""
+"""A job for a version and a plugin; `jobs._add` gives the values."""
 
 ENQUEUE = f"""{_INSERT}
   AND NOT EXISTS (SELECT 1 FROM cf_processing_queue
-                  WHERE file_version_id = ?1 AND plugin_name = ?3)
-  AND NOT EXISTS (SELECT 1 {_FOUND} WHERE f.ordinal = v.ordinal AND f.plugin_name = ?3
+                  WHERE file_version_id = :version_id AND plugin_name = :plugin_name)
+  AND NOT EXISTS (SELECT 1 {_FOUND} WHERE f.ordinal = v.ordinal AND f.plugin_name = :plugin_name
                   AND f.content_hash = v.content_hash
-                  AND f.artifact_hash <> (SELECT artifact_hash FROM cf_plugin WHERE id = ?2))
+                  AND f.artifact_hash <> (
+                      SELECT artifact_hash FROM cf_plugin WHERE id = :plugin_id))
 """  # noqa: S608
 """The job, if no artifact of the plugin has one for the version or has worked it."""
 
 BACKFILL = f"""{_INSERT}
   AND NOT EXISTS (SELECT 1 FROM cf_processing_queue
-                  WHERE file_version_id = ?1 AND plugin_name = ?3
-                  AND (plugin_id = ?2 OR status IN ('QUEUED', 'RUNNING', 'COMMITTING')))
+                  WHERE file_version_id = :version_id AND plugin_name = :plugin_name
+                  AND (plugin_id = :plugin_id OR status IN ('QUEUED', 'RUNNING', 'COMMITTING')))
 """  # noqa: S608
 """The job, if this artifact has none and no other one's is unfinished."""
 

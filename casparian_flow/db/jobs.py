@@ -88,7 +88,7 @@ def _add(
     execute_many(
         connection,
         statement,
-        [(version, w.plugin_id, w.plugin_name, w.priority, now) for version, w in pairs],
+        [{"version_id": version, "now": now, **wanted._asdict()} for version, wanted in pairs],
     )
     new = (ProcessingJob.id > last) | ProcessingJob.id.in_(json.loads(free))
     return list(connection.execute(select(ProcessingJob.id).where(new)).scalars())

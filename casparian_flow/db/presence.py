@@ -95,11 +95,11 @@ def mark_gone(
     return execute_many(
         connection,
         """
-        UPDATE cf_file_location SET gone_at = ?1, problem = CASE ?6 WHEN '' THEN problem ELSE ?6 END
-        WHERE source_root_id = ?2 AND path = ?3 AND (inode IS ?4 OR inode IS NULL)
-          AND ctime_ns IS ?5 AND gone_at IS NULL
+        UPDATE cf_file_location SET gone_at = ?, problem = coalesce(nullif(?, ''), problem)
+        WHERE source_root_id = ? AND path = ? AND (inode IS ? OR inode IS NULL)
+          AND ctime_ns IS ? AND gone_at IS NULL
         """,
-        [(utcnow().isoformat(" "), root_id, p.path, p.inode, p.ctime_ns, problem) for p in gone],
+        [(utcnow().isoformat(" "), problem, root_id, p.path, p.inode, p.ctime_ns) for p in gone],
     )
 
 
