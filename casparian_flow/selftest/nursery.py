@@ -27,6 +27,14 @@ import msgspec
 from casparian_flow import crashpoints
 from casparian_flow.crashpoints import Trap
 
+ONE_THREAD = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
+"""For a process that forks: a fork has one thread, and the others that numeric libraries and
+pyarrow's allocator start would be left behind. Python 3.12 warns of any."""
+
 PATIENCE_SECONDS = 300
 """A command that takes longer hangs: the kernel's alarm ends it."""
 
@@ -67,12 +75,11 @@ class Nursery:
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
-        # A fork has one thread; a numeric library's pool of them would be left behind.
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             cwd=Path(__file__).parents[2],  # this package, whatever else lies where we are
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=environment | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+            env=environment | ONE_THREAD,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow import crashpoints
+from casparian_flow import config, crashpoints
 from casparian_flow.atomic import fsync_path
 from casparian_flow.crashpoints import Trap
 from casparian_flow.db import snapshots
@@ -22,6 +22,7 @@ from casparian_flow.db.access import open_ledger
 from casparian_flow.errors import ConfigError
 from casparian_flow.selftest import oracle
 from casparian_flow.selftest.matrix import Matrix, Point, staged
+from casparian_flow.selftest.nursery import Nursery, Order
 from casparian_flow.selftest.scene import Act, Ground, Scene
 from casparian_flow.services.snapshot_checks import problems
 from casparian_flow.services.snapshots import MANY
@@ -71,6 +72,16 @@ def test_every_crash_point_has_a_name_of_its_own() -> None:
 
 def test_a_clean_run_comes_to_every_documented_crash_point(recorded: Stage) -> None:
     assert set(documented()) - {point.name for point in recorded[1]} == RARE
+
+
+def test_what_forks_has_one_thread(tmp_path: Path) -> None:
+    """Python 3.12 warns of a fork that leaves threads behind, pyarrow's allocator's for one."""
+    nursery = Nursery(config.private_environment(tmp_path, tmp_path))
+    try:
+        assert nursery.run(Order(["--help"], str(tmp_path / "said"))) == 0
+        assert len(list(Path(f"/proc/{nursery._process.pid}/task").iterdir())) == 1
+    finally:
+        nursery.close()
 
 
 class Ended(Matrix):

@@ -24,6 +24,7 @@ from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim, Lineage
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
 from casparian_flow.sections import MssqlSettings
+from casparian_flow.selftest.nursery import ONE_THREAD
 from tests.tds.server import Server
 
 LOCATION = "mssql://sales"
@@ -69,7 +70,7 @@ def nursery() -> Iterator[subprocess.Popen[bytes]]:
     pytest.importorskip("mssql_python", reason="CRASHES OF THE SQL SERVER SINK ARE NOT TRIED")
     process = subprocess.Popen(
         [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **ONE_THREAD},
     )  # fmt: skip
     with process:
         yield process
