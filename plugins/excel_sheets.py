@@ -184,6 +184,8 @@ DAMAGE = (
     lzma.LZMAError,
     EOFError,
     struct.error,
+    IndexError,
+    NotImplementedError,
     UnicodeDecodeError,
 )
 """What reading damaged bytes raises."""
@@ -202,6 +204,8 @@ class Handler(BasePlugin):
                 raise damaged(error) from error
 
     def publish_sheets(self, book: Book) -> None:
+        if not book.sheets:
+            raise ValueError("the workbook has no worksheet")
         sheets = [sheet for sheet in book.sheets if wanted(sheet.name)]
         if not sheets:
             names = ", ".join(repr(sheet.name) for sheet in book.sheets[:20]) or "none"

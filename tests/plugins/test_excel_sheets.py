@@ -676,6 +676,20 @@ def test_zip_archives_that_are_no_workbooks(excel_sheets: Run, tmp_path: Path) -
             excel_sheets(file)
 
 
+def test_a_workbook_without_a_worksheet_fails(excel_sheets: Run, tmp_path: Path) -> None:
+    file = tmp_path / "book.xlsx"
+    with xlsxwriter.Workbook(str(file)) as book:
+        chart = book.add_chart({"type": "line"})
+        chart.add_series({"values": "={1,2}"})
+        book.add_chartsheet().set_chart(chart)
+    with pytest.raises(ValueError, match="no worksheet"):
+        excel_sheets(file)
+
+
+def test_sheets_without_a_cell_publish_nothing(excel_sheets: Run, tmp_path: Path) -> None:
+    assert excel_sheets(written(tmp_path, [])) == {}
+
+
 def test_an_empty_file_publishes_nothing(excel_sheets: Run, tmp_path: Path) -> None:
     (tmp_path / "book.xlsx").touch()
     assert excel_sheets(tmp_path / "book.xlsx") == {}
