@@ -455,20 +455,20 @@ class Reader:
             yield from file
             return
         width = len(self.newline)
-        rest = b""
+        rest = bytearray()
         while block := file.read(BLOCK):
+            start, at = 0, max(len(rest) - width, 0)
             rest += block
-            start = at = 0
             while (at := rest.find(self.newline, at)) >= 0:
                 if at % width:  # half of one character and half of the next
                     at += 1
                     continue
                 at += width
-                yield rest[start:at]
+                yield bytes(rest[start:at])
                 start = at
-            rest = rest[start:]
+            del rest[:start]
         if rest:
-            yield rest
+            yield bytes(rest)
 
     def _fraction(self, text: str) -> float | Number:
         value = float(text)
