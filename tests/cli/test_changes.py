@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import tomllib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,22 @@ def test_a_rule_matches_in_any_case_or_in_its_own(casparian: Casparian, source: 
     casparian.run("rules", "remove", "2")
     assert "1 jobs queued" in casparian.out(*add)
     assert [rule["case"] for rule in casparian.json("rules", "list")] == ["any", "any"]
+
+
+def test_a_publish_that_widens_the_patterns_of_a_plugin_says_so(
+    casparian: Casparian, source: Path
+) -> None:
+    (source / "a.TXT").write_text("a")
+    casparian.run("publish", casparian.plugin("rows", ROWS), "--version", "1.0.0")
+    with closing(sqlite3.connect(casparian.folder / "casparian_flow.sqlite3")) as ledger, ledger:
+        ledger.execute("UPDATE cf_routing_rule SET any_case = 0")  # as the migration leaves them
+    assert "0 jobs queued" in casparian.out("scan")
+    again = casparian.plugin("rows", f"{ROWS}\n# edited\n")
+    published = casparian.run("publish", again, "--version", "2.0.0")
+    assert "*.txt matched in this case only" in published.stdout + published.stderr
+    assert "1 job queued" in published.stdout
+    again = casparian.plugin("rows", f"{ROWS}\n# edited again\n")
+    assert "in this case only" not in casparian.out("publish", again, "--version", "3.0.0")
 
 
 def test_a_topic_goes_where_it_is_sent(casparian: Casparian, source: Path) -> None:
