@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,8 @@ import msgspec
 
 from casparian_flow.atomic import make_folder, write_once
 from casparian_flow.engine.guest_process import oom_kills
+
+log = logging.getLogger(__name__)
 
 
 class Ending(NamedTuple):
@@ -55,9 +58,15 @@ def read(guests_folder: Path) -> Ending:
 def begin(guests_folder: Path) -> None:
     """Make this daemon's own record; what an interpreter that crashes has to say comes beside it.
 
-    Raises:
-        OSError: the files cannot be made.
+    Where that cannot be written the daemon starts all the same: less will be known of its end.
     """
+    try:
+        _begin(guests_folder)
+    except OSError as error:
+        log.warning("how this daemon ends will not be told from what it leaves: %s", error)
+
+
+def _begin(guests_folder: Path) -> None:
     make_folder(guests_folder.parent, mode=0o700)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     trace = os.open(_trace(guests_folder), flags, 0o600)

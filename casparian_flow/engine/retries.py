@@ -135,7 +135,7 @@ def lose(
                 _give_back(connection, job, f"{why} before it began")
             else:
                 _count(connection, job, limits, f"{why} while it ran")
-            crashpoint("retries.job_taken_back")
+            crashpoint("retries.lost_job_taken_back")
 
 
 def release(connection: Connection, pairs: Iterable[Pair], why: str) -> None:

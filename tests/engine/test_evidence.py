@@ -84,7 +84,7 @@ def test_the_kernels_count_of_kills_for_memory_decides(
 ) -> None:
     """A machine that really runs out would take the tests with it."""
     guest = start(plugin("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"))
-    monkeypatch.setattr("casparian_flow.engine.guest_process._oom_kills", lambda: 1 << 60)
+    monkeypatch.setattr("casparian_flow.engine.guest_process.oom_kills", lambda: 1 << 60)
     words, seen = ended(guest, OutOfMemory)
     assert "the machine had no memory left, and it held" in words
     assert seen.signal == "SIGKILL"
