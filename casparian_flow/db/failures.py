@@ -32,7 +32,7 @@ EXISTS (
     JOIN cf_file_version other
         ON other.location_id = mine.location_id AND other.ordinal >= mine.ordinal
     JOIN cf_processing_queue done ON done.file_version_id = other.id
-    WHERE mine.id = j.file_version_id AND done.status = 'COMPLETED'
+    WHERE mine.id = j.file_version_id AND +done.status = 'COMPLETED'
     AND done.plugin_name = j.plugin_name
     AND (done.finished_at >= j.created_at OR (
         (SELECT p.version FROM cf_plugin p WHERE p.id = done.plugin_id) =

@@ -27,16 +27,17 @@ o.topic {_SUFFIX} AND EXISTS (
 """  # noqa: S608
 
 _FIRST = """
-NOT EXISTS (SELECT 1 FROM cf_output p WHERE p.job_id = o.job_id AND p.topic = o.topic
-            AND p.state = 'PUBLISHED' AND p.id < o.id)
+NOT EXISTS (SELECT 1 FROM cf_output p WHERE p.job_id = o.job_id AND +p.topic = o.topic
+            AND +p.state = 'PUBLISHED' AND p.id < o.id)
 """
-"""Of the outputs of a job in one topic, the one that is counted."""
+"""Of the outputs of a job in one topic, the one that is counted. The `+` keeps SQLite from looking
+through every output of the topic, where the job has a few."""
 
 
 def _of_job(which: str) -> str:
     return f"""
     (SELECT coalesce(sum(o.rows), 0) FROM cf_output o
-     WHERE o.job_id = j.id AND o.state = 'PUBLISHED' AND {which} AND {_FIRST})
+     WHERE o.job_id = j.id AND +o.state = 'PUBLISHED' AND {which} AND {_FIRST})
     """  # noqa: S608
 
 
@@ -90,7 +91,7 @@ _LAST = """
 NOT EXISTS (
     SELECT 1 FROM cf_file_version later JOIN cf_processing_queue k ON k.file_version_id = later.id
     WHERE later.location_id = v.location_id AND k.plugin_name = j.plugin_name
-    AND k.status = 'COMPLETED' AND (later.ordinal > v.ordinal OR
+    AND +k.status = 'COMPLETED' AND (later.ordinal > v.ordinal OR
                                     (later.ordinal = v.ordinal AND k.id > j.id)))
 """
 """Whether the plugin has completed no newer version of the location, and this one not again."""
@@ -120,7 +121,7 @@ def named(connection: Connection, limit: int | None, job_ids: Sequence[int] | No
             JOIN cf_file_version v ON v.id = j.file_version_id
             JOIN cf_file_location l ON l.id = v.location_id
             JOIN cf_source_root r ON r.id = l.source_root_id
-            WHERE j.status = 'COMPLETED' AND (:ids IS NOT NULL OR {_LAST})
+            WHERE +j.status = 'COMPLETED' AND (:ids IS NOT NULL OR {_LAST})
         ) WHERE 100 * rejects > :percent * ("rows" + rejects) ORDER BY job DESC
         """,  # noqa: S608
         limit, ids=ids, percent=NAMED_PERCENT,
