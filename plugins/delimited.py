@@ -718,6 +718,8 @@ def take_sample(
         for piece in pieces:
             found = io.StringIO(piece.decode(encoding, "keep-bytes"), newline="").readlines()
             parts.append("".join(found[1:-1]))
+    if begin == len(lines):
+        return None
     marked = prefix if comments or options["comment"] not in ("", "none") else ""
     return Sample("".join(lines[begin:]), begin + 1, whole, parts, comments, marked)
 
@@ -785,8 +787,9 @@ def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
     if not quote or quote not in sample.head or (best.quality[0] and not tabbed(best, chosen)):
         return best
     tried = [dialect]
-    if not chosen["blanks"] and re.search(rf"(?:^|{re.escape(delimiter)})[ \t]+{quote}",
-                                          sample.head, re.MULTILINE):  # fmt: skip
+    edge = re.escape(delimiter)
+    beside = rf"(?:^|{edge})[ \t]+{quote}|{quote}[ \t]+(?:{edge}|$)"
+    if not chosen["blanks"] and re.search(beside, sample.head, re.MULTILINE):
         tried.append(dialect._replace(blanks=True))
     if not chosen["escape"] and f"\\{quote}" in sample.head:
         tried += [each._replace(escape="\\", inside=inside, outside=outside)
@@ -799,7 +802,7 @@ def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
             best = found
     if tabbed(best, chosen):
         literal = fit(dialect._replace(quote=""), sample)
-        if literal.clean:
+        if literal.quality[0]:
             options.guess("quotes are text: more of them stand alone than enclose a field")
             return literal
     return best
@@ -852,8 +855,7 @@ def fit(dialect: Dialect, sample: Sample) -> Fit:
     # The first and last record of a piece may be cut; one piece of sixteen cannot decide.
     counts = Counter(len(fields) for _, fields, reason, _ in records if not reason)
     counts.update(len(fields) for fields in pieces)
-    width = max((each for each in counts if each > 1), key=lambda each: counts[each], default=0)
-    start = next((i for i, each in enumerate(records) if len(each[1]) == width), 0) if width else 0
+    width, start = table_width([len(fields) for _, fields, *_ in records], counts, len(pieces))
     rows = [fields for _, fields, _, _ in records[start:] if len(fields) == width]
     rows += [fields for fields in pieces if len(fields) == width]
     trailing = bool(
@@ -864,6 +866,23 @@ def fit(dialect: Dialect, sample: Sample) -> Fit:
     widths.update(len(fields) for fields in pieces)
     return Fit(dialect, records, widths, errors, len(records) + len(pieces), width,
                start - trailing, trailing, (width - 1) * counts[width])  # fmt: skip
+
+
+def table_width(widths: list[int], counts: Counter[int], more: int) -> tuple[int, int]:
+    """The commonest width above 1, or the one that begins later and then holds; where it begins.
+
+    Args:
+        counts: of the widths, and of those in `more` records from further on in the file.
+    """
+    held: list[tuple[bool, int, int, int]] = []
+    for width, count in counts.items():
+        if width > 1:
+            start = widths.index(width) if width in widths else len(widths)
+            rest = len(widths) - start + more
+            held.append((count > 1 and count >= 0.8 * rest, count, width, start))
+    commonest = max(held, key=lambda each: each[1], default=(False, 0, 0, 0))
+    best = commonest if commonest[0] else max(held, default=commonest)
+    return best[2], best[3] if best[3] < len(widths) else 0
 
 
 def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
@@ -909,7 +928,12 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
 def ends_only(found: Fit, options: Options) -> bool:
     """Whether a delimiter only ends the lines, as `~` does in EDI."""
     usual = found.dialect.delimiter == options.usual
-    return found.width == 2 and not usual and not any(fields[-1] for _, fields, *_ in found.records)
+    return (
+        found.width == 2
+        and len(found.records) > 2
+        and not usual
+        and not any(any(fields[1:]) for _, fields, *_ in found.records)
+    )
 
 
 def rows_below(found: Fit) -> int:

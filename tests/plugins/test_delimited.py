@@ -83,8 +83,9 @@ def rejects(out: dict[str, pa.Table]) -> list[tuple[Any, ...]]:
 
 def test_an_empty_file_has_no_rows(delimited: Run, tmp_path: Path) -> None:
     file = tmp_path / "empty.csv"
-    file.write_bytes(b"")
-    assert delimited(file) == {}
+    for data in (b"", b"\n\r\n", b"\xef\xbb\xbf", b"sep=;\n", gzip.compress(b"")):
+        file.write_bytes(data)
+        assert delimited(file) == {}
 
 
 def test_a_header_that_cannot_be_read_fails(delimited: Run, tmp_path: Path) -> None:
@@ -245,6 +246,20 @@ FOUND = {
         b'id, name, n\n1, "Lee, Ann" , 5\n2, "Ray, Bo", 6\n',
         ["id", "name", "n"],
         [["1", "Lee, Ann", " 5"], ["2", "Ray, Bo", " 6"]],
+        [],
+    ),
+    "blanks after quotes": (
+        "b.csv",
+        b'"a" ,"b"\n"1" ,"2"\n',
+        ["a", "b"],
+        [["1", "2"]],
+        [],
+    ),
+    "more lines above than in the table": (
+        "kv.csv",
+        b"".join(b"Key %d;Value\n" % i for i in range(9)) + b"id;name;n;m\n1;a;2,5;3\n2;b;2;4\n",
+        ["id", "name", "n", "m"],
+        [["1", "a", "2,5", "3"], ["2", "b", "2", "4"]],
         [],
     ),
     "blanks that nothing needs": (
