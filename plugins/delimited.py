@@ -1062,8 +1062,9 @@ def below_title(found: Fit, start: int, width: int) -> int:
         return start
     records = [fields for _, fields, _, _ in found.records]
     index = start
-    while index < len(records) and is_title(records[index], width):
-        index += 1
+    if sum(bool(cell.strip()) for cell in records[start]) <= width // 2:
+        while index < len(records) and is_title(records[index], width):
+            index += 1
     if index == start or index >= len(records) - 1:
         return start
     rows = [fields for fields in records[index + 1 :] if len(fields) == width]

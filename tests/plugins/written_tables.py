@@ -147,14 +147,14 @@ def by_duckdb(rng: random.Random, names: list[str], rows: Rows) -> Written:
     names = column_names(names)
     quote = rng.choice(['"', '"', "'"])
     escape = rng.choice([quote, quote, "\\"])
-    if len(names) == 1:  # an empty cell becomes an empty line, which is no record
-        rows = [[row[0] or "x"] for row in rows]
     null = "" if len(names) > 1 and rng.random() < 0.5 else "none"
     force = rng.random() < 0.3
     if len(delimiter) > 1 and not force:
         # `a|` before `||` cannot be told from `|a` after it.
         names, rows = without(names, rows, delimiter)
         names = column_names(names)
+    if len(names) == 1:  # an empty cell becomes an empty line, which is no record
+        rows = [[row[0] or "x"] for row in rows]
     options = {} if quote == '"' else {"quote": quote}
     if escape == "\\":
         # DuckDB escapes between quotes alone: `a\\b` outside of them is what it is.
