@@ -12,6 +12,7 @@ PATTERNS = {
     "delimited": "a.csv",
     "json_records": "a.jsonl",
     "access_log": "access.log",
+    "excel_sheets": "a.xlsx",
     "windows_events": "a.evtx",
 }
 
