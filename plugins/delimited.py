@@ -526,7 +526,7 @@ class Reader:
         taken = lines.taken
         raw = "".join(taken)
         if len(taken) > 1:
-            odd = self._width and (len(fields) != self._width or not self._is_tidy(raw))
+            odd = self._width and (len(fields) != self._width or not self.is_tidy(raw))
             if reason or (odd and self._records_inside(taken[1:])):
                 # The quote of the first line is a stray one: what follows are records.
                 lines.again(taken[1:])
@@ -535,7 +535,7 @@ class Reader:
                 return [], f"a quote that does not close{last}", taken[0]
         if reason == "unexpected end of data":
             reason = "a quote that does not close before the end"
-        if not reason and number <= self._doubt and not self._is_tidy(raw):
+        if not reason and number <= self._doubt and not self.is_tidy(raw):
             reason = "a quote within a field, after a line with a quote that does not close"
         return fields, reason, raw
 
@@ -550,9 +550,9 @@ class Reader:
             fields = next(self._splitter(Lines(io.StringIO(line, newline=""))))
         except (csv.Error, StopIteration):
             return False
-        return len(fields) == self._width and self._is_tidy(line)
+        return len(fields) == self._width and self.is_tidy(line)
 
-    def _is_tidy(self, text: str) -> bool:
+    def is_tidy(self, text: str) -> bool:
         return self._tidy is None or bool(self._tidy.fullmatch(text))
 
 
@@ -811,6 +811,9 @@ def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
 def tabbed(found: Fit, chosen: dict[str, str]) -> bool:
     """Whether quotes in tabbed text may be text: more do not close than enclose a field."""
     if chosen["quote"] or found.dialect.delimiter != "\t":
+        return False
+    reader = Reader(Lines(io.StringIO()), found.dialect)
+    if not found.errors and all(reader.is_tidy(raw) for *_, raw in found.records):
         return False
     text = "".join(raw for *_, raw in found.records)
     enclosing = re.findall(r'(?:^|\t)"(?:[^"\t\r\n]|"")*"(?=[\t\r\n]|\Z)', text, re.MULTILINE)

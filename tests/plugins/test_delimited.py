@@ -248,6 +248,7 @@ FOUND = {
         [["1", "Lee, Ann", " 5"], ["2", "Ray, Bo", " 6"]],
         [],
     ),
+    "a tab in quotes": ("q.tsv", b'a\t"x\t;"\tb\n', ["a", "x ;", "b"], [], []),
     "blanks after quotes": (
         "b.csv",
         b'"a" ,"b"\n"1" ,"2"\n',
