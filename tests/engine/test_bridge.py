@@ -147,7 +147,7 @@ def test_a_thread_left_behind_does_nothing_between_jobs(start: Start) -> None:
     body = """
     import __main__, threading, time
     before = len(threading.enumerate())
-    threading.Timer(0.01, lambda: __main__.WIRE.sendall(b"psst" * 99)).start()
+    threading.Timer(0.5, lambda: __main__.WIRE.sendall(b"psst" * 99)).start()
     while before > 1: time.sleep(0.01)
     """
     guest = loaded(start, body)
