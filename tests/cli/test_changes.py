@@ -203,7 +203,7 @@ def test_a_publish_that_widens_the_patterns_of_a_plugin_says_so(
     casparian.run("publish", casparian.plugin("rows", ROWS), "--version", "1.0.0")
     with closing(sqlite3.connect(casparian.folder / "casparian_flow.sqlite3")) as ledger, ledger:
         ledger.execute("UPDATE cf_routing_rule SET any_case = 0")  # as the migration leaves them
-    assert "0 jobs queued" in casparian.out("scan")
+    assert "queued" not in casparian.out("scan")
     again = casparian.plugin("rows", f"{ROWS}\n# edited\n")
     published = casparian.run("publish", again, "--version", "2.0.0")
     assert "*.txt matched in this case only" in published.stdout + published.stderr

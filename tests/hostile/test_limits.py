@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,7 @@ def lame_bundle(folder: Path) -> Path:
     file.write_text(
         file.read_text().replace("def abi() -> int:", "def abi() -> int:\n    return 0")
     )
+    shutil.rmtree(file.parent / "__pycache__")  # a guest takes the byte code without a look
     return lame
 
 

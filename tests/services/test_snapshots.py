@@ -176,7 +176,7 @@ def test_where_unfinished_jobs_need_all_newcomers_have_none_and_status_says_so(
         assert said["snapshots"]["unprotected_jobs"] == 2
         advice = [each["words"] for each in said["advice"] if "snapshot" in each["words"]]
         assert advice == [
-            "2 contents were recorded without a snapshot: unfinished jobs need all of its "
+            "2 contents recorded without a snapshot: unfinished jobs need all of its "
             f"{30 * KIB} bytes ([snapshots] keep_bytes)"
         ]
         ledger.write(lambda c: c.exec_driver_sql(
