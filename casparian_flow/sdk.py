@@ -19,6 +19,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -246,6 +247,29 @@ def column_names(cells: Iterable[str | None], taken: Iterable[str] = ()) -> list
         seen.add(name.casefold())
         names.append(name)
     return names
+
+
+def own_publish(plugin: str, name: str) -> str:
+    """The command that publishes a bundled plugin for one file and those named like it.
+
+    Such files get topics of their own: the plugin reads some of them too, and in its topic their
+    rows would stand twice. What settles a doubt is added, as `--option NAME=VALUE`.
+
+    Args:
+        plugin: the name of the plugin's file, without `.py`.
+        name: that of the file.
+    """
+    stem, dot, suffix = name.partition(".")
+    own = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_") or "table"
+    own += "_files" if own == plugin or own == plugin.partition("_")[0] else ""
+    glob = re.sub(r"[\[\]{}()!?*\\]", "?", stem)
+    if re.match("[A-Za-z]{2}", glob):  # else the pattern would be that of nearly all files
+        glob = re.sub(r"\d+", "*", glob).rstrip("*") + "*"
+    glob += dot + suffix
+    return (
+        f"casparian publish plugins/{plugin}.py --name {own} --pattern {shlex.quote(glob)} "
+        f"--topic {own} --topic {own}_rejects"
+    )
 
 
 def printable(text: str) -> str:

@@ -74,6 +74,7 @@ from casparian_flow.sdk import (
     column_names,
     foreign_kind,
     open_bytes,
+    own_publish,
     printable,
 )
 
@@ -335,11 +336,8 @@ class Options:
 
     def refuse(self, what: str, *choices: str) -> ValueError:
         """The error that says what is not clear, and the command that settles it."""
-        stem, dot, suffix = self.name.partition(".")
-        name = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_") or "table"
-        glob = re.sub(r"\d+", "*", re.sub(r"[\[\]?*]", "?", stem)).rstrip("*") + "*" + dot + suffix
-        command = f"casparian publish plugins/delimited.py --name {name} --pattern"
-        said = [f"{command} {shlex.quote(glob)} --option {shlex.quote(choices[0])}"]
+        command = own_publish("delimited", self.name)
+        said = [f"{command} --option {shlex.quote(choices[0])}"]
         said += [f"--option {shlex.quote(choice)}" for choice in choices[1:]]
         return ValueError(f"{self.name}: {what}; to settle it: {', or with '.join(said)}")
 

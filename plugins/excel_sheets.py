@@ -47,6 +47,7 @@ from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal, InvalidOperation
 from fnmatch import fnmatchcase
 from functools import cache, partial
+from pathlib import PurePath
 from typing import IO, Any, NamedTuple
 from xml.parsers import expat
 
@@ -59,6 +60,7 @@ from casparian_flow.sdk import (
     batches,
     column_names,
     foreign_kind,
+    own_publish,
     printable,
 )
 
@@ -199,11 +201,11 @@ class Handler(BasePlugin):
             if not file.peek(1):
                 return
             try:
-                self.publish_sheets(open_book(file))
+                self.publish_sheets(open_book(file), PurePath(file_path).name)
             except DAMAGE as error:
                 raise damaged(error) from error
 
-    def publish_sheets(self, book: Book) -> None:
+    def publish_sheets(self, book: Book, file: str) -> None:
         if not book.sheets:
             raise ValueError("the workbook has no worksheet")
         sheets = [sheet for sheet in book.sheets if wanted(sheet.name)]
@@ -212,7 +214,7 @@ class Handler(BasePlugin):
             raise ValueError(
                 f"no sheet is called {MANIFEST.options['sheets']!r}; there are: {names}"
             )
-        reads = [read_shape(sheet) for sheet in sheets]
+        reads = [read_shape(sheet, file) for sheet in sheets]
         formulas = sum(sheet.formulas for sheet in sheets)
         never = book.recalculate and formulas == sum(sheet.zeros for sheet in sheets)
         headers: list[Header | str | None] = []
@@ -222,7 +224,7 @@ class Handler(BasePlugin):
                 headers.append(header_of(sheet, read) if read.rows else None)
             except Unclear as error:
                 headers.append("the header of the sheet is not clear: --option header_row=N")
-                unclear.append(f"{error}; {settle(sheet)}")
+                unclear.append(f"{error}; {settle(sheet, file)}")
         if unclear and not any(isinstance(each, Header) for each in headers):
             raise ValueError("\n".join(unclear))
         for text in unclear:
@@ -306,11 +308,10 @@ def wanted(name: str) -> bool:
     return not chosen or any(fnmatchcase(name, each.strip()) for each in chosen.split(","))
 
 
-def settle(sheet: Sheet) -> str:
+def settle(sheet: Sheet, file: str) -> str:
     return (
-        "say which row it is: casparian publish excel_sheets.py --name NAME --pattern "
-        f"'FILES*.xlsx' --option header_row=N (0: there is no header); if {sheet.name!r} is no "
-        "table, say which sheets are: --option sheets=..."
+        f"say which row it is: {own_publish('excel_sheets', file)} --option header_row=N (0: there "
+        f"is no header); if {sheet.name!r} is no table, say which sheets are: --option sheets=..."
     )
 
 
@@ -340,7 +341,7 @@ def place(row: int, column: int) -> str:
 # Where the table begins
 
 
-def read_shape(sheet: Sheet) -> Read:
+def read_shape(sheet: Sheet, file: str) -> Read:
     """Read a sheet once, to know its shape.
 
     Raises:
@@ -371,8 +372,7 @@ def read_shape(sheet: Sheet) -> Read:
             f"sheet {sheet.name!r} spans {place(low, left)}:{place(read.last, right)}, {height:,} "
             f"rows by {width:,} columns, and only {read.cells:,} of these {height * width:,} cells "
             "hold anything: that is no table. Delete the cells far from the table, or say which "
-            "sheets to read: casparian publish excel_sheets.py --name NAME --pattern 'FILES*.xlsx' "
-            "--option sheets=..."
+            f"sheets to read: {own_publish('excel_sheets', file)} --option sheets=..."
         )
     return read
 

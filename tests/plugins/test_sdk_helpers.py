@@ -12,7 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow.sdk import batches, column_names, foreign_kind, open_bytes, printable
+from casparian_flow.sdk import (
+    batches,
+    column_names,
+    foreign_kind,
+    open_bytes,
+    own_publish,
+    printable,
+)
 
 
 def test_column_names() -> None:
@@ -110,3 +117,22 @@ def test_foreign_content_is_named_by_its_first_bytes(start: bytes, word: str) ->
 )
 def test_text_and_what_nobody_knows_has_no_name(start: bytes) -> None:
     assert foreign_kind(start) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "pattern"),
+    [
+        ("bank_2024.csv", "bank_2024", "'bank_*.csv'"),
+        ("Umsätze (2).csv", "ums_tze_2", "'Umsätze ?*?*.csv'"),
+        ("20240131.csv.gz", "20240131", "20240131.csv.gz"),
+        ("delimited.txt", "delimited_files", "'delimited*.txt'"),
+        ("[1].csv", "1", "'?1?.csv'"),
+    ],
+)
+def test_the_command_that_settles_gives_such_files_their_own_topics(
+    name: str, own: str, pattern: str
+) -> None:
+    assert own_publish("delimited", name) == (
+        f"casparian publish plugins/delimited.py --name {own} --pattern {pattern} "
+        f"--topic {own} --topic {own}_rejects"
+    )
