@@ -106,6 +106,14 @@ RAW_CHARACTERS = 1 << 20
 CHUNK_BYTES = 256 << 10
 WEAK_EVIDENCE = 0.015
 """Below this confidence chardet names rare codecs for Western text with two or three accents."""
+NEIGHBOURS = ("Windows-1250", "Windows-1254", "Windows-1257")
+"""For a few accents chardet finds these as likely as the far commoner Windows-1252."""
+SYMBOLS = re.compile(
+    "[\u00b0\u20ac\u2030\u00d7\u00f7\u00b1\u00a9\u00ae\u2122\u2013\u2014\u2026\u00ab\u00bb\u201c\u201d"
+    "\u201e\u2022\u2018\u2019\u201a\u00a7\u00b5\u00b7]"
+    "|(?<![A-Za-z])[\u00a3\u00bd\u00bc\u00be](?![A-Za-z])|(?<=m)[\u00b2\u00b3](?![A-Za-z])"
+)
+"""What stands in Western text without accents: degrees, quotes, dashes, prices, square metres."""
 
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -643,6 +651,8 @@ def json_kind(start: bytes) -> str:
 def wide_encoding(start: bytes, not_utf8: bool) -> str:
     """UTF-16 or UTF-32 without a mark, where the bytes and the text both say so."""
     for name, unit in (("utf-32-le", 4), ("utf-32-be", 4), ("utf-16-le", 2), ("utf-16-be", 2)):
+    # As bytes, letters beyond Latin-1 are control characters: 0x04 for Cyrillic.
+    odd = sum(byte < 32 and byte not in (0, 9, 10, 13) for byte in start) > len(start) / 20
         try:
             text = start[: len(start) // unit * unit].decode(name).replace("\0", "")
         except UnicodeDecodeError:
@@ -654,7 +664,7 @@ def wide_encoding(start: bytes, not_utf8: bool) -> str:
         )
         latin = sum(character < "\u0100" for character in text) / max(1, len(text))
         lines = "\n" in text or "\r" in text
-        if text and plausible and (latin >= 0.7 or (latin >= 0.05 and lines and not_utf8)):
+        if text and plausible and (latin >= 0.7 or (latin >= 0.05 and lines and (not_utf8 or odd))):
             return name
     return ""
 
@@ -666,17 +676,29 @@ def guess_encoding(evidence: bytes, options: Options) -> str:
     if sum(not character.isascii() for character in kept) > 2 * broken:
         options.guess(f"encoding utf-8, though {broken} bytes of a piece are not")
         return "utf-8"
-    found = chardet.detect(
+    if SYMBOLS.sub("", evidence.decode("cp1252", "replace")).isascii():
+        options.guess("encoding cp1252: all that is not ASCII are symbols that fit where they are")
+        return "cp1252"
+    found = chardet.detect_all(
         evidence,
         encoding_era=EncodingEra.MODERN_WEB,
+        ignore_threshold=True,
         prefer_superset=True,
         exclude_encodings=["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"],
     )
-    weak = not found["encoding"] or found["confidence"] < WEAK_EVIDENCE
-    name = "cp1252" if weak else str(found["encoding"])
-    sure = "for want of evidence" if weak else f"{found['confidence']:.0%} sure"
-    options.guess(f"encoding {name} ({sure})")
-    return name
+    best, western = found[0]["confidence"], 0.0
+    for each in found:
+        if each["encoding"] == "Windows-1252":
+            western = each["confidence"]
+    name = str(found[0]["encoding"])
+    if not found[0]["encoding"] or best < WEAK_EVIDENCE:
+        options.guess("encoding cp1252 (for want of evidence)")
+    elif name in NEIGHBOURS and western >= 0.7 * best:
+        options.guess(f"encoding cp1252 ({western:.0%} sure; {name} is as likely by the bytes)")
+    else:
+        options.guess(f"encoding {name} ({best:.0%} sure)")
+        return name
+    return "cp1252"
 
 
 def take_sample(
