@@ -131,6 +131,7 @@ DELIMITERS = (",", ";", "\t", "|", "^", "~", "\x01", "\x1f", *WEAK)
 WORDS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " ", "colon": ":"}
 BY_NAME = {"csv": ",", "tsv": "\t", "tab": "\t", "psv": "|"}
 RUN = re.compile(r"[^\w\s,;\"'.()\[\]{}<>/\\-]{2,4}")
+ODD = re.compile(r"[^\w\s,;\"'.()\[\]{}<>/\\|^~:\x01\x1f\ufeff+-]")
 SEP_LINE = re.compile(r'\ufeff?"?sep=([^"\r\n]{1,4})"?;*\s*\Z', re.IGNORECASE)
 UNDECODABLE = re.compile("[\udc00-\udcff]")
 DATE = re.compile(
@@ -789,7 +790,9 @@ def candidates(sample: Sample, options: Options) -> list[str]:
         run for run, count in runs.most_common(3)
         if 2 * count > len(lines) and (count > 1 or len(set(run)) == 1)
     ]  # fmt: skip
-    return [each for each in (*found, *DELIMITERS) if each in sample.head]
+    odd = [each for each in dict.fromkeys(ODD.findall(lines[0] if lines else ""))
+           if len({line.count(each) for line in lines if line}) == 1]  # fmt: skip
+    return [each for each in (*found, *DELIMITERS, *odd) if each in sample.head]
 
 
 def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
@@ -918,7 +921,8 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
         return name == options.usual, len(name) > 1, found.cells
 
     strong = [
-        each for each in fits if each.dialect.delimiter not in WEAK and not ends_only(each, options)
+        each for each in fits
+        if not is_weak(each.dialect.delimiter) and not ends_only(each, options)
     ]  # fmt: skip
     parts = {
         part for each in strong for part in each.dialect.delimiter
@@ -931,7 +935,13 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
         if len(whole) > 1 or whole[-1].dialect.delimiter != options.usual:
             note_delimiter(whole, options)
         return whole[-1]
-    ragged = [each for each in strong if each.width and not each.start and each.share >= 0.5]
+    # In prose, half of the lines may well have one comma.
+    least = {True: 0.5, False: 0.6}
+    ragged = [
+        each for each in strong
+        if each.width and not each.start
+        and each.share >= least[each.width > 2 or each.dialect.delimiter == options.usual]
+    ]  # fmt: skip
     below = [
         each for each in strong if each.start and each.body >= 0.8 and rows_below(each) > 1
     ]  # fmt: skip
@@ -946,6 +956,11 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
     if options["header_line"] and strong:
         return max(strong, key=lambda each: (each.dialect.delimiter == options.usual, each.share))
     return choose_weak(fits, strong, sample, options)
+
+
+def is_weak(delimiter: str) -> bool:
+    """Whether a delimiter counts only where no other one fits."""
+    return delimiter in WEAK or (len(delimiter) == 1 and bool(ODD.fullmatch(delimiter)))
 
 
 def ends_only(found: Fit, options: Options) -> bool:
@@ -979,8 +994,10 @@ def choose_weak(fits: list[Fit], strong: list[Fit], sample: Sample, options: Opt
         name = each.dialect.delimiter
         plain = all(DATE.fullmatch(raw.strip()) or NUMBER.fullmatch(raw.strip())
                     for *_, raw in each.records[1:])  # fmt: skip
-        if name in WEAK and each.clean and not each.start and len(each.records) > 2 and not plain:
-            if each.width > 2 or not options.usual:
+        if name not in WEAK and (not is_weak(name) or ends_only(each, options)):
+            continue
+        if each.clean and not each.start and len(each.records) > 2 and not plain:
+            if each.width > 2 or (not options.usual and name in WEAK):
                 note_delimiter([each], options)
                 return each
             said = "space" if name == " " else name
@@ -1106,10 +1123,32 @@ def is_title(fields: list[str], width: int) -> bool:
     return len(fields) <= width and filled <= (width + 1) // 2 and all(
         not cell.strip() for cell in fields[filled:]
     )  # fmt: skip
+            *other_quoting(found, sample, options),
 
 
 def commented_names(sample: Sample, dialect: Dialect, width: int) -> list[str] | None:
     """The last comment above the table where it may be the header: `#id,name`."""
+def other_quoting(found: Fit, sample: Sample, options: Options) -> list[str]:
+    """Options that would make one width of all records, where the widths differ."""
+    said = {"quote='": {"quote": "'"}, "escape=backslash": {"escape": "backslash"}}
+    choices = []
+    for words, chosen in said.items():
+        if not any(options[name] for name in chosen):
+            other = Options(options.name)
+            other.chosen = {**options.chosen, **chosen}
+            if best_fit(found.dialect.delimiter, sample, other).quality[0]:
+                choices.append(words)
+    return choices
+
+
+def names_above(rows: list[list[str]], place: int) -> bool:
+    """Whether a record has nothing but names, and columns below it have numbers or dates."""
+    cells = [cell.strip() for cell in rows[place] if cell.strip()]
+    if len(cells) < 2 or any(kind_of(cell) or cell.lower() in MISSING for cell in cells):
+        return False
+    return judge_header(rows[place], rows[place + 1 :])[0] == "evident"
+
+
     if not sample.comments or (width == 1 and len(sample.comments) > 1):
         return None
     lines = Lines(io.StringIO(sample.comments[-1].lstrip(MARK), newline=""))
