@@ -651,9 +651,9 @@ def json_kind(start: bytes) -> str:
 
 def wide_encoding(start: bytes, not_utf8: bool) -> str:
     """UTF-16 or UTF-32 without a mark, where the bytes and the text both say so."""
-    for name, unit in (("utf-32-le", 4), ("utf-32-be", 4), ("utf-16-le", 2), ("utf-16-be", 2)):
     # As bytes, letters beyond Latin-1 are control characters: 0x04 for Cyrillic.
     odd = sum(byte < 32 and byte not in (0, 9, 10, 13) for byte in start) > len(start) / 20
+    for name, unit in (("utf-32-le", 4), ("utf-32-be", 4), ("utf-16-le", 2), ("utf-16-be", 2)):
         try:
             text = start[: len(start) // unit * unit].decode(name).replace("\0", "")
         except UnicodeDecodeError:
@@ -682,8 +682,8 @@ def guess_encoding(evidence: bytes, options: Options) -> str:
         return "cp1252"
     found = chardet.detect_all(
         evidence,
-        encoding_era=EncodingEra.MODERN_WEB,
         ignore_threshold=True,
+        encoding_era=EncodingEra.MODERN_WEB,
         prefer_superset=True,
         exclude_encodings=["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"],
     )
@@ -1053,6 +1053,8 @@ def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
             )  # fmt: skip
         options.guess(f"the header is the comment above line {line}")
         return Layout(found.dialect, line, names, len(names), found.trailing, "", False, True)
+    if verdict != "none":
+        check_below(found, start, below, options)
     parted = found.clean and blank_above(found, start, sample) if start else True
     if verdict in ("none", "header") and not parted:
         verdict, why = "unclear", why or f"it has nothing but text, and so has line {line - 1}"
@@ -1063,6 +1065,10 @@ def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
         )  # fmt: skip
     if start:
         options.guess(f"the header is in line {line}; what stands above is no part of the table")
+        for number, _, _, raw in found.records[:start][:20]:
+            log.info("skipped line %d, above the table: %s", number, printable(raw[:200].rstrip()))
+        if start > 20:
+            log.info("skipped %d more records above the table", start - 20)
     elif sample.first_line > 1:
         log.info("skipped what stands above line %d", line)
     if why:
@@ -1070,6 +1076,31 @@ def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
         options.guess(f"{said}: {why}")
     header = None if verdict == "none" else first
     return Layout(found.dialect, line, header, width - found.trailing, found.trailing, "", False)
+
+
+def check_below(found: Fit, start: int, below: list[list[str]], options: Options) -> None:
+    """Tell of a record below the header that may be the header as well, or refuse to choose."""
+    names = list(map(folded, found.records[start][1]))
+    later = next(
+        (
+            at for at in range(min(10, len(below) - 2))
+            if list(map(folded, below[at])) != names and names_above(below, at)
+        ),
+        -1,
+    )  # fmt: skip
+    if later < 0:
+        return
+    line, first, _, _ = found.records[start]
+    number = next(n for n, fields, _, _ in found.records[start + 1 :] if fields is below[later])
+    if any(kind_of(cell) for cell in first):
+        raise options.refuse(
+            f"is line {line} the header, or line {number}, which has nothing but names too?",
+            f"header_line={line}", f"header_line={number}",
+        )  # fmt: skip
+    options.guess(
+        f"the header is in line {line}, though line {number} has text where columns below it have "
+        "numbers or dates"
+    )
 
 
 def check_above(found: Fit, sample: Sample, options: Options) -> None:
@@ -1081,12 +1112,41 @@ def check_above(found: Fit, sample: Sample, options: Options) -> None:
         or raw.startswith(COMMENTS)
         for _, fields, _, raw in above
     )  # fmt: skip
+    widths = Counter(len(fields) for _, fields, _, _ in above)
+    table = [fields for _, fields, _, _ in above if len(fields) == max(widths, default=0)]
+    if len(table) > 2 and len(table[0]) > 2 and judge_header(table[0], table[1:])[0] == "evident":
+        raise options.refuse(
+            f"the lines above line {line} look like another table; one of them can be read",
+            f"header_line={above[0][0]}", f"header_line={line}",
+        )  # fmt: skip
     if not clear and not blank_above(found, found.start, sample):
         raise options.refuse(
             f"line {above[-1][0]} has {len(above[-1][1])} fields, and the lines below have "
             f"{found.width}: which one is the header?",
+            *other_quoting(found, sample, options),
             f"header_line={above[-1][0]}", f"header_line={line}", "header_line=none",
         )  # fmt: skip
+
+
+def other_quoting(found: Fit, sample: Sample, options: Options) -> list[str]:
+    """Options that would make one width of all records, where the widths differ."""
+    said = {"quote='": {"quote": "'"}, "escape=backslash": {"escape": "backslash"}}
+    choices = []
+    for words, chosen in said.items():
+        if not any(options[name] for name in chosen):
+            other = Options(options.name)
+            other.chosen = {**options.chosen, **chosen}
+            if best_fit(found.dialect.delimiter, sample, other).quality[0]:
+                choices.append(words)
+    return choices
+
+
+def names_above(rows: list[list[str]], place: int) -> bool:
+    """Whether a record has nothing but names, and columns below it have numbers or dates."""
+    cells = [cell.strip() for cell in rows[place] if cell.strip()]
+    if len(cells) < 2 or any(kind_of(cell) or cell.lower() in MISSING for cell in cells):
+        return False
+    return judge_header(rows[place], rows[place + 1 :])[0] == "evident"
 
 
 def blank_above(found: Fit, start: int, sample: Sample) -> bool:
@@ -1123,32 +1183,10 @@ def is_title(fields: list[str], width: int) -> bool:
     return len(fields) <= width and filled <= (width + 1) // 2 and all(
         not cell.strip() for cell in fields[filled:]
     )  # fmt: skip
-            *other_quoting(found, sample, options),
 
 
 def commented_names(sample: Sample, dialect: Dialect, width: int) -> list[str] | None:
     """The last comment above the table where it may be the header: `#id,name`."""
-def other_quoting(found: Fit, sample: Sample, options: Options) -> list[str]:
-    """Options that would make one width of all records, where the widths differ."""
-    said = {"quote='": {"quote": "'"}, "escape=backslash": {"escape": "backslash"}}
-    choices = []
-    for words, chosen in said.items():
-        if not any(options[name] for name in chosen):
-            other = Options(options.name)
-            other.chosen = {**options.chosen, **chosen}
-            if best_fit(found.dialect.delimiter, sample, other).quality[0]:
-                choices.append(words)
-    return choices
-
-
-def names_above(rows: list[list[str]], place: int) -> bool:
-    """Whether a record has nothing but names, and columns below it have numbers or dates."""
-    cells = [cell.strip() for cell in rows[place] if cell.strip()]
-    if len(cells) < 2 or any(kind_of(cell) or cell.lower() in MISSING for cell in cells):
-        return False
-    return judge_header(rows[place], rows[place + 1 :])[0] == "evident"
-
-
     if not sample.comments or (width == 1 and len(sample.comments) > 1):
         return None
     lines = Lines(io.StringIO(sample.comments[-1].lstrip(MARK), newline=""))
@@ -1183,7 +1221,8 @@ def judge_header(first: list[str], below: list[list[str]]) -> tuple[str, str]:
     """
     rows = below[: max(1, min(200, 20_000 // len(first)))]
     kinds = [kind_of(cell) for cell in first]
-    columns = [kind_of_column(cells) for cells in zip(*rows, strict=True)] or [""] * len(first)
+    other = [row for row in rows if row != first]  # a header may come again
+    columns = [kind_of_column(cells) for cells in zip(*other, strict=True)] or [""] * len(first)
     against = [
         kind != column
         for kind, column, cell in zip(kinds, columns, first, strict=False)
@@ -1205,6 +1244,8 @@ def judge_header(first: list[str], below: list[list[str]]) -> tuple[str, str]:
     if len(typed) == len(filled):
         if is_series(typed) and typed[0] == "0":
             return "unclear", "its cells count from 0"
+        if not any(columns) and not any(kind_of(cell) for row in rows for cell in row):
+            return "unclear", "its cells are numbers or dates, and those below are not"
         return "none", f"the cells of the first record are {kinds[0] or 'data'}s like those below"
     votes = [alike(cell, [row[place] for row in rows]) for place, cell in enumerate(first)]
     told = f"{sum(map(bool, votes))} of its {len(first)} cells are like those below"
@@ -1229,6 +1270,11 @@ def alike(cell: str, below: list[str]) -> int:
     shapes = set(map(shape_of, cells))
     same = len(shapes) == 1 and len(cells) > 1 and shape_of(cell) in shapes and len(cell) > 3
     return int(cell in cells or same)
+
+
+def folded(cell: str) -> str:
+    """The cell as names are compared: without regard to case and white space."""
+    return " ".join(cell.split()).casefold()
 
 
 def shape_of(cell: str) -> str:
@@ -1281,9 +1327,10 @@ class Table:
         """Every record below the header with its text."""
         layout = self._layout
         width, trailing = layout.width, layout.trailing
-        header = layout.header if sum(map(bool, layout.header or ())) > 1 else None
+        header = layout.header if sum(map(bool, map(str.strip, layout.header or ()))) > 1 else None
         skip_header = layout.header is not None and not layout.commented
         number = int(layout.commented)
+        first = header[0].strip().casefold() if header else ""
         comment = layout.comment or NOWHERE
         for line, fields, why, raw in self._reader.records(comment if layout.every_comment else ""):
             other = len(fields) not in (width, width + trailing)
@@ -1299,7 +1346,8 @@ class Table:
             if trailing and len(fields) == width + 1 and not fields[-1]:
                 del fields[-1]
             reason = reason or self._fault(fields, raw)
-            if not reason and fields == header:
+            again = not reason and header and fields[0].strip().casefold() == first
+            if again and list(map(folded, fields)) == list(map(folded, header or ())):
                 reason = "the header again"
             if reason:
                 kept = raw[:RAW_CHARACTERS]

@@ -306,6 +306,62 @@ FOUND = {
         [],
     ),
     "one column": ("one.csv", b"name\nAnn Lee\nBob\n", ["name"], [["Ann Lee"], ["Bob"]], []),
+    "UTF-16 without a mark, of Georgian": (
+        "ka.csv",
+        "სახელი,ქალაქი\nანა,თბილისი\nბექა,გორი\n".encode("utf-16-le"),
+        ["სახელი", "ქალაქი"],
+        [["ანა", "თბილისი"], ["ბექა", "გორი"]],
+        [],
+    ),
+    "Spanish in cp1252": (
+        "es.csv",
+        "n,x\nEspañol,a\nniño,b\n".encode("cp1252"),
+        ["n", "x"],
+        [["Español", "a"], ["niño", "b"]],
+        [],
+    ),
+    "French and quotes in cp1252": (
+        "fr.csv",
+        "n,x\n“q” €5,a\nnaïve,b\nGenève,c\n".encode("cp1252"),
+        ["n", "x"],
+        [["“q” €5", "a"], ["naïve", "b"], ["Genève", "c"]],
+        [],
+    ),
+    "degrees in cp1252": (
+        "t.csv",
+        "t,x\n20 °C,a\n30 °C,b\n".encode("cp1252"),
+        ["t", "x"],
+        [["20 °C", "a"], ["30 °C", "b"]],
+        [],
+    ),
+    "Polish in cp1250": (
+        "pl.csv",
+        "n,x\nŁódź,a\nWrocław,b\n".encode("cp1250"),
+        ["n", "x"],
+        [["Łódź", "a"], ["Wrocław", "b"]],
+        [],
+    ),
+    "a header in other letters": (
+        "h.csv",
+        b"id,name\n1,a\nID,Name\n2,b\n id , name \n",
+        ["id", "name"],
+        [["1", "a"], ["2", "b"]],
+        ["the header again", "the header again"],
+    ),
+    "files joined, each with its mark": (
+        "joined.csv",
+        b"\xef\xbb\xbfid,name\n1,a\n" * 3,
+        ["id", "name"],
+        [["1", "a"]] * 3,
+        ["the header again", "the header again"],
+    ),
+    "an unusual delimiter": (
+        "u.txt",
+        "id§name§n\n1§a,b§2\n2§c§3\n".encode(),
+        ["id", "name", "n"],
+        [["1", "a,b", "2"], ["2", "c", "3"]],
+        [],
+    ),
 }
 
 
@@ -369,6 +425,35 @@ REFUSED = {
     ),
     "a title above text": ("a.csv", b"Title\nAnn,Rome\nBob,Oslo\n", "--option header_line=2"),
     "as many records of one text": ("a.csv", b"a,b\n" * 9, "comes 8 times again"),
+    "a title as wide as the table": (
+        "a.csv",
+        b"Report,Q1,2024\nid,name,qty\n1,a,2\n2,b,3\n",
+        "is line 1 the header, or line 2",
+    ),
+    "a title with commas, and lines of other widths": (
+        "a.csv",
+        b"A, b, 2024, c\nBy, Ann\n\nid,name,qty,price\n1,a,2,3.5\n2,b,3,4.5\n",
+        "or line 4",
+    ),
+    "names and values above": (
+        "a.csv",
+        b"Account:,123\nOwner:,Ann\nid,name\n1,a\n2,b\n",
+        "or line 3",
+    ),
+    "two tables": (
+        "a.csv",
+        b"id,name,n\n1,a,2\n2,b,3\n\nsku,q,r,s\nA,1,2,3\nB,3,4,3\nC,3,4,4\nD,3,4,4\n",
+        "look like another table",
+    ),
+    "numbers above text": ("a.csv", b"1,2,3\na,b,c\nd,e,f\n", "and those below are not"),
+    "a letter": (
+        "a.txt",
+        b"Dear Ann,\n\nThank you for it, which I got, today.\nYours,\nBob\n",
+        "no delimiter",
+    ),
+    "other quotes": ("a.csv", b"id,t\n1,'a, b'\n2,'c, d'\n", "--option 'quote="),
+    "an escape everywhere": ("a.csv", b"a,b\n1,x\\,y\n2,z\\,w\n", "--option escape=backslash"),
+    "two parts by an unusual sign": ("a.csv", b"a@b\nc@d\ne@f\n", "one column or two"),
 }
 
 
@@ -461,6 +546,14 @@ def test_the_log_says_what_was_guessed(
         delimited(file)
         guesses = [text for text in caplog.messages if text.startswith("guessed: ")]
         assert [text.split()[1] for text in guesses] == ["encoding", "delimiter"]
+        caplog.clear()
+        file.write_bytes(b"Report of Ann\nid,name\n1,a\n2,b\n")
+        delimited(file)
+        assert "skipped line 1, above the table: Report of Ann" in caplog.messages
+        caplog.clear()
+        file.write_bytes(b"t,v\ns,degC\n1,2.5\n2,2.5\n")
+        delimited(file)
+        assert any("though line 2 has text" in text for text in caplog.messages)
         caplog.clear()
         file.write_bytes(b"id,name\n1,a\n")
         delimited(file)
