@@ -9,6 +9,7 @@ import pytest
 
 from casparian_flow.engine.runner import _with_notes
 from casparian_flow.engine.sinks import families
+from casparian_flow.engine.sinks.base import otherwise, own_topic
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.protocol import Published
 from tests.sinks.stages import Place
@@ -40,7 +41,7 @@ def test_a_file_without_any_column_of_its_topic_is_told(place: Place) -> None:
     assert first.note == ""
     published(place, first)
     second = staged(place, {"sku": ["a"], "price": [1]}, job=2)
-    settles = "casparian publish delimited.py --name prices --pattern 'prices*.csv' --topic prices"
+    settles = "publish plugins/delimited.py --name prices --pattern 'prices*.csv' --topic prices"
     for word in (families.NOTE, "'sales'", "'id'", "'sku'", "'price'", settles):
         assert word in second.note
     published(place, second)
@@ -76,3 +77,26 @@ def test_the_note_ends_the_log_on_a_line_of_its_own(parquet: Place) -> None:
     for log in ("printed", "printed\n"):
         assert _with_notes(log, told) == f"printed\n{told[1].note}\n"
     assert _with_notes("", told) == f"{told[1].note}\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("in/prices_2024.csv.gz", "--name prices --pattern 'prices*.csv.gz' --topic prices"),
+        ("in/2024_01.csv", "--name 2024_01 --pattern 2024_01.csv --topic 2024_01"),
+        ("d.csv", "--name d --pattern d.csv --topic d"),
+        ("b (2).csv", "--name b_2 --pattern 'b ?2?.csv' --topic b_2"),
+    ],
+)
+def test_a_pattern_that_would_fit_other_families_is_the_name_itself(
+    path: str, command: str
+) -> None:
+    facts = {"plugin": "delimited", "path": path.encode().hex()}
+    assert own_topic("delimited", facts) == f"casparian publish plugins/delimited.py {command}"
+
+
+def test_words_for_json_name_the_option_that_settles_the_type() -> None:
+    facts = {"plugin": "json_records", "path": b"sales_1.json".hex()}
+    words = otherwise(own_topic("json", facts), "unit price")
+    assert "--option 'types=unit price:text'" in words
+    assert "--option" not in otherwise(own_topic("json", {**facts, "plugin": "mine"}), "id")

@@ -84,6 +84,10 @@ def facts_of(footer: Mapping[bytes, bytes]) -> dict[str, str]:
     }
 
 
+BUNDLED = ("delimited", "json_records", "excel_sheets", "access_log", "windows_events")
+"""Plugins that are in the folder `plugins` of the repository."""
+
+
 def own_topic(topic: str, facts: Mapping[str, str]) -> str:
     """What to type so that files of another kind than a topic's get a topic of their own.
 
@@ -95,32 +99,40 @@ def own_topic(topic: str, facts: Mapping[str, str]) -> str:
     name = PurePath(os.fsdecode(bytes.fromhex(facts.get("path", "")))).name
     if not name.isprintable() or "plugin" not in facts:
         return ""
-    first = re.match(r"[A-Za-z]*", name)
-    begin = first[0] if first else ""
-    own = begin.lower() or "other"
+    ends = PurePath(name).suffixes
+    end = "".join(ends[-2:] if ends[-1:] == [".gz"] else ends[-1:])
+    first = re.match(r"[A-Za-z]{2,}", name.removesuffix(end))
+    # What begins with a digit or one letter says too little: the pattern would fit other families.
+    begin = first[0] if first else name.removesuffix(end)
+    pattern = f"{begin}*{end}" if first else re.sub(r"[\[\]{}()!?*\\]", "?", name)
+    own = re.sub(r"[^a-z0-9]+", "_", begin.lower()).strip("_") or "other"
     own = f"{own}_2" if own in (topic, facts["plugin"]) else own
     main, *others = facts.get("topics", topic).split("/")
     topics = [own, *(f"{own}_{each.removeprefix(main).lstrip('_')}" for each in others)]
     said = " ".join(f"--topic {shlex.quote(each)}" for each in topics)
-    ends = PurePath(name).suffixes
-    end = "".join(ends[-2:] if ends[-1:] == [".gz"] else ends[-1:])
+    folder = "plugins/" if facts["plugin"] in BUNDLED else ""
     return (
-        f"casparian publish {facts['plugin']}.py --name {own} --pattern "
-        f"{shlex.quote(f'{begin}*{end}')} {said}"
+        f"casparian publish {folder}{facts['plugin']}.py --name {own} --pattern "
+        f"{shlex.quote(pattern)} {said}"
     )
 
 
-def otherwise(settles: str) -> str:
+def otherwise(settles: str, column: str) -> str:
     """What ends the message of an output that is refused for the type of a column.
 
     Args:
         settles: what `own_topic` said, or nothing.
+        column: its name.
     """
     if not settles:
         return ""
+    same = "let the plugin publish the column as text"
+    if " plugins/json_records.py " in settles and not re.search("[:,]", column):
+        option = shlex.quote(f"types={column}:text")
+        same = f"give them all such a topic, with a --pattern of all of them and --option {option}"
     return (
         f". Files of another kind get a topic of their own: {settles}. Where they are of one kind, "
-        "let the plugin publish the column as text"
+        f"{same}"
     )
 
 

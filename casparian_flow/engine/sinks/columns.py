@@ -160,7 +160,7 @@ def fit(column: Column, declared: str, settles: str = "") -> Column:
         return replace(column, plain=pa.int64() if declared == "INTEGER" else pa.float64())
     raise OutputRefused(
         f"column {column.name!r} ({column.kind}) is {declared} in the table, not {column.declared}"
-        f"{otherwise(settles)}",
+        f"{otherwise(settles, column.name)}",
         "convert the column in the plugin, or give it another name",
     )
 

@@ -91,7 +91,7 @@ def _widen(connection: sqlite3.Connection, topic: str, column: Column, settles: 
     if any(_has(connection, topic, column.name, beyond)):
         raise OutputRefused(
             f"column {column.name!r} ({column.kind}) is INTEGER in the table, with whole numbers "
-            f"that no REAL is exactly{otherwise(settles)}",
+            f"that no REAL is exactly{otherwise(settles, column.name)}",
             "convert the column in the plugin, or give it another name",
         )
     _note(connection, topic, column.name, "REAL")

@@ -156,7 +156,7 @@ def _cast(topic: str, field: Any, column: Any, settles: str) -> Any:
             return pa.chunked_array(exact, field.type)
     raise OutputRefused(
         f"topic {topic!r}: column {field.name!r} is {field.type} since it was first published; "
-        f"this output has {kind}, {wrong}{otherwise(settles)}",
+        f"this output has {kind}, {wrong}{otherwise(settles, field.name)}",
         "convert the column in the plugin, or give it another name",
     )
 
