@@ -692,7 +692,8 @@ def guess_encoding(evidence: bytes, options: Options) -> str:
         if each["encoding"] == "Windows-1252":
             western = each["confidence"]
     name = str(found[0]["encoding"])
-    if not found[0]["encoding"] or best < WEAK_EVIDENCE:
+    multibyte = not re.match("(?i)windows-|iso-|koi|cp125|cp874|tis", name)
+    if not found[0]["encoding"] or best < (0.05 if multibyte else WEAK_EVIDENCE):
         options.guess("encoding cp1252 (for want of evidence)")
     elif name in NEIGHBOURS and western >= 0.7 * best:
         options.guess(f"encoding cp1252 ({western:.0%} sure; {name} is as likely by the bytes)")

@@ -334,6 +334,13 @@ FOUND = {
         [["20 °C", "a"], ["30 °C", "b"]],
         [],
     ),
+    "what may be Chinese, hardly": (
+        "m.csv",
+        b"n,x\nM\x9fller,1\nGr\x9a\xa7e,2\n",
+        ["n", "x"],
+        [["M\u0178ller", "1"], ["Gr\u0161\u00a7e", "2"]],
+        [],
+    ),
     "Polish in cp1250": (
         "pl.csv",
         "n,x\nŁódź,a\nWrocław,b\n".encode("cp1250"),
