@@ -7,7 +7,9 @@ value, whichever is more. Two layouts leave no such count, since many values may
 their own data: dictionaries and views. The wire takes neither; the guest's side writes them out.
 
 The metadata are flatbuffers (Arrow's format/Schema.fbs and format/Message.fbs), read here by hand:
-pyarrow shows neither the lengths nor the number of the fields before it has made them all.
+pyarrow shows neither the lengths nor the number of the fields before it has made them all. In them
+too many may share one place: a thousand fields the one name, and the reader copies it for each. So
+texts are counted as often as they are named, and may have no more bytes than the metadata.
 
 Standard library only: the guest's side counts by the same rule, and sends smaller batches.
 """
@@ -25,11 +27,18 @@ DEPTH_LIMIT = 60
 """Levels of nesting; pyarrow reads no batch of more than 63."""
 SCHEMA_LIMIT = 4 << 20
 """Bytes of the metadata of one message: a long name costs its reader thirty times its length."""
+EXTENSION_LIMIT = 4096
+"""Bytes in which an extension type may describe itself: Arrow reads them as JSON, and some versions
+call themselves for each level of it, to the end of the stack."""
+PAIR_BYTES = 24
+"""Bytes of a key and its value besides their texts, at least."""
 
 _CONTINUATION = 0xFFFFFFFF
 _HEADER_TYPE, _HEADER, _SCHEMA, _DICTIONARY, _BATCH = 1, 2, 1, 2, 3
-_SCHEMA_FIELDS = 1
-_FIELD_TYPE_KIND, _FIELD_TYPE, _FIELD_DICTIONARY, _FIELD_CHILDREN = 2, 3, 4, 5
+_MESSAGE_PAIRS = 4
+_SCHEMA_FIELDS, _SCHEMA_PAIRS = 1, 2
+_FIELD_NAME, _FIELD_TYPE_KIND, _FIELD_TYPE, _FIELD_DICTIONARY, _FIELD_CHILDREN = 0, 2, 3, 4, 5
+_FIELD_PAIRS = 6
 _BATCH_LENGTH, _BATCH_NODES, _BATCH_BUFFERS, _BATCH_COMPRESSION = 0, 1, 2, 3
 
 _BUFFERS = {
@@ -39,7 +48,9 @@ _BUFFERS = {
 """Buffers of an array by its type's number in Schema.fbs; a type that is not here is refused."""
 _REFUSED = {14: "a union", 22: "a run-end-encoded", 23: "a view", 24: "a view", 25: "a view",
             26: "a view"}  # fmt: skip
-_LIST, _STRUCT, _FIXED_LIST, _MAP, _LARGE_LIST = 12, 13, 16, 17, 21
+_TIMESTAMP, _INTERVAL, _LIST, _STRUCT, _FIXED_LIST, _MAP, _LARGE_LIST = 10, 11, 12, 13, 16, 17, 21
+_MONTH_DAY_NANO = 2
+_EXTENSION_TEXT = b"ARROW:extension:metadata"
 _NESTED = frozenset((_LIST, _STRUCT, _FIXED_LIST, _MAP, _LARGE_LIST))
 
 
@@ -82,8 +93,10 @@ def measure(stream: memoryview) -> Size:
         message = _follow(data, 0)
         kind = _scalar(data, message, _HEADER_TYPE, "<B")
         table = _follow(data, _member(data, message, _HEADER))
+        texts = _Texts(data)
+        texts.add_pairs(_member(data, message, _MESSAGE_PAIRS))
         if kind == _SCHEMA and kinds is None:
-            columns, kinds = _layout(data, table)
+            columns, kinds = _layout(data, table, texts)
         elif kind == _BATCH and kinds is not None:
             batches += 1
             size = size or _batch(data, table, columns, kinds)
@@ -100,9 +113,42 @@ def measure(stream: memoryview) -> Size:
     return size
 
 
-def _layout(data: memoryview, schema: int) -> tuple[int, bytes]:
+class _Texts:
+    """The texts of one message, counted as often as something has them."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._room = len(data)
+
+    def add(self, position: int) -> tuple[int, int]:
+        """Count the text that a member leads to, if there is one: where it begins and ends."""
+        start, count = _vector(self._data, position, 1) if position else (0, 0)
+        self._take(count)
+        return start, start + count
+
+    def add_pairs(self, position: int) -> None:
+        """Count keys and values."""
+        start, count = _vector(self._data, position, 4) if position else (0, 0)
+        self._take(PAIR_BYTES * count)
+        for number in range(count):
+            pair = _follow(self._data, start + 4 * number)
+            key, key_end = self.add(_member(self._data, pair, 0))
+            value, value_end = self.add(_member(self._data, pair, 1))
+            if value_end - value > EXTENSION_LIMIT and self._data[key:key_end] == _EXTENSION_TEXT:
+                raise Unfit(
+                    f"an extension type that takes more than {EXTENSION_LIMIT} bytes to say"
+                )
+
+    def _take(self, count: int) -> None:
+        self._room -= count
+        if self._room < 0:
+            raise Unfit("metadata in which many texts share one place")
+
+
+def _layout(data: memoryview, schema: int, texts: _Texts) -> tuple[int, bytes]:
     """How many columns a schema has, and the kind of each array of a batch, as they come there."""
     kinds = bytearray()
+    texts.add_pairs(_member(data, schema, _SCHEMA_PAIRS))
     columns = _elements(data, _member(data, schema, _SCHEMA_FIELDS))
     waiting = [(field, 1) for field in reversed(columns)]
     while waiting:
@@ -112,6 +158,9 @@ def _layout(data: memoryview, schema: int) -> tuple[int, bytes]:
             raise Unfit("a dictionary column")
         if kind not in _BUFFERS:
             raise Unfit(f"{_REFUSED.get(kind, 'an unknown')} column")
+        texts.add(_member(data, field, _FIELD_NAME))
+        texts.add_pairs(_member(data, field, _FIELD_PAIRS))
+        _check_type(data, field, kind, texts)
         children = _elements(data, _member(data, field, _FIELD_CHILDREN))
         if depth > DEPTH_LIMIT or (children and kind not in _NESTED):
             raise Unfit(f"a column nested {depth} levels deep, or where none can be")
@@ -120,6 +169,23 @@ def _layout(data: memoryview, schema: int) -> tuple[int, bytes]:
         kinds.append(kind)
         waiting += [(child, depth + 1) for child in reversed(children)]
     return len(columns), bytes(kinds)
+
+
+def _check_type(data: memoryview, field: int, kind: int, texts: _Texts) -> None:
+    """
+    Raises:
+        Unfit: Arrow has no form for values of the type in Python, or its Parquet writer aborts the
+            process at some of them.
+    """
+    if kind not in (_TIMESTAMP, _INTERVAL, _FIXED_LIST):
+        return
+    table = _follow(data, _member(data, field, _FIELD_TYPE))
+    if kind == _TIMESTAMP:
+        texts.add(_member(data, table, 1))  # its time zone
+    elif kind == _INTERVAL and _scalar(data, table, 0, "<h") != _MONTH_DAY_NANO:
+        raise Unfit("an interval of another kind than month_day_nano_interval")
+    elif kind == _FIXED_LIST and _scalar(data, table, 0, "<i") < 1:
+        raise Unfit("a column of lists of the fixed size 0")
 
 
 def _batch(data: memoryview, batch: int, columns: int, kinds: bytes) -> Size:

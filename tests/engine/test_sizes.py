@@ -35,7 +35,7 @@ def test_what_has_no_bytes_counts_by_its_values() -> None:
     rows = 1000
     for kind, levels in (
         (pa.null(), 1), (pa.bool_(), 1), (pa.int8(), 1),
-        (pa.struct([("a", pa.null()), ("b", pa.null())]), 3), (pa.list_(pa.null(), 0), 1),
+        (pa.struct([("a", pa.null()), ("b", pa.null())]), 3), (pa.list_(pa.null(), 1), 2),
     ):  # fmt: skip
         batch = pa.record_batch({"x": pa.nulls(rows, kind)})
         assert unfolded(batch) == levels * rows * sizes.VALUE_BYTES, kind
@@ -116,7 +116,7 @@ def test_fields_that_share_their_children_are_counted_each_time() -> None:
             break
         field = sizes._follow(schema, start)
         struct.pack_into("<I", schema, start + 4, field - start - 4)
-    with pytest.raises(sizes.Unfit, match="columns and fields"):
+    with pytest.raises(sizes.Unfit, match=r"columns and fields|share one place"):
         sizes.measure(memoryview(bytes(data)))
 
 
