@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from casparian_flow.atomic import fsync_path, make_folder
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import days, families, parts
+from casparian_flow.engine.sinks import days, families, nulls, parts
 from casparian_flow.engine.sinks.base import (
     Lineage,
     is_disk_fault,
@@ -123,6 +123,7 @@ class Stage:
             OutputRefused: its columns cannot be stored, or use a reserved name.
             SinkUnavailable: the disk is full or read-only.
         """
+        batch = nulls.may_be_null(batch)
         if not self._parts.begun:
             self._start(batch.schema)
         days.check(self._plan.topic, batch)

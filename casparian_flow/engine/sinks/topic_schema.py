@@ -36,6 +36,7 @@ import pyarrow as pa
 
 from casparian_flow.engine.sinks.base import LINEAGE, otherwise
 from casparian_flow.engine.sinks.columns import as_list
+from casparian_flow.engine.sinks.nulls import type_that_may
 from casparian_flow.errors import OutputRefused
 
 LINEAGE_FIELDS: tuple[Any, ...] = tuple(
@@ -61,9 +62,9 @@ def unite(known: Any, columns: Any) -> Any:
         known: the topic's columns so far; an empty schema for a new topic.
         columns: those of the output, without the lineage columns.
     """
-    kinds = {field.name: field.type for field in known}
+    kinds = {field.name: type_that_may(field.type) for field in known}
     for field in columns:
-        kind = _plain(field.type)
+        kind = type_that_may(_plain(field.type))
         before = kinds.get(field.name)
         if before is None or (_is_open(before) and _are_kin(before, kind)):
             kinds[field.name] = kind
