@@ -5,6 +5,7 @@ docs/proof.md names the long proof, `python -m tests.sinks.extremes`.
 
 from __future__ import annotations
 
+import json
 import random
 import sqlite3
 from contextlib import closing
@@ -13,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from casparian_flow.engine.sinks import columns
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import OutputRefused
 from casparian_flow.protocol import Published
@@ -128,3 +130,35 @@ def test_metadata_of_a_column_is_not_believed(place: Place) -> None:
     field = pa.field("odd", pa.binary(), metadata=words)
     batch = pa.record_batch([pa.array([b"x"])], schema=pa.schema([field], {"casparian.slot": "1"}))
     assert stored(place, batch) == [{"odd": b"x"}]
+
+
+def nulls_in_one_cell(rows: int, number: int) -> pa.RecordBatch:
+    """Lists of so many structs of a null: some hundred bytes on the wire, whatever the number."""
+    items = pa.StructArray.from_arrays([pa.nulls(rows * number)], ["a"])
+    offsets = pa.array(range(0, rows * number + 1, number), pa.int32())
+    return pa.record_batch([pa.ListArray.from_arrays(offsets, items)], ["cells"])
+
+
+def test_a_cell_of_millions_of_nulls_is_no_json(place: Place) -> None:
+    batch = nulls_in_one_cell(1, columns.CELL_VALUES // 2)
+    if place.scheme == "parquet":
+        assert len(stored(place, batch)) == 1
+        return
+    error = refusal(place, batch)
+    assert "'cells'" in error.message
+    assert f"more than {columns.CELL_VALUES} values in it" in error.message
+
+
+def test_rows_of_many_values_become_objects_a_few_at_a_time(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columns, "VALUES_AT_ONCE", 100)
+    batch = nulls_in_one_cell(40, 15)
+    assert [piece.num_rows for piece in columns.pieces(batch)] == [2, 3] * 8
+    cells = [row["cells"] for row in stored(place, batch)]
+    expected = batch.to_pylist()[0]["cells"]
+    assert cells == [expected if place.scheme == "parquet" else json_of(expected)] * 40
+
+
+def json_of(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))

@@ -33,6 +33,12 @@ import pyarrow.compute as pc
 from casparian_flow.engine.sinks.base import otherwise
 from casparian_flow.errors import OutputRefused
 
+CELL_VALUES = 1 << 22
+"""Values that one list, map or struct may have in it, to be written as JSON: each is an object of
+Python's first, of some 200 bytes, and values that are null have no bytes where they come from."""
+VALUES_AT_ONCE = 1 << 20
+"""The same of all rows that become objects of Python's together; one row is one in any case."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -65,6 +71,8 @@ class Column:
         """The array cast to what `plain` says; a nested one as it is, for such a cast breaks it:
         of nulls in a list in a list, pyarrow 26 makes as many as the outer list has items."""
         nested = pa.types.is_nested(self.plain)
+        if nested:
+            check_cells(array)
         array = array if nested else array.cast(self.plain)
         check_inside(array, in_json=nested)
         return array
@@ -251,12 +259,53 @@ def _plain_texts(array: Any) -> Any:
     return array.cast(pa.string())
 
 
+def values_in(array: Any) -> int:
+    """How many values an array has, those within its values too."""
+    kind, count = array.type, len(array)
+    if isinstance(kind, pa.BaseExtensionType):
+        return values_in(array.storage)
+    if pa.types.is_fixed_size_list(kind):
+        size = kind.list_size
+        return count + values_in(array.values.slice(array.offset * size, count * size))
+    if pa.types.is_struct(kind):
+        return count + sum(values_in(array.field(number)) for number in range(kind.num_fields))
+    if pa.types.is_nested(kind) and not pa.types.is_union(kind):
+        return count + values_in((as_list(array) if pa.types.is_map(kind) else array).flatten())
+    return count
+
+
+def pieces(batch: Any) -> Iterator[Any]:
+    """The batch in slices of whole rows, each with as many values as may be taken at once."""
+    if batch.num_rows < 2 or sum(map(values_in, batch.columns)) <= VALUES_AT_ONCE:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    for part in (batch.slice(0, half), batch.slice(half)):
+        yield from pieces(part)
+
+
+def check_cells(array: Any) -> None:
+    """Return if JSON can be made of every list, map or struct without taking too much memory.
+
+    Raises:
+        ValueError: one value has more values in it than JSON is made of.
+    """
+    if values_in(array) <= CELL_VALUES:
+        return
+    if len(array) == 1:
+        raise ValueError(f"one value of it has more than {CELL_VALUES} values in it")
+    half = len(array) // 2
+    for part in (array.slice(0, half), array.slice(half)):
+        check_cells(part)
+
+
 def json_texts(array: Any) -> list[str | None]:
     """A list of lists, maps or structs as JSON texts.
 
     Raises:
         ValueError, NotImplementedError: a value in them that JSON cannot hold as it is.
     """
+    check_cells(array)
     check_inside(array, in_json=True)
     return _json_texts(_values(array))
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks import mssql_statements as statements
 from casparian_flow.engine.sinks import table_of
 from casparian_flow.engine.sinks.base import facts_of
+from casparian_flow.engine.sinks.columns import pieces
 from casparian_flow.engine.sinks.mssql_faults import Fault, Kind, refusal
 from casparian_flow.engine.sinks.mssql_session import Refused, Session
 from casparian_flow.engine.sinks.mssql_statements import REPLACED, SHOWN, STAGE, Declared
@@ -224,7 +226,7 @@ def _load(
 
     def batches() -> Iterator[Any]:
         try:
-            for batch in staged.iter_batches(BATCH_ROWS):
+            for batch in chain.from_iterable(map(pieces, staged.iter_batches(BATCH_ROWS))):
                 arrays = [c.array(batch.column(n)) for c, n in zip(columns, numbers, strict=True)]
                 yield pa.record_batch(arrays, schema=fields)
                 crashpoint("mssql.batch_sent")

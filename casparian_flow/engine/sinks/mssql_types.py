@@ -111,6 +111,7 @@ class Column:
         """Return if SQL Server can hold every value. Makes no JSON, and raises as `array` does."""
         with self._holding():
             if pa.types.is_nested(_unwrapped(self.kind)):
+                columns.check_cells(values)
                 columns.check_inside(values, in_json=True)
             else:
                 _exact(_decoded(values), self.plain)

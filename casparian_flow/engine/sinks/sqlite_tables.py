@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks.base import LINEAGE, facts_of, own_topic
-from casparian_flow.engine.sinks.columns import Column, columns_of, fold
+from casparian_flow.engine.sinks.columns import Column, columns_of, fold, pieces
 from casparian_flow.engine.sinks.sqlite_columns import RETRACTED, declared, fitted, quote
 from casparian_flow.errors import OutputRefused, SinkConflict
 
 BATCH_ROWS = 16 << 10
-"""Rows converted to Python values at once."""
+"""Rows converted to Python values at once, at most."""
 
 
 class Rows(NamedTuple):
@@ -78,7 +79,7 @@ def insert(connection: sqlite3.Connection, topic: str, staged: Any) -> None:
         names = ", ".join(quote(column.name) for column in taken)
         marks = ", ".join("?" * len(taken))
         statement = f"INSERT INTO {quote(topic)} ({names}) VALUES ({marks})"  # noqa: S608
-        for batch in staged.iter_batches(BATCH_ROWS):
+        for batch in chain.from_iterable(map(pieces, staged.iter_batches(BATCH_ROWS))):
             values = [c.values(a) for c, a in zip(taken, batch.columns, strict=True)]
             connection.executemany(statement, zip(*values, strict=True))
             crashpoint("sqlite.rows_written")

@@ -27,7 +27,7 @@ from casparian_flow.engine.sinks.base import (
     own_topic,
     unavailable,
 )
-from casparian_flow.engine.sinks.columns import as_list
+from casparian_flow.engine.sinks.columns import values_in
 from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, fit
 from casparian_flow.engine.sizes import VALUE_BYTES
 from casparian_flow.errors import OutputRefused
@@ -265,7 +265,7 @@ def reading(output: StagedOutput) -> Iterator[Any]:
 def _pieces(batch: Any) -> Iterator[tuple[Any, int]]:
     """The batch in pieces of at most GROUP_BYTES where its rows allow, each with what it unfolds
     to: writing null values takes room, though they have none of their own."""
-    values = sum(_values(column) for column in batch.columns)
+    values = sum(map(values_in, batch.columns))
     size = max(batch.nbytes, VALUE_BYTES * values)
     if size <= GROUP_BYTES or batch.num_rows < 2:
         yield batch, size
@@ -273,21 +273,6 @@ def _pieces(batch: Any) -> Iterator[tuple[Any, int]]:
     half = batch.num_rows // 2
     for part in (batch.slice(0, half), batch.slice(half)):
         yield from _pieces(part)
-
-
-def _values(array: Any) -> int:
-    """How many values an array has, those within its values too."""
-    kind, count = array.type, len(array)
-    if isinstance(kind, pa.BaseExtensionType):
-        return _values(array.storage)
-    if pa.types.is_fixed_size_list(kind):
-        size = kind.list_size
-        return count + _values(array.values.slice(array.offset * size, count * size))
-    if pa.types.is_struct(kind):
-        return count + sum(_values(array.field(number)) for number in range(kind.num_fields))
-    if pa.types.is_nested(kind) and not pa.types.is_union(kind):
-        return count + _values((as_list(array) if pa.types.is_map(kind) else array).flatten())
-    return count
 
 
 def _check_plan(plan: OutputPlan) -> None:
