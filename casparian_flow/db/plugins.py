@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 from packaging.version import Version
-from sqlalchemy import Connection, LargeBinary, and_, cast, delete, insert, select, update
+from sqlalchemy import Connection, LargeBinary, and_, cast, delete, func, insert, select, update
 
 from casparian_flow.db.models import (
+    AuditEntry,
     EmptyTopic,
     Epoch,
     Plugin,
@@ -190,6 +191,11 @@ def topics_of(connection: Connection, plugin: Any) -> list[str]:
     return list(dict.fromkeys([*manifest_of(plugin.manifest).topics, *placed]))
 
 
+EARLIER_FORM = (
+    "an earlier release signed it in a form that proves less: publish it again under a new version"
+)
+
+
 class Stored(NamedTuple):
     """A deployed plugin as it stands in the ledger, whatever somebody made of it."""
 
@@ -261,14 +267,43 @@ def fault(plugin: Stored, trust: Trust) -> str:
     return ""
 
 
+def from_earlier(connection: Connection, plugin: Stored) -> bool:
+    """Whether an earlier release published an artifact that has no statement, as the audit has it.
+
+    Its row of the audit must name the bytes that are there now, and come before a key was trusted
+    in this ledger: without one nothing is published since. So who takes the statement of another
+    artifact away is seen.
+    """
+    made = signing.artifact_hash(plugin.source, plugin.lock)
+    if plugin.statement is not None or made != plugin.artifact_hash:
+        return False
+    trusting = select(func.min(AuditEntry.seq)).where(AuditEntry.action == "trust-key")
+    first = connection.execute(trusting).scalar()
+    published = select(AuditEntry.seq).where(
+        AuditEntry.action == "publish",
+        AuditEntry.subject == f"plugin {plugin.name} {plugin.version}",
+        *([] if first is None else [AuditEntry.seq < first]),
+        func.json_valid(AuditEntry.detail),
+        func.json_extract(AuditEntry.detail, "$.artifact") == made,
+    )
+    return connection.execute(published).first() is not None
+
+
+def in_earlier_form(connection: Connection) -> list[Any]:
+    """The active versions (name, version) that may not run, since an earlier release signed them
+    in its own form."""
+    taking = and_(
+        PluginConfig.plugin_name == Plugin.name, Plugin.version == PluginConfig.active_version
+    )
+    query = select(Plugin.name, Plugin.version).join(PluginConfig, taking)
+    return list(connection.execute(query.where(Plugin.statement.is_(None)).order_by(Plugin.name)))
+
+
 def _check(plugin: Stored, trust: Trust) -> None:
     if trust.broken:
         raise ArtifactRefused(trust.broken)
     if plugin.statement is None:
-        raise ArtifactRefused(
-            "an earlier release signed it in a form that proves less: publish it again under a "
-            "new version"
-        )
+        raise ArtifactRefused(EARLIER_FORM)
     if signing.artifact_hash(plugin.source, plugin.lock) != plugin.artifact_hash:
         raise ArtifactRefused("its source or lock is not what its artifact hash names")
     statement = signing.verify(

@@ -13,6 +13,7 @@ from casparian_flow.db import unrouted as no_plugin
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import JobStatus
 from casparian_flow.db.pages import Row
+from casparian_flow.db.plugins import EARLIER_FORM, in_earlier_form
 from casparian_flow.db.routing import compile_pattern
 from casparian_flow.db.states import PAUSED
 from casparian_flow.engine import sinks
@@ -164,6 +165,9 @@ def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
     for name in sorted({plugin["name"] for plugin in plugins} - active):
         words = f"no version of plugin {name} takes new jobs"
         found.append(Advice(words, f"casparian plugins verify {name}"))
+    for name, version in ledger.read(in_earlier_form):
+        words = f"plugin {name} {version} may not run: {EARLIER_FORM}"
+        found.append(Advice(words, f"casparian publish {name}.py"))
     for root in roots:
         found += _advise_on(root, daemon is not None)
     for rule in ledger.read(views.rules):

@@ -78,7 +78,8 @@ def _count(connection: Connection, verdict: Verdict) -> Iterator[str]:
 def _faults(connection: Connection, verdict: Verdict) -> Iterator[str]:
     """What is wrong with the trust log and with each artifact.
 
-    That somebody disabled an artifact or revoked its key is not.
+    That somebody disabled an artifact or revoked its key is not; nor that an earlier release signed
+    it in its own form, where the audit has its bytes: it may not run, and that is noted.
     """
     trusted = trust.read(connection)
     artifacts = plugins.stored(connection)
@@ -86,7 +87,11 @@ def _faults(connection: Connection, verdict: Verdict) -> Iterator[str]:
     yield from filter(None, [trusted.broken])
     for plugin in artifacts:
         if words := plugins.fault(plugin, trusted):
-            yield f"plugin {plugin.name} {plugin.version}: {words}"
+            about = f"plugin {plugin.name} {plugin.version}: {words}"
+            if not trusted.broken and plugins.from_earlier(connection, plugin):
+                verdict.notes.append(f"{about}; it may not run")
+            else:
+                yield about
 
 
 def _claims(connection: Connection, claims: Claims) -> Iterator[str]:
