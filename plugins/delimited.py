@@ -931,6 +931,12 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
         and part not in sample.head.replace(each.dialect.delimiter, "")
     }  # fmt: skip
     strong = [each for each in strong if each.dialect.delimiter not in parts]
+    # `a,,b` in every record is an empty field, where commas stand elsewhere too.
+    single = {each.dialect.delimiter for each in strong if each.clean}
+    strong = [
+        each for each in strong
+        if len(each.dialect.delimiter) == 1 or single.isdisjoint(each.dialect.delimiter)
+    ]  # fmt: skip
     whole = sorted((each for each in strong if each.clean and not each.start), key=rank)
     if whole:
         if len(whole) > 1 or whole[-1].dialect.delimiter != options.usual:

@@ -662,3 +662,15 @@ def test_well_formed_real_files_are_read_cell_by_cell(
     assert count["with a header"] > 200
     assert count["without"] < 30
     assert count["refused"] < 10
+
+
+@pytest.mark.parametrize("delimiter", [*",;|^~", "\x01"])
+def test_an_empty_column_makes_no_delimiter_of_two(
+    delimiter: str, delimited: Run, tmp_path: Path
+) -> None:
+    rows = [["id", "note", "", "city"], ["1", "x", "", "Ulm"], ["2", "y", "", "Bonn"]]
+    file = tmp_path / "a.txt"
+    file.write_text("".join(f"{delimiter.join(row)}\n" for row in rows))
+    out = delimited(file)["delimited"]
+    assert out.column_names == ["id", "note", "column_3", "city"]
+    assert [list(row.values()) for row in out.to_pylist()] == rows[1:]
