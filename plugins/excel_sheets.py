@@ -176,7 +176,15 @@ class Header(NamedTuple):
 
 
 class Unclear(Exception):
-    """Where the header is cannot be said."""
+    """Where the header is cannot be said.
+
+    Args:
+        rows: those that it may be.
+    """
+
+    def __init__(self, text: str, *rows: int) -> None:
+        super().__init__(text)
+        self.rows = rows
 
 
 DAMAGE = (
@@ -224,7 +232,7 @@ class Handler(BasePlugin):
                 headers.append(header_of(sheet, read) if read.rows else None)
             except Unclear as error:
                 headers.append("the header of the sheet is not clear: --option header_row=N")
-                unclear.append(f"{error}; {settle(sheet, file)}")
+                unclear.append(f"{error}; {settle(sheet, file, error.rows)}")
         if unclear and not any(isinstance(each, Header) for each in headers):
             raise ValueError("\n".join(unclear))
         for text in unclear:
@@ -308,10 +316,12 @@ def wanted(name: str) -> bool:
     return not chosen or any(fnmatchcase(name, each.strip()) for each in chosen.split(","))
 
 
-def settle(sheet: Sheet, file: str) -> str:
+def settle(sheet: Sheet, file: str, rows: tuple[int, ...]) -> str:
+    options = [f"--option header_row={row}" for row in rows or ("N",)]
     return (
-        f"say which row it is: {own_publish('excel_sheets', file)} --option header_row=N (0: there "
-        f"is no header); if {sheet.name!r} is no table, say which sheets are: --option sheets=..."
+        f"say which row it is: {own_publish('excel_sheets', file)} {', or with '.join(options)}, "
+        f"or with --option header_row=0, where there is no header; if {sheet.name!r} is no table, "
+        "say which sheets are: --option sheets=..."
     )
 
 
@@ -420,7 +430,8 @@ def find_header(sheet: Sheet, read: Read) -> tuple[int, str]:
         raise Unclear(
             f"the header of sheet {sheet.name!r} is not clear: no row near its top holds "
             f"names, and only names, for the columns below it (row {read.head[0].number}: "
-            f"{shown(read.head[0])})"
+            f"{shown(read.head[0])})",
+            read.head[0].number,
         )
     header = read.head[start]
     width = covers(sheet, header).bit_count()
@@ -428,13 +439,16 @@ def find_header(sheet: Sheet, read: Read) -> tuple[int, str]:
         if len(row.cells) > min(2, width / 2):
             raise Unclear(
                 f"the header of sheet {sheet.name!r} is not clear: it may be row {row.number} "
-                f"({shown(row)}) or row {header.number} ({shown(header)})"
+                f"({shown(row)}) or row {header.number} ({shown(header)})",
+                row.number,
+                header.number,
             )
     differs = contrast(read, start)
     if start and not said and not differs and not apart(sheet, read, start, width):
         raise Unclear(
             f"the header of sheet {sheet.name!r} is not clear: row {header.number} "
-            f"({shown(header)}) looks like the rows around it"
+            f"({shown(header)}) looks like the rows around it",
+            header.number,
         )
     if not said and start:
         said = f"{start} narrow rows above it"

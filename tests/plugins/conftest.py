@@ -27,7 +27,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def runner(name: str, **options: str) -> Run:
+def runner(name: str, **options: str | int) -> Run:
     """A function that runs the plugin on a file; it holds the plugin to its declared topics.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import random
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ import xlwt
 from openpyxl import Workbook
 from python_calamine import CalamineWorkbook
 
-from tests.plugins.conftest import Run, load, running
+from tests.plugins.conftest import Run, load, runner, running
 from tests.plugins.written_workbooks import check, text_of, write_ods
 
 
@@ -204,8 +205,13 @@ UNCLEAR = [
 def test_an_unclear_header_fails_with_what_settles_it(
     rows: list[list[Any]], excel_sheets: Run, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match="--option header_row=N"):
-        excel_sheets(written(tmp_path, rows))
+    file = written(tmp_path, rows)
+    words = "casparian publish plugins/excel_sheets.py .* --option header_row=[1-9].* header_row=0"
+    with pytest.raises(ValueError, match=words) as refused:
+        excel_sheets(file)
+    for row in re.findall("header_row=([1-9]+)", str(refused.value)):
+        out = runner("excel_sheets", header_row=int(row))(file)
+        assert "excel" in out, row
 
 
 def test_an_unclear_sheet_beside_a_clear_one_becomes_rejects(
