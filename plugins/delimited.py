@@ -17,7 +17,8 @@ option settles it.
   or Windows-1252 where the evidence is weak.
 - `delimiter`: a character or several, or `tab`, `space`, `\\x01`; `none` for one column. Found
   in a sample of the whole file: of the delimiters under which all records have one width above 1,
-  the one that the file's name suggests, then the most frequent. A first line `sep=;` settles it.
+  the one that the file's name suggests, then the most frequent; where none fits, a sign such as `§`
+  that every line has equally often, twice or more. A first line `sep=;` settles it.
 - `quote`: a character or `none`. Found: `"`; in tabbed text also none.
 - `escape`: `none`, a character that takes its meaning from a delimiter, quote, line end or itself
   after it, or `in_quotes`: a backslash that does so between quotes only. Found: the backslash,
@@ -31,8 +32,8 @@ option settles it.
   the table lines of another width, where such lines stand above it.
 
 A record is rejected (line, record, reason, raw) when it has another number of fields than the
-header, when its quotes do not close or are followed by more text, when it repeats the header, when
-it has more than 16 Mi characters, or when it holds a NUL or bytes that the file's encoding does not
+header, when its quotes do not close or are followed by more text, when it repeats the header (case
+and white space do not count), when it has more than 16 Mi characters, or when it holds a NUL or bytes that the file's encoding does not
 know. Where a quote does not close, its line is rejected and reading goes on after it. Where every
 record ends with one more delimiter than the header, that is no field. U+FEFF at the start of a
 record is no text. `line` is the physical line where the record starts, `record` counts records,
@@ -692,8 +693,9 @@ def guess_encoding(evidence: bytes, options: Options) -> str:
         if each["encoding"] == "Windows-1252":
             western = each["confidence"]
     name = str(found[0]["encoding"])
-    multibyte = not re.match("(?i)windows-|iso-|koi|cp125|cp874|tis", name)
-    if not found[0]["encoding"] or best < (0.05 if multibyte else WEAK_EVIDENCE):
+    western_bytes = not re.search(rb"[\x81\x8d\x8f\x90\x9d]", evidence)
+    faint = western_bytes and not re.match("(?i)windows-|iso-|koi|cp125|cp874|tis", name)
+    if not found[0]["encoding"] or best < (0.05 if faint else WEAK_EVIDENCE):
         options.guess("encoding cp1252 (for want of evidence)")
     elif name in NEIGHBOURS and western >= 0.7 * best:
         options.guess(f"encoding cp1252 ({western:.0%} sure; {name} is as likely by the bytes)")
@@ -947,7 +949,7 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
     ragged = [
         each for each in strong
         if each.width and not each.start
-        and each.share >= least[each.width > 2 or each.dialect.delimiter == options.usual]
+        and each.share >= least[each.width > 2 or bool(options.usual)]
     ]  # fmt: skip
     below = [
         each for each in strong if each.start and each.body >= 0.8 and rows_below(each) > 1
