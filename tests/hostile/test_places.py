@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -46,6 +47,12 @@ SQLITE = [
     "output/global_config.toml",
     "blocked.db",
     "notes.txt",
+    "pipe.db",
+    "/proc/self/fd/3",
+    "/proc/self/cwd/x.db",
+    "/proc/1/root/tmp/x.db",
+    "/dev/null",
+    "/dev/fd/3",
     "notes.txt/x.db",
     "to-state/casparian_flow.sqlite3.gate",
     ".Casparian/x.db",
@@ -70,6 +77,8 @@ PARQUET = [
     ("{cache}/envs", "lines"),
     ("to-keys", "lines"),
     ("to-state", "lines"),
+    ("/proc/self/cwd", "lines"),
+    ("/proc/1/root/tmp", "lines"),
 ]
 FINE = [
     ("sqlite:///tables.sqlite3", "lines"),
@@ -95,6 +104,7 @@ def laid(settings: Settings, ledger: Ledger) -> Settings:
     (home / "to-keys").symlink_to(config.keys_folder())
     (home / "notes.txt").write_text("mine\n")
     (home / "empty").touch()
+    os.mkfifo(home / "pipe.db")
     (home / "blocked.db-journal").mkdir()
     with closing(sqlite3.connect(home / "other.db")) as database:
         database.execute("CREATE TABLE t (n)")

@@ -20,6 +20,10 @@ from casparian_flow.errors import ConfigError
 
 SIDE_FILES = ("-wal", "-shm", "-journal")
 _MAGIC = b"SQLite format 3\0"
+_NO_FILES = ("/proc/", "/sys/", "/dev/")
+"""What is below these is no file that stays: `/proc/self/fd/5` is another thing in each process,
+and may be the ledger in the daemon's."""
+_SHARED_MEMORY = "/dev/shm/"  # noqa: S108  a folder of files like any other, until a restart
 _ELSEWHERE = "give the topic a place of its own"
 
 
@@ -49,15 +53,17 @@ def check_content(location: str, topic: str) -> None:
         return
     is_file = location.startswith(sinks.PREFIXES["sqlite"])
     for path in (target.parent if is_file else target, *target.parents):
-        if path.exists() and not path.is_dir():
+        if os.path.exists(path) and not os.path.isdir(path):  # False where we may not look
             raise ConfigError(
                 f"topic {topic!r} cannot go to {target}: {path} is a file", _ELSEWHERE
             )
     try:
         look = os.stat(target)
-        if not is_file or not look.st_size:
+        if not is_file:
             return
         if stat.S_ISREG(look.st_mode):
+            if not look.st_size:
+                return
             with target.open("rb") as file:
                 if file.read(len(_MAGIC)) == _MAGIC:
                     return
@@ -71,7 +77,7 @@ def check_content(location: str, topic: str) -> None:
 
 def _faults(target: str, is_file: bool, settings: Settings) -> Iterator[str]:
     """What is wrong with a place, by each name that it has."""
-    for path in {target: None, os.path.realpath(target): None}:
+    for path in _names(target):
         if fault := _fault_of_name(path, is_file, settings.database.path, settings.home):
             yield fault
         for side in _side_files_on(path):
@@ -81,9 +87,19 @@ def _faults(target: str, is_file: bool, settings: Settings) -> Iterator[str]:
             yield from (f"{path}{s} is a folder" for s in SIDE_FILES if os.path.isdir(path + s))
 
 
+def _names(path: str) -> Iterator[str]:
+    """The name as it is, and what links make of it: that is not asked where the name is at fault,
+    for links of /proc may be another user's."""
+    yield path
+    if (real := os.path.realpath(path)) != path:
+        yield real
+
+
 @functools.lru_cache(1024)
 def _fault_of_name(path: str, is_file: bool, database: Path, home: Path) -> str:
     """What can be said without looking at the disk; empty where nothing is wrong."""
+    if path.startswith(_NO_FILES) and not path.startswith(_SHARED_MEMORY):
+        return f"what is below {path[: path.index('/', 1)]} are no files that stay"
     ours = _ours(database, home)
     if is_file and path.casefold().endswith(SIDE_FILES):
         return f"SQLite takes a file whose name ends in {', '.join(SIDE_FILES)} for its own"
