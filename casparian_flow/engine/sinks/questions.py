@@ -56,6 +56,8 @@ def reading(duckdb: Any, database: Any, question: str) -> str:
     if len(statements) != 1:
         raise _refused("these are several statements" if statements else "this is none")
     kind = statements[0].type
+    if kind == duckdb.StatementType.MULTI and re.search(r"\bPIVOT", question, re.IGNORECASE):
+        raise _refused("a PIVOT must name its values: PIVOT t ON column IN ('a', 'b') USING sum(n)")
     if kind == duckdb.StatementType.SELECT:
         _check_tree(database, question)
         return question
