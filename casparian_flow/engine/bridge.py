@@ -237,6 +237,7 @@ class Guest:
             kill_below(self._process.pid)
             self._signal(signal.SIGCONT)
             with contextlib.suppress(OSError):
+                self._wire.settimeout(QUIT_SECONDS)  # it may have read nothing of what we sent
                 self._wire.sendall(pack(Kind.QUIT, 0))
                 self._await_wire()
         self.kill()

@@ -72,6 +72,7 @@ def compile_modules(
             capture_output=True,
             timeout=min(seconds, SECONDS),
             check=False,
+            umask=0o077,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         log.warning("byte code for %s was not cached: %s", site_packages, error)
