@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from casparian_flow.cli import context
+from casparian_flow.wording import counted
 
 if TYPE_CHECKING:
     from casparian_flow.services.backfill import Backfilled
@@ -51,24 +52,30 @@ def backfill(
 
 def _tell(plugin: str, done: Backfilled, *, dry_run: bool) -> None:
     would = "would be " if dry_run else ""
-    context.say(f"{plugin} {done.version}: {done.queued} jobs {would}queued")
+    context.say(f"{plugin} {done.version}: {counted(done.queued, 'job')} {would}queued")
     if not done.routed:
         context.note(f"no version that was asked for is routed to {plugin}")
         context.note("  try: casparian rules list")
     if done.bytes_gone:
+        have = "has" if done.bytes_gone == 1 else "have"
         context.say(
-            f"{done.bytes_gone} versions have no bytes any more: their files have changed or are "
-            "gone, and no snapshot was kept (docs/snapshots.md)"
+            f"{counted(done.bytes_gone, 'version')} {have} no bytes any more: the file has changed "
+            "or is gone, and no snapshot was kept (docs/snapshots.md)"
+        )
+    if done.retracted:
+        context.say(
+            f"{counted(done.retracted, 'version')} {_were(done.retracted)} retracted and not "
+            "worked again; casparian retract PATH --undo brings the rows back"
         )
     if done.worked:
         context.say(
-            f"{done.worked} versions were worked by another version of {plugin} "
-            f"(--redo has {done.version} work {_as_many(done)} too)"
+            f"{counted(done.worked, 'version')} {_were(done.worked)} worked by another version of "
+            f"{plugin} (--redo has {done.version} work {_as_many(done)} too)"
         )
     if done.waits:
         context.say(
-            f"{done.waits} versions have an unfinished job of another version of {plugin}, "
-            "and stay with it"
+            f"{counted(done.waits, 'version')} with an unfinished job of another version of "
+            f"{plugin}: that job comes first"
         )
     if done.queued:
         context.say(
@@ -77,7 +84,11 @@ def _tell(plugin: str, done: Backfilled, *, dry_run: bool) -> None:
         )
 
 
+def _were(number: int) -> str:
+    return "was" if number == 1 else "were"
+
+
 def _as_many(done: Backfilled) -> str:
     if done.again == done.worked:
-        return "them"
+        return "it" if done.worked == 1 else "them"
     return f"{done.again} of them, whose bytes are there,"

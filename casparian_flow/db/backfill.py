@@ -26,7 +26,16 @@ SELECT v.id, l.path,
          OR EXISTS (SELECT 1 FROM cf_found_output f
                     WHERE f.source = r.name AND f.path = l.path AND f.ordinal = v.ordinal
                     AND f.content_hash = v.content_hash AND f.plugin_name = p.name
-                    AND f.artifact_hash <> p.artifact_hash) AS worked
+                    AND f.artifact_hash <> p.artifact_hash) AS worked,
+       EXISTS (SELECT 1 FROM cf_processing_queue j JOIN cf_output o ON o.job_id = j.id
+               JOIN cf_retracted_output t ON t.output_key = o.output_key
+               WHERE j.file_version_id = v.id AND j.plugin_name = p.name
+               AND t.state <> 'REINSTATING')
+         OR EXISTS (SELECT 1 FROM cf_found_output f
+                    JOIN cf_retracted_output t ON t.output_key = f.output_key
+                    WHERE f.source = r.name AND f.path = l.path AND f.ordinal = v.ordinal
+                    AND f.content_hash = v.content_hash AND f.plugin_name = p.name
+                    AND t.state <> 'REINSTATING') AS retracted
 FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id
 JOIN cf_source_root r ON r.id = l.source_root_id AND r.active
 JOIN cf_plugin p ON p.name = :plugin AND p.version = :version
@@ -66,6 +75,8 @@ class Looked(NamedTuple):
     """Of those: a job of another artifact is unfinished."""
     again: int
     """Of `worked`: their bytes are there, so that to redo them would queue them."""
+    retracted: int
+    """Of those: a person has retracted what the plugin gave, and nothing else may bring it back."""
 
 
 def look(connection: Connection, choice: Choice, routing: Routing, after: int) -> Looked:
@@ -74,7 +85,7 @@ def look(connection: Connection, choice: Choice, routing: Routing, after: int) -
     del values["redo"]
     rows = connection.execute(text(_VERSIONS), values).all()
     lacking: list[tuple[int, Wanted]] = []
-    routed = bytes_gone = worked = waits = again = 0
+    routed = bytes_gone = worked = waits = again = retracted = 0
     for row in rows:
         wanted = _wanted(routing, row, choice.plugin)
         if wanted is None:
@@ -84,6 +95,8 @@ def look(connection: Connection, choice: Choice, routing: Routing, after: int) -
             continue
         if row.waits:
             waits += 1
+        elif row.retracted:
+            retracted += 1
         elif row.worked and not choice.redo:
             worked += 1
             again += bool(row.kept)
@@ -92,7 +105,7 @@ def look(connection: Connection, choice: Choice, routing: Routing, after: int) -
         else:
             lacking.append((row.id, wanted))
     last = rows[-1].id if rows else None
-    return Looked(last, lacking, routed, bytes_gone, worked, waits, again)
+    return Looked(last, lacking, routed, bytes_gone, worked, waits, again, retracted)
 
 
 class WorkOfOthers(NamedTuple):

@@ -41,6 +41,8 @@ class Backfilled(NamedTuple):
     """Versions that still wait for another version of the plugin, or are being worked by it."""
     again: int = 0
     """Of `worked`: those whose bytes are there, which `redo` would queue."""
+    retracted: int = 0
+    """Versions whose rows a person has retracted: they are worked again once that is undone."""
 
 
 def backfill(

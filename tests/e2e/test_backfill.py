@@ -101,8 +101,30 @@ def test_what_has_no_bytes_any_more_and_what_waits_is_counted(tmp_path: Path, so
         assert done == Backfilled("1.1.0", 2, 4, bytes_gone=1, worked=0, waits=1)
         said = cli.out("backfill", "sees", "--redo")
         assert "sees 1.1.0: 2 jobs queued" in said
-        assert "1 versions have no bytes any more" in said
-        assert "1 versions have an unfinished job of another version of sees" in said
+        assert "1 version has no bytes any more" in said
+        assert "1 version with an unfinished job of another version of sees" in said
+
+
+def test_what_was_retracted_is_not_worked_again_before_that_is_undone(
+    tmp_path: Path, source: Path
+) -> None:
+    settings = recorded(tmp_path, source)
+    cli = Casparian(settings.home)
+    with open_ledger(settings.database) as ledger:
+        publish(ledger, settings, "sees", SEES, "1.0.0")
+        assert work_all(settings) == {"COMPLETED": 1}
+        cli.run("retract", "source/a.txt")
+        publish(ledger, settings, "sees", SEES + "\n# better\n", "1.1.0")
+        done = backfill(ledger, settings, "sees", path="a*", redo=True)
+        assert (done.queued, done.retracted) == (2, 1)
+        work_all(settings)
+        assert rows(ledger, "seen_history") == [(*row, "1.1.0") for row in A[:2]]
+        assert "1 version was retracted" in cli.out("backfill", "sees", "--path", "a*", "--redo")
+        cli.run("retract", "source/a.txt", "--undo")
+        assert backfill(ledger, settings, "sees", path="a*", redo=True).queued == 1
+        work_all(settings)
+        assert (*A[2], "1.1.0") in rows(ledger)
+        assert verify(settings, ledger).problems == []
 
 
 def test_a_new_version_says_what_older_ones_have_worked(tmp_path: Path, source: Path) -> None:
