@@ -8,6 +8,7 @@ import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import AsJson
+from casparian_flow.wording import tallied
 
 
 def backup(
@@ -30,5 +31,5 @@ def backup(
         context.document(made._asdict())
         return
     context.say(f"backup  {made.path} ({made.size_bytes:,} bytes)")
-    context.say("holds   " + ", ".join(f"{n} {what}" for what, n in made.holds.items()))
+    context.say(f"holds   {tallied(made.holds)}")
     context.say(f"head    {made.head}")

@@ -156,6 +156,11 @@ def _show(job: dict[str, Any]) -> None:
         context.say("\nthe plugin published nothing for this file")
 
 
+def _received(attempt: dict[str, Any]) -> str:
+    batches = counted(attempt["batches"], "batch", "batches")
+    return f"{batches}, {counted(attempt['rows'], 'row')}"
+
+
 def _evidence(attempt: dict[str, Any]) -> str:
     """What the host saw, as far as there was something to see."""
     code = attempt["exit_code"]
@@ -163,7 +168,7 @@ def _evidence(attempt: dict[str, Any]) -> str:
         "fault": attempt["fault"],
         "signal": attempt["signal"],
         "exit status": str(code) if code is not None else "",
-        "received": f"{attempt['batches']} batches, {attempt['rows']} rows",
+        "received": _received(attempt),
         "memory": f"{attempt['max_rss_bytes'] >> 20} MiB at most",
         "processor": f"{attempt['cpu_seconds']:.2f} s",
     }

@@ -8,7 +8,7 @@ import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import All, AsJson, Limit
-from casparian_flow.wording import counted
+from casparian_flow.wording import counted, tallied
 
 if TYPE_CHECKING:
     pass
@@ -206,7 +206,7 @@ def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
     if as_json:
         context.document(asdict(verdict))
     else:
-        context.say("checked: " + ", ".join(f"{n} {what}" for what, n in verdict.checked.items()))
+        context.say(f"checked: {tallied(verdict.checked)}")
         for problem in verdict.problems:
             context.say(f"problem: {problem}")
         for note in verdict.notes:

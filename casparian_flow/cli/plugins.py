@@ -8,6 +8,7 @@ import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import AsJson
+from casparian_flow.wording import counted
 
 app = context.group(
     "List, show, check, activate and disable plugins.",
@@ -80,7 +81,7 @@ def _show(found: dict[str, Any]) -> None:
         if table:
             context.say(f"\n{title}")
             context.facts({f"  {name}": value for name, value in table.items()})
-    context.say(f"\nlocked to {len(packages)} packages")
+    context.say(f"\nlocked to {counted(len(packages), 'package')}")
     for package in packages:
         context.say(f"  {package}")
 

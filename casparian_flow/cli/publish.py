@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from casparian_flow.cli import context
+from casparian_flow.wording import counted
 
 if TYPE_CHECKING:
     from casparian_flow.cli.context import Here
@@ -83,7 +84,7 @@ def publish(
         context.note(f"limits       {_limits(manifest, here.settings)}")
         lock = _lock(here, file, source, manifest.name, chosen)
         pins = sum("==" in line for line in lock.splitlines())
-        context.note(f"locked       {pins} packages, each with its hashes")
+        context.note(f"locked       {counted(pins, 'package')}, each with its hashes")
         atomic.make_private(config.cache_folder())
         store = EnvironmentStore(
             config.cache_folder() / "envs", here.settings.guest.environments_bytes,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from casparian_flow.cli import context
+from casparian_flow.wording import counted
 
 
 def retract(
@@ -34,6 +35,5 @@ def retract(
         done = ask(ledger, settings, name, undo=undo)
     word = "reinstated" if undo else "retracted"
     for row in done:
-        context.say(
-            f"{word}: {row.rows} rows of {row.rel_path} version {row.ordinal}: {row.target}"
-        )
+        rows = counted(row.rows, "row")
+        context.say(f"{word}: {rows} of {row.rel_path} version {row.ordinal}: {row.target}")

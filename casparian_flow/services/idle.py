@@ -17,6 +17,7 @@ from casparian_flow.db.views import Waiting
 from casparian_flow.engine import control
 from casparian_flow.errors import DaemonGone, SourceError
 from casparian_flow.protocol import Ring
+from casparian_flow.wording import counted
 
 POLL_SECONDS = 0.05
 
@@ -91,5 +92,6 @@ def _is_there(path: str) -> bool:
 
 def _why(behind: list[Any], jobs: Waiting) -> str:
     scans = [f"source root {root.name} is not scanned or not settled" for root in behind]
-    work = f"{jobs.queued} jobs queued, {jobs.running} running, {jobs.committing} committing"
+    queued = counted(jobs.queued, "job")
+    work = f"{queued} queued, {jobs.running} running, {jobs.committing} committing"
     return "; ".join([*scans, work, *filter(None, [jobs.reason])])

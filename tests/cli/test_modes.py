@@ -65,7 +65,7 @@ def test_a_file_is_retracted_and_comes_back(casparian: Casparian, source: Path) 
         (source / "b.txt").write_text("b1\n")
         casparian.run("scan", "--drain")
     said = casparian.out("retract", "in/a.txt")
-    assert "retracted: 1 rows of a.txt version 1" in said
+    assert "retracted: 1 row of a.txt version 1" in said
     assert "retracted: 2 rows of a.txt version 2" in said
     assert lines(casparian) == asked(casparian, "lines_history") == ["b1"]
     holds(casparian)
@@ -166,7 +166,7 @@ def test_a_crash_between_the_ledger_and_the_sink_is_rolled_forward(
     replacing.run("scan", "--drain")  # its daemon rolls forward
     assert lines(replacing) == ["b1"]
     killed(replacing, at, "retract", "in/a.txt", "--undo")
-    assert "reinstated: 1 rows" in replacing.out("retract", "in/a.txt", "--undo")
+    assert "reinstated: 1 row" in replacing.out("retract", "in/a.txt", "--undo")
     assert "nothing of in/a.txt is retracted" in replacing.err(
         "retract", "in/a.txt", "--undo", code=66
     )
