@@ -191,10 +191,11 @@ def _verdict(
         SourceError: a source root is frozen.
     """
     from casparian_flow.errors import SourceError
-    from casparian_flow.services.report import advise, unrouted
+    from casparian_flow.services.report import advise
 
     failed = _print_jobs(here, wanted, reason, quiet) if wanted else False
-    advice = unrouted(here.ledger) if wanted else advise(here.settings, here.ledger)
+    # What became of the jobs has been said by then.
+    advice = advise(here.settings, here.ledger, of_jobs=not wanted)
     context.advise(each for each in advice if each.wrong or not quiet)
     for report in reports:
         if report.problem:

@@ -145,8 +145,12 @@ def _sinks(settings: Settings, topics: list[Row]) -> list[Row]:
     return list(found.values())
 
 
-def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
-    """What stands between the files and their tables, most fundamental first."""
+def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[Advice]:
+    """What stands between the files and their tables, most fundamental first.
+
+    Args:
+        of_jobs: also which jobs wait, are paused or have failed.
+    """
     roots = [root for root in sources(settings, ledger) if root["active"]]
     plugins = ledger.read(views.plugins)
     tally = counts(ledger)
@@ -176,7 +180,8 @@ def advise(settings: Settings, ledger: Ledger) -> list[Advice]:
             found.append(Advice(words, f"casparian rules remove {rule['id']}"))
     if plugins:
         found += unrouted(ledger)
-    found += _advise_jobs(ledger, tally, daemon is not None)
+    if of_jobs:
+        found += _advise_jobs(ledger, tally, daemon is not None)
     found += _advise_snapshots(settings, ledger, tally.get("SUPERSEDED", 0))
     return found
 

@@ -171,6 +171,19 @@ def test_quiet_says_nothing_when_all_is_well_and_what_is_wrong_else(
     assert "1 job failed" in casparian.err("scan", "-q")
 
 
+def test_quiet_says_what_check_would_in_a_run_that_has_jobs_too(
+    casparian: Casparian, source: Path
+) -> None:
+    casparian.run("publish", casparian.plugin("rows", ROWS))
+    casparian.run("publish", casparian.plugin("behaves", BEHAVES))
+    casparian.run("plugins", "disable", "behaves", "--reason", "a test")
+    (source / "a.txt").write_text("one\n")
+    done = casparian.run("scan", "-q", "--drain")
+    check = casparian.run("status", "--check", code=1)
+    assert "no version of plugin behaves" in check.stderr
+    assert done.stderr == check.stderr
+
+
 def test_check_sees_what_else_is_wrong(casparian: Casparian, source: Path) -> None:
     assert "no plugin" in casparian.err("status", "--check", code=1)
     casparian.run("publish", casparian.plugin("rows", ROWS))
