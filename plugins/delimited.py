@@ -33,12 +33,12 @@ option settles it.
 
 A record is rejected (line, record, reason, raw) when it has another number of fields than the
 header, when its quotes do not close or are followed by more text, when it repeats the header (case
-and white space do not count), when it has more than 16 Mi characters, or when it holds a NUL or bytes that the file's encoding does not
-know. Where a quote does not close, its line is rejected and reading goes on after it. Where every
-record ends with one more delimiter than the header, that is no field. U+FEFF at the start of a
-record is no text. `line` is the physical line where the record starts, `record` counts records,
-both from 1 with the header as record 1; `raw` is its text (at most 1 Mi characters of it), with
-`\\x00` for NUL and `\\udcNN` for an undecodable byte NN.
+and white space do not count), when it has more than 16 Mi characters, or when it holds a NUL or
+bytes that the file's encoding does not know. Where a quote does not close, its line is rejected and
+reading goes on after it. Where every record ends with one more delimiter than the header, that is
+no field. U+FEFF at the start of a record is no text. `line` is the physical line where the record
+starts, `record` counts records, both from 1 with the header as record 1; `raw` is its text (at most
+1 Mi characters of it), with `\\x00` for NUL and `\\udcNN` for an undecodable byte NN.
 
 A file that is something else inside fails with what it is, and so does text without a delimiter,
 but in a `.csv` or `.tsv`, which may have one column. An empty file publishes nothing.
