@@ -61,49 +61,64 @@ def publish(
     What --name, --pattern, --topic and --option choose is put into the MANIFEST of what is
     deployed; the file stays as it is. So one file can be several plugins.
     """
-    from casparian_flow import atomic, config
-    from casparian_flow.engine.undeclared import check_imports
-    from casparian_flow.engine.venv_manager import EnvironmentStore
-    from casparian_flow.security import gatekeeper, signing
+    from casparian_flow import config
+    from casparian_flow.security import signing
     from casparian_flow.security.choices import Choices
-    from casparian_flow.security.manifest import normal_version
-    from casparian_flow.security.rules import RULESET, Policy
     from casparian_flow.services import architect
 
     file = Path(plugin).absolute()
     choices = Choices(name, pattern or (), topic or (), _options(option or ()))
     with context.opened(ctx) as here:
-        source, manifest = architect.read_plugin(file, choices, context.note)
-        chosen = normal_version(version or manifest.version, file.name)
-        chosen = chosen or architect.next_version(here.ledger, manifest.name)
-        context.note(f"plugin       {manifest.name} {chosen}")
-        for line in _shown(manifest, choices):
-            context.note(line)
-        gatekeeper.inspect(source, file.name, Policy.of(here.settings.gatekeeper)).require()
-        context.note(f"gatekeeper   nothing found (ruleset {RULESET})")
-        context.note(f"limits       {_limits(manifest, here.settings)}")
-        lock = _lock(here, file, source, manifest.name, chosen)
-        pins = sum("==" in line for line in lock.splitlines())
-        context.note(f"locked       {counted(pins, 'package')}, each with its hashes")
-        atomic.make_private(config.cache_folder())
-        store = EnvironmentStore(
-            config.cache_folder() / "envs", here.settings.guest.environments_bytes,
-            one_limit_bytes=here.settings.guest.environment_limit_bytes,
-        )  # fmt: skip
-        with store.lease(lock) as lease:
-            context.note(f"environment  {lease.site_packages}")
-            for note in check_imports(file, source, lease.site_packages):
-                context.note(note)
+        source, lock, name, chosen = _artifact(here, file, choices, version)
         context.note(f"artifact     sha256 {signing.artifact_hash(source, lock)}")
         auth, token = _sign_in(here)
         message = architect.sign(
-            here.ledger, file, source, lock, manifest.name, chosen, config.keys_folder(),
+            here.ledger, file, source, lock, name, chosen, config.keys_folder(),
             auth=auth, token=token, dry_run=dry_run,
         )  # fmt: skip
         context.note(f"signed       by key {signing.key_id(message.public_key)}")
         words = _deploy(here, message)
         context.note("checked      signature, statement, artifact, and what the key may publish")
         context.say(words)
+
+
+def _artifact(
+    here: Here, file: Path, choices: Choices, version: str | None
+) -> tuple[bytes, str, str, str]:
+    """The plugin's source with what was chosen in it, its lock, name and version.
+
+    It is inspected, and its environment is built; each step is said.
+    """
+    from casparian_flow import atomic, config
+    from casparian_flow.engine.undeclared import check_imports
+    from casparian_flow.engine.venv_manager import EnvironmentStore
+    from casparian_flow.security import gatekeeper
+    from casparian_flow.security.manifest import normal_version
+    from casparian_flow.security.rules import RULESET, Policy
+    from casparian_flow.services import architect
+
+    source, manifest = architect.read_plugin(file, choices, context.note)
+    chosen = normal_version(version or manifest.version, file.name)
+    chosen = chosen or architect.next_version(here.ledger, manifest.name)
+    context.note(f"plugin       {manifest.name} {chosen}")
+    for line in _shown(manifest, choices):
+        context.note(line)
+    gatekeeper.inspect(source, file.name, Policy.of(here.settings.gatekeeper)).require()
+    context.note(f"gatekeeper   nothing found (ruleset {RULESET})")
+    context.note(f"limits       {_limits(manifest, here.settings)}")
+    lock = _lock(here, file, source, manifest.name, chosen)
+    pins = sum("==" in line for line in lock.splitlines())
+    context.note(f"locked       {counted(pins, 'package')}, each with its hashes")
+    atomic.make_private(config.cache_folder())
+    store = EnvironmentStore(
+        config.cache_folder() / "envs", here.settings.guest.environments_bytes,
+        one_limit_bytes=here.settings.guest.environment_limit_bytes,
+    )  # fmt: skip
+    with store.lease(lock) as lease:
+        context.note(f"environment  {lease.site_packages}")
+        for note in check_imports(file, source, lease.site_packages):
+            context.note(note)
+    return source, lock, manifest.name, chosen
 
 
 def _options(written: Sequence[str]) -> dict[str, str]:
