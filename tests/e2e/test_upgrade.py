@@ -1,0 +1,170 @@
+"""A ledger and its sinks, as the last release left them, under the code of today."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tarfile
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from casparian_flow.db import schema
+from tests.cli.conftest import Casparian, holds, initialized
+
+ROOT = Path(__file__).parents[2]
+LAST = "1e3b28e"
+"""The commit that landed last."""
+
+SIZES = """
+from casparian_flow.sdk import BasePlugin, PluginMetadata
+import pyarrow as pa
+
+MANIFEST = PluginMetadata(pattern="*.txt", topic=["whole", "lite", "lite_rejects"])
+
+class Handler(BasePlugin):
+    def execute(self, file_path: str):
+        with open(file_path) as file:
+            words = file.read().split()
+        if "raise" in words:
+            raise ValueError("told to")
+        bad = [word for word in words if word.startswith("!")]
+        good = [float(w) if "." in w else int(w) for w in words if w not in bad]
+        if any(isinstance(value, float) for value in good):
+            good = [float(value) for value in good]
+        for topic in ("whole", "lite"):
+            self.publish(topic, pa.table({"n": good}))
+        if bad:
+            self.publish("lite_rejects", pa.table({"raw": bad}))
+"""
+FILES = {"a": "1 2", "b": "3", "gone": "4", "edited": "5", "bad": "raise", "some": "6 !six"}
+SQLITE = "sqlite:///lite.sqlite3"
+
+
+class Before:
+    """The command line of the last release."""
+
+    def __init__(self, code: Path, folder: Path) -> None:
+        self._environment = {**os.environ, "PYTHONPATH": str(code)}
+        self._folder = folder
+
+    def run(self, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "casparian_flow.cli", *map(str, arguments)],
+            cwd=self._folder, env=self._environment, capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == code, (arguments, done.stdout, done.stderr)
+        return done
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """The package as it was then."""
+    packed = subprocess.run(
+        ["git", "-C", ROOT, "archive", LAST, "casparian_flow"], capture_output=True, check=False
+    )
+    if packed.returncode:
+        pytest.skip(f"commit {LAST} is not in the history here: {packed.stderr.decode()}")
+    with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
+        archive.extractall(tmp_path / "before", filter="data")
+    return tmp_path / "before"
+
+
+def rows(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """Every row that a reader of the sinks sees, without asking us."""
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    for file in sorted((folder / "output").glob("[!.]*/*.parquet")):
+        table = pq.read_table(file, partitioning=None)
+        found.setdefault(file.parent.name, []).extend(tuple(r.values()) for r in table.to_pylist())
+    with closing(sqlite3.connect(f"file:{folder}/lite.sqlite3?mode=ro", uri=True)) as sink:
+        for name in ("lite", "lite_rejects"):
+            found[name] = sink.execute(f"SELECT * FROM {name}").fetchall()
+    return {name: sorted(each, key=repr) for name, each in found.items()}
+
+
+def worked_before(before: Before, today: Casparian, source: Path) -> None:
+    """Versions of each kind: worked, edited, gone, failed, with rejects, retracted."""
+    before.run("source", "add", source, "--settle", "0")
+    before.run("publish", today.plugin("sizes", SIZES), "--version", "1.0.0")
+    for topic in ("lite", "lite_rejects"):
+        before.run("topics", "set", "sizes", topic, SQLITE, "--mode", "replace")
+    for name, words in FILES.items():
+        (source / f"{name}.txt").write_text(words)
+    before.run("scan", "--drain", code=1)
+    (source / "edited.txt").write_text("7 8")
+    (source / "gone.txt").unlink()
+    before.run("scan", "--drain")
+    before.run("retract", "source/b.txt")
+
+
+def killed_at_each_step(today: Casparian) -> int:
+    """Die at each crash point of the upgrade, from the same ledger each time; how many."""
+    database = today.folder / "casparian_flow.sqlite3"
+    kept = database.with_suffix(".kept")
+    shutil.copy(database, kept)
+    for number in range(1, 100):
+        for left in ("-wal", "-shm"):
+            database.with_name(database.name + left).unlink(missing_ok=True)
+        shutil.copy(kept, database)
+        at = {**os.environ, "CASPARIAN_CRASH_AT": f"schema.statement_run:{number}"}
+        end = subprocess.run(
+            [sys.executable, "-m", "casparian_flow.cli", "rules", "list"],
+            cwd=today.folder, env=at, capture_output=True, check=False,
+        ).returncode  # fmt: skip
+        if end == 0:
+            kept.unlink()
+            return number - 1
+        assert end == -signal.SIGKILL
+        with closing(sqlite3.connect(database)) as left_over:
+            (version,) = left_over.execute("PRAGMA user_version").fetchone()
+        assert version < len(schema.migrations())
+    raise AssertionError("the upgrade has no end")
+
+
+def test_what_the_last_release_left_is_whole_under_todays_code(code: Path, tmp_path: Path) -> None:
+    today = initialized(tmp_path / "flow")
+    for file in today.folder.glob("casparian_flow.sqlite3*"):
+        file.unlink()
+    before = Before(code, today.folder)
+    source = tmp_path / "source"
+    source.mkdir()
+    worked_before(before, today, source)
+    there = rows(today.folder)
+    assert {name: len(each) for name, each in there.items()} == {
+        "whole": 7, "lite": 6, "lite_rejects": 1,
+    }  # fmt: skip
+
+    assert killed_at_each_step(today) == 4
+    holds(today)
+    assert rows(today.folder) == there
+    assert today.json("status")["jobs"] == {"COMPLETED": 6, "FAILED": 1}
+    (rule,) = today.json("rules", "list")
+    assert rule["case"] == "exact"
+    today.run("scan", "--drain")
+    today.run("backup", tmp_path / "copy")
+    assert rows(today.folder) == there
+
+    database = (today.folder / "casparian_flow.sqlite3").read_bytes()
+    for command in (["status"], ["scan", "--drain"], ["verify"], ["start"]):
+        assert "newer release" in before.run(*command, code=74).stderr
+    assert (today.folder / "casparian_flow.sqlite3").read_bytes() == database
+
+    today.run("publish", today.plugin("sizes", SIZES + "\n# 2\n"), "--version", "1.1.0")
+    assert "1 version was retracted" in today.out("backfill", "sizes", "--redo")
+    (source / "drifts.txt").write_text("9 0.5")
+    today.run("scan", "--drain", code=1)  # `raise` still does
+    today.run("retract", "source/b.txt", "--undo")
+    holds(today)
+    for topic in ("whole", "lite"):
+        asked = today.json("query", f"SELECT n FROM {topic} ORDER BY n")
+        assert [row["n"] for row in asked] == [0.5, 1, 2, 3, 4, 6, 7, 8, 9]
+    assert len(rows(today.folder)["lite"]) == 9
