@@ -113,8 +113,7 @@ def named(connection: Connection, limit: int | None, job_ids: Sequence[int] | No
             WHERE o.state = 'PUBLISHED' AND o.rows > 0 AND o.topic IN (
                 SELECT DISTINCT topic_name FROM cf_topic_config WHERE topic_name {_SUFFIX})
             AND (:ids IS NULL OR o.job_id IN (SELECT value FROM json_each(:ids)))
-        )
-        SELECT * FROM (
+        ), amounts AS MATERIALIZED (  -- else the sums are made anew wherever they are named
             SELECT j.id AS job, j.plugin_name AS plugin, r.name AS source, l.rel_path,
                    v.ordinal AS version, {ROWS} AS "rows", {REJECTS} AS rejects
             FROM rejecting JOIN cf_processing_queue j ON j.id = rejecting.job_id
@@ -122,7 +121,8 @@ def named(connection: Connection, limit: int | None, job_ids: Sequence[int] | No
             JOIN cf_file_location l ON l.id = v.location_id
             JOIN cf_source_root r ON r.id = l.source_root_id
             WHERE +j.status = 'COMPLETED' AND (:ids IS NOT NULL OR {_LAST})
-        ) WHERE 100 * rejects > :percent * ("rows" + rejects) ORDER BY job DESC
+        )
+        SELECT * FROM amounts WHERE 100 * rejects > :percent * ("rows" + rejects) ORDER BY job DESC
         """,  # noqa: S608
         limit, ids=ids, percent=NAMED_PERCENT,
     )  # fmt: skip
