@@ -63,15 +63,22 @@ def _print_status(found: dict[str, Any]) -> None:
     written = [{**row, "age": context.age(row["seconds"])} for row in found["still_written"]]
     _section("still being written", written, "source rel_path age")
     if found["still_written_in_all"] > len(written):
-        context.say(f"{len(written)} of {found['still_written_in_all']}")
+        context.say(f"{len(written)} of {found['still_written_in_all']:,}")
     _section("plugins", found["plugins"], "name version topics subscriptions")
     _section("sinks", found["sinks"], "uri topics rows place")
     _section("why jobs wait or failed", found["reasons"], "status jobs example reason")
-    context.left_out(len(found["reasons"]), found["reasons_in_all"], "casparian jobs --all")
+    more = " ".join(["casparian jobs", *_of_one_status(found["reasons"]), "--all"])
+    context.left_out(len(found["reasons"]), found["reasons_in_all"], more)
     columns = "job plugin source rel_path version rows rejects"
     _section("more than 1 % rejects", found["rejected_most"], columns)
     more = "casparian jobs --rejects --all"
     context.left_out(len(found["rejected_most"]), found["rejected_most_in_all"], more)
+
+
+def _of_one_status(reasons: list[dict[str, Any]]) -> list[str]:
+    """Options that leave out the jobs that wait for nothing and have not failed."""
+    found = {row["status"] for row in reasons}
+    return ["--status", *found] if len(found) == 1 else []
 
 
 def _who(daemon: dict[str, Any] | None) -> str:

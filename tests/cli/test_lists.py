@@ -74,5 +74,5 @@ def test_a_status_says_how_many_reasons_it_leaves_out(casparian: Casparian, sour
         (source / f"{number}.txt").write_text(f"number {number}\n")
     done = casparian.run("scan", "--drain", code=1)
     assert done.stderr.count("failed: in/") == 12
-    assert "10 of 12; casparian jobs --all" in casparian.err("status")
+    assert "10 of 12; casparian jobs --status FAILED --all" in casparian.err("status")
     assert casparian.json("status")["reasons_in_all"] == 12
