@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -161,7 +161,10 @@ def test_who_sets_a_topic_or_edits_the_table_is_refused_as_well(
         set_topic(ledger, laid, "rows", "lines", ["sqlite:///t.sqlite3-wal"], "append")
     assert ledger.read(plugins.topics) == before
     bad = ("sqlite:///casparian_flow.sqlite3-journal", "sqlite:///to-config", "parquet://to-keys")
-    with Session(get_engine(laid.database)) as db:
+    with ExitStack() as stack:
+        engine = get_engine(laid.database)
+        stack.callback(engine.dispose)
+        db = stack.enter_context(Session(engine))
         topic = db.query(TopicConfig).one()
         for number, uri in enumerate(bad, start=1):
             topic.uri = uri

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from casparian_flow.errors import PluginError
@@ -135,6 +135,7 @@ def values_of(source: bytes) -> tuple[list[str], dict[str, str]]:
     return others, {str(k.arg): ast.dump(k.value) for k in call.keywords}
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # whole manifests are many draws
 @given(st.data())
 def test_what_was_chosen_reads_back_and_nothing_else_changes(data: st.DataObject) -> None:
     fields, source = data.draw(calls())
