@@ -933,11 +933,14 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
         and part not in sample.head.replace(each.dialect.delimiter, "")
     }  # fmt: skip
     strong = [each for each in strong if each.dialect.delimiter not in parts]
-    # `a,,b` in every record is an empty field, where commas stand elsewhere too.
-    single = {each.dialect.delimiter for each in strong if each.clean}
+    # An empty column makes `a||b` of a single `|`: then others of them stand alone.
+    single = {each.dialect.delimiter: each.width - 1 for each in strong if each.clean}
     strong = [
         each for each in strong
-        if len(each.dialect.delimiter) == 1 or single.isdisjoint(each.dialect.delimiter)
+        if all(
+            single.get(part, 0) in (0, (each.width - 1) * each.dialect.delimiter.count(part))
+            for part in each.dialect.delimiter
+        )
     ]  # fmt: skip
     whole = sorted((each for each in strong if each.clean and not each.start), key=rank)
     if whole:

@@ -681,3 +681,10 @@ def test_an_empty_column_makes_no_delimiter_of_two(
     out = delimited(file)["delimited"]
     assert out.column_names == ["id", "note", "column_3", "city"]
     assert [list(row.values()) for row in out.to_pylist()] == rows[1:]
+
+
+def test_a_delimiter_of_two_may_have_its_half_in_cells(delimited: Run, tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text('"id"||"note"\n"1"||"x|"\n"2"||"|y"\n')
+    out = delimited(file)["delimited"]
+    assert out.to_pylist() == [{"id": "1", "note": "x|"}, {"id": "2", "note": "|y"}]
