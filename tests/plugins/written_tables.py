@@ -203,7 +203,9 @@ def settled(written: Written) -> dict[str, str]:
     # Names that look like data, or are hardly there, may be a row or a title.
     data = [name for name in written.names if re.match(r"[\d+\-.,$(\s]", name)]
     blank = [name for name in written.names if not name.strip()]
-    if data or len(blank) * 2 >= len(written.names) or written.names[0].startswith("#"):
+    # So may names that come again and again as a row.
+    again = written.rows.count(written.names) > 1
+    if data or again or len(blank) * 2 >= len(written.names) or written.names[0][:1] == "#":
         options["header_line"] = "1"
     return options
 
