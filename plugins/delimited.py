@@ -787,11 +787,11 @@ def candidates(sample: Sample, options: Options) -> list[str]:
     chosen = options.character("delimiter")
     if chosen:
         return [NO_DELIMITER if chosen == "none" else chosen]
-    lines = sample.head[: 16 << 10].splitlines()
+    lines = io.StringIO(sample.head[: 16 << 10], newline=None).read().split("\n")
     runs = Counter(run for line in lines for run in set(RUN.findall(line)))
     found = [
         run for run, count in runs.most_common(3)
-        if 2 * count > len(lines) and (count > 1 or len(set(run)) == 1)
+        if 4 * count > len(lines) and (count > 1 or len(set(run)) == 1)  # a cell may have lines
     ]  # fmt: skip
     odd = [each for each in dict.fromkeys(ODD.findall(lines[0] if lines else ""))
            if len({line.count(each) for line in lines if line}) == 1]  # fmt: skip

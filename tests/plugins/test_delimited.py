@@ -688,3 +688,12 @@ def test_a_delimiter_of_two_may_have_its_half_in_cells(delimited: Run, tmp_path:
     file.write_text('"id"||"note"\n"1"||"x|"\n"2"||"|y"\n')
     out = delimited(file)["delimited"]
     assert out.to_pylist() == [{"id": "1", "note": "x|"}, {"id": "2", "note": "|y"}]
+
+
+def test_a_delimiter_of_two_is_found_though_cells_have_lines(
+    delimited: Run, tmp_path: Path
+) -> None:
+    rows = [["a", "b"], ["1\n2\n3\x85", "x\u2028"], ["4\n5\n6", "y"]]
+    file = tmp_path / "a.txt"
+    file.write_text("".join(f'"{one}"~~"{two}"\n' for one, two in rows))
+    assert [list(row.values()) for row in delimited(file)["delimited"].to_pylist()] == rows[1:]
