@@ -88,34 +88,16 @@ async def running(
         sandbox.shield_host()
         if workers:
             await asyncio.to_thread(canary.check, settings.guest, config.cache_folder())
-        if found := await ledger.read_soon(invariants.damage):
-            raise LedgerLost(
-                f"{settings.database.path} is damaged: {found}; nothing was changed",
-                "put a backup in its place, then: casparian verify   (docs/disaster.md)",
-            )
-        adopted = await asyncio.to_thread(inventory.take, settings, ledger)
-        await asyncio.to_thread(retract.roll_forward, ledger)
-        guests = settings.database.guests_folder
-        ending = await asyncio.to_thread(endings.read, guests)
-        begin = partial(retries.begin, limits=settings.jobs, ending=ending, guests_folder=guests)
-        epoch = await ledger.write_soon(begin)
-        await asyncio.to_thread(endings.begin, guests)
-        crashpoint("main.begun")
+        epoch, adopted = await _begin(settings, ledger)
         context = stack.enter_context(zmq.asyncio.Context())
         bell = asyncio.Event()
         scout = Watch(ledger, settings.scan, on_jobs=bell.set)
         scrubber = Scrubber(ledger, settings.scan, on_jobs=bell.set)
         committer = Committer(ledger, epoch, settings.jobs, on_change=bell.set)
         sentinel = Sentinel(
-            context,
-            settings,
-            ledger,
-            epoch,
-            committer,
-            bell,
+            context, settings, ledger, epoch, committer, bell, ring=scout.ring,
             deploy=lambda plugin: asyncio.to_thread(architect.deploy, ledger, settings, plugin),
-            ring=scout.ring,
-        )
+        )  # fmt: skip
         stack.callback(sentinel.close)
         sentinel.bind(endpoints)  # before the sweep: a client that knows of us finds us
         await asyncio.to_thread(_sweep, settings, ledger)
@@ -123,10 +105,7 @@ async def running(
             breaking = group.create_task(ledger.until_broken())
             publishing = group.create_task(committer.run())
             serving = group.create_task(sentinel.run())
-            crew = [
-                Worker(f"{os.getpid()}-{n}", context, INPROC, config.cache_folder())
-                for n in range(1, workers + 1)
-            ]
+            crew = _crew(workers, context)
             working = [group.create_task(worker.run()) for worker in crew]
             scouts = (scout, scrubber) if watch else ()
             scouting = [group.create_task(each.run()) for each in scouts]
@@ -136,14 +115,55 @@ async def running(
             finally:
                 for task in [breaking, *scouting]:
                     task.cancel()
-                if not (serving.done() or serving.cancelling()):  # else nobody would hear them
-                    await sentinel.drain(_grace(settings, ledger))
-                await asyncio.gather(*working, return_exceptions=True)
-                serving.cancel()
-                committer.leave()
-                await asyncio.gather(serving, publishing, return_exceptions=True)
-                await committer.finish()
+                grace = _grace(settings, ledger)
+                await _stop(sentinel, committer, working, serving, publishing, grace)
                 crashpoint("main.stopped")
+
+
+async def _begin(settings: Settings, ledger: Ledger) -> tuple[int, list[str]]:
+    """Start an epoch on a sound ledger; first what the last daemon left half done is completed.
+
+    Returns:
+        The epoch, and what was adopted: a sentence a sink.
+    """
+    if found := await ledger.read_soon(invariants.damage):
+        raise LedgerLost(
+            f"{settings.database.path} is damaged: {found}; nothing was changed",
+            "put a backup in its place, then: casparian verify   (docs/disaster.md)",
+        )
+    adopted = await asyncio.to_thread(inventory.take, settings, ledger)
+    await asyncio.to_thread(retract.roll_forward, ledger)
+    guests = settings.database.guests_folder
+    ending = await asyncio.to_thread(endings.read, guests)
+    begin = partial(retries.begin, limits=settings.jobs, ending=ending, guests_folder=guests)
+    epoch = await ledger.write_soon(begin)
+    await asyncio.to_thread(endings.begin, guests)
+    crashpoint("main.begun")
+    return epoch, adopted
+
+
+def _crew(workers: int, context: zmq.asyncio.Context) -> list[Worker]:
+    cache = config.cache_folder()
+    names = (f"{os.getpid()}-{n}" for n in range(1, workers + 1))
+    return [Worker(name, context, INPROC, cache) for name in names]
+
+
+async def _stop(
+    sentinel: Sentinel,
+    committer: Committer,
+    working: Sequence[asyncio.Task[None]],
+    serving: asyncio.Task[None],
+    publishing: asyncio.Task[None],
+    grace: float,
+) -> None:
+    """Drain the Workers, then end the Sentinel and the Committer."""
+    if not (serving.done() or serving.cancelling()):  # else nobody would hear them
+        await sentinel.drain(grace)
+    await asyncio.gather(*working, return_exceptions=True)
+    serving.cancel()
+    committer.leave()
+    await asyncio.gather(serving, publishing, return_exceptions=True)
+    await committer.finish()
 
 
 async def _guard(ledger: Ledger) -> None:

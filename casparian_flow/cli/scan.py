@@ -69,20 +69,13 @@ def scan(
     import asyncio
 
     from casparian_flow.cli import progress
-    from casparian_flow.services import changes, inventory, scout
-    from casparian_flow.services.scrub import scrub as read_again
+    from casparian_flow.services import changes, inventory
 
     with context.opened(ctx) as here, progress.line(quiet=quiet) as line:
         for words in inventory.take(here.settings, here.ledger):
             context.note(words)
         wanted = set(_unfinished(here) if drain else ())
-        reports, scrubs = [], []
-        for root in scout.roots(here.ledger, names or ()):
-            line.show(f"scanning {root.name} ({root.path})")
-            reports.append(scout.scan_until_settled(here.ledger, root, believe=believe))
-            if scrub and not reports[-1].problem:
-                line.show(f"scrubbing {root.name} ({root.path})")
-                scrubs.append(read_again(here.ledger, root, anew=True))
+        reports, scrubs = _look(here, names or (), line, believe=believe, scrub=scrub)
         line.clear()
         for report in reports:
             _print(report, quiet)
@@ -101,6 +94,22 @@ def scan(
         if not code and any(scrubbed.unreadable for scrubbed in scrubs):
             code = PARTIAL
     raise typer.Exit(code)
+
+
+def _look(
+    here: Here, names: Sequence[str], line: Line, *, believe: bool, scrub: bool
+) -> tuple[list[ScanReport], list[ScrubReport]]:
+    from casparian_flow.services import scout
+    from casparian_flow.services.scrub import scrub as read_again
+
+    reports, scrubs = [], []
+    for root in scout.roots(here.ledger, names):
+        line.show(f"scanning {root.name} ({root.path})")
+        reports.append(scout.scan_until_settled(here.ledger, root, believe=believe))
+        if scrub and not reports[-1].problem:
+            line.show(f"scrubbing {root.name} ({root.path})")
+            scrubs.append(read_again(here.ledger, root, anew=True))
+    return reports, scrubs
 
 
 def _unfinished(here: Here) -> list[int]:

@@ -176,7 +176,7 @@ def test_a_workers_routing_id_cannot_be_stolen(settings: Settings) -> None:
         async with attacked(settings) as target:
             sentinel = target.sentinel
             (alive,) = sentinel._peers
-            # A thief that hangs up before its handshake ends counts as garbage: try until one is let in
+            # One that hangs up before its handshake ends counts as garbage: try until one is let in
             async with asyncio.timeout(PATIENCE):
                 while not sentinel.refused["unheard"]:
                     thief = target.peer(routing_id=alive)
