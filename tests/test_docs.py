@@ -96,8 +96,8 @@ def test_proofs_in_the_pages_are_there(page: Path) -> None:
     for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w*)", text):
         source = (ROOT / file).read_text("utf-8")
         assert re.search(rf"^(?:async )?def {name}\(", source, re.MULTILINE), f"{file}::{name}"
-    for module in re.findall(r"python -m tests\.([\w.]+)", text):
-        path = ROOT / "tests" / module.replace(".", "/")
+    for module in re.findall(r"python -m ((?:proofs|tests)\.[\w.]+)", text):
+        path = ROOT / module.replace(".", "/")
         assert (path / "__main__.py").exists() or path.with_suffix(".py").exists(), module
 
 
@@ -105,7 +105,7 @@ def test_every_fault_has_a_proof() -> None:
     rows = re.findall(r"^\| F(\d+) \| P[012] \|.*\| (\S[^|]*) \|$", read("faults.md"), re.MULTILINE)
     numbers = [*range(1, 37), *range(40, 64), *range(70, 87), *range(90, 121)]
     assert [int(number) for number, _ in rows] == numbers
-    named = re.compile(r"`tests/\S+::test_\w+`|`python -m tests\.|`casparian|not automated: \w+")
+    named = re.compile(r"`tests/\S+::test_\w+`|`python -m proofs\.|`casparian|not automated: \w+")
     assert [number for number, proof in rows if not named.search(proof)] == []
 
 

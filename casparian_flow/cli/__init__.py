@@ -28,7 +28,6 @@ from casparian_flow.cli import (
     retract,
     routing,
     scan,
-    selftest,
     source,
     start,
     topics,
@@ -62,7 +61,6 @@ app.command()(look.verify)
 app.add_typer(audit.app, name="audit")
 app.command()(backup.backup)
 app.command()(demo.demo)
-app.command()(selftest.selftest)
 
 
 @app.callback()

@@ -19,14 +19,14 @@ from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileVersion, ProcessingJob
 from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.scan import scan
+from proofs.replay import daemon
 from tests.conftest import write_config
-from tests.e2e.replay import daemon
 from tests.factories import add_root
 from tests.plugs import BEHAVES, ROWS, publish
 
 PATIENCE = 120.0
 SCANS = 8
-"""`python -m tests.chaos kills` has hundreds, and kills them too."""
+"""`python -m proofs.chaos kills` has hundreds, and kills them too."""
 AT_ONCE = 4
 
 

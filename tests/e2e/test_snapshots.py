@@ -22,8 +22,8 @@ from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.scan import scan
 from casparian_flow.services.scout import scan_until_settled
 from casparian_flow.services.verify import verify
+from proofs.replay import daemon
 from tests.conftest import write_config
-from tests.e2e.replay import daemon
 from tests.factories import add_root
 from tests.plugs import publish
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from casparian_flow.engine import control
 from casparian_flow.errors import DaemonGone
 from casparian_flow.protocol import Ring
-from tests.chaos.crew import CREWS, Crew, kill_process, pick
-from tests.chaos.place import CONFIG, Place, free_port
+from proofs.chaos.crew import CREWS, Crew, kill_process, pick
+from proofs.chaos.place import CONFIG, Place, free_port
 from tests.conftest import POLICY
 from tests.until import PATIENCE
 

@@ -15,9 +15,9 @@ import pytest
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.errors import JobError
 from casparian_flow.sections import GuestSettings
+from proofs.hostile import corpus
+from proofs.hostile.attacks import ATTACKS, Attack
 from tests.engine.guests import SECONDS, artifact, file_info, plugin
-from tests.hostile.attacks import ATTACKS, Attack
-from tests.security import corpus
 
 BODY = """
 import ctypes, socket

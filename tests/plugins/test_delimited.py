@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 
 from casparian_flow.sdk import column_names
+from proofs.written_tables import Reader
 from tests.plugins.conftest import Run, load, running
-from tests.plugins.written_tables import Reader
 
 CASES = {
     "semicolons in cp1252": (

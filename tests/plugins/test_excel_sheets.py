@@ -17,8 +17,8 @@ import xlwt
 from openpyxl import Workbook
 from python_calamine import CalamineWorkbook
 
+from proofs.written_workbooks import check, text_of, write_ods
 from tests.plugins.conftest import Run, load, runner, running
-from tests.plugins.written_workbooks import check, text_of, write_ods
 
 
 def written(folder: Path, rows: list[list[Any]], merges: tuple[str, ...] = ()) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tests.plugins import written_json
+from proofs import written_json
 from tests.plugins.conftest import Run, runner
 
 DOCUMENTS: dict[str, tuple[Any, list[dict[str, Any]]]] = {

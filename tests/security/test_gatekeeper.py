@@ -20,8 +20,8 @@ from casparian_flow.security.gatekeeper import inspect
 from casparian_flow.security.gatekeeper_child import Answer, Request, answer_to
 from casparian_flow.security.manifest import read_manifest
 from casparian_flow.security.rules import FINDINGS_LIMIT, RULESET, Policy
+from proofs.hostile.corpus import ATTACKS, S_ROWS, UTF7, Attack
 from tests import plugs
-from tests.security.corpus import ATTACKS, S_ROWS, UTF7, Attack
 
 REPOSITORY = Path(__file__).parents[2]
 BUNDLED = sorted((REPOSITORY / "plugins").glob("*.py"))
@@ -76,7 +76,7 @@ def test_every_attack_does_harm_where_nothing_stops_it(tmp_path: Path) -> None:
     secret.write_text("hunter2")
     (tmp_path / "input").write_text(str(secret))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.security.harm", str(tmp_path / "input")],
+        [sys.executable, "-m", "proofs.hostile.harm", str(tmp_path / "input")],
         cwd=REPOSITORY,
         env={**os.environ, "HOSTPW": "hunter2"},
         capture_output=True,

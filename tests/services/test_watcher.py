@@ -20,8 +20,8 @@ from casparian_flow.services import watcher as watcher_module
 from casparian_flow.services.hints import Hints
 from casparian_flow.services.root import Root
 from casparian_flow.services.watcher import WATCHING, Handler, Watcher
+from proofs.detection import missed
 from tests.conftest import write_config
-from tests.detection import missed
 from tests.factories import add_root
 from tests.services.test_watch import versions, watching
 from tests.until import until

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from proofs.tds import driver
 from tests.sinks.stages import Place
-from tests.tds import driver
 
 FOLDERS, SERVERS = ["parquet", "sqlite"], ["mssql"]
-"""Sinks in a folder of this machine, and tables of a server: the double of tests/tds."""
+"""Sinks in a folder of this machine, and tables of a server: the double of proofs/tds."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,8 +31,8 @@ def _place(scheme: str, home: Path) -> Iterator[Place]:
         return
     if not driver.choose():
         pytest.skip("SQL SERVER IS NOT TESTED: mssql-python is not installed")
-    from tests.tds.place import ServerPlace
-    from tests.tds.server import Server
+    from proofs.tds.place import ServerPlace
+    from proofs.tds.server import Server
 
     with Server() as server:
         yield ServerPlace(server, home)

@@ -1,6 +1,6 @@
 """Names and values that are made to break a sink: kept to the letter, or refused by name.
 
-docs/proof.md names the long proof, `python -m tests.sinks.extremes`.
+docs/proof.md names the long proof, `python -m proofs.extremes`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A publisher to SQL Server that dies at each of its crash points, and what another makes of it.
 
-The server is the double of tests/tds: it holds locks and undoes what was not committed. What a real
-one would do is not proven here.
+The server is the double of proofs/tds: it holds locks and undoes what was not committed. What a
+real one would do is not proven here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim, Lineage
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
 from casparian_flow.sections import MssqlSettings
-from casparian_flow.selftest.nursery import ONE_THREAD
-from tests.tds.server import Server
+from proofs.crash.nursery import ONE_THREAD
+from proofs.tds.server import Server
 
 LOCATION = "mssql://sales"
 

@@ -1,5 +1,5 @@
 """Killed at every crash point of every act on a Parquet sink, and asked again: the same as if
-nothing had happened. `python -m tests.sinks.power` cuts the power at each of them."""
+nothing had happened. `python -m proofs.power` cuts the power at each of them."""
 
 from __future__ import annotations
 

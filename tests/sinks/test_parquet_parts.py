@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks import parts, query, seen
+from casparian_flow.engine.sinks import parts, query
 from casparian_flow.engine.sinks import stage as staging
 from casparian_flow.errors import OutputRefused, SinkConflict
 from casparian_flow.protocol import Published, StagedOutput
+from proofs import sink_reader
 from tests.sinks.stages import TOPIC, Place, claims
 
 GROUP_ROWS = 200
@@ -212,10 +213,10 @@ def test_our_own_readers_take_it_for_one_output(parquet: Place) -> None:
     (published,) = shown(parquet, output)
     shown(parquet, parquet.sealed({"id": [-1]}, job=8))
     assert sorted(
-        (group.job_id, len(group.rows)) for group in seen.groups(parquet.location, TOPIC)
+        (group.job_id, len(group.rows)) for group in sink_reader.groups(parquet.location, TOPIC)
     ) == [(7, ROWS), (8, 1)]
     known: set[Path] = set()
-    assert sum(count for _, count in seen.counts(parquet.location, TOPIC, known)) == ROWS + 1
+    assert sum(count for _, count in sink_reader.counts(parquet.location, TOPIC, known)) == ROWS + 1
     assert Path(published.target) in known
     committed = {
         "topic": TOPIC, "location": parquet.location, "target": published.target,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.tds import driver
+from proofs.tds import driver
 
 
 @pytest.fixture(scope="session", autouse=True)

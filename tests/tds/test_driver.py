@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tests.tds.faults import Faults, Refusal
-from tests.tds.packets import Cut
-from tests.tds.server import Server
-from tests.tds.tables import SqlError
-from tests.tds.values import Finer
+from proofs.tds.faults import Faults, Refusal
+from proofs.tds.packets import Cut
+from proofs.tds.server import Server
+from proofs.tds.tables import SqlError
+from proofs.tds.values import Finer
 
 COLUMNS: dict[str, list[Any]] = {
     "bit": [True, False, None],

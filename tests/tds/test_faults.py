@@ -11,13 +11,13 @@ from casparian_flow.engine.sinks import mssql_session
 from casparian_flow.engine.sinks.mssql_tables import Target
 from casparian_flow.errors import JobError, OutputRefused, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
+from proofs.tds import cuts, order
+from proofs.tds.faults import Entry, Faults, Refusal
+from proofs.tds.packets import Cut, Kind
+from proofs.tds.place import ServerPlace
+from proofs.tds.server import Server
+from proofs.tds.tables import SqlError
 from tests.sinks.stages import TOPIC
-from tests.tds import cuts, order
-from tests.tds.faults import Entry, Faults, Refusal
-from tests.tds.packets import Cut, Kind
-from tests.tds.place import ServerPlace
-from tests.tds.server import Server
-from tests.tds.tables import SqlError
 
 INSERT = f"insert {TOPIC}"
 
@@ -203,7 +203,7 @@ def test_f85_a_bulk_load_that_is_killed_is_begun_again(tmp_path: Path) -> None:
 
 
 def test_publishes_over_lines_that_are_cut(tmp_path: Path) -> None:
-    """Two cuts in each phase; `python -m tests.tds cuts` does hundreds."""
+    """Two cuts in each phase; `python -m proofs.tds cuts` does hundreds."""
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     tally = cuts.run(tmp_path, 12, seed, rows=40)

@@ -1,0 +1,71 @@
+"""Real revision histories, in short; `python -m proofs.replay` runs them whole."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from casparian_flow import config
+from casparian_flow.db.access import open_ledger
+from proofs.replay import HISTORIES, Way, replay
+from proofs.replay_tables import SINKS, Tables
+from tests.real_data import absent
+
+KILLS_SEED = 7
+
+pytestmark = pytest.mark.skipif(
+    not HISTORIES.is_dir(),
+    reason=absent("histories", "that real histories of files are recorded as they were"),
+)
+
+
+def test_the_first_commits_one_by_one(tmp_path: Path) -> None:
+    figures = replay(tmp_path, "sp500", Way(commits=50))
+    assert figures["versions"] == figures["COMPLETED"]
+
+
+def test_identical_rewrites_give_no_version(tmp_path: Path) -> None:
+    replay(tmp_path, "countries", Way(commits=25))
+
+
+def test_a_flood(tmp_path: Path) -> None:
+    replay(tmp_path, "sp500", Way(flood=True))
+
+
+def test_tables_equal_the_files_in_every_mode_with_kills_in_between(tmp_path: Path) -> None:
+    way = Way(10, False, ["replace", "append"], kills=2, seed=KILLS_SEED)
+    figures = replay(tmp_path, "sp500", way)
+    assert figures["looks under replace"] == 10
+    assert figures["looks under append"] == 1
+    check_that_harm_is_noticed(tmp_path)
+
+
+def check_that_harm_is_noticed(folder: Path) -> None:
+    """An oracle that never finds anything proves nothing."""
+    settings = config.load(str(folder / "flow" / config.FILE_NAME))
+    database = sqlite3.connect(settings.home / "replace.sqlite3")
+    with open_ledger(settings.database) as ledger, closing(database):
+        tables = Tables(ledger, settings, "replace", list(SINKS), folder / "blobs")
+
+        def found(statement: str) -> str:
+            with database:
+                database.execute(statement)
+                database.commit()
+            return "\n".join(tables.problems())
+
+        assert found("SELECT 1") == ""
+        copy = "INSERT INTO delimited SELECT * FROM delimited WHERE rowid = 1"
+        assert "are not those of the file" in found(copy)
+        assert found("DELETE FROM delimited WHERE rowid = (SELECT max(rowid) FROM delimited)") == ""
+        older = "(SELECT min(_cf_file_version_id) - 1 FROM delimited)"
+        assert "should not be there" in found(
+            f"UPDATE delimited SET _cf_file_version_id = {older} WHERE rowid = 1"
+        )
+        assert "are lost" in found("DELETE FROM delimited")
+        (file, *_) = (settings.home / "replace" / "delimited").glob("*.parquet")
+        file.unlink()
+        lost = [words for words in tables.problems() if words.startswith("parquet")]
+        assert "are lost" in "\n".join(lost)
