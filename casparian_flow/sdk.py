@@ -267,7 +267,7 @@ def own_publish(plugin: str, name: str) -> str:
         glob = re.sub(r"\d+", "*", glob).rstrip("*") + "*"
     glob += dot + suffix
     return (
-        f"casparian publish plugins/{plugin}.py --name {own} --pattern {shlex.quote(glob)} "
+        f"casparian publish {plugin} --name {own} --pattern {shlex.quote(glob)} "
         f"--topic {own} --topic {own}_rejects"
     )
 

@@ -8,7 +8,7 @@ The first record of the table is the header; every later one is a row of the fir
 second, the rejects, never neither. Values stay the text they are: no type is guessed, an empty
 field is an empty string. Lines without a single character are no records, as for `csv.reader`.
 
-What is found by itself, each of which an option settles (`casparian publish plugins/delimited.py
+What is found by itself, each of which an option settles (`casparian publish delimited
 --option NAME=VALUE`). The log of the job says `guessed: ` with what was found and why, wherever
 more than one answer was possible. Where two answers are equally good the job fails, and says which
 option settles it.

@@ -60,8 +60,8 @@ def demo(
         _casparian("init")
         _casparian("source", "add", stage.INBOX, "--settle", str(stage.SETTLE_SECONDS))
         _say("The plugins that read them: locked, signed, each with an environment of its own")
-        for plugin in stage.plugins():
-            _casparian("publish", str(plugin))
+        for plugin in stage.PLUGINS:
+            _casparian("publish", plugin)
         _run_daemon(home)
         _say("What became of the files: edited, two versions; touched, still one")
         _casparian("versions", f"{stage.INBOX}/{stage.EDITED}")

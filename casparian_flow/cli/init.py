@@ -35,7 +35,7 @@ def init(
         context.say(f"the database is {settings.database.path}")
     context.note(
         "next:\n  casparian source add DIR        the directory to watch"
-        "\n  casparian publish PLUGIN.py     what makes rows of its files"
+        "\n  casparian publish PLUGIN        what makes rows of its files"
         "\n  casparian start                 watch and work"
     )
 

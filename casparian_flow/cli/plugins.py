@@ -40,7 +40,41 @@ def _list(ctx: typer.Context, as_json: bool) -> None:
     with context.opened(ctx) as (_, ledger):
         rows = ledger.read(views.plugins)
     columns = "name version active artifact key_id deployed_at topics subscriptions"
-    context.listing(rows, as_json, columns, "no plugins\n  try: casparian publish PLUGIN.py")
+    context.listing(rows, as_json, columns, "no plugins\n  try: casparian publish PLUGIN")
+
+
+@app.command()
+def bundled(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="Only this one, with what each option means."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the plugins that come with casparian.
+
+    `casparian publish NAME` publishes one, from any directory.
+    """
+    from casparian_flow.services import plugins
+
+    found = plugins.bundled_ones(name)
+    if as_json:
+        context.document(found)
+        return
+    for row in found:
+        options = ", ".join(f"{key}={value!r}" for key, value in row["options"].items())
+        context.say(f"{row['name']} {row['version']}")
+        context.facts(
+            {
+                "  reads": row["reads"],
+                "  patterns": ", ".join(row["patterns"]),
+                "  topics": ", ".join(row["topics"]),
+                "  options": options or "none",
+                "  file": row["file"],
+            }
+        )
+        if name:
+            context.say(f"\n{row['description']}")
 
 
 @app.command()

@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 def publish(
     ctx: typer.Context,
-    plugin: Annotated[str, typer.Argument(metavar="PLUGIN.py", help="The plugin's file.")],
+    plugin: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLUGIN",
+            help="A bundled plugin's name (casparian plugins bundled); or a file, if it has a / "
+            "or ends in .py.",
+        ),
+    ],
     version: Annotated[
         str | None,
         typer.Option(
@@ -66,9 +73,9 @@ def publish(
     from casparian_flow.security.choices import Choices
     from casparian_flow.services import architect
 
-    file = Path(plugin).absolute()
     choices = Choices(name, pattern or (), topic or (), _options(option or ()))
     with context.opened(ctx) as here:
+        file = _file(plugin)
         source, lock, name, chosen = _artifact(here, file, choices, version)
         context.note(f"artifact     sha256 {signing.artifact_hash(source, lock)}")
         auth, token = _sign_in(here)
@@ -80,6 +87,33 @@ def publish(
         words = _deploy(here, message)
         context.note("checked      signature, statement, artifact, and what the key may publish")
         context.say(words)
+
+
+def _file(plugin: str) -> Path:
+    """The file of what was named, and a note of which was taken.
+
+    Raises:
+        NotFound: it is a name, and no bundled plugin has it.
+    """
+    from casparian_flow import bundled
+    from casparian_flow.errors import NotFound
+
+    here = Path(plugin)
+    if plugin.endswith(".py") or "/" in plugin:
+        context.note(f"file         {here.absolute()}")
+        return here.absolute()
+    if plugin in bundled.names():
+        file = bundled.path(plugin)
+        context.note(f"bundled      {file}")
+        for mine in (here, here.with_suffix(".py")):
+            if mine.is_file():
+                context.note(f"             not the file {mine}: casparian publish ./{mine}")
+        return file
+    known = ", ".join(bundled.names())
+    hint = f"casparian publish with one of {known}; a file's path has a / or ends in .py"
+    if here.is_file():
+        hint = f"casparian publish ./{plugin}   (the file), or one of {known}"
+    raise NotFound(f"no bundled plugin is named {plugin!r}", hint)
 
 
 def _artifact(

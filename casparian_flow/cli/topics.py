@@ -36,7 +36,7 @@ def _list(ctx: typer.Context, as_json: bool) -> None:
     with context.opened(ctx) as (_, ledger):
         rows = ledger.read(views.topics)
     columns = "plugin topic uri mode outputs rows may_be_empty"
-    context.listing(rows, as_json, columns, "no topics\n  try: casparian publish PLUGIN.py")
+    context.listing(rows, as_json, columns, "no topics\n  try: casparian publish PLUGIN")
 
 
 @app.command("set")

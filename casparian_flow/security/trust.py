@@ -125,7 +125,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         if not self.keys:
             return AuthError(
                 f"this ledger trusts no key yet, so not key {name}",
-                "casparian publish PLUGIN.py   (its key becomes the first)",
+                "casparian publish PLUGIN   (its key becomes the first)",
             )
         return AuthError(
             f"key {name} is not trusted in this ledger",

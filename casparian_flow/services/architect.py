@@ -19,6 +19,7 @@ import msgspec
 from packaging.version import Version
 from sqlalchemy import Connection
 
+from casparian_flow import bundled
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, backfill, plugins, roots, trust, wiring
@@ -63,7 +64,9 @@ def read_plugin(
     try:
         source = file.read_bytes()
     except OSError as error:
-        raise PluginError(f"cannot read {file}: {error.strerror}", "check the path") from error
+        shipped = f"casparian publish {file.stem}   (the bundled plugin)"
+        hint = shipped if file.stem in bundled.names() else "check the path"
+        raise PluginError(f"cannot read {file}: {error.strerror}", hint) from error
     chosen = choose(source, file.name, choices)
     for note in chosen.notes:
         say(note)
@@ -277,7 +280,7 @@ def _authenticate(settings: Settings, message: Deploy, statement: Publish) -> di
     if not message.token:
         raise AuthError(
             "publishers must sign in to Azure here, and nobody has",
-            "set AZURE_TENANT_ID and AZURE_CLIENT_ID, then: casparian publish PLUGIN.py",
+            "set AZURE_TENANT_ID and AZURE_CLIENT_ID, then: casparian publish PLUGIN",
         )
     from casparian_flow.security import identity
 

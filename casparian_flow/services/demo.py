@@ -27,7 +27,8 @@ _ROW = ("Auftrag", "1004")
 """The order that the edit mends: a reject of the first version, a row of the second."""
 
 _PACKAGE = Path(__file__).parents[1]
-_PLUGINS = ("delimited", "excel_sheets", "json_records", "access_log")
+PLUGINS = ("delimited", "excel_sheets", "json_records", "access_log")
+"""The bundled plugins that the demo files need."""
 
 
 def prepare(folder: str | None) -> Path:
@@ -55,13 +56,6 @@ def prepare(folder: str | None) -> Path:
             f"cannot use {home}: {error.strerror}", "name an empty directory of your own"
         ) from error
     return home
-
-
-def plugins() -> list[Path]:
-    """The bundled plugins that the demo files need: beside the package in a checkout."""
-    installed = _PACKAGE / "bundled_plugins"
-    folder = installed if installed.is_dir() else _PACKAGE.with_name("plugins")
-    return [folder / f"{name}.py" for name in _PLUGINS]
 
 
 def edit(home: Path) -> None:

@@ -6,6 +6,7 @@ audit rows.
 
 from __future__ import annotations
 
+import ast
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection
 
+from casparian_flow import bundled
 from casparian_flow.config import Settings
 from casparian_flow.db import plugins, roots, trust, views, wiring
 from casparian_flow.db.access import Ledger
@@ -45,6 +47,34 @@ def verify(ledger: Ledger, name: str | None) -> list[Row]:
     if name is not None and not found:
         raise _unknown(name)
     return found
+
+
+def bundled_ones(name: str | None = None) -> list[dict[str, Any]]:
+    """What each bundled plugin says of itself; None takes all, else only the one of this name.
+
+    Raises:
+        NotFound: none has the name.
+    """
+    if name is not None and name not in bundled.names():
+        known = ", ".join(bundled.names())
+        raise NotFound(f"no bundled plugin is named {name!r}", f"one of {known}")
+    return [_bundled(each) for each in bundled.names() if name in (None, each)]
+
+
+def _bundled(name: str) -> dict[str, Any]:
+    file = bundled.path(name)
+    source, manifest = architect.read_plugin(file)
+    description = ast.get_docstring(ast.parse(source)) or ""
+    return {
+        "name": name,
+        "version": manifest.version,
+        "reads": description.partition("\n")[0],
+        "file": str(file),
+        "patterns": manifest.patterns,
+        "topics": manifest.topics,
+        "options": manifest.options,
+        "description": description,
+    }
 
 
 def show(ledger: Ledger, name: str, version: str | None) -> Row:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from casparian_flow import daemon_lock, mounts
+from casparian_flow import bundled, daemon_lock, mounts
 from casparian_flow.config import Settings
 from casparian_flow.db import failures, jobs, presence, rejects, snapshots, unsettled, views
 from casparian_flow.db import unrouted as no_plugin
@@ -162,7 +162,7 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
         found.append(
             Advice(
                 "no plugin is published: files are recorded, and nothing is made of them",
-                "casparian publish PLUGIN.py",
+                "casparian publish PLUGIN   (casparian plugins bundled lists some)",
             )
         )
     active = {plugin["name"] for plugin in plugins if plugin["active"]}
@@ -171,7 +171,7 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
         found.append(Advice(words, f"casparian plugins verify {name}"))
     for name, version in ledger.read(in_earlier_form):
         words = f"plugin {name} {version} may not run: {EARLIER_FORM}"
-        found.append(Advice(words, f"casparian publish {name}.py"))
+        found.append(Advice(words, f"casparian publish {bundled.argument(name)}"))
     for root in roots:
         found += _advise_on(root, daemon is not None)
     for rule in ledger.read(views.rules):

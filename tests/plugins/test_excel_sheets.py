@@ -206,7 +206,7 @@ def test_an_unclear_header_fails_with_what_settles_it(
     rows: list[list[Any]], excel_sheets: Run, tmp_path: Path
 ) -> None:
     file = written(tmp_path, rows)
-    words = "casparian publish plugins/excel_sheets.py .* --option header_row=[1-9].* header_row=0"
+    words = "casparian publish excel_sheets .* --option header_row=[1-9].* header_row=0"
     with pytest.raises(ValueError, match=words) as refused:
         excel_sheets(file)
     for row in re.findall("header_row=([1-9]+)", str(refused.value)):

@@ -133,6 +133,6 @@ def test_the_command_that_settles_gives_such_files_their_own_topics(
     name: str, own: str, pattern: str
 ) -> None:
     assert own_publish("delimited", name) == (
-        f"casparian publish plugins/delimited.py --name {own} --pattern {pattern} "
+        f"casparian publish delimited --name {own} --pattern {pattern} "
         f"--topic {own} --topic {own}_rejects"
     )

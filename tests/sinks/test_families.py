@@ -41,7 +41,7 @@ def test_a_file_without_any_column_of_its_topic_is_told(place: Place) -> None:
     assert first.note == ""
     published(place, first)
     second = staged(place, {"sku": ["a"], "price": [1]}, job=2)
-    settles = "publish plugins/delimited.py --name prices --pattern 'prices*.csv' --topic prices"
+    settles = "publish delimited --name prices --pattern 'prices*.csv' --topic prices"
     for word in (families.NOTE, "'sales'", "'id'", "'sku'", "'price'", settles):
         assert word in second.note
     published(place, second)
@@ -92,7 +92,7 @@ def test_a_pattern_that_would_fit_other_families_is_the_name_itself(
     path: str, command: str
 ) -> None:
     facts = {"plugin": "delimited", "path": path.encode().hex()}
-    assert own_topic("delimited", facts) == f"casparian publish plugins/delimited.py {command}"
+    assert own_topic("delimited", facts) == f"casparian publish delimited {command}"
 
 
 def test_words_for_json_name_the_option_that_settles_the_type() -> None:

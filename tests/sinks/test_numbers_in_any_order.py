@@ -139,7 +139,7 @@ def test_the_message_names_what_settles_it(parquet: Place) -> None:
     _, refused = parquet.publish(first, second)
     assert isinstance(refused, OutputRefused)
     settles = (
-        "casparian publish plugins/json_records.py --name users --pattern 'users*.jsonl.gz' "
+        "casparian publish json_records --name users --pattern 'users*.jsonl.gz' "
         "--topic users --topic users_rejects."
     )
     for word in ("'id'", "int64", "string", settles):

@@ -16,6 +16,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol, TypeGuard
 
+from casparian_flow import bundled
 from casparian_flow.errors import JobError, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, Record, StagedOutput
 
@@ -84,10 +85,6 @@ def facts_of(footer: Mapping[bytes, bytes]) -> dict[str, str]:
     }
 
 
-BUNDLED = ("delimited", "json_records", "excel_sheets", "access_log", "windows_events")
-"""Plugins that are in the folder `plugins` of the repository."""
-
-
 def own_topic(topic: str, facts: Mapping[str, str]) -> str:
     """What to type so that files of another kind than a topic's get a topic of their own.
 
@@ -110,9 +107,8 @@ def own_topic(topic: str, facts: Mapping[str, str]) -> str:
     main, *others = facts.get("topics", topic).split("/")
     topics = [own, *(f"{own}_{each.removeprefix(main).lstrip('_')}" for each in others)]
     said = " ".join(f"--topic {shlex.quote(each)}" for each in topics)
-    folder = "plugins/" if facts["plugin"] in BUNDLED else ""
     return (
-        f"casparian publish {folder}{facts['plugin']}.py --name {own} --pattern "
+        f"casparian publish {bundled.argument(facts['plugin'])} --name {own} --pattern "
         f"{shlex.quote(pattern)} {said}"
     )
 
@@ -127,7 +123,7 @@ def otherwise(settles: str, column: str) -> str:
     if not settles:
         return ""
     same = "let the plugin publish the column as text"
-    if " plugins/json_records.py " in settles and not re.search("[:,]", column):
+    if settles.startswith("casparian publish json_records ") and not re.search("[:,]", column):
         option = shlex.quote(f"types={column}:text")
         same = f"give them all such a topic, with a --pattern of all of them and --option {option}"
     return (
