@@ -31,11 +31,12 @@
             └── SinkUnavailable      disk full, sink locked, output read-only
 
 An error is what happened, to what, and in `hint` what to type next. The command line prints
-both and exits with `exit_code` (docs/cli.md lists the codes).
+both and exits with `exit_code`: one of `ExitCode`.
 """
 
 from __future__ import annotations
 
+import enum
 import errno
 import sys
 from typing import ClassVar, NoReturn
@@ -52,6 +53,36 @@ _OF_THE_MACHINE = {
 """What a disk, a limit or a right says, whatever the program: no bug of ours. And what to do."""
 
 
+class ExitCode(enum.IntEnum):
+    """What the programs of this package end with; `casparian --help` and docs/cli.md list them.
+
+    Attributes:
+        meaning: what it says, in words.
+    """
+
+    meaning: str
+
+    def __new__(cls, number: int, meaning: str) -> ExitCode:
+        code = int.__new__(cls, number)
+        code._value_ = number
+        code.meaning = meaning
+        return code
+
+    DONE = 0, "done, and all is well"
+    FAILED = 1, "a job failed, a check found something, or it cannot be done"
+    USAGE = 2, "wrong usage"
+    PARTIAL = 3, "partly done: scan could not read or believe everything"
+    PLUGIN = 65, "not a plugin, or a plugin version that exists with other bytes"
+    NOT_FOUND = 66, "nothing has that name, or a source root cannot be read"
+    BUG = 70, "a bug in casparian: run it with --debug, and report what it says"
+    IO_ERROR = 74, "the database, or a disk, limit or right of this machine"
+    DAEMON = 75, "another daemon runs, or none, or it does not answer in time"
+    PROTOCOL = 76, "a message of another program"
+    DENIED = 77, "who publishes or signs is not known here, or may not do that"
+    CONFIG = 78, "the configuration, a rule, a sink or the sandbox cannot be used"
+    INTERRUPTED = 130, "interrupted"
+
+
 class CasparianError(Exception):
     """Something went wrong that a person can understand and mend.
 
@@ -60,7 +91,7 @@ class CasparianError(Exception):
         hint: what to do or type next; empty where there is nothing better to say.
     """
 
-    exit_code: int = 1
+    exit_code: int = ExitCode.FAILED
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -71,13 +102,13 @@ class CasparianError(Exception):
 class ConfigError(CasparianError):
     """The configuration cannot be used."""
 
-    exit_code = 78
+    exit_code = ExitCode.CONFIG
 
 
 class LedgerError(CasparianError):
     """The database cannot be used as the ledger."""
 
-    exit_code = 74
+    exit_code = ExitCode.IO_ERROR
 
 
 class LedgerLost(LedgerError):
@@ -87,31 +118,31 @@ class LedgerLost(LedgerError):
 class DaemonRunning(CasparianError):
     """Another process holds the daemon lock of this database."""
 
-    exit_code = 75
+    exit_code = ExitCode.DAEMON
 
 
 class DaemonGone(CasparianError):
     """The daemon did not answer in time."""
 
-    exit_code = 75
+    exit_code = ExitCode.DAEMON
 
 
 class SourceError(CasparianError):
     """A source root cannot be used."""
 
-    exit_code = 66
+    exit_code = ExitCode.NOT_FOUND
 
 
 class NotFound(CasparianError):
     """Nothing in the ledger has that name."""
 
-    exit_code = 66
+    exit_code = ExitCode.NOT_FOUND
 
 
 class PluginError(CasparianError):
     """A plugin file cannot be published."""
 
-    exit_code = 65
+    exit_code = ExitCode.PLUGIN
 
 
 class PublishConflict(PluginError):
@@ -125,25 +156,25 @@ class PolicyRefused(PluginError):
 class AuthError(CasparianError):
     """Who publishes, trusts or revokes is not known here, or may not do it."""
 
-    exit_code = 77
+    exit_code = ExitCode.DENIED
 
 
 class SandboxUnavailable(CasparianError):
     """This machine cannot give the sandbox that the configuration requires; nothing was run."""
 
-    exit_code = 78
+    exit_code = ExitCode.CONFIG
 
 
 class ProtocolError(CasparianError):
     """A message that is not one of ours."""
 
-    exit_code = 76
+    exit_code = ExitCode.PROTOCOL
 
 
 class MachineRefused(CasparianError):
     """A disk, a limit or a right refused, where nothing else knew what to do about it."""
 
-    exit_code = 74
+    exit_code = ExitCode.IO_ERROR
 
 
 class JobError(CasparianError):

@@ -30,7 +30,7 @@ from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import ledger_tag
 from casparian_flow.engine.sentinel import INPROC, Sentinel
 from casparian_flow.engine.worker_client import Worker
-from casparian_flow.errors import CasparianError, LedgerLost, leave
+from casparian_flow.errors import CasparianError, ExitCode, LedgerLost, leave
 from casparian_flow.security import sandbox
 from casparian_flow.services import architect, inventory, retract, snapshot_checks
 from casparian_flow.services.scrub import Scrubber
@@ -222,7 +222,7 @@ def stop_on_signals(stop: asyncio.Event) -> None:
             stop.set()
         elif loop.time() - first > ECHO_SECONDS:
             in_hand.let_go()
-            os._exit(130)
+            os._exit(ExitCode.INTERRUPTED)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, react)

@@ -32,13 +32,13 @@ from casparian_flow.cli import (
     start,
     topics,
 )
-from casparian_flow.errors import CasparianError, first_error
+from casparian_flow.errors import CasparianError, ExitCode, first_error
 
-USAGE = 2
-BUG = 70
-INTERRUPTED = 130
+EXIT_CODES = "\n".join(["\b", "Exit codes:", *(f"{code:5}  {code.meaning}" for code in ExitCode)])
 
-app = context.group("Files dropped into directories become tables, with proof of every row.")
+app = context.group(
+    "Files dropped into directories become tables, with proof of every row.", epilog=EXIT_CODES
+)
 app.command()(init.init)
 app.add_typer(source.app, name="source")
 app.command()(publish.publish)
@@ -88,14 +88,14 @@ def options(
 
 
 def main() -> None:
-    """The entry point: runs a command, and ends with its exit code (docs/cli.md lists them)."""
+    """The entry point: runs a command, and ends with its `ExitCode`."""
     try:
         code = app(prog_name="casparian", standalone_mode=False)
     except typer.Abort:
-        code = INTERRUPTED
+        code = ExitCode.INTERRUPTED
     except (Exception, BaseExceptionGroup) as error:  # noqa: BLE001 - the last place to say it
         code = _explain(error)
-    sys.exit(code or 0)
+    sys.exit(code or ExitCode.DONE)
 
 
 def _misuse(error: BaseException) -> str:
@@ -120,7 +120,7 @@ def _explain(error: BaseException) -> int:
     error = first_error(error)
     if show := getattr(error, "show", None):  # typer's own: wrong usage, and it says so itself
         show()
-        return int(getattr(error, "exit_code", 2))
+        return ExitCode.USAGE
     debug = logging.getLogger().isEnabledFor(logging.DEBUG)
     if debug:
         logging.getLogger(__name__).debug("this is where it happened", exc_info=error)
@@ -131,8 +131,8 @@ def _explain(error: BaseException) -> int:
         return error.exit_code
     if fault := _misuse(error):
         context.note(f"error: {fault}")
-        return USAGE
+        return ExitCode.USAGE
     context.note(f"error: this is a bug in casparian: {type(error).__name__}: {error}")
     if not debug:
         context.note("  try: the same command as `casparian --debug ...`, and report what it says")
-    return BUG
+    return ExitCode.BUG

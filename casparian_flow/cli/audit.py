@@ -8,6 +8,7 @@ import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import All, AsJson, Limit
+from casparian_flow.errors import ExitCode
 
 app = context.group("Show and check the audit.")
 
@@ -74,7 +75,7 @@ def verify(
         for problem in problems:
             context.say(f"problem: {problem}")
         context.say(f"head {found}")
-    raise typer.Exit(1 if problems else 0)
+    raise typer.Exit(ExitCode.FAILED if problems else ExitCode.DONE)
 
 
 def _parse(text: str) -> tuple[int, str]:

@@ -8,6 +8,7 @@ import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import All, AsJson, Limit
+from casparian_flow.errors import ExitCode
 from casparian_flow.wording import counted, tallied
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def status(
         if advice:
             context.say("")
         context.advise(advice)
-    raise typer.Exit(1 if check and wrong else 0)
+    raise typer.Exit(ExitCode.FAILED if check and wrong else ExitCode.DONE)
 
 
 def _print_status(found: dict[str, Any]) -> None:
@@ -220,4 +221,4 @@ def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
             context.say(f"note: {note}")
         found = counted(len(verdict.problems), "problem")
         context.say(found if verdict.problems else "everything holds")
-    raise typer.Exit(1 if verdict.problems else 0)
+    raise typer.Exit(ExitCode.FAILED if verdict.problems else ExitCode.DONE)

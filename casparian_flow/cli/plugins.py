@@ -8,6 +8,7 @@ import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import AsJson
+from casparian_flow.errors import ExitCode
 from casparian_flow.wording import counted
 
 app = context.group(
@@ -141,7 +142,8 @@ def verify(
         context.document(rows)
     for row in [] if as_json else rows:
         context.say(row["refusal"] or f"plugin {row['name']} {row['version']} may run")
-    raise typer.Exit(1 if any(row["refusal"] for row in rows) else 0)
+    refused = any(row["refusal"] for row in rows)
+    raise typer.Exit(ExitCode.FAILED if refused else ExitCode.DONE)
 
 
 @app.command()

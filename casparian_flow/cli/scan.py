@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from casparian_flow.cli import context
+from casparian_flow.errors import ExitCode
 from casparian_flow.wording import counted
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from casparian_flow.db.views import Waiting
     from casparian_flow.services.root import ScanReport
     from casparian_flow.services.scrub import ScrubReport
-
-FAILED, PARTIAL, INTERRUPTED = 1, 3, 130
 
 SHOWN = 20
 """Unreadable files, and failed jobs, that are named; the others are counted."""
@@ -92,7 +91,7 @@ def scan(
             line.clear()
         code = _verdict(here, reports, sorted(wanted), reason, quiet)
         if not code and any(scrubbed.unreadable for scrubbed in scrubs):
-            code = PARTIAL
+            code = ExitCode.PARTIAL
     raise typer.Exit(code)
 
 
@@ -193,7 +192,7 @@ def _print_scrub(report: ScrubReport, quiet: bool) -> None:
 
 def _verdict(
     here: Here, reports: Sequence[ScanReport], wanted: Sequence[int], reason: str, quiet: bool
-) -> int:
+) -> ExitCode:
     """Say how it ended; the exit code.
 
     Raises:
@@ -210,8 +209,9 @@ def _verdict(
         if report.problem:
             raise SourceError(report.problem, "nothing is inferred from that; mount or restore it")
     if failed or reason:
-        return INTERRUPTED if reason == _STOPPED else FAILED
-    return PARTIAL if any(r.unreadable or r.unsettled or r.held for r in reports) else 0
+        return ExitCode.INTERRUPTED if reason == _STOPPED else ExitCode.FAILED
+    partial = any(r.unreadable or r.unsettled or r.held for r in reports)
+    return ExitCode.PARTIAL if partial else ExitCode.DONE
 
 
 def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> bool:

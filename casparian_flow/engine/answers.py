@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable
 
-from casparian_flow.errors import CasparianError
+from casparian_flow.errors import CasparianError, ExitCode
 from casparian_flow.protocol import Reply
 
 log = logging.getLogger(__name__)
-
-BUG = 70
-"""The exit code of an error that nobody foresaw, as of the command line."""
 
 
 async def answered(work: Awaitable[str]) -> Reply:
@@ -26,5 +23,5 @@ async def answered(work: Awaitable[str]) -> Reply:
             ok=False,
             text=f"the daemon failed in a way we did not expect: {type(error).__name__}: {error}",
             hint="its log has the traceback; report what it says",
-            exit_code=BUG,
+            exit_code=ExitCode.BUG,
         )

@@ -18,9 +18,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from casparian_flow.errors import ExitCode
+
 T = TypeVar("T")
-HUNG_EXIT = 75
-"""The exit code of a process that left such a call behind: time was up (docs/cli.md)."""
 
 
 class OneThread:
@@ -44,7 +44,7 @@ class OneThread:
         self._calls.put(None)
 
     def leave_behind(self) -> None:
-        """Have the process end without what runs here: with HUNG_EXIT if it does so still then.
+        """Have the process end without what runs here: with `ExitCode.DAEMON` if it still runs.
 
         Once the interpreter takes itself apart, a thread in foreign code may crash it.
         """
@@ -55,7 +55,7 @@ class OneThread:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(Exception):
                     stream.flush()
-            os._exit(HUNG_EXIT)
+            os._exit(ExitCode.DAEMON)
 
     def _run(self) -> None:
         while (given := self._calls.get()) is not None:

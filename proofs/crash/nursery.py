@@ -26,6 +26,7 @@ import msgspec
 
 from casparian_flow import crashpoints
 from casparian_flow.crashpoints import Trap
+from casparian_flow.errors import ExitCode
 
 ONE_THREAD = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -145,7 +146,7 @@ def _wait(pid: int) -> Ended:
 
 def _obey(order: Order) -> None:
     """Be the command; never returns."""
-    code = 70
+    code: int = ExitCode.BUG
     try:
         signal.alarm(PATIENCE_SECONDS)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

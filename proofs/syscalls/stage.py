@@ -32,6 +32,7 @@ from casparian_flow.db.access import open_ledger
 from casparian_flow.db.models import JobStatus
 from casparian_flow.engine import committer
 from casparian_flow.engine.sinks import parquet, sqlite  # noqa: F401
+from casparian_flow.errors import ExitCode
 from casparian_flow.services import changes, report, scout  # noqa: F401
 from casparian_flow.services.verify import verify
 from proofs.syscalls.supervisor import Call, Ended, supervise
@@ -79,7 +80,7 @@ that is counted here, and its trial takes a while."""
 WITHIN_SECONDS = 60.0
 """A run takes a second; one that waits for a sick disk a few. Longer is spinning."""
 
-CODES = {0, 1, 3, 65, 66, 74, 75, 76, 77, 78}
+CODES = {*ExitCode} - {ExitCode.USAGE, ExitCode.BUG, ExitCode.INTERRUPTED}
 """Exit codes of docs/cli.md that a disk may cause; 70 is a bug of ours."""
 
 _RUNNING = "is RUNNING, and no daemon runs"

@@ -1,6 +1,7 @@
 """Puts every command's `--help` into docs/cli.md: `python -m tests.cli.write_docs`.
 
-The page is written by hand, but for the blocks that begin with `$ casparian ... --help`.
+The page is written by hand, but for the blocks that begin with `$ casparian ... --help`, and the
+table of exit codes.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from unittest import mock
 from typer.main import get_command
 
 from casparian_flow.cli import app
+from casparian_flow.errors import ExitCode
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 BLOCK = re.compile(r"```console\n\$ casparian(?P<words>[a-z ]*) --help\n.*?```\n", re.DOTALL)
+CODES = re.compile(r"\| Code \| Name \| Meaning \|\n(?:\|.*\n)+")
 PLAIN = {"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}
 
 
@@ -51,6 +54,19 @@ def documented() -> dict[tuple[str, ...], str]:
     return {tuple(match["words"].split()): match[0] for match in found}
 
 
+def exit_codes() -> str:
+    """The table of exit codes, as it must stand in the page."""
+    rows = [f"| {code} | `{code.name}` | {code.meaning} |" for code in ExitCode]
+    return "\n".join(["| Code | Name | Meaning |", "| ---: | --- | --- |", *rows, ""])
+
+
+def documented_codes() -> str:
+    """The table of exit codes that stands in the page."""
+    found = CODES.search(PAGE.read_text("utf-8"))
+    return found[0] if found else ""
+
+
 if __name__ == "__main__":
     text = BLOCK.sub(lambda m: block(tuple(m["words"].split())), PAGE.read_text("utf-8"))
+    text = CODES.sub(lambda _: exit_codes(), text)
     PAGE.write_text(text, "utf-8")

@@ -14,7 +14,7 @@ import pytest
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
-from casparian_flow.engine.one_thread import HUNG_EXIT
+from casparian_flow.errors import ExitCode
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
@@ -72,7 +72,7 @@ def test_sigterm_ends_a_daemon_whose_worker_hangs_and_no_job_is_lost(
         guests = psutil.Process(daemon.pid).children(recursive=True)
         daemon.send_signal(signal.SIGTERM)
         words = daemon.communicate(timeout=PATIENCE)[1]
-    assert daemon.returncode == HUNG_EXIT
+    assert daemon.returncode == ExitCode.DAEMON
     assert "hangs in a call" in words
     assert "stopped: " in words, "the ledger was closed in order"
     _, alive = psutil.wait_procs(guests, timeout=PATIENCE)
