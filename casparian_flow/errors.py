@@ -39,6 +39,7 @@ from __future__ import annotations
 import enum
 import errno
 import sys
+from collections.abc import Mapping
 from typing import ClassVar, NoReturn
 
 _AGAIN = "the same command again, when the disk is there and has room"
@@ -267,3 +268,24 @@ def leave(error: BaseException) -> NoReturn:
     hint = f"\n  try: {cause.hint}" if cause.hint else ""
     print(f"error: {cause.message}{hint}", file=sys.stderr)  # noqa: T201
     sys.exit(cause.exit_code)
+
+
+# Numbers in sentences.
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 job`, `3,014 jobs`.
+
+    Args:
+        plural: where it is not the noun with an s.
+    """
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def tallied(amounts: Mapping[str, int]) -> str:
+    """`3,014 rows, 1 job`.
+
+    Args:
+        amounts: plural noun -> how many.
+    """
+    return ", ".join(counted(number, noun.removesuffix("s")) for noun, number in amounts.items())

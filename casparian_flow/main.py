@@ -20,20 +20,21 @@ from functools import partial
 import zmq.asyncio
 from sqlalchemy import Connection
 
-from casparian_flow import atomic, config, daemon_lock, trees
+from casparian_flow import config, durable, trees
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import invariants, outputs, plugins
+from casparian_flow.db import outputs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.engine import canary, endings, in_hand, retries, sinks
+from casparian_flow.engine import canary, dispatch, endings, sinks
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import ledger_tag
 from casparian_flow.engine.sentinel import INPROC, Sentinel
 from casparian_flow.engine.worker_client import Worker
 from casparian_flow.errors import CasparianError, ExitCode, LedgerLost, leave
 from casparian_flow.security import sandbox
-from casparian_flow.services import architect, inventory, retract, snapshot_checks
-from casparian_flow.services.scrub import Scrubber
+from casparian_flow.services import architect, inventory, snapshots, verify
+from casparian_flow.services import outputs as retract
+from casparian_flow.services.scout import Scrubber
 from casparian_flow.services.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ async def running(
     """
     with contextlib.ExitStack() as stack:
         ledger = stack.enter_context(open_ledger(settings.database))
-        stack.enter_context(daemon_lock.hold(settings.database.daemon_lock, role))
+        stack.enter_context(durable.hold_daemon_lock(settings.database.daemon_lock, role))
         crashpoint("main.locked")
         sandbox.shield_host()
         if workers:
@@ -126,7 +127,7 @@ async def _begin(settings: Settings, ledger: Ledger) -> tuple[int, list[str]]:
     Returns:
         The epoch, and what was adopted: a sentence a sink.
     """
-    if found := await ledger.read_soon(invariants.damage):
+    if found := await ledger.read_soon(verify.damage):
         raise LedgerLost(
             f"{settings.database.path} is damaged: {found}; nothing was changed",
             "put a backup in its place, then: casparian verify   (docs/disaster.md)",
@@ -134,10 +135,10 @@ async def _begin(settings: Settings, ledger: Ledger) -> tuple[int, list[str]]:
     adopted = await asyncio.to_thread(inventory.take, settings, ledger)
     await asyncio.to_thread(retract.roll_forward, ledger)
     guests = settings.database.guests_folder
-    ending = await asyncio.to_thread(endings.read, guests)
-    begin = partial(retries.begin, limits=settings.jobs, ending=ending, guests_folder=guests)
+    ending = await asyncio.to_thread(endings.read_ending, guests)
+    begin = partial(dispatch.begin_epoch, limits=settings.jobs, ending=ending, guests_folder=guests)
     epoch = await ledger.write_soon(begin)
-    await asyncio.to_thread(endings.begin, guests)
+    await asyncio.to_thread(endings.begin_ending, guests)
     crashpoint("main.begun")
     return epoch, adopted
 
@@ -186,7 +187,7 @@ def _sweep(settings: Settings, ledger: Ledger) -> None:
     """Remove what a dead daemon left: guests' folders, snapshots that nothing claims, and staged
     files and stage tables nobody decided."""
     with contextlib.suppress(OSError):
-        snapshot_checks.sweep(ledger)
+        snapshots.sweep(ledger)
     trees.clear_away(settings.database.guests_folder)
     crashpoint("main.guests_swept")
     owed = {staged.stage for _, _, staged in ledger.read(outputs.unpublished)}
@@ -197,7 +198,7 @@ def _sweep(settings: Settings, ledger: Ledger) -> None:
             folder = sinks.open_sink(location, settings.database).stage_folder
             for file in folder.glob(f"{tag}-*"):
                 if str(file) not in owed:
-                    atomic.remove(file)
+                    durable.remove(file)
                     crashpoint("main.stage_swept")
             sinks.drop_stages(location, settings.database, tag, owed)
 
@@ -221,7 +222,7 @@ def stop_on_signals(stop: asyncio.Event) -> None:
             first = loop.time()
             stop.set()
         elif loop.time() - first > ECHO_SECONDS:
-            in_hand.let_go()
+            endings.let_go()
             os._exit(ExitCode.INTERRUPTED)
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -14,12 +14,13 @@ Who may send anything at all was settled before, in ZeroMQ's own handshake (`eng
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import StrEnum
 
 import msgspec
 
+from casparian_flow.config import GuestSettings
 from casparian_flow.errors import ProtocolError
-from casparian_flow.sections import GuestSettings
 
 VERSION = b"CF1"
 FRAME_LIMIT = 64 << 20
@@ -336,3 +337,25 @@ def decode(frames: list[bytes]) -> AnyMessage:
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ProtocolError(f"a message that does not fit: {error}") from error
     return message
+
+
+# What the name of a topic says: one that ends in `_rejects` has what could not be read.
+
+
+REJECTS_SUFFIX = "_rejects"
+
+
+def reject_topics(topics: Collection[str]) -> set[str]:
+    """The topics of rejects among those of one plugin.
+
+    A plugin without any other topic has none: what it makes is data, whatever it is called.
+    """
+    found = {topic for topic in topics if topic.endswith(REJECTS_SUFFIX)}
+    return found if len(found) < len(set(topics)) else set()
+
+
+def data_topics(reject: str, topics: Collection[str]) -> set[str]:
+    """The topics of data that a topic of rejects belongs to: the one it is named after, else every
+    one of the plugin."""
+    own = reject.removesuffix(REJECTS_SUFFIX)
+    return {own} if own in topics else set(topics) - reject_topics(topics)

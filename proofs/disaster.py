@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pyarrow.dataset as ds
 
-from casparian_flow import config, daemon_lock
+from casparian_flow import config, durable
 from casparian_flow.config import Settings
 from casparian_flow.db.access import open_ledger
 from casparian_flow.services import backup
@@ -71,7 +71,9 @@ class Drill:
 
     def casparian(self, *words: str) -> None:
         """A command that must succeed; `wait` first lets the daemon begin."""
-        while words[0] == "wait" and not daemon_lock.holder(self.settings.database.daemon_lock):
+        while words[0] == "wait" and not durable.daemon_lock_holder(
+            self.settings.database.daemon_lock
+        ):
             time.sleep(0.05)
         with self.start("-m", "casparian_flow.cli", *words) as process:
             said = process.communicate(timeout=PATIENCE_SECONDS)[1].decode()

@@ -38,12 +38,12 @@ from sqlalchemy import select
 
 from casparian_flow import config
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, roots
+from casparian_flow.db import jobs
+from casparian_flow.db import versions as db_versions
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileLocation, FileVersion
 from casparian_flow.services.idle import wait_until_idle
-from casparian_flow.services.root import Root
-from casparian_flow.services.scan import scan
+from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.verify import verify
 from proofs.chaos.place import private_environment
 from proofs.replay_tables import Tables
@@ -136,7 +136,7 @@ def problems(ledger: Ledger, root: Root, history: Sequence[Event], flood: bool) 
         last[event.path] = "" if event.status == "D" else event.sha256
         if event.status != "D" and contents[event.path][-1:] != [event.sha256]:
             contents[event.path].append(event.sha256)
-    held = ledger.read(lambda c: roots.scan_state(c, root.id)).held
+    held = ledger.read(lambda c: db_versions.scan_state(c, root.id)).held
     believed = scan(ledger, root, believe=True)
     versions, present = recorded(ledger)
     found = []

@@ -18,7 +18,7 @@ from casparian_flow.db.models import (
     ProcessingJob,
     SourceRoot,
 )
-from casparian_flow.services.root import Root
+from casparian_flow.services.scan import Root
 
 MANIFEST = (
     '{"name": "p", "version": "1", "patterns": [], "topics": [], "priority": 0,'

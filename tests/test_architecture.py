@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow.engine.bundle import BUNDLED
+from casparian_flow.engine.environments import BUNDLED
 
 PACKAGE = Path(__file__).parent.parent / "casparian_flow"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -82,7 +82,7 @@ def test_a_function_is_a_paragraph(path: Path) -> None:
 def test_the_guest_needs_the_standard_library_only() -> None:
     standard = sys.stdlib_module_names | {"__future__", "casparian_flow"}
     for name in BUNDLED:
-        more = {"pyarrow"} if name in ("engine/attempt.py", "engine/layouts.py") else set()
+        more = {"pyarrow"} if name in ("engine/attempt.py",) else set()
         assert external(PACKAGE / name) <= standard | more, name
         assert imports(PACKAGE / name) <= {module_name(PACKAGE / other) for other in BUNDLED}, name
 
@@ -99,7 +99,7 @@ def test_sql_lives_in_db_and_sinks() -> None:
 
 def test_zmq_lives_at_the_sockets() -> None:
     users = {module_name(path) for path in CODE if "zmq" in external(path)}
-    sockets = {"sentinel", "handshake", "wire", "worker_client", "control"}
+    sockets = {"sentinel", "wire", "worker_client", "control"}
     assert users == {"main", *(f"engine.{name}" for name in sockets)}
 
 

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from casparian_flow import config
-from casparian_flow.cli import init
+from casparian_flow.cli import start
 from casparian_flow.config import Settings
 from casparian_flow.db.models import JobStatus
 from casparian_flow.db.schema import migrations
@@ -50,7 +50,7 @@ def test_every_setting_stands_with_its_default() -> None:
 
 
 def test_the_configuration_here_is_what_init_writes() -> None:
-    assert (ROOT / config.FILE_NAME).read_text("utf-8") == init._text()
+    assert (ROOT / config.FILE_NAME).read_text("utf-8") == start._text()
 
 
 def test_the_arrows_are_those_of_the_database() -> None:

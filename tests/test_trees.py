@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow import atomic, trees
+from casparian_flow import durable, trees
 
 DEEP = 5000
 """Levels: five times what Python may call itself, and paths far beyond PATH_MAX."""
@@ -40,7 +40,7 @@ def test_folders_of_any_depth(tmp_path: Path) -> None:
     trees.remove_tree(tmp_path / "deep")
     assert list(tmp_path.iterdir()) == []
     fill(tmp_path / "deep")
-    atomic.remove(tmp_path / "deep")
+    durable.remove(tmp_path / "deep")
     assert list(tmp_path.iterdir()) == []
 
 

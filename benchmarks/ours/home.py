@@ -11,7 +11,7 @@ from casparian_flow import config
 from casparian_flow.db.access import open_ledger
 from casparian_flow.db.models import SourceRoot
 from casparian_flow.engine import locking
-from casparian_flow.engine.venv_manager import EnvironmentStore
+from casparian_flow.engine.environments import EnvironmentStore
 from casparian_flow.services import architect
 
 

@@ -8,11 +8,11 @@ import sysconfig
 import time
 from pathlib import Path
 
+from casparian_flow.config import GuestSettings
 from casparian_flow.engine.bridge import Guest
-from casparian_flow.engine.bundle import bundle
+from casparian_flow.engine.environments import bundle
 from casparian_flow.protocol import Artifact
 from casparian_flow.sdk import FileInfo
-from casparian_flow.sections import GuestSettings
 
 PLUGIN = Path(__file__).parent.parent / "plugins" / "flood.py"
 BATCH_LIMIT = 256 << 20

@@ -12,25 +12,17 @@ from typing import Annotated
 import typer
 
 from casparian_flow.cli import (
-    audit,
-    backfill,
-    backup,
     context,
     demo,
-    init,
     jobs,
     keys,
-    look,
     outputs,
     plugins,
-    publish,
     query,
-    retract,
-    routing,
     scan,
     source,
     start,
-    topics,
+    status,
 )
 from casparian_flow.errors import CasparianError, ExitCode, first_error
 
@@ -39,27 +31,27 @@ EXIT_CODES = "\n".join(["\b", "Exit codes:", *(f"{code:5}  {code.meaning}" for c
 app = context.group(
     "Files dropped into directories become tables, with proof of every row.", epilog=EXIT_CODES
 )
-app.command()(init.init)
+app.command()(start.init)
 app.add_typer(source.app, name="source")
-app.command()(publish.publish)
+app.command()(plugins.publish)
 app.command()(start.start)
 app.command()(scan.scan)
 app.command()(start.wait)
-app.command()(look.status)
+app.command()(status.status)
 app.add_typer(jobs.app, name="jobs")
-app.command()(backfill.backfill)
-app.command()(look.files)
-app.command()(look.versions)
+app.command()(outputs.backfill)
+app.command()(status.files)
+app.command()(status.versions)
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(keys.app, name="keys")
-app.add_typer(routing.app, name="rules")
-app.add_typer(topics.app, name="topics")
+app.add_typer(source.rules_app, name="rules")
+app.add_typer(source.topics_app, name="topics")
 app.command()(query.query)
 app.add_typer(outputs.app, name="outputs")
-app.command()(retract.retract)
-app.command()(look.verify)
-app.add_typer(audit.app, name="audit")
-app.command()(backup.backup)
+app.command()(outputs.retract)
+app.command()(status.verify)
+app.add_typer(status.audit_app, name="audit")
+app.command()(status.backup)
 app.command()(demo.demo)
 
 

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import shlex
+import shutil
 import sys
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from casparian_flow.cli import context
+from casparian_flow.db import views
+from casparian_flow.db.access import Ledger, Row
+from casparian_flow.errors import CasparianError
 
 if TYPE_CHECKING:
-    from casparian_flow.cli.progress import Line
+    from casparian_flow.cli.context import Line
     from casparian_flow.config import Settings
     from casparian_flow.main import Daemon
+
 
 WORKERS = 2
 TICK_SECONDS = 0.1
@@ -50,22 +58,21 @@ def demo(
     import time
 
     from casparian_flow import config
-    from casparian_flow.services import demo as stage
 
     began = time.monotonic()
-    home = stage.prepare(folder)
+    home = prepare(folder)
     with contextlib.chdir(home):
         _say("A directory of messy files, watched")
         context.say(f"$ cd {shlex.quote(str(home))}")
         _casparian("init")
-        _casparian("source", "add", stage.INBOX, "--settle", str(stage.SETTLE_SECONDS))
+        _casparian("source", "add", INBOX, "--settle", str(SETTLE_SECONDS))
         _say("The plugins that read them: locked, signed, each with an environment of its own")
-        for plugin in stage.PLUGINS:
+        for plugin in PLUGINS:
             _casparian("publish", plugin)
         _run_daemon(home)
         _say("What became of the files: edited, two versions; touched, still one")
-        _casparian("versions", f"{stage.INBOX}/{stage.EDITED}")
-        _casparian("versions", f"{stage.INBOX}/{stage.TOUCHED}")
+        _casparian("versions", f"{INBOX}/{EDITED}")
+        _casparian("versions", f"{INBOX}/{TOUCHED}")
         _casparian("jobs")
         _casparian("topics")
         _show_tables()
@@ -87,7 +94,6 @@ def _casparian(*words: str) -> None:
     """
     from casparian_flow import config
     from casparian_flow.cli import app
-    from casparian_flow.errors import CasparianError
 
     shown = shlex.join(["casparian", *words])
     context.say(f"$ {shown}")
@@ -102,26 +108,24 @@ def _run_daemon(home: Path) -> None:
     import asyncio
 
     from casparian_flow import config
-    from casparian_flow.cli import progress
 
     _say("The daemon, and two changes under it")
     context.say(f"$ casparian start --workers {WORKERS}    (here, in this process)")
     settings = config.load(str(home / config.FILE_NAME))
-    with progress.line(chatty=True) as line:
+    with context.line(chatty=True) as line:
         asyncio.run(_watch_and_edit(settings, home, line))
     context.say("the daemon has stopped\n")
 
 
 async def _watch_and_edit(settings: Settings, home: Path, line: Line) -> None:
     from casparian_flow import main
-    from casparian_flow.services import demo as stage
 
     async with main.running(settings, "casparian demo", workers=WORKERS, watch=True) as daemon:
         await _until_idle(daemon, line)
-        context.say(f"{stage.EDITED} is edited in place: order 1004 gets its missing field")
-        stage.edit(home)
-        context.say(f"{stage.TOUCHED} is touched: new times, the same bytes\n")
-        stage.touch(home)
+        context.say(f"{EDITED} is edited in place: order 1004 gets its missing field")
+        edit(home)
+        context.say(f"{TOUCHED} is touched: new times, the same bytes\n")
+        touch(home)
         await _until_idle(daemon, line)
 
 
@@ -162,16 +166,14 @@ def _show_tables() -> None:
 
 def _prove(settings: Settings) -> None:
     from casparian_flow.db.access import open_ledger
-    from casparian_flow.errors import CasparianError
-    from casparian_flow.services import demo as stage
 
     _say("One row, traced to the bytes it came from")
     with open_ledger(settings.database) as ledger:
-        if broken := stage.broken_promises(ledger):
+        if broken := broken_promises(ledger):
             raise CasparianError(
                 "\n  ".join(["not as the demo promises:", *broken]), "casparian jobs show ID"
             )
-        context.facts(stage.trace(ledger))
+        context.facts(trace(ledger))
         context.say("")
     _say("And every other claim")
     _casparian("verify")
@@ -190,3 +192,129 @@ def _look_further(home: Path) -> None:
         "start          (and edit a file in inbox meanwhile)",
     ):
         context.say(f"  {shlex.quote(command)} {words}")
+
+
+# What `casparian demo` needs besides the commands it runs: files, an edit, and a proof.
+
+
+INBOX = "inbox"
+EDITED = "orders.csv"
+TOUCHED = "stations.tsv"
+
+SETTLE_SECONDS = 0.2
+"""Of the demo's source root: its files are written by nobody but us."""
+
+_SHORT = b"77;59,95\r\n"
+_MENDED = b"77;59,95;04.02.2025\r\n"
+_ROW = ("Auftrag", "1004")
+"""The order that the edit mends: a reject of the first version, a row of the second."""
+
+_PACKAGE = Path(__file__).parents[1]
+PLUGINS = ("delimited", "excel_sheets", "json_records", "access_log")
+"""The bundled plugins that the demo files need."""
+
+
+def prepare(folder: str | None) -> Path:
+    """A directory with copies of the demo files in its inbox; its absolute path.
+
+    Args:
+        folder: absent or empty; None makes a scratch directory.
+
+    Raises:
+        CasparianError: there is something in the directory, or it cannot be written.
+    """
+    home = Path(os.path.realpath(folder or tempfile.mkdtemp(prefix="casparian-demo-")))
+    try:
+        if home.exists() and any(home.iterdir()):
+            raise CasparianError(
+                f"{home} is not empty", "casparian demo   (makes a directory of its own)"
+            )
+        # Not copytree: an installed package may be read-only, and the edit must not be refused.
+        (home / INBOX).mkdir(parents=True)
+        for file in sorted((_PACKAGE / "demo_files").iterdir()):
+            if file.suffix != ".md":
+                shutil.copyfile(file, home / INBOX / file.name)
+    except OSError as error:
+        raise CasparianError(
+            f"cannot use {home}: {error.strerror}", "name an empty directory of your own"
+        ) from error
+    return home
+
+
+def edit(home: Path) -> None:
+    """Mend, in place, the order that lacks a field."""
+    with (home / INBOX / EDITED).open("r+b") as file:
+        content = file.read()
+        file.seek(0)
+        file.write(content.replace(_SHORT, _MENDED))
+
+
+def touch(home: Path) -> None:
+    """Give a file new times and leave its bytes alone."""
+    os.utime(home / INBOX / TOUCHED)
+
+
+def broken_promises(ledger: Ledger) -> list[str]:
+    """What is not as the demo says, a sentence each."""
+    found = [
+        f"job {job['id']} ({job['rel_path']}) is {job['status']}: {job['reason']}"
+        for job in ledger.read(lambda c: views.jobs(c, None))
+        if job["status"] != "COMPLETED"
+    ]
+    versions = {row["rel_path"]: row["versions"] for row in _files(ledger)}
+    for name in sorted(versions):
+        wanted = 2 if name == EDITED else 1
+        if versions[name] != wanted:
+            found.append(f"{name} has {versions[name]} versions instead of {wanted}")
+    return found
+
+
+def _files(ledger: Ledger) -> list[Row]:
+    return ledger.read(lambda c: views.files(c, None))
+
+
+def trace(ledger: Ledger) -> dict[str, Any]:
+    """One row, back to its bytes: read from its Parquet file, looked up, and hashed again.
+
+    Raises:
+        CasparianError: one of the links does not hold.
+    """
+    import pyarrow.parquet as pq
+
+    newest = ledger.read(lambda c: views.jobs(c, 1, path=EDITED))[0]
+    job: Any = ledger.read(lambda c: views.job(c, newest["id"]))
+    plugin = next(
+        row
+        for row in ledger.read(views.plugins)
+        if (row["name"], row["version"]) == (job["plugin"], job["plugin_version"])
+    )
+    output = next(o for o in job["outputs"] if o["topic"] == "delimited")
+    rows = pq.ParquetFile(output["target"]).read().to_pylist()
+    number, row = next((n, r) for n, r in enumerate(rows, 1) if r[_ROW[0]] == _ROW[1])
+    path = Path(job["root"]) / job["rel_path"]
+    hashed = hashlib.sha256(path.read_bytes()).hexdigest()
+    links = {
+        "_cf_file_version_id": job["version_id"],
+        "_cf_job_id": job["id"],
+        "_cf_source_hash": job["content_hash"],
+        "_cf_plugin_version": job["plugin_version"],
+    }
+    for name, value in links.items():
+        if row[name] != value:
+            raise CasparianError(f"the row says {name} {row[name]}, the ledger {value}")
+    if hashed != job["content_hash"]:
+        raise CasparianError(f"{path} hashes to {hashed}, not to {job['content_hash']}")
+    return {
+        "output file": output["target"],
+        "row": f"{number} of {len(rows)}",
+        **row,
+        "location": f"{job['source']}/{job['rel_path']}",
+        "version": f"{job['version']} of that location, {job['size_bytes']} bytes, "
+        f"seen {job['detected_at']}",
+        "job": f"{job['id']}, {job['status']}, attempt {job['fence']}",
+        "plugin": f"{job['plugin']} {job['plugin_version']}, artifact sha256 {job['artifact']}",
+        "signed by key": plugin["key_id"],
+        "hash in row": row["_cf_source_hash"],
+        "hash in ledger": job["content_hash"],
+        "hash on disk": f"{hashed}   (hashlib, just now: equal)",
+    }

@@ -8,7 +8,7 @@ import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import All, AsJson, Limit
-from casparian_flow.wording import counted
+from casparian_flow.errors import counted
 
 if TYPE_CHECKING:
     from casparian_flow.db.access import Ledger
@@ -72,33 +72,33 @@ def jobs(
 
 def _statuses(asked: str | None) -> tuple[str | None, str | None]:
     """What the ledger calls the status that a person asks for, and the state of the failure."""
-    from casparian_flow.db import failures
+    from casparian_flow.db import jobs
     from casparian_flow.db.models import JobStatus
 
     if asked is None:
         return None, None
     words = asked.upper().replace("-", " ").replace("_", " ")
-    closed = {state.upper(): state for state in failures.CLOSED}
+    closed = {state.upper(): state for state in jobs.CLOSED_FAILURE}
     if words in closed:
         return JobStatus.FAILED, closed[words]
     if words not in list(JobStatus):
         known = ", ".join([*JobStatus, *closed])
         raise typer.BadParameter(f"{asked!r}; there are {known}")
-    return words, failures.OPEN if words == JobStatus.FAILED else None
+    return words, jobs.OPEN_FAILURE if words == JobStatus.FAILED else None
 
 
 def _with_rejects(ledger: Ledger) -> list[int]:
-    from casparian_flow.db import rejects
+    from casparian_flow.db import outputs
 
-    return [row["job"] for row in ledger.read(lambda c: rejects.named(c, None))]
+    return [row["job"] for row in ledger.read(lambda c: outputs.reject_counts(c, None))]
 
 
 def _in_words(job: dict[str, Any]) -> dict[str, Any]:
     """The columns of a job that people read in other words than programs."""
-    from casparian_flow.db import failures
-    from casparian_flow.db.rejects import NAMED_PERCENT
+    from casparian_flow.db import jobs
+    from casparian_flow.db.outputs import NAMED_PERCENT
 
-    closed = job["failure"] in failures.CLOSED
+    closed = job["failure"] in jobs.CLOSED_FAILURE
     total = job["rows"] + job["rejects"]
     share = 100 * job["rejects"] / total if total else 0
     named = f" ({share:.1f} %)" if share > NAMED_PERCENT else ""

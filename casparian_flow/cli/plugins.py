@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import AsJson
-from casparian_flow.errors import ExitCode
-from casparian_flow.wording import counted
+from casparian_flow.errors import ExitCode, counted
+
+if TYPE_CHECKING:
+    from casparian_flow.cli.context import Here
+    from casparian_flow.config import Settings
+    from casparian_flow.protocol import Deploy
+    from casparian_flow.security.choices import Choices
+    from casparian_flow.security.manifest import Manifest
+    from casparian_flow.security.signing import AzureAuth, LocalAuth
+
 
 app = context.group(
     "List, show, check, activate and disable plugins.",
@@ -205,3 +215,226 @@ def diff(
         context.say(changed)
     else:
         context.note(f"{name} {old} and {new} have the same source and the same packages")
+
+
+# `casparian publish`.
+
+
+def publish(
+    ctx: typer.Context,
+    plugin: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLUGIN",
+            help="A bundled plugin's name (casparian plugins bundled); or a file, if it has a / "
+            "or ends in .py.",
+        ),
+    ],
+    version: Annotated[
+        str | None,
+        typer.Option(
+            metavar="V", help="Its version; else the MANIFEST's, else the next patch release."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its name; else the MANIFEST's.")
+    ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Files it gets, in place of the MANIFEST's; repeatable."),
+    ] = None,
+    topic: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOPIC", help="Name of a topic; once for each of the MANIFEST's, in its order."
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help=r"An option that the MANIFEST declares; repeatable. In text, \t \n \r \0 \\ \xNN "
+            r"and \uNNNN are escapes.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do and check everything, but deploy nothing.")
+    ] = False,
+) -> None:
+    """Lock, sign and deploy a plugin.
+
+    Files that are known already and that it wants are queued. The first key that publishes into a
+    ledger becomes the one that is trusted there; others must be trusted first (casparian keys).
+    What --name, --pattern, --topic and --option choose is put into the MANIFEST of what is
+    deployed; the file stays as it is. So one file can be several plugins.
+    """
+    from casparian_flow import config
+    from casparian_flow.security import signing
+    from casparian_flow.security.choices import Choices
+    from casparian_flow.services import architect
+
+    choices = Choices(name, pattern or (), topic or (), _options(option or ()))
+    with context.opened(ctx) as here:
+        file = _file(plugin)
+        source, lock, name, chosen = _artifact(here, file, choices, version)
+        context.note(f"artifact     sha256 {signing.artifact_hash(source, lock)}")
+        auth, token = _sign_in(here)
+        message = architect.sign(
+            here.ledger, file, source, lock, name, chosen, config.keys_folder(),
+            auth=auth, token=token, dry_run=dry_run,
+        )  # fmt: skip
+        context.note(f"signed       by key {signing.key_id(message.public_key)}")
+        words = _deploy(here, message)
+        context.note("checked      signature, statement, artifact, and what the key may publish")
+        context.say(words)
+
+
+def _file(plugin: str) -> Path:
+    """The file of what was named, and a note of which was taken.
+
+    Raises:
+        NotFound: it is a name, and no bundled plugin has it.
+    """
+    from casparian_flow import bundled
+    from casparian_flow.errors import NotFound
+
+    here = Path(plugin)
+    if plugin.endswith(".py") or "/" in plugin:
+        context.note(f"file         {here.absolute()}")
+        return here.absolute()
+    if plugin in bundled.names():
+        file = bundled.path(plugin)
+        context.note(f"bundled      {file}")
+        for mine in (here, here.with_suffix(".py")):
+            if mine.is_file():
+                context.note(f"             not the file {mine}: casparian publish ./{mine}")
+        return file
+    known = ", ".join(bundled.names())
+    hint = f"casparian publish with one of {known}; a file's path has a / or ends in .py"
+    if here.is_file():
+        hint = f"casparian publish ./{plugin}   (the file), or one of {known}"
+    raise NotFound(f"no bundled plugin is named {plugin!r}", hint)
+
+
+def _artifact(
+    here: Here, file: Path, choices: Choices, version: str | None
+) -> tuple[bytes, str, str, str]:
+    """The plugin's source with what was chosen in it, its lock, name and version.
+
+    It is inspected, and its environment is built; each step is said.
+    """
+    from casparian_flow import config, durable
+    from casparian_flow.engine.environments import EnvironmentStore
+    from casparian_flow.engine.locking import check_imports
+    from casparian_flow.security import gatekeeper
+    from casparian_flow.security.manifest import normal_version
+    from casparian_flow.security.rules import RULESET, Policy
+    from casparian_flow.services import architect
+
+    source, manifest = architect.read_plugin(file, choices, context.note)
+    chosen = normal_version(version or manifest.version, file.name)
+    chosen = chosen or architect.next_version(here.ledger, manifest.name)
+    context.note(f"plugin       {manifest.name} {chosen}")
+    for line in _shown(manifest, choices):
+        context.note(line)
+    gatekeeper.inspect(source, file.name, Policy.of(here.settings.gatekeeper)).require()
+    context.note(f"gatekeeper   nothing found (ruleset {RULESET})")
+    context.note(f"limits       {_limits(manifest, here.settings)}")
+    lock = _lock(here, file, source, manifest.name, chosen)
+    pins = sum("==" in line for line in lock.splitlines())
+    context.note(f"locked       {counted(pins, 'package')}, each with its hashes")
+    durable.make_private(config.cache_folder())
+    store = EnvironmentStore(
+        config.cache_folder() / "envs", here.settings.guest.environments_bytes,
+        one_limit_bytes=here.settings.guest.environment_limit_bytes,
+    )  # fmt: skip
+    with store.lease(lock) as lease:
+        context.note(f"environment  {lease.site_packages}")
+        for note in check_imports(file, source, lease.site_packages):
+            context.note(note)
+    return source, lock, manifest.name, chosen
+
+
+def _options(written: Sequence[str]) -> dict[str, str]:
+    """Each `--option KEY=VALUE`, by its key."""
+    options: dict[str, str] = {}
+    for text in written:
+        key, sign, value = text.partition("=")
+        if not key or not sign:
+            raise typer.BadParameter(f"--option is KEY=VALUE, not {text[:60]!r}")
+        if key in options:
+            raise typer.BadParameter(f"--option {key[:60]} is there twice")
+        options[key] = value
+    return options
+
+
+def _shown(manifest: Manifest, choices: Choices) -> Iterator[str]:
+    """What was chosen as the MANIFEST has it now, and all options."""
+    if choices.patterns:
+        yield f"patterns     {', '.join(manifest.patterns)}"
+    if choices.topics:
+        yield f"topics       {', '.join(manifest.topics)}"
+    if manifest.options:
+        shown = (f"{name}={value!r}" for name, value in manifest.options.items())
+        yield f"options      {', '.join(shown)}"
+
+
+def _limits(manifest: Manifest, settings: Settings) -> str:
+    """What the plugin will be held to, and whether it asks for what it does not get."""
+    guest = settings.guest
+    memory = min(manifest.memory_bytes or guest.memory_bytes, guest.memory_bytes)
+    seconds = min(manifest.timeout_seconds or settings.jobs.timeout_seconds,
+                  settings.jobs.timeout_seconds)  # fmt: skip
+    scratch = min(manifest.scratch_bytes, guest.scratch_bytes)
+    network = "granted" if guest.network else "NOT granted ([guest] network is false)"
+    return (
+        f"{memory >> 20} MiB of memory, {seconds:g} s, "
+        f"scratch {f'{scratch >> 20} MiB' if scratch else 'none'}, "
+        f"network {network if manifest.network else 'none'}, sandbox {guest.sandbox}"
+    )
+
+
+def _sign_in(here: Here) -> tuple[LocalAuth | AzureAuth, str]:
+    """Who publishes, and the token that proves it; the key alone where no sign-in is configured."""
+    from casparian_flow.security.signing import LOCAL, AzureAuth
+
+    azure = here.settings.azure
+    if not azure.required:
+        return LOCAL, ""
+    from casparian_flow.security import identity
+
+    token = identity.sign_in(azure, context.note)
+    who = identity.validate(azure, token)
+    context.note(f"signed in    as {who.name} (object {who.object_id})")
+    auth = AzureAuth(tenant=who.tenant, object_id=who.object_id, issuer=who.issuer)
+    return auth, token
+
+
+def _lock(here: Here, file: Path, source: bytes, name: str, version: str) -> str:
+    """The dependencies' lock; that of the same source under the same version, where deployed.
+
+    Newer packages may have appeared since: without this, publishing again would be a conflict.
+    """
+    from casparian_flow.db import plugins
+    from casparian_flow.engine.locking import lock_dependencies
+
+    known = here.ledger.read(lambda c: plugins.find(c, name, version))
+    if known is not None and known.source == source:
+        return str(known.lock)
+    return lock_dependencies(file)
+
+
+def _deploy(here: Here, message: Deploy) -> str:
+    """Through the daemon where one runs, else directly; what was done, in words."""
+    from casparian_flow.engine import control
+    from casparian_flow.errors import CasparianError
+    from casparian_flow.services import architect
+
+    reply = control.ask(here.settings.database, message, control.DEPLOY_SECONDS)
+    if reply is None:
+        return architect.deploy(here.ledger, here.settings, message)
+    if not reply.ok:
+        error = CasparianError(reply.text, reply.hint)
+        error.exit_code = reply.exit_code
+        raise error
+    return reply.text

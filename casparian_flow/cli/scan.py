@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from casparian_flow.cli import context
-from casparian_flow.errors import ExitCode
-from casparian_flow.wording import counted
+from casparian_flow.errors import ExitCode, counted
 
 if TYPE_CHECKING:
     import asyncio
 
-    from casparian_flow.cli.context import Here
-    from casparian_flow.cli.progress import Line
+    from casparian_flow.cli.context import Here, Line
     from casparian_flow.db.views import Waiting
-    from casparian_flow.services.root import ScanReport
-    from casparian_flow.services.scrub import ScrubReport
+    from casparian_flow.services.scan import ScanReport
+    from casparian_flow.services.scout import ScrubReport
 
 SHOWN = 20
 """Unreadable files, and failed jobs, that are named; the others are counted."""
@@ -67,10 +65,9 @@ def scan(
     """
     import asyncio
 
-    from casparian_flow.cli import progress
     from casparian_flow.services import changes, inventory
 
-    with context.opened(ctx) as here, progress.line(quiet=quiet) as line:
+    with context.opened(ctx) as here, context.line(quiet=quiet) as line:
         for words in inventory.take(here.settings, here.ledger):
             context.note(words)
         wanted = set(_unfinished(here) if drain else ())
@@ -99,7 +96,7 @@ def _look(
     here: Here, names: Sequence[str], line: Line, *, believe: bool, scrub: bool
 ) -> tuple[list[ScanReport], list[ScrubReport]]:
     from casparian_flow.services import scout
-    from casparian_flow.services.scrub import scrub as read_again
+    from casparian_flow.services.scout import scrub as read_again
 
     reports, scrubs = [], []
     for root in scout.roots(here.ledger, names):
@@ -155,7 +152,7 @@ def _found(report: ScanReport) -> str:
 
 def _print_written(report: ScanReport) -> None:
     """Name what was not at rest, the oldest first, with its age."""
-    from casparian_flow.db.files import display
+    from casparian_flow.db.versions import display
 
     if not report.unsettled:
         return
@@ -219,18 +216,18 @@ def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> 
 
     All of them were unfinished when we began: what has failed did so in this run.
     """
-    from casparian_flow.db import failures, rejects
+    from casparian_flow.db import jobs, outputs
 
     if not quiet:
         context.say(_became(here, wanted))
     if reason:
         context.note(f"error: not all of them are done: {reason}\n  try: casparian status")
-    named = here.ledger.read(lambda c: rejects.named(c, SHOWN, wanted))
+    named = here.ledger.read(lambda c: outputs.reject_counts(c, SHOWN, wanted))
     for row in named:
         context.note(f"  rejects: {context.rejected(row)}")
     if more := named.total - len(named):
         context.note(f"  and {more:,} more: casparian jobs --rejects --all")
-    opened = here.ledger.read(lambda c: failures.job_ids(c, failures.OPEN))
+    opened = here.ledger.read(lambda c: jobs.failed_job_ids(c, jobs.OPEN_FAILURE))
     failed = sorted(set(opened).intersection(wanted))
     _print_failed(here, failed)
     if earlier := len(opened) - len(failed):
@@ -241,15 +238,15 @@ def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> 
 
 def _became(here: Here, wanted: Sequence[int]) -> str:
     """Jobs by what became of them, rows and rejects; what there is none of is left out."""
-    from casparian_flow.db import failures, jobs, rejects
+    from casparian_flow.db import jobs, outputs
 
     outcomes = here.ledger.read(lambda c: jobs.outcomes(c, wanted))
     if outcomes.pop("FAILED", 0):
-        states = here.ledger.read(lambda c: failures.counts(c, wanted))
-        states["FAILED"] = states.pop(failures.OPEN, 0)
+        states = here.ledger.read(lambda c: jobs.failure_counts(c, wanted))
+        states["FAILED"] = states.pop(jobs.OPEN_FAILURE, 0)
         outcomes.update(states)
     words = [f"{counted(n, 'job')} {status}" for status, n in sorted(outcomes.items()) if n]
-    came = context.amount(*here.ledger.read(lambda c: rejects.of_jobs(c, wanted)))
+    came = context.amount(*here.ledger.read(lambda c: outputs.rejected_of_jobs(c, wanted)))
     return "; ".join(filter(None, [", ".join(words), came]))
 
 
@@ -271,7 +268,7 @@ async def _see_through(here: Here, wanted: Sequence[int], line: Line) -> str:
     """Work the queue, or wait for the daemon that does; why not all is done, else empty."""
     import asyncio
 
-    from casparian_flow import daemon_lock, main
+    from casparian_flow import durable, main
     from casparian_flow.db import views
     from casparian_flow.errors import DaemonRunning
 
@@ -280,7 +277,7 @@ async def _see_through(here: Here, wanted: Sequence[int], line: Line) -> str:
     lock = here.settings.database.daemon_lock
     workers = here.settings.workers.effective
     while True:
-        if daemon_lock.holder(lock) is None:
+        if durable.daemon_lock_holder(lock) is None:
             # Another process may become the daemon first: then that one is waited for.
             with contextlib.suppress(DaemonRunning):
                 async with main.running(
@@ -310,10 +307,10 @@ async def _done(
     """
     import asyncio
 
-    from casparian_flow import daemon_lock
-    from casparian_flow.cli.progress import waiting
+    from casparian_flow import durable
+    from casparian_flow.cli.context import waiting
     from casparian_flow.db import views
-    from casparian_flow.db.states import PAUSED
+    from casparian_flow.db.models import PAUSED
 
     calm = 0
     patience = time.monotonic() + PATIENCE_SECONDS
@@ -329,7 +326,7 @@ async def _done(
         calm = calm + 1 if _is_stuck(left) and began > patience else 0
         if calm and (left.paused == left.unfinished or calm > STUCK_LOOKS):
             return left.reason
-        if of_daemon and daemon_lock.holder(here.settings.database.daemon_lock) is None:
+        if of_daemon and durable.daemon_lock_holder(here.settings.database.daemon_lock) is None:
             return None
         pause = max(POLL_SECONDS, POLL_SHARE * (time.monotonic() - began))
         with contextlib.suppress(TimeoutError):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import AsJson
+from casparian_flow.errors import counted
+
+if TYPE_CHECKING:
+    from casparian_flow.services.topics import Placed
+
 
 app = context.group("Add, list and remove watched directories.")
 
@@ -36,8 +41,8 @@ MinAge = Annotated[
 ]
 
 
-@app.command()
-def add(
+@app.command("add")
+def add_source(
     ctx: typer.Context,
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The directory.")],
     name: Annotated[
@@ -61,7 +66,7 @@ def add(
 
 
 @app.command("set")
-def set_(
+def set_source(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="As in `casparian source list`.")],
     ignore: Ignore = None,
@@ -82,7 +87,7 @@ def set_(
 
 
 @app.command("list")
-def list_(ctx: typer.Context, as_json: AsJson = False) -> None:
+def list_sources(ctx: typer.Context, as_json: AsJson = False) -> None:
     """List every source root, its options and its last scan."""
     from casparian_flow.services import report
 
@@ -95,8 +100,8 @@ def list_(ctx: typer.Context, as_json: AsJson = False) -> None:
     context.listing(rows, as_json, columns, "no source root\n  try: casparian source add DIR")
 
 
-@app.command()
-def show(
+@app.command("show")
+def show_source(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="As in `casparian source list`.")],
     as_json: AsJson = False,
@@ -116,8 +121,8 @@ def show(
     context.facts({**row, **patterns})
 
 
-@app.command()
-def remove(
+@app.command("remove")
+def remove_source(
     ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="As in `casparian source list`.")],
 ) -> None:
@@ -130,3 +135,161 @@ def remove(
     with context.opened(ctx) as (settings, ledger):
         changes.remove_source(ledger, settings, name)
     context.say(f"source root {name} removed; what is known of it stays")
+
+
+# `casparian rules`: which files get which tag.
+
+
+rules_app = context.group("Say which files get which tag.")
+
+
+@rules_app.command("list")
+def list_rules(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List every rule and who subscribes to its tag."""
+    from casparian_flow.db import views
+    from casparian_flow.services.report import rule_fault
+
+    with context.opened(ctx) as (_, ledger):
+        rows = [{**r, "problem": rule_fault(r["pattern"])} for r in ledger.read(views.rules)]
+    columns = "id pattern case tag priority plugins problem"
+    context.listing(rows, as_json, columns, "no rules\n  try: casparian rules add PATTERN TAG")
+
+
+@rules_app.command("add")
+def add_rule(
+    ctx: typer.Context,
+    pattern: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATTERN",
+            help="A glob: without a slash over the file's name, with one over its path.",
+        ),
+    ],
+    tag: Annotated[str, typer.Argument(metavar="TAG", help="The tag that plugins subscribe to.")],
+    priority: Annotated[
+        int, typer.Option(metavar="N", help="Order of the jobs; higher runs first.")
+    ] = 0,
+    exact_case: Annotated[
+        bool,
+        typer.Option("--exact-case", help="Tell *.csv from *.CSV; else one rule matches both."),
+    ] = False,
+) -> None:
+    """Give a tag to the files that match a pattern.
+
+    Jobs that follow from it are queued at once.
+    """
+    from casparian_flow.services import changes
+
+    with context.opened(ctx) as (settings, ledger):
+        rule_id, queued = changes.add_rule(
+            ledger, settings, pattern, tag, priority, any_case=not exact_case
+        )
+    some = counted(queued, "job")
+    context.say(f"rule {rule_id} added; {some} queued for files already known")
+
+
+@rules_app.command("remove")
+def remove_rule(
+    ctx: typer.Context,
+    rule_id: Annotated[int, typer.Argument(metavar="ID", help="As in `casparian rules list`.")],
+) -> None:
+    """Remove a rule; jobs it has queued stay."""
+    from casparian_flow.services import changes
+
+    with context.opened(ctx) as (settings, ledger):
+        words = changes.remove_rule(ledger, settings, rule_id)
+    context.say(f"rule {rule_id} removed: {words}")
+
+
+# `casparian topics`: where the outputs of plugins go.
+
+
+topics_app = context.group(
+    "List and set where outputs go.", invoke_without_command=True, no_args_is_help=False
+)
+
+
+@topics_app.callback()
+def topics(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List every topic and its sink."""
+    if ctx.invoked_subcommand is None:
+        _list(ctx, as_json)
+
+
+@topics_app.command("list")
+def list_topics(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List every topic and its sink."""
+    _list(ctx, as_json)
+
+
+def _list(ctx: typer.Context, as_json: bool) -> None:
+    from casparian_flow.db import views
+
+    with context.opened(ctx) as (_, ledger):
+        rows = ledger.read(views.topics)
+    columns = "plugin topic uri mode outputs rows may_be_empty"
+    context.listing(rows, as_json, columns, "no topics\n  try: casparian publish PLUGIN")
+
+
+@topics_app.command("set")
+def set_topic(
+    ctx: typer.Context,
+    plugin: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLUGIN", help="The plugin's name; with --allow-empty a topic's will do."
+        ),
+    ],
+    topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="One of its topics.")] = None,
+    uris: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="URI",
+            help="One sink or several: parquet://DIR, sqlite:///FILE, mssql://TABLE.",
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="append|replace|error",
+            help="Of URIs without ?mode=. Add each version's rows; or put them in place of the "
+            "file's earlier ones; or add them, and refuse to where the sink has rows of others.",
+        ),
+    ] = "append",
+    allow_empty: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-empty/--no-allow-empty",
+            help="Whether a file that gives rejects and no row of TOPIC is COMPLETED, and its "
+            "rejects published; else it is FAILED.",
+        ),
+    ] = None,
+) -> None:
+    """Send a topic to these sinks, and no others, from now on.
+
+    What was published before stays where it is. A URI may say its mode itself, as in
+    parquet://output?mode=replace. Without a URI the sinks stay, and --allow-empty is what is set.
+    """
+    from casparian_flow.services import topics
+
+    if allow_empty is None and not (topic and uris):
+        raise typer.BadParameter("name a plugin, a topic and its sinks, or say --allow-empty")
+    with context.opened(ctx) as (settings, ledger):
+        if topic and uris:
+            _report(plugin, topic, topics.set_topic(ledger, settings, plugin, topic, uris, mode))
+        if allow_empty is not None:
+            named = (plugin, topic) if topic else ("", plugin)
+            deed, *hints = topics.allow_empty(ledger, *named, allow_empty)
+            context.say(deed)
+            for hint in hints:
+                context.note(f"note: {hint}")
+
+
+def _report(plugin: str, topic: str, placed: Placed) -> None:
+    for place in placed.places:
+        context.say(f"{plugin}: topic {topic} goes to {place.uri} (mode {place.mode})")
+    for sentence in placed.stays:
+        context.note(f"note: {sentence}")
+    if topic not in placed.declared:
+        known = ", ".join(placed.declared) or "none"
+        context.note(f"note: {plugin} had no topic {topic!r} so far (it has: {known})")

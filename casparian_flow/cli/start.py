@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from casparian_flow.cli import context
-from casparian_flow.wording import counted
+from casparian_flow.errors import counted
 
 if TYPE_CHECKING:
-    from casparian_flow.cli.context import Here
-    from casparian_flow.cli.progress import Line
+    from casparian_flow.cli.context import Here, Line
     from casparian_flow.main import Daemon
+
 
 TICK_SECONDS = 0.5
 
@@ -35,9 +37,7 @@ def start(
     """
     import asyncio
 
-    from casparian_flow.cli import progress
-
-    with context.opened(ctx) as here, progress.line(chatty=True) as line:
+    with context.opened(ctx) as here, context.line(chatty=True) as line:
         count = workers or here.settings.workers.effective
         tally = _Tally(here)
         asyncio.run(_run(here, count, line, tally))
@@ -114,30 +114,30 @@ class _Tally:
         return found
 
     def _look(self) -> None:
-        from casparian_flow.db import rejects
+        from casparian_flow.db import outputs
 
         job_ids, self._seen = self._committed(self._seen)
         if not job_ids:
             return
-        came = self._here.ledger.read(lambda c: rejects.of_jobs(c, job_ids))
+        came = self._here.ledger.read(lambda c: outputs.rejected_of_jobs(c, job_ids))
         self._rows += came.rows
         self._rejects += came.rejects
         if not came.rejects:
             return
-        rows = self._here.ledger.read(lambda c: rejects.named(c, context.LIMIT, job_ids))
+        rows = self._here.ledger.read(lambda c: outputs.reject_counts(c, context.LIMIT, job_ids))
         self._named += [f"rejects: {context.rejected(row)}" for row in reversed(rows)]
         if more := rows.total - len(rows):
             self._named.append(f"and {more:,} more: casparian jobs --rejects --all")
 
     def _committed(self, after: int) -> tuple[list[int], int]:
-        from casparian_flow.db import rejects
+        from casparian_flow.db import outputs
 
-        return self._here.ledger.read(lambda c: rejects.committed(c, after))
+        return self._here.ledger.read(lambda c: outputs.rejected_since(c, after))
 
 
 def _state(here: Here, daemon: Daemon, tally: _Tally) -> str:
     from casparian_flow.db import views
-    from casparian_flow.db.states import PAUSED
+    from casparian_flow.db.models import PAUSED
 
     files = sum(r["files"] for r in here.ledger.read(views.roots) if r["active"])
     workers = counted(daemon.sentinel.workers, "worker")
@@ -177,3 +177,73 @@ def wait(
 
     with context.opened(ctx) as (settings, ledger):
         wait_until_idle(settings, ledger, timeout)
+
+
+# `casparian init`.
+
+
+def init(
+    ctx: typer.Context,
+    folder: Annotated[
+        str | None, typer.Argument(metavar="DIR", help="Where; else the current directory.")
+    ] = None,
+) -> None:
+    """Make a configuration and its database here.
+
+    What is there already is kept.
+    """
+    from casparian_flow import config
+
+    file = Path(folder).absolute() / config.FILE_NAME if folder else config.named(ctx.obj)
+    file = file or Path.cwd() / config.FILE_NAME
+    if file.exists():
+        context.say(f"{file} is there already")
+    else:
+        _write(file)
+        context.say(f"wrote {file}")
+    ctx.obj = str(file)
+    with context.opened(ctx) as (settings, _):
+        context.say(f"the database is {settings.database.path}")
+    context.note(
+        "next:\n  casparian source add DIR        the directory to watch"
+        "\n  casparian publish PLUGIN        what makes rows of its files"
+        "\n  casparian start                 watch and work"
+    )
+
+
+def _write(file: Path) -> None:
+    """The one required table, and every default as a comment."""
+    import glob
+
+    from casparian_flow import durable
+    from casparian_flow.errors import ConfigError
+
+    try:
+        # A scan of this folder must not take the configuration for a file dropped there.
+        durable.own(file.parent, glob.escape(file.name))
+        durable.write_once(file, _text().encode())
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {file}: {error.strerror}", "choose a folder that you can write to"
+        ) from error
+
+
+def _text() -> str:
+    import msgspec
+
+    from casparian_flow.config import Settings
+
+    defaults: dict[str, Any] = msgspec.to_builtins(Settings(), enc_hook=str)
+    lines = [
+        "# Casparian Flow. Relative paths start at the folder of this file.",
+        "",
+        "[database]",
+        f"db_location = {json.dumps(defaults['database']['db_location'])}",
+        "",
+        "# What follows are the defaults; docs/configuration.md says what each one means.",
+    ]
+    for section, values in defaults.items():
+        if section not in ("home", "database"):
+            lines += ["", f"# [{section}]"]
+            lines += [f"# {name} = {json.dumps(value)}" for name, value in values.items()]
+    return "\n".join(lines) + "\n"

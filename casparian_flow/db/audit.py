@@ -1,4 +1,4 @@
-"""The hash-chained audit: what people did and what was committed (see `db.chain`)."""
+"""The hash-chained audit: what people did and what was committed (see `db.seals`)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from sqlalchemy import Connection, insert, select
 
 from casparian_flow.db import seals
 from casparian_flow.db.access import driver
-from casparian_flow.db.chain import GENESIS, Event, Head, holds, link
 from casparian_flow.db.models import AuditEntry
+from casparian_flow.db.seals import GENESIS, Event, Head, holds, link
 
 __all__ = ["GENESIS", "Event", "Head", "append", "head", "lost", "problems"]
 

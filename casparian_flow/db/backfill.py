@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from casparian_flow.db.files import route_text
 from casparian_flow.db.routing import Routing, Wanted
+from casparian_flow.db.versions import route_text
 
 CHUNK = 5_000
 """Versions looked at in one read, and jobs queued in one transaction."""

@@ -6,7 +6,7 @@
     jobs        the same version and artifact get their job back, with its id; what another
                 version of the plugin has made of a version is not made again
 
-`db.files` and `db.jobs` ask here before they give an id.
+`db.versions` and `db.jobs` ask here before they give an id.
 """
 
 from __future__ import annotations
@@ -27,7 +27,41 @@ from casparian_flow.db.models import (
     TopicConfig,
     utcnow,
 )
-from casparian_flow.db.shown import HIDDEN
+
+# Which outputs no reader is to see, though they were published: the sinks go by the same rule.
+#
+#     forgotten   a person took them away in the sink
+#     retracted   a person took their rows back
+#     replaced    in mode replace, another output of the slot is greater by (ordinal, job id)
+#
+# Who is greater takes the place when it is decided, before it is published: until it is, nothing is
+# claimed of the slot, since its sink may have either. It keeps the place when it is retracted.
+
+
+RETRACTED = "SELECT output_key FROM cf_retracted_output"
+
+REPLACED = """
+SELECT output_key FROM (
+    SELECT output_key, row_number() OVER (
+        PARTITION BY slot ORDER BY ordinal DESC, job_id DESC) AS place
+    FROM (
+        SELECT o.slot, v.ordinal, o.job_id, o.output_key
+        FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
+        JOIN cf_file_version v ON v.id = j.file_version_id
+        WHERE o.mode = 'replace' AND o.state <> 'REFUSED'
+        UNION ALL
+        SELECT f.slot, f.ordinal, f.job_id, f.output_key FROM cf_found_output f
+        WHERE f.mode = 'replace'
+        AND NOT EXISTS (SELECT 1 FROM cf_output o WHERE o.output_key = f.output_key
+                        AND o.state <> 'REFUSED')
+    )
+) WHERE place > 1
+"""
+
+INVISIBLE = f"""
+SELECT output_key FROM cf_forgotten_output UNION ALL {RETRACTED} UNION ALL {REPLACED}
+"""  # noqa: S608
+"""The keys of all of them."""
 
 
 class Resumed(NamedTuple):
@@ -175,7 +209,7 @@ def claims(connection: Connection) -> Sequence[Any]:
         .where(
             FoundOutput.source.in_(ours),
             FoundOutput.output_key.not_in(own),
-            FoundOutput.output_key.not_in(text(f"({HIDDEN})")),
+            FoundOutput.output_key.not_in(text(f"({INVISIBLE})")),
         )
         .order_by(FoundOutput.id)
     ).all()
@@ -265,7 +299,7 @@ SELECT topic, location, target, output_key, latest, min(number) AS id FROM (
            CASE f.mode WHEN 'replace' THEN w.newest ELSE w.latest END
     FROM found f JOIN work w ON w.id = f.id
 )
-WHERE output_key NOT IN ({HIDDEN})
+WHERE output_key NOT IN ({INVISIBLE})
 GROUP BY job_id, topic ORDER BY id
 """  # noqa: S608  - in mode replace the sink has chosen between the plugin's versions
 """Outputs of completed jobs, and found ones whose job has not come back: see `views.committed`."""

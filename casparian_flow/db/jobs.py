@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -42,8 +42,8 @@ from sqlalchemy import (
 
 from casparian_flow.db import found
 from casparian_flow.db.access import execute_many
-from casparian_flow.db.attempts import Ended, add_attempts
 from casparian_flow.db.models import (
+    Attempt,
     FileLocation,
     FileVersion,
     JobStatus,
@@ -394,3 +394,172 @@ def outcomes(connection: Connection, job_ids: Sequence[int]) -> dict[str, int]:
         for status, number in rows:
             tally[status] = tally.get(status, 0) + number
     return tally
+
+
+# The history of attempts: one row each, written when it ended, never changed.
+
+
+class Ended(NamedTuple):
+    """How an attempt ended, as it goes into the ledger; `db.models.Attempt` has the meanings."""
+
+    job_id: int
+    fence: int
+    worker: str
+    outcome: str
+    error: str
+    log: str = ""
+    seconds: float = 0.0
+    sandbox: str = ""
+    fault: str = ""
+    signal: str = ""
+    exit_code: int | None = None
+    batches: int = 0
+    rows: int = 0
+    max_rss_bytes: int = 0
+    cpu_seconds: float = 0.0
+
+
+def add_attempts(connection: Connection, epoch: int, ended: Sequence[Ended]) -> None:
+    """Keep how attempts of an epoch ended."""
+    now = utcnow().isoformat(" ")
+    execute_many(
+        connection,
+        """
+        INSERT INTO cf_attempt
+            (epoch, ended_at, job_id, fence, worker, outcome, error, log, seconds, sandbox,
+             fault, signal, exit_code, batches, rows, max_rss_bytes, cpu_seconds)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        """,
+        [(epoch, now, *end) for end in ended],
+    )
+
+
+def counted(connection: Connection, job_id: int, number: int) -> list[Any]:
+    """The last attempts of the job that count against its budget: outcome, fault, error.
+
+    Args:
+        number: how many; those that were released or aborted are not among them.
+    """
+    query = (
+        select(Attempt.outcome, Attempt.fault, Attempt.error)
+        .where(Attempt.job_id == job_id, Attempt.outcome.in_(["FAILED", "LOST"]))
+        .order_by(Attempt.fence.desc())
+        .limit(number)
+    )
+    return list(connection.execute(query))
+
+
+# Which failures are open: one rule, for every count and every list.
+#
+#     mended        since the job was queued, the plugin has completed a newer version of its
+#                   location, or the same version under another artifact; or the plugin's active
+#                   artifact had completed that version before
+#     dismissed     a person has accepted it, and the job was not claimed again since
+#     gone unread   neither, and the file was deleted
+#     open          none of these: it is counted, and a person has to do something
+#
+# Only FAILED jobs have one of these words; their status stays FAILED in the ledger.
+
+
+OPEN_FAILURE, MENDED_FAILURE, DISMISSED_FAILURE, GONE_UNREAD = (
+    "open",
+    "mended",
+    "dismissed",
+    "gone unread",
+)
+
+CLOSED_FAILURE = (MENDED_FAILURE, DISMISSED_FAILURE, GONE_UNREAD)
+
+# Not `finished_at` alone: an older version that a person has backfilled since may fail anew.
+_MENDED = """
+EXISTS (
+    SELECT 1 FROM cf_file_version mine
+    JOIN cf_file_version other
+        ON other.location_id = mine.location_id AND other.ordinal >= mine.ordinal
+    JOIN cf_processing_queue done ON done.file_version_id = other.id
+    WHERE mine.id = j.file_version_id AND +done.status = 'COMPLETED'
+    AND done.plugin_name = j.plugin_name
+    AND (done.finished_at >= j.created_at OR (
+        (SELECT p.version FROM cf_plugin p WHERE p.id = done.plugin_id) =
+            (SELECT active_version FROM cf_plugin_config c WHERE c.plugin_name = j.plugin_name)
+        AND (SELECT p.version FROM cf_plugin p WHERE p.id = j.plugin_id) IS NOT
+            (SELECT active_version FROM cf_plugin_config c WHERE c.plugin_name = j.plugin_name)
+    ))
+)
+"""
+
+_DISMISSED = """
+EXISTS (SELECT 1 FROM cf_dismissed_failure d WHERE d.job_id = j.id AND d.fence = j.fence)
+"""
+
+_GONE = """
+EXISTS (SELECT 1 FROM cf_file_version mine JOIN cf_file_location l ON l.id = mine.location_id
+        WHERE mine.id = j.file_version_id AND l.gone_at IS NOT NULL)
+"""
+
+FAILURE_STATE = f"""
+CASE WHEN j.status <> 'FAILED' THEN ''
+     WHEN {_MENDED} THEN '{MENDED_FAILURE}'
+     WHEN {_DISMISSED} THEN '{DISMISSED_FAILURE}'
+     WHEN {_GONE} THEN '{GONE_UNREAD}'
+     ELSE '{OPEN_FAILURE}' END
+"""
+"""Of a job that the query calls `j`: one of the words, empty where it has not failed."""
+
+
+def failure_counts(connection: Connection, job_ids: Sequence[int] | None = None) -> dict[str, int]:
+    """FAILED jobs by these words; those that nobody has are left out.
+
+    Args:
+        job_ids: only of these.
+    """
+    query = text(
+        f"""
+        SELECT {FAILURE_STATE}, count(*) FROM cf_processing_queue j
+        WHERE j.status = 'FAILED'
+          AND (:ids IS NULL OR j.id IN (SELECT value FROM json_each(:ids)))
+        GROUP BY 1
+        """  # noqa: S608
+    )
+    ids = None if job_ids is None else json.dumps(list(job_ids))
+    return {row[0]: row[1] for row in connection.execute(query, {"ids": ids})}
+
+
+def failed_job_ids(
+    connection: Connection, state: str, plugin: str | None = None, path: str | None = None
+) -> list[int]:
+    """FAILED jobs in one of these states.
+
+    Args:
+        path: a glob over the path relative to the source root; `*` crosses directories.
+    """
+    query = text(
+        f"""
+        SELECT j.id FROM cf_processing_queue j
+        WHERE j.status = 'FAILED' AND (:plugin IS NULL OR j.plugin_name = :plugin)
+          AND (:path IS NULL OR EXISTS (
+              SELECT 1 FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id
+              WHERE v.id = j.file_version_id AND l.rel_path GLOB :path))
+          AND {FAILURE_STATE} = :state ORDER BY j.id
+        """  # noqa: S608
+    )
+    chosen: dict[str, Any] = {"state": state, "plugin": plugin, "path": path}
+    return list(connection.execute(query, chosen).scalars())
+
+
+def dismiss(connection: Connection, job_ids: Sequence[int]) -> list[int]:
+    """Accept these failures; those that were FAILED. What fails again later is open again."""
+    execute_many(
+        connection,
+        """
+        INSERT OR REPLACE INTO cf_dismissed_failure (job_id, fence, dismissed_at)
+        SELECT id, fence, ? FROM cf_processing_queue WHERE id = ? AND status = 'FAILED'
+        """,
+        [(str(utcnow()), job_id) for job_id in job_ids],
+    )
+    failed = "SELECT id FROM cf_processing_queue WHERE id = :id AND status = 'FAILED'"
+    return [
+        job_id
+        for job_id in job_ids
+        if connection.execute(text(failed), {"id": job_id}).first() is not None
+    ]

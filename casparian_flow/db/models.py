@@ -9,7 +9,8 @@ classes; everything else is written by the modules of `db` only.
 from __future__ import annotations
 
 import os
-from datetime import datetime
+from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,267 @@ from sqlalchemy import (
     CheckConstraint,
     ForeignKey,
     Index,
+    MetaData,
     UniqueConstraint,
     func,
     select,
     text,
 )
-from sqlalchemy.orm import Mapped, mapped_column, relationship, validates
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, validates
+
+# What every table of the ledger is declared with.
+
+
+def utcnow() -> datetime:
+    """Now, in UTC, without a zone: the form of every `_at` column."""
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+class Base(DeclarativeBase):
+    """Declarative base; constraint names are fixed so that migrations can name them."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+# Where a job and an output can be: the words of the status columns.
+
+
+PAUSED = "paused: "
+"""Begins the `reason` of a job that waits for a sink or the machine, not for its own retry."""
+
+
+class JobStatus(StrEnum):
+    """Where a job is; docs/job_lifecycle.md draws the arrows."""
+
+    QUEUED = "QUEUED"
+    """Waits for a worker, or for `not_before`."""
+    RUNNING = "RUNNING"
+    """A worker holds it under the current fence."""
+    COMMITTING = "COMMITTING"
+    """Decided: its output will be published, whatever happens."""
+    COMPLETED = "COMPLETED"
+    """Every output is visible in its sink."""
+    FAILED = "FAILED"
+    """Attempts used up, or an error that would repeat: the dead letters."""
+    ABORTED = "ABORTED"
+    """A person said no."""
+    SUPERSEDED = "SUPERSEDED"
+    """The version's bytes were gone or changed before it could run."""
+
+
+class OutputState(StrEnum):
+    """Where an output is."""
+
+    PLANNED = "PLANNED"
+    PUBLISHED = "PUBLISHED"
+    REFUSED = "REFUSED"
+
+
+class Retraction(StrEnum):
+    """Where a retracted output is; the sink is asked between the first word and the second."""
+
+    RETRACTING = "RETRACTING"
+    RETRACTED = "RETRACTED"
+    REINSTATING = "REINSTATING"
+
+
+JOB_ARROWS = {
+    "": {"QUEUED"},
+    "QUEUED": {"RUNNING", "ABORTED", "SUPERSEDED"},
+    "RUNNING": {"COMMITTING", "QUEUED", "FAILED", "ABORTED", "SUPERSEDED"},
+    "COMMITTING": {"COMPLETED", "FAILED"},
+    "COMPLETED": {"QUEUED"},
+    "FAILED": {"QUEUED"},
+    "ABORTED": {"QUEUED"},
+    "SUPERSEDED": {"QUEUED"},
+}
+"""Where a job may go from each status, and from nothing; triggers of the database say the same."""
+
+OUTPUT_ARROWS = {
+    "": {"PLANNED"},
+    "PLANNED": {"PUBLISHED", "REFUSED", ""},
+    "PUBLISHED": {"PLANNED"},
+    "REFUSED": {""},
+}
+"""Where an output may go; to nothing, since a new plan forgets what was not published."""
+
+
+# The tables that only grow: what was deployed, signed, tried and done.
+#
+# No row of these is ever updated or deleted; triggers of the database refuse it.
+
+
+class Plugin(Base):
+    """A deployed artifact: immutable."""
+
+    __tablename__ = "cf_plugin"
+    __table_args__ = (UniqueConstraint("name", "version"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    version: Mapped[str]
+    source: Mapped[bytes]
+    lock: Mapped[str]
+    manifest: Mapped[str]
+    """JSON of what was read from the source."""
+    artifact_hash: Mapped[str]
+    public_key: Mapped[bytes]
+    signature: Mapped[bytes]
+    publisher: Mapped[str]
+    """Who published: the key's id."""
+    deployed_at: Mapped[datetime] = mapped_column(default=utcnow)
+    statement: Mapped[bytes | None]
+    """What was signed, byte for byte; NULL where an earlier release signed it in its own form."""
+    verdict: Mapped[str] = mapped_column(default="", server_default="")
+    """JSON: the Gatekeeper's ruleset and policy under which it was let in."""
+
+
+class TrustStatement(Base):
+    """What people signed about keys and plugins, in order: the trust of this ledger.
+
+    Replaying the rows from the first gives which keys are trusted for which plugins, which keys
+    are revoked, and which versions were activated or disabled.
+    """
+
+    __tablename__ = "cf_trust_statement"
+
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    """trust-key, revoke-key, rotate-key, activate, disable."""
+    payload: Mapped[bytes]
+    """What was signed, byte for byte: JSON, with the hash of the row before in it."""
+    public_key: Mapped[bytes]
+    signature: Mapped[bytes]
+    countersignature: Mapped[bytes] = mapped_column(default=b"")
+    """The new key's signature over the same bytes, where a key is rotated."""
+
+
+class LedgerIdentity(Base):
+    """The one row that tells this ledger from every other; signatures name it."""
+
+    __tablename__ = "cf_ledger_identity"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """32 random hexadecimal digits, made when the ledger was."""
+
+
+class Epoch(Base):
+    """One run of a process that claims jobs; the newest is the only living one."""
+
+    __tablename__ = "cf_epoch"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    started_at: Mapped[datetime] = mapped_column(default=utcnow)
+    pid: Mapped[int]
+    host: Mapped[str]
+
+
+class Attempt(Base):
+    """One run of a job, written when it ended."""
+
+    __tablename__ = "cf_attempt"
+    __table_args__ = (UniqueConstraint("job_id", "fence"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[int] = mapped_column(ForeignKey("cf_processing_queue.id"))
+    fence: Mapped[int]
+    epoch: Mapped[int] = mapped_column(ForeignKey("cf_epoch.id"))
+    worker: Mapped[str]
+    outcome: Mapped[str]
+    error: Mapped[str] = mapped_column(default="")
+    log: Mapped[str] = mapped_column(default="")
+    """What the plugin printed, and its traceback; at most 64 KiB."""
+    seconds: Mapped[float] = mapped_column(default=0.0)
+    ended_at: Mapped[datetime] = mapped_column(default=utcnow)
+    sandbox: Mapped[str] = mapped_column(default="", server_default="")
+    """What the guest was held by; empty where none ran."""
+    fault: Mapped[str] = mapped_column(default="", server_default="")
+    """The class of the error (`casparian_flow.errors`); empty where it ended well."""
+    signal: Mapped[str] = mapped_column(default="", server_default="")
+    """What ended the guest, such as `SIGSEGV`; empty where no signal did."""
+    exit_code: Mapped[int | None]
+    """Of the guest; NULL where it lived on or a signal ended it."""
+    batches: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    rows: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """What had come of its output when it ended."""
+    max_rss_bytes: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """The most memory its guest had held so far; 0 where nobody measured it."""
+    cpu_seconds: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
+    """Processor time of the guest in this attempt."""
+
+
+class FoundOutput(Base):
+    """An output that stood in a sink and not in this ledger, as an inventory found it.
+
+    The ledger was lost, or is older than its sinks. Its ids are not given again; the version and
+    the job that it names get them back when the version's content is found again.
+    """
+
+    __tablename__ = "cf_found_output"
+    __table_args__ = (
+        Index("ix_cf_found_output_version", "source", "path", "ordinal"),
+        Index("ix_cf_found_output_file_version_id", "file_version_id"),
+        Index("ix_cf_found_output_job_id", "job_id"),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    output_key: Mapped[str] = mapped_column(unique=True)
+    location: Mapped[str]
+    """The sink with its path made absolute."""
+    topic: Mapped[str]
+    uri: Mapped[str]
+    target: Mapped[str]
+    rows: Mapped[int]
+    digest: Mapped[str]
+    job_id: Mapped[int]
+    file_version_id: Mapped[int]
+    source: Mapped[str]
+    """Name of the source root; empty where an earlier release published it."""
+    path: Mapped[bytes]
+    ordinal: Mapped[int]
+    content_hash: Mapped[str]
+    size_bytes: Mapped[int]
+    artifact_hash: Mapped[str]
+    plugin_name: Mapped[str]
+    plugin_version: Mapped[str]
+    found_at: Mapped[datetime] = mapped_column(default=utcnow)
+    mode: Mapped[str] = mapped_column(default="append", server_default="append")
+    slot: Mapped[str] = mapped_column(default="", server_default="")
+
+
+_ABOUT_TRUST = "action IN ('trust-key', 'revoke-key', 'rotate-key', 'activate', 'disable')"
+
+
+class AuditEntry(Base):
+    """What people did and what was committed, each row hashed with the one before."""
+
+    __tablename__ = "cf_audit"
+    __table_args__ = (
+        Index("ix_cf_audit_trust", "seq", sqlite_where=text(_ABOUT_TRUST)),
+        Index("ix_cf_audit_seal", "seq", sqlite_where=text("action = 'seal'")),
+    )
+
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[str]
+    actor: Mapped[str]
+    action: Mapped[str]
+    subject: Mapped[str]
+    detail: Mapped[str]
+    """JSON."""
+    previous: Mapped[str]
+    hash: Mapped[str]
+    """SHA-256 over every other column, hexadecimal."""
+
 
 # What users import from here is all of it, wherever it is written down.
-from casparian_flow.db.base import Base as Base
-from casparian_flow.db.base import utcnow as utcnow
-from casparian_flow.db.evidence import Attempt as Attempt
-from casparian_flow.db.evidence import AuditEntry as AuditEntry
-from casparian_flow.db.evidence import Epoch as Epoch
-from casparian_flow.db.evidence import FoundOutput as FoundOutput
-from casparian_flow.db.evidence import LedgerIdentity as LedgerIdentity
-from casparian_flow.db.evidence import Plugin as Plugin
-from casparian_flow.db.evidence import TrustStatement as TrustStatement
-from casparian_flow.db.states import JobStatus as JobStatus
-from casparian_flow.db.states import OutputState as OutputState
-from casparian_flow.db.states import Retraction as Retraction
 
 
 def _name_of_root(context: Any) -> str:
@@ -291,7 +533,7 @@ class ProcessingJob(Base):
     reason: Mapped[str] = mapped_column(default="")
     """Why it waits, failed or was superseded, in words."""
     crashes: Mapped[int] = mapped_column(default=0, server_default=text("0"))
-    """Daemons that died while a guest had it in hand; see `engine.retries`."""
+    """Daemons that died while a guest had it in hand; see `engine.dispatch`."""
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
     finished_at: Mapped[datetime | None]
 

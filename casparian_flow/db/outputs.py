@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
 
-from casparian_flow.db.access import execute_many
-from casparian_flow.db.found import note_retracted
+from casparian_flow.db.access import Page, execute_many, page
+from casparian_flow.db.found import INVISIBLE, REPLACED, RETRACTED, note_retracted
 from casparian_flow.db.models import (
     FileVersion,
     ForgottenOutput,
@@ -16,10 +17,10 @@ from casparian_flow.db.models import (
     Output,
     OutputState,
     ProcessingJob,
+    RetractedOutput,
+    Retraction,
     utcnow,
 )
-from casparian_flow.db.pages import Page, page
-from casparian_flow.db.shown import HIDDEN, REPLACED, RETRACTED
 from casparian_flow.protocol import Published, StagedOutput
 
 
@@ -157,7 +158,7 @@ def mark_refused(connection: Connection, job_ids: Sequence[int]) -> list[str]:
 
 
 def published(connection: Connection) -> Iterable[Any]:
-    """Every published output that is not hidden (`db.shown`), with its version, job and plugin:
+    """Every published output that is not hidden (`db.found`), with its version, job and plugin:
     what readers may see."""
     return connection.execute(
         select(
@@ -169,7 +170,7 @@ def published(connection: Connection) -> Iterable[Any]:
         .join(FileVersion, FileVersion.id == ProcessingJob.file_version_id)
         .where(
             Output.state == OutputState.PUBLISHED,
-            Output.output_key.not_in(text(f"({HIDDEN})")),
+            Output.output_key.not_in(text(f"({INVISIBLE})")),
         )
         .order_by(Output.id)
     )  # fmt: skip
@@ -231,3 +232,203 @@ def unpublish(connection: Connection, keys: Sequence[str]) -> None:
         .where(Output.output_key.in_(keys))
         .values(state=OutputState.PLANNED, published_at=None, target="")
     )
+
+
+# Which outputs a person takes back: chosen, decided in one transaction, and settled when their
+# sinks have done it.
+
+
+def outputs_of_version(connection: Connection, version_id: int) -> list[Any]:
+    """Everything that stands in the sinks of one version."""
+    query = f"SELECT * FROM ({NAMED}) WHERE version_id = :id ORDER BY output_key"  # noqa: S608
+    return list(connection.execute(text(query), {"id": version_id}))
+
+
+def outputs_of_location(
+    connection: Connection, source: str, path: bytes, rel_path: str
+) -> list[Any]:
+    """Everything that stands in the sinks of all versions of one location.
+
+    Args:
+        path: as the filesystem has it.
+        rel_path: as we show it, for names that are not UTF-8.
+    """
+    query = f"""
+        SELECT * FROM ({NAMED}) WHERE source = :source AND (path = :path OR rel_path = :rel_path)
+        ORDER BY output_key
+        """  # noqa: S608
+    given = {"source": source, "path": path, "rel_path": rel_path}
+    return list(connection.execute(text(query), given))
+
+
+def job_at_work(connection: Connection, output_keys: Sequence[str]) -> int | None:
+    """A job of one of the locations of these outputs that runs or is being published; None: none
+    is."""
+    return connection.execute(
+        text(
+            f"""
+            SELECT min(j.id) FROM cf_processing_queue j
+            JOIN cf_file_version v ON v.id = j.file_version_id
+            JOIN cf_file_location l ON l.id = v.location_id
+            JOIN cf_source_root r ON r.id = l.source_root_id
+            WHERE j.status IN ('RUNNING', 'COMMITTING') AND (r.name, l.path) IN
+                (SELECT source, path FROM ({NAMED}) WHERE output_key IN :keys)
+            """  # noqa: S608
+        ).bindparams(bindparam("keys", expanding=True)),
+        {"keys": list(output_keys)},
+    ).scalar()
+
+
+def begin_retract(connection: Connection, keys: Sequence[str]) -> None:
+    """Decide that nobody is to see these outputs; their sinks are asked next."""
+    rows = [{"output_key": key, "state": Retraction.RETRACTING} for key in keys]
+    connection.execute(insert(RetractedOutput), rows)
+
+
+def begin_reinstate(connection: Connection, keys: Sequence[str]) -> None:
+    """Decide that these outputs are to be seen again; their sinks are asked next."""
+    connection.execute(
+        update(RetractedOutput)
+        .where(RetractedOutput.output_key.in_(keys))
+        .values(state=Retraction.REINSTATING)
+    )
+
+
+def pending_retractions(connection: Connection) -> list[Any]:
+    """Outputs whose sinks may not have been asked yet, with what is to be done."""
+    query = f"""
+        SELECT n.*, t.state FROM ({NAMED}) n JOIN cf_retracted_output t USING (output_key)
+        WHERE t.state <> 'RETRACTED' ORDER BY output_key
+        """  # noqa: S608
+    return list(connection.execute(text(query)))
+
+
+def settle_retraction(connection: Connection, key: str) -> None:
+    """Write down that the sink has done what was decided about an output."""
+    this = RetractedOutput.output_key == key
+    connection.execute(
+        delete(RetractedOutput).where(this, RetractedOutput.state == Retraction.REINSTATING)
+    )
+    connection.execute(update(RetractedOutput).where(this).values(state=Retraction.RETRACTED))
+
+
+# How many rows and rejects came of versions, by what the host counted of each output.
+#
+# A topic of rejects is one whose name ends in `_rejects`, where its plugin has another topic
+# besides: `casparian_flow.protocol` says the same in Python. A topic that goes to several sinks
+# counts once.
+
+
+NAMED_PERCENT = 1
+"""A version of which more than this was rejected is named."""
+
+_SUFFIX = "GLOB '*_rejects'"  # `_` stands for itself there, and case counts
+
+_REJECTED = f"""
+o.topic {_SUFFIX} AND EXISTS (
+    SELECT 1 FROM cf_topic_config t
+    WHERE t.plugin_name = j.plugin_name AND NOT t.topic_name {_SUFFIX})
+"""  # noqa: S608
+
+_FIRST = """
+NOT EXISTS (SELECT 1 FROM cf_output p WHERE p.job_id = o.job_id AND +p.topic = o.topic
+            AND +p.state = 'PUBLISHED' AND p.id < o.id)
+"""
+"""Of the outputs of a job in one topic, the one that is counted. The `+` keeps SQLite from looking
+through every output of the topic, where the job has a few."""
+
+
+def _of_job(which: str) -> str:
+    return f"""
+    (SELECT coalesce(sum(o.rows), 0) FROM cf_output o
+     WHERE o.job_id = j.id AND +o.state = 'PUBLISHED' AND {which} AND {_FIRST})
+    """  # noqa: S608
+
+
+ROWS_COUNTED, REJECTS_COUNTED = _of_job(f"NOT ({_REJECTED})"), _of_job(_REJECTED)
+"""What came of the job that the query calls `j`."""
+
+
+class Rejected(NamedTuple):
+    """What came of jobs."""
+
+    rows: int
+    rejects: int
+
+
+def rejected_shown(connection: Connection) -> Rejected:
+    """What readers may see, of all jobs."""
+    query = text(
+        f"""
+        SELECT coalesce(sum(CASE WHEN {_REJECTED} THEN 0 ELSE o.rows END), 0),
+               coalesce(sum(CASE WHEN {_REJECTED} THEN o.rows ELSE 0 END), 0)
+        FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
+        WHERE o.state = 'PUBLISHED' AND o.output_key NOT IN ({INVISIBLE}) AND {_FIRST}
+        """  # noqa: S608
+    )
+    return Rejected(*connection.execute(query).one())
+
+
+def rejected_of_jobs(connection: Connection, job_ids: Sequence[int]) -> Rejected:
+    """What came of these jobs."""
+    query = text(
+        f"""
+        SELECT coalesce(sum({ROWS_COUNTED}), 0), coalesce(sum({REJECTS_COUNTED}), 0)
+        FROM cf_processing_queue j WHERE j.id IN (SELECT value FROM json_each(:ids))
+        """  # noqa: S608
+    )
+    return Rejected(*connection.execute(query, {"ids": json.dumps(list(job_ids))}).one())
+
+
+def rejected_since(connection: Connection, after: int) -> tuple[list[int], int]:
+    """The jobs that were completed after this row of the audit; and the audit's last row."""
+    last: int = connection.execute(text("SELECT coalesce(max(seq), 0) FROM cf_audit")).scalar_one()
+    query = text(
+        "SELECT DISTINCT CAST(substr(subject, 5) AS INTEGER) FROM cf_audit "
+        "WHERE seq > :after AND seq <= :last AND action = 'commit'"
+    )
+    found = connection.execute(query, {"after": after, "last": last}).scalars()
+    return list(found), last
+
+
+_LAST_OF_FILES = """
+NOT EXISTS (
+    SELECT 1 FROM cf_file_version later JOIN cf_processing_queue k ON k.file_version_id = later.id
+    WHERE later.location_id = v.location_id AND k.plugin_name = j.plugin_name
+    AND +k.status = 'COMPLETED' AND (later.ordinal > v.ordinal OR
+                                    (later.ordinal = v.ordinal AND k.id > j.id)))
+"""
+"""Whether the plugin has completed no newer version of the location, and this one not again."""
+
+
+def reject_counts(
+    connection: Connection, limit: int | None, job_ids: Sequence[int] | None = None
+) -> Page:
+    """The last worked version of each location of which more than 1 % was rejected, the newest
+    first.
+
+    Args:
+        job_ids: only what these jobs worked, last or not.
+    """
+    ids = None if job_ids is None else json.dumps(list(job_ids))
+    return page(
+        connection,
+        f"""
+        WITH rejecting AS (
+            SELECT DISTINCT o.job_id FROM cf_output o
+            WHERE o.state = 'PUBLISHED' AND o.rows > 0 AND o.topic IN (
+                SELECT DISTINCT topic_name FROM cf_topic_config WHERE topic_name {_SUFFIX})
+            AND (:ids IS NULL OR o.job_id IN (SELECT value FROM json_each(:ids)))
+        ), amounts AS MATERIALIZED (  -- else the sums are made anew wherever they are named
+            SELECT j.id AS job, j.plugin_name AS plugin, r.name AS source, l.rel_path,
+                   v.ordinal AS version, {ROWS_COUNTED} AS "rows", {REJECTS_COUNTED} AS rejects
+            FROM rejecting JOIN cf_processing_queue j ON j.id = rejecting.job_id
+            JOIN cf_file_version v ON v.id = j.file_version_id
+            JOIN cf_file_location l ON l.id = v.location_id
+            JOIN cf_source_root r ON r.id = l.source_root_id
+            WHERE +j.status = 'COMPLETED' AND (:ids IS NOT NULL OR {_LAST_OF_FILES})
+        )
+        SELECT * FROM amounts WHERE 100 * rejects > :percent * ("rows" + rejects) ORDER BY job DESC
+        """,  # noqa: S608
+        limit, ids=ids, percent=NAMED_PERCENT,
+    )  # fmt: skip

@@ -5,8 +5,8 @@ audit row, the seal: which rows, which moves from state to state, and the digest
 cannot forget it, for no verb does it: versions and attempts only grow, so the new ones are those
 above the highest id at the start, and those that were given an id below it; of these, and of
 outputs and jobs, triggers on the writer's connection note every change. The triggers are temporary
-objects, which no other connection has: what somebody else writes is in no seal, and `db.replay`
-names it.
+objects, which no other connection has: what somebody else writes is in no seal, and
+`services.verify` names it.
 
 Nothing here imports SQLAlchemy, since the migration that begins the seals does it too.
 """
@@ -16,13 +16,78 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import chain
-from casparian_flow.db.states import JOB_ARROWS, OUTPUT_ARROWS
+from casparian_flow.db.models import JOB_ARROWS, OUTPUT_ARROWS
+
+# The audit's chain, without the database: each row's hash covers the row and the hash before it.
+#
+# Altering or removing any row breaks the chain from there on (the construction of a linked
+# timestamp, Haber and Stornetta 1991).
+
+
+GENESIS = "0" * 64
+"""What the first row has as the hash before it."""
+
+
+class Event(NamedTuple):
+    """Something worth keeping for ever."""
+
+    action: str
+    """A verb: publish, commit, fail, add-source, ..."""
+    subject: str
+    """To what: `job 7`, `plugin sales 1.0.0`."""
+    detail: dict[str, Any]
+
+
+class Head(NamedTuple):
+    """The end of the chain at some moment: who has noted it can prove what was before."""
+
+    seq: int
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.hash}"
+
+
+def link(head: Head, actor: str, events: Iterable[Event]) -> list[dict[str, Any]]:
+    """The rows that come after a head, one for each event, by column."""
+    seq, previous = head
+    at = datetime.now(UTC).replace(tzinfo=None).isoformat()
+    rows = []
+    for event in events:
+        seq += 1
+        row = {
+            "seq": seq,
+            "at": at,
+            "actor": actor,
+            "action": event.action,
+            "subject": event.subject,
+            "detail": json.dumps(event.detail, sort_keys=True),
+            "previous": previous,
+        }
+        previous = row["hash"] = _hash(row)
+        rows.append(row)
+    return rows
+
+
+def holds(row: dict[str, Any]) -> bool:
+    """Whether a row is what its hash says."""
+    rest = {name: value for name, value in row.items() if name != "hash"}
+    try:
+        return bool(row["hash"] == _hash(rest))
+    except TypeError:  # SQLite keeps bytes in a column of text, if somebody writes them
+        return False
+
+
+def _hash(row: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
+
 
 ACTION = "seal"
 
@@ -265,7 +330,7 @@ def _append(connection: sqlite3.Connection, subject: str, sealed: dict[str, Any]
     if not detail:
         return
     last = connection.execute("SELECT seq, hash FROM cf_audit ORDER BY seq DESC LIMIT 1").fetchone()
-    head = chain.Head(*last) if last else chain.Head(0, chain.GENESIS)
-    (row,) = chain.link(head, "ledger", [chain.Event(ACTION, subject, detail)])
+    head = Head(*last) if last else Head(0, GENESIS)
+    (row,) = link(head, "ledger", [Event(ACTION, subject, detail)])
     connection.execute(f"INSERT INTO cf_audit ({', '.join(row)}) VALUES (:{', :'.join(row)})", row)
     crashpoint("seals.sealed")

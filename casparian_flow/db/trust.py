@@ -10,7 +10,7 @@ from sqlalchemy import Connection, insert, select, text
 
 from casparian_flow.db import audit
 from casparian_flow.db.models import LedgerIdentity, TrustStatement
-from casparian_flow.security.statements import KINDS, Link, Row
+from casparian_flow.security.signing import KINDS, Link, Row
 from casparian_flow.security.trust import Trust, replay
 
 # As bytes: what somebody wrote into a row need not be text, and must be refused in words.

@@ -6,17 +6,21 @@ A column named `..._at` is a time: ISO 8601, UTC.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
+from difflib import SequenceMatcher
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from casparian_flow.db import failures, rejects
-from casparian_flow.db.found import COMMITTED
-from casparian_flow.db.pages import Page, Row, page
-from casparian_flow.db.pages import rows as _rows
-from casparian_flow.db.shown import HIDDEN, REPLACED, RETRACTED
+from casparian_flow.db import jobs as queue
+from casparian_flow.db import outputs
+from casparian_flow.db.access import Page, Row, page
+from casparian_flow.db.access import rows as _rows
+from casparian_flow.db.found import COMMITTED, INVISIBLE, REPLACED, RETRACTED
+from casparian_flow.db.routing import compile_pattern
 
 EVERY = (1 << 63) - 1
 """An id that no row is above."""
@@ -105,7 +109,7 @@ def topics(connection: Connection) -> list[Row]:
         WITH published AS (
             SELECT j.plugin_name, o.topic, o.uri, count(*) AS outputs, sum(o.rows) AS total
             FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
-            WHERE o.state = 'PUBLISHED' AND o.output_key NOT IN ({HIDDEN}) GROUP BY 1, 2, 3
+            WHERE o.state = 'PUBLISHED' AND o.output_key NOT IN ({INVISIBLE}) GROUP BY 1, 2, 3
         )
         SELECT t.plugin_name AS plugin, t.topic_name AS topic, t.uri, t.mode,
                coalesce(p.outputs, 0) AS outputs, coalesce(p.total, 0) AS "rows",
@@ -132,9 +136,10 @@ _JOB_TABLES = """
 """
 
 _JOBS = f"""
-    SELECT j.id, j.status, {failures.STATE} AS failure, j.plugin_name AS plugin,
+    SELECT j.id, j.status, {queue.FAILURE_STATE} AS failure, j.plugin_name AS plugin,
            p.version AS plugin_version, r.name AS source, l.rel_path, v.ordinal AS version,
-           j.attempts, {rejects.ROWS} AS "rows", {rejects.REJECTS} AS rejects, j.reason,
+           j.attempts, {outputs.ROWS_COUNTED} AS "rows",
+           {outputs.REJECTS_COUNTED} AS rejects, j.reason,
            j.created_at, j.finished_at
     {_JOB_TABLES}
 """
@@ -153,14 +158,14 @@ def jobs(
 
     Args:
         path: a glob over the path relative to the source root; `*` crosses directories.
-        failure: only FAILED ones in this state of `db.failures`.
+        failure: only FAILED ones in this state of `db.jobs`.
         job_ids: only these.
     """
     which = f"""
         WHERE (:status IS NULL OR j.status = :status)
           AND (:plugin IS NULL OR j.plugin_name = :plugin)
           AND (:path IS NULL OR l.rel_path GLOB :path)
-          AND (:failure IS NULL OR {failures.STATE} = :failure)
+          AND (:failure IS NULL OR {queue.FAILURE_STATE} = :failure)
           AND (:ids IS NULL OR j.id IN (SELECT value FROM json_each(:ids)))
         """  # noqa: S608
     return page(
@@ -258,7 +263,7 @@ def reasons(connection: Connection, limit: int | None) -> Page:
         f"""
         SELECT status, reason, count(*) AS jobs, max(id) AS example FROM cf_processing_queue j
         WHERE status IN ('FAILED', 'QUEUED', 'COMMITTING') AND reason <> ''
-          AND {failures.STATE} IN ('', '{failures.OPEN}')
+          AND {queue.FAILURE_STATE} IN ('', '{queue.OPEN_FAILURE}')
         GROUP BY status, reason ORDER BY status, jobs DESC, reason
         """,  # noqa: S608
         limit,
@@ -397,3 +402,125 @@ def scans(connection: Connection) -> Sequence[Any]:
             """
         )
     ).all()
+
+
+# Files that no plugin wants: recorded, and nothing is made of them.
+
+
+# A version with a job is wanted. One without is wanted by nobody: its jobs were queued with it, or
+# when the rules changed. What an inventory has found of it was made by a job of another ledger.
+_UNROUTED = """
+    FROM cf_file_location l
+    JOIN cf_source_root r ON r.id = l.source_root_id AND r.active
+    JOIN cf_file_version v ON v.id = l.current_version_id
+    WHERE l.gone_at IS NULL AND (:source IS NULL OR r.name = :source)
+      AND NOT EXISTS (SELECT 1 FROM cf_processing_queue j
+                      WHERE j.file_version_id = l.current_version_id)
+      AND NOT EXISTS (SELECT 1 FROM cf_found_output f
+                      WHERE f.source = r.name AND f.path = l.path AND f.ordinal = v.ordinal)
+"""
+
+CHOICES = 50
+"""Of a pattern with braces, at the most."""
+
+NEAR = 0.6
+"""How alike an ending and a rule must be (0 to 1) for the rule to be named."""
+
+
+def count_unrouted(connection: Connection, source: str | None = None) -> int:
+    """How many there are, of active source roots."""
+    query = text(f"SELECT count(*) {_UNROUTED}")
+    return int(connection.execute(query, {"source": source}).scalar_one())
+
+
+def unrouted_files(connection: Connection, limit: int | None, source: str | None = None) -> Page:
+    """They, each with the rule that is nearest to matching it; empty where none is near."""
+    found = page(
+        connection,
+        f"""
+        SELECT r.name AS source, l.rel_path, v.size_bytes, v.ordinal AS versions,
+               v.content_hash, v.detected_at
+        {_UNROUTED} ORDER BY r.name, l.path
+        """,
+        limit,
+        counted=f"SELECT 1 {_UNROUTED}",
+        source=source,
+    )
+    rules = Rules(connection)
+    for row in found:
+        row["nearest"] = rules.nearest(row["rel_path"])
+    return found
+
+
+class _Rule(NamedTuple):
+    shown: str
+    pattern: re.Pattern[str]
+    literals: tuple[str, ...]
+    fault: str
+    """Why it does not give a job to what it matches."""
+
+
+class Rules:
+    """The rules of one moment, to find the one that is nearest to matching a file."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._rules: list[_Rule] = []
+        for row in rules(connection):
+            try:
+                pattern = compile_pattern(row["pattern"])
+            except (ValueError, re.error):
+                continue
+            fault = "" if row["plugins"] else f"no plugin subscribes to tag {row['tag']}"
+            if row["plugins"] and row["case"] == "exact":
+                fault = "it matches in its own case only"
+            shown = f"{row['plugins'] or row['tag']} {row['pattern']}"
+            found = _Rule(shown, pattern, literals(row["pattern"].lower()), fault)
+            self._rules.append(found)
+        self._by_ending = lru_cache(4096)(self._alike)
+
+    def nearest(self, path: str) -> str:
+        """The rule in words: plugin and pattern, and what keeps it from matching where it would."""
+        for rule in self._rules:
+            if rule.fault and rule.pattern.match(path):
+                return f"{rule.shown} ({rule.fault})"
+        name = path.rpartition("/")[2]
+        for rule in self._rules:
+            if rule.pattern.match(name) or any(rule.pattern.match(part) for part in _shorter(name)):
+                return rule.shown
+        return self._by_ending(re.sub(r"\d+", "0", name.lower())[-80:])
+
+    def _alike(self, name: str) -> str:
+        """The rule whose literal part is most like a name, or like the name's ending."""
+        ending = name[name.rfind(".") :] if "." in name else name
+        best, shown = NEAR, ""
+        for rule in self._rules:
+            for literal in rule.literals:
+                for part in {ending, name}:
+                    alike = SequenceMatcher(None, part, literal, autojunk=False)
+                    if alike.real_quick_ratio() > best and (ratio := alike.ratio()) > best:
+                        best, shown = ratio, rule.shown
+        return shown
+
+
+def _shorter(name: str) -> list[str]:
+    """The name without what was put behind or between its extensions: `a.csv.bak`, `a.csv.1`."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 1, -1)]
+
+
+def literals(pattern: str) -> tuple[str, ...]:
+    """What a pattern has besides wildcards: `*.{csv,tsv}` has `.csv` and `.tsv`."""
+    pending, found = [pattern], list[str]()
+    while pending and len(found) < CHOICES:
+        text = pending.pop()
+        if choice := re.search(r"\{([^{}]*)\}", text):
+            each = choice[1].split(",")[: CHOICES - len(found)]
+            pending += [
+                f"{text[: choice.start()]}{one}{text[choice.end() :]}" for one in each[::-1]
+            ]
+        elif group := re.search(r"([@+?*!])\(([^()]*)\)", text):
+            first = group[2].split("|")[0] if group[1] in "@+" else ""
+            pending.append(f"{text[: group.start()]}{first}{text[group.end() :]}")
+        else:
+            found.append(re.sub(r"\[[^\]]*\]|[*?]", "", text.rpartition("/")[2]))
+    return tuple(dict.fromkeys(filter(None, found)))

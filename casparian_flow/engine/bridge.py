@@ -13,6 +13,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import selectors
 import signal
 import socket
@@ -21,34 +22,34 @@ import termios
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import msgspec
 import pyarrow as pa
 
+from casparian_flow.config import GuestSettings
 from casparian_flow.engine.batches import Tally, TopicEnd
 from casparian_flow.engine.frames import CONTROL_LIMIT, HEADER, TOPIC_LENGTH, Kind, pack
 from casparian_flow.engine.guest_process import (
+    WATCH,
     Meter,
     confinement,
     kill_below,
     kill_tree,
     spawn,
 )
-from casparian_flow.engine.job_log import JobLog
-from casparian_flow.engine.reports import Failure, Locked, outran, outspent
-from casparian_flow.engine.thread_watch import WATCH
 from casparian_flow.errors import (
     GuestDied,
     JobError,
+    OutOfMemory,
     OutputRefused,
     PluginFailed,
+    PluginTimeout,
     ProtocolError,
     Unavailable,
 )
-from casparian_flow.protocol import Artifact, Evidence
+from casparian_flow.protocol import Artifact, Evidence, Record
 from casparian_flow.sdk import FileInfo
-from casparian_flow.sections import GuestSettings
 from casparian_flow.security.sandbox import LAYERS, THREADS, InPlace
 
 QUIT_SECONDS = 2.0
@@ -447,3 +448,93 @@ class Guest:
         if waiting:
             self._log.write(os.read(self._pipe.fileno(), waiting))
         return int(waiting)
+
+
+# What a guest says of itself, as the host reads it: checked, and not believed further.
+
+
+MESSAGE_LIMIT = 2_000
+"""Characters of a guest's message that are kept: they go into the job, its attempt and the audit
+log, and a plugin may say anything."""
+
+
+class Failure(Record, frozen=True):
+    """What a guest says of an attempt that ended without output."""
+
+    kind: Literal["refused", "exception"]
+    message: str
+    traceback: str
+
+    def error(self, who: str, memory_bytes: int) -> JobError:
+        """What it means for the job.
+
+        Args:
+            who: whose guest said it.
+            memory_bytes: what it may have.
+        """
+        words = self.message
+        if len(words) > MESSAGE_LIMIT:
+            words = f"{words[:MESSAGE_LIMIT]}... ({len(words)} characters)"
+        if self.kind == "refused":
+            return OutputRefused(f"{who}: {words}", "mend the plugin, publish it")
+        if "MemoryError" in words.partition(":")[0]:
+            limit = f"it may have {memory_bytes >> 20} MiB (memory_bytes under [guest])"
+            return OutOfMemory(f"{who} ran out of memory: {words}; {limit}")
+        return PluginFailed(f"{who}: {words}", "the traceback is in the job's log")
+
+
+class Locked(Record, frozen=True):
+    """What a guest says holds it, before any code that is not ours has run there."""
+
+    layers: list[str]
+    missing: dict[str, str]
+    """Layer -> why it is not there."""
+
+
+def outspent(who: str, seconds: float) -> PluginTimeout:
+    """The error of a guest that used up its processor time."""
+    what = f"{who} ran longer than {seconds:g} s of processor time and was killed"
+    return PluginTimeout(what, "raise cpu_seconds under [guest]")
+
+
+def outran(who: str, seconds: float, loading: bool) -> PluginTimeout:
+    """The error of a guest that outran its wall clock, with a file or with its own imports."""
+    if loading:
+        what = f"{who} took longer than {seconds:g} s to be imported and was killed"
+        return PluginTimeout(what, "have its module do less while it is imported")
+    what = f"{who} ran longer than {seconds:g} s and was killed"
+    return PluginTimeout(what, "raise timeout_seconds under [jobs]")
+
+
+# What a plugin prints in one job, kept within bounds and safe to show.
+
+
+HEAD = 16 << 10
+TAIL = 48 << 10
+"""Bytes kept: how it began, and above all how it ended."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters that move a terminal's cursor or worse; newline and tab are not among them."""
+
+
+class JobLog:
+    """What a plugin printed, bounded: the first HEAD and the last TAIL bytes."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._tail = bytearray()
+        self._left_out = 0
+
+    def write(self, data: bytes) -> None:
+        """Append, forgetting the middle."""
+        room = HEAD - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        surplus = max(len(self._tail) - TAIL, 0)
+        del self._tail[:surplus]
+        self._left_out += surplus
+
+    def text(self) -> str:
+        """All that was kept, safe to show on a terminal."""
+        gap = f"\n[{self._left_out} bytes left out]\n".encode() if self._left_out else b""
+        text = (self._head + gap + self._tail).decode(errors="replace")
+        return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from casparian_flow.atomic import exclusive, make_private
+from casparian_flow.config import GuestSettings
+from casparian_flow.durable import exclusive, make_private
 from casparian_flow.engine.bridge import Guest
-from casparian_flow.engine.bundle import bundle
+from casparian_flow.engine.environments import bundle
 from casparian_flow.errors import JobError, PluginFailed, SandboxUnavailable, Unavailable
 from casparian_flow.protocol import Artifact
-from casparian_flow.sections import GuestSettings
 from casparian_flow.trees import clear_away
 
 log = logging.getLogger(__name__)

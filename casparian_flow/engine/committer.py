@@ -23,15 +23,15 @@ from typing import NamedTuple, TypeVar
 import msgspec
 from sqlalchemy import Connection
 
-from casparian_flow import atomic
+from casparian_flow import durable
+from casparian_flow.config import JobSettings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import attempts, audit, doubts, jobs, outputs
+from casparian_flow.db import audit, jobs, outputs, versions
 from casparian_flow.db.access import Ledger, Work
-from casparian_flow.db.states import PAUSED
-from casparian_flow.engine import retries, sinks
+from casparian_flow.db.models import PAUSED
+from casparian_flow.engine import dispatch, sinks
 from casparian_flow.errors import JobError, LedgerError, LedgerLost, SinkUnavailable, Unavailable
 from casparian_flow.protocol import Outcome, Pair, Published, Receipt, StagedOutput
-from casparian_flow.sections import JobSettings
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class Committer:
             if end.outcome is not Outcome.STAGED and self._without_output(connection, end)
         }
         in_time = [end for end in group if (end.receipt.job_id, end.receipt.fence) in moved]
-        attempts.add_attempts(connection, self._epoch, [_attempt(*end) for end in in_time])
+        jobs.add_attempts(connection, self._epoch, [_attempt(*end) for end in in_time])
         crashpoint("committer.decision_written")
         late = [end for _, end in group if (end.job_id, end.fence) not in moved]
         for end in late:
@@ -161,7 +161,7 @@ class Committer:
         if end.outcome is Outcome.SUPERSEDED:
             moved = jobs.supersede(connection, end.job_id, end.fence, end.error)
             if moved:
-                doubts.doubt(connection, end.job_id)
+                versions.invalidate(connection, end.job_id)
             return moved
         if end.outcome is Outcome.RELEASED:
             return jobs.requeue(
@@ -169,7 +169,7 @@ class Committer:
                 reason=f"{PAUSED}{end.error}" if end.error else "",
                 delay_seconds=PAUSE_SECONDS if end.error else 0.0, refund=True,
             )  # fmt: skip
-        return retries.after_failure(connection, end, self._limits, ACTOR)
+        return dispatch.after_failure(connection, end, self._limits, ACTOR)
 
     async def _settle(self) -> None:
         """Publish and complete everything that is decided, but for what a paused sink holds."""
@@ -267,8 +267,8 @@ class Committer:
                 await asyncio.sleep(PAUSE_SECONDS)
 
 
-def _attempt(worker: str, end: Receipt) -> attempts.Ended:
-    return attempts.Ended(
+def _attempt(worker: str, end: Receipt) -> jobs.Ended:
+    return jobs.Ended(
         end.job_id, end.fence, worker, end.outcome.value, end.error, end.log, end.seconds,
         end.sandbox, **msgspec.structs.asdict(end.evidence),
     )  # fmt: skip
@@ -279,4 +279,4 @@ def _remove(stages: Sequence[str]) -> None:
     now, it waits there for the sweep of the next start."""
     for stage in stages:
         with contextlib.suppress(OSError):
-            atomic.remove(Path(stage))
+            durable.remove(Path(stage))

@@ -7,7 +7,7 @@ import time
 import msgspec
 import zmq
 
-from casparian_flow import daemon_lock, protocol
+from casparian_flow import durable, protocol
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import wire
 from casparian_flow.errors import ConfigError, DaemonGone, ProtocolError
@@ -47,12 +47,12 @@ def ask(
         DaemonGone: one runs, and refuses us or does not answer.
     """
     refused: wire.Key | None = None
-    while (about := daemon_lock.holder(database.daemon_lock)) is not None:
+    while (about := durable.daemon_lock_holder(database.daemon_lock)) is not None:
         key = _key(database.control_endpoint, refused, min(patience, KEY_SECONDS))
         try:
             frames = _exchange(database.control_endpoint, key, protocol.encode(message), patience)
         except TimeoutError as error:
-            if daemon_lock.holder(database.daemon_lock) is None:
+            if durable.daemon_lock_holder(database.daemon_lock) is None:
                 return None
             raise DaemonGone(
                 f"the daemon (process {about.get('pid', '?')}) does not answer",

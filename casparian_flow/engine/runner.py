@@ -22,19 +22,17 @@ from typing import Any
 
 import msgspec
 
-from casparian_flow.atomic import make_folder
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine import in_hand, sinks
+from casparian_flow.durable import make_folder
+from casparian_flow.engine import endings, sinks
 from casparian_flow.engine.attempt import printable
-from casparian_flow.engine.bridge import Guest
-from casparian_flow.engine.bundle import bundle
-from casparian_flow.engine.placing import BadSnapshot, placed, proved
-from casparian_flow.engine.rejects import Rejects
-from casparian_flow.engine.reports import MESSAGE_LIMIT
+from casparian_flow.engine.batches import Rejects
+from casparian_flow.engine.bridge import MESSAGE_LIMIT, Guest
+from casparian_flow.engine.environments import EnvironmentStore, Lease, bundle
+from casparian_flow.engine.inbox import BadSnapshot, placed, proved
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.engine.sinks.stage import Stage
-from casparian_flow.engine.venv_manager import EnvironmentStore, Lease
 from casparian_flow.errors import (
     ArtifactRefused,
     JobError,
@@ -215,7 +213,7 @@ class Runner:
         with ran.held():
             if artifact.refusal:
                 raise ArtifactRefused(artifact.refusal)
-            with in_hand.held(Path(self._welcome.guests_folder), *self._current):
+            with endings.held(Path(self._welcome.guests_folder), *self._current):
                 ran.stages = self._run(job, artifact)
         ran.seconds = time.monotonic() - started
         with ran.held():

@@ -2,7 +2,7 @@
 
 ZeroMQ is a doorbell here and the ledger is the truth: any message may be lost, and a slow poll
 finds what a lost one would have told. Each heartbeat of a worker is answered with what it holds in
-our eyes, so that both soon agree again. Peers speak only after `engine.handshake` has let their
+our eyes, so that both soon agree again. Peers speak only after `engine.wire` has let their
 connection through; they are known by the ROUTER's identity together with that connection.
 """
 
@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import msgspec
@@ -25,16 +26,15 @@ from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
-from casparian_flow.engine import in_hand, retries, wire
-from casparian_flow.engine.answers import answered
+from casparian_flow.engine import dispatch, endings, wire
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import Dispatcher, artifact
-from casparian_flow.engine.handshake import Handshake, Refusal, Refusals
-from casparian_flow.engine.peer import Peer
-from casparian_flow.errors import CasparianError, LedgerError, ProtocolError
-from casparian_flow.protocol import AnyMessage, Conclude
+from casparian_flow.engine.wire import Handshake, Refusal, Refusals
+from casparian_flow.errors import CasparianError, ExitCode, LedgerError, ProtocolError
+from casparian_flow.protocol import AnyMessage, Conclude, Receipt, Reply
 
 log = logging.getLogger(__name__)
+
 
 INPROC = "inproc://sentinel"
 
@@ -364,16 +364,16 @@ class Sentinel:
     async def _take_back(self, peer: Peer, why: str, silent: bool) -> None:
         held = list(peer.held.items())
         log.warning("%s; %d jobs go back to the queue", why, len(held))
-        work = partial(retries.release, pairs=held, why=why)
+        work = partial(dispatch.release, pairs=held, why=why)
         folder = self._settings.database.guests_folder
         if silent:
-            hands = in_hand.read(folder)
+            hands = endings.read_held(folder)
             work = partial(
-                retries.lose, pairs=held, hands=hands, limits=self._settings.jobs, why=why
+                dispatch.lose, pairs=held, hands=hands, limits=self._settings.jobs, why=why
             )
         await self._ledger.write_soon(work)
         crashpoint("sentinel.jobs_taken_back")
-        in_hand.forget(folder, held)
+        endings.forget(folder, held)
 
     async def _send(self, identity: bytes, message: AnyMessage) -> None:
         try:
@@ -387,3 +387,43 @@ class Sentinel:
 def _is_generated(identity: bytes) -> bool:
     """Whether libzmq gave the peer its routing id: nobody of ours brings one."""
     return len(identity) == 5 and identity[0] == 0
+
+
+# What the Sentinel knows of one Worker.
+
+
+@dataclass
+class Peer:
+    """A worker that said Hello."""
+
+    name: str
+    connection: str
+    """The User-Id of the connection it came by; empty for one of our own process."""
+    free: int = 0
+    seen: float = field(default_factory=time.monotonic)
+    held: dict[int, int] = field(default_factory=dict)
+    """Job id -> fence of what it runs."""
+
+    def concluded(self, receipt: Receipt) -> None:
+        """It runs this attempt no more; it may run a later one of the same job."""
+        if self.held.get(receipt.job_id) == receipt.fence:
+            del self.held[receipt.job_id]
+
+
+# What the Sentinel answers to a command of another process whose work it did, or could not do.
+
+
+async def answered(work: Awaitable[str]) -> Reply:
+    """The outcome of some work in words, whatever it is: who asked waits for it."""
+    try:
+        return Reply(ok=True, text=await work)
+    except CasparianError as error:
+        return Reply(ok=False, text=error.message, hint=error.hint, exit_code=error.exit_code)
+    except Exception as error:
+        log.exception("a command's work failed in a way we did not expect")
+        return Reply(
+            ok=False,
+            text=f"the daemon failed in a way we did not expect: {type(error).__name__}: {error}",
+            hint="its log has the traceback; report what it says",
+            exit_code=ExitCode.BUG,
+        )

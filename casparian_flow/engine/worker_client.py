@@ -12,15 +12,21 @@ staged on the disk that it shares with the Sentinel.
 from __future__ import annotations
 
 import asyncio
+import atexit
+import concurrent.futures
 import contextlib
 import logging
 import os
+import queue
 import signal
+import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import zmq
 import zmq.asyncio
@@ -28,14 +34,160 @@ import zmq.asyncio
 from casparian_flow import protocol
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import canary, wire
-from casparian_flow.engine.holdings import Holdings
-from casparian_flow.engine.one_thread import OneThread
 from casparian_flow.engine.runner import Runner, released
-from casparian_flow.errors import CasparianError, DaemonGone, ProtocolError, leave
-from casparian_flow.protocol import AnyMessage, Artifact, Assignment, Conclude
+from casparian_flow.errors import CasparianError, DaemonGone, ExitCode, ProtocolError, leave
+from casparian_flow.protocol import (
+    AnyMessage,
+    Artifact,
+    Assignment,
+    Conclude,
+    Granted,
+    Outcome,
+    Pair,
+    Receipt,
+)
 from casparian_flow.security import sandbox
 
 log = logging.getLogger(__name__)
+
+
+# What a Worker holds by its Sentinel's word, and until when that word is good.
+#
+# A message may be lost, repeated or late, so the two compare: the Sentinel answers a heartbeat with
+# what it believes the Worker to hold (`Granted`), and the Worker lets go of what is not in it and
+# says again what the Sentinel seems not to have heard.
+
+
+SEEN_LIMIT = 10_000
+"""Assignments remembered, so that one that is repeated late is not run again."""
+
+SAFE_SHARE = 2 / 3
+"""Of the lease: a worker that could not renew it for so long ends its jobs before others have
+them."""
+
+
+@dataclass(frozen=True)
+class _Concluded:
+    receipt: Receipt
+    at: float
+
+
+class Holdings:
+    """Attempts that were assigned to a Worker and are not settled with the Sentinel."""
+
+    def __init__(self) -> None:
+        self._held: dict[Pair, _Concluded | None] = {}
+        self._seen: dict[Pair, None] = {}
+        self._renewed = time.monotonic()
+
+    def take(self, jobs: Sequence[Assignment]) -> list[Assignment]:
+        """Those of these assignments that are new to us, which we hold now."""
+        new = []
+        for job in jobs:
+            pair = job.job_id, job.fence
+            if pair not in self._seen:
+                self._seen[pair] = self._held[pair] = None
+                new.append(job)
+        while len(self._seen) > SEEN_LIMIT:
+            del self._seen[next(iter(self._seen))]
+        return new
+
+    def conclude(self, receipts: Iterable[Receipt]) -> None:
+        """Keep receipts until the Sentinel is known to have them."""
+        now = time.monotonic()
+        for receipt in receipts:
+            if (receipt.job_id, receipt.fence) in self._held:
+                self._held[receipt.job_id, receipt.fence] = _Concluded(receipt, now)
+
+    def compare(self, message: Granted) -> tuple[set[Pair], list[Receipt]]:
+        """Agree with the Sentinel: what must be ended, and the receipts to send (again).
+
+        Receipts younger than the heartbeat that is answered are on their way and are not sent.
+        """
+        granted = set(message.jobs)
+        dropped = self._held.keys() - granted
+        revoked = {pair for pair in dropped if self._held.pop(pair) is None}
+        if not message.sent:
+            return revoked, []
+        self._renewed = max(self._renewed, message.sent)
+        again = []
+        for pair in message.jobs:
+            if pair not in self._held:
+                job_id, fence = pair
+                again.append(Receipt(job_id=job_id, fence=fence, outcome=Outcome.RELEASED))
+            elif (ended := self._held[pair]) and ended.at < message.sent:
+                again.append(ended.receipt)
+        return revoked, again
+
+    def running(self) -> set[Pair]:
+        """What is assigned to us and has not ended."""
+        return {pair for pair, ended in self._held.items() if ended is None}
+
+    def renewed(self) -> None:
+        """The Sentinel has let us in, anew or for the first time."""
+        self._renewed = time.monotonic()
+
+    def safe_for(self, lease_seconds: float) -> float:
+        """Seconds for which what we hold is certainly ours; not above 0 when we must let go."""
+        return self._renewed + lease_seconds * SAFE_SHARE - time.monotonic()
+
+
+# One thread for all that a worker does with its guests, which no end of the process waits for.
+#
+# The kernel kills a guest when the thread that started it ends, so it is one for life. A call in it
+# may hang for good, in a filesystem that does not answer or in a fault of ours.
+# `ThreadPoolExecutor` would make the process wait for it at its end, whatever signal came.
+
+
+T = TypeVar("T")
+
+
+class OneThread:
+    """Runs one call after another; it starts with the first."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Any] | None]
+        self._calls = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
+        """Have a call made after those before it; its outcome comes to this event loop."""
+        if not self._thread.is_alive():
+            self._thread.start()
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._calls.put((future, call))
+        return asyncio.wrap_future(future)
+
+    def stop(self) -> None:
+        """Let the thread end when it has done what it was given."""
+        self._calls.put(None)
+
+    def leave_behind(self) -> None:
+        """Have the process end without what runs here: with `ExitCode.DAEMON` if it still runs.
+
+        Once the interpreter takes itself apart, a thread in foreign code may crash it.
+        """
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        if self._thread.is_alive():
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(Exception):
+                    stream.flush()
+            os._exit(ExitCode.DAEMON)
+
+    def _run(self) -> None:
+        while (given := self._calls.get()) is not None:
+            future, call = given
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                outcome = call()
+            except BaseException as error:  # noqa: BLE001  whoever waits for it gets it
+                future.set_exception(error)
+            else:
+                future.set_result(outcome)
+
 
 HEARTBEAT_SECONDS = 5.0
 """How often a worker says that it lives, however busy its thread is; more often where its lease

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from casparian_flow.errors import PluginError
-from casparian_flow.security.manifest import Module, of_fields, read_manifest
-from casparian_flow.security.source import parse
+from casparian_flow.security.manifest import Module, of_fields, parse, read_manifest
 
 _ESCAPE = re.compile(
     r"\\(?:(?P<plain>[tnr0\\])|x(?P<x>[0-9A-Fa-f]{2})|u(?P<u>[0-9A-Fa-f]{4})"

@@ -17,9 +17,8 @@ if __name__ == "__main__":
 import msgspec
 
 from casparian_flow.errors import PluginError
-from casparian_flow.security.manifest import Manifest, manifest_in
+from casparian_flow.security.manifest import Manifest, manifest_in, parse
 from casparian_flow.security.rules import Finding, Policy, judge
-from casparian_flow.security.source import parse
 
 CPU_SECONDS = 30
 MEMORY_MIB = 2048

@@ -13,7 +13,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from casparian_flow.atomic import exclusive, fsync_path, make_folder, write_once
+from casparian_flow.durable import exclusive, fsync_path, make_folder, write_once
 from casparian_flow.errors import PluginError
 from casparian_flow.security.signing import key_id
 

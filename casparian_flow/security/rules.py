@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from casparian_flow.errors import ConfigError
-from casparian_flow.security.source import printable
+from casparian_flow.security.manifest import printable
 
 if TYPE_CHECKING:
-    from casparian_flow.sections import GatekeeperSettings
+    from casparian_flow.config import GatekeeperSettings
 
 RULESET = "1"
 """Changes whenever a source may be judged otherwise than before."""

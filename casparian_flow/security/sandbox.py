@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from casparian_flow.security import kernel, landlock, namespaces, seccomp
+from casparian_flow.security import kernel
 
 LAYERS = ("limits", "landlock", "seccomp")
 """What `required` requires. The fourth, `namespaces`, closes what remains where a machine has it:
@@ -98,7 +98,7 @@ def lock_down(allowed: Confinement) -> Level:
         _limit(allowed)
     if sys.platform != "linux":
         level.missing |= dict.fromkeys(LAYERS[1:], f"{sys.platform} has no such thing")
-    elif not seccomp.available():
+    elif not kernel.seccomp_available():
         words = f"only x86-64 is supported, and this is {os.uname().machine}"
         level.missing |= dict.fromkeys(LAYERS[1:], words)
     else:
@@ -127,7 +127,7 @@ def _confine(allowed: Confinement, level: Level) -> None:
     file = allowed.in_place
     with _layer(level, "namespaces"):
         shown = [*read, *([file[0]] if file else [])]
-        namespaces.enter(allowed.home, shown, _DEVICES, allowed.scratch, size)
+        kernel.enter_namespaces(allowed.home, shown, _DEVICES, allowed.scratch, size)
         _limit_threads()
     proved = [_proved(*file)] if file else []
     kernel.drop_capabilities()
@@ -136,9 +136,9 @@ def _confine(allowed: Confinement, level: Level) -> None:
         write = [*_DEVICES, *([allowed.scratch] if size else [])]
         # The large file comes as a descriptor: a path could lead elsewhere once more.
         trees = [os.path.realpath(path) for path in read]
-        landlock.install([*trees, *proved], write, allowed.network)
+        kernel.install_landlock([*trees, *proved], write, allowed.network)
     with _layer(level, "seccomp"):
-        seccomp.install(os.getpid(), allowed.network)
+        kernel.install_seccomp(os.getpid(), allowed.network)
 
 
 def _proved(path: str, device: int, inode: int) -> int:
@@ -167,7 +167,7 @@ def _limit_threads() -> None:
 
     Since Linux 5.14 the kernel counts those of that namespace by themselves; before, all that the
     user runs, so that a guest would be held to what others leave. Of root it counts none: the host
-    looks (`engine.thread_watch`).
+    looks (`engine.guest_process`).
     """
     release = re.match(r"([0-9]+)\.([0-9]+)", os.uname().release)
     if release and (int(release[1]), int(release[2])) >= (5, 14):

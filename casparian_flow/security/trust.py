@@ -19,7 +19,7 @@ import msgspec
 
 from casparian_flow.errors import AuthError
 from casparian_flow.security import signing
-from casparian_flow.security.statements import (
+from casparian_flow.security.signing import (
     EVERYTHING,
     GENESIS,
     KINDS,

@@ -22,7 +22,7 @@ from sqlalchemy import Connection
 from casparian_flow import bundled
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, backfill, plugins, roots, trust, wiring
+from casparian_flow.db import audit, backfill, plugins, routing, trust, versions
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Plugin
 from casparian_flow.db.routing import Routing
@@ -33,11 +33,10 @@ from casparian_flow.security import gatekeeper, keys, signing
 from casparian_flow.security.choices import NOTHING, Choices, choose
 from casparian_flow.security.manifest import Manifest, normal_version, read_manifest
 from casparian_flow.security.rules import Policy
-from casparian_flow.security.signing import AzureAuth, LocalAuth, Publish
-from casparian_flow.security.statements import Row, TrustKey
+from casparian_flow.security.signing import AzureAuth, LocalAuth, Publish, Row, TrustKey
 from casparian_flow.security.trust import Key, Trust, introduction
-from casparian_flow.services import inventory, places, scan, scout
-from casparian_flow.services.places import Place
+from casparian_flow.services import inventory, scan, scout, topics
+from casparian_flow.services.topics import Place
 
 FIRST = "{} is the first of this ledger: it is trusted with every plugin and every key\n"
 """Said when a key was trusted because nobody else was."""
@@ -120,7 +119,7 @@ def sign(
 
 def person() -> str:
     """Who we are, for a key that nobody else has named."""
-    return f"{wiring.actor()}@{socket.gethostname()}"
+    return f"{routing.actor()}@{socket.gethostname()}"
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
         ConfigError: one of its sinks cannot be opened, or a plugin may not write there.
     """
     candidate = _examine(
-        settings, message, ledger.read(trust.ledger_id), ledger.read(roots.active_paths)
+        settings, message, ledger.read(trust.ledger_id), ledger.read(versions.active_paths)
     )
 
     def work(connection: Connection) -> list[str]:
@@ -233,8 +232,8 @@ def wire(
         )
     for topic in filter(manifest.sinks_of, manifest.topics):
         said = [place for place in placed if place.topic == topic]
-        there = [places.of_row(topic, row.uri, row.mode) for row in now if row.topic_name == topic]
-        if places.spots(settings, said) != places.spots(settings, there):
+        there = [topics.of_row(topic, row.uri, row.mode) for row in now if row.topic_name == topic]
+        if topics.spots(settings, said) != topics.spots(settings, there):
             words.append(
                 f"topic {topic} goes to {', '.join(map(str, there))} as before, whatever the "
                 f"MANIFEST says; to follow it: casparian topics set {name} {topic} "
@@ -259,7 +258,7 @@ def _examine(
     )  # fmt: skip
     check_lock(message.lock, f"the lock of {manifest.name}")
     signed_in = _authenticate(settings, message, statement)
-    placed = places.of_manifest(settings, manifest, source_roots)
+    placed = topics.of_manifest(settings, manifest, source_roots)
     return _Candidate(message, statement, manifest, inspection.verdict, placed, signed_in)
 
 
@@ -329,7 +328,7 @@ def _introduce(connection: Connection, candidate: _Candidate) -> str:
         return ""
     offered = message.introduction
     row = Row(1, TrustKey.kind, offered.payload, message.public_key, offered.signature, b"")
-    actor = candidate.signed_in.get("name") or wiring.actor()
+    actor = candidate.signed_in.get("name") or routing.actor()
     (key,) = trust.append(connection, row, actor).keys.values()
     return FIRST.format(key)
 

@@ -14,7 +14,8 @@ from sqlalchemy import Connection
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import backfill as versions
-from casparian_flow.db import jobs, plugins, wiring
+from casparian_flow.db import jobs, plugins
+from casparian_flow.db import routing as wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.backfill import Choice
 from casparian_flow.db.models import utcnow

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from casparian_flow import daemon_lock
+from casparian_flow import durable
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import failures, jobs, views, wiring
+from casparian_flow.db import jobs, routing, views
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import JobStatus
 from casparian_flow.db.routing import compile_pattern
@@ -53,7 +53,7 @@ def ring(settings: Settings, *, scan: bool = False) -> None:
     Args:
         scan: ask it for a full scan as well.
     """
-    if daemon_lock.holder(settings.database.daemon_lock) is None:
+    if durable.daemon_lock_holder(settings.database.daemon_lock) is None:
         return
     from casparian_flow.engine import control
     from casparian_flow.protocol import Ring
@@ -114,14 +114,14 @@ def add_source(
         columns["name"] = name
 
     def work(connection: Connection) -> str:
-        known = wiring.every_root(connection)
+        known = routing.every_root(connection)
         _check_place(path, name, known)
         # A removed one comes back whatever the directory is called now: its files are known.
         here = os.path.realpath(path)
         earlier = next((r.id for r in known if here == os.path.realpath(r.path)), None)
         if earlier is None:
             columns.update({"path": path, "ignore": columns.get("ignore", "")})
-        return wiring.add_root(connection, earlier, **columns)
+        return routing.add_root(connection, earlier, **columns)
 
     added = ledger.write(work)
     crashpoint("changes.source_added")
@@ -139,7 +139,7 @@ def set_source(ledger: Ledger, settings: Settings, name: str, options: SourceOpt
     columns = options.columns()
     if not columns:
         raise SourceError("nothing to change", "casparian source set --help")
-    if not ledger.write(lambda c: wiring.set_root(c, name, **columns)):
+    if not ledger.write(lambda c: routing.set_root(c, name, **columns)):
         raise NotFound(f"no active source root is named {name!r}", "casparian source list")
     ring(settings, scan=True)
     return sorted(columns)
@@ -229,7 +229,7 @@ def remove_source(ledger: Ledger, settings: Settings, name: str) -> None:
     Raises:
         NotFound: no active source root has that name.
     """
-    if not ledger.write(lambda c: wiring.remove_root(c, name)):
+    if not ledger.write(lambda c: routing.remove_root(c, name)):
         raise NotFound(f"no active source root is named {name!r}", "casparian source list")
     ring(settings, scan=True)
 
@@ -256,7 +256,7 @@ def add_rule(
         raise ConfigError(f"{pattern!r} cannot be a rule's pattern: {error}", "*.csv") from error
     if "," in tag or tag != tag.strip() or not tag:
         raise ConfigError(f"{tag!r} is not a tag", "a tag is one word without commas")
-    rule_id = ledger.write(lambda c: wiring.add_rule(c, pattern, tag, priority, any_case))
+    rule_id = ledger.write(lambda c: routing.add_rule(c, pattern, tag, priority, any_case))
     if rule_id is None:
         raise ConfigError(f"there is a rule {pattern} -> {tag} already", "casparian rules list")
     queued = architect.queue_missing(ledger)
@@ -270,7 +270,7 @@ def remove_rule(ledger: Ledger, settings: Settings, rule_id: int) -> str:
     Raises:
         NotFound: no rule has that id.
     """
-    removed = ledger.write(lambda c: wiring.remove_rule(c, rule_id))
+    removed = ledger.write(lambda c: routing.remove_rule(c, rule_id))
     if removed is None:
         raise NotFound(f"there is no rule {rule_id}", "casparian rules list")
     ring(settings)
@@ -290,7 +290,7 @@ def retry_jobs(
     Superseded ones too, where the snapshot store has their version's bytes.
 
     Args:
-        job_ids: None means every FAILED one whose failure is open (`db.failures`).
+        job_ids: None means every FAILED one whose failure is open (`db.jobs`).
         plugin: of those, only this plugin's.
         path: of those, only the ones of files whose path matches this glob.
 
@@ -299,7 +299,7 @@ def retry_jobs(
         CasparianError: some are neither, and have no snapshot; the others were queued.
     """
     if job_ids is None:
-        job_ids = ledger.read(lambda c: failures.job_ids(c, failures.OPEN, plugin, path))
+        job_ids = ledger.read(lambda c: jobs.failed_job_ids(c, jobs.OPEN_FAILURE, plugin, path))
     wanted = "FAILED or ABORTED, or SUPERSEDED with a snapshot of the version,"
     return _change(ledger, settings, "retry", jobs.retry, job_ids, wanted)
 
@@ -315,8 +315,8 @@ def dismiss_jobs(ledger: Ledger, settings: Settings, job_ids: Sequence[int] | No
         CasparianError: some are not FAILED; the others were dismissed.
     """
     if job_ids is None:
-        job_ids = ledger.read(lambda c: failures.job_ids(c, failures.GONE))
-    return _change(ledger, settings, "dismiss", failures.dismiss, job_ids, "FAILED")
+        job_ids = ledger.read(lambda c: jobs.failed_job_ids(c, jobs.GONE_UNREAD))
+    return _change(ledger, settings, "dismiss", jobs.dismiss, job_ids, "FAILED")
 
 
 def abort_jobs(ledger: Ledger, settings: Settings, job_ids: Sequence[int]) -> int:
@@ -326,7 +326,7 @@ def abort_jobs(ledger: Ledger, settings: Settings, job_ids: Sequence[int]) -> in
         NotFound: no job has one of these ids.
         CasparianError: some have ended, or are decided; the others were aborted.
     """
-    change = partial(jobs.abort, who=wiring.actor())
+    change = partial(jobs.abort, who=routing.actor())
     return _change(ledger, settings, "abort", change, job_ids, "QUEUED or RUNNING")
 
 
@@ -340,7 +340,7 @@ def _change(
 ) -> int:
     def work(connection: Connection, chunk: Sequence[int]) -> list[int]:
         found = sorted(change(connection, chunk))
-        wiring.note(connection, verb, [f"job {job_id}" for job_id in found])
+        routing.note(connection, verb, [f"job {job_id}" for job_id in found])
         return found
 
     changed: list[int] = []

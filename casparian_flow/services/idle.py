@@ -8,16 +8,15 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from casparian_flow import daemon_lock
+from casparian_flow import durable
 from casparian_flow.config import Settings
 from casparian_flow.db import views
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.states import PAUSED
+from casparian_flow.db.models import PAUSED
 from casparian_flow.db.views import Waiting
 from casparian_flow.engine import control
-from casparian_flow.errors import DaemonGone, SourceError
+from casparian_flow.errors import DaemonGone, SourceError, counted
 from casparian_flow.protocol import Ring
-from casparian_flow.wording import counted
 
 POLL_SECONDS = 0.05
 
@@ -47,7 +46,7 @@ def wait_until_idle(
                 f"not idle after {timeout_seconds:g} s: {_why(behind, jobs)}", "casparian status"
             )
         _refuse_frozen(behind)
-        if daemon_lock.holder(settings.database.daemon_lock) is None:
+        if durable.daemon_lock_holder(settings.database.daemon_lock) is None:
             raise DaemonGone(f"the daemon ended: {_why(behind, jobs)}", "casparian start")
         if any(_due(root, rung) for root in behind):
             rung = _ring(settings)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-from casparian_flow import atomic, daemon_lock
+from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, found
@@ -46,7 +46,7 @@ def take(settings: Settings, ledger: Ledger, uris: Iterable[str] = ()) -> list[s
 
 def before_scan(database: DatabaseSettings, ledger: Ledger) -> list[str]:
     """`take` of the sinks noted, where no daemon runs: one has done it when it began."""
-    if daemon_lock.holder(database.daemon_lock) is not None:
+    if durable.daemon_lock_holder(database.daemon_lock) is not None:
         return []
     return _take(database, ledger, [])
 
@@ -138,7 +138,7 @@ def _note(database: DatabaseSettings, noted: list[str], locations: list[str]) ->
         return
     lines = [_relative(each, database.path.parent) for each in dict.fromkeys([*noted, *locations])]
     text = "".join(f"{line}\n" for line in lines)
-    atomic.write_once(_notes(database), text.encode("utf-8", "surrogateescape"))
+    durable.write_once(_notes(database), text.encode("utf-8", "surrogateescape"))
 
 
 def _relative(location: str, folder: Path) -> str:

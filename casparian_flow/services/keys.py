@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
-from casparian_flow.db import plugins, trust, wiring
-from casparian_flow.db.access import Ledger
-from casparian_flow.db.pages import Row
+from casparian_flow.db import plugins, routing, trust
+from casparian_flow.db.access import Ledger, Row
 from casparian_flow.errors import AuthError, CasparianError, NotFound
 from casparian_flow.security import keys
-from casparian_flow.security.signing import key_id
-from casparian_flow.security.statements import (
+from casparian_flow.security.signing import (
     EVERYTHING,
     Link,
     RevokeKey,
     RotateKey,
     TrustKey,
+    key_id,
     public_bytes,
     written,
 )
@@ -114,7 +113,7 @@ def _introduce(connection: Connection, signer: SigningKey, owner: str) -> str:
     if before.seq or before.broken:
         return ""
     row = introduction(signer, before.ledger_id, owner)
-    (key,) = trust.append(connection, row, wiring.actor()).keys.values()
+    (key,) = trust.append(connection, row, routing.actor()).keys.values()
     return architect.FIRST.format(key)
 
 
@@ -226,7 +225,7 @@ def _append(
         AuthError: the signer may not make it.
         CasparianError: it would be the last one about keys.
     """
-    after = trust.append(connection, written(signer, statement, successor), wiring.actor())
+    after = trust.append(connection, written(signer, statement, successor), routing.actor())
     keepers = (key for key in after.keys.values() if key.plugins == EVERYTHING)
     if all(key.standing is not Standing.TRUSTED for key in keepers):
         raise CasparianError(

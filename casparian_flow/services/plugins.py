@@ -17,15 +17,14 @@ from sqlalchemy import Connection
 
 from casparian_flow import bundled
 from casparian_flow.config import Settings
-from casparian_flow.db import plugins, roots, trust, views, wiring
-from casparian_flow.db.access import Ledger
+from casparian_flow.db import plugins, routing, trust, versions, views
+from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.models import Plugin
-from casparian_flow.db.pages import Row
 from casparian_flow.db.plugins import Stored
 from casparian_flow.errors import ArtifactRefused, NotFound
 from casparian_flow.security import keys
-from casparian_flow.security.statements import Activate, Disable, written
-from casparian_flow.services import architect, changes, places
+from casparian_flow.security.signing import Activate, Disable, written
+from casparian_flow.services import architect, changes, topics
 
 
 def verify(ledger: Ledger, name: str | None) -> list[Row]:
@@ -162,11 +161,11 @@ def activate(
             **trust.read(connection).link(signer),
             plugin=name, version=version, artifact_sha256=plugin.artifact_hash, reason=reason,
         )  # fmt: skip
-        trusted = trust.append(connection, written(signer, statement), wiring.actor())
+        trusted = trust.append(connection, written(signer, statement), routing.actor())
         if refusal := plugins.refusal(plugin, trusted):
             raise ArtifactRefused(refusal, f"casparian plugins show {name} {version}")
         manifest = plugins.manifest_of(plugin.manifest)
-        placed = places.of_manifest(settings, manifest, roots.active_paths(connection))
+        placed = topics.of_manifest(settings, manifest, versions.active_paths(connection))
         return architect.wire(connection, settings, name, version, manifest, placed)
 
     stays = ledger.write(work)
@@ -192,7 +191,7 @@ def disable(
         _choose(connection, name, version)
         link = trust.read(connection).link(signer)
         statement = Disable(**link, plugin=name, version=version, reason=reason)
-        trusted = trust.append(connection, written(signer, statement), wiring.actor())
+        trusted = trust.append(connection, written(signer, statement), routing.actor())
         return plugins.deactivate(connection, trusted)
 
     stopped = ledger.write(work)

@@ -6,21 +6,17 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from casparian_flow import bundled, daemon_lock, mounts
+from casparian_flow import bundled, durable
 from casparian_flow.config import Settings
-from casparian_flow.db import failures, jobs, presence, rejects, snapshots, unsettled, views
-from casparian_flow.db import unrouted as no_plugin
-from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import JobStatus
-from casparian_flow.db.pages import Row
+from casparian_flow.db import jobs, outputs, snapshots, versions, views
+from casparian_flow.db.access import Ledger, Row
+from casparian_flow.db.models import PAUSED, JobStatus
 from casparian_flow.db.plugins import EARLIER_FORM, in_earlier_form
 from casparian_flow.db.routing import compile_pattern
-from casparian_flow.db.states import PAUSED
 from casparian_flow.engine import sinks
-from casparian_flow.errors import CasparianError, NotFound
-from casparian_flow.services import snapshot_checks
+from casparian_flow.errors import CasparianError, NotFound, counted
+from casparian_flow.services import snapshots as snapshot_store
 from casparian_flow.services.walk import BUILT_IN_IGNORES
-from casparian_flow.wording import counted
 
 WRITTEN = 20
 """Files that are still being written which are named; the others are counted."""
@@ -45,21 +41,21 @@ class Advice(NamedTuple):
 def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
     """Daemon, what its wire refused, source roots, jobs, plugins, sinks, why jobs wait or failed,
     rows and rejects, and advice."""
-    amount = ledger.read(rejects.shown)
+    amount = ledger.read(outputs.rejected_shown)
     reasons = ledger.read(lambda c: views.reasons(c, SHOWN))
-    named = ledger.read(lambda c: rejects.named(c, SHOWN))
+    named = ledger.read(lambda c: outputs.reject_counts(c, SHOWN))
     topics = ledger.read(views.topics)
-    daemon = daemon_lock.holder(settings.database.daemon_lock)
+    daemon = durable.daemon_lock_holder(settings.database.daemon_lock)
     return {
         "database": str(settings.database.path),
         "daemon": daemon,
         "refused": _refused(settings) if daemon else {},
         "sources": sources(settings, ledger),
-        "still_written": ledger.read(lambda c: unsettled.listed(c, WRITTEN)),
-        "still_written_in_all": ledger.read(unsettled.count),
-        "unrouted": ledger.read(no_plugin.count),
+        "still_written": ledger.read(lambda c: versions.unsettled_files(c, WRITTEN)),
+        "still_written_in_all": ledger.read(versions.count_unsettled),
+        "unrouted": ledger.read(views.count_unrouted),
         "scrub": _scrub(settings),
-        "snapshots": snapshot_checks.report(ledger),
+        "snapshots": snapshot_store.report(ledger),
         "sandbox": settings.guest.sandbox,
         "held_by": ledger.read(views.last_sandbox),
         "jobs": counts(ledger),
@@ -77,22 +73,22 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
 
 def counts(ledger: Ledger) -> dict[str, int]:
     """Jobs by their status: FAILED are those whose failure is open, and `gone unread` are apart
-    (`db.failures`)."""
+    (`db.jobs`)."""
     found = ledger.read(jobs.counts)
     if JobStatus.FAILED in found:
         del found[JobStatus.FAILED]
-        states = ledger.read(failures.counts)
-        if opened := states.get(failures.OPEN):
+        states = ledger.read(jobs.failure_counts)
+        if opened := states.get(jobs.OPEN_FAILURE):
             found[JobStatus.FAILED] = opened
-        if gone := states.get(failures.GONE):
-            found[failures.GONE] = gone
+        if gone := states.get(jobs.GONE_UNREAD):
+            found[jobs.GONE_UNREAD] = gone
     return found
 
 
 def sources(settings: Settings, ledger: Ledger) -> list[Row]:
     """Every source root with its options, its last scan, and how it is watched right now."""
     rows = ledger.read(views.roots)
-    daemon = daemon_lock.holder(settings.database.daemon_lock)
+    daemon = durable.daemon_lock_holder(settings.database.daemon_lock)
     for row in rows:
         if not daemon or not row["active"]:
             row["watch"] = "no"
@@ -112,7 +108,7 @@ def source(settings: Settings, ledger: Ledger, name: str) -> Row:
         **found,
         "ignore": found["ignore"].splitlines(),
         "ignored_by_default": list(BUILT_IN_IGNORES),
-        "passed_over": ledger.read(lambda c: presence.count_passed_over(c, name)),
+        "passed_over": ledger.read(lambda c: versions.count_passed_over(c, name)),
     }
 
 
@@ -154,7 +150,7 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
     roots = [root for root in sources(settings, ledger) if root["active"]]
     plugins = ledger.read(views.plugins)
     tally = counts(ledger)
-    daemon = daemon_lock.holder(settings.database.daemon_lock)
+    daemon = durable.daemon_lock_holder(settings.database.daemon_lock)
     found = [*_dangers(settings)]
     if not roots:
         found.append(Advice("no source root: nothing is looked at", "casparian source add DIR"))
@@ -188,14 +184,14 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
 
 def unrouted(ledger: Ledger) -> list[Advice]:
     """That there are files of which nothing is made, where there are."""
-    count = ledger.read(no_plugin.count)
+    count = ledger.read(views.count_unrouted)
     words = f"{counted(count, 'file')} that no plugin wants"
     return [Advice(words, "casparian files --unrouted", wrong=False)] if count else []
 
 
 def _advise_jobs(ledger: Ledger, tally: dict[str, int], worked: bool) -> Iterator[Advice]:
     """What keeps jobs from their end, and which have come to a bad one."""
-    queued, failed, gone = (tally.get(s, 0) for s in ("QUEUED", "FAILED", failures.GONE))
+    queued, failed, gone = (tally.get(s, 0) for s in ("QUEUED", "FAILED", jobs.GONE_UNREAD))
     if queued and not worked:
         words = f"{counted(queued, 'job')} {_be(queued)} queued and no daemon works them"
         yield Advice(words, "casparian start   (or: casparian scan --drain)")
@@ -245,7 +241,7 @@ def _advise_on(root: Row, watched: bool) -> list[Advice]:
 def _dangers(settings: Settings) -> Iterator[Advice]:
     """What threatens the ledger where it lies."""
     path = settings.database.path
-    if words := mounts.doubt(path):
+    if words := durable.unfit_for_database(path):
         yield Advice(words, "move it to a local disk: [database] db_location")
     wal = path.with_name(f"{path.name}-wal")
     size = wal.stat().st_size if wal.exists() else 0

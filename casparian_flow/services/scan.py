@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import doubts, files, presence, roots, unsettled
+from casparian_flow.db import routing, versions
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.files import Known, Sighting, Stat
-from casparian_flow.db.presence import Present
 from casparian_flow.db.routing import Routing
+from casparian_flow.db.versions import Known, Present, Sighting, Stat
 from casparian_flow.services import walk
-from casparian_flow.services.look import hash_and_capture, is_racy, unrest
-from casparian_flow.services.root import Heard, Root, ScanReport
-from casparian_flow.services.snapshots import Store
-from casparian_flow.services.vanished import Vanished
+from casparian_flow.services.snapshots import NOTHING, Capture, Store
 from casparian_flow.services.walk import Ignore, Listing
 
 BATCH_FILES = 1000
@@ -62,7 +61,7 @@ def scan(
             ledger does not know are walked too. None is a full scan.
         stop: ends the scan early when set; what was found so far is recorded.
         heard: what the watcher watches, for the report to say what that leaves out.
-        believe: mark what is missing as deleted, however much it is (`services.vanished`).
+        believe: mark what is missing as deleted, however much it is (`services.scan`).
 
     Raises:
         LedgerError: the ledger could not be written; finished batches stay recorded.
@@ -151,7 +150,7 @@ class _Scan:
             return
         try:
             listing = walk.look(descriptor, path, self.ignore)
-            known = self._read(files.child_directories, path)
+            known = self._read(versions.child_directories, path)
             yield listing
         finally:
             os.close(descriptor)
@@ -169,7 +168,7 @@ class _Scan:
             return
         self.report.files += listing.files
         self._note_unheard(listing)
-        if self._read(files.directory_digest, listing.path) == listing.digest:
+        if self._read(versions.directory_digest, listing.path) == listing.digest:
             return
         # A folder's row must be there before its files' rows point to it.
         self._folders.append((listing.path, None))
@@ -201,7 +200,7 @@ class _Scan:
         quiet = True
         for chunk in walk.chunks(listing, self.ignore):
             paths = [walk.join(listing.path, name) for name, _ in chunk]
-            known = self._read(files.known, paths)
+            known = self._read(versions.known, paths)
             for (name, status), path in zip(chunk, paths, strict=True):
                 quiet &= self._compare_file(listing, name, path, Stat.of(status), known.get(path))
             self._flush_if_due()
@@ -255,14 +254,14 @@ class _Scan:
     def _note_writing(self, *, full: bool) -> None:
         """Remember since when the files that are not at rest have been so."""
         writing = self.report.writing
-        known = self.ledger.read(lambda c: unsettled.known(c, self.root.id))
+        known = self.ledger.read(lambda c: versions.known_unsettled(c, self.root.id))
         looked = (path for path in known if full or path.rpartition(b"/")[0] in self._looked)
         ended = [path for path in looked if path not in writing]
-        room = unsettled.KEPT - len(known) + len(ended)
+        room = versions.UNSETTLED_KEPT - len(known) + len(ended)
         began = sorted(writing.keys() - known.keys())[: max(0, room)]
         writing.update({path: known[path] for path in writing.keys() & known.keys()})
         if ended or began:
-            self._write(lambda c: unsettled.change(c, self.root.id, ended, began))
+            self._write(lambda c: versions.change_unsettled(c, self.root.id, ended, began))
 
     def _was_written(self, found: Stat, looked: Stat) -> bool:
         """Whether what was read is not what was found to be at rest: it was written in between."""
@@ -293,15 +292,15 @@ class _Scan:
         here = {name for name, _ in listing.entries}
         gone: list[Present] = []
         ignored: list[Present] = []
-        for found in self._read(presence.present_in, listing.path):
+        for found in self._read(versions.present_in, listing.path):
             name = found.path.rpartition(b"/")[2]
             if name not in here and not walk.is_candidate(listing, name, self.ignore):
                 (ignored if walk.is_there(listing, name) else gone).append(found)
-        known_folders = self._read(files.child_directories, listing.path)
+        known_folders = self._read(versions.child_directories, listing.path)
         folders = {walk.join(listing.path, name) for name in listing.folders}
         lost = [path for path in known_folders if path not in folders]
         for folder in lost:
-            below = self._read(presence.present_under, folder)
+            below = self._read(versions.present_under, folder)
             is_there = walk.is_there(listing, folder.rpartition(b"/")[2])
             (ignored if is_there else gone).extend(below)
         if gone and not self.vanished.believe and not listing.files and not listing.folders:
@@ -313,7 +312,7 @@ class _Scan:
         return bool(gone or ignored or lost)
 
     def _unreadable(self, path: bytes, why: str) -> None:
-        self.report.unreadable.append(f"{self.root.name}/{files.display(path)}: {why}")
+        self.report.unreadable.append(f"{self.root.name}/{versions.display(path)}: {why}")
 
     def _flush_if_due(self) -> None:
         late = time.monotonic() - self._flushed > BATCH_SECONDS
@@ -328,15 +327,17 @@ class _Scan:
         sightings, folders = list(self._sightings.values()), self._folders
         self._sightings, self._folders = {}, []
 
-        def work(connection: Connection) -> files.Recorded:
-            files.save_directories(connection, self.root.id, folders)
+        def work(connection: Connection) -> versions.Recorded:
+            versions.save_directories(connection, self.root.id, folders)
             # Of this transaction: rules that changed since the scan began route what was queued
             # for nobody when they did.
-            recorded = files.record(connection, self.root.id, sightings, Routing(connection))
+            recorded = versions.record(connection, self.root.id, sightings, Routing(connection))
             if recorded.stale:
                 lost = [(path, None) for path in recorded.stale]
-                files.save_directories(connection, self.root.id, lost)
-            doubts.uphold(connection, self.root.id, [path for path, digest in folders if digest])
+                versions.save_directories(connection, self.root.id, lost)
+            versions.keep_invalidated(
+                connection, self.root.id, [path for path, digest in folders if digest]
+            )
             placed.claim(connection)
             crashpoint("scan.batch_written")
             return recorded
@@ -350,7 +351,7 @@ class _Scan:
 
     def _route_all(self) -> None:
         """After a change of rules or plugins, give every present version the jobs it lacks."""
-        state = self.ledger.read(lambda c: roots.scan_state(c, self.root.id))
+        state = self.ledger.read(lambda c: versions.scan_state(c, self.root.id))
         routing = self.ledger.read(Routing)
         if state is not None and state.routed == routing.fingerprint:
             return
@@ -358,7 +359,7 @@ class _Scan:
 
     def _finish(self, device: int) -> None:
         def work(connection: Connection) -> None:
-            state = roots.scan_state(connection, self.root.id)
+            state = versions.scan_state(connection, self.root.id)
             found = {
                 "started": self.started, "finished": time.time(), "files": self.report.files,
                 "unreadable": len(self.report.unreadable), "waiting": self.report.waiting,
@@ -366,13 +367,13 @@ class _Scan:
             }  # fmt: skip
             if state is None or not state.finished:
                 found["scrubbed"] = time.time()  # a first scan has read every file
-            roots.save_scan_state(connection, self.root.id, **found)
+            versions.save_scan_state(connection, self.root.id, **found)
 
         self._write(work)
         crashpoint("scan.finished")
 
     def _looks_unmounted(self, descriptor: int, device: int) -> bool:
-        state = self.ledger.read(lambda c: roots.scan_state(c, self.root.id))
+        state = self.ledger.read(lambda c: versions.scan_state(c, self.root.id))
         if self.vanished.believe or state is None or state.device in (None, device):
             return False
         with os.scandir(descriptor) as entries:
@@ -381,7 +382,9 @@ class _Scan:
     def _freeze(self, why: str) -> ScanReport:
         """Remember that the root cannot be seen; no deletion is inferred from that."""
         self.report.problem = f"source root {self.root.name} ({self.root.path}) {why}"
-        self._write(lambda c: roots.save_scan_state(c, self.root.id, problem=self.report.problem))
+        self._write(
+            lambda c: versions.save_scan_state(c, self.root.id, problem=self.report.problem)
+        )
         return self.report
 
     def _read(self, query: Any, argument: Any) -> Any:
@@ -397,14 +400,282 @@ def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
     after: int | None = 0
     while after is not None:
         last = after
-        chunk = partial(files.route_chunk, root_id=root_id, after=last, routing=routing)
+        chunk = partial(versions.route_chunk, root_id=root_id, after=last, routing=routing)
         after, queued = ledger.write(chunk)
         job_ids += queued
         crashpoint("scan.routed")
-    ledger.write(lambda c: roots.save_scan_state(c, root_id, routed=routing.fingerprint))
+    ledger.write(lambda c: versions.save_scan_state(c, root_id, routed=routing.fingerprint))
     crashpoint("scan.routing_noted")
     return job_ids
 
 
 def _unread(path: bytes, folder: bytes, found: Stat, known: Known | None, why: str) -> Sighting:
     return Sighting(path, folder, found, "", False, known.version_id if known else None, why)
+
+
+# A source root as a scan takes it, and what a scan says of it.
+
+
+class Root(NamedTuple):
+    """A source root, free of the ORM."""
+
+    id: int
+    path: str
+    name: str
+    ignore: str
+    settle_seconds: float
+    done_file: str = ""
+    min_age_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, row: Any) -> Root:
+        """From a `SourceRoot`, or a row of its table."""
+        return cls(*(getattr(row, name) for name in cls._fields))
+
+
+@dataclass
+class ScanReport:
+    """What a scan found."""
+
+    source: str
+    files: int = 0
+    """Files looked at, unchanged ones among them."""
+    versions: int = 0
+    """New versions recorded."""
+    job_ids: list[int] = field(default_factory=list)
+    """Jobs queued."""
+    gone: int = 0
+    """Locations marked deleted."""
+    held: int = 0
+    """Locations that are missing, so many at once that nothing is inferred from it yet."""
+    passed_over: int = 0
+    """Known locations that are still on the disk, and that scans pass over from now on."""
+    waiting: int = 0
+    """Files that lack their done file or their minimum age."""
+    unreadable: list[str] = field(default_factory=list)
+    """`path: why`, for each file or directory that could not be read."""
+    unsettled: set[bytes] = field(default_factory=set)
+    """Directories with files that were not at rest, or lost a race with another scan."""
+    writing: dict[bytes, float] = field(default_factory=dict)
+    """Files that were not at rest, and when that was first seen, seconds since the epoch."""
+    settles_in: float = 0.0
+    """Seconds until all of those could be at rest."""
+    problem: str = ""
+    """Why the root is frozen; nothing is inferred from a frozen root."""
+    fresh: list[bytes] = field(default_factory=list)
+    """Files that differ from the ledger, and changed when the watcher had to announce it."""
+    unheard: set[int] = field(default_factory=set)
+    """Inodes of the directories that the watcher does not watch, and could."""
+    too_deep: int = 0
+    """Directories whose path is too long for any watcher."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a scan needs to know of the watcher to tell what it has missed."""
+
+    since: float
+    """When it was armed, seconds since the epoch."""
+    inodes: frozenset[int] | None
+    """Of the directories it watches; None where the platform does not tell, or nobody asks."""
+
+
+# What a scan no longer finds, and whether to believe it.
+#
+# A lost mount, a share that answers with an empty list or a wrong directory all look like a mass
+# deletion. Deletions are therefore put together over the whole scan and believed at its end. Many
+# at once are held: nothing is marked deleted until a person says so, or until they have been
+# missing for a day. Files that come back meanwhile were never gone, and nothing is loaded again.
+#
+# What is still on the disk, and passed over since the ignore patterns changed, is no such riddle:
+# it is marked so at once, however much it is, and is not counted as deleted. Its versions and rows
+# stay.
+
+
+MANY = 100
+"""Fewer files than this may vanish at once: an inbox that somebody has tidied up."""
+
+SHARE = 0.2
+"""Of the files that were there; a smaller share than this may vanish at once."""
+
+HOLD_SECONDS = 86_400.0
+"""After a day a lost mount has been noticed, and what is still missing is believed gone."""
+
+
+class Vanished:
+    """Deletions that one scan of one root has come across.
+
+    Args:
+        believe: a person said that they are real, however many.
+    """
+
+    def __init__(self, root: Root, *, full: bool, believe: bool) -> None:
+        self._root = root
+        self._full = full
+        self.believe = believe
+        self._gone: list[Present] = []
+        self._ignored: list[Present] = []
+        self._lost: list[bytes] = []
+        self._digests: list[tuple[bytes, bytes | None]] = []
+
+    def add(self, gone: list[Present], ignored: list[Present], lost: list[bytes]) -> None:
+        """Remember locations that are missing, those now passed over, and directories."""
+        self._gone += gone
+        self._ignored += ignored
+        self._lost += lost
+
+    def when_believed(self, folder: bytes, digest: bytes) -> None:
+        """A directory's digest that is true once these deletions are."""
+        self._digests.append((folder, digest))
+
+    def settle(self, connection: Connection) -> tuple[int, int, int]:
+        """Mark what is believed gone, in the caller's transaction; (gone, held, passed over).
+
+        What is not believed keeps its directories without a digest, so that the next scan
+        compares them again.
+        """
+        root_id = self._root.id
+        held_since = self._held_since(connection)
+        if self._full:
+            held = len(self._gone) if held_since else 0
+            versions.save_scan_state(connection, root_id, held=held, held_since=held_since)
+        passed = versions.mark_gone(connection, root_id, self._ignored, versions.PASSED_OVER)
+        if held_since:
+            return 0, len(self._gone), passed
+        marked = versions.mark_gone(connection, root_id, self._gone)
+        for folder in self._lost:
+            versions.forget_directory(connection, root_id, folder)
+        versions.save_directories(connection, root_id, self._digests)
+        versions.keep_invalidated(connection, root_id, [path for path, _ in self._digests])
+        if self.believe and marked:
+            subject = f"source {self._root.name}"
+            routing.note(connection, "believe-deletions", [subject], gone=marked)
+        return marked, 0, passed
+
+    def _held_since(self, connection: Connection) -> float:
+        """Since when this many have been missing, in seconds since the epoch; 0: not held."""
+        state = versions.scan_state(connection, self._root.id)
+        before = state.held if state is not None else 0
+        if self.believe or not self._gone:
+            return 0.0
+        if before and not self._full:
+            return float(state.held_since)  # what a full scan has held is not believed by parts
+        few = len(self._gone) < MANY
+        if few or len(self._gone) < SHARE * versions.count_present(connection, self._root.id):
+            return 0.0
+        now = time.time()
+        since = state.held_since if before and len(self._gone) - before < MANY else now
+        # A clock that was set back holds them for another day at the most.
+        return 0.0 if now - since > HOLD_SECONDS else float(min(since, now))
+
+
+# One look at one file: its hash, read once, and whether its stamps prove anything.
+
+
+GRANULARITY_NS = 20_000_000
+"""Two writes this close may leave the same stamps on a filesystem with a fine clock."""
+
+COARSE_NS = 2_000_000_000
+"""The same where stamps have whole seconds only (FAT, SMB, ext3, small inodes)."""
+
+READ_BYTES = 1 << 20
+
+
+def hash_file(
+    name: bytes,
+    folder: int,
+    stop: threading.Event | None = None,
+    each: Callable[[int], None] | None = None,
+    capture: Capture = NOTHING,
+) -> tuple[str, Stat] | None:
+    """Read a file once and hash it.
+
+    Args:
+        name: its name in the directory.
+        folder: descriptor of the directory.
+        stop: gives up when set.
+        each: called after each block with its length; it may take its time.
+        capture: takes the bytes that are hashed; the caller keeps it if the hash is good.
+
+    Returns:
+        SHA-256 and the stat identity, or None when it changed while it was read, is not a
+        regular file any more, or was given up.
+
+    Raises:
+        OSError: it cannot be opened or read.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(name, flags, dir_fd=folder)
+    with open(descriptor, "rb", buffering=0) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        before = Stat.of(status)
+        content = capture.begin(file)
+        digest = hashlib.sha256()
+        length = 0
+        # One that grows as fast as we read would have no end.
+        while length <= before.size and (block := content.read(READ_BYTES)):
+            digest.update(block)
+            capture.write(block)
+            length += len(block)
+            if each:
+                each(len(block))
+            if stop and stop.is_set():
+                return None
+        torn = Stat.of(os.fstat(descriptor)) != before or length != before.size
+    return None if torn else (digest.hexdigest(), before)
+
+
+def hash_and_capture(
+    name: bytes, folder: int, stop: threading.Event, store: Store, found: Stat, racy: str | None
+) -> tuple[str, Stat] | None:
+    """`hash_file`, with the bytes on their way into the snapshot store when it returns.
+
+    Args:
+        store: takes them, or says that it takes nothing.
+        found: the stat identity that was seen.
+        racy: the hash of a file that only its young stamps make us read again. It is seldom
+            another one by now, so nothing is captured unless it is: then it is read once more.
+
+    Returns, Raises:
+        As `hash_file`.
+    """
+    if racy and store.holds(racy):
+        content = hash_file(name, folder, stop)
+        if content is None or content[0] == racy:
+            return content
+    with store.capture(found.size, found.device) as capture:
+        content = hash_file(name, folder, stop, capture=capture)
+        if content:
+            capture.keep(content[0])
+        return content
+
+
+def newest_stamp(found: Stat, now_ns: int) -> int:
+    """When the file last changed, as far as its stamps tell; a future mtime was made up."""
+    return found.ctime_ns if found.mtime_ns > now_ns else max(found.mtime_ns, found.ctime_ns)
+
+
+def is_racy(found: Stat, started: float) -> bool:
+    """Whether an edit after this look could have left the same stamps.
+
+    The rule is git's (Documentation/technical/racy-git.txt), with the scan's start as the time of
+    the look and a margin for the granularity of the filesystem's clock.
+    """
+    coarse = found.ctime_ns % 1_000_000_000 == 0
+    started_ns = int(started * 1e9)
+    granularity = COARSE_NS if coarse else GRANULARITY_NS
+    return newest_stamp(found, started_ns) + granularity >= started_ns
+
+
+def unrest(found: Stat, now_ns: int, seconds: float) -> float:
+    """Seconds until a file with these stamps has been quiet for so long; none if it has.
+
+    A ctime in the future means that the clock was set back: the file's age says nothing then, so
+    it is taken, and racy until the clock has passed its stamps. A clock that is set forward makes
+    every file look old; only its writer's next write tells that it was not at rest.
+    """
+    if seconds == 0 or found.ctime_ns > now_ns + COARSE_NS:
+        return 0.0
+    return max(0.0, seconds - (now_ns - newest_stamp(found, now_ns)) / 1e9)

@@ -2,19 +2,209 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import NamedTuple
 
 from sqlalchemy import Connection
 
+from casparian_flow import config, durable, sink_uri
 from casparian_flow.config import Settings
-from casparian_flow.db import plugins, roots, wiring
+from casparian_flow.db import plugins, routing, versions
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.wiring import Standing
+from casparian_flow.db.routing import Standing
+from casparian_flow.engine import sinks
 from casparian_flow.errors import ConfigError, NotFound
-from casparian_flow.services import inventory, places
-from casparian_flow.services.places import Place
-from casparian_flow.topics import data_of, rejects
+from casparian_flow.protocol import MODES, data_topics, reject_topics
+from casparian_flow.security.manifest import Manifest
+from casparian_flow.services import inventory
+
+# Where topics go: what a MANIFEST or a person says of sinks becomes what is configured.
+#
+# A person may send a topic anywhere. A MANIFEST is somebody else's code: it may name places under
+# the configured output roots (`[output] roots`), and use variables that `[output] env` lists. They
+# are expanded here, once, by the process that deploys: what is stored and part of every output key
+# is a path, so that no later change of an environment moves a topic.
+
+
+class Place(NamedTuple):
+    """A sink of a topic, as it is configured."""
+
+    topic: str
+    uri: str
+    """Without options and variables."""
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.uri}?mode={self.mode}"
+
+
+def of_manifest(settings: Settings, manifest: Manifest, roots: Sequence[str]) -> list[Place]:
+    """Where each topic of a plugin goes, unless somebody has placed it.
+
+    Args:
+        roots: paths of the active source roots.
+
+    Raises:
+        ConfigError: a sink cannot be opened, or a plugin may not write there.
+    """
+    places: list[Place] = []
+    for topic in manifest.topics:
+        said = manifest.sinks_of(topic)
+        chosen = _places(settings, topic, said or [settings.output.default_uri], "append", roots)
+        for place in chosen if said else []:
+            _check_roots(settings, place)
+        places += chosen
+    _check_twins(places)
+    return places
+
+
+def of_person(
+    settings: Settings, topic: str, uris: Sequence[str], mode: str, roots: Sequence[str]
+) -> list[Place]:
+    """Where a person sends a topic.
+
+    Args:
+        uris: sinks as written.
+        mode: of those that do not say one themselves.
+        roots: paths of the active source roots.
+
+    Raises:
+        ConfigError: a sink or mode is not one we have, or a sink is there twice.
+    """
+    return _places(settings, topic, uris, mode, roots)
+
+
+def of_row(topic: str, uri: str, mode: str) -> Place:
+    """Where the ledger's table sends a topic: people write options into it as well."""
+    with contextlib.suppress(ConfigError):
+        uri, said = sink_uri.read(uri)
+        return Place(topic, uri, said or mode)
+    return Place(topic, uri, mode)
+
+
+def spots(settings: Settings, placed: Sequence[Place]) -> set[tuple[str, str]]:
+    """The location and the mode of each, however its URI is spelt."""
+    found = set()
+    for place in placed:
+        location = place.uri
+        with contextlib.suppress(ConfigError):
+            location = sinks.resolve(place.uri, settings.home)
+        found.add((location, place.mode))
+    return found
+
+
+def _places(
+    settings: Settings, topic: str, uris: Sequence[str], mode: str, roots: Sequence[str]
+) -> list[Place]:
+    if mode not in MODES:
+        raise ConfigError(f"there is no mode {mode!r}", f"use one of {', '.join(MODES)}")
+    places: dict[str, Place] = {}
+    for written in uris:
+        uri, own_mode = sink_uri.read(written)
+        place = Place(topic, _expanded(settings, topic, uri), own_mode or mode)
+        location = sinks.resolve(place.uri, settings.home)
+        sinks.check_usable(location, settings.database)
+        sinks.check_reserved(location, topic, settings)
+        sinks.check_reserved_content(location, topic)
+        _check_sources(place, location, roots)
+        if location in places:
+            raise ConfigError(
+                f"topic {topic!r}: {places[location].uri} and {place.uri} are the same sink, which "
+                "would get every row twice",
+                "name it once",
+            )
+        places[location] = place
+    return list(places.values())
+
+
+def _expanded(settings: Settings, topic: str, uri: str) -> str:
+    def value_of(name: str) -> str:
+        if name not in settings.output.env:
+            raise ConfigError(
+                f"topic {topic!r}: the sink {uri} uses the variable {name}, which the "
+                "configuration does not allow",
+                f'list it in {config.FILE_NAME}: [output] env = ["{name}"]',
+            )
+        if not (value := config.variable(name)):
+            raise ConfigError(
+                f"topic {topic!r}: the sink {uri} uses the variable {name}, which is not set for "
+                "the process that deploys: the daemon where one runs, else this one",
+                f"export {name}=...   (and start the daemon with it)",
+            )
+        if "?" in value or "${" in value:
+            raise ConfigError(
+                f"topic {topic!r}: the sink {uri} uses the variable {name}, whose value "
+                f"{value[:80]!r} cannot be a part of a path here",
+                f"export {name}=...   (a folder's path)",
+            )
+        return value
+
+    return sink_uri.expanded(uri, value_of)
+
+
+def _check_roots(settings: Settings, place: Place) -> None:
+    """A MANIFEST's sinks lie under the output roots, whatever symlinks are on the way.
+
+    The topic's own folder or database is what counts, and not only the folder it is in.
+    """
+    target = sinks.target_of(sinks.resolve(place.uri, settings.home), place.topic)
+    if target is None:
+        return
+    allowed = [os.path.realpath(settings.home / root) for root in settings.output.roots]
+    if not any(_is_inside(os.path.realpath(target), root) for root in allowed):
+        raise ConfigError(
+            f"topic {place.topic!r}: the MANIFEST's sink {place.uri} is outside of where plugins "
+            f"may write ({', '.join(allowed) or 'nowhere'})",
+            f"list its folder in {config.FILE_NAME}: [output] roots; or leave the sink out of the "
+            "MANIFEST, and after publishing: casparian topics set PLUGIN TOPIC URI",
+        )
+
+
+def _check_sources(place: Place, location: str, roots: Sequence[str]) -> None:
+    """Outputs in a source root are passed over by its scans, since their names are marked. That
+    must not hide files that are a person's, and it cannot help where the root itself is the place.
+    """
+    target = sinks.target_of(location, place.topic)
+    if target is None:
+        return
+    real = os.path.realpath(target)
+    for root in map(os.path.realpath, roots):
+        if real == root:
+            fault = "it is a source root: its outputs would be its input"
+        elif _is_inside(real, root) and target.exists() and not _is_ours(target):
+            fault = f"{target} is there already, in the source root {root}: no scan would see it"
+        else:
+            continue
+        raise ConfigError(
+            f"topic {place.topic!r} cannot go to {place.uri}: {fault}", "choose another place"
+        )
+
+
+def _check_twins(places: Sequence[Place]) -> None:
+    """SQL does not tell tables apart whose names differ in case only."""
+    tables = [place for place in places if not place.uri.startswith(sinks.PREFIXES["parquet"])]
+    for one, other in itertools.combinations(tables, 2):
+        if one.topic != other.topic and one.topic.lower() == other.topic.lower():
+            raise ConfigError(
+                f"topics {one.topic!r} and {other.topic!r} differ in case only, which "
+                f"{other.uri} does not tell apart",
+                "rename one of them",
+            )
+
+
+def _is_inside(path: str, root: str) -> bool:
+    return os.path.commonpath([path, root]) == root
+
+
+def _is_ours(target: Path) -> bool:
+    """Whether scans know the name as one of ours."""
+    patterns = durable.owned(target.parent / durable.STATE_FOLDER)
+    return any(fnmatchcase(target.name, pattern) for pattern in patterns)
 
 
 class Placed(NamedTuple):
@@ -43,13 +233,13 @@ def set_topic(
     known = ledger.read(lambda c: plugins.versions(c, plugin))
     if not known:
         raise NotFound(f"no plugin is named {plugin!r}", "casparian plugins")
-    placed = places.of_person(settings, topic, uris, mode, ledger.read(roots.active_paths))
+    placed = of_person(settings, topic, uris, mode, ledger.read(versions.active_paths))
 
     def work(connection: Connection) -> Placed:
         newest = plugins.find(connection, plugin, str(known[-1]))
         declared = plugins.topics_of(connection, newest)
-        wiring.set_topic(connection, plugin, topic, [(p.uri, p.mode) for p in placed])
-        standing = wiring.standing(connection, plugin, topic)
+        routing.set_topic(connection, plugin, topic, [(p.uri, p.mode) for p in placed])
+        standing = routing.standing(connection, plugin, topic)
         return Placed(placed, declared, list(_stays(placed, standing)))
 
     done = ledger.write(work)
@@ -82,13 +272,13 @@ def allow_empty(ledger: Ledger, plugin: str, topic: str, allow: bool) -> list[st
     if topic not in names:
         have = ", ".join(names) or "none"
         raise NotFound(f"{plugin} has no topic {topic!r} (it has: {have})", "casparian topics")
-    if topic in rejects(names):
-        data = sorted(data_of(topic, names))
+    if topic in reject_topics(names):
+        data = sorted(data_topics(topic, names))
         raise ConfigError(
             f"{topic} is a topic of rejects: it is empty where a file has none",
             f"casparian topics set {plugin} {data[0]} --allow-empty",
         )
-    ledger.write(lambda c: wiring.allow_empty(c, plugin, topic, allow))
+    ledger.write(lambda c: routing.allow_empty(c, plugin, topic, allow))
     if not allow:
         return [f"{plugin}: a file that gives rejects and no row of {topic} is FAILED"]
     return [
@@ -99,7 +289,7 @@ def allow_empty(ledger: Ledger, plugin: str, topic: str, allow: bool) -> list[st
 
 
 def _only_plugin(ledger: Ledger, topic: str) -> str:
-    found = ledger.read(lambda c: wiring.plugins_with(c, topic))
+    found = ledger.read(lambda c: routing.plugins_with(c, topic))
     if not found:
         raise NotFound(f"no plugin has a topic {topic!r}", "casparian topics")
     if len(found) > 1:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from pathspec import GitIgnoreSpec
 
-from casparian_flow.atomic import STATE_FOLDER
+from casparian_flow.durable import STATE_FOLDER
 
 _STATE = f"{STATE_FOLDER}/"
 BUILT_IN_IGNORES = (

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from casparian_flow.atomic import STATE_FOLDER
 from casparian_flow.db import views
 from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.durable import STATE_FOLDER
 from casparian_flow.services.verify import verify
 from proofs import sink_reader
 from proofs.crash.scene import TOPICS, Act, Scene

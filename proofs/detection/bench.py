@@ -16,8 +16,7 @@ from sqlalchemy import select
 
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileLocation, FileVersion
-from casparian_flow.services.root import Root
-from casparian_flow.services.scan import scan
+from casparian_flow.services.scan import Root, scan
 from tests.conftest import write_config
 from tests.factories import add_root
 

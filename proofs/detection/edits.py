@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from casparian_flow.db.files import Stat
+from casparian_flow.db.versions import Stat
 from casparian_flow.services.scan import scan
-from casparian_flow.services.scrub import scrub
+from casparian_flow.services.scout import scrub
 from proofs.detection.bench import PAUSE_SECONDS, Scratch, current, scan_until_certain, versions
 
 SIZE = 64

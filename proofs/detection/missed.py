@@ -19,7 +19,7 @@ from sqlalchemy import func, select
 
 from casparian_flow import config, main
 from casparian_flow.config import Settings
-from casparian_flow.db import roots, views
+from casparian_flow.db import versions, views
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileVersion
 from tests.conftest import write_config
@@ -85,7 +85,7 @@ def _wait(until: Any) -> None:
 
 
 def _state(ledger: Ledger, root_id: int) -> Any:
-    return ledger.read(lambda c: roots.scan_state(c, root_id))
+    return ledger.read(lambda c: versions.scan_state(c, root_id))
 
 
 def count(ledger: Ledger) -> int:

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sqlalchemy import Connection, insert, select
 
-from casparian_flow.config import DatabaseSettings
-from casparian_flow.db import audit, invariants, jobs, outputs
+from casparian_flow.config import DatabaseSettings, JobSettings
+from casparian_flow.db import audit, jobs, outputs
 from casparian_flow.db.access import Ledger, get_engine
 from casparian_flow.db.jobs import ALONE_AFTER
 from casparian_flow.db.models import (
@@ -38,13 +38,13 @@ from casparian_flow.db.models import (
     utcnow,
 )
 from casparian_flow.db.routing import Wanted
-from casparian_flow.engine import retries
+from casparian_flow.engine import dispatch
 from casparian_flow.engine.committer import Committer, _Ended, _Owed
+from casparian_flow.engine.dispatch import POISON_AFTER, POISON_AFTER_KILLS
 from casparian_flow.engine.endings import Ending
-from casparian_flow.engine.retries import POISON_AFTER, POISON_AFTER_KILLS
 from casparian_flow.errors import JobError, SinkConflict
 from casparian_flow.protocol import Evidence, Outcome, Pair, Published, Receipt, StagedOutput
-from casparian_flow.sections import JobSettings
+from casparian_flow.services import verify as checks
 from tests.factories import add_plugin
 
 T = TypeVar("T")
@@ -121,7 +121,10 @@ class Life(RuleBasedStateMachine):
     def _start_epoch(self) -> None:
         self.epoch = self.write(
             partial(
-                retries.begin, limits=self.limits, ending=self.ending, guests_folder=self.guests
+                dispatch.begin_epoch,
+                limits=self.limits,
+                ending=self.ending,
+                guests_folder=self.guests,
             )
         )
         for file in self.guests.iterdir():
@@ -192,10 +195,10 @@ class Life(RuleBasedStateMachine):
         hands = set(data.draw(st.lists(self._any_pair(), max_size=2)))
         if silent:
             self.write(
-                partial(retries.lose, pairs=pairs, hands=hands, limits=self.limits, why="gone")
+                partial(dispatch.lose, pairs=pairs, hands=hands, limits=self.limits, why="gone")
             )
         else:
-            self.write(partial(retries.release, pairs=pairs, why="left"))
+            self.write(partial(dispatch.release, pairs=pairs, why="left"))
         held = [job for job in self.of(R) if job.pair in pairs]
         self._taken(held, hands if silent else None)
 
@@ -352,7 +355,7 @@ class Life(RuleBasedStateMachine):
             assert found == (job.status, job.fence, job.attempts, job.crashes), row.id
             assert (row.finished_at is None) == (row.status in jobs.UNFINISHED)
             assert 0 <= row.attempts <= row.fence
-        assert self.ledger.read(lambda c: list(invariants.breaks(c))) == []
+        assert self.ledger.read(lambda c: list(checks.breaks(c))) == []
         commits = select(AuditEntry.subject).where(AuditEntry.action == "commit")
         committed = Counter(self.ledger.read(lambda c: list(c.execute(commits).scalars())))
         assert committed == {f"job {job.id}": 1 for job in self.of(JobStatus.COMPLETED)}

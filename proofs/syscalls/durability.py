@@ -23,7 +23,8 @@ from pathlib import Path
 
 from sqlalchemy import create_engine
 
-from casparian_flow.db import audit, invariants
+from casparian_flow.db import audit
+from casparian_flow.services import verify
 from proofs.syscalls.supervisor import Call
 
 _WAL = "-wal"
@@ -148,6 +149,6 @@ class Commits:
                     continue
             engine = create_engine(f"sqlite:///{copy}")
             with engine.connect() as connection:
-                for words in (*invariants.breaks(connection), *audit.problems(connection)):
+                for words in (*verify.breaks(connection), *audit.problems(connection)):
                     yield f"after commit {number}: {words}"
             engine.dispose()

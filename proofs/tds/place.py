@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from casparian_flow.config import DatabaseSettings
-from casparian_flow.sections import MssqlSettings
+from casparian_flow.config import DatabaseSettings, MssqlSettings
 from proofs.tds.server import Server
 from proofs.tds.session import USER
 from proofs.tds.tables import Database

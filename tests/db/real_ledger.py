@@ -13,10 +13,10 @@ from sqlalchemy import Connection
 
 from casparian_flow import main
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, invariants, jobs, replay, views
+from casparian_flow.db import audit, jobs, views
 from casparian_flow.db.access import driver, get_engine, open_ledger
 from casparian_flow.db.models import JobStatus
-from casparian_flow.services import changes
+from casparian_flow.services import changes, verify
 from casparian_flow.services.scan import scan
 from tests.conftest import write_config
 from tests.factories import add_root
@@ -58,9 +58,9 @@ async def _work_off(settings: Settings) -> None:
 def said(connection: Connection) -> list[str]:
     """All that `verify` says of the ledger itself."""
     return [
-        *invariants.breaks(connection),
+        *verify.breaks(connection),
         *audit.problems(connection),
-        *replay.problems(connection),
+        *verify.problems(connection),
     ]
 
 
@@ -108,6 +108,6 @@ class Altered:
                     driver(connection).execute(query, values)
                 found = list(audit.problems(connection))
                 if replayed:
-                    found += replay.problems(connection)
+                    found += verify.problems(connection)
                 transaction.rollback()
         return found

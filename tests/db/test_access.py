@@ -17,10 +17,10 @@ from sqlalchemy import Connection, func, insert, select, text
 from sqlalchemy.orm import Session
 
 from casparian_flow.config import DatabaseSettings, Settings
-from casparian_flow.db import backup
 from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.models import RoutingRule, SourceRoot
 from casparian_flow.errors import LedgerError
+from casparian_flow.services import backup
 
 
 def add_rule(connection: Connection, pattern: str) -> None:

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from casparian_flow import main, mounts
+from casparian_flow import durable, main
 from casparian_flow.config import DatabaseSettings, Settings
-from casparian_flow.db import invariants, jobs, schema
+from casparian_flow.db import jobs, schema
 from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.models import JobStatus
-from casparian_flow.db.wiring import note
+from casparian_flow.db.routing import note
 from casparian_flow.errors import LedgerError, LedgerLost, first_error
-from casparian_flow.services import report
+from casparian_flow.services import report, verify
 from tests.disks import in_memory
 from tests.factories import add_job
 
@@ -134,7 +134,7 @@ def test_a_full_disk_under_the_ledger_writes_nothing_and_reads_on(disk: Path) ->
         assert ledger.read(jobs.counts) == {"QUEUED": 1}
         (disk / "ballast").unlink()
         assert ledger.write(lambda c: jobs.abort(c, [job_id], "me")) == [job_id]
-        assert ledger.read(invariants.damage) == ""
+        assert ledger.read(verify.damage) == ""
 
 
 def test_a_read_only_disk_is_an_error_in_words(disk: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_migration_killed_at_each_statement_is_done_by_the_next_start(
         with open_ledger(database) as ledger:
             version = ledger.read(lambda c: c.execute(text("PRAGMA user_version")).scalar_one())
             assert version == len(whole)
-            assert list(ledger.read(lambda c: list(invariants.breaks(c)))) == []
+            assert list(ledger.read(lambda c: list(verify.breaks(c)))) == []
 
 
 def test_a_clock_set_back_a_day_delays_no_retry(
@@ -244,25 +244,25 @@ def test_a_database_on_a_network_or_in_memory_is_doubted(
         "/home/x": "ext4", "/mnt/office files/a": "nfs4", "/run/a": "tmpfs", "/runner": "ext4",
         "/mnt/gro\u00df\u5b57/a": "cifs",
     }  # fmt: skip
-    assert {path: mounts.kind(Path(path), table) for path in kinds} == kinds
-    assert mounts.kind(Path("/"), tmp_path / "none") == ""
-    assert mounts.unheard(tmp_path) == ""
+    assert {path: durable.filesystem_kind(Path(path), table) for path in kinds} == kinds
+    assert durable.filesystem_kind(Path("/"), tmp_path / "none") == ""
+    assert durable.misses_events(tmp_path) == ""
     for kind, words, unheard in (
         ("nfs4", "network filesystem", True), ("fuse.sshfs", "network filesystem", True),
         ("fuseblk", "", True), ("tmpfs", "in memory", False), ("ext4", "", False),
     ):  # fmt: skip
-        monkeypatch.setattr(mounts, "kind", lambda path, kind=kind: kind)
-        assert words in mounts.doubt(tmp_path)
-        assert bool(mounts.doubt(tmp_path)) == bool(words)
-        assert bool(mounts.unheard(tmp_path)) == unheard
+        monkeypatch.setattr(durable, "filesystem_kind", lambda path, kind=kind: kind)
+        assert words in durable.unfit_for_database(tmp_path)
+        assert bool(durable.unfit_for_database(tmp_path)) == bool(words)
+        assert bool(durable.misses_events(tmp_path)) == unheard
 
 
 def test_a_log_that_a_foreign_reader_holds_is_said(
     settings: Settings, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "WAL_LIMIT_BYTES", 1 << 10)
-    monkeypatch.setattr("casparian_flow.db.connection.CHECKPOINT_BYTES", 1 << 10)
-    monkeypatch.setattr("casparian_flow.db.connection.CHECKPOINT_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("casparian_flow.db.schema.CHECKPOINT_BYTES", 1 << 10)
+    monkeypatch.setattr("casparian_flow.db.schema.CHECKPOINT_PAUSE_SECONDS", 0.0)
     reader = schema.connect(settings.database)
     reader.execute("BEGIN")
     reader.execute("SELECT count(*) FROM cf_audit").fetchone()

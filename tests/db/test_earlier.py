@@ -11,7 +11,7 @@ import pytest
 from casparian_flow.config import Settings
 from casparian_flow.db import schema
 from casparian_flow.db.access import open_ledger
-from casparian_flow.db.chain import GENESIS, Event, Head, link
+from casparian_flow.db.seals import GENESIS, Event, Head, link
 from casparian_flow.security import signing
 from casparian_flow.services import architect, backup, report
 from casparian_flow.services.verify import verify

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, chain
+from casparian_flow.db import audit, seals
 from casparian_flow.db.access import open_ledger
 from casparian_flow.db.seals import COVERED
 from casparian_flow.services.verify import verify
@@ -153,8 +153,8 @@ def test_a_second_seal_does_not_make_an_alteration_good(altered: Altered) -> Non
     ((subject, detail),) = altered.rows(
         "SELECT subject, detail FROM cf_audit WHERE action = 'seal' ORDER BY seq LIMIT 1"
     )
-    event = chain.Event("seal", subject, json.loads(detail))
-    (row,) = chain.link(chain.Head(seq, hashed), "ledger", [event])
+    event = seals.Event("seal", subject, json.loads(detail))
+    (row,) = seals.link(seals.Head(seq, hashed), "ledger", [event])
     marks = ", ".join("?" * len(row))
     words = altered.after(
         (f"INSERT INTO cf_audit ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))

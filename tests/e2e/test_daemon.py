@@ -14,7 +14,7 @@ import pyarrow.dataset as ds
 import pytest
 from sqlalchemy import select
 
-from casparian_flow import config, daemon_lock, main, protocol
+from casparian_flow import config, durable, main, protocol
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, jobs, views
 from casparian_flow.db.access import Ledger
@@ -179,7 +179,7 @@ def test_a_large_file_is_read_in_place_and_proved_twice(
 def test_a_second_daemon_is_told_who_is_the_first(settings: Settings) -> None:
     async def story() -> None:
         async with main.running(settings, "the first", workers=0, watch=False):
-            about = daemon_lock.holder(settings.database.daemon_lock)
+            about = durable.daemon_lock_holder(settings.database.daemon_lock)
             assert about is not None
             assert about["pid"] == os.getpid()
             with pytest.raises(DaemonRunning, match="the first"):
@@ -187,7 +187,7 @@ def test_a_second_daemon_is_told_who_is_the_first(settings: Settings) -> None:
                     pass
 
     asyncio.run(story())
-    assert daemon_lock.holder(settings.database.daemon_lock) is None
+    assert durable.daemon_lock_holder(settings.database.daemon_lock) is None
 
 
 @pytest.mark.parametrize("link", ["ledger", "folder"])

@@ -23,7 +23,7 @@ from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, ProcessingJob
-from casparian_flow.engine import guest_process, in_hand, retries, sentinel
+from casparian_flow.engine import dispatch, endings, guest_process, sentinel
 from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.services import changes
 from casparian_flow.services.scan import scan
@@ -164,12 +164,12 @@ def test_a_job_that_crashes_the_daemon_is_isolated_and_the_others_go_on(
         codes.append(daemon.returncode)
     # What writes the trace of an abort may crash itself.
     assert {*codes[:-1]} <= {-signal.SIGABRT, -signal.SIGSEGV}
-    assert len(codes) == retries.POISON_AFTER + 1
+    assert len(codes) == dispatch.POISON_AFTER + 1
     assert codes[-1] == 1
     found = outcomes(ledger)
     status, reason = found.pop("05.do")
     assert status == "FAILED"
-    words = f"POISON: the daemon ended while it ran, {retries.POISON_AFTER} times"
+    words = f"POISON: the daemon ended while it ran, {dispatch.POISON_AFTER} times"
     assert reason.startswith(words)
     assert {status for status, _ in found.values()} == {"COMPLETED"}
     assert len(rows(settings)) == 11
@@ -192,7 +192,7 @@ def test_random_kills_of_the_daemon_make_no_innocent_job_fail(
     while kills < 8:
         with start(settings, "casparian_flow.cli", "scan", "--drain") as daemon:
             deadline = time.monotonic() + PATIENCE
-            while daemon.poll() is None and not in_hand.read(settings.database.guests_folder):
+            while daemon.poll() is None and not endings.read_held(settings.database.guests_folder):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             with contextlib.suppress(subprocess.TimeoutExpired):

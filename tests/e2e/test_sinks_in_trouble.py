@@ -18,8 +18,7 @@ from casparian_flow import main
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs, views
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import FileVersion, Output, Plugin, ProcessingJob, TopicConfig
-from casparian_flow.db.states import PAUSED
+from casparian_flow.db.models import PAUSED, FileVersion, Output, Plugin, ProcessingJob, TopicConfig
 from casparian_flow.engine.dispatch import output_key
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify

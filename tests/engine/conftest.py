@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from casparian_flow import config
+from casparian_flow.config import GuestSettings
 from casparian_flow.engine.bridge import Guest
-from casparian_flow.engine.bundle import bundle
+from casparian_flow.engine.environments import EnvironmentStore, bundle
 from casparian_flow.engine.locking import lock_dependencies
-from casparian_flow.engine.venv_manager import EnvironmentStore
-from casparian_flow.sections import GuestSettings
 from casparian_flow.security.sandbox import InPlace
 from tests.engine.guests import artifact, plugin, run
 

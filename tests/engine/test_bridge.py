@@ -17,16 +17,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from casparian_flow.config import GuestSettings
 from casparian_flow.engine import bridge
-from casparian_flow.engine.bridge import Guest
-from casparian_flow.engine.bundle import BUNDLED, bundle
-from casparian_flow.engine.reports import Failure
+from casparian_flow.engine.bridge import Failure, Guest
+from casparian_flow.engine.environments import BUNDLED, bundle
 from casparian_flow.errors import (
     GuestDied,
     PluginTimeout,
     Unavailable,
 )
-from casparian_flow.sections import GuestSettings
 from tests.engine.guests import SECONDS, Start, artifact, file_info, loaded, plugin, run
 
 RAW_BATCH = """
@@ -240,7 +239,7 @@ def test_the_guest_ends_with_its_host(
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from guests import artifact, file_info
-        from casparian_flow.sections import GuestSettings
+        from casparian_flow.config import GuestSettings
         from casparian_flow.engine.bridge import Guest
         guest = Guest(Path({str(environment[0])!r}), Path({str(environment[1])!r}),
             artifact({source!r}), folder=Path({str(tmp_path)!r}),

@@ -12,7 +12,7 @@ import pytest
 
 from casparian_flow.engine import byte_code
 from casparian_flow.engine.byte_code import compile_modules, real_modules
-from casparian_flow.engine.venv_manager import EnvironmentStore, Lease
+from casparian_flow.engine.environments import EnvironmentStore, Lease
 from tests import wheels
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow.atomic import make_private
-from casparian_flow.engine.bundle import bundle
-from casparian_flow.engine.venv_manager import EnvironmentStore
+from casparian_flow.durable import make_private
+from casparian_flow.engine.environments import EnvironmentStore, bundle
 from casparian_flow.errors import Unavailable
 from tests import wheels
 
@@ -181,7 +180,7 @@ def test_every_process_makes_the_same_bundle(tmp_path: Path) -> None:
     folder = bundle(tmp_path)
     code = (
         "import asyncio, json, sqlite3, sys, typing\nfrom pathlib import Path\n"
-        "from casparian_flow.engine.bundle import bundle\nbundle(Path(sys.argv[1]))"
+        "from casparian_flow.engine.environments import bundle\nbundle(Path(sys.argv[1]))"
     )
     inode = folder.stat().st_ino
     for seed in ("0", "1", "random"):

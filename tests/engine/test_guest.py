@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from casparian_flow.engine.job_log import HEAD, TAIL
+from casparian_flow.engine.bridge import HEAD, TAIL
 from casparian_flow.errors import (
     GuestDied,
     OutputRefused,

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from casparian_flow.engine.holdings import SEEN_LIMIT, Holdings
+from casparian_flow.engine.worker_client import SEEN_LIMIT, Holdings
 from casparian_flow.protocol import Assignment, Granted, Outcome, Receipt
 
 

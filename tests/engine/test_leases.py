@@ -17,7 +17,7 @@ from casparian_flow.config import Settings
 from casparian_flow.db import audit
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, AuditEntry, JobStatus, ProcessingJob
-from casparian_flow.engine import retries, sentinel, worker_client
+from casparian_flow.engine import dispatch, sentinel, worker_client
 from casparian_flow.engine.dispatch import Dispatcher
 from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.errors import CasparianError
@@ -122,14 +122,14 @@ def test_a_worker_that_wakes_while_its_jobs_are_taken_back_gets_none_that_nobody
     monkeypatch.setattr(sentinel, "LEASE_SECONDS", 0.6)
     jobs = {add_job(ledger, fence=0, attempts=0) for _ in range(2)}
     writing, write = threading.Event(), threading.Event()
-    real = retries.lose
+    real = dispatch.lose
 
     def lose(*arguments: Any, **options: Any) -> None:
         real(*arguments, **options)
         writing.set()
         assert write.wait(PATIENCE)
 
-    monkeypatch.setattr(retries, "lose", lose)
+    monkeypatch.setattr(dispatch, "lose", lose)
 
     async def story(target: Attacked) -> None:
         peer = await joined(target, "sleeper")

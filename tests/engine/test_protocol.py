@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from casparian_flow import protocol
+from casparian_flow.config import GuestSettings
 from casparian_flow.errors import ProtocolError
-from casparian_flow.sections import GuestSettings
 
 MESSAGES = typing.get_args(protocol.AnyMessage)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from casparian_flow import topics
-from casparian_flow.engine.rejects import CELL, COLUMNS, SHOWN, Rejects
+from casparian_flow import protocol
+from casparian_flow.engine.batches import CELL, COLUMNS, SHOWN, Rejects
 from casparian_flow.errors import OnlyRejects
 from tests.sinks.arrow_types import Row, rows
 
@@ -92,6 +92,6 @@ def test_times_that_python_has_no_form_for_are_left_out() -> None:
 
 def test_a_topic_of_rejects_belongs_to_the_one_it_is_named_after() -> None:
     known = ["access", "syslog", "access_rejects", "odd_rejects"]
-    assert topics.rejects(known) == {"access_rejects", "odd_rejects"}
-    assert topics.data_of("access_rejects", known) == {"access"}
-    assert topics.data_of("odd_rejects", known) == {"access", "syslog"}
+    assert protocol.reject_topics(known) == {"access_rejects", "odd_rejects"}
+    assert protocol.data_topics("access_rejects", known) == {"access"}
+    assert protocol.data_topics("odd_rejects", known) == {"access", "syslog"}

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select
 
+from casparian_flow.config import JobSettings
 from casparian_flow.db import audit, jobs
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.attempts import Ended, add_attempts
+from casparian_flow.db.jobs import Ended, add_attempts
 from casparian_flow.db.models import Attempt, Epoch, JobStatus, ProcessingJob
-from casparian_flow.engine import endings, in_hand, retries
+from casparian_flow.engine import dispatch, endings
 from casparian_flow.engine.endings import Ending
 from casparian_flow.protocol import Evidence, Outcome, Pair, Receipt
-from casparian_flow.sections import JobSettings
 from tests.factories import add_job
 
 MANY = JobSettings(max_attempts=100, retry_seconds=0.0)
@@ -59,7 +59,7 @@ def die(
     folder.mkdir(exist_ok=True)
     for job_id, fence in hands:
         (folder / f"hand-{job_id}-{fence}").touch()
-    ledger.write(lambda c: retries.begin(c, limits, ending, folder))
+    ledger.write(lambda c: dispatch.begin_epoch(c, limits, ending, folder))
     for file in folder.iterdir():
         file.unlink()
 
@@ -68,14 +68,14 @@ def die(
 def test_pauses_grow_have_jitter_and_a_limit(seconds: float, attempts: int, share: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("random.uniform", lambda low, high: low + share * (high - low))
-        found = retries.pause(JobSettings(retry_seconds=seconds), attempts)
+        found = dispatch.pause_seconds(JobSettings(retry_seconds=seconds), attempts)
     wanted = share * min(seconds * 4.0 ** min(attempts - 1, 16), 900.0)
     assert found == pytest.approx(wanted)
 
 
 def test_the_pause_is_drawn_anew_each_time() -> None:
     limits = JobSettings(retry_seconds=5.0)
-    drawn = {retries.pause(limits, 2) for _ in range(20)}
+    drawn = {dispatch.pause_seconds(limits, 2) for _ in range(20)}
     assert len(drawn) == 20
     assert all(0 <= pause <= 20 for pause in drawn)
 
@@ -88,9 +88,9 @@ def test_a_failed_attempt_waits_in_the_ledger(
     job = add_job(ledger, JobStatus.RUNNING, attempts=1)
     limits = JobSettings(retry_seconds=7.0)
     end = Receipt(job_id=job, fence=1, outcome=Outcome.FAILED, error="no")
-    assert ledger.write(lambda c: retries.after_failure(c, end, limits, "test"))
+    assert ledger.write(lambda c: dispatch.after_failure(c, end, limits, "test"))
     assert job_row(ledger, job).not_before == 1007.0
-    assert not ledger.write(lambda c: retries.after_failure(c, end, limits, "test"))
+    assert not ledger.write(lambda c: dispatch.after_failure(c, end, limits, "test"))
 
 
 def fails(ledger: Ledger, job: int, fault: str, error: str, limits: JobSettings = MANY) -> str:
@@ -100,7 +100,7 @@ def fails(ledger: Ledger, job: int, fault: str, error: str, limits: JobSettings 
     end = Receipt(
         job_id=job, fence=fence, outcome=Outcome.FAILED, error=error, evidence=Evidence(fault=fault)
     )
-    ledger.write(partial(retries.after_failure, end=end, limits=limits, actor="test"))
+    ledger.write(partial(dispatch.after_failure, end=end, limits=limits, actor="test"))
     ended = Ended(job, fence, "w", "FAILED", error, fault=fault)
     ledger.write(partial(add_attempts, epoch=epoch(ledger), ended=[ended]))
     return str(job_row(ledger, job).status)
@@ -153,7 +153,7 @@ def test_what_repeats_is_seen_behind_attempts_that_did_not_count(ledger: Ledger)
     for _ in range(3):
         assert claim(ledger) == [job]
         pair = (job, job_row(ledger, job).fence)
-        ledger.write(partial(retries.release, pairs=[pair], why="left"))
+        ledger.write(partial(dispatch.release, pairs=[pair], why="left"))
     assert fails(ledger, job, "PluginTimeout", "too slow") == "QUEUED"
     assert fails(ledger, job, "PluginFailed", "no") == "FAILED"
 
@@ -255,11 +255,11 @@ def test_a_dozen_kills_make_no_poison_of_what_runs_and_a_killer_ends_all_the_sam
 ) -> None:
     job = add_job(ledger, fence=0, attempts=0)
     once = JobSettings(max_attempts=1, retry_seconds=0.0)
-    for death in range(1, retries.POISON_AFTER_KILLS + 1):
+    for death in range(1, dispatch.POISON_AFTER_KILLS + 1):
         assert claim(ledger) == [job]
         assert job_row(ledger, job).attempts == 1
         die(ledger, tmp_path / "guests", [(job, death)], once, KILLED)
-    assert retries.POISON_AFTER_KILLS > 12
+    assert dispatch.POISON_AFTER_KILLS > 12
     assert job_row(ledger, job).status == JobStatus.FAILED
     assert job_row(ledger, job).reason.startswith("POISON: the daemon ended while it ran, 14 times")
 
@@ -278,7 +278,7 @@ def test_how_a_daemon_ended_is_read_from_what_it_left(
     tmp_path: Path, end: str, ending: Ending
 ) -> None:
     guests = tmp_path / "flow" / "x.guests"
-    assert endings.read(guests) == KILLED, "of none before it nothing is known"
+    assert endings.read_ending(guests) == KILLED, "of none before it nothing is known"
     code = f"""
 from pathlib import Path
 from casparian_flow.engine import endings
@@ -286,46 +286,46 @@ endings.begin(Path({str(guests)!r}))
 {end}
 """
     subprocess.run([sys.executable, "-c", code], check=False)
-    assert endings.read(guests) == ending
+    assert endings.read_ending(guests) == ending
     subprocess.run([sys.executable, "-c", code.replace(end, "pass")], check=True)
-    assert endings.read(guests) == KILLED, "each begins anew"
+    assert endings.read_ending(guests) == KILLED, "each begins anew"
 
 
 def test_another_run_of_the_machine_and_a_kill_for_want_of_memory_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guests = tmp_path / "x.guests"
-    endings.begin(guests)
+    endings.begin_ending(guests)
     monkeypatch.setattr(endings, "oom_kills", lambda: 1 << 40)
-    assert endings.read(guests) == TRACED
+    assert endings.read_ending(guests) == TRACED
     monkeypatch.setattr(endings, "_boot", lambda: "another")
-    assert endings.read(guests) == CUT
+    assert endings.read_ending(guests) == CUT
     (tmp_path / "x.begun").write_bytes(b"{")
-    assert endings.read(guests) == KILLED
+    assert endings.read_ending(guests) == KILLED
 
 
 def test_a_lost_worker_costs_what_it_had_in_hand_and_no_more(ledger: Ledger) -> None:
     job, waiting = add_job(ledger, JobStatus.RUNNING), add_job(ledger, JobStatus.RUNNING)
     pairs = [(job, 1), (waiting, 1), (99, 1)]
     limits = JobSettings(max_attempts=1)
-    ledger.write(lambda c: retries.lose(c, pairs, {(job, 1)}, limits, "worker w was silent"))
+    ledger.write(lambda c: dispatch.lose(c, pairs, {(job, 1)}, limits, "worker w was silent"))
     assert job_row(ledger, job).status == JobStatus.FAILED
     assert job_row(ledger, job).reason == "worker w was silent while it ran (1 of 1 attempts)"
     assert (job_row(ledger, waiting).status, job_row(ledger, waiting).attempts) == ("QUEUED", 0)
-    ledger.write(lambda c: retries.lose(c, pairs, {(job, 1)}, limits, "again"))
+    ledger.write(lambda c: dispatch.lose(c, pairs, {(job, 1)}, limits, "again"))
     assert attempts_of(ledger, job) == ["LOST"]
 
 
 def test_what_is_in_hand_can_be_read_until_it_is_not(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "guests"
-    with in_hand.held(folder, 7, 3):
+    with endings.held(folder, 7, 3):
         (folder / "hand-x").touch()
-        assert in_hand.read(folder) == {(7, 3)}
-        in_hand.let_go()
-        assert in_hand.read(folder) == set()
-    with pytest.raises(KeyError), in_hand.held(folder, 8, 1):
+        assert endings.read_held(folder) == {(7, 3)}
+        endings.let_go()
+        assert endings.read_held(folder) == set()
+    with pytest.raises(KeyError), endings.held(folder, 8, 1):
         raise KeyError
-    assert in_hand.read(folder) == set()
+    assert endings.read_held(folder) == set()
     (folder / "hand-9-9").touch()
-    in_hand.forget(folder, [(9, 9), (10, 10)])
-    assert in_hand.read(folder) == set()
+    endings.forget(folder, [(9, 9), (10, 10)])
+    assert endings.read_held(folder) == set()

@@ -14,20 +14,13 @@ import msgspec
 import pytest
 
 from casparian_flow import config
-from casparian_flow.engine import (
-    batches,
-    bridge,
-    byte_code,
-    guest_process,
-    in_hand,
-    sinks,
-)
+from casparian_flow.config import GuestSettings
+from casparian_flow.engine import batches, bridge, byte_code, endings, guest_process, sinks
 from casparian_flow.engine import runner as runner_module
+from casparian_flow.engine.environments import EnvironmentStore
 from casparian_flow.engine.runner import Runner
 from casparian_flow.engine.sinks.stage import Stage
-from casparian_flow.engine.venv_manager import EnvironmentStore
 from casparian_flow.protocol import Assignment, Outcome, OutputPlan, Receipt, Welcome
-from casparian_flow.sections import GuestSettings
 from tests.engine.guests import artifact, plugin
 
 Make = Callable[..., Runner]
@@ -166,7 +159,7 @@ STEPS: dict[str, tuple[object, str]] = {
     "why it ended": (guest_process.Meter, "cause"),
     "the byte code": (byte_code, "real_modules"),
     "the place of its file": (runner_module, "placed"),
-    "the mark of what is in hand": (in_hand, "held"),
+    "the mark of what is in hand": (endings, "held"),
     "the bundle": (runner_module, "bundle"),
     "the environment": (EnvironmentStore, "lease"),
     "the folder it left": (runner_module, "clear_away"),

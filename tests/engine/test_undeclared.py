@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow.engine.undeclared import check_imports, imports
-from casparian_flow.engine.venv_manager import EnvironmentStore
+from casparian_flow.engine.environments import EnvironmentStore
+from casparian_flow.engine.locking import check_imports, imports
 from casparian_flow.errors import PluginError
 from tests import wheels
 

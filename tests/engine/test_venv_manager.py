@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow.engine.venv_manager import EnvironmentStore, marker, size_bytes
+from casparian_flow.engine.environments import EnvironmentStore, marker, size_bytes
 from casparian_flow.errors import ArtifactRefused, EnvironmentFailed, Unavailable
 from tests import wheels
 
@@ -45,7 +45,7 @@ def run(code: str, *, store: EnvironmentStore, lock: str) -> subprocess.Popen[st
     head = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from casparian_flow.engine.venv_manager import EnvironmentStore\n"
+        "from casparian_flow.engine.environments import EnvironmentStore\n"
         f"store = EnvironmentStore(Path({str(store._root)!r}), {PLENTY})\n"
         f"lock = {lock!r}\n"
     )

@@ -18,7 +18,7 @@ from casparian_flow import main, protocol
 from casparian_flow.config import Settings
 from casparian_flow.db.access import open_ledger
 from casparian_flow.engine import control, wire
-from casparian_flow.engine.handshake import Refusal, Refusals
+from casparian_flow.engine.wire import Refusal, Refusals
 from casparian_flow.errors import CasparianError, DaemonRunning
 from casparian_flow.services import report
 from tests.conftest import write_config

@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 import zmq
 
-from casparian_flow import config, daemon_lock, main, protocol
-from casparian_flow.config import Settings
+from casparian_flow import config, durable, main, protocol
+from casparian_flow.config import GuestSettings, Settings
 from casparian_flow.db.access import Ledger
 from casparian_flow.engine import control, wire, worker_client
 from casparian_flow.errors import CasparianError, ConfigError, DaemonGone
-from casparian_flow.sections import GuestSettings
 from casparian_flow.services import architect
 from tests.conftest import write_config
 from tests.engine.wires import PATIENCE, attacked, free_endpoint
@@ -159,7 +158,7 @@ def test_a_daemon_that_does_not_answer_is_not_waited_for_forever(settings: Setti
     stale = wire.Key(zmq.curve_keypair()[0], zmq.curve_keypair()[1])
     wire.leave_key(database.control_endpoint, stale)
     with (
-        daemon_lock.hold(database.daemon_lock, "stuck"),
+        durable.hold_daemon_lock(database.daemon_lock, "stuck"),
         pytest.raises(DaemonGone, match="does not answer"),
     ):
         control.ask(database, protocol.Ring(), patience=0.2)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from casparian_flow.config import GuestSettings
 from casparian_flow.engine.bridge import Guest
 from casparian_flow.errors import JobError
-from casparian_flow.sections import GuestSettings
 from proofs.hostile import corpus
 from proofs.hostile.attacks import ATTACKS, Attack
 from tests.engine.guests import SECONDS, artifact, file_info, plugin

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from casparian_flow.config import GuestSettings
 from casparian_flow.engine.bridge import Guest
+from casparian_flow.engine.environments import EnvironmentStore
 from casparian_flow.engine.locking import lock_dependencies
-from casparian_flow.engine.venv_manager import EnvironmentStore
 from casparian_flow.errors import EnvironmentFailed, PluginError
-from casparian_flow.sections import GuestSettings
 from tests import wheels
 from tests.engine.guests import artifact, plugin, run
 
@@ -115,7 +115,7 @@ def test_uv_is_stopped_while_it_unpacks(
     wheels.use(monkeypatch, tmp_path / "links")
     lock = bomb(tmp_path / "links", "huge", 1024)
     monkeypatch.setattr("casparian_flow.engine.locking.LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("casparian_flow.engine.venv_manager.SLACK_BYTES", 0)
+    monkeypatch.setattr("casparian_flow.engine.environments.SLACK_BYTES", 0)
     store = EnvironmentStore(tmp_path / "envs", 4 << 30, one_limit_bytes=8 << 20)
     with pytest.raises(EnvironmentFailed, match="more than 8388608 bytes"):
         store.lease(lock)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from casparian_flow.config import GuestSettings
 from casparian_flow.engine import canary
 from casparian_flow.errors import (
     GuestDied,
@@ -21,8 +22,7 @@ from casparian_flow.errors import (
     SandboxUnavailable,
     Unavailable,
 )
-from casparian_flow.sections import GuestSettings
-from casparian_flow.security import landlock
+from casparian_flow.security import kernel
 from casparian_flow.security.sandbox import InPlace
 from tests.engine.guests import Start, file_info, loaded, plugin, run
 
@@ -221,7 +221,7 @@ KILLED = """
 import os, signal
 from pathlib import Path
 from casparian_flow.engine import canary
-from casparian_flow.sections import GuestSettings
+from casparian_flow.config import GuestSettings
 
 canary.Guest = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 canary.check(GuestSettings(), Path("cache"))
@@ -246,7 +246,7 @@ def test_the_next_canary_clears_what_a_killed_one_left(tmp_path: Path) -> None:
 
 def lame_bundle(folder: Path) -> Path:
     """What a guest imports from us, with a Landlock that is not there."""
-    from casparian_flow.engine.bundle import bundle
+    from casparian_flow.engine.environments import bundle
 
     lame = bundle(folder)
     file = lame / "casparian_flow" / "security" / "landlock.py"
@@ -295,7 +295,7 @@ print(open({folder!r} + "/file").read())
 """
 
 
-@pytest.mark.parametrize("version", range(1, landlock.abi() + 1))
+@pytest.mark.parametrize("version", range(1, kernel.landlock_abi() + 1))
 def test_seccomp_closes_what_an_old_landlock_lacks(version: int, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("whole")
     root = str(Path(__file__).parents[2])

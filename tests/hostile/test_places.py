@@ -17,7 +17,7 @@ from casparian_flow.db.access import Ledger, get_engine
 from casparian_flow.db.models import ProcessingJob, TopicConfig
 from casparian_flow.errors import ConfigError
 from casparian_flow.security.manifest import read_manifest
-from casparian_flow.services import places
+from casparian_flow.services import topics
 from casparian_flow.services.scan import scan
 from casparian_flow.services.topics import set_topic
 from tests.e2e.test_daemon import work_off
@@ -118,9 +118,9 @@ def filled(text: str, settings: Settings) -> str:
     )  # fmt: skip
 
 
-def declared(settings: Settings, uri: str, topic: str) -> list[places.Place]:
+def declared(settings: Settings, uri: str, topic: str) -> list[topics.Place]:
     source = ROWS.replace('topic="lines"', f"sinks={{{topic!r}: {uri!r}}}")
-    return places.of_manifest(settings, read_manifest(source.encode(), "rows.py"), [])
+    return topics.of_manifest(settings, read_manifest(source.encode(), "rows.py"), [])
 
 
 def refused(settings: Settings, uri: str, topic: str) -> None:
@@ -128,7 +128,7 @@ def refused(settings: Settings, uri: str, topic: str) -> None:
         declared(settings, uri, topic)
     assert caught.value.hint
     with pytest.raises(ConfigError) as again:
-        places.of_person(settings, topic, [uri], "append", [])
+        topics.of_person(settings, topic, [uri], "append", [])
     assert again.value.message == caught.value.message
     assert "outside of where" not in caught.value.message
 
@@ -148,7 +148,7 @@ def test_a_folder_that_would_be_in_the_way_is_refused(
 @pytest.mark.parametrize(("uri", "topic"), FINE)
 def test_a_place_that_only_looks_like_one_is_taken(laid: Settings, uri: str, topic: str) -> None:
     assert declared(laid, uri, topic)
-    assert places.of_person(laid, topic, [uri], "append", [])
+    assert topics.of_person(laid, topic, [uri], "append", [])
 
 
 def test_who_sets_a_topic_or_edits_the_table_is_refused_as_well(

@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 
 from casparian_flow import config, crashpoints
-from casparian_flow.atomic import fsync_path
 from casparian_flow.crashpoints import Trap
 from casparian_flow.db import snapshots
 from casparian_flow.db.access import open_ledger
+from casparian_flow.durable import fsync_path
 from casparian_flow.errors import ConfigError
-from casparian_flow.services.snapshot_checks import problems
-from casparian_flow.services.snapshots import MANY
+from casparian_flow.services.snapshots import MANY, problems
 from proofs.crash import oracle
 from proofs.crash.matrix import Matrix, Point, staged
 from proofs.crash.nursery import Nursery, Order

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import NameOID
 
-from casparian_flow.sections import AzureSettings
+from casparian_flow.config import AzureSettings
 
 TENANT = "11111111-2222-4333-8444-abcdefabcdef"
 CLIENT = "aaaaaaaa-bbbb-4ccc-8ddd-eeeeeeeeeeee"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from casparian_flow.security import authority
+from casparian_flow.security import identity
 from tests.security.azure_authority import Clock, StandIn, make_ca
 
 
@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What msal and our cache of keys take for the time."""
     clock = Clock()
     monkeypatch.setattr("msal.oauth2cli.oauth2.time", clock)
-    monkeypatch.setattr(authority, "time", clock)
+    monkeypatch.setattr(identity, "time", clock)
     return clock
 
 
@@ -36,7 +36,7 @@ def unused(
     private_keys: dict[str, rsa.RSAPrivateKey], certificates: tuple[Path, Path], clock: Clock
 ) -> Iterator[StandIn]:
     """An authority that no variable names."""
-    authority.keys.cache_clear()  # a port may come twice
+    identity.authority_keys.cache_clear()  # a port may come twice
     running = StandIn(*certificates, private_keys)
     yield running
     running.stop()

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from casparian_flow import config
+from casparian_flow.config import AzureSettings
 from casparian_flow.errors import AuthError, ConfigError
-from casparian_flow.sections import AzureSettings
-from casparian_flow.security import authority
+from casparian_flow.security import identity
 from casparian_flow.security.identity import sign_in, validate
 from tests.conftest import write_config
 from tests.security.azure_authority import (
@@ -52,7 +52,7 @@ def test_a_withdrawn_key_is_forgotten(
 ) -> None:
     validate(AZURE, azure.token())
     azure.published = ["second"]
-    clock.sleep(authority.KEYS_LAST)
+    clock.sleep(identity.KEYS_LAST)
     with pytest.raises(AuthError, match="key first, which is not the tenant's"):
         validate(AZURE, azure.token())
 
@@ -70,7 +70,7 @@ def test_a_flood_of_unknown_keys_does_not_reach_the_authority(
         assert all(threads.map(refused, range(40)))
     assert azure.visits(KEYS) == 2
     validate(AZURE, azure.token())
-    clock.sleep(authority.KEYS_PAUSE)
+    clock.sleep(identity.KEYS_PAUSE)
     azure.published = ["second"]
     validate(AZURE, azure.token("second"))
     assert azure.visits(KEYS) == 3
@@ -98,7 +98,7 @@ def test_an_authority_that_is_not_there(azure: StandIn) -> None:
 
 
 def test_an_authority_that_says_nothing(azure: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(authority, "_TIMEOUT", (0.1, 0.1))
+    monkeypatch.setattr(identity, "_TIMEOUT", (0.1, 0.1))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"https://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("CASPARIAN_TEST_AUTHORITY", url)
@@ -137,7 +137,7 @@ def test_a_test_ignores_the_machines_ca_and_proxy(
 def test_otherwise_the_machines_ca_and_proxy_count(
     unused: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(authority, "AZURE_AD", unused.url)
+    monkeypatch.setattr(identity, "AZURE_AD", unused.url)
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(unused.ca))

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from casparian_flow.config import GatekeeperSettings
 from casparian_flow.errors import ConfigError, PluginError, PolicyRefused
-from casparian_flow.sections import GatekeeperSettings
 from casparian_flow.security import gatekeeper
 from casparian_flow.security.gatekeeper import inspect
 from casparian_flow.security.gatekeeper_child import Answer, Request, answer_to

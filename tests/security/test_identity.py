@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives import serialization
 from hypothesis import given
 from hypothesis import strategies as st
 
+from casparian_flow.config import AzureSettings
 from casparian_flow.errors import AuthError
-from casparian_flow.sections import AzureSettings
 from casparian_flow.security.identity import Publisher, sign_in, validate
 from tests.security.azure_authority import (
     AZURE,
@@ -345,7 +345,7 @@ def test_from_one_process_to_another(azure: StandIn) -> None:
     azure.answers = ["authorization_pending"]
     code = (
         "import sys\n"
-        "from casparian_flow.sections import AzureSettings\n"
+        "from casparian_flow.config import AzureSettings\n"
         "from casparian_flow.security import identity\n"
         f"azure = AzureSettings(tenant_id={TENANT!r}, client_id={CLIENT!r})\n"
         "assert 'msal' not in sys.modules and 'jwt' not in sys.modules\n"

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from casparian_flow.db.plugins import manifest_of
 from casparian_flow.errors import PluginError
 from casparian_flow.sdk import PluginMetadata
-from casparian_flow.security.manifest import Manifest, read_manifest
-from casparian_flow.security.source import SOURCE_LIMIT
+from casparian_flow.security.manifest import SOURCE_LIMIT, Manifest, read_manifest
 
 IMPORT = "from casparian_flow.sdk import BasePlugin, PluginMetadata\n"
 HANDLER = textwrap.dedent("""

@@ -14,6 +14,7 @@ from nacl.signing import SigningKey, VerifyKey
 
 from casparian_flow.errors import AuthError, PluginError
 from casparian_flow.security.signing import (
+    KINDS,
     LOCAL,
     AzureAuth,
     Publish,
@@ -25,7 +26,6 @@ from casparian_flow.security.signing import (
     sign,
     verify,
 )
-from casparian_flow.security.statements import KINDS
 
 KEY = SigningKey(bytes(range(32)))
 PUBLIC = KEY.verify_key.encode()

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from nacl.signing import SigningKey
 
 from casparian_flow.errors import AuthError
-from casparian_flow.security.signing import key_id
-from casparian_flow.security.statements import (
+from casparian_flow.security.signing import (
     Activate,
     Disable,
     Link,
@@ -21,6 +20,7 @@ from casparian_flow.security.statements import (
     RotateKey,
     Row,
     TrustKey,
+    key_id,
     written,
 )
 from casparian_flow.security.trust import Standing, Trust, introduction, replay

@@ -14,12 +14,11 @@ from uuid import uuid4
 import msgspec
 import pytest
 
-from casparian_flow.config import Settings
+from casparian_flow.config import AzureSettings, Settings
 from casparian_flow.db import audit, plugins, views
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.errors import AuthError, CasparianError, PluginError, PublishConflict
 from casparian_flow.protocol import Deploy
-from casparian_flow.sections import AzureSettings
 from casparian_flow.security import keys as key_files
 from casparian_flow.security import signing
 from casparian_flow.security.signing import AzureAuth

@@ -18,10 +18,9 @@ from sqlalchemy import select, text
 from casparian_flow import main
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, jobs
-from casparian_flow.db import backup as db_backup
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import JobStatus, ProcessingJob
-from casparian_flow.db.wiring import note
+from casparian_flow.db.routing import note
 from casparian_flow.errors import CasparianError, LedgerError
 from casparian_flow.services import backup
 from casparian_flow.services.scan import scan
@@ -76,7 +75,7 @@ def test_what_ran_is_queued_again_in_the_copy_and_not_in_the_ledger(
     settings: Settings, ledger: Ledger, tmp_path: Path
 ) -> None:
     job_id = add_job(ledger, JobStatus.RUNNING)
-    db_backup.copy(ledger, tmp_path / "copy")
+    backup.copy(ledger, tmp_path / "copy")
     with closing(sqlite3.connect(tmp_path / "copy")) as copy:
         found = copy.execute("SELECT id, status, attempts FROM cf_processing_queue").fetchall()
     assert found == [(job_id, "QUEUED", 0)]

@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, select, update
 
-from casparian_flow.db import audit, presence, roots, scrubs
+from casparian_flow.db import audit, versions
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.files import Stat
 from casparian_flow.db.models import (
     AuditEntry,
     FileLocation,
@@ -26,19 +25,17 @@ from casparian_flow.db.models import (
     RoutingRule,
     ScanState,
 )
+from casparian_flow.db.versions import Stat
 from casparian_flow.services import scan as scan_module
-from casparian_flow.services import vanished, walk
-from casparian_flow.services.look import unrest
-from casparian_flow.services.root import Root
-from casparian_flow.services.scan import scan
-from casparian_flow.services.scout import scan_until_settled
-from casparian_flow.services.scrub import scrub
+from casparian_flow.services import walk
+from casparian_flow.services.scan import Root, scan, unrest
+from casparian_flow.services.scout import scan_until_settled, scrub
 from tests.factories import add_plugin, add_root
 from tests.services.test_scan import OLD, gone, history, put
 
 
 def state(ledger: Ledger, root: Root) -> ScanState:
-    return ledger.read(lambda c: roots.scan_state(c, root.id))
+    return ledger.read(lambda c: versions.scan_state(c, root.id))
 
 
 @pytest.mark.parametrize(
@@ -207,9 +204,9 @@ def test_held_files_are_believed_gone_after_a_day(ledger: Ledger, source: Path) 
     for n in range(5):
         shutil.rmtree(source / f"d{n}")
     assert scan(ledger, root).held == 200
-    almost = time.time() - vanished.HOLD_SECONDS
+    almost = time.time() - scan_module.HOLD_SECONDS
     for since, found in ((almost + 60, (0, 200)), (almost - 60, (200, 0))):
-        ledger.write(lambda c, s=since: roots.save_scan_state(c, root.id, held_since=s))
+        ledger.write(lambda c, s=since: versions.save_scan_state(c, root.id, held_since=s))
         report = scan(ledger, root)
         assert (report.gone, report.held) == found
 
@@ -231,11 +228,11 @@ def test_a_file_that_another_scan_has_seen_anew_is_not_marked_gone(
     root = add_root(ledger, source)
     file = put(source / "f", "1")
     scan(ledger, root)
-    seen = ledger.read(lambda c: presence.present_in(c, root.id, b""))
+    seen = ledger.read(lambda c: versions.present_in(c, root.id, b""))
     file.unlink()
     put(file, "2")
     scan(ledger, root)
-    ledger.write(lambda c: presence.mark_gone(c, root.id, seen))
+    ledger.write(lambda c: versions.mark_gone(c, root.id, seen))
     assert gone(ledger) == set()
 
 
@@ -374,7 +371,7 @@ def is_racy(ledger: Ledger) -> bool:
 def test_a_scrub_goes_on_where_it_was_stopped(
     ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scrubs, "BATCH", 2)
+    monkeypatch.setattr(versions, "BATCH", 2)
     root = add_root(ledger, source)
     for n in range(5):
         put(source / f"f{n}", str(n), OLD)

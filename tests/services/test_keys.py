@@ -20,8 +20,7 @@ from casparian_flow.errors import (
     PublishConflict,
 )
 from casparian_flow.security import keys as files
-from casparian_flow.security.signing import key_id
-from casparian_flow.security.statements import RotateKey, written
+from casparian_flow.security.signing import RotateKey, key_id, written
 from casparian_flow.services import architect, keys, plugins
 from tests.conftest import write_config
 from tests.plugs import LOCK, ROWS, signed

@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, select, update
 
-from casparian_flow import atomic
+from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings, Settings
-from casparian_flow.db import backup, jobs, presence, wiring
+from casparian_flow.db import jobs, routing, versions
 from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.db.doubts import doubt
 from casparian_flow.db.models import AuditEntry, FileLocation, JobStatus, ProcessingJob
-from casparian_flow.services import architect, changes
+from casparian_flow.db.versions import invalidate
+from casparian_flow.services import architect, backup, changes
 from casparian_flow.services import scan as scan_module
 from casparian_flow.services.changes import SourceOptions
-from casparian_flow.services.scan import scan
-from casparian_flow.services.vanished import Vanished
+from casparian_flow.services.scan import Vanished, scan
 from tests.factories import add_plugin, add_root
 from tests.services.test_scan import OLD, gone, put
 
@@ -39,7 +38,7 @@ def before(
 
 
 def deploy(ledger: Ledger) -> None:
-    ledger.write(lambda c: wiring.add_rule(c, "*.csv", "csv", 0))
+    ledger.write(lambda c: routing.add_rule(c, "*.csv", "csv", 0))
     add_plugin(ledger, "p", subscriptions="csv")
     architect.queue_missing(ledger)
 
@@ -52,7 +51,7 @@ def supersede(connection: Connection) -> None:
         .returning(ProcessingJob.id)
     ).scalar_one()
     assert jobs.supersede(connection, job_id, 1, "the file is gone")
-    doubt(connection, job_id)
+    invalidate(connection, job_id)
 
 
 def test_a_plugin_that_comes_while_files_are_hashed_gets_them(
@@ -125,19 +124,19 @@ def test_what_is_ignored_from_now_on_is_no_mass_deletion(ledger: Ledger, source:
     scan(ledger, root)
     report = scan(ledger, root._replace(ignore="*.bak\nold/"))
     assert (report.gone, report.held, report.passed_over) == (0, 0, 240)
-    assert ledger.read(lambda c: presence.count_present(c, root.id)) == 0
-    assert ledger.read(lambda c: presence.count_passed_over(c, root.name)) == 240
+    assert ledger.read(lambda c: versions.count_present(c, root.id)) == 0
+    assert ledger.read(lambda c: versions.count_passed_over(c, root.name)) == 240
     assert scan(ledger, root._replace(ignore="*.bak\nold/")).passed_over == 0
     report = scan(ledger, root)
     assert (report.versions, len(gone(ledger))) == (0, 0), "the same contents are no new versions"
-    assert ledger.read(lambda c: presence.count_passed_over(c, root.name)) == 0
+    assert ledger.read(lambda c: versions.count_passed_over(c, root.name)) == 0
 
 
 def test_a_file_that_is_ours_from_now_on_is_there_no_more(ledger: Ledger, source: Path) -> None:
     root = add_root(ledger, source)
     put(source / "tables.sqlite3", "1", OLD)
     scan(ledger, root)
-    atomic.own(source, "tables.sqlite3*")
+    durable.own(source, "tables.sqlite3*")
     scan(ledger, root)
     assert gone(ledger) == {b"tables.sqlite3"}
 
@@ -166,7 +165,7 @@ def test_a_removed_root_comes_back_under_another_name_of_its_directory(
     alias = source.with_name("alias")
     alias.symlink_to(source)
     changes.add_source(ledger, settings, str(alias), name="in", options=options)
-    assert [root.path for root in ledger.read(wiring.every_root)] == [str(source)]
+    assert [root.path for root in ledger.read(routing.every_root)] == [str(source)]
 
 
 def test_a_copy_of_the_ledger_in_a_source_root_is_not_its_input(

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session
 
-from casparian_flow import atomic
+from casparian_flow import durable
 from casparian_flow.config import Settings
 from casparian_flow.db import plugins
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import ProcessingJob, TopicConfig
 from casparian_flow.errors import ConfigError
 from casparian_flow.security.manifest import Manifest, read_manifest
-from casparian_flow.services import architect, places
+from casparian_flow.services import architect, topics
 from casparian_flow.services.scan import scan
 from casparian_flow.services.topics import set_topic
 from tests.conftest import write_config
@@ -29,7 +29,7 @@ def manifest(sinks: object) -> Manifest:
 
 
 def of_manifest(settings: Settings, sinks: object, *roots: Path) -> list[tuple[str, str]]:
-    placed = places.of_manifest(settings, manifest(sinks), [str(root) for root in roots])
+    placed = topics.of_manifest(settings, manifest(sinks), [str(root) for root in roots])
     assert {place.topic for place in placed} == {"lines"}
     return [(place.uri, place.mode) for place in placed]
 
@@ -56,7 +56,7 @@ def test_a_topic_without_a_sink_goes_where_the_configuration_says(tmp_path: Path
         tmp_path / "flow", f'[output]\nroots = []\ndefault_uri = "{uri}?mode=replace"\n'
     )
     plain = read_manifest(ROWS.encode(), "rows.py")
-    assert places.of_manifest(settings, plain, []) == [("lines", uri, "replace")]
+    assert topics.of_manifest(settings, plain, []) == [("lines", uri, "replace")]
 
 
 @pytest.mark.parametrize("same", ["parquet://./out", "parquet://out?mode=error"])
@@ -100,7 +100,7 @@ def test_topics_that_sql_does_not_tell_apart(settings: Settings) -> None:
     def places_of(uri: str) -> int:
         sinks = f"sinks={{'lines': {uri!r}, 'Lines': {uri!r}}}"
         source = ROWS.replace('topic="lines"', sinks)
-        return len(places.of_manifest(settings, read_manifest(source.encode(), "rows.py"), []))
+        return len(topics.of_manifest(settings, read_manifest(source.encode(), "rows.py"), []))
 
     assert places_of("parquet://out") == 2
     with pytest.raises(ConfigError, match="'lines' and 'Lines' differ in case only"):
@@ -139,7 +139,7 @@ def test_the_ledger_is_no_sink(settings: Settings, ledger: Ledger) -> None:
         with pytest.raises(ConfigError, match="is the ledger itself"):
             of_manifest(settings, uri)
         with pytest.raises(ConfigError, match="is the ledger itself"):
-            places.of_person(settings, "lines", [uri], "append", [])
+            topics.of_person(settings, "lines", [uri], "append", [])
 
 
 def test_outputs_neither_hide_a_persons_files_nor_become_input(
@@ -152,7 +152,7 @@ def test_outputs_neither_hide_a_persons_files_nor_become_input(
     (source / "lines").mkdir()
     said = refused(settings, f"parquet://{source}", source).message
     assert f"{source}/lines is there already, in the source root {source}" in said
-    atomic.own(source, "lines")
+    durable.own(source, "lines")
     of_manifest(settings, f"parquet://{source}", source)  # it is ours
     (source / "data.db").write_bytes(b"")
     assert (
@@ -161,7 +161,7 @@ def test_outputs_neither_hide_a_persons_files_nor_become_input(
     said = refused(settings, f"parquet://{source}", source / "lines").message
     assert "its outputs would be its input" in said
     with pytest.raises(ConfigError, match="would be its input"):
-        places.of_person(settings, "lines", [f"parquet://{source}"], "append", [f"{source}/lines"])
+        topics.of_person(settings, "lines", [f"parquet://{source}"], "append", [f"{source}/lines"])
 
 
 def test_what_the_manifest_says_is_what_is_configured(

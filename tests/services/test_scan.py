@@ -20,11 +20,10 @@ from hypothesis import strategies as st
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.orm import Session
 
-from casparian_flow import atomic
+from casparian_flow import durable
 from casparian_flow.config import Settings
-from casparian_flow.db import presence, views
+from casparian_flow.db import versions, views
 from casparian_flow.db.access import Ledger, get_engine, open_ledger
-from casparian_flow.db.files import Stat
 from casparian_flow.db.models import (
     FileLocation,
     FileVersion,
@@ -33,11 +32,11 @@ from casparian_flow.db.models import (
     ScanState,
     SourceRoot,
 )
+from casparian_flow.db.versions import Stat
 from casparian_flow.errors import SourceError
 from casparian_flow.services import scan as scan_module
 from casparian_flow.services import walk
-from casparian_flow.services.look import hash_file, is_racy
-from casparian_flow.services.scan import scan
+from casparian_flow.services.scan import hash_file, is_racy, scan
 from casparian_flow.services.scout import Scout, scan_until_settled
 from tests.factories import add_plugin, add_root
 
@@ -248,14 +247,14 @@ def test_files_that_an_upgrade_passes_over_keep_their_versions(
     assert (report.gone, report.held, report.passed_over) == (0, 0, 121)
     assert len(history(ledger)) == len(names)
     rows = ledger.read(lambda c: views.files(c, 1000, gone=True))
-    assert {row["problem"] for row in rows} == {presence.PASSED_OVER}
+    assert {row["problem"] for row in rows} == {versions.PASSED_OVER}
 
 
 def test_our_own_outputs_are_never_our_input(ledger: Ledger, source: Path) -> None:
     root = add_root(ledger, source)
     put(source / "out/sales/part.parquet", "ours")
     put(source / "out/other/file", "theirs")
-    atomic.own(source / "out", "sales")
+    durable.own(source / "out", "sales")
     scan(ledger, root)
     assert set(history(ledger)) == {b"out/other/file"}
     assert scan(ledger, root, only=[b"out/sales"]).files == 0

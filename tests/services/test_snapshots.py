@@ -22,7 +22,7 @@ from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileVersion, RoutingRule
 from casparian_flow.services import report, snapshots
 from casparian_flow.services.scan import scan
-from casparian_flow.services.snapshot_checks import problems, sweep
+from casparian_flow.services.snapshots import problems, sweep
 from tests.conftest import write_config
 from tests.factories import add_plugin, add_root
 

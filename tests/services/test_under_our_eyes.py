@@ -19,8 +19,7 @@ from casparian_flow import crashpoints
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileLocation
 from casparian_flow.services import scan as scan_module
-from casparian_flow.services.look import READ_BYTES, hash_and_capture, hash_file
-from casparian_flow.services.scan import scan
+from casparian_flow.services.scan import READ_BYTES, hash_and_capture, hash_file, scan
 from tests.factories import add_root
 from tests.services.test_scan import OLD, history, put
 

@@ -9,18 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow.db import unsettled
+from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
-from casparian_flow.services.hints import Hints
-from casparian_flow.services.root import Heard, Root
-from casparian_flow.services.scan import scan
-from casparian_flow.services.watcher import WATCHING, Watcher
+from casparian_flow.services.scan import Heard, Root, scan
+from casparian_flow.services.watch import WATCHING, Hints, Watcher
 from tests.factories import add_root
 from tests.services.test_scan import OLD, put
 
 
 def known(ledger: Ledger, root: Root) -> dict[bytes, float]:
-    return ledger.read(lambda c: unsettled.known(c, root.id))
+    return ledger.read(lambda c: versions.known_unsettled(c, root.id))
 
 
 def test_since_when_a_file_is_written_is_kept_until_it_rests(ledger: Ledger, source: Path) -> None:
@@ -48,7 +46,7 @@ def test_since_when_a_file_is_written_is_kept_until_it_rests(ledger: Ledger, sou
 def test_of_a_crowd_only_so_many_are_kept(
     ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unsettled, "KEPT", 3)
+    monkeypatch.setattr(versions, "UNSETTLED_KEPT", 3)
     root = add_root(ledger, source, settle_seconds=3600.0)
     for name in "bcd":
         put(source / name, "1")
@@ -60,8 +58,8 @@ def test_of_a_crowd_only_so_many_are_kept(
     (source / "c").unlink()
     scan(ledger, root)
     assert known(ledger, root).keys() == {b"a", b"b", b"d"}
-    assert ledger.read(unsettled.count) == 3
-    listed = ledger.read(lambda c: unsettled.listed(c, 2))
+    assert ledger.read(versions.count_unsettled) == 3
+    listed = ledger.read(lambda c: versions.unsettled_files(c, 2))
     assert [row["rel_path"] for row in listed] == ["b", "d"]
 
 

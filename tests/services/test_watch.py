@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, insert, select
 
+from casparian_flow.config import ScanSettings
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileVersion, RoutingRule, SourceRoot
-from casparian_flow.sections import ScanSettings
 from casparian_flow.services.watch import Watch
 from tests.factories import add_plugin, add_root
 
@@ -127,7 +127,7 @@ def test_lost_events_lead_to_a_full_scan(
 ) -> None:
     add_root(ledger, source)
     route_everything(ledger)
-    monkeypatch.setattr("casparian_flow.services.watcher.Handler.dispatch", lambda *_: None)
+    monkeypatch.setattr("casparian_flow.services.watch.Handler.dispatch", lambda *_: None)
 
     async def story() -> None:
         async with watching(ledger) as (watch, queued):
@@ -146,7 +146,7 @@ def test_the_schedule_finds_what_no_event_told(
 ) -> None:
     add_root(ledger, source)
     route_everything(ledger)
-    monkeypatch.setattr("casparian_flow.services.watcher.Handler.dispatch", lambda *_: None)
+    monkeypatch.setattr("casparian_flow.services.watch.Handler.dispatch", lambda *_: None)
 
     async def story() -> None:
         async with watching(ledger, rescan_seconds=0.1) as (_, queued):

@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 from watchdog.events import FileSystemEvent
 
-from casparian_flow import mounts
-from casparian_flow.db import roots
+from casparian_flow import durable
+from casparian_flow.db import versions as db_versions
 from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.services import hints as hints_module
+from casparian_flow.services import watch
 from casparian_flow.services import watch as watch_module
-from casparian_flow.services import watcher as watcher_module
-from casparian_flow.services.hints import Hints
-from casparian_flow.services.root import Root
-from casparian_flow.services.watcher import WATCHING, Handler, Watcher
+from casparian_flow.services.scan import Root
+from casparian_flow.services.watch import WATCHING, Handler, Hints, Watcher
 from proofs.detection import missed
 from tests.conftest import write_config
 from tests.factories import add_root
@@ -28,7 +26,7 @@ from tests.until import until
 
 
 def state(ledger: Ledger, root: Root) -> Any:
-    return ledger.read(lambda c: roots.scan_state(c, root.id))
+    return ledger.read(lambda c: db_versions.scan_state(c, root.id))
 
 
 def is_watched(ledger: Ledger, root: Root) -> bool:
@@ -57,8 +55,8 @@ def test_a_watcher_whose_thread_dies_is_armed_anew_and_its_root_scanned(
         states.extend([values["watch"]] if "watch" in values else [])
         save(c, root_id, **values)
 
-    save = roots.save_scan_state
-    monkeypatch.setattr(roots, "save_scan_state", note)
+    save = db_versions.save_scan_state
+    monkeypatch.setattr(db_versions, "save_scan_state", note)
 
     async def story() -> None:
         async with watching(ledger):
@@ -95,7 +93,7 @@ def test_a_network_filesystem_is_polled(
     ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = add_root(ledger, source)
-    monkeypatch.setattr(mounts, "kind", lambda _: "nfs4")
+    monkeypatch.setattr(durable, "filesystem_kind", lambda _: "nfs4")
 
     async def story() -> None:
         async with watching(ledger, poll_seconds=0.1) as (watch, _):
@@ -108,7 +106,7 @@ def test_a_network_filesystem_is_polled(
 
 
 def test_what_is_announced_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hints_module, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.0)
     hints = Hints()
     hints.add(1, b"d", 0.0, b"d/before")
     hints.begin(1)
@@ -130,9 +128,9 @@ def test_what_is_announced_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> Non
 LIMITED = """
 import sys, time
 from pathlib import Path
-from casparian_flow.services.hints import Hints
-from casparian_flow.services.root import Root
-from casparian_flow.services.watcher import Watcher
+from casparian_flow.services.watch import Hints
+from casparian_flow.services.scan import Root
+from casparian_flow.services.watch import Watcher
 
 Path("/proc/sys/user/max_inotify_watches").write_text("50")
 watcher = Watcher(Root(1, sys.argv[1], "in", "", 0.0), Hints())
@@ -180,13 +178,13 @@ def test_files_made_while_the_daemon_is_stopped_are_found_and_counted(tmp_path: 
 
 def test_a_watcher_ends_with_its_threads(source: Path) -> None:
     watcher = Watcher(Root(1, str(source), "in", "", 0.0), Hints())
-    before = watcher_module._threads(), watcher_module._inotify()
+    before = watch._threads(), watch._inotify()
     assert watcher.heard(0.0, full=True) is None
     assert watcher.look()
-    assert watcher_module._threads() - before[0]
+    assert watch._threads() - before[0]
     assert not watcher.look()
     watcher.close()
-    assert (watcher_module._threads(), watcher_module._inotify()) == before
+    assert (watch._threads(), watch._inotify()) == before
 
 
 def test_the_settings_reach_the_status(tmp_path: Path) -> None:

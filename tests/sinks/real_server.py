@@ -15,11 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from casparian_flow.config import DatabaseSettings
+from casparian_flow.config import DatabaseSettings, MssqlSettings
 from casparian_flow.engine.sinks import mssql_statements as statements
 from casparian_flow.engine.sinks.mssql_session import Session
 from casparian_flow.engine.sinks.mssql_statements import Statement
-from casparian_flow.sections import MssqlSettings
 from tests.sinks.stages import TOPIC, Place
 
 CONNECTION = os.environ.get("CASPARIAN_TEST_MSSQL", "")

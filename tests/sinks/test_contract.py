@@ -16,7 +16,7 @@ import msgspec
 import pyarrow as pa
 import pytest
 
-from casparian_flow.atomic import owned
+from casparian_flow.durable import owned
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import KEY_DIGITS, LINEAGE, Claim
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from casparian_flow.engine.runner import _with_notes
-from casparian_flow.engine.sinks import families
+from casparian_flow.engine.sinks import topic_schema
 from casparian_flow.engine.sinks.base import otherwise, own_topic
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.protocol import Published
@@ -20,7 +20,7 @@ FACTS = {"plugin": "delimited", "path": b"in/prices.csv".hex()}
 @pytest.fixture(autouse=True)
 def no_earlier_outputs() -> None:
     """A process remembers what it staged; tables of the server's double have the same names."""
-    families._staged.clear()
+    topic_schema._staged.clear()
 
 
 def staged(place: Place, columns: dict[str, Any], job: int = 1, topic: str = "sales") -> Stage:
@@ -42,7 +42,7 @@ def test_a_file_without_any_column_of_its_topic_is_told(place: Place) -> None:
     published(place, first)
     second = staged(place, {"sku": ["a"], "price": [1]}, job=2)
     settles = "publish delimited --name prices --pattern 'prices*.csv' --topic prices"
-    for word in (families.NOTE, "'sales'", "'id'", "'sku'", "'price'", settles):
+    for word in (topic_schema.FAMILY_NOTE, "'sales'", "'id'", "'sku'", "'price'", settles):
         assert word in second.note
     published(place, second)
     assert len(place.rows()) == 2
@@ -51,9 +51,9 @@ def test_a_file_without_any_column_of_its_topic_is_told(place: Place) -> None:
 @pytest.mark.of_a_folder
 def test_what_an_earlier_process_published_counts(place: Place) -> None:
     published(place, staged(place, {"id": [1]}))
-    families._staged.clear()
+    topic_schema._staged.clear()
     assert "has the columns 'id'" in staged(place, {"sku": ["a"]}, job=2).note
-    families._staged.clear()
+    topic_schema._staged.clear()
     assert staged(place, {"ID": [1], "sku": ["a"]}, job=3).note == ""
 
 

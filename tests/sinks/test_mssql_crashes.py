@@ -19,11 +19,10 @@ import pyarrow as pa
 import pytest
 
 from casparian_flow import crashpoints
-from casparian_flow.config import DatabaseSettings
+from casparian_flow.config import DatabaseSettings, MssqlSettings
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim, Lineage
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
-from casparian_flow.sections import MssqlSettings
 from proofs.crash.nursery import ONE_THREAD
 from proofs.tds.server import Server
 

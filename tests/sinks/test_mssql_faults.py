@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from casparian_flow.engine.sinks.mssql_faults import Kind, fault_of, refusal
+from casparian_flow.engine.sinks.mssql_session import Kind, fault_of, refusal
 from casparian_flow.errors import OutputRefused, SinkConflict, SinkUnavailable
 
 mssql_python = pytest.importorskip(

@@ -12,12 +12,11 @@ import msgspec
 import pytest
 
 from casparian_flow import config
-from casparian_flow.config import DatabaseSettings, Settings
+from casparian_flow.config import DatabaseSettings, MssqlSettings, Settings
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import mssql_session
 from casparian_flow.engine.sinks.mssql_session import check_configured, connection_string
 from casparian_flow.errors import ConfigError, SinkUnavailable
-from casparian_flow.sections import MssqlSettings
 
 SECRET = "geheim;{}=wort"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from casparian_flow.engine.sinks.nulls import may_be_null, type_that_may
+from casparian_flow.engine.sinks.topic_schema import may_be_null, type_that_may
 from casparian_flow.protocol import Published
 from tests.sinks.stages import TOPIC, Place
 

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import LINEAGE
-from casparian_flow.engine.sinks.parts import GROUP_ROWS
-from casparian_flow.engine.sinks.topic_folder import COLUMNS_FILE
+from casparian_flow.engine.sinks.parts import COLUMNS_FILE, GROUP_ROWS
 from casparian_flow.errors import SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
 from tests.sinks.columns_of_any_type import Sample, samples

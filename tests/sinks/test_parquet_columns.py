@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks import topic_folder
+from casparian_flow.engine.sinks import parts
 from casparian_flow.engine.sinks.base import LINEAGE
-from casparian_flow.engine.sinks.topic_folder import COLUMNS_FILE
+from casparian_flow.engine.sinks.parts import COLUMNS_FILE
 from casparian_flow.errors import OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
 from tests.sinks.stages import TOPIC, Place, claims
@@ -75,7 +75,7 @@ def test_whole_numbers_become_doubles_where_they_all_are_exact(parquet: Place) -
     with pytest.raises(OutputRefused, match=r"column 'a.b' is double .* has int64"):
         parquet.sealed({"a.b": [2**53 + 1]}, job=5)
     (folder(parquet) / COLUMNS_FILE).unlink()
-    assert topic_folder.columns(folder(parquet)).field("a.b").type == pa.float64()
+    assert parts.topic_columns(folder(parquet)).field("a.b").type == pa.float64()
 
 
 @pytest.mark.parametrize("retracted", [False, True])
@@ -180,7 +180,7 @@ def test_outputs_of_an_earlier_release_say_their_columns_themselves(parquet: Pla
         (folder(parquet) / COLUMNS_FILE).unlink()
     (folder(parquet) / f"{'a' * 32}.parquet").write_bytes(b"PAR1 of somebody")
     (folder(parquet) / ("b" * 32)).mkdir()
-    assert topic_folder.columns(folder(parquet)).names == ["n", "late", "z"]
+    assert parts.topic_columns(folder(parquet)).names == ["n", "late", "z"]
     (file,) = show(parquet, parquet.sealed({"n": [7], "new": [1]}, job=4))
     assert names(pq.read_schema(file)) == names(said(parquet)) == ["n", "late", "z", "new"]
     assert said(parquet).field("n").type == pa.float64()

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 
-from casparian_flow.atomic import owned
+from casparian_flow.durable import owned
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import sqlite as sqlite_sink
-from casparian_flow.engine.sinks import sqlite_limits
+from casparian_flow.engine.sinks import sqlite_tables
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
@@ -354,8 +354,8 @@ def test_a_value_longer_than_any_of_sqlite_is_refused_while_staging(
     sqlite: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with closing(sqlite3.connect(":memory:")) as connection:
-        assert connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) == sqlite_limits.CELL_BYTES
-    monkeypatch.setattr(sqlite_limits, "CELL_BYTES", 1000)
+        assert connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) == sqlite_tables.CELL_BYTES
+    monkeypatch.setattr(sqlite_tables, "CELL_BYTES", 1000)
     published(sqlite, {"text": ["x" * 1000], "bytes": [b"x" * 1000]})
     for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.binary_view()):
         with pytest.raises(OutputRefused, match=rf"column 'long' \({kind}\) .* 1001 bytes"):

@@ -29,7 +29,7 @@ Act = Callable[[Place], object]
 
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(sqlite_tables, "BATCH_ROWS", 2)
+    monkeypatch.setattr(sqlite_tables, "INSERT_ROWS", 2)
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)

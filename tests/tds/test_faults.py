@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from casparian_flow.engine.sinks import mssql_session
-from casparian_flow.engine.sinks.mssql_tables import Target
+from casparian_flow.engine.sinks.mssql import Target
 from casparian_flow.errors import JobError, OutputRefused, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
 from proofs.tds import cuts, order

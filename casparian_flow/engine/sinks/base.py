@@ -17,11 +17,13 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from casparian_flow import bundled
+from casparian_flow.durable import STATE_FOLDER
 from casparian_flow.errors import JobError, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, Record, StagedOutput
 
 if TYPE_CHECKING:
     from casparian_flow.engine.sinks.stage import Stage
+
 
 LINEAGE = ("_cf_file_version_id", "_cf_job_id", "_cf_source_hash", "_cf_plugin_version")
 """Columns on every row, reserved to us: where it came from and who made it."""
@@ -279,3 +281,46 @@ def lost(output: StagedOutput, reason: object) -> JobError:
         f"the staged file {output.stage} of topic {output.topic!r} cannot be read: {reason}",
         "retry the job: its plugin will write the output again",
     )
+
+
+# What a Parquet sink holds, by name alone: nothing is opened, so that pyarrow is not imported.
+#
+# `standing.py` says which names there are.
+
+
+def hidden_folder(root: Path, topic: str) -> Path:
+    """Where a topic's retracted outputs are."""
+    return root / STATE_FOLDER / "hidden" / topic
+
+
+def list_outputs(folder: Path) -> Iterator[Path]:
+    """What may be outputs in a topic's folder: files, and folders of parts.
+
+    Raises:
+        OSError: the folder is there and cannot be looked at.
+    """
+    try:
+        entries = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        name = entry.name.removesuffix(".parquet")
+        if len(name) == KEY_DIGITS and not name.startswith((".", "_")):
+            yield entry
+
+
+def unknown_outputs(root: Path, known: Container[str]) -> Iterator[tuple[Path, bool]]:
+    """What may be outputs of the whole sink and be news, and whether it is hidden.
+
+    What is named after a known output key is none; a name of mode replace is a slot's, and says
+    nothing about what is there.
+
+    Raises:
+        OSError: a folder is there and cannot be looked at.
+    """
+    kept = hidden_folder(root, "")
+    for folder in sorted([*root.glob("[!._]*/"), *kept.glob("*/")]):
+        hidden = folder.parent == kept
+        for path in list_outputs(folder):
+            if hidden or path.name.removesuffix(".parquet") not in known:
+                yield path, hidden

@@ -13,13 +13,200 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from enum import Enum, auto
+from typing import Any, NamedTuple
 
+from casparian_flow.config import MssqlSettings
 from casparian_flow.engine.sinks import mssql_statements as statements
-from casparian_flow.engine.sinks.mssql_faults import Fault, Kind, fault_of, unreached
-from casparian_flow.engine.sinks.mssql_statements import Statement
-from casparian_flow.errors import ConfigError, SinkUnavailable
-from casparian_flow.sections import MssqlSettings
+from casparian_flow.engine.sinks.mssql_statements import LEDGER, Statement
+from casparian_flow.errors import (
+    ConfigError,
+    JobError,
+    OutputRefused,
+    SinkConflict,
+    SinkUnavailable,
+)
+
+# What is said when SQL Server refuses: try again, look it up, wait, leave alone, or give up.
+#
+# The driver tells of an error in three ways, and drops the server's number in the first:
+#
+#     a statement     the SQLSTATE in words (`Serialization failure`), and the server's message
+#     a bulk load     `Sql Error: 1205: Class 13: ...`, or the words of what the driver itself met
+#     a login         as a statement
+#
+# So an error is known by its number where there is one, else by its SQLSTATE, else by what its
+# message says (a session speaks English: `mssql_statements.begin_session`). Nothing that is exactly
+# once hangs on this: whatever an error is taken for, what comes next begins by looking into the
+# ledger. What is not known is waited for, with the server's own words.
+
+
+class Kind(Enum):
+    """What to do about an error."""
+
+    RETRY = auto()
+    """The transaction was rolled back, and may be run again at once: a deadlock."""
+    LOST = auto()
+    """The connection is gone, and what became of the transaction with it: look it up."""
+    PAUSE = auto()
+    """The server cannot take it now."""
+    CONFLICT = auto()
+    """What is there is not ours."""
+    REFUSE = auto()
+    """It will never take these rows."""
+
+
+class Fault(NamedTuple):
+    """An error of the server or the driver, in our words."""
+
+    kind: Kind
+    words: str
+    hint: str = ""
+
+
+_SPACE = "free some space on the server, or let it grow; the jobs go on by themselves"
+_RIGHTS = "docs/sinks_mssql.md lists what the login needs; the jobs go on by themselves"
+_LOGIN = "see [mssql] in the configuration, CASPARIAN_MSSQL and CASPARIAN_MSSQL_PASSWORD"
+_CONVERT = "convert the column in the plugin, or widen it in the table"
+
+_DEADLOCK = Fault(Kind.RETRY, "it chose this transaction as a deadlock's victim")
+_LOCKED = Fault(Kind.PAUSE, "another program holds a lock for too long",
+                "see who does (sys.dm_tran_locks); the jobs go on by themselves")  # fmt: skip
+_FULL = Fault(Kind.PAUSE, "its disk or its transaction log is full", _SPACE)
+_DENIED = Fault(Kind.PAUSE, "the login may not do that", _RIGHTS)
+_NO_LOGIN = Fault(Kind.PAUSE, "it does not let this login in", _LOGIN)
+_AWAY = Fault(Kind.PAUSE, "the database cannot be written now",
+              "see that it is online and writable; the jobs go on by themselves")  # fmt: skip
+_GONE = Fault(Kind.LOST, "the connection is lost",
+              "see that the server can be reached; the jobs go on by themselves")  # fmt: skip
+_SLOW = Fault(Kind.PAUSE, "it took too long", "see what it waits for, or raise "
+              "mssql.timeout_seconds; the jobs go on by themselves")  # fmt: skip
+_TAKEN = Fault(Kind.CONFLICT, "something else has that name; it was left untouched",
+               "rename it, or give the topic another table")  # fmt: skip
+_UNFIT = Fault(Kind.REFUSE, "the rows do not fit into the table", _CONVERT)
+_RULE = Fault(Kind.REFUSE, "a rule of the table forbids the rows",
+              "its constraints and triggers are obeyed: mend them, or the plugin")  # fmt: skip
+_WIDE = Fault(Kind.REFUSE, "a row is wider than the 8060 bytes that a page has",
+              "publish fewer columns, or a column of lists")  # fmt: skip
+
+_NUMBERS = {
+    1205: _DEADLOCK, 3960: _DEADLOCK,
+    1222: _LOCKED,
+    1101: _FULL, 1105: _FULL, 9002: _FULL, 1121: _FULL, 40544: _FULL,
+    229: _DENIED, 230: _DENIED, 262: _DENIED, 297: _DENIED, 300: _DENIED, 916: _DENIED,
+    1088: _DENIED, 2557: _DENIED, 2760: _DENIED, 3704: _DENIED, 15247: _DENIED,
+    4060: _NO_LOGIN, 18452: _NO_LOGIN, 18456: _NO_LOGIN, 18470: _NO_LOGIN, 18486: _NO_LOGIN,
+    18487: _NO_LOGIN, 18488: _NO_LOGIN, 40615: _NO_LOGIN,
+    924: _AWAY, 927: _AWAY, 942: _AWAY, 945: _AWAY, 976: _AWAY, 978: _AWAY, 983: _AWAY, 3906: _AWAY,
+    3908: _AWAY, 701: _AWAY, 802: _AWAY, 8645: _AWAY, 8651: _AWAY, 823: _AWAY, 824: _AWAY,
+    10928: _AWAY, 10929: _AWAY, 40197: _AWAY, 40501: _AWAY, 40613: _AWAY, 49918: _AWAY,
+    49919: _AWAY, 49920: _AWAY,
+    64: _GONE, 121: _GONE, 233: _GONE, 596: _GONE, 6005: _GONE, 10053: _GONE, 10054: _GONE,
+    10060: _GONE,
+    2714: _TAKEN,
+    220: _UNFIT, 232: _UNFIT, 241: _UNFIT, 242: _UNFIT, 245: _UNFIT, 248: _UNFIT, 257: _UNFIT,
+    2628: _UNFIT, 4863: _UNFIT, 4864: _UNFIT, 4815: _UNFIT, 7339: _UNFIT, 8023: _UNFIT,
+    8114: _UNFIT, 8115: _UNFIT, 8152: _UNFIT, 9420: _UNFIT,
+    515: _RULE, 547: _RULE, 2601: _RULE, 2627: _RULE, 3609: _RULE,
+    271: _RULE, 273: _RULE,
+    511: _WIDE, 1701: _WIDE, 1702: _WIDE, 1708: _WIDE,
+}  # fmt: skip
+"""Error number of the server -> what it means to us."""
+
+_STATES = {
+    "Serialization failure": _DEADLOCK,                              # 40001
+    "Timeout expired": _SLOW,                                        # HYT00
+    "Operation canceled": _SLOW,                                     # HY008
+    "Connection timeout expired": _GONE,                             # HYT01
+    "Client unable to establish connection": _GONE,                  # 08001
+    "Connection not open": _GONE,                                    # 08003
+    "Server rejected the connection": _NO_LOGIN,                     # 08004
+    "Connection failure during transaction": _GONE,                  # 08007
+    "Communication link failure": _GONE,                             # 08S01
+    "Statement completion unknown": _GONE,                           # 40003
+    "Invalid authorization specification": _NO_LOGIN,                # 28000
+    "String data, right-truncated": _UNFIT,                          # 22001: 2628, 8152
+    "Numeric value out of range": _UNFIT,                            # 22003: 220, 8115
+    "Invalid datetime format": _UNFIT,                               # 22007: 241
+    "Datetime field overflow": _UNFIT,                               # 22008: 242
+    "Invalid character value for cast specification": _UNFIT,        # 22018: 245
+    "Integrity constraint violation": _RULE,                         # 23000: 515, 547, 2627
+    "Base table or view already exists": _TAKEN,                     # 42S01: 2714
+}  # fmt: skip
+"""What the driver calls an SQLSTATE -> what it means to us."""
+
+_SAID = [
+    (r"deadlock", _DEADLOCK),
+    (r"Lock request time ?out", _LOCKED),
+    (r"transaction log for database .* is full|Could not allocate", _FULL),
+    (r"permission (was )?denied|not have permission|permissions? .* denied|"
+     r"does not exist or you do not have permission", _DENIED),
+    (r"Login failed|Cannot open database", _NO_LOGIN),
+    (r"read-only|not currently available|cannot be opened|single-user|middle of a restore", _AWAY),
+    (r"already an object named", _TAKEN),
+    (r"would be truncated", _UNFIT),
+    (r"Cannot create a row of size|row size", _WIDE),
+    (r"timed out|Timeout Error", _SLOW),
+    (r"\b(IO error|Io error|Connection Error|Connection closed|TLS Error|Protocol Error): |"
+     r"connection (has been|was|is) (closed|reset|broken|lost)|closed connection|10054|Broken pipe",
+     _GONE),
+    (r"Usage Error|Type Conversion Error|Cannot map Arrow", _UNFIT),
+]  # fmt: skip
+"""What a message says -> what it means to us; the first that is found."""
+
+_SQL_ERROR = re.compile(r"Sql Error: (\d+): Class \d+: State \d+: (.*?) on \S* in ", re.DOTALL)
+
+UNKNOWN = Fault(Kind.PAUSE, "it cannot take the rows", "the jobs go on by themselves")
+
+
+def fault_of(error: Exception) -> Fault:
+    """What an error of the driver is; its own words come after ours."""
+    told = said(error)
+    known = _by_number(error) or _STATES.get(getattr(error, "driver_error", "")) or _by_words(told)
+    kind, words, hint = known or UNKNOWN
+    if words == _SLOW.words and re.search(r"[Ll]ock request time ?out", told):
+        kind, words, hint = _LOCKED  # both are HYT00
+    if kind is Kind.REFUSE and LEDGER in told:
+        kind = Kind.RETRY  # another program has published that key just now: look it up
+    return Fault(kind, f"{words}: {told}", hint)
+
+
+def unreached(fault: Fault) -> Fault:
+    """The fault of a connection that was never there: nothing was lost with it."""
+    if fault.kind is not Kind.LOST:
+        return fault
+    words = fault.words.replace(_GONE.words, "it cannot be reached")
+    return Fault(Kind.PAUSE, words, fault.hint)
+
+
+def said(error: Exception) -> str:
+    """The words of the server, without what the driver puts before them."""
+    text = str(getattr(error, "ddbc_error", "")) or str(error)
+    if found := _SQL_ERROR.search(text):
+        text = found[2]
+    return re.sub(r"^(\[[^]]*\])+", "", text).strip()
+
+
+def refusal(fault: Fault, place: str) -> JobError:
+    """The error of a fault that was not mended; `place` is a table, in words."""
+    match fault.kind:
+        case Kind.REFUSE:
+            return OutputRefused(f"{place}: {fault.words}", fault.hint)
+        case Kind.CONFLICT:
+            return SinkConflict(f"{place}: {fault.words}", fault.hint)
+        case _:
+            return SinkUnavailable(f"cannot write {place}: {fault.words}", fault.hint)
+
+
+def _by_number(error: Exception) -> Fault | None:
+    """The first number that is known: one error may come with others that follow from it."""
+    numbers = (int(found[1]) for found in _SQL_ERROR.finditer(str(error)))
+    return next((_NUMBERS[number] for number in numbers if number in _NUMBERS), None)
+
+
+def _by_words(told: str) -> Fault | None:
+    return next((fault for pattern, fault in _SAID if re.search(pattern, told)), None)
+
 
 LOGIN_SECONDS = 15
 """How long a connection may take to be made."""

@@ -27,19 +27,22 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from casparian_flow import atomic
+from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import parts, standing, topic_folder
+from casparian_flow.engine.sinks import parts
 from casparian_flow.engine.sinks.base import (
+    KEY_DIGITS,
     Claim,
     Found,
     Lineage,
+    found,
+    hidden_folder,
     is_disk_fault,
     lost,
     unavailable,
+    unknown_outputs,
 )
 from casparian_flow.engine.sinks.stage import Stage
-from casparian_flow.engine.sinks.standing import Standing
 from casparian_flow.engine.sinks.topic_schema import (
     LINEAGE_FIELDS,
     as_staged,
@@ -73,7 +76,7 @@ class ParquetSink:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.stage_folder = root / atomic.STATE_FOLDER / "stage"
+        self.stage_folder = root / durable.STATE_FOLDER / "stage"
         self._known: dict[str, Any] = {}
         """Columns of topics, as their `_common_metadata` says while we hold the lock."""
 
@@ -83,10 +86,10 @@ class ParquetSink:
         folder = self.root / plan.topic
 
         def united(columns: Any) -> Any:
-            return as_staged(topic_folder.columns(folder), columns)
+            return as_staged(parts.topic_columns(folder), columns)
 
         def known() -> list[str]:
-            return list(topic_folder.columns(folder).names)
+            return list(parts.topic_columns(folder).names)
 
         split_bytes = 0 if plan.mode == "replace" else plan.split_bytes
         return Stage(
@@ -101,8 +104,8 @@ class ParquetSink:
             jobs.setdefault(output.job_id, []).append(output)
         try:
             for topic in dict.fromkeys(output.topic for output in outputs):
-                atomic.own(self.root, glob.escape(topic))
-                atomic.make_folder(self.root / topic)
+                durable.own(self.root, glob.escape(topic))
+                durable.make_folder(self.root / topic)
                 crashpoint("parquet.owned")
             with self._locked():
                 self._known.clear()
@@ -118,19 +121,19 @@ class ParquetSink:
                     outcomes[number] = fault
                 else:
                     with contextlib.suppress(OSError):
-                        atomic.remove(Path(output.stage))
+                        durable.remove(Path(output.stage))
                     crashpoint("parquet.unstaged")
         return outcomes
 
     def check(self, claims: Sequence[Claim]) -> list[str]:
         """See `Sink.check`. Reads every byte of every claimed file."""
-        faults = [(claim.target, standing.fault(Path(claim.target), claim)) for claim in claims]
+        faults = [(claim.target, fault_of(Path(claim.target), claim)) for claim in claims]
         return [f"{target}: {fault}" for target, fault in faults if fault]
 
     def inventory(self, known: Container[str]) -> Iterator[Found]:
         """See `Sink.inventory`. A file is read if it is new."""
         try:
-            yield from standing.inventory(self.root, known)
+            yield from list_published(self.root, known)
         except OSError as error:
             raise unavailable(error, self.root) from error
 
@@ -143,22 +146,22 @@ class ParquetSink:
 
     def retract(self, claim: Claim) -> None:
         """See `Sink.retract`. The file or folder moves to where no reader looks."""
-        self._change(standing.hide, claim)
+        self._change(hide_published, claim)
 
     def reinstate(self, claim: Claim) -> None:
         """See `Sink.reinstate`."""
-        self._change(standing.show_again, claim)
+        self._change(show_again, claim)
 
     def _change(self, change: Callable[[Path, Claim], None], claim: Claim) -> None:
         try:
-            atomic.own(self.root, glob.escape(claim.topic))
+            durable.own(self.root, glob.escape(claim.topic))
             with self._locked():
                 change(self.root, claim)
         except OSError as error:
             raise unavailable(error, self.root) from error
 
     def _locked(self) -> AbstractContextManager[None]:
-        return atomic.exclusive(self.root / atomic.STATE_FOLDER / "parquet.lock")
+        return durable.exclusive(self.root / durable.STATE_FOLDER / "parquet.lock")
 
     def _publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
         """All outputs of one job, or none but those that need no showing; under the lock."""
@@ -178,7 +181,7 @@ class ParquetSink:
             for output, found in zip(outputs, looked, strict=False):
                 if isinstance(found, _Move) and str(found.path) != output.stage:
                     with contextlib.suppress(OSError):
-                        atomic.remove(found.path)
+                        durable.remove(found.path)
         return [self._settled_in_spite_of(fault, output) for output in outputs]
 
     def _settled_in_spite_of(self, fault: JobError, output: StagedOutput) -> Published | JobError:
@@ -202,7 +205,7 @@ class ParquetSink:
         target = self.root / output.topic / first.path.name
         if first.output_key == output.output_key and first.told.rows == output.rows:
             if output.mode == "replace":
-                standing.remove(losers)
+                remove_published(losers)
             digest = parts.digest(first.path)
             return Published(
                 target=str(target), rows=output.rows, digest=digest, adopted=True,
@@ -220,13 +223,13 @@ class ParquetSink:
         return None
 
     def _there(self, output: StagedOutput) -> list[Standing]:
-        return standing.under(self.root, output.topic, standing.name(output))
+        return published_under(self.root, output.topic, file_name(output))
 
     def _columns(self, topic: str) -> Any:
         """A topic's columns so far. Raises SinkConflict and OSError as `topic_folder.columns`."""
         if topic not in self._known:
-            columns = topic_folder.columns(self.root / topic)
-            if not topic_folder.has_columns_file(self.root / topic):
+            columns = parts.topic_columns(self.root / topic)
+            if not parts.has_topic_columns(self.root / topic):
                 return columns
             self._known[topic] = columns
         return self._known[topic]
@@ -274,7 +277,7 @@ class ParquetSink:
             if wide is None or parts.are_exact(Path(output.stage), field.name, field.type):
                 continue
             is_whole = pa.types.is_integer(field.type) and pa.types.is_floating(wide)
-            if is_whole and not topic_folder.is_within_double(self.root, output.topic, field.name):
+            if is_whole and not parts.topic_is_within_double(self.root, output.topic, field.name):
                 continue
             columns = columns.set(number, field.with_type(wide))
         return columns
@@ -287,10 +290,10 @@ class ParquetSink:
             OSError, SinkUnavailable: the disk refused.
         """
         path = move.path
-        name = self.root / output.topic / standing.name(output)
+        name = self.root / output.topic / file_name(output)
         digest = output.digest if str(path) == output.stage else parts.digest(path)
         if move.columns is not None:
-            topic_folder.set_columns(name.parent, move.columns)
+            parts.set_topic_columns(name.parent, move.columns)
             self._known[output.topic] = move.columns
         target = name if path.is_dir() else name.with_suffix(".parquet")
         if any(each.path == target for each in move.losers):
@@ -306,7 +309,7 @@ class ParquetSink:
                 f"cannot write {target}: somebody else is changing it",
                 "leave that folder to casparian; the job goes on by itself",
             )
-        standing.remove([each for each in move.losers if each.path != target])
+        remove_published([each for each in move.losers if each.path != target])
         return Published(target=str(target), rows=output.rows, digest=digest, adopted=False)
 
     def _fault(self, error: Exception, output: StagedOutput) -> JobError:
@@ -336,7 +339,7 @@ def _linked(path: Path, target: Path) -> bool:
 def _check_all_ours(folder: Path) -> None:
     """Raises SinkConflict where a topic's folder has what is not an output of ours."""
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith((".", "_")) and not standing.is_ours(path):
+        if not path.name.startswith((".", "_")) and not is_ours(path):
             raise SinkConflict(
                 f"topic {folder.name!r} is in mode error, and {path} is not ours",
                 "move it elsewhere, then retry the job; or choose another mode: casparian topics",
@@ -345,8 +348,210 @@ def _check_all_ours(folder: Path) -> None:
 
 def _sync(folder: Path) -> SinkUnavailable | None:
     try:
-        atomic.fsync_path(folder)
+        durable.fsync_path(folder)
     except OSError as error:
         return unavailable(error, folder)
     crashpoint("parquet.synced")
     return None
+
+
+# Where the outputs of a Parquet sink stand: shown, or kept where no reader looks.
+#
+#     <root>/<topic>/<name>[.parquet]                        shown
+#     <root>/.casparian/hidden/<topic>/<name>[.parquet]      retracted
+#
+# The name is the first digits of the output key; in mode replace, of the slot, so that the outputs
+# of a slot have one name and what is there is the greatest of them: an output that is smaller comes
+# too late, and what it finds says so. A retracted output keeps its place in that order.
+#
+# Between its names an output moves by one rename. After a crash two outputs of a slot may be there,
+# one of them hidden: the greater one counts, the other is removed when somebody comes by.
+
+
+class Standing(NamedTuple):
+    """An output of ours that is there."""
+
+    path: Path
+    told: parts.Footer
+    hidden: bool
+
+    @property
+    def output_key(self) -> str:
+        return self.told.facts["output_key"]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Its version's ordinal and its job's id: in mode replace the greatest has the place."""
+        return int(self.told.facts.get("ordinal", 0)), int(self.told.facts["job_id"])
+
+    @property
+    def name(self) -> str:
+        """What its files say that its own should be, without an ending."""
+        facts = self.told.facts
+        return facts["slot" if facts.get("mode") == "replace" else "output_key"][:KEY_DIGITS]
+
+
+def file_name(output: StagedOutput) -> str:
+    """What its file or folder is to be called, without an ending."""
+    return (output.slot if output.mode == "replace" else output.output_key)[:KEY_DIGITS]
+
+
+def published_under(root: Path, topic: str, name: str) -> list[Standing]:
+    """What has a name, the one that counts first.
+
+    Raises:
+        SinkConflict: something has it that is not ours.
+        SinkUnavailable: the disk refused to read it.
+    """
+    standing = []
+    for folder, hidden in ((root / topic, False), (hidden_folder(root, topic), True)):
+        for path in (folder / f"{name}.parquet", folder / name):
+            if os.path.lexists(path):
+                standing.append(_read(path, hidden))
+                if standing[-1].name != name:
+                    raise _foreign(path)
+    if any(each.told.facts.get("mode") == "replace" for each in standing):
+        standing.sort(key=lambda each: each.order, reverse=True)
+    return standing
+
+
+def is_ours(path: Path) -> bool:
+    """Whether it is an output under the name that its files say.
+
+    Raises:
+        SinkUnavailable: the disk refused to read it.
+    """
+    try:
+        return _read(path, hidden=False).name == path.name.removesuffix(".parquet")
+    except SinkConflict:
+        return False
+
+
+def fault_of(path: Path, claim: Claim) -> str:
+    """What is wrong with a claimed output; empty where nothing is."""
+    try:
+        if parts.digest(path) != claim.digest:
+            return "its bytes have changed since it was published"
+        told = _read(path, hidden=False).told
+        if (told.facts.get("output_key"), told.rows) != (claim.output_key, claim.rows):
+            return f"it is not the output of job {claim.job_id} with {claim.rows} rows"
+    except FileNotFoundError:
+        return "the file is gone"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    except (SinkConflict, SinkUnavailable) as error:
+        return error.message
+    return ""
+
+
+def hide_published(root: Path, claim: Claim) -> None:
+    """Take an output out of sight; see `Sink.retract`. The caller holds the sink's lock.
+
+    Raises:
+        SinkConflict, OSError: as there.
+    """
+    shown, hidden = _places(root, claim)
+    if not os.path.lexists(shown):
+        return
+    if words := fault_of(shown, claim):
+        if _is_replaced(shown, claim):
+            return
+        raise SinkConflict(
+            f"{shown} cannot be retracted: {words}", "casparian verify tells what is wrong"
+        )
+    durable.make_folder(hidden.parent)
+    _move(shown, hidden)
+
+
+def show_again(root: Path, claim: Claim) -> None:
+    """Undo `hide`; see `Sink.reinstate`. The caller holds the sink's lock.
+
+    Raises:
+        SinkConflict, OSError: as there.
+    """
+    shown, hidden = _places(root, claim)
+    if os.path.lexists(shown):
+        if (words := fault_of(shown, claim)) and not _is_replaced(shown, claim):
+            raise SinkConflict(
+                f"{shown} is in the place of what was retracted, and was left untouched: {words}",
+                "move it elsewhere",
+            )
+        return
+    if words := fault_of(hidden, claim):
+        if _is_replaced(hidden, claim):
+            return
+        raise SinkConflict(
+            f"{shown} cannot be reinstated from {hidden}: {words}",
+            "put that file back, or have its job run again: casparian outputs restore",
+        )
+    durable.make_folder(shown.parent)
+    _move(hidden, shown)
+
+
+def list_published(root: Path, known: Container[str]) -> Iterator[Found]:
+    """What is there of ours under other output keys than those known, and what is hidden; see
+    `Sink.inventory`."""
+    for path, hidden in unknown_outputs(root, known):
+        with contextlib.suppress(SinkConflict, ValueError, KeyError, FileNotFoundError):
+            each = _read(path, hidden)
+            topic = path.parent.name
+            named = each.told.facts["topic"], each.name
+            mine = named == (topic, path.name.removesuffix(".parquet"))
+            if mine and (hidden or each.output_key[:KEY_DIGITS] not in known):
+                target, digest = str(root / topic / path.name), parts.digest(path)
+                yield found(target, each.told.rows, digest, each.told.facts, retracted=hidden)
+
+
+def remove_published(standings: Sequence[Standing]) -> None:
+    """Remove what lost its place.
+
+    Raises:
+        OSError: something is left.
+    """
+    for each in standings:
+        durable.remove(each.path)
+        crashpoint("parquet.loser_removed")
+
+
+def _read(path: Path, hidden: bool) -> Standing:
+    try:
+        standing = Standing(path, parts.read_footer(path), hidden)
+        if standing.name and standing.order:  # it says both, or it is not ours
+            return standing
+        raise ValueError("it says no name")
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        if is_disk_fault(error) and not isinstance(error, FileNotFoundError | IsADirectoryError):
+            raise unavailable(error, path) from error
+        raise _foreign(path) from error
+
+
+def _foreign(path: Path) -> SinkConflict:
+    return SinkConflict(
+        f"{path} is not the output that its name says; it was left untouched",
+        "move it elsewhere, then retry the job",
+    )
+
+
+def _places(root: Path, claim: Claim) -> tuple[Path, Path]:
+    """Where a claimed output stands when it is shown, and when it is hidden."""
+    name = Path(claim.target).name
+    return root / claim.topic / name, hidden_folder(root, claim.topic) / name
+
+
+def _is_replaced(path: Path, claim: Claim) -> bool:
+    """Whether another output of the claimed one's slot has its place by now."""
+    try:
+        standing = _read(path, hidden=False)
+    except SinkConflict:
+        return False
+    mine = standing.name == path.name.removesuffix(".parquet")
+    return mine and standing.output_key != claim.output_key  # two keys, one name: a slot's
+
+
+def _move(path: Path, target: Path) -> None:
+    """Give an output another place, durably. A file may take that of one that has lost it."""
+    os.rename(path, target)
+    crashpoint("parquet.moved")
+    durable.fsync_path(target.parent)
+    durable.fsync_path(path.parent)
+    crashpoint("parquet.move_synced")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,19 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from casparian_flow import atomic
+from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks.base import facts_of, own_topic
-from casparian_flow.engine.sinks.topic_schema import EXACT_IN_DOUBLE, fit, is_exact
+from casparian_flow.engine.sinks import base
+from casparian_flow.engine.sinks.base import facts_of, is_disk_fault, own_topic
+from casparian_flow.engine.sinks.topic_schema import (
+    EXACT_IN_DOUBLE,
+    LINEAGE_FIELDS,
+    fit,
+    is_exact,
+    own_columns,
+    widened,
+)
+from casparian_flow.errors import SinkConflict
 
 GROUP_ROWS = 128 << 10
 """Rows of a row group."""
@@ -29,7 +39,7 @@ GROUP_ROWS = 128 << 10
 _OURS = b"casparian."
 
 
-class Told(NamedTuple):
+class Footer(NamedTuple):
     """What an output's files say of it."""
 
     facts: dict[str, str]
@@ -105,7 +115,7 @@ class Parts:
         with contextlib.suppress(OSError):
             self._file.close()
         with contextlib.suppress(OSError):
-            atomic.remove(self.path)
+            durable.remove(self.path)
 
     def _end(self, facts: Mapping[str, object]) -> None:
         words = {f"casparian.{fact}": str(value) for fact, value in facts.items()}
@@ -160,14 +170,14 @@ def make_durable(path: Path) -> None:
         OSError: the disk refused, and the data may be lost.
     """
     for file in files(path):
-        atomic.fsync_path(file)
+        durable.fsync_path(file)
         crashpoint("stage.synced")
     if path.is_dir():
-        atomic.fsync_path(path)
+        durable.fsync_path(path)
         crashpoint("stage.folder_synced")
 
 
-def told(path: Path) -> Told:
+def read_footer(path: Path) -> Footer:
     """What the files of a finished output say of it.
 
     Raises:
@@ -185,7 +195,7 @@ def told(path: Path) -> Told:
         or facts[-1].get("parts") != str(len(facts))
     ):
         raise ValueError("these are not all the parts of one output")
-    return Told(facts[-1], sum(footer.num_rows for footer in footers))
+    return Footer(facts[-1], sum(footer.num_rows for footer in footers))
 
 
 def rewritten(path: Path, topic: str, columns: Any) -> Path:
@@ -199,7 +209,7 @@ def rewritten(path: Path, topic: str, columns: Any) -> Path:
         OSError: the disk refused.
     """
     copy = path.with_name(f"{path.name}.fitted")
-    atomic.remove(copy)  # of somebody who died on the way; nobody reads it
+    durable.remove(copy)  # of somebody who died on the way; nobody reads it
     if path.is_dir():
         copy.mkdir()
     for file in files(path):
@@ -215,7 +225,7 @@ def rewritten(path: Path, topic: str, columns: Any) -> Path:
                     table = fit(topic, source.read_row_group(number), schema, settles)
                     writer.write_table(table, row_group_size=GROUP_ROWS)
     make_durable(copy)
-    atomic.fsync_path(copy.parent)
+    durable.fsync_path(copy.parent)
     return copy
 
 
@@ -274,3 +284,101 @@ def _leaf(source: Any, name: str) -> int | None:
 
 def _part(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05}.parquet"
+
+
+# A topic's folder in a Parquet sink: its outputs, and `_common_metadata`, the columns of them all.
+#
+# `_common_metadata` is a Parquet file without rows. Its columns are those of every output of the
+# topic, with the lineage columns last, as `topic_schema` unites them; it is written before the
+# first file that has them, so that no file is there which it does not cover. Where it is not there
+# (an earlier release wrote none, or somebody deleted it) the outputs' own footers give the same.
+
+
+COLUMNS_FILE = "_common_metadata"
+"""The name that Parquet readers know for a file with the columns of the files beside it."""
+
+_OUR_TOPIC = b"casparian.topic"
+
+
+def has_topic_columns(folder: Path) -> bool:
+    """Whether the topic's columns need not be asked of its outputs."""
+    return os.path.lexists(folder / COLUMNS_FILE)
+
+
+def topic_columns(folder: Path) -> Any:
+    """A topic's columns so far, as an Arrow schema without the lineage columns.
+
+    Raises:
+        SinkConflict: what has the name of our file is not our file.
+        OSError: the disk refused to read it.
+    """
+    try:
+        with (folder / COLUMNS_FILE).open("rb") as file:
+            schema = pq.read_schema(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return _columns_of_outputs(folder)
+    except (OSError, pa.ArrowException) as error:
+        if is_disk_fault(error) and not (folder / COLUMNS_FILE).is_dir():
+            raise
+        raise _foreign(folder) from error
+    if _OUR_TOPIC not in (schema.metadata or {}):
+        raise _foreign(folder)
+    return own_columns(schema)
+
+
+def set_topic_columns(folder: Path, schema: Any) -> None:
+    """Say what the topic's columns are from now on; durable when this returns.
+
+    Args:
+        schema: without the lineage columns.
+
+    Raises:
+        OSError: the disk refused; nothing was changed.
+    """
+    whole = pa.schema([*schema, *LINEAGE_FIELDS], {_OUR_TOPIC: folder.name.encode()})
+    data = io.BytesIO()
+    pq.write_metadata(whole, data)
+    durable.write_once(folder / COLUMNS_FILE, data.getvalue())
+    crashpoint("parquet.columns_written")
+
+
+def topic_is_within_double(root: Path, topic: str, name: str) -> bool:
+    """Whether a double holds each value of a column of whole numbers in all outputs of a topic,
+    also in those that are retracted. What cannot be read as Parquet may have any.
+
+    Raises:
+        OSError: the disk refused to read one.
+    """
+    folders = (root / topic, base.hidden_folder(root, topic))
+    every = (output for folder in folders for output in base.list_outputs(folder))
+    try:
+        return all(is_within_double(output, name) for output in every)
+    except (OSError, pa.ArrowException) as error:
+        if is_disk_fault(error):
+            raise
+        return False
+
+
+def _columns_of_outputs(folder: Path) -> Any:
+    """What the outputs' footers say, the one of the first job first."""
+    found = []
+    for output in base.list_outputs(folder):
+        try:
+            told = read_footer(output)
+            with files(output)[0].open("rb") as file:
+                schema = own_columns(pq.read_schema(file))
+            found.append((int(told.facts["job_id"]), output.name, schema))
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            if is_disk_fault(error) and not isinstance(error, FileNotFoundError):
+                raise
+    united = pa.schema([])
+    for _, _, schema in sorted(found, key=lambda each: each[:2]):
+        united = widened(united, schema)
+    return united
+
+
+def _foreign(folder: Path) -> SinkConflict:
+    return SinkConflict(
+        f"{folder / COLUMNS_FILE} is not one of ours; it was left untouched",
+        "move it elsewhere, then retry the job: the outputs say what it would have in it",
+    )

@@ -16,15 +16,14 @@ import glob
 import json
 import sqlite3
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from casparian_flow import atomic
+from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import sqlite_ledger as ledger
 from casparian_flow.engine.sinks import sqlite_tables as tables
 from casparian_flow.engine.sinks.base import (
     KEY_DIGITS,
@@ -32,11 +31,10 @@ from casparian_flow.engine.sinks.base import (
     Found,
     Lineage,
     facts_of,
+    found,
     unavailable,
 )
-from casparian_flow.engine.sinks.sqlite_columns import declared
-from casparian_flow.engine.sinks.sqlite_limits import check_table, check_values
-from casparian_flow.engine.sinks.sqlite_tables import Rows
+from casparian_flow.engine.sinks.sqlite_tables import Rows, check_table, check_values, declared
 from casparian_flow.engine.sinks.stage import Stage, reading
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
@@ -61,7 +59,7 @@ class SqliteSink:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.stage_folder = path.parent / atomic.STATE_FOLDER / "stage"
+        self.stage_folder = path.parent / durable.STATE_FOLDER / "stage"
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """See `Sink.open_stage`."""
@@ -119,7 +117,7 @@ class SqliteSink:
             with self._reading() as connection:
                 if declared(connection, "_cf_outputs"):
                     for row in connection.execute("SELECT * FROM _cf_outputs ORDER BY rowid"):
-                        output = ledger.found_as(dict(row), f"{self.path}:{row['topic']}")
+                        output = found_as(dict(row), f"{self.path}:{row['topic']}")
                         if output.retracted or output.output_key[:KEY_DIGITS] not in known:
                             yield output
         except sqlite3.Error as error:
@@ -132,8 +130,8 @@ class SqliteSink:
             return
         with self._changing(claim) as (connection, record):
             connection.execute("DELETE FROM _cf_outputs WHERE output_key = ?", [claim.output_key])
-            rows = ledger.rows_of(record) if record else Rows(claim.job_id)
-            tables.delete(connection, claim.topic, rows._replace(number=-1))
+            rows = rows_of(record) if record else Rows(claim.job_id)
+            tables.delete_rows(connection, claim.topic, rows._replace(number=-1))
 
     def retract(self, claim: Claim) -> None:
         """See `Sink.retract`. The rows move to another table with the ledger's word for it."""
@@ -141,7 +139,7 @@ class SqliteSink:
             return
         with self._changing(claim) as (connection, record):
             if record and record["state"] == "shown":
-                ledger.move(connection, record, "retracted", tables.retract)
+                move_output(connection, record, "retracted", tables.retract_rows)
 
     def reinstate(self, claim: Claim) -> None:
         """See `Sink.reinstate`."""
@@ -151,17 +149,17 @@ class SqliteSink:
             if record is None:
                 raise SinkConflict(f"{claim.target}: its ledger does not have the output")
             if record["state"] == "retracted":
-                if record["mode"] == "replace" and ledger.is_late(connection, record):
-                    ledger.move(connection, record, "replaced", tables.forget)
+                if record["mode"] == "replace" and is_late_output(connection, record):
+                    move_output(connection, record, "replaced", tables.forget_rows)
                 else:
-                    ledger.move(connection, record, "shown", tables.reinstate)
+                    move_output(connection, record, "shown", tables.reinstate_rows)
 
     @contextlib.contextmanager
     def _changing(self, claim: Claim) -> Iterator[tuple[sqlite3.Connection, dict[str, Any] | None]]:
         """A transaction that changes where an output is, and the ledger's row of it."""
         try:
             with self._writing() as connection:
-                yield connection, ledger.record(connection, claim.output_key)
+                yield connection, ledger_row(connection, claim.output_key)
                 crashpoint("sqlite.change_written")
             crashpoint("sqlite.changed")
         except (OSError, sqlite3.Error) as error:
@@ -183,7 +181,7 @@ class SqliteSink:
             connection.row_factory = sqlite3.Row
             connection.execute("BEGIN IMMEDIATE")
             crashpoint("sqlite.begun")
-            ledger.make(connection)
+            make_ledger(connection)
             crashpoint("sqlite.ledger_ready")
             yield connection
             crashpoint("sqlite.all_written")
@@ -197,9 +195,9 @@ class SqliteSink:
         corrupt a WAL database when two connections write or checkpoint at once.
         """
         folder, name = self.path.parent, self.path.name
-        atomic.own(folder, glob.escape(name) + "*")
+        durable.own(folder, glob.escape(name) + "*")
         with (
-            atomic.exclusive(folder / atomic.STATE_FOLDER / f"{name}.gate"),
+            durable.exclusive(folder / durable.STATE_FOLDER / f"{name}.gate"),
             contextlib.closing(
                 sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             ) as connection,
@@ -231,7 +229,7 @@ class SqliteSink:
 
     def _adopted(self, connection: sqlite3.Connection, output: StagedOutput) -> Published | None:
         """What the ledger says of the output key, if anything."""
-        known = ledger.record(connection, output.output_key)
+        known = ledger_row(connection, output.output_key)
         if known is None:
             return None
         retracted = known["state"] == "retracted"
@@ -241,9 +239,9 @@ class SqliteSink:
         """The ledger's row, then the table's, in place of those they replace."""
         place = {"slot": output.slot, "ordinal": output.ordinal, "job_id": output.job_id}
         replaces = output.mode == "replace"
-        is_late = replaces and ledger.is_late(connection, place)
+        is_late = replaces and is_late_output(connection, place)
         if output.mode == "error":
-            promised = ledger.shown(connection, output.topic)
+            promised = shown_outputs(connection, output.topic)
             tables.check_all_ours(connection, output.topic, promised)
         with reading(output) as staged:
             footer = staged.metadata.metadata
@@ -263,7 +261,7 @@ class SqliteSink:
             )
             crashpoint("sqlite.ledger_written")
             if not is_late:
-                tables.insert(connection, output.topic, staged)
+                tables.insert_rows(connection, output.topic, staged)
         return self._published(output, output.rows, output.digest, False, False)
 
     def _replace(self, connection: sqlite3.Connection, output: StagedOutput) -> None:
@@ -274,7 +272,7 @@ class SqliteSink:
             [output.slot],
         ).fetchall()
         for record in earlier:
-            tables.delete(connection, output.topic, ledger.rows_of(dict(record)))
+            tables.delete_rows(connection, output.topic, rows_of(dict(record)))
             crashpoint("sqlite.replaced")
 
     def _published(
@@ -306,7 +304,7 @@ class SqliteSink:
                 for row in connection.execute("SELECT * FROM _cf_outputs WHERE topic = ?", [topic])
             }
             has_rows = any(r["rows"] and r["state"] == "shown" for r in ledger.values())
-            there = tables.count(connection, topic) if has_rows else {}
+            there = tables.count_rows(connection, topic) if has_rows else {}
         promised: Counter[int] = Counter()
         for record in ledger.values():
             promised[record["job_id"]] += record["rows"] * (record["state"] == "shown")
@@ -321,3 +319,98 @@ class SqliteSink:
                     f"{claim.target}: {there.get(record['job_id'], 0)} rows of job "
                     f"{record['job_id']}, where {promised[record['job_id']]} were published"
                 )
+
+
+# The ledger in a SQLite sink, `_cf_outputs`: a row for each output that was published there.
+
+
+_LEDGER = """
+CREATE TABLE IF NOT EXISTS _cf_outputs (
+    output_key TEXT PRIMARY KEY, topic TEXT NOT NULL, job_id INTEGER NOT NULL,
+    file_version_id INTEGER NOT NULL, rows INTEGER NOT NULL, digest TEXT NOT NULL,
+    published_at TEXT NOT NULL
+)"""
+
+_LATER = {
+    "facts": "TEXT NOT NULL DEFAULT ''",
+    "slot": "TEXT NOT NULL DEFAULT ''",
+    "ordinal": "INTEGER NOT NULL DEFAULT 0",
+    "mode": "TEXT NOT NULL DEFAULT 'append'",
+    "state": "TEXT NOT NULL DEFAULT 'shown'",
+}
+"""Columns that later releases gave the ledger, with what they say of an output from before."""
+
+
+def make_ledger(connection: sqlite3.Connection) -> None:
+    """Have the ledger in this transaction, in today's form."""
+    connection.execute(_LEDGER)
+    for name in _LATER.keys() - declared(connection, "_cf_outputs").keys():
+        connection.execute(f"ALTER TABLE _cf_outputs ADD COLUMN {name} {_LATER[name]}")
+    connection.execute("CREATE INDEX IF NOT EXISTS _cf_slots ON _cf_outputs (slot)")
+
+
+def found_as(row: dict[str, Any], target: str) -> Found:
+    """A row of the ledger, in whatever form, as an inventory gives it."""
+    columns = {name: str(value) for name, value in row.items()}
+    facts = {**columns, **json.loads(columns.get("facts") or "{}")}
+    retracted = row.get("state") == "retracted"
+    return found(target, row["rows"], row["digest"], facts, retracted=retracted)
+
+
+def ledger_row(connection: sqlite3.Connection, output_key: str) -> dict[str, Any] | None:
+    """The ledger's row of an output."""
+    row = connection.execute(
+        "SELECT * FROM _cf_outputs WHERE output_key = ?", [output_key]
+    ).fetchone()
+    return dict(row) if row else None
+
+
+def rows_of(record: dict[str, Any]) -> Rows:
+    facts = json.loads(record["facts"] or "{}")
+    return Rows(
+        record["job_id"], record["file_version_id"], facts.get("source_hash", ""),
+        facts.get("plugin_version", ""), record["rows"],
+    )  # fmt: skip
+
+
+def is_late_output(connection: sqlite3.Connection, place: dict[str, Any]) -> bool:
+    """Whether a greater output has the slot."""
+    greater = connection.execute(
+        "SELECT 1 FROM _cf_outputs WHERE slot = :slot AND mode = 'replace' "
+        "AND (ordinal, job_id) > (:ordinal, :job_id)",
+        place,
+    )
+    return greater.fetchone() is not None
+
+
+def shown_outputs(connection: sqlite3.Connection, topic: str) -> dict[int, int]:
+    """How many rows of each job the ledger promises in a topic's table."""
+    promised = connection.execute(
+        "SELECT job_id, SUM(rows) AS n FROM _cf_outputs "
+        "WHERE topic = ? AND state = 'shown' GROUP BY 1 HAVING n > 0",
+        [topic],
+    )
+    return dict(map(tuple, promised))
+
+
+def move_output(
+    connection: sqlite3.Connection,
+    record: dict[str, Any],
+    state: str,
+    take: Callable[[sqlite3.Connection, str, Rows], int],
+) -> None:
+    """Take an output's rows to where they belong from now on, and write it down.
+
+    Raises:
+        SinkConflict: they are not those that were published.
+    """
+    moved = take(connection, record["topic"], rows_of(record))
+    if moved != record["rows"]:
+        raise SinkConflict(
+            f"{record['topic']!r} has {moved} rows of job {record['job_id']}, where "
+            f"{record['rows']} were published; nothing was changed",
+            f"casparian outputs restore {record['job_id']}",
+        )
+    connection.execute(
+        "UPDATE _cf_outputs SET state = ? WHERE output_key = ?", [state, record["output_key"]]
+    )

@@ -8,17 +8,150 @@ have no types: there every value stays what it is.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks.base import LINEAGE, facts_of, own_topic
-from casparian_flow.engine.sinks.columns import Column, columns_of, fold, pieces
-from casparian_flow.engine.sinks.sqlite_columns import RETRACTED, declared, fitted, quote
+from casparian_flow.engine.sinks.base import LINEAGE, facts_of, otherwise, own_topic
+from casparian_flow.engine.sinks.columns import (
+    Column,
+    columns_of,
+    fit,
+    fold,
+    is_binary,
+    is_text,
+    pieces,
+)
+from casparian_flow.engine.sinks.topic_schema import EXACT_IN_DOUBLE
 from casparian_flow.errors import OutputRefused, SinkConflict
 
+# The types that columns of SQLite tables have today, where the table itself cannot say it.
+#
+# SQLite keeps what a column was declared as. A column that was null everywhere is declared without
+# a type, and gets one with the first values; an INTEGER column that meets a REAL holds both, since
+# in SQLite each value has a type of its own. `_cf_columns` has what such columns are now: a row is
+# made with the first column that needs one, and counts while the column is declared as it was then.
+
+
 BATCH_ROWS = 16 << 10
+"""Rows of a staged file that are looked at at once."""
+
+RETRACTED = "_cf_retracted_"
+"""Begins the name of the table that keeps a topic's retracted rows."""
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS _cf_columns (
+    topic TEXT NOT NULL, name TEXT NOT NULL, declared TEXT NOT NULL, type TEXT NOT NULL,
+    PRIMARY KEY (topic, name)
+)"""
+
+
+def declared(connection: sqlite3.Connection, table: str) -> dict[str, str]:
+    """Name -> declared type; empty where there is no such table."""
+    return dict(connection.execute("SELECT name, type FROM pragma_table_info(?)", [table]))
+
+
+def column_types(connection: sqlite3.Connection, topic: str) -> dict[str, str]:
+    """Name -> type that a topic's column has today; empty where it has none yet, or any."""
+    found = declared(connection, topic)
+    if not declared(connection, "_cf_columns"):
+        return found
+    rows = connection.execute("SELECT * FROM _cf_columns WHERE topic = ?", [fold(topic)])
+    later = {(name, before): kind for _, name, before, kind in map(tuple, rows)}
+    return {name: later.get((fold(name), kind), kind) for name, kind in found.items()}
+
+
+def fitted(
+    connection: sqlite3.Connection, topic: str, staged: Any, incoming: Sequence[Column],
+    settles: str,
+) -> list[Column]:  # fmt: skip
+    """An output's columns as the topic's table takes them, which has them all.
+
+    Args:
+        staged: the output's file (`pyarrow.parquet.ParquetFile`).
+        settles: what to type where a column is refused.
+
+    Raises:
+        OutputRefused: a column has another type in the table.
+    """
+    kinds = {fold(name): kind for name, kind in column_types(connection, topic).items()}
+    found = []
+    for column in incoming:
+        kind = kinds.get(fold(column.name), column.declared)
+        if not kind and column.declared:
+            _settle(connection, topic, column)
+        elif (kind, column.declared) == ("INTEGER", "REAL") and not _is_whole(column, staged):
+            _widen(connection, topic, column, settles)
+            kind = "REAL"
+        found.append(fit(column, kind, settles))
+    return found
+
+
+def _settle(connection: sqlite3.Connection, topic: str, column: Column) -> None:
+    """Give a column without a type that of its first values; one that has others stays open."""
+    storage = column.declared.lower()
+    if not any(_has(connection, topic, column.name, f"typeof({{}}) NOT IN ('null', '{storage}')")):
+        _note_type(connection, topic, column.name, column.declared)
+
+
+def _widen(connection: sqlite3.Connection, topic: str, column: Column, settles: str) -> None:
+    """Have an INTEGER column take REALs.
+
+    Raises:
+        OutputRefused: it has a whole number that no REAL is exactly.
+    """
+    beyond = f"{{0}} > {EXACT_IN_DOUBLE} OR {{0}} < -{EXACT_IN_DOUBLE}"
+    if any(_has(connection, topic, column.name, beyond)):
+        raise OutputRefused(
+            f"column {column.name!r} ({column.kind}) is INTEGER in the table, with whole numbers "
+            f"that no REAL is exactly{otherwise(settles, column.name)}",
+            "convert the column in the plugin, or give it another name",
+        )
+    _note_type(connection, topic, column.name, "REAL")
+
+
+def _is_whole(column: Column, staged: Any) -> bool:
+    """Whether all numbers of a staged column are whole ones of 64 bits."""
+    whole = replace(column, plain=pa.int64())
+    try:
+        for batch in staged.iter_batches(BATCH_ROWS, columns=[column.name]):
+            whole.check(batch.column(batch.schema.get_field_index(column.name)))
+    except OutputRefused:
+        return False
+    return True
+
+
+def _has(connection: sqlite3.Connection, topic: str, name: str, condition: str) -> Iterator[bool]:
+    """Whether a value is so, of those that are shown, and of those that were retracted."""
+    for table in (topic, RETRACTED + topic):
+        if fold(name) in {fold(each) for each in declared(connection, table)}:
+            chosen = condition.format(quote(name))
+            query = f"SELECT 1 FROM {quote(table)} WHERE {chosen} LIMIT 1"  # noqa: S608
+            yield connection.execute(query).fetchone() is not None
+
+
+def _note_type(connection: sqlite3.Connection, topic: str, name: str, kind: str) -> None:
+    """Write down what a column's type is from now on."""
+    before = {fold(each): kind for each, kind in declared(connection, topic).items()}
+    connection.execute(_TABLE)
+    connection.execute(
+        "INSERT OR REPLACE INTO _cf_columns VALUES (?, ?, ?, ?)",
+        [fold(topic), fold(name), before[fold(name)], kind],
+    )
+
+
+def quote(name: str) -> str:
+    """A name as a statement has it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+INSERT_ROWS = 16 << 10
 """Rows converted to Python values at once, at most."""
 
 
@@ -51,7 +184,7 @@ def is_ours(connection: sqlite3.Connection, table: str) -> bool:
     return declared(connection, table).keys() >= set(LINEAGE)
 
 
-def count(connection: sqlite3.Connection, topic: str) -> dict[int, int]:
+def count_rows(connection: sqlite3.Connection, topic: str) -> dict[int, int]:
     """How many rows of each job a topic's table holds.
 
     Raises:
@@ -61,7 +194,7 @@ def count(connection: sqlite3.Connection, topic: str) -> dict[int, int]:
     return dict(map(tuple, connection.execute(query)))
 
 
-def insert(connection: sqlite3.Connection, topic: str, staged: Any) -> None:
+def insert_rows(connection: sqlite3.Connection, topic: str, staged: Any) -> None:
     """Add the rows of a staged file (`pyarrow.parquet.ParquetFile`).
 
     An empty output of mode replace has no columns but the lineage ones, and needs no table.
@@ -79,7 +212,7 @@ def insert(connection: sqlite3.Connection, topic: str, staged: Any) -> None:
         names = ", ".join(quote(column.name) for column in taken)
         marks = ", ".join("?" * len(taken))
         statement = f"INSERT INTO {quote(topic)} ({names}) VALUES ({marks})"  # noqa: S608
-        for batch in chain.from_iterable(map(pieces, staged.iter_batches(BATCH_ROWS))):
+        for batch in chain.from_iterable(map(pieces, staged.iter_batches(INSERT_ROWS))):
             values = [c.values(a) for c, a in zip(taken, batch.columns, strict=True)]
             connection.executemany(statement, zip(*values, strict=True))
             crashpoint("sqlite.rows_written")
@@ -87,13 +220,13 @@ def insert(connection: sqlite3.Connection, topic: str, staged: Any) -> None:
         raise type(error)(f"topic {topic!r}: {error.message}", error.hint) from error
 
 
-def create(connection: sqlite3.Connection, topic: str, incoming: Sequence[Column]) -> None:
+def create_table(connection: sqlite3.Connection, topic: str, incoming: Sequence[Column]) -> None:
     """Make a topic's table."""
     described = ", ".join(f"{quote(column.name)} {column.declared}" for column in incoming)
     connection.execute(f"CREATE TABLE {quote(topic)} ({described})")
 
 
-def delete(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
+def delete_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
     """Take an output's rows out of a topic's table; how many there were."""
     if not is_ours(connection, topic):
         return 0
@@ -101,7 +234,7 @@ def delete(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
     return connection.execute(f"DELETE FROM {quote(topic)} {chosen}", rows._asdict()).rowcount  # noqa: S608
 
 
-def retract(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
+def retract_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
     """Move an output's rows to where nobody looks for them; how many there were."""
     if not is_ours(connection, topic):
         return 0
@@ -117,7 +250,7 @@ def retract(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
     return _move(connection, topic, kept, declared(connection, topic), rows)
 
 
-def reinstate(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
+def reinstate_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
     """Move an output's rows back; how many there were.
 
     Raises:
@@ -135,9 +268,9 @@ def reinstate(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
     return _move(connection, kept, topic, declared(connection, kept), rows)
 
 
-def forget(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
+def forget_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
     """Delete an output's rows from where `retract` has put them; how many there were."""
-    return delete(connection, RETRACTED + topic, rows)
+    return delete_rows(connection, RETRACTED + topic, rows)
 
 
 def check_all_ours(connection: sqlite3.Connection, topic: str, promised: dict[int, int]) -> None:
@@ -151,7 +284,7 @@ def check_all_ours(connection: sqlite3.Connection, topic: str, promised: dict[in
     """
     if not declared(connection, topic):
         return
-    if not is_ours(connection, topic) or count(connection, topic) != promised:
+    if not is_ours(connection, topic) or count_rows(connection, topic) != promised:
         raise SinkConflict(
             f"table {topic!r} holds rows that are not ours, and the topic's mode is error; it was "
             "left untouched",
@@ -170,7 +303,7 @@ def _move(
         rows._asdict(),
     )
     crashpoint("sqlite.rows_copied")
-    return delete(connection, source, rows)
+    return delete_rows(connection, source, rows)
 
 
 def _chosen(connection: sqlite3.Connection, table: str) -> str:
@@ -197,7 +330,7 @@ def _fit_table(
     table = quote(topic)
     existing = {fold(name): kind for name, kind in declared(connection, topic).items()}
     if not existing:
-        create(connection, topic, incoming)
+        create_table(connection, topic, incoming)
         return list(incoming)
     if not existing.keys() >= set(LINEAGE):
         raise SinkConflict(
@@ -211,3 +344,66 @@ def _fit_table(
             )
     settles = own_topic(topic, facts_of(staged.metadata.metadata))
     return fitted(connection, topic, staged, incoming, settles)
+
+
+# What no database of SQLite can hold, found while an output is staged: SQLite itself is asked.
+#
+# An empty database in memory gets the topic's table, so that a name it reserves, columns it does
+# not tell apart or has no room for are refused before anything is decided. Whether a database that
+# is there has room for more columns, its own transaction finds.
+
+
+CELL_BYTES = 1_000_000_000
+"""SQLite's limit of a value, and of a row (SQLITE_MAX_LENGTH), as every distribution builds it."""
+
+
+def check_table(topic: str, schema: Any) -> None:
+    """Return if SQLite can have a table of these columns and ours.
+
+    Raises:
+        OutputRefused: it cannot; the message names the column where one is to blame.
+    """
+    ours = [Column(name, pa.null(), pa.null(), "") for name in LINEAGE]
+    columns = [*columns_of(schema), *ours]
+    with closing(sqlite3.connect(":memory:")) as trial:
+        room = trial.getlimit(sqlite3.SQLITE_LIMIT_COLUMN)
+        if len(columns) > room:
+            raise OutputRefused(
+                f"topic {topic!r} has {len(columns) - len(ours)} columns: from column "
+                f"{columns[room - len(ours)].name!r} on a table of SQLite, which has {room} with "
+                "ours, has no room for them",
+                "publish fewer columns, or lists; Parquet has room: casparian topics set",
+            )
+        try:
+            create_table(trial, topic, columns)
+        except sqlite3.Error as error:
+            raise OutputRefused(
+                f"topic {topic!r}: SQLite cannot have such a table: {error}",
+                "rename the topic or its columns in the plugin",
+            ) from error
+
+
+def check_values(batch: Any) -> None:
+    """Return if SQLite can hold every value of a batch.
+
+    Raises:
+        OutputRefused: it cannot; the message names the column.
+    """
+    large = batch.nbytes > CELL_BYTES
+    for column, values in zip(columns_of(batch.schema), batch.columns, strict=True):
+        column.check(values)
+        if large:
+            _check_length(column, values)
+
+
+def _check_length(column: Column, values: Any) -> None:
+    if not (is_text(column.kind) or is_binary(column.kind)):
+        return
+    long = values.cast(pa.large_string() if is_text(column.kind) else pa.large_binary())
+    longest = pc.max(pc.binary_length(long)).as_py() or 0
+    if longest > CELL_BYTES:
+        raise OutputRefused(
+            f"column {column.name!r} ({column.kind}) has a value of {longest} bytes; SQLite's "
+            f"longest has {CELL_BYTES}",
+            "publish it in parts; Parquet has room: casparian topics set",
+        )

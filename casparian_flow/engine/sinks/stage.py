@@ -17,9 +17,9 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from casparian_flow.atomic import fsync_path, make_folder
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import days, families, nulls, parts
+from casparian_flow.durable import fsync_path, make_folder
+from casparian_flow.engine.sinks import parts, topic_schema
 from casparian_flow.engine.sinks.base import (
     Lineage,
     is_disk_fault,
@@ -123,10 +123,10 @@ class Stage:
             OutputRefused: its columns cannot be stored, or use a reserved name.
             SinkUnavailable: the disk is full or read-only.
         """
-        batch = nulls.may_be_null(batch)
+        batch = topic_schema.may_be_null(batch)
         if not self._parts.begun:
             self._start(batch.schema)
-        days.check(self._plan.topic, batch)
+        check_dates(self._plan.topic, batch)
         self._check_values(batch)
         self._batches += 1
         for piece, size in _pieces(batch):
@@ -176,7 +176,7 @@ class Stage:
 
     def discard(self) -> None:
         """Remove what was staged; may be called at any time, and twice."""
-        families.forget(self._plan.location, self._plan.topic, self._counted)
+        topic_schema.forget_family(self._plan.location, self._plan.topic, self._counted)
         self._counted = []
         self._parts.discard()
 
@@ -185,7 +185,7 @@ class Stage:
         self._admit(given)
         self._open(given)
         self._counted = given.names
-        self.note = families.note(
+        self.note = topic_schema.note_family(
             self._plan.location, self._plan.topic, given.names, self._known, self._settles
         )
 
@@ -319,3 +319,45 @@ def _refusal(topic: str, columns: Any, error: Exception) -> OutputRefused:
                 "convert the column in the plugin",
             )
     return OutputRefused(f"topic {topic!r}: the rows cannot be stored: {error}")
+
+
+# Dates of 64 bits that Parquet would wrap: it keeps days in 32, and Arrow casts without a look.
+#
+# `date64` is milliseconds; one beyond the year 5,881,580 came back as a day of 1970.
+
+
+def check_dates(topic: str, batch: Any) -> None:
+    """Return if every date of a batch stays the same.
+
+    Raises:
+        OutputRefused: one does not; the message names its column.
+    """
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        for dates in _dates(column):
+            try:
+                dates.cast(pa.date32())
+            except pa.ArrowInvalid as error:
+                raise OutputRefused(
+                    f"topic {topic!r}: column {field.name!r} ({field.type}) cannot be stored: "
+                    f"{error}",
+                    "convert the column in the plugin",
+                ) from error
+
+
+def _dates(array: Any) -> Iterator[Any]:
+    """The arrays of `date64` that an array consists of."""
+    types, kind = pa.types, array.type
+    if types.is_date64(kind):
+        yield array
+    elif isinstance(kind, pa.BaseExtensionType):
+        yield from _dates(array.storage)
+    elif types.is_dictionary(kind):
+        yield from _dates(array.dictionary)
+    elif types.is_map(kind):
+        yield from _dates(array.keys)
+        yield from _dates(array.items)
+    elif types.is_struct(kind):
+        for child in array.flatten():
+            yield from _dates(child)
+    elif types.is_nested(kind) and not types.is_union(kind):
+        yield from _dates(array.flatten())

@@ -29,14 +29,15 @@ Pure functions on Arrow schemas and tables; no sink's names are in them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from casparian_flow.engine.sinks.base import LINEAGE, otherwise
 from casparian_flow.engine.sinks.columns import as_list
-from casparian_flow.engine.sinks.nulls import type_that_may
 from casparian_flow.errors import OutputRefused
 
 LINEAGE_FIELDS: tuple[Any, ...] = tuple(
@@ -253,3 +254,131 @@ _FAMILIES: dict[str, tuple[Any, ...]] = {
     "struct": (pa.types.is_struct,),
     "map": (pa.types.is_map,),
 }  # fmt: skip
+
+
+# Columns and fields that may be null, whatever their plugin declared of them.
+#
+# A plugin may declare that a field is never null. Arrow holds no values to that, and its Parquet
+# writer believes it: of a list or a struct that is null there it makes an empty one, without a
+# word, and of lists of a fixed size in a struct that is null a file that nobody can read. So no
+# field is declared so in what we stage: a null stays a null.
+
+
+def may_be_null(batch: Any) -> Any:
+    """The same values in a batch all of whose columns, and fields in them, may be null."""
+    if all(map(_may, batch.schema)):
+        return batch
+    columns = [_array(column, type_that_may(column.type)) for column in batch.columns]
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(map(_field, batch.schema)))
+
+
+def type_that_may(kind: Any) -> Any:
+    """The same type, with every field in it nullable but the keys of maps, which never are."""
+    types = pa.types
+    if types.is_struct(kind):
+        return pa.struct(list(map(_field, kind)))
+    if types.is_map(kind):
+        key = kind.key_field.with_type(type_that_may(kind.key_type))
+        return pa.map_(key, _field(kind.item_field), kind.keys_sorted)
+    if types.is_fixed_size_list(kind):
+        return pa.list_(_field(kind.value_field), kind.list_size)
+    if types.is_large_list(kind):
+        return pa.large_list(_field(kind.value_field))
+    if types.is_list(kind):
+        return pa.list_(_field(kind.value_field))
+    return kind
+
+
+def _field(field: Any) -> Any:
+    return field.with_nullable(True).with_type(type_that_may(field.type))
+
+
+def _may(field: Any) -> bool:
+    return bool(field.nullable) and (
+        not pa.types.is_nested(field.type) or field.type == type_that_may(field.type)
+    )
+
+
+def _array(array: Any, kind: Any) -> Any:
+    """The array as one of this type: of its own buffers, for Arrow's casts of nested types lose
+    nulls (see `columns.Column`)."""
+    if array.type == kind:
+        return array
+    if array.offset:
+        array = pa.concat_arrays([array])
+    types = pa.types
+    if types.is_struct(kind):
+        children = [_array(array.field(n), kind.field(n).type) for n in range(kind.num_fields)]
+    elif types.is_map(kind):
+        parts = [_array(array.keys, kind.key_type), _array(array.items, kind.item_type)]
+        children = [pa.StructArray.from_arrays(parts, fields=[kind.key_field, kind.item_field])]
+    else:
+        children = [_array(array.values, kind.value_type)]
+    own = 1 if types.is_struct(kind) or types.is_fixed_size_list(kind) else 2
+    return pa.Array.from_buffers(kind, len(array), array.buffers()[:own], children=children)
+
+
+# Files of another kind: an output whose columns share no name with those its topic has.
+#
+# Such rows are stored, since nothing of them is wrong; that they are probably another table is said
+# in the attempt's log, in a line that begins with `NOTE`. Outputs that this process has staged
+# count as the topic's too: files of several kinds are often worked at once, before any is
+# published.
+
+
+FAMILY_NOTE = "families: "
+"""Begins the line."""
+
+_TOPICS = 1000
+_NAMES_SHOWN = 8
+_lock = threading.Lock()
+_staged: OrderedDict[tuple[str, str], Counter[str]] = OrderedDict()
+"""Location and topic -> folded names of the columns that this process has staged for it, and how
+often; of the topics that came last."""
+
+
+def note_family(
+    location: str, topic: str, names: Sequence[str], known: Callable[[], Collection[str]],
+    settles: str,
+) -> str:  # fmt: skip
+    """Count an output's columns as its topic's, and say whether they are of another kind.
+
+    Args:
+        known: asks the sink for the topic's columns; only called where no other word is enough.
+        settles: what to type so that such files get a topic of their own.
+
+    Returns:
+        A line for the log; empty where there is nothing to say.
+    """
+    mine = {name.casefold() for name in names}
+    with _lock:
+        counts = _staged.setdefault((location, topic), Counter())
+        before = sorted(counts)
+        counts.update(mine)
+        _staged.move_to_end((location, topic))
+        while len(_staged) > _TOPICS:
+            _staged.popitem(last=False)
+    if not mine.isdisjoint(before):
+        return ""
+    there = [name for name in known() if name not in LINEAGE]
+    if not mine.isdisjoint(name.casefold() for name in there) or not (there or before):
+        return ""
+    words = f"; for a topic of their own: {settles}" if settles else ""
+    return (
+        f"{FAMILY_NOTE}topic {topic!r} has the columns {_some(there or before)}; "
+        f"this file has none of them, but {_some(names)}{words}"
+    )
+
+
+def forget_family(location: str, topic: str, names: Sequence[str]) -> None:
+    """Take back what `note` counted, of an output that came to nothing."""
+    with _lock:
+        counts = _staged.get((location, topic), Counter())
+        counts.subtract({name.casefold() for name in names})
+        for name in [name for name, count in counts.items() if count <= 0]:
+            del counts[name]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(map(repr, names[:_NAMES_SHOWN])) + more

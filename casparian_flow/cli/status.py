@@ -8,8 +8,7 @@ import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import All, AsJson, Limit
-from casparian_flow.errors import ExitCode
-from casparian_flow.wording import counted, tallied
+from casparian_flow.errors import ExitCode, counted, tallied
 
 if TYPE_CHECKING:
     pass
@@ -159,10 +158,10 @@ def files(
 
 
 def _unrouted(ctx: typer.Context, source: str | None, limit: int | None, as_json: bool) -> None:
-    from casparian_flow.db import unrouted
+    from casparian_flow.db import views
 
     with context.opened(ctx) as (_, ledger):
-        rows = ledger.read(lambda c: unrouted.files(c, limit, source))
+        rows = ledger.read(lambda c: views.unrouted_files(c, limit, source))
     columns = "source rel_path size_bytes detected_at nearest"
     context.listing(rows, as_json, columns, "every file is wanted by some plugin")
 
@@ -181,14 +180,14 @@ def versions(
 
     Each with its jobs.
     """
-    from casparian_flow.db import views, wiring
+    from casparian_flow.db import routing, views
     from casparian_flow.errors import NotFound
 
     with context.opened(ctx) as (_, ledger):
         rows = ledger.read(
             lambda c: [
                 row
-                for root, below, shown in wiring.meant(c, path)
+                for root, below, shown in routing.meant(c, path)
                 for row in views.versions(c, root.id, below, shown)
             ]
         )
@@ -222,3 +221,108 @@ def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
         found = counted(len(verdict.problems), "problem")
         context.say(found if verdict.problems else "everything holds")
     raise typer.Exit(ExitCode.FAILED if verdict.problems else ExitCode.DONE)
+
+
+# `casparian audit`: what people did and what was committed, and whether anybody altered it.
+
+
+audit_app = context.group("Show and check the audit.")
+
+
+@audit_app.command("show")
+def show_audit(
+    ctx: typer.Context,
+    subject: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="Only about this: 'plugin sales*'.")
+    ] = None,
+    seals: Annotated[
+        bool, typer.Option("--seals", help="The seals too, which say what each transaction wrote.")
+    ] = False,
+    limit: Limit = None,
+    every: All = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what people did and what was committed, the newest first."""
+    from casparian_flow.db import views
+
+    most = context.wanted(limit, every)
+    with context.opened(ctx) as (_, ledger):
+        rows = ledger.read(lambda c: views.audit(c, most, subject, seals))
+    if not as_json:
+        for row in rows:
+            row["detail"] = _in_short(row)
+    context.listing(
+        rows, as_json, "seq recorded_at actor action subject detail", "no such audit rows"
+    )
+
+
+def _in_short(row: dict[str, Any]) -> str:
+    """A row's detail; of a seal, how many rows it holds: the digests are for `verify`."""
+    from casparian_flow.services import verify
+
+    return verify.in_short(row["detail"]) if row["action"] == "seal" else str(row["detail"])
+
+
+@audit_app.command("verify")
+def verify_audit(
+    ctx: typer.Context,
+    head: Annotated[
+        str | None,
+        typer.Option(metavar="SEQ:HASH", help="A head noted earlier; proves it is still there."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that no row of the audit was altered or removed.
+
+    Prints its head. Note that elsewhere: rows cut off at the end, or all of them written anew, can
+    only be seen by whoever has an earlier head. Ends with 1 if anything is wrong.
+    """
+    from casparian_flow.db import audit
+
+    noted = audit.Head(*_parse_head(head)) if head else None
+    with context.opened(ctx) as (_, ledger):
+        found = ledger.read(audit.head)
+        problems = ledger.read(lambda c: list(audit.problems(c)))
+        if noted:
+            problems += ledger.read(lambda c: list(audit.lost(c, noted)))
+    if as_json:
+        context.document({"head": str(found), "problems": problems})
+    else:
+        for problem in problems:
+            context.say(f"problem: {problem}")
+        context.say(f"head {found}")
+    raise typer.Exit(ExitCode.FAILED if problems else ExitCode.DONE)
+
+
+def _parse_head(text: str) -> tuple[int, str]:
+    seq, _, digest = text.partition(":")
+    if not seq.isdecimal() or len(digest) != 64:
+        raise typer.BadParameter(f"{text!r} is not a head, such as `casparian audit verify` prints")
+    return int(seq), digest
+
+
+# `casparian backup`.
+
+
+def backup(
+    ctx: typer.Context,
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The file to write.")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the file if it is there.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Copy the ledger to a file, while work goes on.
+
+    The copy is checked before it gets its name. Outputs are not in it: they are in their sinks.
+    """
+    from casparian_flow.services import backup as service
+
+    with context.opened(ctx) as (settings, ledger):
+        made = service.make(settings, ledger, target, force=force)
+    if as_json:
+        context.document(made._asdict())
+        return
+    context.say(f"backup  {made.path} ({made.size_bytes:,} bytes)")
+    context.say(f"holds   {tallied(made.holds)}")
+    context.say(f"head    {made.head}")

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import re
+import socket
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.errors import Unavailable
+from casparian_flow.errors import DaemonRunning, Unavailable
 from casparian_flow.trees import remove_tree
 
 STATE_FOLDER = ".casparian"
@@ -164,3 +169,134 @@ def owned(state: Path) -> list[str]:
         return (state / _OWNED).read_text().splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+# Which filesystem a path lies on: where others write unheard, and where no database should lie.
+
+
+_SHARED_FILESYSTEMS = {
+    "nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "coda", "gfs2", "glusterfs",
+    "gpfs", "lustre", "ncpfs", "ocfs2", "vboxsf",
+    "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.ceph-fuse",
+}  # fmt: skip
+_MEMORY_FILESYSTEMS = {"tmpfs", "ramfs"}
+
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def filesystem_kind(path: Path, mounts: Path = _MOUNTS) -> str:
+    """The type of the filesystem that a path lies on, as mount(8) names it; empty where the
+    kernel does not say (not Linux)."""
+    try:
+        lines = mounts.read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        return ""
+    here, found, deepest = os.path.realpath(path), "", -1
+    for line in lines:
+        fields, _, rest = line.partition(" - ")
+        # Blanks and backslashes in a path are written in octal.
+        mounted = re.sub(r"\\([0-7]{3})", lambda c: chr(int(c[1], 8)), fields.split()[4])
+        inside = here == mounted or here.startswith(f"{mounted.rstrip('/')}/")
+        if inside and len(mounted) >= deepest:  # the last of those at one place is the one seen
+            found, deepest = rest.split()[0], len(mounted)
+    return found
+
+
+def misses_events(path: Path) -> str:
+    """The type of a filesystem on which somebody may write without the kernel's telling us: one of
+    the network's, or one made by a program. Empty for a local one."""
+    found = filesystem_kind(path)
+    return found if found in _SHARED_FILESYSTEMS or found.startswith("fuse") else ""
+
+
+def unfit_for_database(path: Path) -> str:
+    """Why a database at that path is in danger, in words; empty where it is not."""
+    found = filesystem_kind(path)
+    if found in _SHARED_FILESYSTEMS:
+        return (
+            f"the database {path} lies on a network filesystem ({found}): locks that keep writers "
+            "apart cannot be trusted there, and a write-ahead log is for one machine"
+        )
+    if found in _MEMORY_FILESYSTEMS:
+        return f"the database {path} lies in memory ({found}): it is gone with the next restart"
+    return ""
+
+
+# One process at a time claims the jobs of a database: the holder of its daemon lock.
+#
+# `flock` on a file of its own: the lock goes with the process, however it ends, and no guest
+# inherits it.
+
+
+_PROBE_SECONDS = 1.0
+"""A process that only asks who holds the lock takes it for an instant; wait that long."""
+
+
+@contextlib.contextmanager
+def hold_daemon_lock(path: Path, role: str) -> Iterator[None]:
+    """Be the daemon of this database.
+
+    Args:
+        path: the lock file; its folder exists.
+        role: what we do, for whoever finds the lock taken: `casparian start`.
+
+    Raises:
+        DaemonRunning: another process is; the message says which.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        _take_lock(descriptor, path)
+        about = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "role": role,
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def daemon_lock_holder(path: Path) -> dict[str, str | int] | None:
+    """Who is the daemon of this database; None where nobody is."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _about_holder(descriptor)
+    else:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _take_lock(descriptor: int, path: Path) -> None:
+    deadline = time.monotonic() + _PROBE_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                about = _about_holder(descriptor)
+                raise DaemonRunning(
+                    f"{about.get('role', 'another process')} holds {path} "
+                    f"(process {about.get('pid', '?')} on {about.get('host', '?')}, "
+                    f"since {about.get('since', '?')})",
+                    "casparian status   (or stop that process first)",
+                ) from None
+            time.sleep(0.05)
+        else:
+            return
+
+
+def _about_holder(descriptor: int) -> dict[str, str | int]:
+    try:
+        about: dict[str, str | int] = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return about
