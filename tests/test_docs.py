@@ -59,7 +59,9 @@ def test_the_arrows_are_those_of_the_database() -> None:
     trigger = "".join(migrations()).rpartition("TRIGGER cf_processing_queue_arrows")[2]
     allowed = re.findall(r"'(\w+)>(\w+)'", trigger)
     assert len(allowed) > len(JobStatus)
-    assert sorted(drawn) == sorted(allowed)
+    # The trigger allows one move that no code makes.
+    assert set(drawn) == set(allowed) - {("QUEUED", "SUPERSEDED")}
+    assert len(drawn) == len(set(drawn))
     assert re.findall(r"^\| `([A-Z]+)` \|", page, re.MULTILINE) == list(JobStatus)
 
 
