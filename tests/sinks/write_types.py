@@ -43,24 +43,22 @@ NANOSECONDS = {"day": 86_400 * 10**9, "s": 10**9, "ms": 10**6, "us": 10**3, "ns"
 HEAD = """\
 # Types
 
-What becomes of the columns that a plugin publishes, by their Arrow type: a pandas or polars frame
-has such types too, once it is published. `python -m tests.sinks.write_types` writes this page: it
-stores every value named here in a real sink and reads it back, and a test fails where the page says
-something else.
+What each sink makes of the columns that a plugin publishes, by Arrow type; pandas and polars frames
+have such types once they are published. `python -m tests.sinks.write_types` writes this page by
+storing and reading back every value named here, and a test keeps it current.
 
-- **exact**: the sink gives back the same value, floating point to the bit. For Parquet the type as
-  well, to readers that know Arrow's schema in the file, such as pyarrow, pandas and polars.
-- **mapped**: it is kept in another way, as shown, from which the value can be made again exactly.
-- **refused**: the job fails with the name of the column, while the plugin runs: nothing of it is
-  visible in any sink.
+- **exact**: the same value comes back, floating point to the bit; from Parquet the type too, for
+  readers that use the file's Arrow schema, such as pyarrow, pandas and polars.
+- **mapped**: stored in another form, as shown, from which the value can be restored exactly.
+- **refused**: the job fails with the column's name while the plugin runs; no sink shows any of it.
 
-A value that is named is an exception from what is said of its type. Nulls are kept by every sink.
-SQLite has no NaN and no sign of zero. NaN is refused, since it would come back as null. -0.0 in a
-column of numbers is kept as 0.0, which compares equal: the one value that a sink changes. Inside of
-a list or struct, and in Parquet, it stays -0.0.
+A value that is named is an exception to its type. Every sink keeps nulls. SQLite has no NaN and no
+-0.0: NaN is refused, since it would come back as null, and -0.0 in a number column becomes 0.0,
+which compares equal. That is the one value that a sink changes. In Parquet, lists and structs it
+stays -0.0.
 
-For SQL Server the page says what is handed to its driver, and as which type of column; no server
-was asked (docs/sinks_mssql.md says what is proven). Moments there have 100 nanoseconds.
+For SQL Server the page shows what is given to the driver, and the column's type; no server was
+asked ([what is tested](sinks_mssql.md)). Times there have a resolution of 100 nanoseconds.
 
 | Arrow type | Parquet | SQLite | SQL Server |
 | --- | --- | --- | --- |
@@ -90,10 +88,10 @@ def page() -> str:
             for scheme, read in (("parquet", of_parquet), ("sqlite", of_sqlite))
         ]
         columns.append(for_server(Path(folder) / "mssql", found))
-    lines = [
-        f"| {' | '.join([f'`{_title(row.kind)}`', *cells])} |\n"
-        for row, *cells in zip(found, *columns, strict=True)
-    ]
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for row, *cells in zip(found, *columns, strict=True):
+        kinds.setdefault(tuple(cells), []).append(f"`{_title(row.kind)}`")
+    lines = [f"| {', '.join(same)} | {' | '.join(cells)} |\n" for cells, same in kinds.items()]
     return HEAD + "".join(lines)
 
 
