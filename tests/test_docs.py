@@ -66,7 +66,7 @@ def test_the_arrows_are_those_of_the_database() -> None:
 
 
 def test_every_word_is_defined_once() -> None:
-    defined = re.findall(r"^\| \*\*(.+?)\*\* \|", read("glossary.md"), re.MULTILINE)
+    defined = re.findall(r"^\*\*(.+?)\*\*: ", read("glossary.md"), re.MULTILINE)
     assert len(set(defined)) == len(defined)
     assert {word.strip() for word in WORDS.split(",")} <= set(defined)
 
@@ -77,7 +77,7 @@ def test_names_in_the_pages_are_there(page: Path) -> None:
     for name in re.findall(r"`(casparian_flow(?:\.\w+)+)`", text):
         if name != config.DatabaseSettings().db_location:
             resolve(name)
-    for other in re.findall(r"\]\(([\w/.]+)\)", text):
+    for other in re.findall(r"\]\(([\w/.-]+)\)", text):
         assert (page.parent / other).exists(), other
     for other in re.findall(r"\bdocs/(?:\w+/)?\w+(?:\.md)?", text):
         assert any(ROOT.glob(f"{other}*")), other
