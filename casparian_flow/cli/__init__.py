@@ -29,7 +29,9 @@ from casparian_flow.errors import CasparianError, ExitCode, first_error
 EXIT_CODES = "\n".join(["\b", "Exit codes:", *(f"{code:5}  {code.meaning}" for code in ExitCode)])
 
 app = context.group(
-    "Files dropped into directories become tables, with proof of every row.", epilog=EXIT_CODES
+    "Files dropped into directories become tables, with proof of every row.",
+    epilog=EXIT_CODES,
+    add_completion=True,
 )
 app.command()(start.init)
 app.add_typer(source.app, name="source")
@@ -55,6 +57,14 @@ app.command()(status.backup)
 app.command()(demo.demo)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        context.say(f"casparian-flow {version('casparian-flow')}, Python {sys.version.split()[0]}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     ctx: typer.Context,
@@ -68,6 +78,15 @@ def options(
     ] = None,
     debug: Annotated[
         bool, typer.Option("--debug", help="Log everything; show tracebacks.")
+    ] = False,
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_show_version,
+            help="Show the name, the version and Python's, and exit.",
+        ),
     ] = False,
 ) -> None:
     """What holds for every command."""

@@ -57,8 +57,7 @@ def group(words: str, **options: Any) -> typer.Typer:
         help=words,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
-        add_completion=False,
-        **{"no_args_is_help": True, **options},
+        **{"no_args_is_help": True, "add_completion": False, **options},
     )
 
 

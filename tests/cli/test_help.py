@@ -40,7 +40,9 @@ def test_the_docs_have_no_command_that_is_not_there() -> None:
     assert set(documented()) == set(every_command())
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["scan", "--help"], ["jobs", "show", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["scan", "--help"], ["jobs", "show", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     heavy = "sqlalchemy pandas pyarrow duckdb zmq nacl watchdog rich msgspec asyncio numpy uv"
     assert not loaded_by(arguments, Path()) & set(heavy.split())
