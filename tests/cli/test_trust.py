@@ -66,6 +66,7 @@ def test_every_step_of_a_publish_is_seen_and_a_dry_run_deploys_nothing(
     done = casparian.run("publish", file, "--version", "1.0.0", "--dry-run")
     steps = [line.split()[0] for line in done.stderr.splitlines()]
     assert steps == [
+        "file",
         "plugin",
         "gatekeeper",
         "limits",
