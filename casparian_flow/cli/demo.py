@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from casparian_flow.cli import context
-from casparian_flow.db import views
-from casparian_flow.db.access import Ledger, Row
 from casparian_flow.errors import CasparianError
 
 if TYPE_CHECKING:
     from casparian_flow.cli.context import Line
     from casparian_flow.config import Settings
+    from casparian_flow.db.access import Ledger, Row
     from casparian_flow.main import Daemon
 
 
@@ -256,6 +255,8 @@ def touch(home: Path) -> None:
 
 def broken_promises(ledger: Ledger) -> list[str]:
     """What is not as the demo says, a sentence each."""
+    from casparian_flow.db import views
+
     found = [
         f"job {job['id']} ({job['rel_path']}) is {job['status']}: {job['reason']}"
         for job in ledger.read(lambda c: views.jobs(c, None))
@@ -270,6 +271,8 @@ def broken_promises(ledger: Ledger) -> list[str]:
 
 
 def _files(ledger: Ledger) -> list[Row]:
+    from casparian_flow.db import views
+
     return ledger.read(lambda c: views.files(c, None))
 
 
@@ -280,6 +283,8 @@ def trace(ledger: Ledger) -> dict[str, Any]:
         CasparianError: one of the links does not hold.
     """
     import pyarrow.parquet as pq
+
+    from casparian_flow.db import views
 
     newest = ledger.read(lambda c: views.jobs(c, 1, path=EDITED))[0]
     job: Any = ledger.read(lambda c: views.job(c, newest["id"]))

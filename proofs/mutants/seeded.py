@@ -43,12 +43,12 @@ _COMMITTED = """\
 MUTANTS = [
     Mutant(
         "no file fsync",
-        [Edit("engine/sinks/parts.py", "        atomic.fsync_path(file)\n", "")],
+        [Edit("engine/sinks/parts.py", "        durable.fsync_path(file)\n", "")],
         [_DURABLE],
     ),
     Mutant(
         "no directory fsync",
-        [Edit("engine/sinks/parquet.py", "atomic.fsync_path(folder)", "pass")],
+        [Edit("engine/sinks/parquet.py", "durable.fsync_path(folder)", "pass")],
         [_DURABLE],
     ),
     Mutant(
@@ -65,7 +65,7 @@ MUTANTS = [
     ),
     Mutant(
         "synchronous NORMAL",
-        [Edit("db/connection.py", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = NORMAL"')],
+        [Edit("db/schema.py", '"PRAGMA synchronous = FULL"', '"PRAGMA synchronous = NORMAL"')],
         [_DURABLE],
     ),
     Mutant(
@@ -97,7 +97,7 @@ MUTANTS = [
     ),
     Mutant(
         "deferred BEGIN",
-        [Edit("db/connection.py", '"BEGIN IMMEDIATE"', '"BEGIN"')],
+        [Edit("db/schema.py", '"BEGIN IMMEDIATE"', '"BEGIN"')],
         ["tests/db/test_access.py::test_nobody_writes_between_our_look_and_our_change"],
     ),
     Mutant(
@@ -172,7 +172,7 @@ MUTANTS = [
         "adopt without comparing",
         [
             Edit(
-                "engine/sinks/sqlite_ledger.py",
+                "engine/sinks/sqlite.py",
                 '"SELECT * FROM _cf_outputs WHERE output_key = ?", [output_key]',
                 '"SELECT * FROM _cf_outputs WHERE output_key >= ?", [""]',
             )
@@ -183,7 +183,7 @@ MUTANTS = [
         "late versions shown",
         [
             Edit(
-                "engine/sinks/sqlite_ledger.py",
+                "engine/sinks/sqlite.py",
                 "return greater.fetchone() is not None",
                 "return False",
             )
@@ -221,14 +221,14 @@ MUTANTS = [
             Edit(
                 "engine/sinks/parquet.py",
                 "        if move.columns is not None:\n"
-                "            topic_folder.set_columns(name.parent, move.columns)\n",
+                "            parts.set_topic_columns(name.parent, move.columns)\n",
                 "        if move.columns is not None:\n",
             ),
             Edit(
                 "engine/sinks/parquet.py",
                 "        return Published(target=str(target), rows=output.rows, digest=digest, ad",
                 "        if move.columns is not None:\n"
-                "            topic_folder.set_columns(name.parent, move.columns)\n"
+                "            parts.set_topic_columns(name.parent, move.columns)\n"
                 "        return Published(target=str(target), rows=output.rows, digest=digest, ad",
             ),
         ],
@@ -251,7 +251,7 @@ MUTANTS = [
         "SQL Server: ledger row outside the transaction",
         [
             Edit(
-                "engine/sinks/mssql_publish.py",
+                "engine/sinks/mssql.py",
                 '    crashpoint("mssql.ledger_written")\n',
                 '    session._connection.commit()\n    crashpoint("mssql.ledger_written")\n',
             )
@@ -262,11 +262,11 @@ MUTANTS = [
         "SQL Server: published without a look into the ledger",
         [
             Edit(
-                "engine/sinks/mssql_publish.py",
+                "engine/sinks/mssql.py",
                 "            done |= _adopted(aims)\n",
                 "            pass\n",
             ),
-            Edit("engine/sinks/mssql_publish.py", "found = _adopted(aims)", "found = {}"),
+            Edit("engine/sinks/mssql.py", "found = _adopted(aims)", "found = {}"),
         ],
         [f"{_SERVER}[committed]"],
     ),
@@ -307,7 +307,7 @@ MUTANTS = [
         "retract without ledger",
         [
             Edit(
-                "engine/sinks/sqlite_ledger.py",
+                "engine/sinks/sqlite.py",
                 """    connection.execute(
         "UPDATE _cf_outputs SET state = ? WHERE output_key = ?", [state, record["output_key"]]
     )
@@ -353,9 +353,9 @@ MUTANTS = [
         [
             Edit(
                 "engine/sinks/sqlite.py",
-                """                tables.insert(connection, output.topic, staged)
+                """                tables.insert_rows(connection, output.topic, staged)
 """,
-                """                tables.insert(connection, output.topic, staged)
+                """                tables.insert_rows(connection, output.topic, staged)
 """
                 + _COMMITTED,
             )

@@ -282,7 +282,7 @@ def test_how_a_daemon_ended_is_read_from_what_it_left(
     code = f"""
 from pathlib import Path
 from casparian_flow.engine import endings
-endings.begin(Path({str(guests)!r}))
+endings.begin_ending(Path({str(guests)!r}))
 {end}
 """
     subprocess.run([sys.executable, "-c", code], check=False)

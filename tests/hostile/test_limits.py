@@ -249,10 +249,12 @@ def lame_bundle(folder: Path) -> Path:
     from casparian_flow.engine.environments import bundle
 
     lame = bundle(folder)
-    file = lame / "casparian_flow" / "security" / "landlock.py"
+    file = lame / "casparian_flow" / "security" / "kernel.py"
     file.chmod(0o644)
     file.write_text(
-        file.read_text().replace("def abi() -> int:", "def abi() -> int:\n    return 0")
+        file.read_text().replace(
+            "def landlock_abi() -> int:", "def landlock_abi() -> int:\n    return 0"
+        )
     )
     shutil.rmtree(file.parent / "__pycache__")  # a guest takes the byte code without a look
     return lame
@@ -276,11 +278,11 @@ def test_a_kernel_without_landlock_runs_nothing_where_the_sandbox_is_required(
 OLD = """
 import os, sys
 sys.path.insert(0, {root!r})
-from casparian_flow.security import kernel, landlock, seccomp
-landlock.abi = lambda: {version}
+from casparian_flow.security import kernel
+kernel.landlock_abi = lambda: {version}
 kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-landlock.install([{folder!r}], [], False)
-seccomp.install(os.getpid(), False)
+kernel.install_landlock([{folder!r}], [], False)
+kernel.install_seccomp(os.getpid(), False)
 for attempt in (
     lambda: os.open({folder!r} + "/file", os.O_RDONLY | os.O_TRUNC),
     lambda: os.open({folder!r} + "/file", os.O_WRONLY),
