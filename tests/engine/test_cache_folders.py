@@ -141,7 +141,7 @@ def _fifo(folder: Path) -> None:
 
 
 def _missing(folder: Path) -> None:
-    next(folder.rglob("seccomp.*.pyc")).unlink()
+    next(folder.rglob("kernel.*.pyc")).unlink()
 
 
 def _wide(folder: Path) -> None:

@@ -153,7 +153,7 @@ STEPS: dict[str, tuple[object, str]] = {
     "read a batch": (batches, "read_batch"),
     "read what it prints": (bridge.Guest, "_drain"),
     "its log": (bridge.Guest, "take_log"),
-    "what it used": (guest_process, "status_number"),
+    "what it used": (guest_process.Meter, "_rss"),
     "whether it lives": (bridge.Guest, "alive"),
     "its end": (bridge.Guest, "close"),
     "why it ended": (guest_process.Meter, "cause"),
