@@ -9,8 +9,6 @@ sinks against what was written. It ends with 1 where anything is lost, doubled o
 from __future__ import annotations
 
 import argparse
-import asyncio
-import os
 import random
 import shutil
 import signal
@@ -24,16 +22,16 @@ from pathlib import Path
 
 import pyarrow.dataset as ds
 
-from casparian_flow import config, durable
+from casparian_flow import durable
 from casparian_flow.config import Settings
 from casparian_flow.db.access import open_ledger
 from casparian_flow.services import backup
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
-from tests.e2e.test_daemon import free_endpoint
+from tests.daemons import CLI, WORKER, free_endpoint, start
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
-from tests.until import until
+from tests.until import wait_until
 
 PATIENCE_SECONDS = 300
 
@@ -64,19 +62,16 @@ class Drill:
             self.written.add(line)
             self.current[name] = line
 
-    def start(self, *command: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "CASPARIAN_CONFIG": str(self.settings.home / config.FILE_NAME)}
-        words = command or ("-m", "casparian_flow.cli", "start")
-        return subprocess.Popen([sys.executable, *words], env=environment, stderr=subprocess.PIPE)
+    def start(self, module: str = CLI, *words: str) -> subprocess.Popen[str]:
+        return start(self.settings, module, *words or ["start"])
 
     def casparian(self, *words: str) -> None:
         """A command that must succeed; `wait` first lets the daemon begin."""
-        while words[0] == "wait" and not durable.daemon_lock_holder(
-            self.settings.database.daemon_lock
-        ):
-            time.sleep(0.05)
-        with self.start("-m", "casparian_flow.cli", *words) as process:
-            said = process.communicate(timeout=PATIENCE_SECONDS)[1].decode()
+        if words[0] == "wait":
+            lock = self.settings.database.daemon_lock
+            wait_until(lambda: durable.daemon_lock_holder(lock), PATIENCE_SECONDS)
+        with self.start(CLI, *words) as process:
+            said = process.communicate(timeout=PATIENCE_SECONDS)[1]
         assert process.returncode == 0, said
 
     def problems(self) -> list[str]:
@@ -134,7 +129,7 @@ def remove(drill: Drill, folder: Path) -> None:
         for name in names:
             (drill.settings.home / name).rename(folder / name)
         drill.edit(5)
-        said = daemon.communicate(timeout=PATIENCE_SECONDS)[1].decode()
+        said = daemon.communicate(timeout=PATIENCE_SECONDS)[1]
         print(f"  the daemon left after {time.monotonic() - began:.1f} s with {daemon.returncode}")
     assert daemon.returncode == 74, said
     assert "was deleted" in said, said
@@ -149,10 +144,9 @@ def stop(drill: Drill, _folder: Path) -> None:
     """The Sentinel stopped for longer than a Worker's lease while jobs run, then continued."""
     endpoint = drill.settings.listen.endpoint
     drill.edit(25)
-    worker_words = ("-m", "casparian_flow.engine.worker_client", "--connect", endpoint)
     with (
-        drill.start("-m", "casparian_flow.main") as sentinel,
-        drill.start(*worker_words) as worker,
+        start(drill.settings, "casparian_flow.main") as sentinel,
+        start(drill.settings, WORKER, "--connect", endpoint) as worker,
     ):
         drill.casparian("wait", "--idle")
         drill.edit(25)
@@ -173,7 +167,7 @@ def race(drill: Drill, _folder: Path) -> None:
     """Daemons started at once: one lives, the others leave with 75."""
     drill.edit(5)
     crowd = [drill.start() for _ in range(4)]
-    asyncio.run(until(lambda: sum(one.poll() is None for one in crowd) == 1))
+    wait_until(lambda: sum(one.poll() is None for one in crowd) == 1)
     drill.casparian("wait", "--idle")
     for one in crowd:
         if one.poll() is None:

@@ -7,7 +7,6 @@ files of `twice` only, and publishes one row of each to SQLite.
 from __future__ import annotations
 
 import os
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db.access import open_ledger
+from tests.daemons import free_port
 from tests.factories import add_root
 from tests.plugs import publish
 
@@ -138,11 +138,3 @@ def private_environment(folder: Path) -> None:
     os.environ["XDG_CACHE_HOME"] = str(folder.resolve() / "cache")
     os.environ["XDG_CONFIG_HOME"] = str(folder.resolve() / "config")
     os.environ.pop("CASPARIAN_CONFIG", None)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -17,19 +17,17 @@ import sqlite3
 import struct
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from proofs.crash.matrix import Matrix
 from proofs.crash.scene import Act, Ground
+from tests.until import wait_until
 
 SHUTDOWN = 0x8004587D
 """_IOR('X', 125, __u32): EXT4_IOC_SHUTDOWN."""
 NOLOGFLUSH = 2
 IMAGE_BYTES = 24 << 20
-PATIENCE_SECONDS = 60.0
 RANKS = ["QUEUED", "RUNNING", "COMMITTING", "COMPLETED"]
 
 
@@ -107,10 +105,10 @@ class LoopGround(Ground):
         """Unmount; what was killed may need a moment to let go."""
         for image, place in self._mounts().items() if self._mounted else ():
             # Asked of umount itself: a filesystem without power does not say that it is mounted.
-            _until(place, lambda place=place: _run("umount", place).returncode == 0)
+            wait_until(lambda place=place: _run("umount", place).returncode == 0)
             # A dying guest sees it in a mount namespace of its own: mounted again before that is
             # gone, it would be the same filesystem, still without power.
-            _until(place, lambda image=image: not _run("losetup", "-j", image).stdout)
+            wait_until(lambda image=image: not _run("losetup", "-j", image).stdout)
         self._mounted = False
 
     def _mount(self) -> None:
@@ -179,11 +177,3 @@ def _do(*words: str | Path) -> None:
 
 def _run(*words: str | Path) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(words, capture_output=True, check=False)
-
-
-def _until(place: Path, let_go: Callable[[], bool]) -> None:
-    """Ask until it is so: each asking is a process, and takes its time."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not let_go():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{place} cannot be unmounted: something uses it")

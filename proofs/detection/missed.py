@@ -24,6 +24,7 @@ from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileVersion
 from tests.conftest import write_config
 from tests.factories import add_root
+from tests.until import wait_until
 
 PATIENCE = 300.0
 
@@ -61,9 +62,9 @@ def run(base: Path, files: int, extra: str = "") -> Tally:
                 (folder / f"{n}").write_text(str(n))
             os.kill(daemon.pid, signal.SIGCONT)
             began = time.monotonic()
-            _wait(lambda: count(ledger) == files)
+            wait_until(lambda: count(ledger) == files, PATIENCE)
             recorded_after = time.monotonic() - began
-            _wait(lambda: _state(ledger, root.id).missed > 0)
+            wait_until(lambda: _state(ledger, root.id).missed > 0, PATIENCE)
             missed_after = time.monotonic() - began
             state = _state(ledger, root.id)
             shown = ledger.read(views.roots)[0]["missed"]
@@ -75,13 +76,6 @@ def run(base: Path, files: int, extra: str = "") -> Tally:
             os.kill(daemon.pid, signal.SIGCONT)
             daemon.terminate()
             daemon.communicate(timeout=60)
-
-
-def _wait(until: Any) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not until():
-        assert time.monotonic() < deadline, "the daemon never said so"
-        time.sleep(0.05)
 
 
 def _state(ledger: Ledger, root_id: int) -> Any:

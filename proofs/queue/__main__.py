@@ -16,7 +16,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,7 +25,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 from sqlalchemy import select
 
-from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger, open_ledger
@@ -38,11 +36,10 @@ from casparian_flow.services.verify import verify
 from proofs.queue.lossy import lossy
 from proofs.queue.machine import Life
 from tests.conftest import write_config
-from tests.e2e.test_daemon import work_off
+from tests.daemons import CLI, start, work_off
 from tests.factories import add_root
 from tests.plugs import BEHAVES, publish
 
-START = [sys.executable, "-m", "casparian_flow.cli", "start", "--workers", "2"]
 STOP_SECONDS = 60.0
 
 
@@ -101,7 +98,6 @@ def drain(folder: Path, stops: int, seed: int) -> str:
     """Stop a daemon at random moments; how it went."""
     chance = random.Random(seed)
     found, source = prepared(folder)
-    environment = {**os.environ, "CASPARIAN_CONFIG": str(found.home / config.FILE_NAME)}
     files = 0
     longest = 0.0
     with open_ledger(found.database) as ledger:
@@ -111,7 +107,7 @@ def drain(folder: Path, stops: int, seed: int) -> str:
                 work = f"slow {chance.uniform(0, 0.2):.2f}"
                 (source / f"{files}.do").write_text(f"{work} {files}")
                 files += 1
-            with subprocess.Popen(START, env=environment, stderr=subprocess.DEVNULL) as daemon:
+            with start(found, CLI, "start", "--workers", "2", stderr=subprocess.DEVNULL) as daemon:
                 time.sleep(chance.uniform(0, 6))
                 daemon.terminate()
                 began = time.monotonic()
@@ -131,7 +127,7 @@ def drain(folder: Path, stops: int, seed: int) -> str:
     return f"{stops} stops; the longest took {longest:.1f} s; {files} files came through once each"
 
 
-def _second(daemon: subprocess.Popen[bytes]) -> int:
+def _second(daemon: subprocess.Popen[str]) -> int:
     """Wait as long as two signals must be apart to be two, and send the second."""
     try:
         return daemon.wait(1.2)

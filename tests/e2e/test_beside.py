@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,29 +11,26 @@ from pathlib import Path
 import psutil
 from sqlalchemy import func, select
 
-from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileVersion, ProcessingJob
 from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.scan import scan
-from proofs.replay import daemon
 from tests.conftest import write_config
+from tests.daemons import CLI, PATIENCE, environment, start, started
 from tests.factories import add_root
 from tests.plugs import BEHAVES, ROWS, publish
 
-PATIENCE = 120.0
 SCANS = 8
 """`python -m proofs.chaos kills` has hundreds, and kills them too."""
 AT_ONCE = 4
 
 
 def casparian(settings: Settings, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CASPARIAN_CONFIG": str(settings.home / config.FILE_NAME)}
     return subprocess.run(
-        [sys.executable, "-m", "casparian_flow.cli", *arguments],
-        env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
+        [sys.executable, "-m", CLI, *arguments],
+        env=environment(settings), capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
 
 
@@ -43,7 +39,7 @@ def test_scans_from_cron_beside_a_daemon_lose_and_double_nothing(
 ) -> None:
     add_root(ledger, source)
     publish(ledger, settings, "rows", ROWS, "1.0.0")
-    with daemon(settings), ThreadPoolExecutor(AT_ONCE) as pool:
+    with started(settings), ThreadPoolExecutor(AT_ONCE) as pool:
 
         def change_and_scan(n: int) -> subprocess.CompletedProcess[str]:
             (source / f"{n % 10}.tmp").write_text(f"content {n}\n")
@@ -60,7 +56,7 @@ def test_scans_from_cron_beside_a_daemon_lose_and_double_nothing(
 
 
 def test_a_second_start_says_who_holds_the_database(ledger: Ledger, settings: Settings) -> None:
-    with daemon(settings):
+    with started(settings):
         second = casparian(settings, "start")
     assert second.returncode == 75
     assert "casparian start holds" in second.stderr
@@ -76,9 +72,7 @@ def test_sigterm_while_jobs_run_leaves_nothing_running_and_the_rest_is_finished_
     for n in range(50):
         (source / f"{n}.do").write_text(f"slow {0.1 + n / 1000}")
     scan(ledger, root)
-    environment = {**os.environ, "CASPARIAN_CONFIG": str(settings.home / config.FILE_NAME)}
-    command = [sys.executable, "-m", "casparian_flow.cli", "start"]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
+    with start(settings, CLI, "start") as process:
         some_done(ledger)
         guests = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)

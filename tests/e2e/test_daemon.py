@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -18,48 +16,16 @@ from casparian_flow import config, durable, main, protocol
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, jobs, views
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import Attempt, FileLocation, FileVersion, ProcessingJob
+from casparian_flow.db.models import Attempt, FileLocation, FileVersion
 from casparian_flow.engine import control
 from casparian_flow.errors import DaemonRunning
 from casparian_flow.main import Daemon
 from casparian_flow.services import changes
 from casparian_flow.services.scan import Root, scan
 from tests.conftest import write_config
+from tests.daemons import PATIENCE, all_done, free_endpoint, outcomes, said, start, work_off
 from tests.factories import add_root
 from tests.plugs import BEHAVES, ROWS, publish
-
-PATIENCE = 120.0
-"""Seconds; the first test to run builds the plugins' environment."""
-
-
-async def all_done(daemon: Daemon) -> dict[str, int]:
-    """Wait until no job is unfinished."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            counts = await daemon.ledger.read_soon(jobs.counts)
-            if counts and not set(counts) & set(jobs.UNFINISHED):
-                return counts
-            await asyncio.sleep(0.02)
-
-
-def work_off(settings: Settings) -> dict[str, int]:
-    async def story() -> dict[str, int]:
-        async with main.running(settings, "test", workers=2, watch=False) as daemon:
-            return await all_done(daemon)
-
-    return asyncio.run(story())
-
-
-def outcomes(ledger: Ledger) -> dict[str, tuple[str, str]]:
-    """File name -> (status, reason)."""
-    rows = ledger.read(
-        lambda c: c.execute(
-            select(FileLocation.rel_path, ProcessingJob.status, ProcessingJob.reason)
-            .join(FileVersion, FileVersion.location_id == FileLocation.id)
-            .join(ProcessingJob, ProcessingJob.file_version_id == FileVersion.id)
-        ).all()
-    )
-    return {row[0]: (row[1], row[2]) for row in rows}
 
 
 def logs(ledger: Ledger) -> str:
@@ -212,33 +178,6 @@ def test_one_ledger_has_one_daemon_by_whatever_name_it_is_reached(
                     pass
 
     asyncio.run(story())
-
-
-def start(settings: Settings, module: str, *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "CASPARIAN_CONFIG": str(settings.home / "global_config.toml")}
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        env=environment, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
-def said(process: subprocess.Popen[str], words: str) -> str:
-    """Read what a process says until it says these words."""
-    assert process.stderr is not None
-    heard = ""
-    for line in process.stderr:
-        heard += line
-        if words in line:
-            return heard
-    raise AssertionError(f"it ended and never said {words!r}:\n{heard}")
-
-
-def free_endpoint() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
 
 
 def test_sentinel_and_worker_as_two_processes(ledger: Ledger, tmp_path: Path, source: Path) -> None:

@@ -30,7 +30,7 @@ from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.scout import Scout
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
-from tests.e2e.test_daemon import work_off
+from tests.daemons import work_off
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
 

@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +28,11 @@ from casparian_flow.services import changes
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
-from tests.e2e.test_daemon import (
-    PATIENCE,
-    all_done,
-    free_endpoint,
-    orphans,
-    outcomes,
-    running,
-    said,
-    start,
-    work_off,
-)
+from tests.daemons import PATIENCE, WORKER, all_done, free_endpoint, outcomes, said, start, work_off
+from tests.e2e.test_daemon import orphans, running
 from tests.factories import add_root
 from tests.plugs import BEHAVES, publish
-
-WORKER = "casparian_flow.engine.worker_client"
+from tests.until import wait_until
 
 
 def persistent(tmp_path: Path, extra: str = "") -> Settings:
@@ -191,10 +180,8 @@ def test_random_kills_of_the_daemon_make_no_innocent_job_fail(
     kills = 0
     while kills < 8:
         with start(settings, "casparian_flow.cli", "scan", "--drain") as daemon:
-            deadline = time.monotonic() + PATIENCE
-            while daemon.poll() is None and not endings.read_held(settings.database.guests_folder):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            folder = settings.database.guests_folder
+            wait_until(lambda: daemon.poll() is not None or endings.read_held(folder))  # noqa: B023
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.communicate(timeout=chance.uniform(0.0, 0.8))
             if daemon.poll() is not None:

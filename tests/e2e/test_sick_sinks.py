@@ -21,8 +21,8 @@ from casparian_flow.engine.sinks import sqlite as sqlite_sink
 from casparian_flow.services.scan import scan
 from casparian_flow.services.topics import set_topic
 from casparian_flow.services.verify import verify
+from tests.daemons import all_done, outcomes, work_off
 from tests.disks import in_memory
-from tests.e2e.test_daemon import all_done, outcomes, work_off
 from tests.e2e.test_sinks_in_trouble import paused
 from tests.factories import add_root
 from tests.plugs import ROWS, publish

@@ -23,8 +23,8 @@ from casparian_flow.engine.dispatch import output_key
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
+from tests.daemons import PATIENCE, all_done, outcomes, work_off
 from tests.disks import in_memory
-from tests.e2e.test_daemon import PATIENCE, all_done, outcomes, work_off
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
 

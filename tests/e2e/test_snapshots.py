@@ -22,8 +22,8 @@ from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.scan import scan
 from casparian_flow.services.scout import scan_until_settled
 from casparian_flow.services.verify import verify
-from proofs.replay import daemon
 from tests.conftest import write_config
+from tests.daemons import started
 from tests.factories import add_root
 from tests.plugs import publish
 
@@ -145,7 +145,7 @@ def test_a_file_rewritten_while_its_versions_are_worked_gives_each_version_once(
     with open_ledger(settings.database) as ledger:
         root = add_root(ledger, source)
         publish(ledger, settings, "sees", SEES, "1.0.0")
-        with daemon(settings):
+        with started(settings):
             for n in range(REWRITES):
                 (tmp_path / "new").write_text(f"content {n}")
                 (tmp_path / "new").rename(source / "a.txt")

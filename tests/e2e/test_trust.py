@@ -23,7 +23,7 @@ from casparian_flow.services import changes, keys
 from casparian_flow.services import plugins as versions
 from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.verify import verify
-from tests.e2e.test_daemon import all_done, outcomes, work_off
+from tests.daemons import all_done, outcomes, work_off
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
 

@@ -23,8 +23,8 @@ from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
+from tests.daemons import PATIENCE, all_done, said, start
 from tests.disks import in_memory
-from tests.e2e.test_daemon import PATIENCE, all_done, said, start
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
 from tests.until import until

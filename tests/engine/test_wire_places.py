@@ -23,7 +23,8 @@ from casparian_flow.engine import control, wire, worker_client
 from casparian_flow.errors import CasparianError, ConfigError, DaemonGone
 from casparian_flow.services import architect
 from tests.conftest import write_config
-from tests.engine.wires import PATIENCE, attacked, free_endpoint
+from tests.daemons import free_endpoint, said
+from tests.engine.wires import PATIENCE, attacked
 from tests.plugs import signed
 from tests.until import until
 
@@ -205,16 +206,6 @@ def process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
             yield running
         finally:
             running.kill()
-
-
-def said(running: subprocess.Popen[str], words: str) -> None:
-    assert running.stderr is not None
-    heard = ""
-    for line in running.stderr:
-        heard += line
-        if words in line:
-            return
-    raise AssertionError(f"it ended and never said {words!r}:\n{heard}")
 
 
 def test_a_worker_waits_for_a_sentinel_and_follows_it_to_its_next_key(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -15,17 +14,10 @@ from casparian_flow import main, protocol
 from casparian_flow.config import Settings
 from casparian_flow.engine import wire
 from casparian_flow.engine.sentinel import Sentinel
+from tests.daemons import free_endpoint
 from tests.until import until
 
 PATIENCE = 60.0
-
-
-def free_endpoint(host: str = "127.0.0.1") -> str:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((host, 0))
-        port = probe.getsockname()[1]
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 def greeting(mechanism: bytes) -> bytes:

@@ -22,7 +22,7 @@ from casparian_flow.engine.guest_process import status_number
 from casparian_flow.errors import GuestDied, JobError, OutputRefused, PluginTimeout
 from casparian_flow.security.sandbox import THREADS
 from casparian_flow.services.scan import scan
-from tests.e2e.test_daemon import work_off
+from tests.daemons import work_off
 from tests.engine.guests import SECONDS, Start, file_info, loaded, plugin, run
 from tests.engine.test_bridge import RAW_BATCH
 from tests.engine.test_runner import Make, assignment, runner

@@ -22,7 +22,7 @@ from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileLocation, FileVersion, ProcessingJob
 from casparian_flow.services.scan import scan
 from tests.conftest import write_config
-from tests.e2e.test_daemon import work_off
+from tests.daemons import work_off
 from tests.factories import add_root
 from tests.plugs import publish
 

@@ -20,7 +20,7 @@ from casparian_flow.security.manifest import read_manifest
 from casparian_flow.services import topics
 from casparian_flow.services.scan import scan
 from casparian_flow.services.topics import set_topic
-from tests.e2e.test_daemon import work_off
+from tests.daemons import work_off
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
 

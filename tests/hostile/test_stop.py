@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from casparian_flow.errors import ExitCode
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
-from tests.e2e.test_daemon import PATIENCE, outcomes, said, work_off
+from tests.daemons import PATIENCE, environment, outcomes, said, work_off
 from tests.factories import add_root
 from tests.plugs import BEHAVES, publish
 
@@ -66,8 +65,8 @@ def test_sigterm_ends_a_daemon_whose_worker_hangs_and_no_job_is_lost(
         (source / f"{n}.do").write_text(f"fine {n}")
     scan(ledger, root)
     command = [sys.executable, "-c", HANGS.format(patch=patch)]
-    environment = {**os.environ, "CASPARIAN_CONFIG": str(settings.home / "global_config.toml")}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as daemon:
+    pipes = {"stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment(settings), **pipes) as daemon:
         said(daemon, "it hangs")
         guests = psutil.Process(daemon.pid).children(recursive=True)
         daemon.send_signal(signal.SIGTERM)

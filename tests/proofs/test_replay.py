@@ -10,8 +10,8 @@ import pytest
 
 from casparian_flow import config
 from casparian_flow.db.access import open_ledger
-from proofs.replay import HISTORIES, Way, replay
-from proofs.replay_tables import SINKS, Tables
+from proofs.replay.history import HISTORIES, Way, replay
+from proofs.replay.tables import SINKS, Tables
 from tests.real_data import absent
 
 KILLS_SEED = 7

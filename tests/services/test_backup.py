@@ -26,8 +26,8 @@ from casparian_flow.services import backup
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
+from tests.daemons import all_done
 from tests.disks import in_memory
-from tests.e2e.test_daemon import all_done
 from tests.factories import add_job, add_root
 from tests.plugs import ROWS, publish
 

@@ -16,7 +16,7 @@ from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.errors import CasparianError, NotFound, SinkConflict
 from casparian_flow.services import outputs
 from tests.conftest import write_config
-from tests.e2e.test_daemon import work_off
+from tests.daemons import work_off
 from tests.e2e.test_disaster import Flow, asked, flow, problems
 from tests.plugs import ROWS
 

@@ -214,7 +214,7 @@ def test_what_people_write_into_the_table_works(
     ledger: Ledger, settings: Settings, source: Path
 ) -> None:
     """With or without `?mode=`; a mode behind the URI wins over the column's default."""
-    from tests.e2e.test_daemon import work_off
+    from tests.daemons import work_off
 
     root = add_root(ledger, source)
     publish(ledger, settings, "rows", ROWS, "1.0.0")
@@ -247,7 +247,7 @@ def test_what_people_write_into_the_table_works(
 
 
 def test_a_person_is_told_what_stays(ledger: Ledger, settings: Settings, source: Path) -> None:
-    from tests.e2e.test_daemon import work_off
+    from tests.daemons import work_off
 
     root = add_root(ledger, source)
     publish(ledger, settings, "rows", ROWS, "1.0.0")

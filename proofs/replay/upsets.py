@@ -13,8 +13,9 @@ from casparian_flow.engine import control
 from casparian_flow.errors import DaemonGone
 from casparian_flow.protocol import Ring
 from proofs.chaos.crew import CREWS, Crew, kill_process, pick
-from proofs.chaos.place import CONFIG, Place, free_port
+from proofs.chaos.place import CONFIG, Place
 from tests.conftest import POLICY
+from tests.daemons import free_port
 from tests.until import PATIENCE
 
 AT_WORK_SECONDS = 3.0

@@ -1,43 +1,24 @@
-"""Replay a real revision history into a watched root under a running daemon, and compare.
-
-    python -m proofs.replay sp500 [--commits N] [--flood]
-    python -m proofs.replay sp500 --mode replace|append|both [--kills N [--seed S]]
-    python -m proofs.replay countries
+"""A real revision history, replayed into a watched root and compared with the ledger.
 
 The events file is the oracle. Waiting until idle after each commit, the ledger must hold exactly
 one version for each path and consecutive distinct content; flooding, every recorded version must
 be a content the path has had, and every path's last content must be recorded. A commit that
 removes hundreds of files at once may have its deletions held, and must then lose nothing else.
-
-With a mode, every topic goes to a SQLite database and to Parquet (with both, to two of each), and
-the tables are held to the files as well (`tables.py`): under `replace` after every commit, under
-`append` after every hundredth and the last. With kills a Sentinel and two Workers run instead of
-one daemon; they and their guests are killed in between (`upsets.py`).
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import os
-import random
 import shutil
-import subprocess
-import sys
 import tarfile
-import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqlalchemy import select
 
-from casparian_flow import config
-from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db import versions as db_versions
 from casparian_flow.db.access import Ledger, open_ledger
@@ -45,10 +26,10 @@ from casparian_flow.db.models import FileLocation, FileVersion
 from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.verify import verify
-from proofs.chaos.place import private_environment
-from proofs.replay_tables import Tables
+from proofs.replay.tables import Tables
+from proofs.replay.upsets import Upsets
 from tests.conftest import write_config
-from tests.e2e.upsets import Upsets
+from tests.daemons import started
 from tests.factories import add_root
 from tests.plugs import publish_file
 from tests.real_data import REPOSITORY, real_data
@@ -86,27 +67,6 @@ def apply(burst: Sequence[Event], blobs: Path, root: Path) -> None:
         temporary = target.with_name(f"{target.name}.tmp")
         shutil.copyfile(blobs / event.sha256, temporary)
         temporary.replace(target)
-
-
-@contextmanager
-def daemon(settings: Settings) -> Iterator[None]:
-    """`casparian start` as a process of its own, stopped by SIGTERM."""
-    command = [sys.executable, "-m", "casparian_flow.cli", "start"]
-    environment = {**os.environ, "CASPARIAN_CONFIG": str(settings.home / config.FILE_NAME)}
-    with (
-        open(settings.home / "daemon.log", "w") as log,
-        subprocess.Popen(command, env=environment, stderr=log, stdout=log) as process,
-    ):
-        try:
-            while not settings.database.control_socket.exists():
-                if process.poll() is not None:
-                    raise AssertionError((settings.home / "daemon.log").read_text())
-                time.sleep(0.02)
-            yield
-        finally:
-            process.terminate()
-            status = process.wait(60)
-        assert status == 0, (settings.home / "daemon.log").read_text()
 
 
 def recorded(ledger: Ledger) -> tuple[dict[str, list[str]], set[str]]:
@@ -192,7 +152,7 @@ def replay(folder: Path, name: str, way: Way) -> dict[str, Any]:
         tables = [Tables(ledger, settings, mode, way.kinds, blobs) for mode in way.modes]
         for each in tables:
             each.place_topics()
-        with upsets.running() if upsets else daemon(settings):
+        with upsets.running() if upsets else started(settings):
             for number, burst in enumerate(bursts):
                 apply(burst, blobs, files)
                 if upsets:
@@ -214,30 +174,3 @@ def replay(folder: Path, name: str, way: Way) -> dict[str, Any]:
         **{f"looks under {each.mode}": each.looks for each in tables},
         **({f"killed {who}": n for who, n in upsets.killed.items()} if upsets else {}),
     }  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m proofs.replay")
-    parser.add_argument("name", choices=["sp500", "countries"])
-    parser.add_argument("--commits", type=int)
-    parser.add_argument("--flood", action="store_true")
-    parser.add_argument("--mode", choices=["replace", "append", "both"])
-    parser.add_argument("--kills", type=int, default=0, metavar="N")
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
-    options = parser.parse_args()
-    modes = ["replace", "append"] if options.mode == "both" else filter(None, [options.mode])
-    way = Way(
-        options.commits, options.flood, tuple(modes), kills=options.kills, seed=options.seed
-    )  # fmt: skip
-    print(f"seed {way.seed}", flush=True)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="replay-") as folder:
-        private_environment(Path(folder))
-        figures = replay(Path(folder), options.name, way)
-    took = time.monotonic() - started
-    what = "the ledger and every table equal" if way.modes else "the ledger equals"
-    print(f"{options.name}: {what} the history after {took:.0f} s: {figures}")
-
-
-if __name__ == "__main__":
-    main()
