@@ -1,4 +1,4 @@
-"""Filesystems of a test's own."""
+"""Filesystems of a test's own; only root may mount them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,73 @@ import pytest
 
 
 @contextlib.contextmanager
+def mounted(folder: Path, *options: str | Path) -> Iterator[Path]:
+    """A folder on which `mount` was called with these options; made where it is not there.
+
+    Raises:
+        PermissionError: this process may not mount.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mount(folder, *options)
+    try:
+        yield folder
+    finally:
+        unmount(folder)
+
+
+def mount(folder: Path, *options: str | Path) -> None:
+    """Mount, or remount.
+
+    Raises:
+        PermissionError: this process may not mount.
+    """
+    if os.geteuid() != 0:
+        raise PermissionError("only root can mount")
+    command = ["mount", *options, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PermissionError(done.stderr.strip())
+
+
+def make(image: Path, size: int, *mkfs: str) -> None:
+    """Make a filesystem in a file of so many bytes.
+
+    Raises:
+        CalledProcessError: `mkfs` refused.
+    """
+    with image.open("wb") as file:
+        file.truncate(size)
+    # mkfs warns that small inodes end in 2038.
+    subprocess.run([*mkfs, image], capture_output=True, check=True)
+
+
+def unmount(folder: Path) -> None:
+    """Unmount, now where nobody uses it and else when the last user is gone."""
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def tmpfs(size: str = "50%", *more: str) -> list[str]:
+    """Options of a filesystem in memory with so much room, as tmpfs counts it."""
+    return ["-t", "tmpfs", "-o", ",".join([f"size={size}", *more]), "none"]
+
+
+@contextlib.contextmanager
 def in_memory(folder: Path, size: str, files: int = 0) -> Iterator[Path]:
-    """A filesystem with so much room, as tmpfs counts it; skips where only root may mount.
+    """A filesystem with so much room; skips where only root may mount.
 
     Args:
         files: how many files and folders it takes, itself among them; 0: any number.
     """
-    folder.mkdir()
-    room = f"size={size},nr_inodes={files}"
-    mount = ["mount", "-t", "tmpfs", "-o", room, "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
-        pytest.skip("only root can mount: full and read-only disks are untested")
-    try:
+    with or_skip(folder, *tmpfs(size, f"nr_inodes={files}")):
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def or_skip(folder: Path, *options: str | Path) -> Iterator[Path]:
+    """As `mounted`; skips where this process may not mount."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(mounted(folder, *options))
+        except PermissionError as error:
+            pytest.skip(f"NOT TESTED, for want of a filesystem to mount: {error}")
+        yield folder

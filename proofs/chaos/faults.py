@@ -7,7 +7,6 @@ import errno
 import os
 import signal
 import sqlite3
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -17,6 +16,7 @@ import psutil
 
 from proofs.chaos.crew import Crew
 from proofs.chaos.place import Place
+from tests import disks
 
 DISK_BYTES = 512 << 20
 
@@ -79,12 +79,11 @@ def away(root: Path, turn: contextlib.AbstractContextManager[object]) -> Iterato
 def small_disk(folder: Path) -> bool:
     """Give `folder` a filesystem of its own; False where we may not mount."""
     folder.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(folder)]
-    return os.geteuid() == 0 and subprocess.run(mount, check=False).returncode == 0
-
-
-def unmount(folder: Path) -> None:
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    try:
+        disks.mount(folder, *disks.tmpfs(str(DISK_BYTES)))
+    except PermissionError:
+        return False
+    return True
 
 
 class Faults:

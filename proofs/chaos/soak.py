@@ -11,9 +11,10 @@ import random
 import time
 
 from proofs.chaos.crew import CREWS
-from proofs.chaos.faults import Faults, small_disk, unmount
+from proofs.chaos.faults import Faults, small_disk
 from proofs.chaos.gauge import LogGauge, Sample, Verdict, judge, look
 from proofs.chaos.kills import Chaos
+from tests import disks
 
 LONGEST_SECONDS = 10.0
 """A fault lasts so long at the most, or half the time between two."""
@@ -38,7 +39,7 @@ def soak(chaos: Chaos, seed: str, every: float, seconds: float) -> Verdict:
         logs.end()
         chaos.checkpoint()
     if disk and not chaos.tally.violations:  # else what is on it is evidence
-        unmount(outputs)
+        disks.unmount(outputs)
     verdict = judge(samples, logs.peak_mb)
     chaos.tally.note("verdict", flat=verdict.flat, words=verdict.words)
     return verdict

@@ -22,12 +22,14 @@ from pathlib import Path
 
 from proofs.crash.matrix import Matrix
 from proofs.crash.scene import Act, Ground
+from tests import disks
 from tests.until import wait_until
 
 SHUTDOWN = 0x8004587D
 """_IOR('X', 125, __u32): EXT4_IOC_SHUTDOWN."""
 NOLOGFLUSH = 2
 IMAGE_BYTES = 24 << 20
+MKFS = ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,nodiscard"]
 RANKS = ["QUEUED", "RUNNING", "COMMITTING", "COMPLETED"]
 
 
@@ -65,9 +67,7 @@ class LoopGround(Ground):
         """See `Ground.prepare`."""
         for image, place in self._mounts().items():
             place.mkdir(parents=True)
-            with image.open("wb") as file:
-                file.truncate(IMAGE_BYTES)
-            _do("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,nodiscard", image)
+            disks.make(image, IMAGE_BYTES, *MKFS)
         self._mount()
         for folder in (self.home, self.sink, self.inbox):
             folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ class LoopGround(Ground):
 
     def _mount(self) -> None:
         for image, place in self._mounts().items():
-            _do("mount", "-o", "loop,noatime", image, place)
+            disks.mount(place, "-o", "loop,noatime", image)
         self._mounted = True
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ from sqlalchemy import select
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileLocation, FileVersion
 from casparian_flow.services.scan import Root, scan
+from tests import disks
 from tests.conftest import write_config
 from tests.factories import add_root
 
@@ -52,28 +51,14 @@ def mounted(kind: str, megabytes: int = 512) -> Iterator[Path]:
     Raises:
         PermissionError: this process may not mount.
     """
-    base = Path(tempfile.mkdtemp(prefix="casparian-detection-", dir=MEMORY))
-    place = base / "mounted"
-    place.mkdir()
-    try:
-        if FILESYSTEMS[kind]:
-            image = base / "image"
-            with image.open("wb") as file:
-                file.truncate(megabytes << 20)
-            # mkfs warns that small inodes end in 2038
-            subprocess.run([*FILESYSTEMS[kind], image], check=True, capture_output=True)
-            mount = ["mount", "-o", "loop", image, place]
-        else:
-            mount = ["mount", "-t", "tmpfs", "none", place]
-        done = subprocess.run(mount, check=False, capture_output=True, text=True)
-        if done.returncode:
-            raise PermissionError(done.stderr.strip())
-        try:
+    with tempfile.TemporaryDirectory(prefix="casparian-detection-", dir=MEMORY) as base:
+        options: list[str | Path] = [*disks.tmpfs()]
+        if mkfs := FILESYSTEMS[kind]:
+            image = Path(base) / "image"
+            disks.make(image, megabytes << 20, *mkfs)
+            options = ["-o", "loop", image]
+        with disks.mounted(Path(base) / "mounted", *options) as place:
             yield place
-        finally:
-            subprocess.run(["umount", place], check=True)
-    finally:
-        shutil.rmtree(base)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from proofs.chaos.place import Place
 from proofs.chaos.readers import Readers
 from proofs.chaos.soak import Soak
 from proofs.chaos.tally import Tally
+from tests import disks
 
 SEED = "short"
 KILLS = 3
@@ -42,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, private_folders: Path) -> It
         yield place
     finally:
         if disk:
-            faults.unmount(place.parquet.parent)
+            disks.unmount(place.parquet.parent)
 
 
 def test_a_few_faults_and_kills_do_no_harm_and_are_all_kept(place: Place) -> None:
@@ -106,7 +107,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     if not faults.small_disk(folder):
         pytest.skip("only root can mount: the fault `disk full` is untested")
     yield folder
-    faults.unmount(folder)
+    disks.unmount(folder)
 
 
 def test_a_full_disk_is_full_and_then_it_is_not(disk: Path) -> None:

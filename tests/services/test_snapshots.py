@@ -23,6 +23,7 @@ from casparian_flow.db.models import FileVersion, RoutingRule
 from casparian_flow.services import report, snapshots
 from casparian_flow.services.scan import scan
 from casparian_flow.services.snapshots import problems, sweep
+from tests import disks
 from tests.conftest import write_config
 from tests.factories import add_plugin, add_root
 
@@ -315,23 +316,13 @@ def test_scans_that_store_the_same_contents_at_once_store_them_once(
 @pytest.fixture(params=["btrfs", "xfs"])
 def sharing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A folder on a filesystem that can share blocks."""
-    make = shutil.which(f"mkfs.{request.param}")
-    if make is None or os.geteuid() != 0:
-        pytest.skip(f"NOT TESTED: sharing blocks on {request.param} (needs root and its mkfs)")
-    image, folder = tmp_path / "image", tmp_path / "mounted"
-    folder.mkdir()
-    with image.open("wb") as file:
-        file.truncate(512 << 20)
-    subprocess.run([make, "-q", str(image)], check=True, capture_output=True)
-    mounted = subprocess.run(
-        ["mount", "-o", "loop", str(image), str(folder)], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"NOT TESTED: sharing blocks on {request.param}: {mounted.stderr.decode()}")
-    try:
+    mkfs = shutil.which(f"mkfs.{request.param}")
+    if mkfs is None:
+        pytest.skip(f"NOT TESTED: sharing blocks on {request.param} (there is no mkfs of it)")
+    image = tmp_path / "image"
+    disks.make(image, 512 << 20, mkfs, "-q")
+    with disks.or_skip(tmp_path / "mounted", "-o", "loop", image) as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def on_disk(folder: Path) -> None:
@@ -366,14 +357,8 @@ def test_blocks_are_shared_where_the_filesystem_can(sharing: Path, source: Path)
 def small_disk(settings: Settings) -> Iterator[Path]:
     """A store with a small disk of its own."""
     folder = settings.database.snapshots_folder.parent
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("NOT TESTED: a store whose disk is full (mounting a tmpfs needs root)")
-    try:
+    with disks.or_skip(folder, *disks.tmpfs("2m", "mode=700")):
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_store_with_a_full_disk_leaves_the_reserve_and_records_every_version(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import KEY_DIGITS, LINEAGE, Claim
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
+from tests import disks
 from tests.sinks.stages import TOPIC, Place, claims
 
 ROOT = Path(__file__).parents[2]
@@ -396,21 +398,11 @@ def test_check_tells_of_a_sink_that_is_gone(place: Place) -> None:
     assert not (place.home / "out").exists()
 
 
-def mount(folder: Path, options: str) -> None:
-    """Mount or remount a tmpfs; a right of root."""
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("FULL AND READ-ONLY DISKS ARE NOT TESTED: this user cannot mount a tmpfs")
-
-
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of one mebibyte."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount(folder, "size=1m")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disks.in_memory(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 @pytest.mark.of_a_folder
@@ -443,13 +435,13 @@ def test_a_read_only_disk_is_waited_for(place: Place, small_disk: Path) -> None:
     place = Place(place.scheme, small_disk)
     published(*place.publish(place.sealed({"id": [1]}, job=1)))
     output = place.sealed({"id": [2]}, job=2)
-    mount(small_disk, "remount,ro,size=1m")
+    disks.mount(small_disk, "-o", "remount,ro")
     (outcome,) = place.publish(output)
     assert isinstance(outcome, SinkUnavailable), outcome
     assert "read-only" in outcome.message or "readonly" in outcome.message
     with pytest.raises(SinkUnavailable, match="the filesystem is read-only"):
         place.stage(job=3)
-    mount(small_disk, "remount,rw,size=1m")
+    disks.mount(small_disk, "-o", "remount,rw")
     published(*place.publish(output))
     assert [row["id"] for row in place.rows()] == [1, 2]
 
