@@ -29,9 +29,9 @@ from casparian_flow.services import backup
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
 from tests.daemons import CLI, WORKER, free_endpoint, start
+from tests.eventually import wait_until
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
-from tests.until import wait_until
 
 PATIENCE_SECONDS = 300
 

@@ -11,6 +11,7 @@ import pytest
 from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db.access import Ledger, open_ledger
+from tests.disks import in_memory
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,3 +73,10 @@ def source(tmp_path: Path) -> Path:
     folder = tmp_path / "source"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem with room for next to nothing."""
+    with in_memory(tmp_path / "small", "64k") as folder:
+        yield folder

@@ -9,43 +9,51 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 from sqlalchemy import select
 
 from casparian_flow import config, main
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import FileLocation, FileVersion, ProcessingJob
+from casparian_flow.db.models import Attempt, FileLocation, FileVersion, ProcessingJob
 from casparian_flow.main import Daemon
-from tests.until import wait_until
+from tests.eventually import PATIENCE, eventually, wait_until
 
-PATIENCE = 120.0
-"""Seconds; the first test to run builds the plugins' environment."""
+WORK_SECONDS = 300.0
+"""How long a daemon may take over its jobs; the first test to run builds an environment."""
 
 CLI = "casparian_flow.cli"
+DAEMON = "casparian_flow.main"
 WORKER = "casparian_flow.engine.worker_client"
 
 
 async def all_done(daemon: Daemon) -> dict[str, int]:
-    """Wait until no job is unfinished."""
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            counts = await daemon.ledger.read_soon(jobs.counts)
-            if counts and not set(counts) & set(jobs.UNFINISHED):
-                return counts
-            await asyncio.sleep(0.02)
+    """Wait until there are jobs and all have ended; how many have each status."""
+
+    async def ended() -> dict[str, int]:
+        counts = await daemon.ledger.read_soon(jobs.counts)
+        return {} if set(counts) & set(jobs.UNFINISHED) else counts
+
+    return await eventually(ended, WORK_SECONDS)
 
 
-def work_off(settings: Settings) -> dict[str, int]:
-    """Run a daemon with two workers until no job is unfinished; how many jobs have each status."""
+def work_off(settings: Settings, workers: int = 2) -> dict[str, int]:
+    """Run a daemon until all jobs have ended; how many have each status."""
 
     async def story() -> dict[str, int]:
-        async with main.running(settings, "test", workers=2, watch=False) as daemon:
+        async with main.running(settings, "test", workers=workers, watch=False) as daemon:
             return await all_done(daemon)
 
     return asyncio.run(story())
+
+
+async def counted(ledger: Ledger, status: str) -> int:
+    """How many jobs have a status."""
+    return (await ledger.read_soon(jobs.counts)).get(status, 0)
 
 
 def outcomes(ledger: Ledger) -> dict[str, tuple[str, str]]:
@@ -60,14 +68,42 @@ def outcomes(ledger: Ledger) -> dict[str, tuple[str, str]]:
     return {row[0]: (row[1], row[2]) for row in rows}
 
 
+def attempts(ledger: Ledger) -> list[str]:
+    """How each attempt ended, job by job."""
+    query = select(Attempt.outcome).order_by(Attempt.job_id, Attempt.fence)
+    return ledger.read(lambda c: list(c.execute(query).scalars()))
+
+
+def given(settings: Settings) -> list[Path]:
+    """The files `*.do` that guests have been given to work."""
+    return list(settings.database.guests_folder.glob("*/in/**/*.do"))
+
+
+async def at_work(settings: Settings) -> None:
+    """Wait until a guest has been given a file `*.do`."""
+    await eventually(lambda: given(settings), WORK_SECONDS)
+
+
+def guests() -> list[psutil.Process]:
+    """The guests of daemons in this process."""
+    return [p for p in psutil.Process().children(recursive=True) if "guest.py" in str(p.cmdline())]
+
+
+class Process(subprocess.Popen[str]):
+    """Killed where the block that has it fails: it would be waited for without end."""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *rest)
+
+
 def environment(settings: Settings) -> dict[str, str]:
     """Of a command under this configuration."""
     return {**os.environ, "CASPARIAN_CONFIG": str(settings.home / config.FILE_NAME)}
 
 
-def start(
-    settings: Settings, module: str, *arguments: str, **options: Any
-) -> subprocess.Popen[str]:
+def start(settings: Settings, module: str, *arguments: str, **options: Any) -> Process:
     """A command as a process of its own; what it says is piped.
 
     Args:
@@ -75,7 +111,7 @@ def start(
     """
     options = {"stderr": subprocess.PIPE, "text": True, **options}
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.Popen(command, env=environment(settings), **options)
+    return Process(command, env=environment(settings), **options)
 
 
 @contextlib.contextmanager
@@ -98,7 +134,7 @@ def started(settings: Settings) -> Iterator[None]:
             yield
         finally:
             process.terminate()
-            status = process.wait(60)
+            status = process.wait(PATIENCE)
         assert status == 0, log.read_text()
 
 

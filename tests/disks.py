@@ -82,3 +82,20 @@ def or_skip(folder: Path, *options: str | Path) -> Iterator[Path]:
         except PermissionError as error:
             pytest.skip(f"NOT TESTED, for want of a filesystem to mount: {error}")
         yield folder
+
+
+def remount(folder: Path, option: str) -> None:
+    """Change a filesystem that is mounted, such as `ro`, `rw` or `size=64m`."""
+    mount(folder, "-o", f"remount,{option}")
+
+
+def fill(folder: Path) -> Path:
+    """Take the last free byte of a disk; the file that has it."""
+    ballast = folder / "ballast"
+    with (
+        pytest.raises(OSError, match="No space"),
+        open(ballast, "wb", buffering=0) as file,
+    ):
+        while file.write(bytes(4096)):
+            pass
+    return ballast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,43 @@ from casparian_flow.engine import locking
 from casparian_flow.protocol import Deploy
 from casparian_flow.services import architect
 
-ROWS = """
-from casparian_flow.sdk import BasePlugin, PluginMetadata
-import pyarrow as pa
 
-MANIFEST = PluginMetadata(pattern="*.txt", topic="lines")
+def plugin(manifest: str, body: str, imports: str = "") -> str:
+    """The source of a plugin.
 
-class Handler(BasePlugin):
-    def execute(self, file_path: str):
+    Args:
+        manifest: the arguments of its `PluginMetadata`.
+        body: what `execute` does with `file_path`.
+        imports: modules of the standard library, as `import` takes them.
+    """
+    head = f"import {imports}\n" if imports else ""
+    return (
+        f"\n{head}"
+        "from casparian_flow.sdk import BasePlugin, PluginMetadata\n"
+        "import pyarrow as pa\n\n"
+        f"MANIFEST = PluginMetadata({manifest})\n\n"
+        "class Handler(BasePlugin):\n"
+        "    def execute(self, file_path: str):\n"
+        + textwrap.indent(textwrap.dedent(body).strip("\n"), " " * 8)
+        + "\n"
+    )
+
+
+ROWS = plugin(
+    'pattern="*.txt", topic="lines"',
+    """
         with open(file_path, encoding="utf-8", errors="replace") as file:
             lines = file.read().splitlines()
         self.publish("lines", pa.table({"line": pa.array(lines, pa.string())}))
-"""
+    """,
+)
 
-REJECTS = """
-from casparian_flow.sdk import BasePlugin, PluginMetadata
-import pyarrow as pa
+QUIET = ROWS.replace("        self.publish", "        if lines:\n            self.publish")
+"""Publishes nothing where the file has no line."""
 
-MANIFEST = PluginMetadata(pattern="*.txt", topic=["lines", "lines_rejects"])
-
-class Handler(BasePlugin):
-    def execute(self, file_path: str):
+REJECTS = plugin(
+    'pattern="*.txt", topic=["lines", "lines_rejects"]',
+    """
         with open(file_path, "rb") as file:
             lines = [raw.rstrip(b"\\n").decode("latin-1") for raw in file]
         good = [line for line in lines if not line.startswith("!")]
@@ -47,18 +64,13 @@ class Handler(BasePlugin):
             }))
         if "raise" in lines:
             raise ValueError("told to")
-"""
+    """,
+)
 """Lines that begin with `!` are rejects; one that is `raise` fails the attempt at its end."""
 
-BEHAVES = """
-import ctypes, os, sys, time
-from casparian_flow.sdk import BasePlugin, PluginMetadata
-import pyarrow as pa
-
-MANIFEST = PluginMetadata(pattern="*.do", topic="done")
-
-class Handler(BasePlugin):
-    def execute(self, file_path: str):
+BEHAVES = plugin(
+    'pattern="*.do", topic="done"',
+    """
         what = open(file_path).read().strip()
         print("told to", what)
         if what == "raise":
@@ -77,7 +89,9 @@ class Handler(BasePlugin):
         if what.startswith("slow"):
             time.sleep(float(what.split()[1]))
         self.publish("done", pa.table({"what": [what]}))
-"""
+    """,
+    imports="ctypes, os, sys, time",
+)
 
 
 LOCK = f"rows-dep==1.0 \\\n    --hash=sha256:{'0' * 64}\n"

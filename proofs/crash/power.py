@@ -23,7 +23,7 @@ from pathlib import Path
 from proofs.crash.matrix import Matrix
 from proofs.crash.scene import Act, Ground
 from tests import disks
-from tests.until import wait_until
+from tests.eventually import wait_until
 
 SHUTDOWN = 0x8004587D
 """_IOR('X', 125, __u32): EXT4_IOC_SHUTDOWN."""

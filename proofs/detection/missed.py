@@ -23,8 +23,8 @@ from casparian_flow.db import versions, views
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileVersion
 from tests.conftest import write_config
+from tests.eventually import wait_until
 from tests.factories import add_root
-from tests.until import wait_until
 
 PATIENCE = 300.0
 

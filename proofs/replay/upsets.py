@@ -16,7 +16,7 @@ from proofs.chaos.crew import CREWS, Crew, kill_process, pick
 from proofs.chaos.place import CONFIG, Place
 from tests.conftest import POLICY
 from tests.daemons import free_port
-from tests.until import PATIENCE
+from tests.eventually import PATIENCE
 
 AT_WORK_SECONDS = 3.0
 """How long a job is waited for that could be killed at work."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Casparian, initialized
+from tests.commands import Casparian
 from tests.plugs import ROWS
 from tests.security.azure_authority import CLIENT, PERSON, TENANT, StandIn
 from tests.security.conftest import azure, certificates, clock, private_keys, unused
@@ -15,12 +15,12 @@ from tests.security.conftest import azure, certificates, clock, private_keys, un
 __all__ = ["azure", "certificates", "clock", "private_keys", "unused"]
 
 
-@pytest.fixture
-def casparian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Casparian:
+@pytest.fixture(autouse=True)
+def tenant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publishers sign in, with keys that are nobody else's."""
     monkeypatch.setenv("AZURE_TENANT_ID", TENANT)
     monkeypatch.setenv("AZURE_CLIENT_ID", CLIENT)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "me"))
-    return initialized(tmp_path / "flow")
 
 
 def test_a_publisher_signs_in_and_is_recorded(casparian: Casparian, azure: StandIn) -> None:

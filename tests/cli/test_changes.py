@@ -16,10 +16,10 @@ import pytest
 from casparian_flow import config
 from casparian_flow.db.access import open_ledger
 from casparian_flow.errors import ConfigError
-from tests.cli.conftest import COMMAND, Casparian
+from tests.commands import COMMAND, Casparian
 from tests.conftest import write_config
 from tests.factories import add_plugin
-from tests.plugs import ROWS
+from tests.plugs import ROWS, plugin
 
 
 def test_init_makes_a_complete_configuration_and_says_what_to_type(bare: Casparian) -> None:
@@ -268,16 +268,12 @@ def test_a_rule_names_the_plugins_that_really_subscribe(casparian: Casparian) ->
     assert [rule["plugins"] for rule in casparian.json("rules", "list")] == [None, None]
 
 
-NUMBERS = """
-from casparian_flow.sdk import BasePlugin, PluginMetadata
-import pyarrow as pa
-
-MANIFEST = PluginMetadata(pattern="*.txt", topic="numbers")
-
-class Handler(BasePlugin):
-    def execute(self, file_path: str):
+NUMBERS = plugin(
+    'pattern="*.txt", topic="numbers"',
+    """
         self.publish("numbers", pa.table({"n": [float(line) for line in open(file_path)]}))
-"""
+    """,
+)
 
 
 def test_what_one_sink_has_no_value_for_no_other_sink_gets(

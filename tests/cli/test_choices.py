@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cli.conftest import Casparian, add_source, asked, holds
+from tests.commands import Casparian, add_source, asked, holds
 
 SPLITS = """
 from casparian_flow.sdk import BasePlugin, PluginMetadata

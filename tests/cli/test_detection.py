@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Casparian
+from tests.commands import Casparian
 
 
 def test_the_options_of_a_source_root_can_be_changed(casparian: Casparian, source: Path) -> None:

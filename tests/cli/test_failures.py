@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Casparian, holds
+from tests.commands import Casparian, holds
 from tests.plugs import BEHAVES, ROWS
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Casparian
 from tests.cli.write_docs import block, documented, every_command
+from tests.commands import Casparian
 from tests.plugs import ROWS
 
 

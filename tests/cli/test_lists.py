@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Casparian, initialized
+from tests.commands import Casparian, initialized
 from tests.plugs import ROWS
 
 FILES = 60

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sqlite3
-import subprocess
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import COMMAND, QUIET, Casparian, asked, holds
-from tests.plugs import ROWS
+from tests.commands import Casparian, asked, holds
+from tests.plugs import QUIET, ROWS
 
 OURS = "sqlite:///out.sqlite3"
 
@@ -146,26 +143,19 @@ def test_a_lost_ledger_does_not_show_again_what_was_retracted_or_replaced(
     holds(replacing)
 
 
-def killed(casparian: Casparian, at: str, *words: str) -> None:
-    command = [*COMMAND, *words]
-    environment = {**os.environ, "CASPARIAN_CRASH_AT": at}
-    done = subprocess.run(command, cwd=casparian.folder, env=environment, check=False)
-    assert done.returncode == -signal.SIGKILL
-
-
 @pytest.mark.parametrize("at", ["retract.decided", "sqlite.rows_copied"])
 def test_a_crash_between_the_ledger_and_the_sink_is_rolled_forward(
     replacing: Casparian, source: Path, at: str
 ) -> None:
     (source / "a.txt").write_text("a1\n")
     replacing.run("scan", "--drain")
-    killed(replacing, at, "retract", "in/a.txt")
+    assert replacing.killed(at, "retract", "in/a.txt")
     holds(replacing)
     assert states(replacing) == {("a.txt", 1): "RETRACTED"}
     (source / "b.txt").write_text("b1\n")
     replacing.run("scan", "--drain")  # its daemon rolls forward
     assert lines(replacing) == ["b1"]
-    killed(replacing, at, "retract", "in/a.txt", "--undo")
+    assert replacing.killed(at, "retract", "in/a.txt", "--undo")
     assert "reinstated: 1 row" in replacing.out("retract", "in/a.txt", "--undo")
     assert "nothing of in/a.txt is retracted" in replacing.err(
         "retract", "in/a.txt", "--undo", code=66
@@ -180,7 +170,7 @@ def test_nothing_is_retracted_while_a_job_of_the_file_is_at_work(
     (source / "a.txt").write_text("a1\n")
     replacing.run("scan", "--drain")
     (source / "a.txt").write_text("a2\n")
-    killed(replacing, "committer.decided", "scan", "--drain")
+    assert replacing.killed("committer.decided", "scan", "--drain")
     done = replacing.err("retract", "in/a.txt", code=1)
     assert "is at work; nothing was changed" in done
     assert "casparian jobs show 2" in done

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -11,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from casparian_flow.engine.sinks.parts import GROUP_ROWS
-from tests.cli.conftest import COMMAND, QUIET, Casparian, asked, holds
-from tests.plugs import ROWS
+from tests.commands import Casparian, asked, holds
+from tests.plugs import QUIET, ROWS
 
 
 def lines(casparian: Casparian) -> list[str]:
@@ -67,12 +65,7 @@ def test_a_command_that_dies_is_made_good_by_the_next(
     if at == "parquet.moved":
         replacing.run(*command)
         command = ["retract", "in/a.txt"]
-    environment = {"CASPARIAN_CRASH_AT": at}
-    died = subprocess.run(
-        ["env", *(f"{k}={v}" for k, v in environment.items()), *COMMAND, *command],
-        cwd=replacing.folder, capture_output=True, check=False,
-    )  # fmt: skip
-    assert died.returncode == -signal.SIGKILL
+    assert replacing.killed(at, *command)
     replacing.run("scan", "--drain")
     wanted = ["b1"] if at == "parquet.moved" else ["a2", "b1"]
     assert lines(replacing) == asked(replacing) == wanted

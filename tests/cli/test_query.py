@@ -13,24 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import COMMAND, Casparian, add_source
+from tests.commands import COMMAND, Casparian, add_source
+from tests.plugs import plugin
 
-TWO_SINKS = """
-from casparian_flow.sdk import BasePlugin, PluginMetadata
-import pyarrow as pa
-
-MANIFEST = PluginMetadata(
-    pattern="*.txt",
-    sinks={"Lines": "parquet://output", "kept": "sqlite:///tables.sqlite3"},
-)
-
-class Handler(BasePlugin):
-    def execute(self, file_path: str):
+TWO_SINKS = plugin(
+    'pattern="*.txt", sinks={"Lines": "parquet://output", "kept": "sqlite:///tables.sqlite3"}',
+    """
         with open(file_path, encoding="utf-8") as file:
             lines = file.read().splitlines()
         self.publish("Lines", pa.table({"line": lines}))
         self.publish("kept", pa.table({"n": list(range(len(lines)))}))
-"""
+    """,
+)
 
 
 @pytest.fixture

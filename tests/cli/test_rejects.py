@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Casparian, asked, holds
+from tests.commands import Casparian, asked, holds
 from tests.plugs import REJECTS
 
 

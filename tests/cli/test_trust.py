@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import sqlite3
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ import pytest
 from casparian_flow import config
 from casparian_flow.db.access import open_ledger
 from casparian_flow.services import architect
-from tests.cli.conftest import COMMAND, Casparian
-from tests.conftest import write_config
+from tests.commands import Casparian
+from tests.daemons import said
 from tests.plugs import ROWS, signed
 
 
@@ -31,12 +30,6 @@ def as_stranger(tmp_path: Path) -> object:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path / "stranger"))
         yield
-
-
-@pytest.fixture
-def casparian(tmp_path: Path) -> Casparian:
-    write_config(tmp_path / "flow")
-    return Casparian(tmp_path / "flow")
 
 
 def deploy(casparian: Casparian, version: str, source: str = ROWS) -> None:
@@ -89,19 +82,17 @@ def test_every_step_of_a_publish_is_seen_and_a_dry_run_deploys_nothing(
 def test_a_second_publisher_is_trusted_first(casparian: Casparian, tmp_path: Path) -> None:
     deploy(casparian, "1.0.0")
     file = casparian.plugin("rows", ROWS + "\n")
-    start = [*COMMAND, "start", "--workers", "0"]
     with (
         as_stranger(tmp_path),
-        subprocess.Popen(start, cwd=casparian.folder, stderr=subprocess.PIPE, text=True) as daemon,
+        casparian.start("start", "--workers", "0") as daemon,
     ):
-        assert daemon.stderr
-        daemon.stderr.readline()
+        said(daemon, "\n")
         public = casparian.out("keys", "generate").strip()
         words = casparian.err("publish", file, "--version", "1.1.0", code=77)
         assert f"casparian keys trust {public} --owner NAME" in words
         assert "unknown here" in casparian.out("keys", "list")
         daemon.send_signal(signal.SIGTERM)
-        daemon.stderr.read()
+        daemon.communicate()
     trust = ("keys", "trust", public, "--owner", "Ada", "--plugins", "row*")
     assert "of Ada is trusted with plugins row*" in casparian.out(*trust)
     with as_stranger(tmp_path):

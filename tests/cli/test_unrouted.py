@@ -10,7 +10,7 @@ import pytest
 
 from casparian_flow.cli import context
 from casparian_flow.services import scout
-from tests.cli.conftest import Casparian
+from tests.commands import Casparian
 from tests.plugs import ROWS
 
 

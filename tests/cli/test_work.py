@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import COMMAND, Casparian
+from tests.commands import COMMAND, Casparian
+from tests.daemons import said
 from tests.plugs import BEHAVES, ROWS
 
 
@@ -184,12 +185,8 @@ def test_verify_finds_a_tampered_file_and_a_tampered_ledger(filled: Casparian) -
 
 def test_a_daemon_watches_works_and_stops(casparian: Casparian, source: Path) -> None:
     casparian.run("publish", casparian.plugin("rows", ROWS))
-    with subprocess.Popen(
-        [*COMMAND, "start", "--workers", "1"],
-        cwd=casparian.folder, stderr=subprocess.PIPE, text=True,
-    ) as daemon:  # fmt: skip
-        assert daemon.stderr
-        assert f"watching in ({source})" in daemon.stderr.readline()
+    with casparian.start("start", "--workers", "1") as daemon:
+        said(daemon, f"watching in ({source})")
         assert f"process {daemon.pid}" in casparian.err("start", code=75)
         assert casparian.json("status")["daemon"]["role"] == "casparian start"
         (source / "a.txt").write_text("one\n")
@@ -202,9 +199,8 @@ def test_a_daemon_watches_works_and_stops(casparian: Casparian, source: Path) ->
         casparian.run("scan", "--drain")
         assert len(casparian.json("query", "SELECT line FROM more")) == 2
         daemon.send_signal(signal.SIGTERM)
-        last = daemon.stderr.read()
+        said(daemon, "stopped: 4 completed, 4 rows")
     assert daemon.returncode == 0
-    assert "stopped: 4 completed, 4 rows" in last
     assert casparian.json("verify")["problems"] == []
 
 

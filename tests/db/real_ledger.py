@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -11,14 +10,13 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from casparian_flow import main
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, jobs, views
+from casparian_flow.db import audit, jobs
 from casparian_flow.db.access import driver, get_engine, open_ledger
-from casparian_flow.db.models import JobStatus
 from casparian_flow.services import changes, verify
 from casparian_flow.services.scan import scan
 from tests.conftest import write_config
+from tests.daemons import work_off
 from tests.factories import add_root
 from tests.plugs import BEHAVES, publish
 
@@ -36,23 +34,13 @@ def worked(folder: Path) -> Settings:
         queued = scan(ledger, root).job_ids
         (source / "edited.do").write_text("as it is now")
         changes.abort_jobs(ledger, settings, queued[-1:])
-        asyncio.run(_work_off(settings))
+        work_off(settings, workers=1)
         (source / "waiting.do").write_text("waits")
         scan(ledger, root)
         found = ledger.read(jobs.counts)
     ends = ("COMPLETED", "FAILED", "ABORTED", "SUPERSEDED", "QUEUED")
     assert found.keys() == set(ends), found
     return settings
-
-
-async def _work_off(settings: Settings) -> None:
-    async with (
-        asyncio.timeout(240),
-        main.running(settings, "test", workers=1, watch=False) as daemon,
-    ):
-        unfinished = [JobStatus(status) for status in jobs.UNFINISHED]
-        while await daemon.ledger.read_soon(lambda c: views.job_ids(c, unfinished)):
-            await asyncio.sleep(0.02)
 
 
 def said(connection: Connection) -> list[str]:

@@ -22,10 +22,9 @@ from casparian_flow.db.models import JobStatus
 from casparian_flow.db.routing import note
 from casparian_flow.errors import LedgerError, LedgerLost, first_error
 from casparian_flow.services import report, verify
-from tests.disks import in_memory
+from tests.disks import fill, in_memory, remount
+from tests.eventually import PATIENCE
 from tests.factories import add_job
-
-PATIENCE = 120.0
 
 
 def write(ledger: Ledger) -> None:
@@ -123,16 +122,12 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_under_the_ledger_writes_nothing_and_reads_on(disk: Path) -> None:
     with open_ledger(DatabaseSettings(db_location=str(disk / "ledger.sqlite3"))) as ledger:
         job_id = add_job(ledger, JobStatus.QUEUED)
-        ballast = os.open(disk / "ballast", os.O_WRONLY | os.O_CREAT)
-        with pytest.raises(OSError, match="No space"):
-            while True:
-                os.write(ballast, b"\0" * 4096)
-        os.close(ballast)
+        ballast = fill(disk)
         with pytest.raises(LedgerError, match="could not be written"):
             for _ in range(200):
                 ledger.write(lambda c: note(c, "test", ["x" * 4000]))
         assert ledger.read(jobs.counts) == {"QUEUED": 1}
-        (disk / "ballast").unlink()
+        ballast.unlink()
         assert ledger.write(lambda c: jobs.abort(c, [job_id], "me")) == [job_id]
         assert ledger.read(verify.damage) == ""
 
@@ -140,7 +135,7 @@ def test_a_full_disk_under_the_ledger_writes_nothing_and_reads_on(disk: Path) ->
 def test_a_read_only_disk_is_an_error_in_words(disk: Path) -> None:
     database = DatabaseSettings(db_location=str(disk / "ledger.sqlite3"))
     get_engine(database).dispose()
-    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    remount(disk, "ro")
     with pytest.raises(LedgerError, match="cannot use the database"):
         get_engine(database)
 

@@ -17,9 +17,10 @@ from casparian_flow.services import plugins
 from casparian_flow.services.backfill import Backfilled, backfill
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
-from tests.cli.conftest import Casparian
+from tests.commands import Casparian
 from tests.conftest import write_config
-from tests.e2e.test_snapshots import COPY, SEES, work_all
+from tests.daemons import work_off
+from tests.e2e.test_snapshots import COPY, SEES
 from tests.factories import add_root
 from tests.plugs import publish
 
@@ -55,14 +56,14 @@ def test_a_plugin_works_older_versions_on_a_word_and_redoes_on_another(
     cli = Casparian(settings.home)
     with open_ledger(settings.database) as ledger:
         publish(ledger, settings, "sees", SEES, "1.0.0")
-        assert work_all(settings) == {"COMPLETED": 1}
+        assert work_off(settings) == {"COMPLETED": 1}
         assert backfill(ledger, settings, "sees", path="b*", dry_run=True).queued == 1
         assert "3 jobs would be queued" in cli.out("backfill", "sees", "--dry-run")
         assert ledger.read(jobs.counts) == {"COMPLETED": 1}
         said = cli.out("backfill", "sees")
         assert "sees 1.0.0: 3 jobs queued" in said
         assert "_cf_plugin_version" in said
-        assert work_all(settings) == {"COMPLETED": 4}
+        assert work_off(settings) == {"COMPLETED": 4}
         gone = ("b.txt", "b, as it was", "1.0.0")
         assert rows(ledger) == [(*A[2], "1.0.0"), gone]
         first = [*((*row, "1.0.0") for row in A), gone]
@@ -75,7 +76,7 @@ def test_a_plugin_works_older_versions_on_a_word_and_redoes_on_another(
         assert "4 versions were worked by another version of sees" in said
         assert "0 jobs" in cli.out("backfill", "sees", "--redo", "--since", "9999-01-01")
         assert "sees 1.1.0: 4 jobs queued" in cli.out("backfill", "sees", "--redo")
-        assert work_all(settings) == {"COMPLETED": 8}
+        assert work_off(settings) == {"COMPLETED": 8}
         assert rows(ledger) == [(*row[:2], "1.1.0") for row in (first[2], gone)]
         again = [(*row[:2], "1.1.0") for row in first]
         assert rows(ledger, "seen_history") == sorted(first + again)
@@ -112,17 +113,17 @@ def test_what_was_retracted_is_not_worked_again_before_that_is_undone(
     cli = Casparian(settings.home)
     with open_ledger(settings.database) as ledger:
         publish(ledger, settings, "sees", SEES, "1.0.0")
-        assert work_all(settings) == {"COMPLETED": 1}
+        assert work_off(settings) == {"COMPLETED": 1}
         cli.run("retract", "source/a.txt")
         publish(ledger, settings, "sees", SEES + "\n# better\n", "1.1.0")
         done = backfill(ledger, settings, "sees", path="a*", redo=True)
         assert (done.queued, done.retracted) == (2, 1)
-        work_all(settings)
+        work_off(settings)
         assert rows(ledger, "seen_history") == [(*row, "1.1.0") for row in A[:2]]
         assert "1 version was retracted" in cli.out("backfill", "sees", "--path", "a*", "--redo")
         cli.run("retract", "source/a.txt", "--undo")
         assert backfill(ledger, settings, "sees", path="a*", redo=True).queued == 1
-        work_all(settings)
+        work_off(settings)
         assert (*A[2], "1.1.0") in rows(ledger)
         assert verify(settings, ledger).problems == []
 
@@ -136,7 +137,7 @@ def test_a_new_version_says_what_older_ones_have_worked(tmp_path: Path, source: 
         words = publish(ledger, settings, "sees", SEES + "\n# 2\n", "1.0.1")
         assert "an older version of sees keeps its 1 unfinished job" in words
         backfill(ledger, settings, "sees")
-        assert work_all(settings) == {"COMPLETED": 4}
+        assert work_off(settings) == {"COMPLETED": 4}
         words = publish(ledger, settings, "sees", SEES + "\n# 3\n", "1.1.0")
         assert (
             "older versions of sees have worked 4 file versions; to have 1.1.0 work them too: "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,11 +13,13 @@ from sqlalchemy import func, select
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import FileVersion, ProcessingJob
+from casparian_flow.db.models import FileVersion
 from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.scan import scan
+from tests.commands import Casparian
 from tests.conftest import write_config
-from tests.daemons import CLI, PATIENCE, environment, start, started
+from tests.daemons import CLI, WORK_SECONDS, start, started
+from tests.eventually import PATIENCE, wait_until
 from tests.factories import add_root
 from tests.plugs import BEHAVES, ROWS, publish
 
@@ -27,40 +28,32 @@ SCANS = 8
 AT_ONCE = 4
 
 
-def casparian(settings: Settings, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", CLI, *arguments],
-        env=environment(settings), capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
-
-
 def test_scans_from_cron_beside_a_daemon_lose_and_double_nothing(
     ledger: Ledger, settings: Settings, source: Path
 ) -> None:
     add_root(ledger, source)
     publish(ledger, settings, "rows", ROWS, "1.0.0")
+    casparian = Casparian(settings.home)
     with started(settings), ThreadPoolExecutor(AT_ONCE) as pool:
 
         def change_and_scan(n: int) -> subprocess.CompletedProcess[str]:
             (source / f"{n % 10}.tmp").write_text(f"content {n}\n")
             (source / f"{n % 10}.tmp").replace(source / f"{n % 10}-{n}.txt")
-            return casparian(settings, "scan")
+            return casparian.process("scan")
 
         for done in pool.map(change_and_scan, range(SCANS)):
-            assert (done.returncode, done.stderr) == (0, ""), done.stderr
-        wait_until_idle(settings, ledger, PATIENCE)
+            assert done.stderr == ""
+        wait_until_idle(settings, ledger, WORK_SECONDS)
     versions = ledger.read(lambda c: c.execute(select(func.count(FileVersion.id))).scalar_one())
     assert versions == SCANS
     assert ledger.read(jobs.counts) == {"COMPLETED": SCANS}
-    assert casparian(settings, "verify").returncode == 0
+    casparian.process("verify")
 
 
 def test_a_second_start_says_who_holds_the_database(ledger: Ledger, settings: Settings) -> None:
     with started(settings):
-        second = casparian(settings, "start")
-    assert second.returncode == 75
+        second = Casparian(settings.home).process("start", code=75)
     assert "casparian start holds" in second.stderr
-    assert "Traceback" not in second.stderr
 
 
 def test_sigterm_while_jobs_run_leaves_nothing_running_and_the_rest_is_finished_later(
@@ -73,23 +66,16 @@ def test_sigterm_while_jobs_run_leaves_nothing_running_and_the_rest_is_finished_
         (source / f"{n}.do").write_text(f"slow {0.1 + n / 1000}")
     scan(ledger, root)
     with start(settings, CLI, "start") as process:
-        some_done(ledger)
+        wait_until(lambda: ledger.read(jobs.counts).get("COMPLETED"), WORK_SECONDS)
         guests = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     counts = ledger.read(jobs.counts)
     assert counts["QUEUED"] > 0
     assert set(counts) == {"QUEUED", "COMPLETED"}
     assert not [guest for guest in guests if guest.is_running()]
-    drained = casparian(settings, "scan", "--drain")
-    assert drained.returncode == 0, drained.stderr
+    casparian = Casparian(settings.home)
+    casparian.process("scan", "--drain")
     assert ledger.read(jobs.counts) == {"COMPLETED": 50}
-    assert casparian(settings, "verify").returncode == 0
-
-
-def some_done(ledger: Ledger) -> None:
-    """Wait until the first jobs are completed."""
-    query = select(ProcessingJob.id).where(ProcessingJob.status == "COMPLETED").limit(1)
-    while ledger.read(lambda c: c.execute(query).first()) is None:
-        pass
+    casparian.process("verify")

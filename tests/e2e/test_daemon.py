@@ -21,19 +21,31 @@ from casparian_flow.engine import control
 from casparian_flow.errors import DaemonRunning
 from casparian_flow.main import Daemon
 from casparian_flow.services import changes
-from casparian_flow.services.scan import Root, scan
+from casparian_flow.services.scan import scan
 from tests.conftest import write_config
-from tests.daemons import PATIENCE, all_done, free_endpoint, outcomes, said, start, work_off
+from tests.daemons import (
+    DAEMON,
+    WORK_SECONDS,
+    WORKER,
+    all_done,
+    at_work,
+    attempts,
+    counted,
+    free_endpoint,
+    given,
+    guests,
+    outcomes,
+    said,
+    start,
+    work_off,
+)
+from tests.eventually import PATIENCE, eventually, wait_until
 from tests.factories import add_root
 from tests.plugs import BEHAVES, ROWS, publish
 
 
 def logs(ledger: Ledger) -> str:
     return "\n".join(ledger.read(lambda c: c.execute(select(Attempt.log)).scalars().all()))
-
-
-def orphans() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "guest.py" in str(p.cmdline())]
 
 
 def test_files_become_rows_that_say_where_they_came_from(
@@ -60,7 +72,7 @@ def test_files_become_rows_that_say_where_they_came_from(
     assert row["_cf_plugin_version"] == "1.0.0"
     assert ledger.read(lambda c: list(audit.problems(c))) == []
     assert not list((settings.home / "output" / ".casparian" / "stage").iterdir())
-    assert orphans() == []
+    assert guests() == []
 
 
 def test_every_way_a_plugin_can_fail_is_a_reason_and_the_next_job_runs(
@@ -81,9 +93,8 @@ def test_every_way_a_plugin_can_fail_is_a_reason_and_the_next_job_runs(
     assert "str" in found["prose.do"][1]
     assert "told to raise" in logs(ledger)
     assert 'raise ValueError("no such thing")' in logs(ledger)
-    attempts = ledger.read(lambda c: c.execute(select(Attempt.outcome, Attempt.job_id)).all())
     # The same error twice is not tried a third time; refused output not even twice.
-    assert len(attempts) == 2 + 3 * 2 + 2
+    assert len(attempts(ledger)) == 2 + 3 * 2 + 2
     table = ds.dataset(settings.home / "output" / "done").to_table()
     assert sorted(table["what"].to_pylist()) == ["also fine", "fine"]
 
@@ -98,7 +109,7 @@ def test_a_job_that_runs_too_long_is_killed_with_its_reason(
     scan(ledger, root)
     assert work_off(settings) == {"FAILED": 1}
     assert "longer than 1 s" in outcomes(ledger)["hang.do"][1]
-    assert orphans() == []
+    assert guests() == []
 
 
 def test_bytes_that_changed_before_they_ran_are_superseded(
@@ -187,11 +198,9 @@ def test_sentinel_and_worker_as_two_processes(ledger: Ledger, tmp_path: Path, so
     publish(ledger, settings, "rows", ROWS, "1.0.0")
     for n in range(5):
         (source / f"{n}.txt").write_text(str(n))
-    with start(settings, "casparian_flow.main") as sentinel:
+    with start(settings, DAEMON) as sentinel:
         said(sentinel, "Sentinel waits")
-        with start(
-            settings, "casparian_flow.engine.worker_client", "--connect", endpoint
-        ) as worker:
+        with start(settings, WORKER, "--connect", endpoint) as worker:
             said(worker, "worker waits")
             asyncio.run(all_done(Daemon(ledger, None, None)))  # type: ignore[arg-type]
             sentinel.send_signal(signal.SIGTERM)
@@ -211,37 +220,21 @@ def test_a_killed_worker_process_costs_nothing_but_time(
     publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
     (source / "one.do").write_text("slow 3600")
     scan(ledger, root)
-    with start(settings, "casparian_flow.main") as sentinel:
+    with start(settings, DAEMON) as sentinel:
         said(sentinel, "Sentinel waits")
-        with start(
-            settings, "casparian_flow.engine.worker_client", "--connect", endpoint
-        ) as worker:
-            running(ledger, settings, root)
-            guests = psutil.Process(worker.pid).children(recursive=True)
+        with start(settings, WORKER, "--connect", endpoint) as worker:
+            wait_until(lambda: given(settings), WORK_SECONDS)
+            theirs = psutil.Process(worker.pid).children(recursive=True)
             worker.kill()
             sentinel.kill()
             worker.communicate()
             sentinel.communicate()
-    _, alive = psutil.wait_procs(guests, timeout=PATIENCE)
-    assert guests
+    _, alive = psutil.wait_procs(theirs, timeout=PATIENCE)
+    assert theirs
     assert not alive, "a guest outlived its worker"
     (source / "one.do").unlink()
     assert work_off(settings) == {"SUPERSEDED": 1}
-    outcomes_seen = ledger.read(
-        lambda c: c.execute(select(Attempt.outcome).order_by(Attempt.fence)).scalars().all()
-    )
-    assert list(outcomes_seen) == ["LOST", "SUPERSEDED"]
-
-
-def running(ledger: Ledger, settings: Settings, root: Root) -> None:
-    """Wait until a guest has a job's file in its inbox."""
-
-    async def story() -> None:
-        async with asyncio.timeout(PATIENCE):
-            while not list(settings.database.guests_folder.glob("*/in/**/*.do")):
-                await asyncio.sleep(0.02)
-
-    asyncio.run(story())
+    assert attempts(ledger) == ["LOST", "SUPERSEDED"]
 
 
 def test_a_stop_releases_what_runs_and_the_next_start_finishes_it(
@@ -259,15 +252,13 @@ def test_a_stop_releases_what_runs_and_the_next_start_finishes_it(
 
     async def story() -> None:
         async with main.running(settings, "test", workers=2, watch=False) as daemon:
-            async with asyncio.timeout(PATIENCE):
-                while not (await daemon.ledger.read_soon(jobs.counts)).get("COMPLETED"):
-                    await asyncio.sleep(0.02)
+            await eventually(lambda: counted(daemon.ledger, "COMPLETED"), WORK_SECONDS)
 
     asyncio.run(story())
     counts = ledger.read(jobs.counts)
     assert not counts.keys() & {"RUNNING", "COMMITTING", "FAILED"}
     assert counts["QUEUED"] >= 1
-    assert orphans() == []
+    assert guests() == []
     (source / "0.do").write_text("fine")
     scan(ledger, root)
     assert work_off(settings) == {"COMPLETED": 30, "SUPERSEDED": 1}
@@ -286,7 +277,7 @@ def test_the_daemon_of_another_database_in_the_folder_leaves_its_guests_alone(
 
     async def story() -> None:
         async with main.running(settings, "test", workers=1, watch=False) as daemon:
-            await asyncio.to_thread(running, ledger, settings, root)
+            await at_work(settings)
             before = sorted(settings.database.guests_folder.rglob("*"))
             assert any(path.name.startswith("hand-") for path in before)
             async with main.running(other, "test", workers=1, watch=False):

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
+
+from tests.commands import Casparian
 
 ROOT = Path(__file__).parents[2]
 HASH = r"[0-9a-f]{64}"
 
 
-def demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "casparian_flow.cli", "demo", *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-
-
 def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     home = tmp_path / "demo"
-    done = demo(home)
-    assert done.returncode == 0, done.stderr
+    done = Casparian(tmp_path).process("demo", home)
     orders = re.findall(r"^inbox +orders\.csv +(\d) ", done.stdout, re.MULTILINE)
     assert orders == ["1", "2"]
     assert re.findall(r"^inbox +stations\.tsv +(\d) ", done.stdout, re.MULTILINE) == ["1"]
@@ -38,8 +30,7 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
 
 def test_a_directory_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    done = demo(tmp_path)
-    assert done.returncode == 1
+    done = Casparian(tmp_path).process("demo", tmp_path, code=1)
     assert "is not empty" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 

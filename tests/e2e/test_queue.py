@@ -28,11 +28,25 @@ from casparian_flow.services import changes
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
-from tests.daemons import PATIENCE, WORKER, all_done, free_endpoint, outcomes, said, start, work_off
-from tests.e2e.test_daemon import orphans, running
+from tests.daemons import (
+    CLI,
+    DAEMON,
+    WORK_SECONDS,
+    WORKER,
+    all_done,
+    at_work,
+    attempts,
+    counted,
+    free_endpoint,
+    guests,
+    outcomes,
+    said,
+    start,
+    work_off,
+)
+from tests.eventually import PATIENCE, eventually, wait_until
 from tests.factories import add_root
 from tests.plugs import BEHAVES, publish
-from tests.until import wait_until
 
 
 def persistent(tmp_path: Path, extra: str = "") -> Settings:
@@ -42,20 +56,8 @@ def persistent(tmp_path: Path, extra: str = "") -> Settings:
     return config.load(str(file))
 
 
-async def until(ledger: Ledger, status: str) -> None:
-    """Wait until a job has that status."""
-    async with asyncio.timeout(PATIENCE):
-        while not (await ledger.read_soon(jobs.counts)).get(status):
-            await asyncio.sleep(0.02)
-
-
 def rows(settings: Settings) -> list[str]:
     return sorted(ds.dataset(settings.home / "output" / "done").to_table()["what"].to_pylist())
-
-
-def attempts(ledger: Ledger) -> list[str]:
-    query = select(Attempt.outcome).order_by(Attempt.job_id, Attempt.fence)
-    return ledger.read(lambda c: list(c.execute(query).scalars()))
 
 
 def test_a_worker_that_was_stopped_past_its_lease_finds_its_job_done_by_another(
@@ -74,18 +76,16 @@ def test_a_worker_that_was_stopped_past_its_lease_finds_its_job_done_by_another(
         async with main.running(
             settings, "test", workers=0, watch=False, endpoints=[endpoint]
         ) as daemon:
-            await asyncio.to_thread(running, ledger, settings, root)
+            await at_work(settings)
             first.send_signal(signal.SIGSTOP)
             workers.callback(first.send_signal, signal.SIGCONT)
-            await until(ledger, "QUEUED")
+            await eventually(lambda: counted(ledger, "QUEUED"))
             monkeypatch.setattr(sentinel, "LEASE_SECONDS", 600.0)  # however slow the rest is
             second = workers.enter_context(start(*command))
             workers.callback(second.terminate)
             assert await all_done(daemon) == {"COMPLETED": 1}
             first.send_signal(signal.SIGCONT)
-            async with asyncio.timeout(PATIENCE):
-                while daemon.sentinel.workers < 2:
-                    await asyncio.sleep(0.02)
+            await eventually(lambda: daemon.sentinel.workers == 2)
 
     with contextlib.ExitStack() as workers:
         first = workers.enter_context(start(*command))
@@ -108,12 +108,10 @@ def test_an_aborted_job_is_killed_and_the_next_one_runs(
 
     async def story() -> None:
         async with main.running(settings, "test", workers=1, watch=False) as daemon:
-            await asyncio.to_thread(running, ledger, settings, root)
-            (guest,) = orphans()
+            await at_work(settings)
+            (guest,) = guests()
             await asyncio.to_thread(changes.abort_jobs, ledger, settings, [job])
-            async with asyncio.timeout(PATIENCE):
-                while psutil.pid_exists(guest.pid):
-                    await asyncio.sleep(0.02)
+            await eventually(lambda: not psutil.pid_exists(guest.pid))
             (source / "fine.do").write_text("fine")
             await asyncio.to_thread(scan, ledger, root)
             assert await all_done(daemon) == {"ABORTED": 1, "COMPLETED": 1}
@@ -148,8 +146,8 @@ def test_a_job_that_crashes_the_daemon_is_isolated_and_the_others_go_on(
     scan(ledger, root)
     codes: list[int] = []
     while not codes or codes[-1] < 0:
-        with start(settings, "casparian_flow.cli", "scan", "--drain") as daemon:
-            daemon.communicate(timeout=PATIENCE)
+        with start(settings, CLI, "scan", "--drain") as daemon:
+            daemon.communicate(timeout=WORK_SECONDS)
         codes.append(daemon.returncode)
     # What writes the trace of an abort may crash itself.
     assert {*codes[:-1]} <= {-signal.SIGABRT, -signal.SIGSEGV}
@@ -179,7 +177,7 @@ def test_random_kills_of_the_daemon_make_no_innocent_job_fail(
     scan(ledger, root)
     kills = 0
     while kills < 8:
-        with start(settings, "casparian_flow.cli", "scan", "--drain") as daemon:
+        with start(settings, CLI, "scan", "--drain") as daemon:
             folder = settings.database.guests_folder
             wait_until(lambda: daemon.poll() is not None or endings.read_held(folder))  # noqa: B023
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -247,22 +245,20 @@ def test_a_worker_that_follows_another_sentinel_takes_its_settings(
     )
     publish(ledger, before, "behaves", BEHAVES, "1.0.0")
     (source / "a.do").write_text("fine")
-    with start(before, "casparian_flow.main") as sentinel:
-        worker = start(before, WORKER, "--connect", endpoint)
-        said(sentinel, "is here")
-        sentinel.kill()
-        sentinel.communicate()
     scan(ledger, add_root(ledger, source))
-    after = write_config(tmp_path / "flow", '[guest]\nsandbox = "best-effort"\n')
 
-    async def story() -> None:
+    async def story(after: Settings) -> None:
         async with main.running(
             after, "test", workers=0, watch=False, endpoints=[endpoint]
         ) as daemon:
             assert await all_done(daemon) == {"COMPLETED": 1}
 
-    with worker:
-        asyncio.run(story())
+    with start(before, WORKER, "--connect", endpoint) as worker:
+        with start(before, DAEMON) as sentinel:
+            said(sentinel, "is here")
+            sentinel.kill()
+            sentinel.communicate()
+        asyncio.run(story(write_config(before.home, '[guest]\nsandbox = "best-effort"\n')))
         worker.communicate(timeout=PATIENCE)
     held_by = ledger.read(lambda c: c.execute(select(Attempt.sandbox)).scalar_one())
     assert "limits" in held_by
@@ -290,11 +286,9 @@ def test_a_worker_that_waits_for_an_artifact_can_be_stopped(
         async with main.running(
             settings, "test", workers=0, watch=False, endpoints=[endpoint]
         ) as daemon:
-            async with asyncio.timeout(PATIENCE):
-                await asked.wait()
-                worker.terminate()
-                while daemon.sentinel.workers:
-                    await asyncio.sleep(0.02)
+            await eventually(asked.is_set)
+            worker.terminate()
+            await eventually(lambda: not daemon.sentinel.workers)
 
     with start(settings, WORKER, "--connect", endpoint) as worker:
         asyncio.run(story(worker))

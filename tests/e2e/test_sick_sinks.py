@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
@@ -22,11 +21,11 @@ from casparian_flow.services.scan import scan
 from casparian_flow.services.topics import set_topic
 from casparian_flow.services.verify import verify
 from tests.daemons import all_done, outcomes, work_off
-from tests.disks import in_memory
+from tests.disks import fill, in_memory, remount
 from tests.e2e.test_sinks_in_trouble import paused
+from tests.eventually import eventually
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
-from tests.until import until
 
 OTHERS = ROWS.replace('pattern="*.txt", topic="lines"', 'pattern="*.csv", topic="others"').replace(
     'self.publish("lines"', 'self.publish("others"'
@@ -45,13 +44,7 @@ def locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def full(folder: Path) -> Iterator[None]:
     """Its disk has no byte left."""
-    ballast = folder / "ballast"
-    with (
-        pytest.raises(OSError, match="No space"),
-        open(ballast, "wb", buffering=0) as file,
-    ):
-        while file.write(bytes(4096)):
-            pass
+    ballast = fill(folder)
     yield
     ballast.unlink()
 
@@ -59,10 +52,9 @@ def full(folder: Path) -> Iterator[None]:
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
     """Its disk takes no more writes."""
-    remount = ["mount", "-o", "remount"]
-    subprocess.run([*remount, "-r", str(folder)], check=True)
+    remount(folder, "ro")
     yield
-    subprocess.run([*remount, "-w", str(folder)], check=True)
+    remount(folder, "rw")
 
 
 def in_sqlite(database: Path) -> list[str]:
@@ -116,9 +108,9 @@ def test_of_two_sinks_of_a_topic_the_sick_one_waits_and_catches_up(
             fallen.enter_context(trouble(sick))
             async with main.running(settings, "test", workers=1, watch=False) as daemon:
                 await paused(daemon.ledger)
-                await until(lambda: outcomes(ledger)["b.csv"][0] == "COMPLETED")
+                await eventually(lambda: outcomes(ledger)["b.csv"][0] == "COMPLETED")
                 if trouble is locked:  # what is staged already waits for its own sink only
-                    await until(lambda: in_parquet(settings) == ["three"])
+                    await eventually(lambda: in_parquet(settings) == ["three"])
                     assert in_sqlite(sick / "sick.sqlite3") == ["one", "two"]
                 else:
                     assert in_parquet(settings) == ["one", "two"]

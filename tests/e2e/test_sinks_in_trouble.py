@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-import subprocess
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -23,17 +21,11 @@ from casparian_flow.engine.dispatch import output_key
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
-from tests.daemons import PATIENCE, all_done, outcomes, work_off
-from tests.disks import in_memory
+from tests.daemons import WORK_SECONDS, all_done, outcomes, work_off
+from tests.disks import remount
+from tests.eventually import eventually
 from tests.factories import add_root
-from tests.plugs import ROWS, publish
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem with room for next to nothing."""
-    with in_memory(tmp_path / "small", "64k") as folder:
-        yield folder
+from tests.plugs import ROWS, plugin, publish
 
 
 def test_a_full_disk_pauses_the_sink_costs_no_attempt_and_resumes(
@@ -57,8 +49,7 @@ def test_a_full_disk_pauses_the_sink_costs_no_attempt_and_resumes(
     async def story() -> None:
         async with main.running(settings, "test", workers=1, watch=False) as daemon:
             await paused(daemon.ledger)
-            remount = ["mount", "-o", "remount,size=64m", str(small_disk)]
-            subprocess.run(remount, check=True)
+            remount(small_disk, "size=64m")
             assert await all_done(daemon) == {"COMPLETED": 2}
 
     asyncio.run(story())
@@ -70,9 +61,7 @@ def test_a_full_disk_pauses_the_sink_costs_no_attempt_and_resumes(
 async def paused(ledger: Ledger) -> None:
     """Wait until some job waits for its sink."""
     waits = select(ProcessingJob.id).where(ProcessingJob.reason.startswith(PAUSED))
-    async with asyncio.timeout(PATIENCE):
-        while not await ledger.read_soon(lambda c: c.execute(waits).first()):
-            await asyncio.sleep(0.02)
+    await eventually(lambda: ledger.read_soon(lambda c: c.execute(waits).first()), WORK_SECONDS)
 
 
 def test_a_foreign_file_at_the_target_is_left_alone_and_the_job_says_so(
@@ -136,22 +125,16 @@ def test_a_sink_nobody_can_open_fails_the_job_in_words(
     assert "carrier-pigeon" in outcomes(ledger)["a.txt"][1]
 
 
-TWO_TOPICS = """
-from casparian_flow.sdk import BasePlugin, PluginMetadata
-import pyarrow as pa
-
-MANIFEST = PluginMetadata(
-    pattern="*.txt", sinks={"good": "sqlite:///out.sqlite3", "odd": "sqlite:///out.sqlite3"}
-)
-
-class Handler(BasePlugin):
-    def execute(self, file_path: str):
+TWO_TOPICS = plugin(
+    'pattern="*.txt", sinks={"good": "sqlite:///out.sqlite3", "odd": "sqlite:///out.sqlite3"}',
+    """
         with open(file_path) as file:
             words = file.read().split()
         self.publish("good", pa.table({"word": words}))
         odd = [int(word) for word in words] if words[0].isdecimal() else words
         self.publish("odd", pa.table({"word": odd}))
-"""
+    """,
+)
 
 
 def test_a_sink_refuses_all_topics_of_a_job_together(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from casparian_flow import main
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs, views
 from casparian_flow.db.access import Ledger, open_ledger
@@ -23,42 +21,23 @@ from casparian_flow.services.scan import scan
 from casparian_flow.services.scout import scan_until_settled
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
-from tests.daemons import started
+from tests.daemons import WORK_SECONDS, started, work_off
 from tests.factories import add_root
-from tests.plugs import publish
+from tests.plugs import plugin, publish
 
 COPY = '[output]\ndefault_uri = "sqlite:///rows.sqlite3"\n[snapshots]\nmode = "copy"\n'
-PATIENCE = 300.0
 REWRITES = 50
 
-SEES = """
-import os
-from casparian_flow.sdk import BasePlugin, PluginMetadata
-import pyarrow as pa
-
-MANIFEST = PluginMetadata(pattern="*.txt", topic="seen")
-
-class Handler(BasePlugin):
-    def execute(self, file_path: str):
+SEES = plugin(
+    'pattern="*.txt", topic="seen"',
+    """
         with open(file_path) as file:
             content = file.read()
         name = os.path.basename(file_path)
         self.publish("seen", pa.table({"name": [name], "content": [content]}))
-"""
-
-
-def work_all(settings: Settings) -> dict[str, int]:
-    """Be the daemon until no job is unfinished; the jobs in each status."""
-
-    async def work() -> None:
-        async with main.running(settings, "test", workers=1, watch=False) as running:
-            async with asyncio.timeout(PATIENCE):
-                while running.ledger.read(lambda c: views.waiting(c, "")).unfinished:
-                    await asyncio.sleep(0.05)
-
-    asyncio.run(work())
-    with open_ledger(settings.database) as ledger:
-        return ledger.read(jobs.counts)
+    """,
+    imports="os",
+)
 
 
 def seen(settings: Settings) -> list[tuple[str, str]]:
@@ -92,7 +71,7 @@ def test_edited_deleted_and_renamed_since_a_job_gets_the_bytes_under_the_name_th
     tmp_path: Path, source: Path, large: str
 ) -> None:
     settings = recorded(tmp_path, source, large)
-    assert work_all(settings) == {"COMPLETED": 3}
+    assert work_off(settings) == {"COMPLETED": 3}
     assert seen(settings) == WHOLE
     with open_ledger(settings.database) as ledger:
         assert verify(settings, ledger).problems == []
@@ -110,7 +89,7 @@ def test_a_damaged_snapshot_is_named_and_its_file_used_where_that_has_the_bytes(
         file.write_bytes(b"damaged")
     with open_ledger(settings.database) as ledger:
         assert len(verify(settings, ledger).problems) == 3
-    assert work_all(settings) == {"COMPLETED": 1, "SUPERSEDED": 2}
+    assert work_off(settings) == {"COMPLETED": 1, "SUPERSEDED": 2}
     assert seen(settings) == [WHOLE[1]]
     assert caplog.text.count("is not run on a snapshot") == 3
     with open_ledger(settings.database) as ledger:
@@ -124,7 +103,7 @@ def test_a_superseded_job_can_be_retried_once_its_bytes_are_kept(
     settings = recorded(tmp_path, source)
     for file in settings.database.snapshots_folder.glob("??/*"):
         file.unlink()
-    assert work_all(settings) == {"SUPERSEDED": 3}
+    assert work_off(settings) == {"SUPERSEDED": 3}
     with open_ledger(settings.database) as ledger:
         superseded = sorted(ledger.read(lambda c: views.job_ids(c, ["SUPERSEDED"])))
         with pytest.raises(CasparianError, match="or SUPERSEDED with a snapshot of the version"):
@@ -134,7 +113,7 @@ def test_a_superseded_job_can_be_retried_once_its_bytes_are_kept(
             (second / f"copy-of-{name}.bak").write_text(content)
         scan(ledger, add_root(ledger, second))
         assert changes.retry_jobs(ledger, settings, superseded) == 3
-    assert work_all(settings) == {"COMPLETED": 3}
+    assert work_off(settings) == {"COMPLETED": 3}
     assert seen(settings) == WHOLE
 
 
@@ -150,7 +129,7 @@ def test_a_file_rewritten_while_its_versions_are_worked_gives_each_version_once(
                 (tmp_path / "new").write_text(f"content {n}")
                 (tmp_path / "new").rename(source / "a.txt")
                 scan_until_settled(ledger, root)  # it may lose a race with the daemon's own
-            wait_until_idle(settings, ledger, PATIENCE)
+            wait_until_idle(settings, ledger, WORK_SECONDS)
         assert ledger.read(jobs.counts) == {"COMPLETED": REWRITES}
         assert versions(ledger) == REWRITES
         assert verify(settings, ledger).problems == []

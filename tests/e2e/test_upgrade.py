@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import signal
 import sqlite3
 import subprocess
-import sys
 import tarfile
 from contextlib import closing
 from pathlib import Path
@@ -18,20 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from casparian_flow.db import schema
-from tests.cli.conftest import Casparian, holds, initialized
+from tests.commands import Casparian, holds, initialized
+from tests.plugs import plugin
 
 ROOT = Path(__file__).parents[2]
 LAST = "1e3b28e"
 """The commit that landed last."""
 
-SIZES = """
-from casparian_flow.sdk import BasePlugin, PluginMetadata
-import pyarrow as pa
-
-MANIFEST = PluginMetadata(pattern="*.txt", topic=["whole", "lite", "lite_rejects"])
-
-class Handler(BasePlugin):
-    def execute(self, file_path: str):
+SIZES = plugin(
+    'pattern="*.txt", topic=["whole", "lite", "lite_rejects"]',
+    """
         with open(file_path) as file:
             words = file.read().split()
         if "raise" in words:
@@ -44,26 +38,10 @@ class Handler(BasePlugin):
             self.publish(topic, pa.table({"n": good}))
         if bad:
             self.publish("lite_rejects", pa.table({"raw": bad}))
-"""
+    """,
+)
 FILES = {"a": "1 2", "b": "3", "gone": "4", "edited": "5", "bad": "raise", "some": "6 !six"}
 SQLITE = "sqlite:///lite.sqlite3"
-
-
-class Before:
-    """The command line of the last release."""
-
-    def __init__(self, code: Path, folder: Path) -> None:
-        self._environment = {**os.environ, "PYTHONPATH": str(code)}
-        self._folder = folder
-
-    def run(self, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "casparian_flow.cli", *map(str, arguments)],
-            cwd=self._folder, env=self._environment, capture_output=True, text=True, timeout=300,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == code, (arguments, done.stdout, done.stderr)
-        return done
 
 
 @pytest.fixture
@@ -91,19 +69,19 @@ def rows(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
     return {name: sorted(each, key=repr) for name, each in found.items()}
 
 
-def worked_before(before: Before, today: Casparian, source: Path) -> None:
+def worked_before(before: Casparian, today: Casparian, source: Path) -> None:
     """Versions of each kind: worked, edited, gone, failed, with rejects, retracted."""
-    before.run("source", "add", source, "--settle", "0")
-    before.run("publish", today.plugin("sizes", SIZES), "--version", "1.0.0")
+    before.process("source", "add", source, "--settle", "0")
+    before.process("publish", today.plugin("sizes", SIZES), "--version", "1.0.0")
     for topic in ("lite", "lite_rejects"):
-        before.run("topics", "set", "sizes", topic, SQLITE, "--mode", "replace")
+        before.process("topics", "set", "sizes", topic, SQLITE, "--mode", "replace")
     for name, words in FILES.items():
         (source / f"{name}.txt").write_text(words)
-    before.run("scan", "--drain", code=1)
+    before.process("scan", "--drain", code=1)
     (source / "edited.txt").write_text("7 8")
     (source / "gone.txt").unlink()
-    before.run("scan", "--drain")
-    before.run("retract", "source/b.txt")
+    before.process("scan", "--drain")
+    before.process("retract", "source/b.txt")
 
 
 def killed_at_each_step(today: Casparian) -> int:
@@ -115,15 +93,9 @@ def killed_at_each_step(today: Casparian) -> int:
         for left in ("-wal", "-shm"):
             database.with_name(database.name + left).unlink(missing_ok=True)
         shutil.copy(kept, database)
-        at = {**os.environ, "CASPARIAN_CRASH_AT": f"schema.statement_run:{number}"}
-        end = subprocess.run(
-            [sys.executable, "-m", "casparian_flow.cli", "rules", "list"],
-            cwd=today.folder, env=at, capture_output=True, check=False,
-        ).returncode  # fmt: skip
-        if end == 0:
+        if not today.killed(f"schema.statement_run:{number}", "rules", "list"):
             kept.unlink()
             return number - 1
-        assert end == -signal.SIGKILL
         with closing(sqlite3.connect(database)) as left_over:
             (version,) = left_over.execute("PRAGMA user_version").fetchone()
         assert version < len(schema.migrations())
@@ -134,7 +106,7 @@ def test_what_the_last_release_left_is_whole_under_todays_code(code: Path, tmp_p
     today = initialized(tmp_path / "flow")
     for file in today.folder.glob("casparian_flow.sqlite3*"):
         file.unlink()
-    before = Before(code, today.folder)
+    before = Casparian(today.folder, {**os.environ, "PYTHONPATH": str(code)})
     source = tmp_path / "source"
     source.mkdir()
     worked_before(before, today, source)
@@ -155,7 +127,7 @@ def test_what_the_last_release_left_is_whole_under_todays_code(code: Path, tmp_p
 
     database = (today.folder / "casparian_flow.sqlite3").read_bytes()
     for command in (["status"], ["scan", "--drain"], ["verify"], ["start"]):
-        assert "newer release" in before.run(*command, code=74).stderr
+        assert "newer release" in before.process(*command, code=74).stderr
     assert (today.folder / "casparian_flow.sqlite3").read_bytes() == database
 
     today.run("publish", today.plugin("sizes", SIZES + "\n# 2\n"), "--version", "1.1.0")

@@ -23,11 +23,11 @@ from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
-from tests.daemons import PATIENCE, all_done, said, start
-from tests.disks import in_memory
+from tests.daemons import CLI, DAEMON, WORK_SECONDS, all_done, said, start
+from tests.disks import fill, in_memory
+from tests.eventually import PATIENCE, eventually
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
-from tests.until import until
 
 WAITS = ROWS.replace(
     '        with open(file_path, encoding="utf-8", errors="replace") as file:',
@@ -71,7 +71,7 @@ def test_a_file_that_is_cut_while_its_plugin_reads_it_in_place_gives_nothing(
 
     async def story() -> dict[str, int]:
         async with main.running(settings, "test", workers=1, watch=False) as daemon:
-            await until(lambda: staged(settings))
+            await eventually(lambda: staged(settings), WORK_SECONDS)
             os.truncate(file, 0)
             return await all_done(daemon)
 
@@ -109,8 +109,8 @@ def test_of_a_plugin_that_gives_other_rows_each_time_the_decided_attempt_stays(
 
 def drained(settings: Settings) -> int:
     """The exit code of a one-shot that works off what there is."""
-    with start(settings, "casparian_flow.cli", "scan", "--drain") as command:
-        print(command.communicate(timeout=PATIENCE)[1])
+    with start(settings, CLI, "scan", "--drain") as command:
+        print(command.communicate(timeout=WORK_SECONDS)[1])
     return command.returncode
 
 
@@ -118,12 +118,7 @@ def drained(settings: Settings) -> int:
 def full(tmp_path: Path) -> Iterator[Path]:
     """A filesystem without a free byte."""
     with in_memory(tmp_path / "full", "64k") as folder:
-        with (
-            pytest.raises(OSError, match="No space"),
-            open(folder / "ballast", "wb", buffering=0) as file,
-        ):
-            while file.write(bytes(4096)):
-                pass
+        fill(folder)
         yield folder
 
 
@@ -148,7 +143,7 @@ def test_a_sentinel_alone_says_what_the_disk_refused(tmp_path: Path, source: Pat
             with pytest.raises(OSError, match="No space"):
                 for n in range(64):
                     (small / f"{n}").touch()
-            with start(settings, "casparian_flow.main") as sentinel:
+            with start(settings, DAEMON) as sentinel:
                 words = sentinel.communicate(timeout=PATIENCE)[1]
     assert sentinel.returncode == 74
     assert words.startswith(f"error: No space left on device: {settings.database.daemon_lock}\n")
@@ -161,13 +156,13 @@ def test_a_daemon_goes_on_when_nobody_reads_what_it_says(
 ) -> None:
     add_root(ledger, source)
     publish(ledger, settings, "rows", ROWS, "1.0.0")
-    with start(settings, "casparian_flow.cli", "start") as daemon:
+    with start(settings, CLI, "start") as daemon:
         said(daemon, "watching")
         assert daemon.stderr
         daemon.stderr.close()
         for n in range(3):  # each is a line that the daemon would say
             (source / f"{n}.txt").write_text(f"{n}")
-            wait_until_idle(settings, ledger, PATIENCE)
+            wait_until_idle(settings, ledger, WORK_SECONDS)
         daemon.send_signal(signal.SIGTERM)
     assert daemon.returncode == 0
     assert visible(settings) == ["0", "1", "2"]

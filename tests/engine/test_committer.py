@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,11 @@ from casparian_flow.engine.sinks.base import KEY_DIGITS
 from casparian_flow.errors import LedgerError
 from casparian_flow.protocol import Conclude, Outcome, Published, Receipt
 from casparian_flow.services import changes
-from tests.disks import in_memory
+from tests.disks import in_memory, remount
 from tests.engine.test_leases import assigned, becomes, joined, play, staged, state
-from tests.engine.wires import PATIENCE, Attacked
+from tests.engine.wires import Attacked
+from tests.eventually import PATIENCE, eventually
 from tests.factories import add_job
-from tests.until import until
 
 
 def test_a_paused_sink_is_tried_again_though_nothing_is_owed_to_it_any_more(
@@ -48,7 +47,7 @@ def test_a_paused_sink_is_tried_again_though_nothing_is_owed_to_it_any_more(
         await assigned(peer)
         await peer.send(Conclude(receipts=[both]))
         await becomes(ledger, job, ("FAILED", 1, 1))
-        await until(lambda: not target.sentinel._committer.sick)
+        await eventually(lambda: not target.sentinel._committer.sick)
 
     play(settings, story)
 
@@ -64,7 +63,7 @@ def test_a_late_receipt_whose_file_cannot_be_removed_does_no_harm(
             await assigned(peer)
             late = staged(job, 1, disk / "stage", disk)
             changes.abort_jobs(ledger, settings, [job])
-            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            remount(disk, "ro")
             await peer.send(Conclude(receipts=[late]))
             done = Receipt(job_id=other, fence=1, outcome=Outcome.STAGED)
             await peer.send(Conclude(receipts=[done]))
@@ -123,7 +122,7 @@ def test_a_clean_stop_sees_through_what_is_being_decided(
         peer = await joined(target, "w")
         await assigned(peer)
         await peer.send(Conclude(receipts=[Receipt(job_id=job, fence=1, outcome=Outcome.STAGED)]))
-        await until(deciding.is_set)
+        await eventually(deciding.is_set)
 
     play(settings, story)
     assert state(ledger, job) == ("COMPLETED", 1, 1)

@@ -23,9 +23,9 @@ from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.errors import CasparianError
 from casparian_flow.protocol import Assignment, Conclude, Granted, Outcome, Receipt, StagedOutput
 from casparian_flow.services import changes
-from tests.engine.wires import PATIENCE, Attacked, Peer, attacked
+from tests.engine.wires import Attacked, Peer, attacked
+from tests.eventually import PATIENCE, eventually
 from tests.factories import add_job
-from tests.until import until
 
 Story = Callable[[Attacked], Awaitable[None]]
 
@@ -71,7 +71,7 @@ def state(ledger: Ledger, job: int) -> tuple[str, int, int]:
 
 
 async def becomes(ledger: Ledger, job: int, wanted: tuple[str, int, int]) -> None:
-    await until(lambda: state(ledger, job) == wanted)
+    await eventually(lambda: state(ledger, job) == wanted)
 
 
 def staged(job: int, fence: int, stage: Path, sink: Path) -> Receipt:
@@ -85,7 +85,7 @@ def staged(job: int, fence: int, stage: Path, sink: Path) -> Receipt:
 
 
 async def removed(file: Path) -> None:
-    await until(lambda: not file.exists())
+    await eventually(lambda: not file.exists())
 
 
 def test_a_silent_worker_loses_its_jobs_and_what_it_says_later_is_refused(
@@ -134,7 +134,7 @@ def test_a_worker_that_wakes_while_its_jobs_are_taken_back_gets_none_that_nobody
     async def story(target: Attacked) -> None:
         peer = await joined(target, "sleeper")
         assert len(await assigned(peer, free=1)) == 1
-        await until(writing.is_set)
+        await eventually(writing.is_set)
         monkeypatch.setattr(sentinel, "LEASE_SECONDS", 600.0)
         await peer.send(protocol.Ready(free=5))
         assert await granted(peer), "and it was heard"
@@ -185,7 +185,7 @@ def test_a_worker_that_was_not_heard_says_hello_again(
 
     async def story() -> None:
         async with main.running(settings, "test", workers=1, watch=False) as daemon:
-            await until(
+            await eventually(
                 lambda: [peer.free for peer in daemon.sentinel._peers.values() if peer.free]
             )
 
@@ -327,7 +327,7 @@ def test_what_is_claimed_for_a_worker_while_it_leaves_goes_back(
         async with asyncio.timeout(PATIENCE):
             await heard.wait()
         claim.commit.set()
-        await until(lambda: target.sentinel.workers == 1)
+        await eventually(lambda: target.sentinel.workers == 1)
         assert state(ledger, job) == ("QUEUED", 1, 0)
 
     heard = asyncio.Event()

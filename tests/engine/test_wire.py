@@ -22,8 +22,8 @@ from casparian_flow.engine.wire import Refusal, Refusals
 from casparian_flow.errors import CasparianError, DaemonRunning
 from casparian_flow.services import report
 from tests.conftest import write_config
-from tests.engine.wires import PATIENCE, attacked, greeting, known
-from tests.until import until
+from tests.engine.wires import attacked, greeting, known
+from tests.eventually import PATIENCE, eventually
 
 MORE_PARTS = (b"\x03" + (1 << 20).to_bytes(8, "big") + bytes(1 << 20)) * 8
 """Frames of 1 MiB that announce another one; the flag for a long frame is 2, for more is 1."""
@@ -81,7 +81,7 @@ def test_strangers_are_counted_and_nothing_of_them_is_heard(settings: Settings) 
                 stranger.socket.connect(target.endpoint)
                 await stranger.send(protocol.Hello(worker="good"), protocol.Ring())
                 refused = target.sentinel.refused
-                await until(lambda: refused.total() >= count)  # noqa: B023
+                await eventually(lambda: refused.total() >= count)  # noqa: B023
                 assert await target.good.works()
             # The first two see by themselves that it cannot work, and may hang up before we do.
             assert refused["stranger"] >= 2
@@ -235,7 +235,7 @@ def test_a_frozen_peer_is_dropped(settings: Settings, monkeypatch: pytest.Monkey
             (port,) = [c.laddr.port for c in psutil.Process(process.pid).net_connections("tcp")]
             process.send_signal(signal.SIGSTOP)
             ours = psutil.Process()
-            await until(
+            await eventually(
                 lambda: port not in [c.raddr.port for c in ours.net_connections("tcp") if c.raddr]
             )
             assert await target.good.works()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,10 +21,10 @@ from casparian_flow.engine import control, wire, worker_client
 from casparian_flow.errors import CasparianError, ConfigError, DaemonGone
 from casparian_flow.services import architect
 from tests.conftest import write_config
-from tests.daemons import free_endpoint, said
-from tests.engine.wires import PATIENCE, attacked
+from tests.daemons import DAEMON, WORKER, free_endpoint, said, start
+from tests.engine.wires import attacked
+from tests.eventually import PATIENCE, eventually
 from tests.plugs import signed
-from tests.until import until
 
 ELSEWHERE = [
     "tcp://*:5555", "tcp://0.0.0.0:5555", "tcp://0:5555", "tcp://[::]:5555", "tcp://lo:5555",
@@ -197,32 +195,20 @@ def test_an_old_libzmq_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> N
         wire.require_zmq()
 
 
-@contextlib.contextmanager
-def process(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """One of our commands, killed at the end if it is still there."""
-    command = [sys.executable, "-m", f"casparian_flow.{module}", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
-        try:
-            yield running
-        finally:
-            running.kill()
-
-
 def test_a_worker_waits_for_a_sentinel_and_follows_it_to_its_next_key(tmp_path: Path) -> None:
     endpoint = free_endpoint()
     settings = write_config(tmp_path / "flow", f'[listen]\nendpoint = "{endpoint}"\n')
-    place = str(settings.home / config.FILE_NAME)
     named = endpoint.replace("127.0.0.1", "localhost")
 
     async def next_sentinel() -> None:
         async with main.running(
             settings, "test", workers=0, watch=False, endpoints=[endpoint]
         ) as daemon:
-            await until(lambda: daemon.sentinel.workers == 1)
+            await eventually(lambda: daemon.sentinel.workers == 1)
 
-    with process("engine.worker_client", "--connect", named) as worker:
+    with start(settings, WORKER, "--connect", named) as worker:
         said(worker, "Waiting for one")
-        with process("main", "--config", place) as sentinel:
+        with start(settings, DAEMON) as sentinel:
             said(sentinel, "is here")
             sentinel.send_signal(signal.SIGKILL)
         asyncio.run(next_sentinel())
@@ -231,11 +217,11 @@ def test_a_worker_waits_for_a_sentinel_and_follows_it_to_its_next_key(tmp_path: 
 
 
 def test_a_worker_that_cannot_trust_its_key_says_so_and_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     (tmp_path / "casparian").mkdir(mode=0o755)
-    with process("engine.worker_client", "--connect", free_endpoint()) as worker:
+    with start(settings, WORKER, "--connect", free_endpoint()) as worker:
         said(worker, "is open to other users")
         said(worker, "try: chmod 700")
         assert worker.wait(PATIENCE) == ConfigError.exit_code

@@ -15,9 +15,7 @@ from casparian_flow.config import Settings
 from casparian_flow.engine import wire
 from casparian_flow.engine.sentinel import Sentinel
 from tests.daemons import free_endpoint
-from tests.until import until
-
-PATIENCE = 60.0
+from tests.eventually import PATIENCE, eventually
 
 
 def greeting(mechanism: bytes) -> bytes:
@@ -91,7 +89,7 @@ class Attacked:
 
     async def refuses(self, kind: str, count: int = 1) -> None:
         """Wait until so many were counted; the good worker must not have noticed."""
-        await until(lambda: self.sentinel.refused[kind] >= count)
+        await eventually(lambda: self.sentinel.refused[kind] >= count)
         assert await self.good.works()
 
 

@@ -17,7 +17,8 @@ from casparian_flow.errors import ExitCode
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
-from tests.daemons import PATIENCE, environment, outcomes, said, work_off
+from tests.daemons import environment, outcomes, said, work_off
+from tests.eventually import PATIENCE
 from tests.factories import add_root
 from tests.plugs import BEHAVES, publish
 

@@ -19,6 +19,7 @@ from casparian_flow.services import architect, topics
 from casparian_flow.services.scan import scan
 from casparian_flow.services.topics import set_topic
 from tests.conftest import write_config
+from tests.daemons import work_off
 from tests.factories import add_root
 from tests.plugs import ROWS, publish, signed
 
@@ -214,8 +215,6 @@ def test_what_people_write_into_the_table_works(
     ledger: Ledger, settings: Settings, source: Path
 ) -> None:
     """With or without `?mode=`; a mode behind the URI wins over the column's default."""
-    from tests.daemons import work_off
-
     root = add_root(ledger, source)
     publish(ledger, settings, "rows", ROWS, "1.0.0")
     with Session(ledger.engine) as db:
@@ -247,8 +246,6 @@ def test_what_people_write_into_the_table_works(
 
 
 def test_a_person_is_told_what_stays(ledger: Ledger, settings: Settings, source: Path) -> None:
-    from tests.daemons import work_off
-
     root = add_root(ledger, source)
     publish(ledger, settings, "rows", ROWS, "1.0.0")
     (source / "a.txt").write_text("one\ntwo")

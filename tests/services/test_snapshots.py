@@ -354,7 +354,7 @@ def test_blocks_are_shared_where_the_filesystem_can(sharing: Path, source: Path)
 
 
 @pytest.fixture
-def small_disk(settings: Settings) -> Iterator[Path]:
+def store_disk(settings: Settings) -> Iterator[Path]:
     """A store with a small disk of its own."""
     folder = settings.database.snapshots_folder.parent
     with disks.or_skip(folder, *disks.tmpfs("2m", "mode=700")):
@@ -362,7 +362,7 @@ def small_disk(settings: Settings) -> Iterator[Path]:
 
 
 def test_a_store_with_a_full_disk_leaves_the_reserve_and_records_every_version(
-    settings: Settings, small_disk: Path, source: Path
+    settings: Settings, store_disk: Path, source: Path
 ) -> None:
     with open_ledger(settings.database) as ledger:
         root = add_root(ledger, source)
@@ -373,4 +373,4 @@ def test_a_store_with_a_full_disk_leaves_the_reserve_and_records_every_version(
         assert 0 < len(kept) < 8
         check(settings, ledger, kept)
         assert ledger.read(claims.fault)[:2] == ("its disk is nearly full", 20 - len(kept))
-        assert shutil.disk_usage(small_disk).free > (2 << 20) / 20
+        assert shutil.disk_usage(store_disk).free > (2 << 20) / 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,8 @@ from casparian_flow.config import ScanSettings
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileVersion, RoutingRule, SourceRoot
 from casparian_flow.services.watch import Watch
+from tests.eventually import eventually
 from tests.factories import add_plugin, add_root
-
-PATIENCE = 60.0
-"""Seconds after which a test gives up waiting for an event."""
 
 
 @contextlib.asynccontextmanager
@@ -51,11 +49,10 @@ def route_everything(ledger: Ledger) -> None:
     )
 
 
-async def wait_for(queued: asyncio.Event, until: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not until():
-            await queued.wait()
-            queued.clear()
+async def versions_become(ledger: Ledger, queued: asyncio.Event, count: int) -> None:
+    """Wait until so many locations have a version, and jobs were queued for them."""
+    await eventually(lambda: versions(ledger) == count and queued.is_set())
+    queued.clear()
 
 
 def test_a_new_file_a_rename_and_a_folder_moved_in_are_heard(
@@ -67,17 +64,17 @@ def test_a_new_file_a_rename_and_a_folder_moved_in_are_heard(
     async def story() -> None:
         async with watching(ledger) as (_, queued):
             (source / "first").write_text("1")
-            await wait_for(queued, lambda: versions(ledger) == 1)
+            await versions_become(ledger, queued, 1)
             (source / "second.tmp").write_text("2")
             (source / "second.tmp").rename(source / "second")
-            await wait_for(queued, lambda: versions(ledger) == 2)
+            await versions_become(ledger, queued, 2)
             (source / "made/at/once").mkdir(parents=True)
             (source / "made/at/once/file").write_text("3")
-            await wait_for(queued, lambda: versions(ledger) == 3)
+            await versions_become(ledger, queued, 3)
             (tmp_path / "outside/deep").mkdir(parents=True)
             (tmp_path / "outside/deep/file").write_text("4")
             (tmp_path / "outside").rename(source / "inside")
-            await wait_for(queued, lambda: versions(ledger) == 4)
+            await versions_become(ledger, queued, 4)
 
     asyncio.run(story())
 
@@ -89,7 +86,7 @@ def test_a_fresh_file_is_taken_when_it_has_settled(ledger: Ledger, source: Path)
     async def story() -> None:
         async with watching(ledger) as (_, queued):
             (source / "f").write_text("1")
-            await wait_for(queued, lambda: versions(ledger) == 1)
+            await versions_become(ledger, queued, 1)
 
     asyncio.run(story())
 
@@ -104,7 +101,7 @@ def test_a_ring_finds_new_roots_and_what_the_watcher_missed(
             (source / "f").write_text("1")
             add_root(ledger, source)
             watch.ring()
-            await wait_for(queued, lambda: versions(ledger) == 1)
+            await versions_become(ledger, queued, 1)
             other = tmp_path / "other"
             other.mkdir()
             (other / "g").write_text("1")
@@ -116,7 +113,7 @@ def test_a_ring_finds_new_roots_and_what_the_watcher_missed(
                 )
             )
             watch.ring()
-            await wait_for(queued, lambda: versions(ledger) == 2)
+            await versions_become(ledger, queued, 2)
             assert set(watch.last) == {"source", "other"}
 
     asyncio.run(story())
@@ -133,10 +130,10 @@ def test_lost_events_lead_to_a_full_scan(
         async with watching(ledger) as (watch, queued):
             (source / "first").write_text("1")
             watch.ring()
-            await wait_for(queued, lambda: versions(ledger) == 1)
+            await versions_become(ledger, queued, 1)
             (source / "second").write_text("1")
             logging.getLogger("watchdog.observers").warning("Inotify queue overflowed")
-            await wait_for(queued, lambda: versions(ledger) == 2)
+            await versions_become(ledger, queued, 2)
 
     asyncio.run(story())
 
@@ -151,6 +148,6 @@ def test_the_schedule_finds_what_no_event_told(
     async def story() -> None:
         async with watching(ledger, rescan_seconds=0.1) as (_, queued):
             (source / "f").write_text("1")
-            await wait_for(queued, lambda: versions(ledger) == 1)
+            await versions_become(ledger, queued, 1)
 
     asyncio.run(story())

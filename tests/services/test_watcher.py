@@ -20,9 +20,9 @@ from casparian_flow.services.scan import Root
 from casparian_flow.services.watch import WATCHING, Handler, Hints, Watcher
 from proofs.detection import missed
 from tests.conftest import write_config
+from tests.eventually import eventually
 from tests.factories import add_root
 from tests.services.test_watch import versions, watching
-from tests.until import until
 
 
 def state(ledger: Ledger, root: Root) -> Any:
@@ -60,13 +60,13 @@ def test_a_watcher_whose_thread_dies_is_armed_anew_and_its_root_scanned(
 
     async def story() -> None:
         async with watching(ledger):
-            await until(lambda: is_watched(ledger, root))
+            await eventually(lambda: is_watched(ledger, root))
             monkeypatch.setattr(Handler, "dispatch", fail)
             (source / "killed-it").write_text("1")
-            await until(lambda: versions(ledger) == 1)
-            await until(lambda: len(states) >= 3 and is_watched(ledger, root))
+            await eventually(lambda: versions(ledger) == 1)
+            await eventually(lambda: len(states) >= 3 and is_watched(ledger, root))
             (source / "heard-again").write_text("1")
-            await until(lambda: versions(ledger) == 2)
+            await eventually(lambda: versions(ledger) == 2)
 
     asyncio.run(story())
     assert states[:3] == [WATCHING, "degraded: a thread of the watcher ended", WATCHING]
@@ -77,14 +77,14 @@ def test_a_root_that_is_replaced_is_watched_anew(ledger: Ledger, source: Path) -
 
     async def story() -> None:
         async with watching(ledger):
-            await until(lambda: is_watched(ledger, root))
+            await eventually(lambda: is_watched(ledger, root))
             source.rename(source.with_name("away"))
-            await until(lambda: state(ledger, root).watch.startswith("degraded"))
+            await eventually(lambda: state(ledger, root).watch.startswith("degraded"))
             source.mkdir()
             (source / "first").write_text("1")
-            await until(lambda: versions(ledger) == 1 and is_watched(ledger, root))
+            await eventually(lambda: versions(ledger) == 1 and is_watched(ledger, root))
             (source / "second").write_text("1")
-            await until(lambda: versions(ledger) == 2)
+            await eventually(lambda: versions(ledger) == 2)
 
     asyncio.run(story())
 
@@ -97,9 +97,9 @@ def test_a_network_filesystem_is_polled(
 
     async def story() -> None:
         async with watching(ledger, poll_seconds=0.1) as (watch, _):
-            await until(lambda: bool(watch.last))
+            await eventually(lambda: bool(watch.last))
             (source / "f").write_text("1")
-            await until(lambda: versions(ledger) == 1)
+            await eventually(lambda: versions(ledger) == 1)
             assert state(ledger, root).watch.startswith("polling: nfs4")
 
     asyncio.run(story())
@@ -126,11 +126,12 @@ def test_what_is_announced_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 LIMITED = """
-import sys, time
+import sys
 from pathlib import Path
 from casparian_flow.services.watch import Hints
 from casparian_flow.services.scan import Root
 from casparian_flow.services.watch import Watcher
+from tests.eventually import wait_until
 
 Path("/proc/sys/user/max_inotify_watches").write_text("50")
 watcher = Watcher(Root(1, sys.argv[1], "in", "", 0.0), Hints())
@@ -140,8 +141,7 @@ unheard = folders - watcher.heard(0.0, full=True).inodes
 first, second = watcher.confirm(unheard), watcher.confirm(unheard)
 print(len(unheard), first, second, watcher.state, sep="|")
 Path("/proc/sys/user/max_inotify_watches").write_text("1000")
-while not watcher.look():
-    time.sleep(0.05)
+wait_until(watcher.look)
 left = len(folders - watcher.heard(0.0, full=True).inodes)
 print(left, watcher.confirm(set()), watcher.state, sep="|")
 Path("/proc/sys/user/max_inotify_instances").write_text("0")

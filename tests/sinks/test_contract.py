@@ -22,7 +22,7 @@ from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import KEY_DIGITS, LINEAGE, Claim
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Published, StagedOutput
-from tests import disks
+from tests.disks import fill, in_memory, remount
 from tests.sinks.stages import TOPIC, Place, claims
 
 ROOT = Path(__file__).parents[2]
@@ -399,16 +399,16 @@ def test_check_tells_of_a_sink_that_is_gone(place: Place) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem of one mebibyte."""
-    with disks.in_memory(tmp_path / "disk", "1m") as folder:
+    with in_memory(tmp_path / "disk", "1m") as folder:
         yield folder
 
 
 @pytest.mark.of_a_folder
 @pytest.mark.parametrize("moment", ["staging", "publishing"])
-def test_a_full_disk_is_waited_for(place: Place, small_disk: Path, moment: str) -> None:
-    place = Place(place.scheme, small_disk)
+def test_a_full_disk_is_waited_for(place: Place, disk: Path, moment: str) -> None:
+    place = Place(place.scheme, disk)
     if moment == "staging":
         with pytest.raises(SinkUnavailable, match="the disk is full") as refused:
             place.sealed({"noise": [os.urandom(4096) for _ in range(1000)]})
@@ -417,10 +417,7 @@ def test_a_full_disk_is_waited_for(place: Place, small_disk: Path, moment: str) 
         published(*place.publish(place.sealed({"id": [1]})))
         return
     output = place.sealed({"noise": [os.urandom(2048) for _ in range(100)]})
-    ballast = small_disk / "ballast"
-    with pytest.raises(OSError, match="No space left"), ballast.open("wb", buffering=0) as file:
-        while file.write(bytes(512)):
-            pass
+    ballast = fill(disk)
     (outcome,) = place.publish(output)
     assert isinstance(outcome, SinkUnavailable), outcome
     assert "disk is full" in outcome.message or "is full" in outcome.message
@@ -431,17 +428,17 @@ def test_a_full_disk_is_waited_for(place: Place, small_disk: Path, moment: str) 
 
 
 @pytest.mark.of_a_folder
-def test_a_read_only_disk_is_waited_for(place: Place, small_disk: Path) -> None:
-    place = Place(place.scheme, small_disk)
+def test_a_read_only_disk_is_waited_for(place: Place, disk: Path) -> None:
+    place = Place(place.scheme, disk)
     published(*place.publish(place.sealed({"id": [1]}, job=1)))
     output = place.sealed({"id": [2]}, job=2)
-    disks.mount(small_disk, "-o", "remount,ro")
+    remount(disk, "ro")
     (outcome,) = place.publish(output)
     assert isinstance(outcome, SinkUnavailable), outcome
     assert "read-only" in outcome.message or "readonly" in outcome.message
     with pytest.raises(SinkUnavailable, match="the filesystem is read-only"):
         place.stage(job=3)
-    disks.mount(small_disk, "-o", "remount,rw")
+    remount(disk, "rw")
     published(*place.publish(output))
     assert [row["id"] for row in place.rows()] == [1, 2]
 
