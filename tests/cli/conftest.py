@@ -49,6 +49,17 @@ def filled(casparian: Casparian) -> Casparian:
     return fill(casparian, casparian.run)
 
 
+@pytest.fixture
+def blocked(casparian: Casparian, source: Path, monkeypatch: pytest.MonkeyPatch) -> Casparian:
+    """A file to be worked, and one where the output folder should be; a drain soon gives up."""
+    monkeypatch.setattr("casparian_flow.engine.committer.PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr("casparian_flow.cli.scan.PATIENCE_SECONDS", 1.0)
+    casparian.run("publish", casparian.plugin("rows", ROWS))
+    (casparian.folder / "output").write_text("a file where the folder should be")
+    (source / "a.txt").write_text("one")
+    return casparian
+
+
 @pytest.fixture(scope="session")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Casparian:
     """To be looked at only; made by processes of their own."""

@@ -199,13 +199,6 @@ def test_check_sees_what_else_is_wrong(casparian: Casparian, source: Path) -> No
     assert "No such file" in casparian.err("status", "--check", code=1)
 
 
-def test_a_paused_sink_is_wrong(
-    casparian: Casparian, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("casparian_flow.engine.committer.PAUSE_SECONDS", 0.2)
-    monkeypatch.setattr("casparian_flow.cli.scan.PATIENCE_SECONDS", 1.0)
-    casparian.run("publish", casparian.plugin("rows", ROWS))
-    (casparian.folder / "output").write_text("a file where the folder should be")
-    (source / "a.txt").write_text("one")
-    assert "not all of them are done" in casparian.err("scan", "-q", "--drain", code=1)
-    assert "paused: " in casparian.err("status", "--check", code=1)
+def test_a_paused_sink_is_wrong(blocked: Casparian) -> None:
+    assert "not all of them are done" in blocked.err("scan", "-q", "--drain", code=1)
+    assert "paused: " in blocked.err("status", "--check", code=1)

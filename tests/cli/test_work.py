@@ -105,17 +105,12 @@ def test_failed_jobs_are_told_with_their_reason_and_can_be_retried(
 
 
 def test_an_output_folder_that_cannot_be_written_is_named_and_waited_for(
-    casparian: Casparian, source: Path, monkeypatch: pytest.MonkeyPatch
+    blocked: Casparian, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("casparian_flow.engine.committer.PAUSE_SECONDS", 0.2)
-    monkeypatch.setattr("casparian_flow.cli.scan.PATIENCE_SECONDS", 1.0)
-    casparian.run("publish", casparian.plugin("rows", ROWS))
-    (casparian.folder / "output").write_text("a file where the folder should be")
-    (source / "a.txt").write_text("one")
-    done = casparian.run("scan", "--drain", code=1)
-    assert str(casparian.folder / "output") in done.stderr
-    (casparian.folder / "output").unlink()
-    assert "1 job COMPLETED" in casparian.out("scan", "--drain")
+    assert str(blocked.folder / "output") in blocked.err("scan", "--drain", code=1)
+    monkeypatch.undo()
+    (blocked.folder / "output").unlink()
+    assert "1 job COMPLETED" in blocked.out("scan", "--drain")
 
 
 def test_a_root_that_is_gone_is_an_error_and_nothing_is_inferred(

@@ -21,6 +21,7 @@ from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.models import RoutingRule, SourceRoot
 from casparian_flow.errors import LedgerError
 from casparian_flow.services import backup
+from tests.eventually import PATIENCE
 
 
 def add_rule(connection: Connection, pattern: str) -> None:
@@ -50,11 +51,11 @@ def test_readers_do_not_wait_for_a_writer(ledger: Ledger) -> None:
     def slow(connection: Connection) -> None:
         add_rule(connection, "*.csv")
         inside.set()
-        assert release.wait(10)
+        assert release.wait(PATIENCE)
 
     with ThreadPoolExecutor() as pool:
         writing = pool.submit(ledger.write, slow)
-        assert inside.wait(10)
+        assert inside.wait(PATIENCE)
         assert ledger.read(rules) == 0
         release.set()
         writing.result()
@@ -68,7 +69,7 @@ def test_one_failing_request_does_not_undo_those_it_shared_a_transaction_with(
 
     def hold(_connection: Connection) -> None:
         holding.set()
-        assert release.wait(10)
+        assert release.wait(PATIENCE)
 
     def fail(connection: Connection) -> None:
         add_rule(connection, "bad")
@@ -76,7 +77,7 @@ def test_one_failing_request_does_not_undo_those_it_shared_a_transaction_with(
 
     with ThreadPoolExecutor(4) as pool:
         pool.submit(ledger.write, hold)
-        assert holding.wait(10)
+        assert holding.wait(PATIENCE)
         good = pool.submit(ledger.write, lambda c: add_rule(c, "good"))
         bad = pool.submit(ledger.write, fail)
         release.set()
@@ -153,7 +154,7 @@ def test_a_waiter_that_is_cancelled_takes_nothing_with_it(ledger: Ledger) -> Non
 
     def slow(connection: Connection) -> None:
         inside.set()
-        assert release.wait(10)
+        assert release.wait(PATIENCE)
         add_rule(connection, "*.csv")
 
     async def story() -> None:
@@ -260,13 +261,13 @@ def test_a_read_that_outlives_the_ledger_closes_its_connection(settings: Setting
 
     def slow(connection: Connection) -> int:
         inside.set()
-        assert release.wait(10)
+        assert release.wait(PATIENCE)
         return rules(connection)
 
     with ThreadPoolExecutor(1) as pool:
         with open_ledger(settings.database) as ledger:
             reading = pool.submit(ledger.read, slow)
-            assert inside.wait(10)
+            assert inside.wait(PATIENCE)
         assert held(settings.database)
         release.set()
         assert reading.result() == 0

@@ -172,7 +172,7 @@ def test_a_timeout_kills_the_grandchildren_too(start: Start, tmp_path: Path, set
     reader = os.open(tmp_path / "held", os.O_RDONLY | os.O_NONBLOCK)
     with pytest.raises(PluginTimeout, match="ran longer than 1 s"):
         list(guest.run(file_info(path=str(tmp_path / "held")), 1.0))
-    assert select.select([reader], [], [], 10) == ([reader], [], [])
+    assert select.select([reader], [], [], SECONDS) == ([reader], [], [])
     assert os.read(reader, 1) == b""
     os.close(reader)
     assert not guest.alive
@@ -200,7 +200,7 @@ def test_a_job_ends_though_its_children_hold_the_wire_and_they_end_with_the_gues
     with pytest.raises(BlockingIOError):
         os.read(reader, 1)  # it lives
     guest.close()
-    assert select.select([reader], [], [], 10) == ([reader], [], [])
+    assert select.select([reader], [], [], SECONDS) == ([reader], [], [])
     assert os.read(reader, 1) == b""
     os.close(reader)
 
@@ -252,7 +252,7 @@ def test_the_guest_ends_with_its_host(
         assert held.read(1) == b"x"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert select.select([held], [], [], 10)[0]
+        assert select.select([held], [], [], SECONDS)[0]
         assert held.read(1) == b""
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import resource
-import threading
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import pytest
 
 from casparian_flow.engine.bridge import Guest
@@ -21,7 +19,8 @@ from casparian_flow.errors import (
     Unavailable,
 )
 from casparian_flow.protocol import Evidence
-from tests.engine.guests import plugin, run
+from tests.daemons import guests
+from tests.engine.guests import SECONDS, file_info, loaded, plugin, run
 
 Start = Callable[..., Guest]
 
@@ -65,18 +64,20 @@ def test_its_own_memory_limit_is_named(start: Start) -> None:
 
 
 def test_a_kill_from_outside_is_told_from_ours(start: Start) -> None:
-    guest = start(plugin("import time\nprint('up')\ntime.sleep(3600)"))
-    guest.load()
-    (process,) = [p for p in psutil.Process().children() if "guest.py" in str(p.cmdline())]
-    threading.Timer(0.2, process.kill).start()
+    hangs = "import time\nself.publish('t', pa.table({'n': [1]}))\ntime.sleep(3600)"
+    batches = loaded(start, hangs).run(file_info(), SECONDS)
+    next(batches)
+    (process,) = guests()
+    process.kill()
     with pytest.raises(GuestKilled) as raised:
-        run(guest)
+        next(batches)
     assert raised.value.message.endswith("was killed by SIGKILL, and not by us")
-    other = start(plugin("import time\ntime.sleep(3600)"))
-    other.load()
-    threading.Timer(0.2, other.interrupt).start()
+    other = loaded(start, hangs)
+    batches = other.run(file_info(), SECONDS)
+    next(batches)
+    other.interrupt()
     with pytest.raises(GuestDied, match="closed the wire, and we killed it"):
-        run(other)
+        next(batches)
 
 
 def test_the_kernels_count_of_kills_for_memory_decides(

@@ -30,6 +30,7 @@ from casparian_flow.services import walk
 from casparian_flow.services.scan import Root, scan, unrest
 from casparian_flow.services.scout import scan_until_settled, scrub
 from tests import disks
+from tests.eventually import wait_until
 from tests.factories import add_plugin, add_root
 from tests.services.test_scan import OLD, gone, history, put
 
@@ -99,7 +100,7 @@ def test_a_file_that_is_written_between_the_listing_and_the_reading_is_not_at_re
     ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its age was judged by the stamps of the listing; the bytes that are read are younger."""
-    root = add_root(ledger, source, settle_seconds=0.05)
+    root = add_root(ledger, source, settle_seconds=0.5)
     file = put(source / "f", "whole")
     real = scan_module.hash_and_capture
     read: list[bytes] = []
@@ -312,8 +313,7 @@ def test_a_store_into_a_dirty_page_is_found_by_a_scrub_and_by_nothing_else(
     file = put(source / "sub/f", "x" * 4096)
     with open(file, "r+b") as handle, mmap.mmap(handle.fileno(), 0) as view:
         view[0:1] = b"y"
-        while scan(ledger, root).versions or is_racy(ledger):
-            pass
+        certain(ledger, root)
         before = Stat.of(file.stat())
         view[1:2] = b"z"
         if Stat.of(file.stat()) != before:
@@ -340,8 +340,15 @@ def test_a_store_into_a_dirty_page_is_found_by_a_scrub_and_by_nothing_else(
     assert len(jobs) == len(history(ledger)[b"sub/f"])
 
 
-def is_racy(ledger: Ledger) -> bool:
-    return any(ledger.read(lambda c: c.execute(select(FileLocation.racy)).scalars().all()))
+def certain(ledger: Ledger, root: Root) -> None:
+    """Scan until every file is recorded and none may have changed since unnoticed."""
+    racy = select(FileLocation.id).where(FileLocation.racy)
+
+    def is_certain() -> bool:
+        found = scan(ledger, root).versions
+        return not found and ledger.read(lambda c: c.execute(racy).first()) is None
+
+    wait_until(is_certain)
 
 
 def test_a_scrub_goes_on_where_it_was_stopped(
@@ -351,8 +358,7 @@ def test_a_scrub_goes_on_where_it_was_stopped(
     root = add_root(ledger, source)
     for n in range(5):
         put(source / f"f{n}", str(n), OLD)
-    while scan(ledger, root).versions or is_racy(ledger):
-        pass
+    certain(ledger, root)
 
     class Stop(threading.Event):
         reads = 0
@@ -375,8 +381,7 @@ def test_a_scrub_goes_on_where_it_was_stopped(
 def test_bytes_that_keep_moving_are_not_believed(ledger: Ledger, source: Path) -> None:
     root = add_root(ledger, source)
     file = put(source / "f", "a" * 4096)
-    while scan(ledger, root).versions or is_racy(ledger):
-        pass
+    certain(ledger, root)
 
     class Stop(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
