@@ -14,6 +14,15 @@ from casparian_flow.db.access import Ledger, open_ledger
 from tests.disks import in_memory
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`slow_but("one", "two")` marks all cases of a test as slow but those with these ids."""
+    for item in items:
+        for mark in item.iter_markers("slow_but"):
+            if item.name.partition("[")[2].removesuffix("]") not in mark.args:
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_folders(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

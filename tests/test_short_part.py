@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 NAMED = ("3.11", "3.12", "3.13", "3.14")
 
@@ -24,6 +26,7 @@ ROOMS = {
 """What has broken with another Python, or would."""
 
 
+@pytest.mark.slow
 def test_the_short_part_has_what_another_python_would_break() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "@.ci/short"],

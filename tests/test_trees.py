@@ -33,6 +33,7 @@ def fill(folder: Path, mode: int = 0o777, enter: str = "os.chdir(name)", deep: i
     subprocess.run([sys.executable, "-c", code, folder], check=True)
 
 
+@pytest.mark.slow
 def test_folders_of_any_depth(tmp_path: Path) -> None:
     fill(tmp_path / "deep")
     for number in range(2500):
@@ -44,6 +45,7 @@ def test_folders_of_any_depth(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_deep_arms_and_names_of_all_kinds(tmp_path: Path) -> None:
     top = tmp_path / "top"
     for arm in ("one", "two"):

@@ -212,6 +212,7 @@ def test_a_publish_that_widens_the_patterns_of_a_plugin_says_so(
     assert "in this case only" not in casparian.out("publish", again, "--version", "3.0.0")
 
 
+@pytest.mark.slow
 def test_a_topic_goes_where_it_is_sent(casparian: Casparian, source: Path) -> None:
     assert "no plugin is named" in casparian.err("topics", "set", "rows", "a", "b", code=66)
     casparian.run("publish", casparian.plugin("rows", ROWS))

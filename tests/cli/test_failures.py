@@ -49,6 +49,7 @@ def test_a_failure_closes_when_the_file_is_mended(behaves: Casparian, source: Pa
     assert "0 jobs queued" in behaves.out("jobs", "retry", "--failed")
 
 
+@pytest.mark.slow
 def test_a_newer_version_that_fails_too_closes_nothing(behaves: Casparian, source: Path) -> None:
     (source / "a.do").write_text("undeclared")
     behaves.run("scan", "--drain", code=1)
@@ -58,6 +59,7 @@ def test_a_newer_version_that_fails_too_closes_nothing(behaves: Casparian, sourc
     state(behaves, opened=0)
 
 
+@pytest.mark.slow
 def test_another_plugin_mends_nothing(behaves: Casparian, source: Path) -> None:
     other = ROWS.replace("*.txt", "*.do").replace('"lines"', '"more"')
     behaves.run("publish", behaves.plugin("other", other))
@@ -66,6 +68,7 @@ def test_another_plugin_mends_nothing(behaves: Casparian, source: Path) -> None:
     state(behaves, opened=1)
 
 
+@pytest.mark.slow
 def test_a_failure_closes_when_the_version_succeeds_under_another_artifact(
     behaves: Casparian,
 ) -> None:
@@ -77,6 +80,7 @@ def test_a_failure_closes_when_the_version_succeeds_under_another_artifact(
     state(behaves, opened=0)
 
 
+@pytest.mark.slow
 def test_a_new_version_that_fails_where_the_old_one_had_not_is_open_until_it_is_rolled_back(
     behaves: Casparian, source: Path
 ) -> None:
@@ -109,6 +113,7 @@ def test_what_is_deleted_is_gone_unread_until_it_is_dismissed(
     assert [e["action"] for e in behaves.json("audit", "show")].count("dismiss") == 1
 
 
+@pytest.mark.slow
 def test_a_person_may_accept_a_failure_and_a_retry_takes_that_back(behaves: Casparian) -> None:
     (job,) = behaves.json("jobs", "--status", "FAILED")
     other = next(j for j in behaves.json("jobs") if j["status"] == "COMPLETED")
@@ -124,6 +129,7 @@ def test_a_person_may_accept_a_failure_and_a_retry_takes_that_back(behaves: Casp
     state(behaves, opened=1)
 
 
+@pytest.mark.slow
 def test_a_drain_speaks_of_its_own_run(behaves: Casparian, source: Path) -> None:
     (source / "c.do").write_text("fine too")
     done = behaves.run("scan", "--drain")
@@ -137,6 +143,7 @@ def test_a_drain_speaks_of_its_own_run(behaves: Casparian, source: Path) -> None
     behaves.run("scan", "--drain")
 
 
+@pytest.mark.slow
 def test_a_backfill_of_an_older_version_that_fails_is_open(
     casparian: Casparian, source: Path
 ) -> None:
@@ -154,6 +161,7 @@ def test_a_backfill_of_an_older_version_that_fails_is_open(
     state(casparian, opened=1)
 
 
+@pytest.mark.slow
 def test_quiet_says_nothing_when_all_is_well_and_what_is_wrong_else(
     casparian: Casparian, source: Path
 ) -> None:

@@ -115,6 +115,7 @@ def test_what_was_appended_stays_when_a_topic_is_switched_to_replace(
     )
 
 
+@pytest.mark.slow
 def test_a_lost_ledger_does_not_show_again_what_was_retracted_or_replaced(
     replacing: Casparian, source: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_a_lost_ledger_does_not_show_again_what_was_retracted_or_replaced(
 
 
 @pytest.mark.parametrize("at", ["retract.decided", "sqlite.rows_copied"])
+@pytest.mark.slow_but("retract.decided")
 def test_a_crash_between_the_ledger_and_the_sink_is_rolled_forward(
     replacing: Casparian, source: Path, at: str
 ) -> None:

@@ -28,6 +28,7 @@ def replacing(casparian: Casparian, source: Path) -> Casparian:
     return casparian
 
 
+@pytest.mark.slow
 def test_a_history_under_replace_is_the_file_after_every_commit(
     replacing: Casparian, source: Path
 ) -> None:
@@ -54,6 +55,7 @@ def test_a_history_under_replace_is_the_file_after_every_commit(
 
 
 @pytest.mark.parametrize("at", ["parquet.replaced", "parquet.moved"])
+@pytest.mark.slow_but("parquet.replaced")
 def test_a_command_that_dies_is_made_good_by_the_next(
     replacing: Casparian, source: Path, at: str
 ) -> None:
@@ -72,6 +74,7 @@ def test_a_command_that_dies_is_made_good_by_the_next(
     holds(replacing)
 
 
+@pytest.mark.slow
 def test_a_large_output_is_split_asked_verified_and_retracted(
     casparian: Casparian, source: Path
 ) -> None:

@@ -47,6 +47,7 @@ def test_one_row_among_rejects_is_enough(shouts: Casparian, source: Path) -> Non
     assert {job["status"] for job in shouts.json("jobs")} == {"COMPLETED"}
 
 
+@pytest.mark.slow
 def test_a_person_may_allow_that_nothing_but_rejects_comes(shouts: Casparian, source: Path) -> None:
     (source / "bad.txt").write_text("!no\n")
     shouts.run("scan", "--drain", code=1)

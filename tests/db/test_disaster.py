@@ -140,6 +140,7 @@ def test_a_read_only_disk_is_an_error_in_words(disk: Path) -> None:
         get_engine(database)
 
 
+@pytest.mark.slow
 def test_a_migration_killed_at_each_statement_is_done_by_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

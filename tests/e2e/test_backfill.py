@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
 from sqlalchemy import select
 
 from casparian_flow import config, main
@@ -106,6 +107,7 @@ def test_what_has_no_bytes_any_more_and_what_waits_is_counted(tmp_path: Path, so
         assert "1 version with an unfinished job of another version of sees" in said
 
 
+@pytest.mark.slow
 def test_what_was_retracted_is_not_worked_again_before_that_is_undone(
     tmp_path: Path, source: Path
 ) -> None:
@@ -128,6 +130,7 @@ def test_what_was_retracted_is_not_worked_again_before_that_is_undone(
         assert verify(settings, ledger).problems == []
 
 
+@pytest.mark.slow
 def test_a_new_version_says_what_older_ones_have_worked(tmp_path: Path, source: Path) -> None:
     settings = recorded(tmp_path, source)
     cli = Casparian(settings.home)

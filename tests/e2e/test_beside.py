@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+import pytest
 from sqlalchemy import func, select
 
 from casparian_flow.config import Settings
@@ -28,6 +29,7 @@ SCANS = 8
 AT_ONCE = 4
 
 
+@pytest.mark.slow
 def test_scans_from_cron_beside_a_daemon_lose_and_double_nothing(
     ledger: Ledger, settings: Settings, source: Path
 ) -> None:
@@ -56,6 +58,7 @@ def test_a_second_start_says_who_holds_the_database(ledger: Ledger, settings: Se
     assert "casparian start holds" in second.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_while_jobs_run_leaves_nothing_running_and_the_rest_is_finished_later(
     ledger: Ledger, tmp_path: Path, source: Path
 ) -> None:

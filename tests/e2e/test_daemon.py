@@ -99,6 +99,7 @@ def test_every_way_a_plugin_can_fail_is_a_reason_and_the_next_job_runs(
     assert sorted(table["what"].to_pylist()) == ["also fine", "fine"]
 
 
+@pytest.mark.slow
 def test_a_job_that_runs_too_long_is_killed_with_its_reason(
     ledger: Ledger, source: Path, settings: Settings
 ) -> None:
@@ -210,6 +211,7 @@ def test_sentinel_and_worker_as_two_processes(ledger: Ledger, tmp_path: Path, so
     assert {status for status, _ in outcomes(ledger).values()} == {"COMPLETED"}
 
 
+@pytest.mark.slow
 def test_a_killed_worker_process_costs_nothing_but_time(
     ledger: Ledger, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +239,7 @@ def test_a_killed_worker_process_costs_nothing_but_time(
     assert attempts(ledger) == ["LOST", "SUPERSEDED"]
 
 
+@pytest.mark.slow
 def test_a_stop_releases_what_runs_and_the_next_start_finishes_it(
     ledger: Ledger, tmp_path: Path, source: Path
 ) -> None:
@@ -264,6 +267,7 @@ def test_a_stop_releases_what_runs_and_the_next_start_finishes_it(
     assert work_off(settings) == {"COMPLETED": 30, "SUPERSEDED": 1}
 
 
+@pytest.mark.slow
 def test_the_daemon_of_another_database_in_the_folder_leaves_its_guests_alone(
     ledger: Ledger, settings: Settings, source: Path
 ) -> None:

@@ -6,12 +6,15 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 from tests.commands import Casparian
 
 ROOT = Path(__file__).parents[2]
 HASH = r"[0-9a-f]{64}"
 
 
+@pytest.mark.slow
 def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     home = tmp_path / "demo"
     done = Casparian(tmp_path).process("demo", home)

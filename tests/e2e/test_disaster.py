@@ -101,6 +101,7 @@ def doubled(flow: Flow) -> list[str]:
 
 
 @pytest.mark.parametrize("flow", ["sqlite"], indirect=True)
+@pytest.mark.slow
 def test_yesterdays_ledger_over_todays_outputs(flow: Flow, tmp_path: Path) -> None:
     with open_ledger(flow.settings.database) as ledger:
         root = flow.publish(ledger)
@@ -131,6 +132,7 @@ def test_yesterdays_ledger_over_todays_outputs(flow: Flow, tmp_path: Path) -> No
         assert actions.count("adopt") == 1
 
 
+@pytest.mark.slow_but("parquet")
 def test_a_lost_ledger_finds_what_it_had_published(flow: Flow) -> None:
     with open_ledger(flow.settings.database) as ledger:
         root = flow.publish(ledger)
@@ -166,6 +168,7 @@ def test_a_lost_ledger_finds_what_it_had_published(flow: Flow) -> None:
 
 
 @one_sink
+@pytest.mark.slow
 def test_another_artifact_of_the_plugin_does_not_make_it_again(flow: Flow) -> None:
     with open_ledger(flow.settings.database) as ledger:
         flow.work(ledger, flow.publish(ledger), a="a1")
@@ -183,6 +186,7 @@ def test_another_artifact_of_the_plugin_does_not_make_it_again(flow: Flow) -> No
 
 
 @one_sink
+@pytest.mark.slow
 def test_ids_given_before_a_sink_was_known_are_said_and_nothing_is_doubled(
     flow: Flow, tmp_path: Path
 ) -> None:
@@ -207,6 +211,7 @@ def test_ids_given_before_a_sink_was_known_are_said_and_nothing_is_doubled(
 
 
 @one_sink
+@pytest.mark.slow
 def test_a_write_ahead_log_deleted_while_stopped(flow: Flow) -> None:
     """What was committed since the last checkpoint is gone from the ledger, not from the sink."""
     with open_ledger(flow.settings.database) as ledger:

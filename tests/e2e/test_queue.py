@@ -60,6 +60,7 @@ def rows(settings: Settings) -> list[str]:
     return sorted(ds.dataset(settings.home / "output" / "done").to_table()["what"].to_pylist())
 
 
+@pytest.mark.slow
 def test_a_worker_that_was_stopped_past_its_lease_finds_its_job_done_by_another(
     ledger: Ledger, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +135,7 @@ KILLS = BEHAVES.replace(
 )
 
 
+@pytest.mark.slow
 def test_a_job_that_crashes_the_daemon_is_isolated_and_the_others_go_on(
     ledger: Ledger, tmp_path: Path, source: Path
 ) -> None:
@@ -163,6 +165,7 @@ def test_a_job_that_crashes_the_daemon_is_isolated_and_the_others_go_on(
     assert verify(settings, ledger).problems == []
 
 
+@pytest.mark.slow
 def test_random_kills_of_the_daemon_make_no_innocent_job_fail(
     ledger: Ledger, settings: Settings, source: Path
 ) -> None:
@@ -192,6 +195,7 @@ def test_random_kills_of_the_daemon_make_no_innocent_job_fail(
     assert verify(settings, ledger).problems == []
 
 
+@pytest.mark.slow
 def test_no_process_to_be_had_costs_no_attempt(
     ledger: Ledger, settings: Settings, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +240,7 @@ def test_want_of_memory_in_the_host_ends_the_job_and_not_the_daemon(
     assert not list((settings.home / "output" / ".casparian" / "stage").iterdir())
 
 
+@pytest.mark.slow
 def test_a_worker_that_follows_another_sentinel_takes_its_settings(
     ledger: Ledger, tmp_path: Path, source: Path
 ) -> None:

@@ -79,6 +79,7 @@ def sick(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("trouble", [locked, full, read_only], ids=lambda trouble: trouble.__name__)
+@pytest.mark.slow_but("locked")
 def test_of_two_sinks_of_a_topic_the_sick_one_waits_and_catches_up(
     ledger: Ledger,
     settings: Settings,

@@ -117,6 +117,7 @@ def test_a_superseded_job_can_be_retried_once_its_bytes_are_kept(
     assert seen(settings) == WHOLE
 
 
+@pytest.mark.slow
 def test_a_file_rewritten_while_its_versions_are_worked_gives_each_version_once(
     tmp_path: Path, source: Path
 ) -> None:

@@ -102,6 +102,7 @@ def killed_at_each_step(today: Casparian) -> int:
     raise AssertionError("the upgrade has no end")
 
 
+@pytest.mark.slow
 def test_what_the_last_release_left_is_whole_under_todays_code(code: Path, tmp_path: Path) -> None:
     today = initialized(tmp_path / "flow")
     for file in today.folder.glob("casparian_flow.sqlite3*"):

@@ -87,6 +87,7 @@ def test_a_file_that_is_cut_while_its_plugin_reads_it_in_place_gives_nothing(
         ("sqlite:///out.sqlite3", "sqlite.committed"),
     ],
 )
+@pytest.mark.slow_but("sqlite:///out.sqlite3-sqlite.committed")
 def test_of_a_plugin_that_gives_other_rows_each_time_the_decided_attempt_stays(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, uri: str, at: str
 ) -> None:
@@ -151,6 +152,7 @@ def test_a_sentinel_alone_says_what_the_disk_refused(tmp_path: Path, source: Pat
     assert "Traceback" not in words
 
 
+@pytest.mark.slow
 def test_a_daemon_goes_on_when_nobody_reads_what_it_says(
     ledger: Ledger, settings: Settings, source: Path
 ) -> None:

@@ -52,6 +52,7 @@ def test_a_paused_sink_is_tried_again_though_nothing_is_owed_to_it_any_more(
     play(settings, story)
 
 
+@pytest.mark.slow
 def test_a_late_receipt_whose_file_cannot_be_removed_does_no_harm(
     ledger: Ledger, settings: Settings, tmp_path: Path
 ) -> None:

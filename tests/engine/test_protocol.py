@@ -47,6 +47,7 @@ def records(kind: typing.Any) -> st.SearchStrategy[typing.Any]:
 
 
 @given(message=st.one_of([records(kind) for kind in MESSAGES]))
+@pytest.mark.slow
 def test_round_trip(message: protocol.AnyMessage) -> None:
     assert protocol.decode(protocol.encode(message)) == message
 

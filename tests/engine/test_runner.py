@@ -172,6 +172,7 @@ STEPS: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize(("step", "fault"), [*zip(STEPS, cycle(FAULTS), strict=False)])
+@pytest.mark.slow_but("load-fault1", "wait for it-fault2", "the sink-fault18", "sealing-fault21")
 def test_no_exception_of_any_step_leaves_the_attempt(
     runner: Make, tmp_path: Path, default_lock: str, step: str, fault: Exception
 ) -> None:

@@ -93,6 +93,7 @@ def bomb(folder: Path, name: str, megabytes: int, files: int = 1) -> str:
 
 
 @pytest.mark.parametrize("files", [1, 64])
+@pytest.mark.slow_but("1")
 def test_a_wheel_that_unpacks_to_too_much_is_no_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path, files: int
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_wheel_that_unpacks_to_too_much_is_no_environment(
     store.lease(small).release()
 
 
+@pytest.mark.slow
 def test_uv_is_stopped_while_it_unpacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
 ) -> None:
@@ -123,6 +125,7 @@ def test_uv_is_stopped_while_it_unpacks(
     assert unpacked < 1 << 30
 
 
+@pytest.mark.slow
 def test_uv_runs_no_program_that_files_beside_a_plugin_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -300,6 +300,7 @@ def test_a_deep_folder_that_a_guest_leaves_goes_with_it(
     assert list((tmp_path / "guests").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_deep_folder_does_not_end_the_next_start(
     ledger: Ledger, settings: Settings, source: Path
 ) -> None:

@@ -40,6 +40,7 @@ def test_a_spinner_uses_up_its_processor_time(start: Start, first: str) -> None:
     assert not guest.alive
 
 
+@pytest.mark.slow
 def test_each_job_has_its_own_processor_time(start: Start) -> None:
     body = """
     import time
@@ -81,6 +82,7 @@ def test_a_flood_of_valid_batches_ends_at_the_output_limit(start: Start) -> None
     assert not guest.alive
 
 
+@pytest.mark.slow
 def test_memory_ends_at_the_lower_of_both_limits(start: Start) -> None:
     body = "kept = [bytearray(64 << 20) for _ in range(100)]"
     for wants, limit in ((1 << 30, 4 << 30), (8 << 30, 1 << 30)):

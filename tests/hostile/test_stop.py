@@ -56,6 +56,7 @@ def persisting(tmp_path: Path) -> Settings:
     "patch",
     ["Stage.write = hang", "Stage.write = spin", "sinks.seal = hang", "runner.bundle = hang"],
 )
+@pytest.mark.slow_but("Stage.write = hang")
 def test_sigterm_ends_a_daemon_whose_worker_hangs_and_no_job_is_lost(
     ledger: Ledger, tmp_path: Path, source: Path, patch: str
 ) -> None:

@@ -484,6 +484,7 @@ def test_noise_is_rejected_line_by_line(access_log: Run, tmp_path: Path) -> None
     assert out["access_log"].column("line").to_pylist() == [1, len(noise) + 2]
 
 
+@pytest.mark.slow
 def test_no_line_takes_more_than_one_pass(access_log: Run, tmp_path: Path) -> None:
     """Each would take hours if its time grew with the square of its length."""
     size = load("access_log").LINE_LIMIT - 200

@@ -104,6 +104,7 @@ def test_gzip(delimited: Run, tmp_path: Path) -> None:
         delimited(file)
 
 
+@pytest.mark.slow
 def test_the_first_accent_may_come_late(delimited: Run, tmp_path: Path) -> None:
     file = tmp_path / "long.csv"
     file.write_bytes(b"id,name\n" + b"1,plain\n" * 100_000 + "2,Müller\n3,Größe\n".encode("cp1252"))
@@ -404,6 +405,7 @@ def test_every_usual_delimiter(delimiter: str, name: str, delimited: Run, tmp_pa
     assert [list(row.values()) for row in out["delimited"].to_pylist()] == table[1:]
 
 
+@pytest.mark.slow
 def test_the_whole_file_says_which_delimiter(delimited: Run, tmp_path: Path) -> None:
     """Commas fit for 300 KB, and then no more."""
     file = tmp_path / "long.csv"
@@ -604,6 +606,7 @@ def reads(delimited: Run, shared_files: Path) -> dict[Path, Read]:
     return made
 
 
+@pytest.mark.slow
 def test_real_files_end_in_rows_or_in_a_reason(reads: dict[Path, Read], shared_files: Path) -> None:
     """A refusal names what to type, or what the file is instead."""
     failed = {file: read.reason for file, read in reads.items() if read.reason}
@@ -639,6 +642,7 @@ NOT_AS_CSV_READS = {
 }
 
 
+@pytest.mark.slow
 def test_well_formed_real_files_are_read_cell_by_cell(
     reads: dict[Path, Read], shared_files: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_sheets_are_united(excel_sheets: Run, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_random_workbooks(excel_sheets: Run, tmp_path: Path) -> None:
     seed = random.randrange(10**9)
     print(f"seed {seed}")
@@ -627,6 +628,7 @@ def test_a_repeated_row_of_an_ods_that_fills_the_memory_is_refused(
         excel_sheets(ods(tmp_path / "book.ods", rows))
 
 
+@pytest.mark.slow
 def test_a_workbook_that_unpacks_to_too_much_is_refused(excel_sheets: Run, tmp_path: Path) -> None:
     file = hand_made(tmp_path / "book.xlsx", HEAD + " " * (300 << 20))
     with pytest.raises(ValueError, match="or made to fill the memory"):
@@ -781,6 +783,7 @@ def other_reader(file: Path) -> dict[tuple[str, int, int], Any]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.slow
 def test_real_workbooks_as_other_readers_read_them(
     shared_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,7 @@ def test_gaps_between_whole_chunks_are_told(
     assert "no records 327 to 444" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_random_damage(windows_events: Run, tmp_path: Path, log: bytes) -> None:
     """Rows and the records that rejects name are as many as the log had."""
     seed = random.randrange(10**9)

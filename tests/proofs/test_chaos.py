@@ -46,6 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, private_folders: Path) -> It
             disks.unmount(place.parquet.parent)
 
 
+@pytest.mark.slow
 def test_a_few_faults_and_kills_do_no_harm_and_are_all_kept(place: Place) -> None:
     tally = Tally(place.folder, aloud=False)
     assert not tally.violations, tally.found()

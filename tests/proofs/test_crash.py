@@ -69,6 +69,7 @@ def test_every_crash_point_has_a_name_of_its_own() -> None:
     assert set(documented()) <= set(names)
 
 
+@pytest.mark.slow
 def test_a_clean_run_comes_to_every_documented_crash_point(recorded: Stage) -> None:
     assert set(documented()) - {point.name for point in recorded[1]} == RARE
 
@@ -165,6 +166,7 @@ def test_the_environment_arms_a_command(casparian: Casparian, source: Path) -> N
 
 
 @pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.slow_but("sqlite.replaced")
 def test_what_was_killed_goes_on(recorded: Stage, name: str) -> None:
     matrix, points = recorded
     point = next(p for p in points if p.name == name and p.act == "second")

@@ -15,6 +15,7 @@ def tell(tally: edits.Tally) -> None:
 
 
 @pytest.mark.parametrize("kind", ["as it comes", *bench.FILESYSTEMS])
+@pytest.mark.slow_but("as it comes")
 def test_no_edit_is_missed_after_settling_and_none_after_a_scrub(kind: str, tmp_path: Path) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
@@ -42,6 +43,7 @@ def test_no_edit_is_missed_after_settling_and_none_after_a_scrub(kind: str, tmp_
     [((0.05, 0.7), ""), ((1.2, 1.6), ""), ((1.2, 1.6), "{name}.done")],
     ids=["short pauses", "long pauses", "long pauses and done files"],
 )
+@pytest.mark.slow_but("short pauses")
 def test_no_version_has_bytes_that_were_never_at_rest(
     tmp_path: Path, pauses: tuple[float, float], done_file: str
 ) -> None:

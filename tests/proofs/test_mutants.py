@@ -33,6 +33,7 @@ def test_a_mutant_applies_and_names_tests_that_are_there(mutant: Mutant, tmp_pat
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.slow
 def test_a_quick_mutant_is_caught(name: str) -> None:
     (mutant,) = (mutant for mutant in MUTANTS if mutant.name == name)
     by, said = caught(mutant)

@@ -13,6 +13,7 @@ from tests.sinks.parquet_acts import small_groups
 SEED = 11
 
 
+@pytest.mark.slow
 def test_a_reader_sees_whole_outputs_in_every_mode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,11 +22,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_the_first_commits_one_by_one(tmp_path: Path) -> None:
     figures = replay(tmp_path, "sp500", Way(commits=50))
     assert figures["versions"] == figures["COMPLETED"]
 
 
+@pytest.mark.slow
 def test_identical_rewrites_give_no_version(tmp_path: Path) -> None:
     replay(tmp_path, "countries", Way(commits=25))
 
@@ -35,6 +37,7 @@ def test_a_flood(tmp_path: Path) -> None:
     replay(tmp_path, "sp500", Way(flood=True))
 
 
+@pytest.mark.slow
 def test_tables_equal_the_files_in_every_mode_with_kills_in_between(tmp_path: Path) -> None:
     way = Way(10, False, ["replace", "append"], kills=2, seed=KILLS_SEED)
     figures = replay(tmp_path, "sp500", way)

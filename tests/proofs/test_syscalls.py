@@ -33,5 +33,6 @@ def said(request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_nothing_is_lost(said: dict[str, str], name: str) -> None:
     assert said[name] == "holds"

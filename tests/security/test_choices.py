@@ -137,6 +137,7 @@ def values_of(source: bytes) -> tuple[list[str], dict[str, str]]:
 
 @settings(suppress_health_check=[HealthCheck.too_slow])  # whole manifests are many draws
 @given(st.data())
+@pytest.mark.slow
 def test_what_was_chosen_reads_back_and_nothing_else_changes(data: st.DataObject) -> None:
     fields, source = data.draw(calls())
     before = read_manifest(source, "p.py")

@@ -71,6 +71,7 @@ def test_no_attack_is_found_where_there_is_none() -> None:
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.slow
 def test_every_attack_does_harm_where_nothing_stops_it(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("hunter2")
@@ -315,6 +316,7 @@ def test_a_files_name_that_is_not_unicode() -> None:
 
 @hypothesis_settings(max_examples=10, deadline=None)
 @given(st.text() | st.text("()[]{}'\"\\:\n x=.@"))
+@pytest.mark.slow
 def test_any_text_is_answered(text: str) -> None:
     source = text.encode("utf-8", "surrogatepass")
     try:

@@ -249,6 +249,7 @@ with open_ledger(settings.database) as ledger:
 """
 
 
+@pytest.mark.slow
 def test_of_two_who_publish_one_version_at_once_exactly_one_wins(
     ledger: Ledger, settings: Settings, keys: Path
 ) -> None:
@@ -315,6 +316,7 @@ for write in range(1, 40):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_publish_leaves_nothing_half_deployed(
     ledger: Ledger, settings: Settings, keys: Path
 ) -> None:

@@ -42,6 +42,7 @@ def problems(settings: Settings) -> list[str]:
         return verify(settings, ledger).problems
 
 
+@pytest.mark.slow
 def test_a_backup_taken_under_load_is_accepted_by_verify_and_goes_on(
     settings: Settings, source: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_full_disk_keeps_the_backup_that_is_there(
 
 
 @pytest.mark.parametrize("place", ["backup.copied", "backup.durable"])
+@pytest.mark.slow_but("backup.durable")
 def test_killed_before_it_has_its_name_leaves_none(tmp_path: Path, place: str) -> None:
     settings = write_config(tmp_path / "flow")
     code = (

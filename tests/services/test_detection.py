@@ -175,6 +175,7 @@ def crowd(source: Path, count: int) -> None:
         put(source / f"d{n % 5}/f{n}", str(n))
 
 
+@pytest.mark.slow
 def test_many_files_that_vanish_at_once_are_held_until_somebody_says_so(
     ledger: Ledger, source: Path
 ) -> None:

@@ -156,6 +156,7 @@ def test_bytes_of_a_revoked_key_are_not_taken_for_published_again(
     assert "--version 2.0.1" in refused.value.hint
 
 
+@pytest.mark.slow
 def test_a_key_that_is_trusted_with_less_takes_its_versions_out_of_the_way(
     here: Ledger, settings: Settings, folder: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_rotation_interrupted_before_the_files_is_finished(
     assert len(standing(here, folder)) == 2
 
 
+@pytest.mark.slow
 def test_a_key_of_several_ledgers_is_rotated_in_each(
     here: Ledger, settings: Settings, folder: Path, tmp_path: Path
 ) -> None:

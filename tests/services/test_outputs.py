@@ -42,6 +42,7 @@ def take_away(flow: Flow, target: str) -> None:
         Path(target).unlink()
 
 
+@pytest.mark.slow_but("sqlite")
 def test_a_deleted_output_is_missing_then_forgotten_then_made_again_once(flow: Flow) -> None:
     with open_ledger(flow.settings.database) as ledger:
         root = flow.publish(ledger)
@@ -71,6 +72,7 @@ def test_a_deleted_output_is_missing_then_forgotten_then_made_again_once(flow: F
         assert ledger.read(jobs.counts) == {"COMPLETED": 2}
 
 
+@pytest.mark.slow_but("sqlite")
 def test_a_path_from_the_current_directory_names_an_output_that_is_gone(
     flow: Flow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +86,7 @@ def test_a_path_from_the_current_directory_names_an_output_that_is_gone(
 
 
 @pytest.mark.parametrize("flow", ["parquet"], indirect=True)
+@pytest.mark.slow
 def test_an_altered_file_is_named_and_never_overwritten(flow: Flow) -> None:
     with open_ledger(flow.settings.database) as ledger:
         flow.work(ledger, flow.publish(ledger), a="a1")
@@ -98,6 +101,7 @@ def test_an_altered_file_is_named_and_never_overwritten(flow: Flow) -> None:
             outputs.forget(ledger, "7")
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_enough_to_make_an_output_again(tmp_path: Path, source: Path) -> None:
     flow = Flow(write_config(tmp_path / "flow", COPY), source, ROWS)
     with open_ledger(flow.settings.database) as ledger:

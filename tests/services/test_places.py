@@ -184,6 +184,7 @@ def test_what_the_manifest_says_is_what_is_configured(
         assert plugins.manifest_of(plugin.manifest).sinks_of("lines") == said
 
 
+@pytest.mark.slow
 def test_a_new_version_that_names_other_sinks_says_that_its_topics_stay(
     tmp_path: Path, settings: Settings
 ) -> None:
@@ -211,6 +212,7 @@ def test_a_new_version_that_names_other_sinks_says_that_its_topics_stay(
         assert "topics set" not in deployed(saying([uri]), "1.0.4")
 
 
+@pytest.mark.slow
 def test_what_people_write_into_the_table_works(
     ledger: Ledger, settings: Settings, source: Path
 ) -> None:
@@ -245,6 +247,7 @@ def test_what_people_write_into_the_table_works(
             assert said in failed.reason
 
 
+@pytest.mark.slow
 def test_a_person_is_told_what_stays(ledger: Ledger, settings: Settings, source: Path) -> None:
     root = add_root(ledger, source)
     publish(ledger, settings, "rows", ROWS, "1.0.0")

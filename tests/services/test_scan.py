@@ -251,6 +251,7 @@ def test_files_that_an_upgrade_passes_over_keep_their_versions(
     assert {row["problem"] for row in rows} == {versions.PASSED_OVER}
 
 
+@pytest.mark.slow
 def test_our_own_outputs_are_never_our_input(ledger: Ledger, source: Path) -> None:
     root = add_root(ledger, source)
     put(source / "out/sales/part.parquet", "ours")
@@ -498,6 +499,7 @@ def test_a_script_with_a_session_scans(settings: Settings, source: Path) -> None
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_scans_at_once_record_everything_once(settings: Settings, source: Path) -> None:
     code = (
         "import sys\n"
@@ -532,6 +534,7 @@ EDIT = st.tuples(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(edits=st.lists(st.lists(EDIT, max_size=4), max_size=6))
+@pytest.mark.slow
 def test_any_history_is_recorded_content_by_content(
     tmp_path_factory: pytest.TempPathFactory, edits: list[list[tuple[str, str, int]]]
 ) -> None:

@@ -272,6 +272,7 @@ POINTS = re.findall(r'crashpoint\("(.+?)"\)', Path(snapshots.__file__).read_text
 
 
 @pytest.mark.parametrize("point", POINTS)
+@pytest.mark.slow_but("snapshot.fsynced", "snapshot.claimed")
 def test_killed_at_any_point_the_next_scan_finds_all_and_no_version_claims_what_is_not_there(
     tmp_path: Path, source: Path, point: str
 ) -> None:
@@ -296,6 +297,7 @@ def test_killed_at_any_point_the_next_scan_finds_all_and_no_version_claims_what_
         assert sorted(versions) == sorted(set(versions)) and len(versions) == 8
 
 
+@pytest.mark.slow
 def test_scans_that_store_the_same_contents_at_once_store_them_once(
     settings: Settings, ledger: Ledger, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_folders_beyond_the_longest_path_are_not_blamed_on_a_limit(
 
 
 @pytest.mark.usefixtures("grow")
+@pytest.mark.slow
 def test_more_levels_than_watchdog_can_walk_end_no_daemon(ledger: Ledger, source: Path) -> None:
     deepen(source, "d", 1500)
     watcher = Watcher(add_root(ledger, source), Hints())

@@ -168,6 +168,7 @@ def test_what_the_kernels_limits_leave_unwatched_is_noticed(source: Path) -> Non
     assert refused.startswith("False|degraded: it cannot be watched")
 
 
+@pytest.mark.slow
 def test_files_made_while_the_daemon_is_stopped_are_found_and_counted(tmp_path: Path) -> None:
     """Six thousand files are more events than the kernel keeps by default: 16,384."""
     tally = missed.run(tmp_path, 6000)

@@ -130,6 +130,7 @@ def test_one_key_twice_in_one_call(place: Place) -> None:
     assert len(place.rows()) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_that_race_publish_once(place: Place) -> None:
     rounds = 5
     for number in range(rounds):
@@ -148,6 +149,7 @@ def test_two_processes_that_race_publish_once(place: Place) -> None:
     assert sorted(row["id"] for row in place.rows()) == sorted([*range(rounds)] * 50)
 
 
+@pytest.mark.slow_but("parquet")
 def test_a_publisher_that_is_killed_leaves_the_rows_once(place: Place) -> None:
     """Killed at a moment nobody chose, then published again, as after any crash."""
     outputs = [place.sealed({"id": [*range(40_000)]}, job, attempt=f"{job}") for job in (1, 2, 3)]
@@ -164,6 +166,7 @@ def test_a_publisher_that_is_killed_leaves_the_rows_once(place: Place) -> None:
     assert place.check(claims(outputs, found)) == []
 
 
+@pytest.mark.slow_but("parquet")
 def test_readers_see_whole_outputs_only(place: Place) -> None:
     size, stop = 3000, threading.Event()
     seen: list[int] = []
@@ -364,6 +367,7 @@ except SinkUnavailable as refused:
 
 
 @pytest.mark.of_a_folder
+@pytest.mark.slow_but("parquet")
 def test_a_folder_without_the_right_to_write(place: Place) -> None:
     command = [sys.executable, "-c", STAGER, place.scheme, str(place.home)]
     if os.geteuid() == 0:  # it may write everywhere, until it gives that right up
@@ -543,6 +547,7 @@ def test_replace_leaves_alone_what_was_appended(modes: Place) -> None:
     assert ids(modes) == [1, 3]
 
 
+@pytest.mark.slow_but("parquet", "sqlite")
 def test_readers_see_one_version_or_the_other(modes: Place) -> None:
     size, versions = 500, 20
     published(*modes.publish(replacing(modes, 1, 1, [1] * size)))

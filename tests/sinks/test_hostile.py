@@ -95,6 +95,7 @@ def test_names_inside_of_a_struct(place: Place) -> None:
         assert row["deep"] == value
 
 
+@pytest.mark.slow_but("sqlite", "mssql")
 def test_three_thousand_columns(place: Place) -> None:
     columns = {f"c{number}": [number] for number in range(3000)}
     if place.scheme == "sqlite":
@@ -139,6 +140,7 @@ def nulls_in_one_cell(rows: int, number: int) -> pa.RecordBatch:
     return pa.record_batch([pa.ListArray.from_arrays(offsets, items)], ["cells"])
 
 
+@pytest.mark.slow_but("sqlite", "mssql")
 def test_a_cell_of_millions_of_nulls_is_no_json(place: Place) -> None:
     batch = nulls_in_one_cell(1, columns.CELL_VALUES // 2)
     if place.scheme == "parquet":

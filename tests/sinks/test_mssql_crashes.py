@@ -146,6 +146,7 @@ def test_every_crash_point_is_tried() -> None:
 
 
 @pytest.mark.parametrize("at", PUBLISHING)
+@pytest.mark.slow_but("committed", "batch_sent")
 def test_the_first_output(scene: Scene, at: str) -> None:
     output = scene.sealed(1, "append")
     scene.die(at, "publish", output)
@@ -159,6 +160,7 @@ def test_the_first_output(scene: Scene, at: str) -> None:
 
 
 @pytest.mark.parametrize("at", REPLACING)
+@pytest.mark.slow_but("stage_made")
 def test_one_that_replaces(scene: Scene, at: str) -> None:
     scene.publish(scene.sealed(1, "replace"))
     output = scene.sealed(2, "replace")
@@ -172,6 +174,7 @@ def test_one_that_replaces(scene: Scene, at: str) -> None:
 
 @pytest.mark.parametrize("at", CHANGING)
 @pytest.mark.parametrize("what", ["retract", "reinstate", "withdraw"])
+@pytest.mark.slow_but("retract-changed")
 def test_a_change(scene: Scene, what: str, at: str) -> None:
     output = scene.sealed(1, "append")
     told = claim(output, scene.publish(output))
@@ -184,6 +187,7 @@ def test_a_change(scene: Scene, what: str, at: str) -> None:
     assert scene.seen() == ([1, 1, 1] if what == "reinstate" else [])
 
 
+@pytest.mark.slow
 def test_stage_tables_of_the_dead_are_dropped(scene: Scene) -> None:
     """But not those that are owed, or that somebody uses."""
     for version in (1, 2):

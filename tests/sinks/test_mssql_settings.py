@@ -152,6 +152,7 @@ def test_without_the_driver_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     assert refused.value.hint == "pip install 'casparian-flow[mssql]'"
 
 
+@pytest.mark.slow
 def test_a_worker_needs_no_driver_and_no_secret(tmp_path: Path) -> None:
     """It stages beside the ledger, and looks at the columns."""
     code = (

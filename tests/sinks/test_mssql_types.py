@@ -240,6 +240,7 @@ def test_more_columns_than_a_table_has() -> None:
 
 
 @given(samples())
+@pytest.mark.slow
 def test_columns_of_any_type_are_kept_or_refused_by_name(sample: Sample) -> None:
     for batch in sample.batches():
         for field, values in zip(batch.schema, batch.columns, strict=True):

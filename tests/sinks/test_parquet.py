@@ -84,6 +84,7 @@ def test_wide_rows_are_written_before_they_fill_the_memory(parquet: Place) -> No
 
 @settings(max_examples=80, deadline=None)
 @given(sample=samples())
+@pytest.mark.slow
 def test_any_table_comes_back_as_it_was(sample: Sample) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Place("parquet", Path(folder))

@@ -133,6 +133,7 @@ class Slots(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("scheme", MODES_KNOWN)
+@pytest.mark.slow
 def test_a_slot_is_what_the_model_says(scheme: str) -> None:
     machine = type(f"Slots_{scheme}", (Slots,), {"scheme": scheme})
     run_state_machine_as_test(

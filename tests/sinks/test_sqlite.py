@@ -78,6 +78,7 @@ def column(place: Place, name: str) -> list[Any]:
 
 @settings(max_examples=80, deadline=None)
 @given(sample=samples())
+@pytest.mark.slow
 def test_any_value_is_stored_as_documented(sample: Sample) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Place("sqlite", Path(folder))
@@ -418,6 +419,7 @@ def test_the_outputs_of_a_job_appear_together_and_are_refused_together(sqlite: P
     assert Path(refused_job[0].stage).exists()
 
 
+@pytest.mark.slow
 def test_no_reader_sees_one_topic_of_a_job_without_the_other(sqlite: Place) -> None:
     stop, seen = threading.Event(), set[int]()
 

@@ -86,6 +86,7 @@ def publish(place: Place, *outputs: StagedOutput) -> list[Claim]:
     ]
 
 
+@pytest.mark.slow
 def test_an_append_that_is_killed(home: Path) -> None:
     """Two topics of one job, and another job, into a database that is not there yet."""
     outputs: list[StagedOutput] = []
@@ -129,6 +130,7 @@ def test_a_replacement_that_is_killed(home: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["append", "replace"])
 @pytest.mark.parametrize("verb", ["retract", "reinstate"])
+@pytest.mark.slow_but("retract-append", "reinstate-replace")
 def test_a_retraction_that_is_killed(home: Path, verb: str, mode: str) -> None:
     """Beside another job's rows, which stay as they are."""
     made: list[Claim] = []

@@ -14,6 +14,7 @@ from tests.sinks.arrow_types import row, rows
 from tests.sinks.stages import Place
 
 
+@pytest.mark.slow
 def test_the_page_says_what_the_sinks_do() -> None:
     command = "python -m tests.sinks.write_types"
     assert write_types.page() == write_types.PAGE.read_text("utf-8"), f"run {command}"
