@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import pyarrow as pa
 
 from casparian_flow.engine import sinks
@@ -14,7 +13,7 @@ from casparian_flow.engine.sinks import parts
 from casparian_flow.engine.sinks.base import Claim
 from casparian_flow.protocol import Published, StagedOutput
 from tests.sinks import forks
-from tests.sinks.stages import TOPIC, Place, claims
+from tests.sinks.stages import TOPIC, Place
 
 GROUP_ROWS = 2
 """Rows of a row group while acts are tried: a few rows make several parts."""
@@ -66,7 +65,7 @@ class Replace(Story):
     def prepare(self, place: Place) -> None:
         late = staged(place, 3, 2, 1, mode="replace", ordinal=2)
         newer = staged(place, 2, 5, 1, mode="replace", ordinal=3)
-        self.claims.append(claim(place, staged(place, 1, 2, 0.5, mode="replace")))
+        self.claims.extend(place.show(staged(place, 1, 2, 0.5, mode="replace")))
         self.outputs += [newer, late]
         self.jobs_between = ({1}, {2})
 
@@ -75,7 +74,7 @@ class ReplaceRetracted(Story):
     """A newer version takes the place of one that is hidden."""
 
     def prepare(self, place: Place) -> None:
-        self.claims.append(claim(place, staged(place, 1, 2, 1, mode="replace")))
+        self.claims.extend(place.show(staged(place, 1, 2, 1, mode="replace")))
         place.sink.retract(self.claims[0])
         self.outputs.append(staged(place, 2, 2, 1, mode="replace", ordinal=2))
         self.jobs_between = (set(), {2})
@@ -88,8 +87,8 @@ class Retract(Story):
     mode: str = "append"
 
     def prepare(self, place: Place) -> None:
-        self.claims.append(claim(place, staged(place, 1, 5, 1, mode=self.mode)))
-        self.claims.append(claim(place, staged(place, 2, 2, 1)))
+        self.claims.extend(place.show(staged(place, 1, 5, 1, mode=self.mode)))
+        self.claims.extend(place.show(staged(place, 2, 2, 1)))
         self.jobs_between = ({2}, {1, 2})
 
     def act(self, place: Place) -> None:
@@ -130,12 +129,6 @@ def staged(place: Place, job: int, rows: int, first: Any, **named: Any) -> Stage
 def show(place: Place, *outputs: StagedOutput) -> None:
     found = place.publish(*outputs)
     assert all(isinstance(each, Published) for each in found), found
-
-
-def claim(place: Place, output: StagedOutput) -> Claim:
-    """Publish an output; what the ledger would claim of it."""
-    (made,) = claims([output], place.publish(output))
-    return msgspec.structs.replace(made, job_id=output.job_id)
 
 
 def seen(place: Place) -> dict[str, Any]:

@@ -88,8 +88,17 @@ class Place:
             stage.discard()
             raise
 
+    def replacing(self, job: int, ordinal: int, columns: Any = None, **named: Any) -> StagedOutput:
+        """A sealed output in mode replace; its only row has the job as `id`, unless told other."""
+        named = {"mode": "replace", "attempt": f"a{job}", **named}
+        return self.sealed(columns or {"id": [job]}, job, ordinal=ordinal, **named)
+
     def publish(self, *outputs: StagedOutput) -> list[Published | JobError]:
         return self.sink.publish(outputs)
+
+    def show(self, *outputs: StagedOutput) -> list[Claim]:
+        """Publish outputs that are taken; what the ledger would claim of them."""
+        return claims(outputs, self.publish(*outputs))
 
     def rows(self, topic: str = TOPIC) -> list[dict[str, Any]]:
         """Every visible row of a topic; none where the topic is not there."""
@@ -122,15 +131,15 @@ class Place:
 
 
 def claims(outputs: Sequence[StagedOutput], found: Sequence[Published | JobError]) -> list[Claim]:
-    """What the ledger would claim of these published outputs, made by `Place.sealed`."""
+    """What the ledger would claim of these outputs, which were published."""
     made = []
-    for job, (output, seen) in enumerate(zip(outputs, found, strict=True), start=1):
-        assert isinstance(seen, Published)
+    for output, seen in zip(outputs, found, strict=True):
+        assert isinstance(seen, Published), seen
         made.append(
             Claim(
                 topic=output.topic,
                 output_key=output.output_key,
-                job_id=job,
+                job_id=output.job_id,
                 target=seen.target,
                 rows=seen.rows,
                 digest=seen.digest,

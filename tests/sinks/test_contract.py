@@ -471,13 +471,6 @@ def ids(place: Place, topic: str = TOPIC) -> list[Any]:
     return sorted(row["id"] for row in place.rows(topic))
 
 
-def replacing(
-    place: Place, job: int, ordinal: int, values: list[int], **named: Any
-) -> StagedOutput:
-    named = {"mode": "replace", "attempt": f"a{job}", **named}
-    return place.sealed({"id": values}, job, ordinal=ordinal, **named)
-
-
 def empty(place: Place, job: int, ordinal: int) -> StagedOutput:
     """What a Worker stages where a plugin published nothing to a topic in mode replace."""
     stage = place.stage(job, attempt=f"a{job}", mode="replace", ordinal=ordinal)
@@ -485,24 +478,22 @@ def empty(place: Place, job: int, ordinal: int) -> StagedOutput:
     return sinks.seal([stage])[0]
 
 
-def claim(output: StagedOutput, seen: Published | JobError) -> Claim:
-    (made,) = claims([output], [seen])
-    return msgspec.structs.replace(made, job_id=output.job_id)
-
-
 def test_a_newer_version_takes_the_place_of_an_older_one(modes: Place) -> None:
-    first, other = replacing(modes, 1, 1, [1, 2]), replacing(modes, 2, 1, [7], slot="other")
+    first, other = (
+        modes.replacing(1, 1, {"id": [1, 2]}),
+        modes.replacing(2, 1, {"id": [7]}, slot="other"),
+    )
     modes.publish(first, other)
     assert ids(modes) == [1, 2, 7]
-    second = replacing(modes, 3, 2, [3])
+    second = modes.replacing(3, 2, {"id": [3]})
     (seen,) = modes.publish(second)
     assert ids(modes) == [3, 7]
-    assert modes.sink.check([claim(second, seen)]) == []
+    assert modes.sink.check(claims([second], [seen])) == []
     assert modes.staged_files() == []
 
 
 def test_an_older_version_that_comes_late_shows_no_rows(modes: Place) -> None:
-    late, newer = replacing(modes, 1, 1, [1]), replacing(modes, 2, 2, [2])
+    late, newer = modes.replacing(1, 1, {"id": [1]}), modes.replacing(2, 2, {"id": [2]})
     for output in (newer, late):
         published(*modes.publish(output))
     assert ids(modes) == [2]
@@ -514,20 +505,20 @@ def test_an_older_version_that_comes_late_shows_no_rows(modes: Place) -> None:
 def test_of_one_version_the_later_job_has_the_place(modes: Place) -> None:
     """Another version of the plugin has worked it again."""
     for job in (2, 3, 1):
-        published(*modes.publish(replacing(modes, job, 1, [job])))
+        published(*modes.publish(modes.replacing(job, 1, {"id": [job]})))
     assert ids(modes) == [3]
 
 
 def test_a_version_that_gives_nothing_takes_the_rows_away(modes: Place) -> None:
-    published(*modes.publish(replacing(modes, 1, 1, [1])))
+    published(*modes.publish(modes.replacing(1, 1, {"id": [1]})))
     output = empty(modes, 2, 2)
     (seen,) = modes.publish(output)
     assert published(seen).rows == 0
     assert ids(modes) == []
-    assert modes.sink.check([claim(output, seen)]) == []
-    published(*modes.publish(replacing(modes, 1, 1, [1], key="late")))
+    assert modes.sink.check(claims([output], [seen])) == []
+    published(*modes.publish(modes.replacing(1, 1, {"id": [1]}, key="late")))
     assert ids(modes) == []
-    published(*modes.publish(replacing(modes, 3, 3, [3])))
+    published(*modes.publish(modes.replacing(3, 3, {"id": [3]})))
     assert ids(modes) == [3]
 
 
@@ -535,22 +526,22 @@ def test_a_topic_that_begins_with_nothing(modes: Place) -> None:
     output = empty(modes, 1, 1)
     (seen,) = modes.publish(output)
     assert modes.rows() == []
-    assert modes.sink.check([claim(output, seen)]) == []
-    published(*modes.publish(replacing(modes, 2, 2, [2])))
+    assert modes.sink.check(claims([output], [seen])) == []
+    published(*modes.publish(modes.replacing(2, 2, {"id": [2]})))
     assert ids(modes) == [2]
 
 
 def test_replace_leaves_alone_what_was_appended(modes: Place) -> None:
     published(*modes.publish(modes.sealed({"id": [1]}, job=1)))
-    published(*modes.publish(replacing(modes, 2, 2, [2])))
-    published(*modes.publish(replacing(modes, 3, 3, [3])))
+    published(*modes.publish(modes.replacing(2, 2, {"id": [2]})))
+    published(*modes.publish(modes.replacing(3, 3, {"id": [3]})))
     assert ids(modes) == [1, 3]
 
 
 @pytest.mark.slow_but("parquet", "sqlite")
 def test_readers_see_one_version_or_the_other(modes: Place) -> None:
     size, versions = 500, 20
-    published(*modes.publish(replacing(modes, 1, 1, [1] * size)))
+    published(*modes.publish(modes.replacing(1, 1, {"id": [1] * size})))
     stop, seen = threading.Event(), set[tuple[int, ...]]()
 
     def poll() -> None:
@@ -562,7 +553,7 @@ def test_readers_see_one_version_or_the_other(modes: Place) -> None:
     reader.start()
     try:
         for version in range(2, versions + 1):
-            published(*modes.publish(replacing(modes, version, version, [version] * size)))
+            published(*modes.publish(modes.replacing(version, version, {"id": [version] * size})))
     finally:
         stop.set()
         reader.join()
@@ -624,19 +615,19 @@ def test_what_is_retracted_stays_so_when_it_is_published_again(modes: Place) -> 
 
 
 def test_a_retracted_version_keeps_its_place(modes: Place) -> None:
-    old, new = replacing(modes, 1, 1, [1]), replacing(modes, 2, 2, [2])
+    old, new = modes.replacing(1, 1, {"id": [1]}), modes.replacing(2, 2, {"id": [2]})
     modes.publish(old)
     (made,) = modes.publish(new)
-    modes.sink.retract(claim(new, made))
+    modes.sink.retract(*claims([new], [made]))
     assert ids(modes) == []
-    published(*modes.publish(replacing(modes, 3, 1, [3])))
+    published(*modes.publish(modes.replacing(3, 1, {"id": [3]})))
     assert ids(modes) == []
-    modes.sink.reinstate(claim(new, made))
+    modes.sink.reinstate(*claims([new], [made]))
     assert ids(modes) == [2]
-    modes.sink.retract(claim(new, made))
-    published(*modes.publish(replacing(modes, 4, 3, [4])))
+    modes.sink.retract(*claims([new], [made]))
+    published(*modes.publish(modes.replacing(4, 3, {"id": [4]})))
     assert ids(modes) == [4]
-    modes.sink.reinstate(claim(new, made))
+    modes.sink.reinstate(*claims([new], [made]))
     assert ids(modes) == [4]
 
 

@@ -6,27 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks.base import Claim
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
-from casparian_flow.protocol import Published, StagedOutput
-from tests.sinks.stages import TOPIC, Place, claims
-
-
-def replacing(place: Place, job: int, ordinal: int, **named: Any) -> StagedOutput:
-    named = {"mode": "replace", "attempt": f"a{job}", "ordinal": ordinal, **named}
-    return place.sealed({"id": [job]}, job, **named)
-
-
-def show(place: Place, output: StagedOutput) -> Claim:
-    """Publish an output that is taken; what the ledger would claim of it."""
-    (made,) = claims([output], place.publish(output))
-    return msgspec.structs.replace(made, job_id=output.job_id)
+from casparian_flow.protocol import Published
+from tests.sinks.stages import TOPIC, Place
 
 
 def files(place: Place) -> list[Path]:
@@ -42,11 +29,11 @@ def hidden(place: Place) -> list[str]:
 
 
 def test_the_versions_of_a_location_have_one_file(parquet: Place) -> None:
-    first, second = replacing(parquet, 1, 1), replacing(parquet, 2, 2)
+    first, second = parquet.replacing(1, 1), parquet.replacing(2, 2)
     target = parquet.home / "out" / TOPIC / f"{first.slot[:32]}.parquet"
     assert first.slot == second.slot
     for output in (first, second):
-        assert show(parquet, output).target == str(target)
+        assert parquet.show(output)[0].target == str(target)
         assert files(parquet) == [target]
     facts = pq.read_metadata(target).metadata
     assert facts[b"casparian.output_key"] == second.output_key.encode()
@@ -55,9 +42,9 @@ def test_the_versions_of_a_location_have_one_file(parquet: Place) -> None:
 
 
 def test_a_reader_that_has_the_older_file_open_reads_it_to_its_end(parquet: Place) -> None:
-    made = show(parquet, replacing(parquet, 1, 1))
+    (made,) = parquet.show(parquet.replacing(1, 1))
     with pq.ParquetFile(made.target) as opened:
-        show(parquet, replacing(parquet, 2, 2))
+        parquet.show(parquet.replacing(2, 2))
         assert opened.read().column("id").to_pylist() == [1]
 
 
@@ -65,13 +52,13 @@ def test_a_large_replacement_is_one_file(parquet: Place) -> None:
     stage = parquet.stage(mode="replace", split_bytes=1)
     for _ in range(3):
         stage.write(pa.record_batch({"id": [*range(128 << 10)]}))
-    made = show(parquet, sinks.seal([stage])[0])
+    (made,) = parquet.show(sinks.seal([stage])[0])
     assert files(parquet) == [Path(made.target)]
 
 
 def test_a_late_version_leaves_no_trace(parquet: Place) -> None:
-    late, newer = replacing(parquet, 1, 1), replacing(parquet, 2, 2)
-    show(parquet, newer)
+    late, newer = parquet.replacing(1, 1), parquet.replacing(2, 2)
+    parquet.show(newer)
     before = files(parquet)[0].stat()
     (outcome,) = parquet.publish(late)
     assert outcome == Published(
@@ -82,24 +69,24 @@ def test_a_late_version_leaves_no_trace(parquet: Place) -> None:
 
 
 def test_columns_of_versions_are_united_too(parquet: Place) -> None:
-    show(parquet, replacing(parquet, 1, 1))
+    parquet.show(parquet.replacing(1, 1))
     parquet.publish(parquet.sealed({"more": ["x"]}, 2, mode="replace", ordinal=2, attempt="a2"))
     assert [(row["id"], row["more"]) for row in parquet.rows()] == [(None, "x")]
 
 
 def test_an_empty_version_is_a_file_without_rows(parquet: Place) -> None:
     """It takes the place of the one before by the same one rename."""
-    show(parquet, replacing(parquet, 1, 1))
+    parquet.show(parquet.replacing(1, 1))
     stage = parquet.stage(2, mode="replace", ordinal=2, attempt="a2")
     stage.finish()
-    made = show(parquet, sinks.seal([stage])[0])
+    (made,) = parquet.show(sinks.seal([stage])[0])
     assert pq.read_schema(made.target).names[0] == "id"
     assert pq.read_metadata(made.target).num_rows == 0
 
 
 @pytest.mark.parametrize("thing", ["foreign", "folder", "another slot's", "appended"])
 def test_what_is_not_of_the_slot_is_never_replaced(parquet: Place, thing: str) -> None:
-    output = replacing(parquet, 2, 2)
+    output = parquet.replacing(2, 2)
     target = parquet.home / "out" / TOPIC / f"{output.slot[:32]}.parquet"
     target.parent.mkdir()
     if thing == "folder":
@@ -119,7 +106,7 @@ def test_what_is_not_of_the_slot_is_never_replaced(parquet: Place, thing: str) -
 
 @pytest.mark.parametrize("thing", ["theirs.parquet", "0" * 32 + ".parquet", "f" * 32, "notes"])
 def test_in_mode_error_everything_there_must_be_ours(parquet: Place, thing: str) -> None:
-    show(parquet, parquet.sealed({"id": [1]}, mode="error"))
+    parquet.show(parquet.sealed({"id": [1]}, mode="error"))
     theirs = parquet.home / "out" / TOPIC / thing
     if thing[0] == "f":
         theirs.mkdir()
@@ -136,7 +123,7 @@ def test_in_mode_error_everything_there_must_be_ours(parquet: Place, thing: str)
 
 def test_a_job_that_cannot_publish_everything_publishes_nothing(parquet: Place) -> None:
     """Its outputs of other topics too; other jobs go on."""
-    show(parquet, parquet.sealed({"id": [1]}, job=1, key="old"))
+    parquet.show(parquet.sealed({"id": [1]}, job=1, key="old"))
     fine = parquet.sealed({"id": [2]}, job=2, topic="fine")
     wrong = parquet.sealed({"id": [1], "n": [1]}, job=2, key="wrong")
     other = parquet.sealed({"id": [3]}, job=3)
@@ -151,9 +138,9 @@ def test_a_job_that_cannot_publish_everything_publishes_nothing(parquet: Place) 
 
 def test_one_that_was_published_is_not_taken_back_with_its_job(parquet: Place) -> None:
     done = parquet.sealed({"id": [1]}, job=1, topic="done")
-    show(parquet, done)
+    parquet.show(done)
     refused = parquet.sealed({"n": ["1.5"]}, job=1)
-    show(parquet, parquet.sealed({"n": [1]}, job=2))
+    parquet.show(parquet.sealed({"n": [1]}, job=2))
     adopted, outcome = parquet.publish(done, refused)
     assert isinstance(adopted, Published)
     assert adopted.adopted
@@ -182,7 +169,7 @@ def test_a_fault_in_the_midst_of_a_job_is_waited_for(
 
 
 def test_what_is_retracted_moves_to_where_no_reader_looks(parquet: Place) -> None:
-    made = show(parquet, parquet.sealed({"id": [1]}))
+    (made,) = parquet.show(parquet.sealed({"id": [1]}))
     inode, name = Path(made.target).stat().st_ino, Path(made.target).name
     parquet.sink.retract(made)
     assert files(parquet) == []
@@ -199,7 +186,7 @@ def test_a_folder_of_parts_is_retracted_whole(
     stage = parquet.stage(split_bytes=1)
     for number in range(3):
         stage.write(pa.record_batch({"id": [number]}))
-    made = show(parquet, sinks.seal([stage])[0])
+    (made,) = parquet.show(sinks.seal([stage])[0])
     parquet.sink.retract(made)
     assert (files(parquet), hidden(parquet)) == ([], [Path(made.target).name])
     (found,) = parquet.sink.inventory(())
@@ -211,7 +198,7 @@ def test_a_folder_of_parts_is_retracted_whole(
 
 @pytest.mark.parametrize("harm", ["altered", "another's"])
 def test_what_is_not_whole_is_neither_retracted_nor_reinstated(parquet: Place, harm: str) -> None:
-    made = show(parquet, parquet.sealed({"id": [1]}))
+    (made,) = parquet.show(parquet.sealed({"id": [1]}))
     path, kept = Path(made.target), parquet.home / "kept"
     other = Path(parquet.sealed({"id": [2]}, attempt="a2").stage)
 
@@ -232,7 +219,7 @@ def test_what_is_not_whole_is_neither_retracted_nor_reinstated(parquet: Place, h
 
 
 def test_a_place_that_somebody_took_is_not_reinstated_into(parquet: Place) -> None:
-    made = show(parquet, parquet.sealed({"id": [1]}))
+    (made,) = parquet.show(parquet.sealed({"id": [1]}))
     parquet.sink.retract(made)
     Path(made.target).write_bytes(b"notes")
     with pytest.raises(SinkConflict, match="was left untouched"):
@@ -244,7 +231,7 @@ def test_a_place_that_somebody_took_is_not_reinstated_into(parquet: Place) -> No
 
 def test_a_sink_that_was_moved_is_retracted_where_it_is(parquet: Place) -> None:
     """The ledger still says where it was."""
-    made = show(parquet, parquet.sealed({"id": [1]}))
+    (made,) = parquet.show(parquet.sealed({"id": [1]}))
     (parquet.home / "out").rename(parquet.home / "moved")
     sink = sinks.open_sink(f"parquet://{parquet.home}/moved", parquet.settings)
     sink.retract(made)
@@ -252,8 +239,8 @@ def test_a_sink_that_was_moved_is_retracted_where_it_is(parquet: Place) -> None:
 
 
 def test_a_lost_ledger_finds_what_is_shown_and_what_is_hidden(parquet: Place) -> None:
-    shown = show(parquet, replacing(parquet, 2, 2))
-    taken = show(parquet, replacing(parquet, 3, 1, slot="other"))
+    (shown,) = parquet.show(parquet.replacing(2, 2))
+    (taken,) = parquet.show(parquet.replacing(3, 1, slot="other"))
     parquet.sink.retract(taken)
     (parquet.home / "out" / TOPIC / f"{'a' * 32}.parquet").write_bytes(b"notes")
     found = {each.output_key: each for each in parquet.sink.inventory(())}
@@ -271,7 +258,7 @@ def test_a_lost_ledger_finds_what_is_shown_and_what_is_hidden(parquet: Place) ->
 def test_a_topics_folder_that_was_deleted_does_not_bring_back_what_is_hidden(
     parquet: Place,
 ) -> None:
-    made = show(parquet, parquet.sealed({"id": [1]}))
+    (made,) = parquet.show(parquet.sealed({"id": [1]}))
     parquet.sink.retract(made)
     for path in (parquet.home / "out" / TOPIC).iterdir():
         path.unlink()

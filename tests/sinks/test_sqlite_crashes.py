@@ -12,14 +12,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from casparian_flow.engine.sinks import sqlite_tables
 from casparian_flow.engine.sinks.base import Claim
 from casparian_flow.protocol import Published, StagedOutput
 from tests.sinks import forks
-from tests.sinks.stages import TOPIC, Place, claims
+from tests.sinks.stages import TOPIC, Place
 
 OTHER = "others"
 
@@ -77,15 +76,6 @@ def replacing(place: Place, job: int, ordinal: int, topic: str = TOPIC) -> Stage
     return staged(place, job, topic, mode="replace", ordinal=ordinal, key=key)
 
 
-def publish(place: Place, *outputs: StagedOutput) -> list[Claim]:
-    """What the ledger would claim of these outputs."""
-    made = claims(outputs, place.publish(*outputs))
-    return [
-        msgspec.structs.replace(claim, job_id=output.job_id)
-        for claim, output in zip(made, outputs, strict=True)
-    ]
-
-
 @pytest.mark.slow
 def test_an_append_that_is_killed(home: Path) -> None:
     """Two topics of one job, and another job, into a database that is not there yet."""
@@ -112,7 +102,7 @@ def test_a_replacement_that_is_killed(home: Path) -> None:
     before: list[list[str]] = []
 
     def prepare(place: Place) -> None:
-        publish(place, *(replacing(place, 1, 1, topic) for topic in (TOPIC, OTHER)))
+        place.show(*(replacing(place, 1, 1, topic) for topic in (TOPIC, OTHER)))
         before.append(seen(place))
         outputs.extend(replacing(place, 2, 3, topic) for topic in (TOPIC, OTHER))
         outputs.append(replacing(place, 3, 2))
@@ -138,7 +128,7 @@ def test_a_retraction_that_is_killed(home: Path, verb: str, mode: str) -> None:
 
     def prepare(place: Place) -> None:
         output = staged(place, 1, mode=mode)
-        made.extend(publish(place, output, staged(place, 2))[:1])
+        made.extend(place.show(output, staged(place, 2))[:1])
         if verb == "reinstate":
             place.sink.retract(made[0])
         before.append(seen(place))
