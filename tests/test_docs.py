@@ -23,7 +23,10 @@ from tests.conftest import write_config
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "proofs/README.md")),
+    *sorted(DOCS.rglob("*.md")),
+]
 
 WORDS = """
     Source root, Location, Version, Routing rule, Plugin, Topic, Sink, Job, Attempt, Receipt, Guest,

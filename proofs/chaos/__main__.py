@@ -1,4 +1,4 @@
-"""Random faults under load, for as long as one likes; docs/proof.md says what is held to what.
+"""Random faults under load, for as long as one likes; proofs/README.md says what is held to what.
 
     python -m proofs.chaos kills --count 500 --state DIR [--seed N]
     python -m proofs.chaos soak --minutes 60 --state DIR [--seed N]

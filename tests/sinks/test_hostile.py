@@ -1,6 +1,6 @@
 """Names and values that are made to break a sink: kept to the letter, or refused by name.
 
-docs/proof.md names the long proof, `python -m proofs.extremes`.
+`python -m proofs.extremes` has the largest.
 """
 
 from __future__ import annotations
