@@ -253,12 +253,6 @@ class ListenSettings(Section, frozen=True):
 
 FILE_NAME = "global_config.toml"
 
-_OF_A_PERSON = {
-    "CASPARIAN_CONFIG", "CASPARIAN_CRASH_AT", "CASPARIAN_CRASH_LOG", "AZURE_TENANT_ID",
-    "AZURE_CLIENT_ID", "CASPARIAN_MSSQL", "CASPARIAN_MSSQL_PASSWORD",
-}  # fmt: skip
-"""Variables that must not reach a command that is tried on a scratch tree."""
-
 _LOOPBACK = re.compile(r"https://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?")
 
 
@@ -476,21 +470,6 @@ def arm_crashpoints() -> None:
     at, log = os.environ.get("CASPARIAN_CRASH_AT", ""), os.environ.get("CASPARIAN_CRASH_LOG", "")
     if at or log:
         crashpoints.arm(crashpoints.Trap(at, log))
-
-
-def private_environment(person: Path, runtime: Path) -> dict[str, str]:
-    """The environment of a command that must not touch this person's keys and daemons.
-
-    Args:
-        person: holds its keys. Plugins' environments are shared with this person's own.
-        runtime: holds its sockets; short.
-    """
-    ours = {name: value for name, value in os.environ.items() if name not in _OF_A_PERSON}
-    return ours | {
-        "XDG_CONFIG_HOME": str(person),
-        "XDG_RUNTIME_DIR": str(runtime),
-        "XDG_CACHE_HOME": str(cache_folder().parent),
-    }
 
 
 def uv_environment() -> dict[str, str]:

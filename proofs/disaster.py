@@ -8,7 +8,6 @@ sinks against what was written. It ends with 1 where anything is lost, doubled o
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import signal
@@ -20,13 +19,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow.dataset as ds
-
 from casparian_flow import durable
 from casparian_flow.config import Settings
 from casparian_flow.db.access import open_ledger
+from casparian_flow.engine import sinks
 from casparian_flow.services import backup
 from casparian_flow.services.verify import verify
+from proofs import arguments, sink_reader
+from proofs.environment import private_process
 from tests.conftest import write_config
 from tests.daemons import CLI, WORKER, free_endpoint, start
 from tests.eventually import wait_until
@@ -78,8 +78,8 @@ class Drill:
         """What is wrong in ledger and sinks; every current content must be there, none twice."""
         with open_ledger(self.settings.database) as ledger:
             found = verify(self.settings, ledger).problems
-        table = ds.dataset(self.settings.home / "output" / "lines").to_table(columns=["line"])
-        lines = Counter(table["line"].to_pylist())
+        location = sinks.resolve(self.settings.output.default_uri, self.settings.home)
+        lines = Counter(row["line"] for row in sink_reader.rows(location, "lines"))
         found += [f"twice: {line}" for line, count in lines.items() if count > 1]
         found += [f"lost: {line}" for line in self.current.values() if line not in lines]
         found += [f"nobody wrote: {line}" for line in lines if line not in self.written]
@@ -183,17 +183,20 @@ DRILLS: dict[str, Callable[[Drill, Path], None]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m proofs.disaster")
+    parser = arguments.parser("disaster", __doc__)
     parser.add_argument("drills", nargs="*", choices=[*DRILLS, []], help="which; else all")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
+    arguments.add_seed(parser)
     options = parser.parse_args()
     print(f"seed {options.seed}")
     failed = 0
     for number in range(options.rounds):
         for name in options.drills or DRILLS:
             began = time.monotonic()
-            with tempfile.TemporaryDirectory(prefix="casparian-drill-") as scratch:
+            with (
+                tempfile.TemporaryDirectory(prefix="casparian-drill-") as scratch,
+                private_process(Path(scratch) / "config"),
+            ):
                 listen = f'[listen]\nendpoint = "{free_endpoint()}"\n'
                 drill = Drill(Path(scratch), options.seed + number, listen)
                 try:

@@ -14,19 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
 from casparian_flow.protocol import Published
+from proofs import arguments, sink_reader
 from tests.sinks.parquet_acts import small_groups
 from tests.sinks.stages import Place
 
@@ -113,8 +112,7 @@ class Reader:
         found: Look = {topic: Counter() for topic in TOPICS}
         if not self._place.database.exists():
             return found
-        uri = f"{self._place.database.as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=30, isolation_level=None)) as opened:
+        with sink_reader.read_only(self._place.database, timeout=30.0) as opened:
             opened.execute("BEGIN")
             there = {name for (name,) in opened.execute("SELECT name FROM sqlite_schema")}
             for topic in there & set(TOPICS):
@@ -209,9 +207,9 @@ def trial(home: Path, commits: int, seed: int) -> list[tuple[str, int, list[str]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m proofs.polled")
+    parser = arguments.parser("polled", __doc__)
     parser.add_argument("--commits", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    arguments.add_seed(parser)
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.read:

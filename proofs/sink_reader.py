@@ -1,10 +1,11 @@
-"""What any reader sees in a sink, read without the code that publishes: for proofs."""
+"""What any reader sees in a sink, read without the code that publishes."""
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,36 @@ class Group(NamedTuple):
     """The topic's own first column, in the order of the rows."""
 
 
+@contextlib.contextmanager
+def read_only(database: Path, timeout: float = 5.0) -> Iterator[sqlite3.Connection]:
+    """A database, to be read and not written.
+
+    Args:
+        timeout: seconds that a lock is waited for.
+
+    Raises:
+        sqlite3.Error: it is not there, or cannot be read.
+    """
+    uri = f"{database.as_uri()}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=timeout)) as connection:
+        yield connection
+
+
+def rows(location: str, topic: str) -> Iterator[dict[str, Any]]:
+    """Every row of a topic, those of a version beside each other; none where there is no topic.
+
+    Raises:
+        OSError, sqlite3.Error, pyarrow.ArrowException: something there cannot be read.
+    """
+    if location.startswith(PREFIXES["parquet"]):
+        for output in _outputs(location, topic):
+            yield from _table(output).to_pylist()
+    else:
+        names, found = _ask(location, topic, f"SELECT * FROM {topic} ORDER BY {LINEAGE[0]}, rowid")
+        for row in found:
+            yield dict(zip(names, row, strict=True))
+
+
 def groups(location: str, topic: str) -> Iterator[Group]:
     """Everything a topic holds, job by job; nothing where the sink is not there yet.
 
@@ -35,12 +66,10 @@ def groups(location: str, topic: str) -> Iterator[Group]:
         OSError, sqlite3.Error, pyarrow.ArrowException: something there cannot be read.
     """
     if location.startswith(PREFIXES["parquet"]):
-        folder = Path(location.removeprefix(PREFIXES["parquet"])) / topic
-        for output in _outputs(folder):
-            yield from _grouped(table_rows(output))
+        for output in _outputs(location, topic):
+            yield from _grouped(_table(output).to_pylist())
     else:
-        query = "SELECT {0}, {1}, {2}, {3} FROM {topic} ORDER BY rowid"
-        yield from _grouped(_ask(Path(location.removeprefix(PREFIXES["sqlite"])), topic, query))
+        yield from _grouped(rows(location, topic))
 
 
 def counts(location: str, topic: str, known: set[Path]) -> Iterator[tuple[str, int]]:
@@ -53,49 +82,49 @@ def counts(location: str, topic: str, known: set[Path]) -> Iterator[tuple[str, i
     Raises:
         OSError, sqlite3.Error, pyarrow.ArrowException: as `groups`.
     """
+    version_id, job_id, source_hash, _ = LINEAGE
     if location.startswith(PREFIXES["parquet"]):
-        folder = Path(location.removeprefix(PREFIXES["parquet"])) / topic
-        for output in sorted(set(_outputs(folder)) - known):
-            for group in _grouped(table_rows(output)):
-                yield group.source_hash, len(group.rows)
+        for output in sorted(set(_outputs(location, topic)) - known):
+            table = _table(output, [source_hash, version_id, job_id])
+            found = Counter(zip(*(column.to_pylist() for column in table.columns), strict=True))
+            yield from ((key[0], count) for key, count in found.items())
             known.add(output)
     else:
-        query = "SELECT {0}, count(*) FROM {topic} GROUP BY {0}, {1}, {2}"
-        yield from _ask(Path(location.removeprefix(PREFIXES["sqlite"])), topic, query)
+        group = f"{source_hash}, {version_id}, {job_id}"
+        query = f"SELECT {source_hash}, count(*) FROM {topic} GROUP BY {group}"
+        yield from _ask(location, topic, query)[1]
 
 
-def _outputs(folder: Path) -> list[Path]:
+def _outputs(location: str, topic: str) -> list[Path]:
     """Files of rows, and folders of such."""
+    folder = Path(location.removeprefix(PREFIXES["parquet"])) / topic
     found = {*folder.glob("*.parquet"), *(file.parent for file in folder.glob("*/*.parquet"))}
     return sorted(found)
 
 
-def table_rows(output: Path) -> list[tuple[str, int, int, str]]:
-    """(source hash, version id, job id, value) of each row of a Parquet file, or of a folder."""
+def _table(output: Path, columns: list[str] | None = None) -> Any:
+    """A Parquet file, or a folder of parts."""
     files = sorted(output.glob("*.parquet")) if output.is_dir() else [output]
-    table = pa.concat_tables([pq.ParquetFile(file).read() for file in files])
-    version_id, job_id, source_hash, _ = (table[name].to_pylist() for name in LINEAGE)
-    return list(zip(source_hash, version_id, job_id, table[0].to_pylist(), strict=True))
+    return pa.concat_tables([pq.ParquetFile(file).read(columns) for file in files])
 
 
-def _ask(path: Path, topic: str, query: str) -> list[Any]:
-    """The answer of a topic's table; {0}, {1} and {2} are hash, version and job, {3} its first."""
+def _ask(location: str, topic: str, query: str) -> tuple[list[str], list[Any]]:
+    """Column names and rows; none where the table is not there yet."""
+    path = Path(location.removeprefix(PREFIXES["sqlite"]))
     if not path.exists():
-        return []
-    uri = f"{path.as_uri()}?mode=ro"
-    with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
-        has = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", [topic]).fetchone()
-        if not has:
-            return []
-        version_id, job_id, source_hash, _ = LINEAGE
-        value = connection.execute(f"SELECT * FROM {topic} LIMIT 0").description[0][0]
-        columns = source_hash, version_id, job_id, value
-        return connection.execute(query.format(*columns, topic=topic)).fetchall()
+        return [], []
+    with read_only(path) as connection:
+        if not connection.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", [topic]).fetchone():
+            return [], []
+        cursor = connection.execute(query)
+        return [column[0] for column in cursor.description], cursor.fetchall()
 
 
-def _grouped(rows: list[tuple[str, int, int, str]]) -> Iterator[Group]:
-    found: dict[tuple[str, int, int], list[str]] = {}
-    for *lineage, value in rows:
-        found.setdefault(tuple(lineage), []).append(value)  # type: ignore[arg-type]
-    for (source_hash, version_id, job_id), values in found.items():
-        yield Group(source_hash, version_id, job_id, values)
+def _grouped(found: Iterable[dict[str, Any]]) -> Iterator[Group]:
+    version_id, job_id, source_hash, _ = LINEAGE
+    jobs: dict[tuple[str, int, int], list[str]] = {}
+    for row in found:
+        key = row[source_hash], row[version_id], row[job_id]
+        jobs.setdefault(key, []).append(next(iter(row.values())))
+    for key, values in jobs.items():
+        yield Group(*key, values)

@@ -5,7 +5,6 @@ python -m proofs.written_json --count 5000 --seed 1
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gzip
 import io
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from casparian_flow.sdk import column_names
+from proofs import arguments
 
 Run = Callable[[Path], dict[str, pa.Table]]
 
@@ -309,7 +309,7 @@ def check(seed: int, folder: Path, run: Run) -> Tally:
 def main() -> None:
     from tests.plugins.conftest import runner
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.parser("written_json", __doc__)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()

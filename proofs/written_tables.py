@@ -10,7 +10,6 @@ in a reject.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import gzip
 import io
@@ -29,6 +28,7 @@ import polars as pl
 import pyarrow as pa
 
 from casparian_flow.sdk import column_names
+from proofs import arguments
 from tests.plugins.conftest import Run, load, running
 
 Rows = list[list[str]]
@@ -320,12 +320,12 @@ def check_damaged(rng: random.Random, reader: Reader) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.parser("written_tables", __doc__)
     parser.add_argument("--count", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
-    arguments = parser.parse_args()
-    failed = run(arguments.count, arguments.seed)
-    print(f"seed {arguments.seed}: {arguments.count} tables, {len(failed)} wrong")
+    arguments.add_seed(parser)
+    options = parser.parse_args()
+    failed = run(options.count, options.seed)
+    print(f"seed {options.seed}: {options.count} tables, {len(failed)} wrong")
     print(*failed[:5], sep="\n\n")
     sys.exit(bool(failed))
 

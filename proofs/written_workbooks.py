@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import io
@@ -22,6 +21,7 @@ import xlsxwriter
 import xlwt
 from openpyxl.utils.datetime import CALENDAR_MAC_1904
 
+from proofs import arguments
 from tests.plugins.conftest import Run, runner
 
 WRITERS = ("openpyxl", "openpyxl_1904", "xlsxwriter", "constant_memory", "xlwt", "ods")
@@ -177,9 +177,8 @@ def write_xlwt(path: Path, sheets: list[Written]) -> None:
             for column, value in enumerate(row):
                 if isinstance(value, datetime.timedelta | datetime.datetime):
                     # It would write whole seconds only.
-                    span = value
-                    if isinstance(value, datetime.datetime):
-                        span = value - datetime.datetime(1899, 12, 30)
+                    began = datetime.datetime(1899, 12, 30)
+                    span = value if isinstance(value, datetime.timedelta) else value - began
                     days = span / datetime.timedelta(days=1)
                     target.write(number, column, days, styles[type(value)])
                 elif type(value) in styles:
@@ -272,9 +271,9 @@ def check(seed: int, run: Run, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments.parser("written_workbooks", __doc__)
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=random.randrange(10**9))
+    arguments.add_seed(parser)
     options = parser.parse_args()
     print(f"seed {options.seed}, {options.count} workbooks")
     run = runner("excel_sheets")

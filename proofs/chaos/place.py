@@ -6,11 +6,8 @@ files of `twice` only, and publishes one row of each to SQLite.
 
 from __future__ import annotations
 
-import os
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from typing import Any
 from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db.access import open_ledger
+from proofs import sink_reader
 from tests.daemons import free_port
 from tests.factories import add_root
 from tests.plugs import publish
@@ -112,8 +110,7 @@ class Place:
 
     def ask(self, query: str, *values: Any, of: Path | None = None) -> list[tuple[Any, ...]]:
         """Rows of the ledger, or of another database, read and not written."""
-        uri = f"{(of or self.ledger).as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=30.0)) as connection:
+        with sink_reader.read_only(of or self.ledger, timeout=30.0) as connection:
             return connection.execute(query, values).fetchall()
 
     def stages(self) -> list[Path]:
@@ -128,13 +125,3 @@ class Place:
             add_root(ledger, self.root, settle_seconds=SETTLE_SECONDS)
             publish(ledger, self.settings, "lines", LINES, "1.0.0")
             publish(ledger, self.settings, "sizes", SIZES, "1.0.0")
-
-
-def private_environment(folder: Path) -> None:
-    """Keep keys, environments and sockets of a run out of the person's own."""
-    runtime = Path("/tmp") / f"cf-chaos-{os.getuid()}"  # a socket's path must be short
-    runtime.mkdir(mode=0o700, exist_ok=True)
-    os.environ["XDG_RUNTIME_DIR"] = str(runtime)
-    os.environ["XDG_CACHE_HOME"] = str(folder.resolve() / "cache")
-    os.environ["XDG_CONFIG_HOME"] = str(folder.resolve() / "config")
-    os.environ.pop("CASPARIAN_CONFIG", None)

@@ -10,13 +10,13 @@ import sqlite3
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from proofs import sink_reader
 from proofs.chaos.history import History
 from proofs.chaos.place import Place
 
@@ -109,8 +109,7 @@ class Readers(threading.Thread):
         """Look at what came since the last look, in one snapshot."""
         if not self._place.sink.exists():
             return
-        uri = f"{self._place.sink.as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=30.0)) as connection:
+        with sink_reader.read_only(self._place.sink, timeout=30.0) as connection:
             for topic, query in QUERIES.items():
                 try:
                     found = connection.execute(

@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from proofs import arguments
 from proofs.crash.matrix import Matrix, Point, sample, staged
 from proofs.crash.power import LoopGround, PowerMatrix, why_not
 from proofs.crash.scene import Ground
@@ -29,8 +30,7 @@ ACTS = ("reinstate", "retract", "first", "second")
 
 def options() -> argparse.Namespace:
     """What was asked for."""
-    parser = argparse.ArgumentParser(prog="python -m proofs.crash", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = arguments.parser("crash", __doc__)
     parser.add_argument("how", choices=["kill", "power1", "power2"], nargs="?", default="kill")
     parser.add_argument("sink", choices=["parquet", "sqlite", "both"], nargs="?", default="both")
     parser.add_argument("--folder", metavar="DIR", help="a directory on the filesystem to try")
@@ -38,7 +38,7 @@ def options() -> argparse.Namespace:
     which.add_argument("--short", action="store_true", help="one hit of each point: minutes")
     which.add_argument("--sample", action="store_true", help="one hit of each point and act")
     which.add_argument("--pairs", type=int, metavar="N", help="so many pairs of crashes")
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    arguments.add_seed(parser)
     parser.add_argument("--share", default="1/1", help="I/N: every N-th point, from the I-th")
     return parser.parse_args()
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from casparian_flow import config
 from casparian_flow.errors import CasparianError
 from proofs.crash import oracle
 from proofs.crash.nursery import Nursery, Order
 from proofs.crash.oracle import Reader
 from proofs.crash.scene import Act, Ground, Scene
+from proofs.environment import private
 
 KILLED = -9
 
@@ -224,7 +223,8 @@ def staged(
     matrix: type[M] = Matrix,  # type: ignore[assignment]
 ) -> Iterator[M]:
     """A matrix on a ground, for as long as the block runs."""
-    with tempfile.TemporaryDirectory(prefix="cf-") as runtime:  # a socket's path must be short
-        environment = config.private_environment(ground.person, Path(runtime))
-        with closing(Nursery(environment)) as nursery:
-            yield matrix(Scene(ground, kinds), nursery, say)
+    with (
+        private(ground.person) as environment,
+        closing(Nursery(environment)) as nursery,
+    ):
+        yield matrix(Scene(ground, kinds), nursery, say)

@@ -72,7 +72,7 @@ class Nursery:
     """Runs one command after another, each in a process of its own.
 
     Args:
-        environment: of the commands (`config.private_environment`).
+        environment: of the commands (`proofs.environment`).
     """
 
     def __init__(self, environment: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from proofs.crash.matrix import Matrix
@@ -105,10 +106,10 @@ class LoopGround(Ground):
         """Unmount; what was killed may need a moment to let go."""
         for image, place in self._mounts().items() if self._mounted else ():
             # Asked of umount itself: a filesystem without power does not say that it is mounted.
-            wait_until(lambda place=place: _run("umount", place).returncode == 0)
+            wait_until(partial(_unmounted, place))
             # A dying guest sees it in a mount namespace of its own: mounted again before that is
             # gone, it would be the same filesystem, still without power.
-            wait_until(lambda image=image: not _run("losetup", "-j", image).stdout)
+            wait_until(partial(_detached, image))
         self._mounted = False
 
     def _mount(self) -> None:
@@ -169,6 +170,14 @@ def _facts(connection: sqlite3.Connection) -> dict[str, set[tuple[object, ...]]]
         return {}
     facts["job"] = {(i, s) for i, status in jobs for s in RANKS[: RANKS.index(status) + 1]}
     return facts
+
+
+def _unmounted(place: Path) -> bool:
+    return _run("umount", place).returncode == 0
+
+
+def _detached(image: Path) -> bool:
+    return not _run("losetup", "-j", image).stdout
 
 
 def _do(*words: str | Path) -> None:

@@ -6,11 +6,11 @@ Root is needed for the loop mounts; a filesystem that cannot be mounted is named
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import tempfile
 from pathlib import Path
 
+from proofs import arguments
 from proofs.detection import bench, edits, missed, writers
 
 
@@ -84,8 +84,8 @@ def _missed(options: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m proofs.detection", description=__doc__)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    parser = arguments.parser("detection", __doc__)
+    arguments.add_seed(parser)
     verbs = parser.add_subparsers(required=True)
     verb = verbs.add_parser("edits", help="random edits on three filesystems, and mmap stores")
     verb.add_argument("--edits", type=int, default=100_000)

@@ -8,7 +8,6 @@ Prints what caught each; the exit code is 1 unless every one was caught.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from proofs import arguments
 from proofs.mutants.seeded import MUTANTS, ROOT, Mutant, apply
 
 COPIED = ("casparian_flow", "plugins", "proofs", "tests", "pyproject.toml", "global_config.toml")
@@ -64,10 +64,10 @@ def caught(mutant: Mutant) -> tuple[str, str]:
     return (failed[0], "") if code == FAILED and failed else ("", said)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m proofs.mutants")
+def main(words: Sequence[str] | None = None) -> int:
+    parser = arguments.parser("mutants", __doc__)
     parser.add_argument("name", nargs="*", help="these mutants; else all")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     wanted = [mutant for mutant in MUTANTS if mutant.name in (options.name or [mutant.name])]
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutant-none-") as name:

@@ -11,8 +11,6 @@ then by two signals; then it works off what is left and has everything verified.
 
 from __future__ import annotations
 
-import argparse
-import os
 import random
 import signal
 import subprocess
@@ -33,6 +31,8 @@ from casparian_flow.services import scout
 from casparian_flow.services import verify as checks
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
+from proofs import arguments
+from proofs.environment import private_process
 from proofs.queue.lossy import lossy
 from proofs.queue.machine import Life
 from tests.conftest import write_config
@@ -41,6 +41,8 @@ from tests.factories import add_root
 from tests.plugs import BEHAVES, publish
 
 STOP_SECONDS = 60.0
+PATIENCE_SECONDS = 1800.0
+"""All that several stops left is worked off in the end."""
 
 
 def machine(examples: int, steps: int) -> str:
@@ -88,7 +90,7 @@ def lossy_runs(folder: Path, runs: int, files: int, seed: int) -> str:
                 (source / f"{run}-{n}.do").write_text(f"{run} {n}")
             scan(ledger, root)
             with lossy(seed + run) as tally:
-                work_off(found)
+                work_off(found, PATIENCE_SECONDS)
             total += tally
             check(found, ledger, (run + 1) * files)
     return f"{runs * files} files came through once each: {dict(total)}"
@@ -122,7 +124,7 @@ def drain(folder: Path, stops: int, seed: int) -> str:
             assert not list(ledger.read(lambda c: list(checks.breaks(c))))
         (root,) = scout.roots(ledger, ())
         scan(ledger, root)
-        work_off(found)
+        work_off(found, PATIENCE_SECONDS)
         check(found, ledger, files)
     return f"{stops} stops; the longest took {longest:.1f} s; {files} files came through once each"
 
@@ -137,7 +139,7 @@ def _second(daemon: subprocess.Popen[str]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m proofs.queue")
+    parser = arguments.parser("queue", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     playing = verbs.add_parser("machine")
     playing.add_argument("--examples", type=int, default=500)
@@ -148,19 +150,20 @@ def main() -> None:
     draining = verbs.add_parser("drain")
     draining.add_argument("--stops", type=int, default=20)
     for verb in (losing, draining):
-        verb.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+        arguments.add_seed(verb)
     options = parser.parse_args()
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="queue-") as folder:
-        os.environ["XDG_CONFIG_HOME"] = folder  # the keys of its plugins are nobody's
-        if options.verb == "machine":
-            words = machine(options.examples, options.steps)
-        else:
-            print(f"seed {options.seed}")
-            if options.verb == "lossy":
-                words = lossy_runs(Path(folder), options.runs, options.files, options.seed)
+    with tempfile.TemporaryDirectory(prefix="queue-") as name:
+        folder = Path(name)
+        with private_process(folder / "config"):
+            if options.verb == "machine":
+                words = machine(options.examples, options.steps)
             else:
-                words = drain(Path(folder), options.stops, options.seed)
+                print(f"seed {options.seed}", flush=True)
+                if options.verb == "lossy":
+                    words = lossy_runs(folder, options.runs, options.files, options.seed)
+                else:
+                    words = drain(folder, options.stops, options.seed)
     print(f"{options.verb}: {words}; {time.monotonic() - started:.0f} s")
 
 

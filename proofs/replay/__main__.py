@@ -13,24 +13,23 @@ repository.
 
 from __future__ import annotations
 
-import argparse
-import random
 import tempfile
 import time
 from pathlib import Path
 
-from proofs.chaos.place import private_environment
+from proofs import arguments
+from proofs.environment import private_process
 from proofs.replay.history import Way, replay
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m proofs.replay")
+    parser = arguments.parser("replay", __doc__)
     parser.add_argument("name", choices=["sp500", "countries"])
     parser.add_argument("--commits", type=int)
     parser.add_argument("--flood", action="store_true")
     parser.add_argument("--mode", choices=["replace", "append", "both"])
     parser.add_argument("--kills", type=int, default=0, metavar="N")
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    arguments.add_seed(parser)
     options = parser.parse_args()
     modes = ["replace", "append"] if options.mode == "both" else filter(None, [options.mode])
     way = Way(
@@ -38,9 +37,10 @@ def main() -> None:
     )  # fmt: skip
     print(f"seed {way.seed}", flush=True)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="replay-") as folder:
-        private_environment(Path(folder))
-        figures = replay(Path(folder), options.name, way)
+    with tempfile.TemporaryDirectory(prefix="replay-") as name:
+        folder = Path(name)
+        with private_process(folder / "config", folder / "cache"):
+            figures = replay(folder, options.name, way)
     took = time.monotonic() - started
     what = "the ledger and every table equal" if way.modes else "the ledger equals"
     print(f"{options.name}: {what} the history after {took:.0f} s: {figures}")

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import csv
 import io
-import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
 from sqlalchemy import Connection, delete, insert, select
 
 from casparian_flow.config import Settings
@@ -33,6 +30,7 @@ from casparian_flow.db.models import (
 )
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import LINEAGE
+from proofs import sink_reader
 
 TOPICS = ("delimited", "delimited_rejects")
 APPEND_EVERY = 100
@@ -151,9 +149,13 @@ class Tables:
 def expected(data: bytes) -> dict[str, Counter[Row]]:
     """The rows that each topic must have of a file, as the standard library reads it."""
     taken: list[str] = []
-    reader = csv.reader(
-        taken.append(line) or line for line in io.StringIO(data.decode(), newline="")
-    )
+
+    def lines() -> Iterator[str]:
+        for line in io.StringIO(data.decode(), newline=""):
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(lines())
     rows: dict[str, Counter[Row]] = {topic: Counter() for topic in TOPICS}
     names = [" ".join(cell.split()).casefold() for cell in next(reader, [])]
     while True:
@@ -172,7 +174,8 @@ def shown(location: str, topic: str) -> Iterator[tuple[tuple[int, str], Counter[
     """(version id, source hash) and the rows of each version that a reader of a topic sees."""
     version_id, _, source_hash, _ = LINEAGE
     columns = ("line", "raw") if topic == "delimited_rejects" else ()
-    for key, rows in groupby(_read(location, topic), key=itemgetter(version_id, source_hash)):
+    found = sink_reader.rows(location, topic)
+    for key, rows in groupby(found, key=itemgetter(version_id, source_hash)):
         counted: Counter[Row] = Counter()
         for row in rows:
             counted[
@@ -184,19 +187,3 @@ def shown(location: str, topic: str) -> Iterator[tuple[tuple[int, str], Counter[
                 )
             ] += 1
         yield key, counted
-
-
-def _read(location: str, topic: str) -> Iterator[dict[str, Any]]:
-    """Every row, those of a version beside each other."""
-    if location.startswith(sinks.PREFIXES["parquet"]):
-        folder = Path(location.removeprefix(sinks.PREFIXES["parquet"])) / topic
-        for file in sorted(folder.rglob("*.parquet")):
-            yield from pq.ParquetFile(file).read().to_pylist()
-        return
-    database = Path(location.removeprefix(sinks.PREFIXES["sqlite"]))
-    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
-        connection.row_factory = sqlite3.Row
-        if connection.execute("SELECT 1 FROM sqlite_schema WHERE name = ?", [topic]).fetchone():
-            query = f"SELECT * FROM {topic} ORDER BY {LINEAGE[0]}"
-            for row in connection.execute(query):
-                yield dict(row)

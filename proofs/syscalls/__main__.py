@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from proofs import arguments
 from proofs.syscalls.faults import ERRORS, SPANS, Fault, Tried, attempt, count, sweep
 from proofs.syscalls.short import NAMES, checks
 from proofs.syscalls.stage import Stage, built
@@ -74,15 +75,15 @@ def short(stage: Stage, names: Sequence[str]) -> int:
     return bad
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m proofs.syscalls")
+def main(words: Sequence[str] | None = None) -> int:
+    parser = arguments.parser("syscalls", __doc__)
     parser.add_argument("--call", nargs="+", choices=FAULTED, default=FAULTED)
     parser.add_argument("--error", nargs="+", choices=ERRORS, default=ERRORS)
     parser.add_argument("--span", nargs="+", choices=SPANS, default=SPANS)
     parser.add_argument("--step", type=int, default=1, help="every STEP-th call only")
     parser.add_argument("--fault", help='one fault: "CALL NUMBER ERROR once", or "... for ever"')
     parser.add_argument("--short", nargs="*", choices=NAMES, help="the suite's checks, or these")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     if why := missing():
         print(f"SKIPPED: {why}", file=sys.stderr)
         return 2

@@ -71,7 +71,8 @@ class Injector:
         if error == "EINTR":
             self._interrupted.add(call.thread)
         self.hit.append(call)
-        return getattr(errno, error)
+        number_of: int = getattr(errno, error)
+        return number_of
 
 
 class Tried(NamedTuple):

@@ -9,12 +9,11 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import sqlite3
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,24 +21,28 @@ from typing import NamedTuple
 import pandas  # noqa: F401  pyarrow looks for it
 import pyarrow.compute
 import pyarrow.pandas_compat  # noqa: F401
-import pyarrow.parquet as pq
 
 from casparian_flow import config, main  # noqa: F401  for the runs
 from casparian_flow.cli import main as casparian
 from casparian_flow.cli import scan as scan_verb
+from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import open_ledger
 from casparian_flow.db.models import JobStatus
-from casparian_flow.engine import committer
+from casparian_flow.engine import committer, sinks
 from casparian_flow.engine.sinks import parquet, sqlite  # noqa: F401
 from casparian_flow.errors import ExitCode
 from casparian_flow.services import changes, report, scout  # noqa: F401
 from casparian_flow.services.verify import verify
+from proofs import sink_reader
+from proofs.environment import private_process
 from proofs.syscalls.supervisor import Call, Ended, supervise
 from tests.factories import add_root
 from tests.plugs import publish
 
-TABLES = "tables.sqlite3"
+SINKS = {"files": "parquet://output", "tables": "sqlite:///tables.sqlite3"}
+"""Topic -> where it goes."""
+
 PLUGIN = f"""
 # /// script
 # dependencies = ["pyarrow"]
@@ -47,15 +50,13 @@ PLUGIN = f"""
 from casparian_flow.sdk import BasePlugin, PluginMetadata
 import pyarrow as pa
 
-MANIFEST = PluginMetadata(
-    pattern="*.txt", sinks={{"files": "parquet://output", "tables": "sqlite:///{TABLES}"}}
-)
+MANIFEST = PluginMetadata(pattern="*.txt", sinks={SINKS})
 
 class Handler(BasePlugin):
     def execute(self, file_path: str):
         with open(file_path) as file:
             lines = file.read().splitlines()
-        for topic in ("files", "tables"):
+        for topic in {[*SINKS]}:
             self.publish(topic, pa.table({{"line": pa.array(lines, pa.string())}}))
 """
 
@@ -201,13 +202,13 @@ class Stage:
             os._exit(0)
         os.close(theirs)
         with open(ours) as pipe:
-            found = pipe.read()
+            words = pipe.read()
         os.waitpid(process, 0)
-        return found.split("\0") if found else []
+        return words.split("\0") if words else []
 
     def _problems(self, after_fault: bool) -> Iterator[str]:
         settings = config.load(str(self.home / config.FILE_NAME))
-        files, tables = self._read_files(), self._read_tables()
+        files, tables = (self._read(settings, topic) for topic in SINKS)
         with open_ledger(settings.database) as ledger:
             problems = verify(settings, ledger).problems
             counts = ledger.read(jobs.counts)
@@ -230,24 +231,11 @@ class Stage:
             yield f"not everything is done: {counts}; {len(done)} jobs have rows"
         yield from (f"left behind: {left}" for left in self._left())
 
-    def _read_files(self) -> dict[int, Counter[str]]:
-        """What a reader sees of the Parquet topic: job -> lines."""
+    def _read(self, settings: Settings, topic: str) -> dict[int, Counter[str]]:
+        """What a reader sees of a topic: job -> lines."""
         found: dict[int, Counter[str]] = {}
-        for file in (self.home / "output" / "files").glob("*.parquet"):
-            for row in pq.ParquetFile(file).read().to_pylist():
-                found.setdefault(row["_cf_job_id"], Counter())[row["line"]] += 1
-        return found
-
-    def _read_tables(self) -> dict[int, Counter[str]]:
-        """What a reader sees of the SQLite topic: job -> lines."""
-        found: dict[int, Counter[str]] = {}
-        path = self.home / TABLES
-        if not path.exists():
-            return found
-        with closing(sqlite3.connect(path)) as database:
-            if database.execute("SELECT 1 FROM sqlite_schema WHERE name = 'tables'").fetchone():
-                for job, line in database.execute("SELECT _cf_job_id, line FROM tables"):
-                    found.setdefault(job, Counter())[line] += 1
+        for row in sink_reader.rows(sinks.resolve(SINKS[topic], settings.home), topic):
+            found.setdefault(row["_cf_job_id"], Counter())[row["line"]] += 1
         return found
 
     def _left(self) -> Iterator[Path]:
@@ -264,11 +252,10 @@ class Stage:
 @contextmanager
 def built(folder: Path) -> Iterator[Stage]:
     """A stage with keys, environments and sockets of its own, for as long as the block runs."""
-    for name in ("CACHE_HOME", "CONFIG_HOME", "RUNTIME_DIR"):
-        os.environ[f"XDG_{name}"] = str(folder / name.lower())
     sys.argv = ["casparian", "scan", "--help"]
     with redirect_stdout(io.StringIO()), suppress(SystemExit):
         casparian()  # typer imports what it needs when it is first used
-    stage = Stage(folder)
-    stage.build()
-    yield stage
+    with private_process(folder / "config", folder / "cache"):
+        stage = Stage(folder)
+        stage.build()
+        yield stage

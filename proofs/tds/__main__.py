@@ -7,22 +7,21 @@ It exits with 1 when something is violated.
 
 from __future__ import annotations
 
-import argparse
-import random
 import sys
 import tempfile
 from pathlib import Path
 
+from proofs import arguments
 from proofs.tds import driver
 from proofs.tds.cuts import run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m proofs.tds")
+    parser = arguments.parser("tds", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     cuts = verbs.add_parser("cuts", help="publish while the line is cut at a random byte")
     cuts.add_argument("--count", type=int, default=200, help="publishes whose line is cut")
-    cuts.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    arguments.add_seed(cuts)
     cuts.add_argument("--rows", type=int, default=500, help="of each output")
     cuts.add_argument("--provider", choices=driver.PROVIDERS, default="")
     options = parser.parse_args()

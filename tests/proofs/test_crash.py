@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
-from casparian_flow import config, crashpoints
+from casparian_flow import crashpoints
 from casparian_flow.crashpoints import Trap
 from casparian_flow.db import snapshots
 from casparian_flow.db.access import open_ledger
@@ -26,6 +26,7 @@ from proofs.crash.matrix import Matrix, Point, staged
 from proofs.crash.nursery import Nursery, Order
 from proofs.crash.power import LoopGround, why_not
 from proofs.crash.scene import Act, Ground, Scene
+from proofs.environment import private
 from tests.cli.conftest import Casparian, casparian, source  # noqa: F401
 from tests.conftest import write_config
 
@@ -76,12 +77,9 @@ def test_a_clean_run_comes_to_every_documented_crash_point(recorded: Stage) -> N
 
 def test_what_forks_has_one_thread(tmp_path: Path) -> None:
     """Python 3.12 warns of a fork that leaves threads behind, pyarrow's allocator's for one."""
-    nursery = Nursery(config.private_environment(tmp_path, tmp_path))
-    try:
+    with private(tmp_path) as environment, closing(Nursery(environment)) as nursery:
         assert nursery.run(Order(["--help"], str(tmp_path / "said"))) == 0
         assert len(list(Path(f"/proc/{nursery._process.pid}/task").iterdir())) == 1
-    finally:
-        nursery.close()
 
 
 class Ended(Matrix):
