@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +90,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem with room for next to nothing."""
     with in_memory(tmp_path / "small", "64k") as folder:
         yield folder
+
+
+@pytest.fixture
+def seed() -> int:
+    """Of what a test chooses; it is shown where the test fails."""
+    drawn = random.randrange(1 << 32)
+    print(f"seed {drawn}")
+    return drawn

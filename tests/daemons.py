@@ -31,22 +31,22 @@ DAEMON = "casparian_flow.main"
 WORKER = "casparian_flow.engine.worker_client"
 
 
-async def all_done(daemon: Daemon) -> dict[str, int]:
+async def all_done(daemon: Daemon, seconds: float = WORK_SECONDS) -> dict[str, int]:
     """Wait until there are jobs and all have ended; how many have each status."""
 
     async def ended() -> dict[str, int]:
         counts = await daemon.ledger.read_soon(jobs.counts)
         return {} if set(counts) & set(jobs.UNFINISHED) else counts
 
-    return await eventually(ended, WORK_SECONDS)
+    return await eventually(ended, seconds)
 
 
-def work_off(settings: Settings, workers: int = 2) -> dict[str, int]:
+def work_off(settings: Settings, workers: int = 2, seconds: float = WORK_SECONDS) -> dict[str, int]:
     """Run a daemon until all jobs have ended; how many have each status."""
 
     async def story() -> dict[str, int]:
         async with main.running(settings, "test", workers=workers, watch=False) as daemon:
-            return await all_done(daemon)
+            return await all_done(daemon, seconds)
 
     return asyncio.run(story())
 

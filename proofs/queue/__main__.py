@@ -90,7 +90,7 @@ def lossy_runs(folder: Path, runs: int, files: int, seed: int) -> str:
                 (source / f"{run}-{n}.do").write_text(f"{run} {n}")
             scan(ledger, root)
             with lossy(seed + run) as tally:
-                work_off(found, PATIENCE_SECONDS)
+                work_off(found, seconds=PATIENCE_SECONDS)
             total += tally
             check(found, ledger, (run + 1) * files)
     return f"{runs * files} files came through once each: {dict(total)}"
@@ -124,7 +124,7 @@ def drain(folder: Path, stops: int, seed: int) -> str:
             assert not list(ledger.read(lambda c: list(checks.breaks(c))))
         (root,) = scout.roots(ledger, ())
         scan(ledger, root)
-        work_off(found, PATIENCE_SECONDS)
+        work_off(found, seconds=PATIENCE_SECONDS)
         check(found, ledger, files)
     return f"{stops} stops; the longest took {longest:.1f} s; {files} files came through once each"
 

@@ -167,11 +167,9 @@ def test_a_job_that_crashes_the_daemon_is_isolated_and_the_others_go_on(
 
 @pytest.mark.slow
 def test_random_kills_of_the_daemon_make_no_innocent_job_fail(
-    ledger: Ledger, settings: Settings, source: Path
+    ledger: Ledger, settings: Settings, source: Path, seed: int
 ) -> None:
     """As configured by default: three attempts. Each kill comes while jobs are in hand."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
     chance = random.Random(seed)
     root = add_root(ledger, source)
     publish(ledger, settings, "behaves", BEHAVES, "1.0.0")

@@ -71,10 +71,8 @@ def test_columns_that_lie_in_the_same_bytes_count_each() -> None:
     assert size == columns * 64_000
 
 
-def test_every_change_of_the_metadata_is_refused_or_measured() -> None:
+def test_every_change_of_the_metadata_is_refused_or_measured(seed: int) -> None:
     """Nothing but `Unfit` and `struct.error` comes of it, and no long work."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
     chance = random.Random(seed)
     good = stream(
         pa.record_batch(

@@ -403,9 +403,9 @@ def a_line(rng: random.Random) -> tuple[str, dict[str, Any]]:
     return line, {name: None if value == "-" else value for name, value in row.items()}
 
 
-def test_lines_of_servers_come_back_field_by_field(access_log: Run, tmp_path: Path) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
+def test_lines_of_servers_come_back_field_by_field(
+    access_log: Run, tmp_path: Path, seed: int
+) -> None:
     rng = random.Random(seed)
     lines, rows = zip(*(a_line(rng) for _ in range(3000)), strict=True)
     file = tmp_path / "access.log"
@@ -449,10 +449,8 @@ def damaged(rng: random.Random, line: str, other: str) -> str:
 
 
 def test_what_is_damaged_is_a_reject_or_a_row_that_says_the_line(
-    access_log: Run, tmp_path: Path
+    access_log: Run, tmp_path: Path, seed: int
 ) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
     rng = random.Random(seed)
     lines = [damaged(rng, a_line(rng)[0], a_line(rng)[0]) for _ in range(6000)]
     lines = [line for line in lines if line.strip()]
@@ -468,9 +466,7 @@ def test_what_is_damaged_is_a_reject_or_a_row_that_says_the_line(
             assert line in set(written(rows[number])), rows[number]
 
 
-def test_noise_is_rejected_line_by_line(access_log: Run, tmp_path: Path) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
+def test_noise_is_rejected_line_by_line(access_log: Run, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     good = f"9.9.9.9 - - {T}".encode()
     noise = [rng.randbytes(rng.randrange(40)).replace(b"\n", b"x") for _ in range(4000)]

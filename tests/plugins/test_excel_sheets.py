@@ -81,9 +81,7 @@ def test_sheets_are_united(excel_sheets: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_random_workbooks(excel_sheets: Run, tmp_path: Path) -> None:
-    seed = random.randrange(10**9)
-    print(f"seed {seed}")
+def test_random_workbooks(excel_sheets: Run, tmp_path: Path, seed: int) -> None:
     for number in range(seed, seed + 100):
         check(number, excel_sheets, tmp_path)
 
@@ -710,10 +708,10 @@ def test_what_a_file_is_shows_in_its_bytes(excel_sheets: Run, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["xlsx", "xls", "ods"])
-def test_damaged_workbooks_fail_in_words(kind: str, excel_sheets: Run, tmp_path: Path) -> None:
+def test_damaged_workbooks_fail_in_words(
+    kind: str, excel_sheets: Run, tmp_path: Path, seed: int
+) -> None:
     """Whatever byte is changed or missing: rows, or a ValueError."""
-    seed = random.randrange(10**9)
-    print(f"seed {seed}")
     rng = random.Random(seed)
     file = tmp_path / f"book.{kind}"
     if kind == "xlsx":

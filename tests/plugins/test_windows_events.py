@@ -206,10 +206,8 @@ def test_gaps_between_whole_chunks_are_told(
 
 
 @pytest.mark.slow
-def test_random_damage(windows_events: Run, tmp_path: Path, log: bytes) -> None:
+def test_random_damage(windows_events: Run, tmp_path: Path, log: bytes, seed: int) -> None:
     """Rows and the records that rejects name are as many as the log had."""
-    seed = random.randrange(10**9)
-    print(f"seed {seed}")
     rng = random.Random(seed)
     whole = closed(log)[: chunk_at(15)]
     for round_ in range(25):

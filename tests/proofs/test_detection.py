@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,9 @@ def tell(tally: edits.Tally) -> None:
 
 @pytest.mark.parametrize("kind", ["as it comes", *bench.FILESYSTEMS])
 @pytest.mark.slow_but("as it comes")
-def test_no_edit_is_missed_after_settling_and_none_after_a_scrub(kind: str, tmp_path: Path) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-
+def test_no_edit_is_missed_after_settling_and_none_after_a_scrub(
+    kind: str, tmp_path: Path, seed: int
+) -> None:
     def prove(place: Path) -> None:
         with bench.scratch(place) as scratch:
             tally = edits.run(scratch, seed, 150, 100, tell)
@@ -45,10 +43,8 @@ def test_no_edit_is_missed_after_settling_and_none_after_a_scrub(kind: str, tmp_
 )
 @pytest.mark.slow_but("short pauses")
 def test_no_version_has_bytes_that_were_never_at_rest(
-    tmp_path: Path, pauses: tuple[float, float], done_file: str
+    tmp_path: Path, pauses: tuple[float, float], done_file: str, seed: int
 ) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
     with bench.scratch(tmp_path, settle_seconds=0.5, done_file=done_file) as scratch:
         tally = writers.run(scratch, seed, 60, 60, pauses)
     assert (tally.never_at_rest, tally.lost) == ([], 0)

@@ -200,9 +200,7 @@ def test_a_lost_staged_file_is_told_of_and_stops_nobody_else(place: Place) -> No
     assert [row["id"] for row in place.rows()] == [2]
 
 
-def test_a_staged_file_cut_at_any_byte_is_told_of(place: Place) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
+def test_a_staged_file_cut_at_any_byte_is_told_of(place: Place, seed: int) -> None:
     chance = random.Random(seed)
     for job in range(1, 9):
         output = place.sealed({"id": [*range(100)]}, job)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -202,10 +201,8 @@ def test_f85_a_bulk_load_that_is_killed_is_begun_again(tmp_path: Path) -> None:
         assert in_order(server)
 
 
-def test_publishes_over_lines_that_are_cut(tmp_path: Path) -> None:
+def test_publishes_over_lines_that_are_cut(tmp_path: Path, seed: int) -> None:
     """Two cuts in each phase; `python -m proofs.tds cuts` does hundreds."""
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
     tally = cuts.run(tmp_path, 12, seed, rows=40)
     print(tally.summary())
     assert not tally.violations
