@@ -240,7 +240,7 @@ def _became(here: Here, wanted: Sequence[int]) -> str:
     """Jobs by what became of them, rows and rejects; what there is none of is left out."""
     from casparian_flow.db import jobs, outputs
 
-    outcomes = here.ledger.read(lambda c: jobs.outcomes(c, wanted))
+    outcomes = here.ledger.read(lambda c: jobs.counts_of(c, wanted))
     if outcomes.pop("FAILED", 0):
         states = here.ledger.read(lambda c: jobs.failure_counts(c, wanted))
         states["FAILED"] = states.pop(jobs.OPEN_FAILURE, 0)

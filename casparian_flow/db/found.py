@@ -215,53 +215,38 @@ def claims(connection: Connection) -> Sequence[Any]:
     ).all()
 
 
-BEFORE_ENQUEUE = """
-SELECT coalesce(max(id), 0), (
-    SELECT json_group_array(DISTINCT job_id) FROM cf_found_output f
-    WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue WHERE id = f.job_id))
-FROM cf_processing_queue
-"""
-"""The last job id, and those of found jobs that this ledger does not have."""
+# What a job that is queued has to know of found outputs: fragments of the statements in `db.jobs`,
+# where `:version_id`, `:plugin_id` and `:plugin_name` are those of the job.
 
-_FOUND = """
+_OF_VERSION = """
 FROM cf_found_output f JOIN cf_file_version v ON v.id = :version_id
 JOIN cf_file_location l ON l.id = v.location_id AND l.path = f.path
 JOIN cf_source_root r ON r.id = l.source_root_id AND r.name = f.source
 """
-"""What an inventory has found of a version's location."""
+"""Found outputs of the version's location."""
 
-_INSERT = f"""
-INSERT INTO cf_processing_queue
-    (id, file_version_id, plugin_id, plugin_name, priority, created_at,
-     status, fence, attempts, not_before, reason)
-SELECT coalesce(
-        (SELECT f.job_id {_FOUND} WHERE f.ordinal = v.ordinal AND f.content_hash = v.content_hash
-         AND f.artifact_hash = (SELECT artifact_hash FROM cf_plugin WHERE id = :plugin_id)
-         AND NOT EXISTS (SELECT 1 FROM cf_processing_queue WHERE id = f.job_id)),
-        1 + max((SELECT coalesce(max(id), 0) FROM cf_processing_queue),
-                (SELECT coalesce(max(job_id), 0) FROM cf_found_output))),
-    :version_id, :plugin_id, :plugin_name, :priority, :now, 'QUEUED', 0, 0, 0.0, ''
-WHERE NOT EXISTS (SELECT 1 {_FOUND} WHERE f.ordinal > (
-                  SELECT max(ordinal) FROM cf_file_version WHERE location_id = l.id))
-"""  # noqa: S608  - a location that lacks versions waits for the scan that gives them back
-"""A job for a version and a plugin; `jobs._add` gives the values."""
+_ARTIFACT = "(SELECT artifact_hash FROM cf_plugin WHERE id = :plugin_id)"
 
-ENQUEUE = f"""{_INSERT}
-  AND NOT EXISTS (SELECT 1 FROM cf_processing_queue
-                  WHERE file_version_id = :version_id AND plugin_name = :plugin_name)
-  AND NOT EXISTS (SELECT 1 {_FOUND} WHERE f.ordinal = v.ordinal AND f.plugin_name = :plugin_name
-                  AND f.content_hash = v.content_hash
-                  AND f.artifact_hash <> (
-                      SELECT artifact_hash FROM cf_plugin WHERE id = :plugin_id))
-"""  # noqa: S608
-"""The job, if no artifact of the plugin has one for the version or has worked it."""
+JOB_ID = f"""coalesce(
+    (SELECT f.job_id {_OF_VERSION} WHERE f.ordinal = v.ordinal
+     AND f.content_hash = v.content_hash AND f.artifact_hash = {_ARTIFACT}
+     AND NOT EXISTS (SELECT 1 FROM cf_processing_queue WHERE id = f.job_id)),
+    1 + max((SELECT coalesce(max(id), 0) FROM cf_processing_queue),
+            (SELECT coalesce(max(job_id), 0) FROM cf_found_output)))"""  # noqa: S608
+"""The id that the found output of this version and artifact names; else the next free one."""
 
-BACKFILL = f"""{_INSERT}
-  AND NOT EXISTS (SELECT 1 FROM cf_processing_queue
-                  WHERE file_version_id = :version_id AND plugin_name = :plugin_name
-                  AND (plugin_id = :plugin_id OR status IN ('QUEUED', 'RUNNING', 'COMMITTING')))
-"""  # noqa: S608
-"""The job, if this artifact has none and no other one's is unfinished."""
+PROCESSED_BY_ANOTHER_ARTIFACT = f"""EXISTS (
+    SELECT 1 {_OF_VERSION} WHERE f.ordinal = v.ordinal AND f.content_hash = v.content_hash
+    AND f.plugin_name = :plugin_name AND f.artifact_hash <> {_ARTIFACT})"""
+
+LACKS_VERSIONS = f"""EXISTS (
+    SELECT 1 {_OF_VERSION} WHERE f.ordinal > (
+        SELECT max(ordinal) FROM cf_file_version WHERE location_id = l.id))"""  # noqa: S608
+"""The location has had more versions than this ledger knows: the next scan records them."""
+
+JOB_IDS_WITHOUT_JOB = """(
+    SELECT json_group_array(DISTINCT job_id) FROM cf_found_output f
+    WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue WHERE id = f.job_id))"""
 
 COMMITTED = f"""
 WITH active AS (

@@ -6,7 +6,7 @@
     claim       QUEUED               RUNNING      fence + 1, attempt counted
     decide      RUNNING              COMMITTING   (id, fence)
     complete    COMMITTING           COMPLETED    every output published
-    refuse      COMMITTING           FAILED       a sink said never
+    refuse      COMMITTING           FAILED       a sink will never take the output
     requeue     RUNNING              QUEUED       (id, fence)
     fail        RUNNING              FAILED       (id, fence)
     supersede   RUNNING              SUPERSEDED   (id, fence)
@@ -15,83 +15,79 @@
     revive      SUPERSEDED           QUEUED       the version's bytes are there again
     remake      COMPLETED            QUEUED       a person has its output made again
 
-No other module assigns a status. The guard is (id, fence): with the status alone, a slow loser
-would complete the winner's job. A verb returns what it changed.
+No other module assigns a status. The guard is (id, fence): with the status alone, an attempt that
+lost its job would complete the job of the attempt that has it now. A verb returns what it changed.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    LargeBinary,
-    bindparam,
-    cast,
-    func,
-    or_,
-    select,
-    text,
-    tuple_,
-    update,
-)
+from sqlalchemy import Connection, CursorResult, text
 
 from casparian_flow.db import found
 from casparian_flow.db.access import execute_many
-from casparian_flow.db.models import (
-    Attempt,
-    FileLocation,
-    FileVersion,
-    JobStatus,
-    Plugin,
-    ProcessingJob,
-    Snapshot,
-    SourceRoot,
-    utcnow,
-)
+from casparian_flow.db.models import JobStatus, utcnow
 from casparian_flow.db.routing import Wanted
 from casparian_flow.protocol import Pair
 
 UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)
 
 ALONE_AFTER = 2
-"""Deaths of the daemon with a job in hand after which the job runs with no other beside it."""
+"""A job that was in hand at so many deaths of the daemon runs with no other job beside it."""
 
 LONGEST_PAUSE_SECONDS = 3600.0
-"""No job waits longer for its next attempt. One that would have to was queued before the clock was
-set back: it is due."""
+"""No job waits longer for its next attempt. A job whose `not_before` is further away was queued
+before the clock was set back: it is due."""
 
 
 def enqueue(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: str) -> list[int]:
-    """Queue a job for each (version id, wanted) that has none of that plugin; return new ids.
+    """Queue a job for each (version id, job) whose plugin has none for the version; the new ids.
 
-    What an inventory has found of the version counts: the same artifact's job comes back under its
-    old id, another one of the same plugin needs no job (see `db.found`).
+    What an inventory has found of the version counts: the same artifact's job gets its old id
+    back, and a version that another artifact of the plugin has processed gets no job.
     """
-    return _add(connection, found.ENQUEUE, pairs, now)
+    return _insert(
+        connection,
+        f"""
+        INSERT INTO cf_processing_queue
+            (id, file_version_id, plugin_id, plugin_name, priority, created_at,
+             status, fence, attempts, not_before, reason)
+        SELECT {found.JOB_ID}, :version_id, :plugin_id, :plugin_name, :priority, :now,
+               'QUEUED', 0, 0, 0.0, ''
+        WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
+                          WHERE file_version_id = :version_id AND plugin_name = :plugin_name)
+          AND NOT {found.PROCESSED_BY_ANOTHER_ARTIFACT}
+          AND NOT {found.LACKS_VERSIONS}
+        """,  # noqa: S608
+        pairs,
+        now,
+    )
 
 
 def backfill(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: str) -> list[int]:
-    """Queue a job for each (version id, wanted) on a person's word, though another artifact of the
-    plugin has worked the version; return new ids."""
-    return _add(connection, found.BACKFILL, pairs, now)
-
-
-def _add(
-    connection: Connection, statement: str, pairs: Sequence[tuple[int, Wanted]], now: str
-) -> list[int]:
-    last, free = connection.execute(text(found.BEFORE_ENQUEUE)).one()
-    execute_many(
+    """Queue jobs for versions that another artifact of the plugin has already processed; the new
+    ids. The caller has a person's word for it."""
+    return _insert(
         connection,
-        statement,
-        [{"version_id": version, "now": now, **wanted._asdict()} for version, wanted in pairs],
+        f"""
+        INSERT INTO cf_processing_queue
+            (id, file_version_id, plugin_id, plugin_name, priority, created_at,
+             status, fence, attempts, not_before, reason)
+        SELECT {found.JOB_ID}, :version_id, :plugin_id, :plugin_name, :priority, :now,
+               'QUEUED', 0, 0, 0.0, ''
+        WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
+                          WHERE file_version_id = :version_id AND plugin_name = :plugin_name
+                            AND (plugin_id = :plugin_id
+                                 OR status IN ('QUEUED', 'RUNNING', 'COMMITTING')))
+          AND NOT {found.LACKS_VERSIONS}
+        """,  # noqa: S608
+        pairs,
+        now,
     )
-    new = (ProcessingJob.id > last) | ProcessingJob.id.in_(json.loads(free))
-    return list(connection.execute(select(ProcessingJob.id).where(new)).scalars())
 
 
 def claim(
@@ -99,307 +95,387 @@ def claim(
 ) -> list[int]:
     """Take up to `limit` due jobs, highest priority first, and count an attempt of each.
 
-    A job that was in hand when the daemon died too often takes its turn as any other, and then
-    nothing else is claimed until it has ended.
-
     Args:
-        avoid: plugin ids whose sinks or environment are out of order at the moment.
+        avoid: ids of plugins whose sinks are unavailable.
     """
-    others, crashes = connection.execute(
-        select(func.count(), func.max(ProcessingJob.crashes)).where(
-            ProcessingJob.status == JobStatus.RUNNING
+    return _ids(
+        connection,
+        """
+        WITH due AS (
+            SELECT id, priority, crashes FROM cf_processing_queue
+            WHERE status = 'QUEUED'
+              AND (not_before <= :now OR not_before > :now + :longest_pause)
+              AND plugin_id NOT IN (SELECT value FROM json_each(:avoid))
+            ORDER BY priority DESC, id LIMIT :limit
+        ),
+        running AS (
+            SELECT count(*) AS jobs, coalesce(max(crashes), 0) AS crashes
+            FROM cf_processing_queue WHERE status = 'RUNNING'
+        ),
+        -- A suspect, with `alone_after` crashes or more, keeps its place in the queue and runs
+        -- alone: it waits until nothing runs, and what is behind it waits until it has ended.
+        in_order AS (
+            SELECT id, row_number() OVER (ORDER BY priority DESC, id) AS place,
+                   max(crashes) OVER (ORDER BY priority DESC, id) AS crashes_up_to_here
+            FROM due
+        ),
+        admitted AS (
+            SELECT in_order.id FROM in_order, running
+            WHERE running.crashes < :alone_after
+              AND (crashes_up_to_here < :alone_after OR (place = 1 AND running.jobs = 0))
         )
-    ).one()
-    if others and crashes >= ALONE_AFTER:
-        return []
-    due = (
-        select(ProcessingJob.id, ProcessingJob.crashes)
-        .where(
-            ProcessingJob.status == JobStatus.QUEUED,
-            _is_due(),
-            ProcessingJob.plugin_id.not_in(list(avoid)),
-        )
-        .order_by(ProcessingJob.priority.desc(), ProcessingJob.id)
-        .limit(limit)
-    )
-    chosen = _in_turn(connection.execute(due).all(), others)
-    return list(
-        connection.execute(
-            update(ProcessingJob)
-            .where(ProcessingJob.id.in_(chosen))
-            .values(
-                status=JobStatus.RUNNING,
-                fence=ProcessingJob.fence + 1,
-                attempts=ProcessingJob.attempts + 1,
-                worker=worker,
-                epoch=epoch,
-                reason="",
-            )
-            .returning(ProcessingJob.id)
-        ).scalars()
-    )
+        UPDATE cf_processing_queue
+        SET status = 'RUNNING', worker = :worker, epoch = :epoch,
+            fence = fence + 1, attempts = attempts + 1, reason = ''
+        WHERE id IN (SELECT id FROM admitted)
+        RETURNING id
+        """,
+        worker=worker, epoch=epoch, limit=limit, avoid=list(avoid), now=time.time(),
+        longest_pause=LONGEST_PAUSE_SECONDS, alone_after=ALONE_AFTER,
+    )  # fmt: skip
 
 
-def _in_turn(due: Sequence[Any], others: int) -> list[int]:
-    """The jobs before the first that must run alone; or that one, if it is first and nothing runs.
-
-    Args:
-        others: how many are running.
-    """
-    ids = [job.id for job in due]
-    alone = next((n for n, job in enumerate(due) if job.crashes >= ALONE_AFTER), len(ids))
-    return ids[:alone] or ([] if others else ids[:1])
-
-
-def _is_due() -> ColumnElement[bool]:
-    now = time.time()
-    return or_(
-        ProcessingJob.not_before <= now, ProcessingJob.not_before > now + LONGEST_PAUSE_SECONDS
-    )
-
-
-def claimed(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
-    """What a worker must know of claimed jobs, in the order they should run."""
-    return connection.execute(
-        select(
-            ProcessingJob.id, ProcessingJob.fence, ProcessingJob.attempts,
-            ProcessingJob.plugin_id, Plugin.name.label("plugin_name"),
-            Plugin.version.label("plugin_version"), Plugin.artifact_hash,
-            cast(Plugin.manifest, LargeBinary).label("manifest"),  # it need not be text any more
-            FileVersion.id.label("version_id"), FileVersion.ordinal, FileVersion.content_hash,
-            FileVersion.size_bytes, FileLocation.path, FileLocation.rel_path,
-            SourceRoot.name.label("source"), SourceRoot.path.label("root_path"),
-            Snapshot.content_hash.label("snapshot"),
-        )
-        .join(Plugin, Plugin.id == ProcessingJob.plugin_id)
-        .join(FileVersion, FileVersion.id == ProcessingJob.file_version_id)
-        .join(FileLocation, FileLocation.id == FileVersion.location_id)
-        .join(SourceRoot, SourceRoot.id == FileLocation.source_root_id)
-        .outerjoin(Snapshot, Snapshot.content_hash == FileVersion.content_hash)
-        .where(ProcessingJob.id.in_(job_ids))
-        .order_by(ProcessingJob.priority.desc(), ProcessingJob.id)
-    ).all()  # fmt: skip
-
-
-_HELD = (
-    update(ProcessingJob)
-    .where(
-        ProcessingJob.id == bindparam("job"),
-        ProcessingJob.fence == bindparam("held_fence"),
-        ProcessingJob.status == JobStatus.RUNNING,
-    )
-)  # fmt: skip
-
-
-def decide(connection: Connection, held: Sequence[Pair]) -> set[Pair]:
-    """Let attempts (job id, fence) win: from here their outputs will be published.
+def decide(connection: Connection, attempts: Sequence[Pair]) -> set[Pair]:
+    """Let attempts (job id, fence) win: from here on their outputs will be published.
 
     Returns:
-        Those that moved; the others came too late.
+        Those whose jobs moved; the others came too late.
     """
-    if not held:
+    if not attempts:
         return set()
-    moved = connection.exec_driver_sql(
+    decided = _run(
+        connection,
         """
         UPDATE cf_processing_queue SET status = 'COMMITTING', worker = NULL
         WHERE status = 'RUNNING' AND (id, fence) IN
-            (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(?))
+            (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]')
+             FROM json_each(:attempts))
         RETURNING id, fence
         """,
-        (json.dumps(held),),
+        attempts=attempts,
     )
-    return {(job_id, fence) for job_id, fence in moved}
+    return {(row.id, row.fence) for row in decided}
+
+
+def complete(connection: Connection, job_ids: Sequence[int]) -> list[int]:
+    """Finish decided jobs whose outputs are all published."""
+    return _ids(
+        connection,
+        """
+        UPDATE cf_processing_queue SET status = 'COMPLETED', reason = '', finished_at = :now
+        WHERE status = 'COMMITTING' AND id IN (SELECT value FROM json_each(:job_ids))
+        RETURNING id
+        """,
+        job_ids=job_ids,
+        now=_now(),
+    )
+
+
+def refuse(connection: Connection, job_id: int, reason: str) -> None:
+    """End a decided job whose output a sink will never take; what is published stays recorded."""
+    _run(
+        connection,
+        """
+        UPDATE cf_processing_queue SET status = 'FAILED', reason = :reason, finished_at = :now
+        WHERE status = 'COMMITTING' AND id = :job_id
+        """,
+        job_id=job_id,
+        reason=reason,
+        now=_now(),
+    )
 
 
 def requeue(
     connection: Connection, job_id: int, fence: int, *,
     reason: str, delay_seconds: float = 0.0, refund: bool = False, crashed: bool = False,
 ) -> bool:  # fmt: skip
-    """Give the job back to the queue.
+    """Give the job back to the queue; False if the fence is stale.
 
     Args:
         delay_seconds: pause before it can be claimed again.
         refund: the attempt was not the job's fault and does not count.
-        crashed: the daemon died with it in hand.
+        crashed: the daemon died while the job was in hand.
     """
-    statement = _HELD.values(
-        status=JobStatus.QUEUED,
-        worker=None,
+    requeued = _run(
+        connection,
+        """
+        UPDATE cf_processing_queue
+        SET status = 'QUEUED', worker = NULL, not_before = :not_before, reason = :reason,
+            attempts = attempts - :refund, crashes = crashes + :crashed
+        WHERE status = 'RUNNING' AND id = :job_id AND fence = :fence
+        """,
+        job_id=job_id, fence=fence, reason=reason, refund=refund, crashed=crashed,
         not_before=time.time() + min(delay_seconds, LONGEST_PAUSE_SECONDS),
-        reason=reason,
-        attempts=ProcessingJob.attempts - (1 if refund else 0),
-        crashes=ProcessingJob.crashes + (1 if crashed else 0),
-    )
-    return _moved(connection, statement, job_id, fence)
+    )  # fmt: skip
+    return requeued.rowcount == 1
 
 
 def fail(connection: Connection, job_id: int, fence: int, reason: str) -> bool:
-    """Put the job among the dead letters, where a person can `retry` it."""
-    return _ended(connection, JobStatus.FAILED, job_id, fence, reason)
+    """End the job for good, unless a person retries it; False if the fence is stale."""
+    failed = _run(
+        connection,
+        """
+        UPDATE cf_processing_queue
+        SET status = 'FAILED', worker = NULL, reason = :reason, finished_at = :now
+        WHERE status = 'RUNNING' AND id = :job_id AND fence = :fence
+        """,
+        job_id=job_id, fence=fence, reason=reason, now=_now(),
+    )  # fmt: skip
+    return failed.rowcount == 1
 
 
 def supersede(connection: Connection, job_id: int, fence: int, reason: str) -> bool:
-    """End the job: the bytes of its version are gone or have changed."""
-    return _ended(connection, JobStatus.SUPERSEDED, job_id, fence, reason)
-
-
-def _ended(connection: Connection, status: JobStatus, job_id: int, fence: int, reason: str) -> bool:
-    statement = _HELD.values(status=status, worker=None, reason=reason, finished_at=utcnow())
-    return _moved(connection, statement, job_id, fence)
-
-
-def _moved(connection: Connection, statement: Any, job_id: int, fence: int) -> bool:
-    result = connection.execute(statement, {"job": job_id, "held_fence": fence})
-    return bool(result.rowcount)
-
-
-def complete(connection: Connection, job_ids: Sequence[int]) -> list[int]:
-    """Finish decided jobs whose outputs are all published."""
-    return list(
-        connection.execute(
-            update(ProcessingJob)
-            .where(ProcessingJob.id.in_(job_ids), ProcessingJob.status == JobStatus.COMMITTING)
-            .values(status=JobStatus.COMPLETED, reason="", finished_at=utcnow())
-            .returning(ProcessingJob.id)
-        ).scalars()
-    )
-
-
-def refuse(connection: Connection, job_id: int, reason: str) -> None:
-    """End a decided job that a sink will never take; outputs already visible stay recorded."""
-    connection.execute(
-        update(ProcessingJob)
-        .where(ProcessingJob.id == job_id, ProcessingJob.status == JobStatus.COMMITTING)
-        .values(status=JobStatus.FAILED, reason=reason, finished_at=utcnow())
-    )
-
-
-def note(connection: Connection, job_ids: Sequence[int], reason: str) -> None:
-    """Say why decided jobs wait, for whoever looks."""
-    connection.execute(
-        update(ProcessingJob)
-        .where(ProcessingJob.id.in_(job_ids), ProcessingJob.status == JobStatus.COMMITTING)
-        .values(reason=reason)
-    )
-
-
-def attempts(connection: Connection, job_id: int) -> int:
-    """Attempts counted against the job so far, the running one among them; 0: no such job."""
-    query = select(ProcessingJob.attempts).where(ProcessingJob.id == job_id)
-    return connection.execute(query).scalar() or 0
-
-
-def held(connection: Connection, before_epoch: int) -> Sequence[Any]:
-    """RUNNING jobs of earlier epochs: their daemon is dead, since we hold its lock."""
-    return _running(connection, ProcessingJob.epoch < before_epoch)
-
-
-def granted(connection: Connection, pairs: Iterable[Pair]) -> Sequence[Any]:
-    """Those of these attempts that run by the ledger's word."""
-    return _running(connection, tuple_(ProcessingJob.id, ProcessingJob.fence).in_(list(pairs)))
-
-
-def _running(connection: Connection, which: ColumnElement[bool]) -> Sequence[Any]:
-    return connection.execute(
-        select(
-            ProcessingJob.id, ProcessingJob.fence, ProcessingJob.attempts, ProcessingJob.crashes,
-            ProcessingJob.epoch, ProcessingJob.worker,
-        )
-        .where(ProcessingJob.status == JobStatus.RUNNING, which)
-        .order_by(ProcessingJob.worker, ProcessingJob.id)
-    ).all()  # fmt: skip
+    """End the job: its version's bytes are gone or changed. False if the fence is stale."""
+    superseded = _run(
+        connection,
+        """
+        UPDATE cf_processing_queue
+        SET status = 'SUPERSEDED', worker = NULL, reason = :reason, finished_at = :now
+        WHERE status = 'RUNNING' AND id = :job_id AND fence = :fence
+        """,
+        job_id=job_id, fence=fence, reason=reason, now=_now(),
+    )  # fmt: skip
+    return superseded.rowcount == 1
 
 
 def abort(connection: Connection, job_ids: Sequence[int], who: str) -> list[int]:
     """End queued and running jobs on a person's word; decided ones are left alone.
 
-    What a running attempt still brings is refused, since its job runs no more.
+    A running attempt ends here in the history too: what it still brings has a stale fence.
     """
-    for job in _running(connection, ProcessingJob.id.in_(job_ids)):
-        ended = Ended(job.id, job.fence, job.worker, "ABORTED", f"aborted by {who}")
-        add_attempts(connection, job.epoch, [ended])
-    return list(
-        connection.execute(
-            update(ProcessingJob)
-            .where(
-                ProcessingJob.id.in_(job_ids),
-                ProcessingJob.status.in_([JobStatus.QUEUED, JobStatus.RUNNING]),
-            )
-            .values(
-                status=JobStatus.ABORTED, worker=None, reason=f"aborted by {who}",
-                finished_at=utcnow(),
-            )
-            .returning(ProcessingJob.id)
-        ).scalars()
+    reason, now = f"aborted by {who}", _now()
+    _run(
+        connection,
+        """
+        INSERT INTO cf_attempt
+            (job_id, fence, epoch, worker, outcome, error, log, seconds, ended_at)
+        SELECT id, fence, epoch, worker, 'ABORTED', :reason, '', 0.0, :now
+        FROM cf_processing_queue
+        WHERE status = 'RUNNING' AND id IN (SELECT value FROM json_each(:job_ids))
+        ORDER BY worker, id
+        """,
+        job_ids=job_ids, reason=reason, now=now,
+    )  # fmt: skip
+    return _ids(
+        connection,
+        """
+        UPDATE cf_processing_queue
+        SET status = 'ABORTED', worker = NULL, reason = :reason, finished_at = :now
+        WHERE status IN ('QUEUED', 'RUNNING') AND id IN (SELECT value FROM json_each(:job_ids))
+        RETURNING id
+        """,
+        job_ids=job_ids, reason=reason, now=now,
     )  # fmt: skip
 
 
 def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
-    """Queue dead letters, and superseded jobs with a snapshot, with a fresh budget of attempts."""
-    kept = select(FileVersion.id).join(Snapshot, Snapshot.content_hash == FileVersion.content_hash)
-    ended = ProcessingJob.status.in_([JobStatus.FAILED, JobStatus.ABORTED]) | (
-        ProcessingJob.file_version_id.in_(kept) & (ProcessingJob.status == JobStatus.SUPERSEDED)
+    """Queue failed and aborted jobs, and superseded ones with a snapshot, with new attempts."""
+    return _ids(
+        connection,
+        """
+        UPDATE cf_processing_queue
+        SET status = 'QUEUED', attempts = 0, not_before = 0.0, reason = '', finished_at = NULL
+        WHERE id IN (SELECT value FROM json_each(:job_ids))
+          AND (status IN ('FAILED', 'ABORTED') OR status = 'SUPERSEDED' AND EXISTS (
+              SELECT 1 FROM cf_file_version v JOIN cf_snapshot s ON s.content_hash = v.content_hash
+              WHERE v.id = file_version_id))
+        RETURNING id
+        """,
+        job_ids=job_ids,
     )
-    return _queue_again(connection, ProcessingJob.id.in_(job_ids), ended)
 
 
 def revive(connection: Connection, version_ids: Sequence[int]) -> list[int]:
-    """Queue superseded jobs of versions whose bytes a scan has found in their place again."""
-    versions = ProcessingJob.file_version_id.in_(version_ids)
-    return _queue_again(connection, versions, ProcessingJob.status == JobStatus.SUPERSEDED)
+    """Queue the superseded jobs of versions whose bytes a scan has found in their place again."""
+    return _ids(
+        connection,
+        """
+        UPDATE cf_processing_queue
+        SET status = 'QUEUED', attempts = 0, not_before = 0.0, reason = '', finished_at = NULL
+        WHERE status = 'SUPERSEDED'
+          AND file_version_id IN (SELECT value FROM json_each(:version_ids))
+        RETURNING id
+        """,
+        version_ids=version_ids,
+    )
 
 
 def remake(connection: Connection, job_ids: Sequence[int]) -> list[int]:
-    """Queue completed jobs whose output is in its sink no more, on a person's word."""
-    completed = ProcessingJob.status == JobStatus.COMPLETED
-    return _queue_again(connection, ProcessingJob.id.in_(job_ids), completed)
-
-
-def _queue_again(connection: Connection, *which: ColumnElement[bool]) -> list[int]:
-    return list(
-        connection.execute(
-            update(ProcessingJob)
-            .where(*which)
-            .values(
-                status=JobStatus.QUEUED, attempts=0, not_before=0.0, reason="", finished_at=None
-            )
-            .returning(ProcessingJob.id)
-        ).scalars()
+    """Queue completed jobs whose sink has lost their output, on a person's word."""
+    return _ids(
+        connection,
+        """
+        UPDATE cf_processing_queue
+        SET status = 'QUEUED', attempts = 0, not_before = 0.0, reason = '', finished_at = NULL
+        WHERE status = 'COMPLETED' AND id IN (SELECT value FROM json_each(:job_ids))
+        RETURNING id
+        """,
+        job_ids=job_ids,
     )
+
+
+def set_reason(connection: Connection, job_ids: Sequence[int], reason: str) -> None:
+    """Say why decided jobs are not completed yet."""
+    _run(
+        connection,
+        """
+        UPDATE cf_processing_queue SET reason = :reason
+        WHERE status = 'COMMITTING' AND id IN (SELECT value FROM json_each(:job_ids))
+        """,
+        job_ids=job_ids,
+        reason=reason,
+    )
+
+
+def _run(connection: Connection, statement: str, **values: Any) -> CursorResult[Any]:
+    """Run one statement; a collection is bound as JSON, for `json_each`."""
+    bound = {
+        name: json.dumps(list(value))
+        if isinstance(value, Collection) and not isinstance(value, str)
+        else value
+        for name, value in values.items()
+    }
+    return connection.execute(text(statement), bound)
+
+
+def _ids(connection: Connection, statement: str, **values: Any) -> list[int]:
+    """Run one statement; the ids it returns."""
+    return list(_run(connection, statement, **values).scalars())
+
+
+def _insert(
+    connection: Connection, statement: str, pairs: Sequence[tuple[int, Wanted]], now: str
+) -> list[int]:
+    """Run an INSERT for each pair; the ids of the jobs it made.
+
+    The driver returns no ids from many statements at once. New ids are above the last one, or were
+    an adopted output's without a job.
+    """
+    before = _run(
+        connection,
+        f"""
+        SELECT coalesce(max(id), 0) AS last, {found.JOB_IDS_WITHOUT_JOB} AS unused
+        FROM cf_processing_queue
+        """,  # noqa: S608
+    ).one()
+    execute_many(
+        connection,
+        statement,
+        [{"version_id": version, "now": now, **wanted._asdict()} for version, wanted in pairs],
+    )
+    return _ids(
+        connection,
+        """
+        SELECT id FROM cf_processing_queue
+        WHERE id > :last OR id IN (SELECT value FROM json_each(:unused))
+        """,
+        last=before.last,
+        unused=before.unused,
+    )
+
+
+def _now() -> str:
+    return utcnow().isoformat(" ")
+
+
+# Questions about jobs; none of them changes anything.
+
+
+def describe(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
+    """What a worker must know of claimed jobs, in the order they should run."""
+    return _run(
+        connection,
+        """
+        SELECT j.id, j.fence, j.attempts, j.plugin_id, p.name AS plugin_name,
+               p.version AS plugin_version, p.artifact_hash,
+               CAST(p.manifest AS BLOB) AS manifest,  -- a damaged one need not be text
+               v.id AS version_id, v.ordinal, v.content_hash, v.size_bytes,
+               l.path, l.rel_path, r.name AS source, r.path AS root_path,
+               s.content_hash AS snapshot
+        FROM cf_processing_queue j
+        JOIN cf_plugin p ON p.id = j.plugin_id
+        JOIN cf_file_version v ON v.id = j.file_version_id
+        JOIN cf_file_location l ON l.id = v.location_id
+        JOIN cf_source_root r ON r.id = l.source_root_id
+        LEFT JOIN cf_snapshot s ON s.content_hash = v.content_hash
+        WHERE j.id IN (SELECT value FROM json_each(:job_ids))
+        ORDER BY j.priority DESC, j.id
+        """,
+        job_ids=job_ids,
+    ).all()
+
+
+def orphans(connection: Connection, epoch: int) -> Sequence[Any]:
+    """RUNNING jobs of epochs before this one: the caller has the lock of the daemon they ran in."""
+    return _run(
+        connection,
+        """
+        SELECT id, fence, attempts, crashes, epoch, worker FROM cf_processing_queue
+        WHERE status = 'RUNNING' AND epoch < :epoch ORDER BY worker, id
+        """,
+        epoch=epoch,
+    ).all()
+
+
+def running(connection: Connection, attempts: Iterable[Pair]) -> Sequence[Any]:
+    """The attempts (job id, fence) that the ledger has as RUNNING, by worker."""
+    return _run(
+        connection,
+        """
+        SELECT id, fence, attempts, crashes, epoch, worker FROM cf_processing_queue
+        WHERE status = 'RUNNING' AND (id, fence) IN
+            (SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]')
+             FROM json_each(:attempts))
+        ORDER BY worker, id
+        """,
+        attempts=list(attempts),
+    ).all()
+
+
+def claimable(connection: Connection) -> bool:
+    """Whether any job is due."""
+    due = _run(
+        connection,
+        """
+        SELECT 1 FROM cf_processing_queue
+        WHERE status = 'QUEUED' AND (not_before <= :now OR not_before > :now + :longest_pause)
+        LIMIT 1
+        """,
+        now=time.time(),
+        longest_pause=LONGEST_PAUSE_SECONDS,
+    )
+    return due.first() is not None
 
 
 def counts(connection: Connection) -> dict[str, int]:
     """Jobs in each status that has any."""
-    rows = connection.execute(
-        select(ProcessingJob.status, func.count()).group_by(ProcessingJob.status)
+    query = "SELECT status, count(*) AS jobs FROM cf_processing_queue GROUP BY status"
+    return {row.status: row.jobs for row in _run(connection, query)}
+
+
+def counts_of(connection: Connection, job_ids: Sequence[int]) -> dict[str, int]:
+    """These jobs in each status that has any of them."""
+    rows = _run(
+        connection,
+        """
+        SELECT status, count(*) AS jobs FROM cf_processing_queue
+        WHERE id IN (SELECT value FROM json_each(:job_ids)) GROUP BY status
+        """,
+        job_ids=job_ids,
     )
-    return {row[0]: row[1] for row in rows}
+    return {row.status: row.jobs for row in rows}
 
 
-def claimable(connection: Connection) -> bool:
-    """Whether any job could be claimed now."""
-    ready = select(ProcessingJob.id).where(ProcessingJob.status == JobStatus.QUEUED, _is_due())
-    return connection.execute(ready.limit(1)).first() is not None
-
-
-def outcomes(connection: Connection, job_ids: Sequence[int]) -> dict[str, int]:
-    """The statuses of these jobs, counted."""
-    tally: dict[str, int] = {}
-    for start in range(0, len(job_ids), 10_000):
-        rows = connection.execute(
-            select(ProcessingJob.status, func.count())
-            .where(ProcessingJob.id.in_(job_ids[start : start + 10_000]))
-            .group_by(ProcessingJob.status)
-        )
-        for status, number in rows:
-            tally[status] = tally.get(status, 0) + number
-    return tally
+def attempts(connection: Connection, job_id: int) -> int:
+    """Attempts counted against the job so far, the running one among them; 0: no such job."""
+    query = "SELECT attempts FROM cf_processing_queue WHERE id = :job_id"
+    return _run(connection, query, job_id=job_id).scalar() or 0
 
 
 # The history of attempts: one row each, written when it ended, never changed.
 
 
-class Ended(NamedTuple):
+class AttemptResult(NamedTuple):
     """How an attempt ended, as it goes into the ledger; `db.models.Attempt` has the meanings."""
 
     job_id: int
@@ -419,9 +495,9 @@ class Ended(NamedTuple):
     cpu_seconds: float = 0.0
 
 
-def add_attempts(connection: Connection, epoch: int, ended: Sequence[Ended]) -> None:
-    """Keep how attempts of an epoch ended."""
-    now = utcnow().isoformat(" ")
+def add_attempts(connection: Connection, epoch: int, results: Sequence[AttemptResult]) -> None:
+    """Record how attempts of an epoch ended."""
+    now = _now()
     execute_many(
         connection,
         """
@@ -430,23 +506,26 @@ def add_attempts(connection: Connection, epoch: int, ended: Sequence[Ended]) -> 
              fault, signal, exit_code, batches, rows, max_rss_bytes, cpu_seconds)
         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
         """,
-        [(epoch, now, *end) for end in ended],
+        [(epoch, now, *result) for result in results],
     )
 
 
-def counted(connection: Connection, job_id: int, number: int) -> list[Any]:
+def counted_attempts(connection: Connection, job_id: int, number: int) -> Sequence[Any]:
     """The last attempts of the job that count against its budget: outcome, fault, error.
 
     Args:
-        number: how many; those that were released or aborted are not among them.
+        number: at most so many; released and aborted ones are not among them.
     """
-    query = (
-        select(Attempt.outcome, Attempt.fault, Attempt.error)
-        .where(Attempt.job_id == job_id, Attempt.outcome.in_(["FAILED", "LOST"]))
-        .order_by(Attempt.fence.desc())
-        .limit(number)
-    )
-    return list(connection.execute(query))
+    return _run(
+        connection,
+        """
+        SELECT outcome, fault, error FROM cf_attempt
+        WHERE job_id = :job_id AND outcome IN ('FAILED', 'LOST')
+        ORDER BY fence DESC LIMIT :number
+        """,
+        job_id=job_id,
+        number=number,
+    ).all()
 
 
 # Which failures are open: one rule, for every count and every list.

@@ -245,7 +245,7 @@ class Committer:
         log.warning("sink %s is paused: %s", store, error.message)
         self._sick[store] = time.monotonic() + PAUSE_SECONDS
         reason = f"{PAUSED}{error.message}"
-        await self._write(lambda c: jobs.note(c, job_ids, reason))
+        await self._write(lambda c: jobs.set_reason(c, job_ids, reason))
 
     async def _read(self, work: Work[T]) -> T:
         return await self._insist(self._ledger.read_soon, work)
@@ -267,8 +267,8 @@ class Committer:
                 await asyncio.sleep(PAUSE_SECONDS)
 
 
-def _attempt(worker: str, end: Receipt) -> jobs.Ended:
-    return jobs.Ended(
+def _attempt(worker: str, end: Receipt) -> jobs.AttemptResult:
+    return jobs.AttemptResult(
         end.job_id, end.fence, worker, end.outcome.value, end.error, end.log, end.seconds,
         end.sandbox, **msgspec.structs.asdict(end.evidence),
     )  # fmt: skip

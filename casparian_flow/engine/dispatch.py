@@ -17,7 +17,7 @@ from casparian_flow import sink_uri
 from casparian_flow.config import JobSettings, Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, jobs, plugins, trust
-from casparian_flow.db.jobs import Ended, add_attempts, counted
+from casparian_flow.db.jobs import AttemptResult, add_attempts, counted_attempts
 from casparian_flow.db.models import Plugin
 from casparian_flow.engine import endings, sinks
 from casparian_flow.engine.endings import Ending
@@ -59,7 +59,7 @@ class Dispatcher:
         crashpoint("dispatch.claim_written")
         assignments = []
         empty = plugins.may_be_empty(connection) if job_ids else {}
-        for job in jobs.claimed(connection, job_ids) if job_ids else []:
+        for job in jobs.describe(connection, job_ids) if job_ids else []:
             name = job.plugin_name
             try:
                 made = self._assignment(job, topics.get(name, []), empty.get(name, []))
@@ -262,7 +262,7 @@ def after_failure(connection: Connection, end: Receipt, limits: JobSettings, act
     """Give a failed attempt its consequence; False when the job was another's by now."""
     attempts = jobs.attempts(connection, end.job_id)
     # Those before this one, since a person last gave the job a fresh budget.
-    earlier = counted(connection, end.job_id, max(attempts - 1, 0))
+    earlier = counted_attempts(connection, end.job_id, max(attempts - 1, 0))
     vain = any(_repeats(end, each.fault, each.error) for each in earlier)
     if end.retryable and attempts < limits.max_attempts and not vain:
         delay = pause_seconds(limits, attempts)
@@ -296,7 +296,7 @@ def begin_epoch(
     """
     epoch = plugins.begin_epoch(connection)
     hands = endings.read_held(guests_folder)
-    for job in jobs.held(connection, epoch):
+    for job in jobs.orphans(connection, epoch):
         if _lives(job.worker):
             _give_back(connection, job, "the daemon ended, and its worker lives")
         elif ending.machine or (job.id, job.fence) in hands:
@@ -316,7 +316,7 @@ def lose(
         hands: the attempts that are in somebody's hand.
         why: which Worker, and what it did not do.
     """
-    for _, group in itertools.groupby(jobs.granted(connection, pairs), lambda job: job.worker):
+    for _, group in itertools.groupby(jobs.running(connection, pairs), lambda job: job.worker):
         crew = list(group)
         suspects = {(job.id, job.fence) for job in crew} & hands
         for job in crew:
@@ -329,7 +329,7 @@ def lose(
 
 def release(connection: Connection, pairs: Iterable[Pair], why: str) -> None:
     """Take their jobs from a Worker that leaves; their attempts do not count."""
-    for job in jobs.granted(connection, pairs):
+    for job in jobs.running(connection, pairs):
         _give_back(connection, job, why)
 
 
@@ -347,7 +347,7 @@ def _lives(worker: str) -> bool:
 
 
 def _give_back(connection: Connection, job: Any, why: str) -> None:
-    ended = Ended(job.id, job.fence, job.worker, "RELEASED", why)
+    ended = AttemptResult(job.id, job.fence, job.worker, "RELEASED", why)
     add_attempts(connection, job.epoch, [ended])
     jobs.requeue(connection, job.id, job.fence, reason="", refund=True)
 
@@ -355,7 +355,9 @@ def _give_back(connection: Connection, job: Any, why: str) -> None:
 def _count(connection: Connection, job: Any, limits: JobSettings, why: str) -> None:
     """An attempt that its Worker did not live to end: it may have been the cause."""
     reason = f"{why} ({job.attempts} of {limits.max_attempts} attempts)"
-    add_attempts(connection, job.epoch, [Ended(job.id, job.fence, job.worker, "LOST", reason)])
+    add_attempts(
+        connection, job.epoch, [AttemptResult(job.id, job.fence, job.worker, "LOST", reason)]
+    )
     if job.attempts >= limits.max_attempts:
         _fail(connection, job.id, job.fence, reason, _RECOVERY)
     else:
@@ -371,7 +373,9 @@ def _suspect(connection: Connection, job: Any, limits: JobSettings, ending: Endi
         reason = f"POISON: {reason}, the last time alone; it is not tried again"
     elif deaths >= jobs.ALONE_AFTER:
         reason += "; it will run alone"
-    add_attempts(connection, job.epoch, [Ended(job.id, job.fence, job.worker, "LOST", reason)])
+    add_attempts(
+        connection, job.epoch, [AttemptResult(job.id, job.fence, job.worker, "LOST", reason)]
+    )
     if poison:
         _fail(connection, job.id, job.fence, reason, _RECOVERY)
         return

@@ -312,7 +312,7 @@ class Sentinel:
             if not held:
                 continue
             try:
-                rows = await self._ledger.read_soon(partial(jobs.granted, pairs=held))
+                rows = await self._ledger.read_soon(partial(jobs.running, attempts=held))
             except LedgerError as error:
                 log.error("whether a job was aborted is not known: %s", error.message)
                 continue

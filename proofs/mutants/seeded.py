@@ -57,8 +57,10 @@ MUTANTS = [
             Edit(
                 "db/jobs.py",
                 "AND (id, fence) IN\n            (SELECT json_extract(value, '$[0]'), "
-                "json_extract(value, '$[1]') FROM json_each(?))",
-                "AND id IN\n            (SELECT json_extract(value, '$[0]') FROM json_each(?))",
+                "json_extract(value, '$[1]')\n             FROM json_each(:attempts))\n"
+                "        RETURNING id, fence",
+                "AND id IN\n            (SELECT json_extract(value, '$[0]') "
+                "FROM json_each(:attempts))\n        RETURNING id, fence",
             )
         ],
         ["tests/db/test_jobs.py::test_a_slow_loser_cannot_touch_the_winners_attempt"],

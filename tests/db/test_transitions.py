@@ -54,7 +54,7 @@ def staged(job: int, topic: str = "t") -> StagedOutput:
 
 
 def attempt(connection: Connection, job: int, fence: int, outcome: str = "STAGED") -> None:
-    jobs.add_attempts(connection, 1, [jobs.Ended(job, fence, "w", outcome, "", "", 0.1)])
+    jobs.add_attempts(connection, 1, [jobs.AttemptResult(job, fence, "w", outcome, "", "", 0.1)])
 
 
 @pytest.mark.parametrize("start", JOB_ARROWS)
@@ -190,7 +190,7 @@ VERBS: dict[str, Callable[[Connection, int], object]] = {
     "abort": lambda c, job: jobs.abort(c, [job], "me"),
     "retry": lambda c, job: jobs.retry(c, [job]),
     "revive": lambda c, job: jobs.revive(c, [job]),
-    "note": lambda c, job: jobs.note(c, [job], "waits"),
+    "set_reason": lambda c, job: jobs.set_reason(c, [job], "waits"),
 }
 
 

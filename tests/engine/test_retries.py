@@ -17,7 +17,7 @@ from sqlalchemy import select
 from casparian_flow.config import JobSettings
 from casparian_flow.db import audit, jobs
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.jobs import Ended, add_attempts
+from casparian_flow.db.jobs import AttemptResult, add_attempts
 from casparian_flow.db.models import Attempt, Epoch, JobStatus, ProcessingJob
 from casparian_flow.engine import dispatch, endings
 from casparian_flow.engine.endings import Ending
@@ -101,8 +101,8 @@ def fails(ledger: Ledger, job: int, fault: str, error: str, limits: JobSettings 
         job_id=job, fence=fence, outcome=Outcome.FAILED, error=error, evidence=Evidence(fault=fault)
     )
     ledger.write(partial(dispatch.after_failure, end=end, limits=limits, actor="test"))
-    ended = Ended(job, fence, "w", "FAILED", error, fault=fault)
-    ledger.write(partial(add_attempts, epoch=epoch(ledger), ended=[ended]))
+    ended = AttemptResult(job, fence, "w", "FAILED", error, fault=fault)
+    ledger.write(partial(add_attempts, epoch=epoch(ledger), results=[ended]))
     return str(job_row(ledger, job).status)
 
 
