@@ -1,8 +1,8 @@
-"""Scout inside the daemon: scans on a schedule, and sooner where a watcher heard something.
+"""Scout inside the daemon: one loop that scans each source root when an event or its schedule says.
 
-Events are hints, the scan is the truth. watchdog can lose events without a word, so every source
-root is scanned in full again and again, and at once when a watcher lost some or was armed anew.
-Each full scan also tells what the watcher should have announced and did not.
+Events are hints, the scan is the truth. watchdog can lose events without an error, so every root
+is also scanned in full on a schedule, and at once when its watcher lost events or was started
+anew. Each full scan counts the changes that no event had announced.
 """
 
 from __future__ import annotations
@@ -44,15 +44,208 @@ from casparian_flow.services.scout import aside, roots
 
 log = logging.getLogger(__name__)
 
+WATCHING = "watching"
 
-# What the watcher said: where to look sooner, and of which files it has spoken.
+LOOK_SECONDS = 5.0
+"""The list of roots and the watchers are checked at least this often."""
 
-
-HEARD_LIMIT = 200_000
-"""Names kept between two full scans of a root; above it nothing is said of missed ones."""
+REST_FACTOR = 10
+"""A root is scanned in full for at most a tenth of the time, however long its scan takes."""
 
 GRACE_SECONDS = 5.0
-"""How long after a scan an event may still come for what the scan has noticed."""
+"""How long after a scan an event may still announce what the scan has found."""
+
+HEARD_LIMIT = 200_000
+"""Announced names kept between two full scans of a root; beyond it, none are counted as missed."""
+
+LONGEST_PAUSE_SECONDS = 300.0
+"""A watcher that fails is started again after 1, 2, 4, ... seconds, at most after this."""
+
+STEADY_SECONDS = 60.0
+"""A watcher that has lasted this long begins with a pause of 1 second again."""
+
+
+class Watch:
+    """Watches and scans every active source root until cancelled.
+
+    Args:
+        ledger: where roots are read and findings recorded.
+        settings: how often to scan.
+        on_jobs: called after a scan that queued jobs.
+    """
+
+    def __init__(self, ledger: Ledger, settings: ScanSettings, on_jobs: Callable[[], None]) -> None:
+        self._ledger = ledger
+        self._settings = settings
+        self._on_jobs = on_jobs
+        self._hints = Hints()
+        self._watchers: dict[int, Watcher] = {}
+        self._states: dict[int, str] = {}
+        """Root id -> how it is watched, as the ledger has it."""
+        self._full: dict[int, float] = {}
+        """Root id -> when its next full scan is due (monotonic seconds)."""
+        self._began: dict[int, float] = {}
+        """Root id -> start of its last full scan (seconds since the epoch)."""
+        self._rung = True
+        self._stop = threading.Event()
+        self.last: dict[str, ScanReport] = {}
+        """The last full scan of each root, by name."""
+
+    def ring(self) -> None:
+        """Read the list of roots again and scan them all in full, now."""
+        self._rung = True
+        self._hints.wake()
+
+    async def run(self) -> None:
+        """Watch and scan until cancelled."""
+        self._hints.bind(asyncio.get_running_loop())
+        # watchdog warns, at length, when a new folder is announced twice; that does no harm.
+        warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
+        try:
+            with _overflows(self.ring):
+                await self._loop()
+        finally:
+            await asyncio.to_thread(self._close)
+
+    async def _loop(self) -> None:
+        """Read the list of roots, scan those that are due, wait for a hint or the schedule."""
+        while True:
+            self._hints.changed.clear()
+            rung, self._rung = self._rung, False
+            try:
+                active = await asyncio.to_thread(roots, self._ledger)
+                await aside(self._stop, partial(self._follow, active))
+                for root in active:
+                    if rung or self._full.get(root.id, 0.0) <= time.monotonic():
+                        await self._scan_in_full(root)
+                    elif folders := self._hints.due(root.id):
+                        await self._scan(root, folders)
+                await self._count_missed(active)
+                await self._save_states(active)
+            except LedgerError as error:
+                log.error("no source root is scanned: %s", error.message)
+                await asyncio.sleep(self._settings.rescan_seconds)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._pause()):
+                    await self._hints.changed.wait()
+
+    def _follow(self, active: list[Root]) -> None:
+        """Start watchers of new roots, stop those of roots that were removed or changed, and start
+        those anew that have failed."""
+        current = {root.id: root for root in active}
+        for root_id, watcher in list(self._watchers.items()):
+            if current.get(root_id) != watcher.root:
+                watcher.close()
+                del self._watchers[root_id]
+                self._full.pop(root_id, None)
+                self._states.pop(root_id, None)
+                self._hints.due(root_id, everything=True)
+        for root in active:
+            if root.id not in self._watchers:
+                self._watchers[root.id] = Watcher(root, self._hints)
+            if self._watchers[root.id].look():
+                self._full.pop(root.id, None)
+
+    async def _scan_in_full(self, root: Root) -> None:
+        """Scan all of a root, and set when it is scanned in full again."""
+        started, began = time.monotonic(), time.time()
+        self._hints.due(root.id, everything=True)
+        self._hints.begin(root.id)
+        report = await self._scan(root, None)
+        if report is None:
+            return
+        before = self.last.get(root.name)
+        if report.problem and (before is None or before.problem != report.problem):
+            log.warning("%s; nothing is inferred from that", report.problem)
+        self.last[root.name] = report
+        self._began[root.id] = began
+        now = time.monotonic()
+        self._full[root.id] = now + max(self._interval(root, report), REST_FACTOR * (now - started))
+
+    async def _scan(self, root: Root, folders: set[bytes] | None) -> ScanReport | None:
+        """Scan these folders of a root, or all of it; None where the ledger failed.
+
+        Folders with files that are still being written are due again once the files may be at rest.
+        """
+        watcher = self._watchers[root.id]
+        began = self._began.get(root.id, 0.0)
+
+        def work() -> ScanReport:
+            heard = watcher.heard(began, full=folders is None)
+            return scan(self._ledger, root, folders, self._stop, heard=heard)
+
+        try:
+            report = await aside(self._stop, work)
+        except LedgerError as error:
+            log.error("%s: %s", root.name, error.message)
+            self._full[root.id] = time.monotonic() + self._settings.rescan_seconds
+            return None
+        for path in report.unsettled:
+            self._hints.add(root.id, path, report.settles_in)
+        self._hints.noticed(root.id, report.fresh)
+        if report.job_ids:
+            self._on_jobs()
+        return report
+
+    def _interval(self, root: Root, report: ScanReport) -> float:
+        """Seconds until the next full scan: fewer where events cannot be relied on."""
+        watcher = self._watchers[root.id]
+        if watcher.confirm(report.unheard, report.too_deep) and watcher.state == WATCHING:
+            return min(GRACE_SECONDS, self._settings.rescan_seconds)
+        slow, fast = self._settings.rescan_seconds, self._settings.poll_seconds
+        return slow if watcher.state == WATCHING else min(slow, fast)
+
+    async def _count_missed(self, active: list[Root]) -> None:
+        """Count the changes that scans found and that no event has announced in time."""
+        for root in active:
+            if self._watchers[root.id].busy:
+                continue
+            if missed := self._hints.missed(root.id):
+                log.warning("%s: the watcher announced %d files too few", root.name, missed)
+                work = partial(versions.count_up, root_id=root.id, missed=missed)
+                await self._ledger.write_soon(work)
+
+    async def _save_states(self, active: list[Root]) -> None:
+        """Write into the ledger how each root is watched, where that has changed."""
+        for root in active:
+            state = self._watchers[root.id].state
+            if self._states.get(root.id) == state:
+                continue
+            if state != WATCHING:
+                log.warning("source root %s is %s", root.name, state)
+            work = partial(versions.save_scan_state, root_id=root.id, watch=state)
+            await self._ledger.write_soon(work)
+            self._states[root.id] = state
+
+    def _pause(self) -> float:
+        """Seconds until something is due."""
+        now = time.monotonic()
+        return max(0.0, min([*self._full.values(), *self._hints.times(), now + LOOK_SECONDS]) - now)
+
+    def _close(self) -> None:
+        for watcher in self._watchers.values():
+            watcher.close()
+
+
+@contextlib.contextmanager
+def _overflows(react: Callable[[], None]) -> Iterator[None]:
+    """Call `react` when watchdog has lost events: it only logs that."""
+
+    class _Overflow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            log.warning("the watcher lost events (%s): scanning everything", record.getMessage())
+            react()
+
+    handler = _Overflow(logging.WARNING)
+    logger = logging.getLogger("watchdog")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+# Where to look sooner, and which files events have announced.
 
 
 class Hints:
@@ -62,25 +255,26 @@ class Hints:
         self.changed = asyncio.Event()
         self._due: dict[int, dict[bytes, float]] = {}
         self._heard: dict[int, set[bytes]] = {}
-        """Root id -> what was announced since its last full scan began."""
+        """Root id -> names announced since its last full scan began."""
         self._before: dict[int, set[bytes]] = {}
-        """The same of the time between that and the full scan before it."""
+        """Root id -> names announced between that scan and the full scan before it."""
         self._silent: dict[int, dict[bytes, float]] = {}
-        """Root id -> changed files nobody announced, and when to judge; never: it was counted."""
+        """Root id -> changed files that no event announced, and when they count as missed;
+        `_COUNTED` once they are counted."""
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Wake this loop from now on."""
+        """Set `changed` on this loop from now on."""
         self._loop = loop
 
     def wake(self) -> None:
-        """Have the loop look at what is due; from any thread."""
+        """Set `changed`, from any thread."""
         if self._loop:
             self._loop.call_soon_threadsafe(self.changed.set)
 
     def add(self, root_id: int, folder: bytes, after_seconds: float, name: bytes = b"") -> None:
-        """Look at a directory after a while; an earlier time that is set already stays.
+        """Have a directory scanned after a while; an earlier time that is set already stays.
 
         Args:
             name: relative path of what was announced, a file or a directory with all below it.
@@ -111,7 +305,7 @@ class Hints:
             return [due for folders in self._due.values() for due in folders.values()]
 
     def begin(self, root_id: int) -> None:
-        """A full scan of a root begins: what is announced from now on is another chapter."""
+        """Start a new set of announced names: a full scan covers those so far."""
         with self._lock:
             self._before[root_id] = heard = self._heard.pop(root_id, set())
             self._silent[root_id] = {
@@ -121,7 +315,7 @@ class Hints:
             }
 
     def noticed(self, root_id: int, paths: Iterable[bytes]) -> None:
-        """A scan has seen that these files changed since the last full scan began."""
+        """A scan found that these files changed since the last full scan began."""
         with self._lock:
             before = self._before.get(root_id, set())
             heard = self._heard.get(root_id, set())
@@ -133,7 +327,7 @@ class Hints:
                     silent.setdefault(path, time.monotonic() + GRACE_SECONDS)
 
     def missed(self, root_id: int) -> int:
-        """How many of those noticed nobody has announced in time; each is counted once."""
+        """How many noticed files no event has announced in time; each is counted once."""
         now = time.monotonic()
         with self._lock:
             silent = self._silent.get(root_id, {})
@@ -147,35 +341,23 @@ _COUNTED = math.inf
 
 
 def _announced(path: bytes, heard: set[bytes]) -> bool:
-    """Whether this path, or a directory above it, is among those."""
-    return bool(heard) and any(part in heard for part in _parts(path))
-
-
-def _parts(path: bytes) -> Iterable[bytes]:
-    """The path, and each directory above it."""
-    while path:
-        yield path
+    """Whether this path, or a directory above it, was announced."""
+    while heard and path:
+        if path in heard:
+            return True
         path = path.rpartition(b"/")[0]
+    return False
 
 
-# A watcher of one source root: watchdog's threads, and the doubt in them.
+# A watcher of one source root, which detects when watchdog stops delivering events.
 #
-# watchdog goes deaf in more ways than it says. A thread of it may die, by an error in a handler or
-# of its own. A directory beyond the kernel's limit is passed over without a word. The root may be
-# moved away and another one put in its place. So its threads are looked at, and the directories
-# that a scan has seen are compared with those that the kernel says are watched. A watcher that is
-# not whole is armed anew, ever less often, and its root is scanned more often meanwhile.
+# watchdog can lose events without an error: a thread of it ends, by an error in a handler or of its
+# own; a directory beyond the kernel's limit on watches is skipped; the root is moved away and
+# another directory takes its name. So the threads are checked, and the directories that a scan has
+# visited are compared with those that the kernel watches. A watcher that fails is started anew,
+# after ever longer pauses, and its root is scanned more often meanwhile.
 #
-# Where events do not tell the whole truth, on network filesystems, there is no watcher at all.
-
-
-WATCHING = "watching"
-
-LONGEST_PAUSE_SECONDS = 300.0
-"""Arming is tried again after 1, 2, 4, ... seconds, and this at the most."""
-
-STEADY_SECONDS = 60.0
-"""A watcher that has lasted so long is not one that keeps dying."""
+# On network filesystems, where the changes of other machines give no event, there is no watcher.
 
 _IN_CREATE = 0x100
 
@@ -183,7 +365,7 @@ _arming = threading.Lock()
 
 
 class Watcher:
-    """Hears of changes in one source root while it is whole.
+    """Turns the events of one source root into hints, and says whether it gets them all.
 
     Its methods may block, and are called one at a time.
     """
@@ -196,6 +378,7 @@ class Watcher:
         self._descriptors: list[int] = []
         self._identity: tuple[int, int] | None = None
         self._doubted: set[int] = set()
+        """Inodes of directories that the last full scan found not watched."""
         self._trouble = ""
         self._too_deep = 0
         self._failures = 0
@@ -217,14 +400,14 @@ class Watcher:
 
     @property
     def busy(self) -> bool:
-        """Whether it has heard what it has not told yet."""
+        """Whether it has events that it has not handled yet."""
         return self._observer is not None and not self._observer.event_queue.empty()
 
     def look(self) -> bool:
-        """See whether it lives, and arm it if it does not.
+        """Check that it works, and start it if it does not.
 
         Returns:
-            Whether it was armed: nobody heard what happened before.
+            Whether it was started: no event announced what happened before.
         """
         if self._network:
             return False
@@ -235,7 +418,7 @@ class Watcher:
         return due and time.monotonic() >= self._again and self._arm()
 
     def heard(self, since: float, *, full: bool) -> Heard | None:
-        """Since when it has had to announce what changes, and for a full scan what it watches.
+        """Since when it has had to announce changes, and for a full scan what it watches.
 
         Args:
             since: start of the last full scan, seconds since the epoch.
@@ -245,16 +428,17 @@ class Watcher:
         return Heard(max(self._first_armed, since), self._inodes() if full else None)
 
     def confirm(self, unheard: set[int], too_deep: int = 0) -> bool:
-        """Take a full scan's word on which directories are not watched.
+        """Take in what a full scan found about the directories that are not watched.
 
-        One that was just made may not be watched yet; one that two scans name is lost.
+        A directory that was just made may not be watched yet; one that two scans in a row name
+        will not be.
 
         Args:
-            too_deep: directories that cannot be watched, whatever is done. Arming it anew is of no
-                use there.
+            unheard: inodes of the directories that were not watched when the scan came by.
+            too_deep: directories that cannot be watched at all, for which a new start is no help.
 
         Returns:
-            Whether it should be scanned again soon, to be certain.
+            Whether the root should be scanned again soon, to be certain.
         """
         watched = self._inodes()
         still = unheard - watched if watched is not None else set()
@@ -279,7 +463,7 @@ class Watcher:
         self._threads, self._descriptors = [], []
 
     def _fault(self) -> str:
-        """What is wrong with it, as far as its threads and its root tell."""
+        """What is wrong with its threads or its root; empty where nothing is."""
         if not all(thread.is_alive() for thread in self._threads):
             return "a thread of the watcher ended"
         if self._identity != _identity(self.root.path):
@@ -293,7 +477,7 @@ class Watcher:
 
     def _arm(self) -> bool:
         self.close()
-        with _arming:  # what appears meanwhile is ours
+        with _arming:  # one at a time: threads and descriptors that appear meanwhile are ours
             threads, descriptors = _threads(), _inotify()
             try:
                 self._observer = Observer()
@@ -311,7 +495,7 @@ class Watcher:
             self._descriptors = [*(_inotify() - descriptors)]
         self._armed = time.monotonic()
         self._first_armed = self._first_armed or time.time()
-        if not self._doubted:  # else the next scan tells whether they are watched now
+        if not self._doubted:  # else the next scan says whether they are watched now
             self._trouble = ""
         return True
 
@@ -319,13 +503,13 @@ class Watcher:
         """Of the directories that the kernel watches for us; None where it does not say."""
         if not self._descriptors:
             return None
-        found: set[int] = set()
+        inodes: set[int] = set()
         for descriptor in self._descriptors:
             with contextlib.suppress(OSError), open(f"/proc/self/fdinfo/{descriptor}") as lines:
-                found.update(
+                inodes.update(
                     int(i, 16) for i in re.findall(r"^inotify .* ino:(\w+)", lines.read(), re.M)
                 )
-        return frozenset(found)
+        return frozenset(inodes)
 
 
 class Handler(FileSystemEventHandler):
@@ -340,13 +524,16 @@ class Handler(FileSystemEventHandler):
         """Called by watchdog, on its thread."""
         if event.event_type in (EVENT_TYPE_OPENED, EVENT_TYPE_CLOSED_NO_WRITE):
             return
-        # A directory is `modified` with everything in it: that announces nothing.
-        tells = not event.is_directory or event.event_type in (EVENT_TYPE_CREATED, EVENT_TYPE_MOVED)
+        # A directory is `modified` with everything in it: that announces no file.
+        announces = not event.is_directory or event.event_type in (
+            EVENT_TYPE_CREATED,
+            EVENT_TYPE_MOVED,
+        )
         for path in filter(None, (event.src_path, event.dest_path)):
             name = os.fsencode(str(path))[self._prefix :]
             folder = name.rpartition(b"/")[0]
             wait = self._root.settle_seconds
-            self._hints.add(self._root.id, folder, wait, name if tells else b"")
+            self._hints.add(self._root.id, folder, wait, name if announces else b"")
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -363,17 +550,17 @@ def _threads() -> set[threading.Thread]:
 
 def _inotify() -> set[int]:
     """Descriptors of this process's inotify instances; none where there is no /proc."""
-    found = set()
+    descriptors = set()
     with contextlib.suppress(OSError):
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:inotify":
-                    found.add(int(name))
-    return found
+                    descriptors.add(int(name))
+    return descriptors
 
 
 def _limit(path: str) -> str:
-    """The kernel's limit, where one more watch is refused because of it; else nothing."""
+    """The kernel's limit on watches, where it refuses one more; else empty."""
     try:
         from watchdog.observers.inotify_c import inotify_add_watch, inotify_init
 
@@ -390,177 +577,3 @@ def _limit(path: str) -> str:
             return f" (fs.inotify.max_user_watches is {int(file.read())} for all programs together)"
     except (OSError, ImportError):  # there is no inotify here
         return ""
-
-
-REST_FACTOR = 10
-"""A root whose scan takes long is scanned less often: at most a tenth of the time."""
-
-LOOK_SECONDS = 5.0
-"""Pause before the watchers and the list of roots are looked at again, at the most."""
-
-
-class Watch:
-    """Watches every active source root until cancelled.
-
-    Args:
-        ledger: where roots are read and findings recorded.
-        settings: how often is scanned.
-        on_jobs: called after a scan that queued jobs.
-    """
-
-    def __init__(self, ledger: Ledger, settings: ScanSettings, on_jobs: Callable[[], None]) -> None:
-        self._ledger = ledger
-        self._settings = settings
-        self._on_jobs = on_jobs
-        self._full: dict[int, float] = {}
-        """Root id -> when its next full scan is due (monotonic seconds)."""
-        self._began: dict[int, float] = {}
-        """Root id -> start of its last full scan (seconds since the epoch)."""
-        self._hints = Hints()
-        self._watchers: dict[int, Watcher] = {}
-        self._states: dict[int, str] = {}
-        self._rung = True
-        self._stop = threading.Event()
-        self.last: dict[str, ScanReport] = {}
-        """The last full scan of each root, by name."""
-
-    def ring(self) -> None:
-        """Read the list of roots again and scan them all in full, now."""
-        self._rung = True
-        self._hints.wake()
-
-    async def run(self) -> None:
-        """Scan what is due; sleep until something is."""
-        self._hints.bind(asyncio.get_running_loop())
-        # watchdog warns, at length, when a new folder is announced twice; that does no harm.
-        warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
-        try:
-            with _overflows(self.ring):
-                while True:
-                    self._hints.changed.clear()
-                    await self._turn()
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(self._pause()):
-                            await self._hints.changed.wait()
-        finally:
-            await asyncio.to_thread(self._close)
-
-    async def _turn(self) -> None:
-        rung, self._rung = self._rung, False
-        try:
-            known = await asyncio.to_thread(roots, self._ledger)
-            await aside(self._stop, partial(self._follow, known))
-            for root in known:
-                if rung or self._full.get(root.id, 0.0) <= time.monotonic():
-                    await self._scan(root, None)
-                elif hinted := self._hints.due(root.id):
-                    await self._scan(root, hinted)
-            await self._judge(known)
-            await self._tell(known)
-        except LedgerError as error:
-            log.error("no source root is scanned: %s", error.message)
-            await asyncio.sleep(self._settings.rescan_seconds)
-
-    async def _scan(self, root: Root, only: set[bytes] | None) -> None:
-        started, began = time.monotonic(), time.time()
-        if only is None:
-            self._hints.due(root.id, everything=True)
-            self._hints.begin(root.id)
-        try:
-            report = await aside(self._stop, partial(self._look, root, only))
-        except LedgerError as error:
-            log.error("%s: %s", root.name, error.message)
-            self._full[root.id] = time.monotonic() + self._settings.rescan_seconds
-            return
-        for path in report.unsettled:
-            self._hints.add(root.id, path, report.settles_in)
-        self._hints.noticed(root.id, report.fresh)
-        if report.job_ids:
-            self._on_jobs()
-        if only is not None:
-            return
-        before = self.last.get(root.name)
-        if report.problem and (before is None or before.problem != report.problem):
-            log.warning("%s; nothing is inferred from that", report.problem)
-        self.last[root.name] = report
-        self._began[root.id] = began
-        now = time.monotonic()
-        self._full[root.id] = now + max(self._interval(root, report), REST_FACTOR * (now - started))
-
-    def _look(self, root: Root, only: set[bytes] | None) -> ScanReport:
-        watcher = self._watchers[root.id]
-        heard = watcher.heard(self._began.get(root.id, 0.0), full=only is None)
-        return scan(self._ledger, root, only, self._stop, heard=heard)
-
-    def _interval(self, root: Root, report: ScanReport) -> float:
-        """Seconds until the next full scan: fewer where the watcher is in doubt."""
-        watcher = self._watchers[root.id]
-        if watcher.confirm(report.unheard, report.too_deep) and watcher.state == WATCHING:
-            return min(GRACE_SECONDS, self._settings.rescan_seconds)
-        slow, fast = self._settings.rescan_seconds, self._settings.poll_seconds
-        return slow if watcher.state == WATCHING else min(slow, fast)
-
-    async def _judge(self, known: list[Root]) -> None:
-        """Count what was noticed and never announced, once an event has had time to come."""
-        for root in known:
-            if self._watchers[root.id].busy:
-                continue
-            if missed := self._hints.missed(root.id):
-                log.warning("%s: the watcher announced %d files too few", root.name, missed)
-                work = partial(versions.count_up, root_id=root.id, missed=missed)
-                await self._ledger.write_soon(work)
-
-    async def _tell(self, known: list[Root]) -> None:
-        """Keep in the ledger how each root is watched."""
-        for root in known:
-            state = self._watchers[root.id].state
-            if self._states.get(root.id) == state:
-                continue
-            if state != WATCHING:
-                log.warning("source root %s is %s", root.name, state)
-            work = partial(versions.save_scan_state, root_id=root.id, watch=state)
-            await self._ledger.write_soon(work)
-            self._states[root.id] = state
-
-    def _pause(self) -> float:
-        """Seconds until something is due."""
-        now = time.monotonic()
-        return max(0.0, min([*self._full.values(), *self._hints.times(), now + LOOK_SECONDS]) - now)
-
-    def _follow(self, known: list[Root]) -> None:
-        """Watch new roots and not those that were removed or changed; see to the others."""
-        current = {root.id: root for root in known}
-        for root_id, watcher in list(self._watchers.items()):
-            if current.get(root_id) != watcher.root:
-                watcher.close()
-                del self._watchers[root_id]
-                self._full.pop(root_id, None)
-                self._states.pop(root_id, None)
-                self._hints.due(root_id, everything=True)
-        for root in known:
-            if root.id not in self._watchers:
-                self._watchers[root.id] = Watcher(root, self._hints)
-            if self._watchers[root.id].look():
-                self._full.pop(root.id, None)
-
-    def _close(self) -> None:
-        for watcher in self._watchers.values():
-            watcher.close()
-
-
-@contextlib.contextmanager
-def _overflows(react: Callable[[], None]) -> Iterator[None]:
-    """watchdog says in its log, and nowhere else, that it lost events: scan everything then."""
-
-    class _Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            log.warning("the watcher lost events (%s): scanning everything", record.getMessage())
-            react()
-
-    ear = _Ear(logging.WARNING)
-    logger = logging.getLogger("watchdog")
-    logger.addHandler(ear)
-    try:
-        yield
-    finally:
-        logger.removeHandler(ear)
