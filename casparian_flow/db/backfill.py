@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from casparian_flow.db.routing import Routing, Wanted
+from casparian_flow.db.routing import JobRequest, Routing
 from casparian_flow.db.versions import route_text
 
 CHUNK = 5_000
@@ -63,7 +63,7 @@ class Looked(NamedTuple):
 
     last: int | None
     """The last version id looked at; None when there are no more."""
-    lacking: list[tuple[int, Wanted]]
+    lacking: list[tuple[int, JobRequest]]
     """Versions to queue, with the job of each."""
     routed: int
     """Versions that the rules bring to the plugin."""
@@ -84,7 +84,7 @@ def look(connection: Connection, choice: Choice, routing: Routing, after: int) -
     values = {**choice._asdict(), "after": after, "chunk": CHUNK}
     del values["redo"]
     rows = connection.execute(text(_VERSIONS), values).all()
-    lacking: list[tuple[int, Wanted]] = []
+    lacking: list[tuple[int, JobRequest]] = []
     routed = bytes_gone = worked = waits = again = retracted = 0
     for row in rows:
         wanted = _wanted(routing, row, choice.plugin)
@@ -132,6 +132,6 @@ def of_others(connection: Connection, plugin: str, version: str) -> WorkOfOthers
     return WorkOfOthers(worked, again, waits)
 
 
-def _wanted(routing: Routing, row: Any, plugin: str) -> Wanted | None:
-    jobs = routing.wanted(route_text(row.path))
+def _wanted(routing: Routing, row: Any, plugin: str) -> JobRequest | None:
+    jobs = routing.job_requests(route_text(row.path))
     return next((wanted for wanted in jobs if wanted.plugin_name == plugin), None)

@@ -64,7 +64,7 @@ SELECT output_key FROM cf_forgotten_output UNION ALL {RETRACTED} UNION ALL {REPL
 """The keys of all of them."""
 
 
-class Resumed(NamedTuple):
+class MissingVersion(NamedTuple):
     """A version that a found output names and this ledger lacks."""
 
     version_id: int
@@ -141,9 +141,9 @@ def _greatest(connection: Connection, *columns: Any) -> int:
     return max(connection.execute(select(func.max(c))).scalar() or 0 for c in columns)
 
 
-def resumed(
+def missing_versions(
     connection: Connection, root_id: int, paths: Sequence[bytes]
-) -> dict[bytes, list[Resumed]]:
+) -> dict[bytes, list[MissingVersion]]:
     """Of each of these locations the versions it lacks, in order; those that lack none are left
     out."""
     if connection.execute(select(FoundOutput.id).limit(1)).first() is None:
@@ -160,14 +160,14 @@ def resumed(
         """,  # noqa: S608
         (root_id, *paths),
     )
-    lacking: dict[bytes, list[Resumed]] = defaultdict(list)
+    lacking: dict[bytes, list[MissingVersion]] = defaultdict(list)
     for path, *version in rows:
-        lacking[path].append(Resumed(*version))
+        lacking[path].append(MissingVersion(*version))
     return dict(lacking)
 
 
-def bring_back(
-    connection: Connection, location_id: int, versions: Sequence[Resumed], now: str
+def restore_versions(
+    connection: Connection, location_id: int, versions: Sequence[MissingVersion], now: str
 ) -> dict[str, int]:
     """Record versions that a location lacks, with their ids; the last one's hash -> its id.
 

@@ -31,7 +31,7 @@ from sqlalchemy import Connection, CursorResult, text
 from casparian_flow.db import found
 from casparian_flow.db.access import execute_many
 from casparian_flow.db.models import JobStatus, utcnow
-from casparian_flow.db.routing import Wanted
+from casparian_flow.db.routing import JobRequest
 from casparian_flow.protocol import Pair
 
 UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)
@@ -44,7 +44,7 @@ LONGEST_PAUSE_SECONDS = 3600.0
 before the clock was set back: it is due."""
 
 
-def enqueue(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: str) -> list[int]:
+def enqueue(connection: Connection, pairs: Sequence[tuple[int, JobRequest]], now: str) -> list[int]:
     """Queue a job for each (version id, job) whose plugin has none for the version; the new ids.
 
     What an inventory has found of the version counts: the same artifact's job gets its old id
@@ -68,7 +68,9 @@ def enqueue(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: st
     )
 
 
-def backfill(connection: Connection, pairs: Sequence[tuple[int, Wanted]], now: str) -> list[int]:
+def backfill(
+    connection: Connection, pairs: Sequence[tuple[int, JobRequest]], now: str
+) -> list[int]:
     """Queue jobs for versions that another artifact of the plugin has already processed; the new
     ids. The caller has a person's word for it."""
     return _insert(
@@ -344,7 +346,7 @@ def _ids(connection: Connection, statement: str, **values: Any) -> list[int]:
 
 
 def _insert(
-    connection: Connection, statement: str, pairs: Sequence[tuple[int, Wanted]], now: str
+    connection: Connection, statement: str, pairs: Sequence[tuple[int, JobRequest]], now: str
 ) -> list[int]:
     """Run an INSERT for each pair; the ids of the jobs it made.
 
@@ -361,7 +363,7 @@ def _insert(
     execute_many(
         connection,
         statement,
-        [{"version_id": version, "now": now, **wanted._asdict()} for version, wanted in pairs],
+        [{"version_id": version, "now": now, **request._asdict()} for version, request in pairs],
     )
     return _ids(
         connection,

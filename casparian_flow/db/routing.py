@@ -60,7 +60,7 @@ def tags_of(text: str) -> set[str]:
     return {tag.strip() for tag in text.split(",") if tag.strip()}
 
 
-class Wanted(NamedTuple):
+class JobRequest(NamedTuple):
     """A job to be queued for a version."""
 
     plugin_id: int
@@ -117,14 +117,14 @@ class Routing:
         """The tags a relative path gets: those of all rules that match."""
         return {rule.tag for rule in self._rules if rule.pattern.match(path)}
 
-    def wanted(self, path: str) -> list[Wanted]:
+    def job_requests(self, path: str) -> list[JobRequest]:
         """The jobs a version at this relative path gives, one a plugin."""
         best: dict[tuple[int, str], int] = {}
         for rule in self._rules:
             if rule.tag in self._subscribers and rule.pattern.match(path):
                 for plugin in self._subscribers[rule.tag]:
                     best[plugin] = max(rule.priority, best.get(plugin, rule.priority))
-        return [Wanted(*plugin, priority) for plugin, priority in best.items()]
+        return [JobRequest(*plugin, priority) for plugin, priority in best.items()]
 
 
 # What people change: source roots, rules and topics. Each change stands in the audit.

@@ -53,7 +53,7 @@ class Stat(NamedTuple):
         )
 
 
-class Known(NamedTuple):
+class LocationState(NamedTuple):
     """What the ledger knows of a location."""
 
     location_id: int
@@ -79,7 +79,7 @@ class Sighting(NamedTuple):
     problem: str = ""
 
 
-class Recorded(NamedTuple):
+class RecordResult(NamedTuple):
     """What `record` changed."""
 
     versions: int
@@ -137,12 +137,14 @@ WHERE l.source_root_id = ? AND l.path IN ({marks})
 """
 
 
-def known(connection: Connection, root_id: int, paths: Sequence[bytes]) -> dict[bytes, Known]:
+def known(
+    connection: Connection, root_id: int, paths: Sequence[bytes]
+) -> dict[bytes, LocationState]:
     """What the ledger knows of these locations."""
     statement = _KNOWN.format(marks=",".join("?" * len(paths)))
     rows = connection.exec_driver_sql(statement, (root_id, *paths))
     return {
-        row[0]: Known(
+        row[0]: LocationState(
             row[1],
             None if row[2] is None else Stat._make(row[2:7]),
             bool(row[7]), row[8] is None, row[9], row[10], row[11],
@@ -177,7 +179,7 @@ def _parent(path: bytes) -> bytes | None:
 
 def record(
     connection: Connection, root_id: int, sightings: Sequence[Sighting], routing: Routing
-) -> Recorded:
+) -> RecordResult:
     """Write what a scan found: locations, new versions, and the jobs they give.
 
     The caller's transaction makes it whole: no version without its jobs, no job without a
@@ -191,7 +193,7 @@ def record(
     stale = [s for s in sightings if current[s.path].version_id != s.compared]
     lost = {s.path for s in stale}
     fresh = [s for s in sightings if s.path not in lost]
-    lacking = found.resumed(connection, root_id, [s.path for s in fresh if s.content_hash])
+    lacking = found.missing_versions(connection, root_id, [s.path for s in fresh if s.content_hash])
     changed = [
         s
         for s in fresh
@@ -211,11 +213,11 @@ def record(
         [
             (version_ids[s.path], wanted)
             for s in changed
-            for wanted in routing.wanted(route_text(s.path))
+            for wanted in routing.job_requests(route_text(s.path))
         ],
         now,
     )
-    return Recorded(len(changed), job_ids, [s.directory for s in stale])
+    return RecordResult(len(changed), job_ids, [s.directory for s in stale])
 
 
 def _add_locations(
@@ -246,8 +248,8 @@ def _add_locations(
 def _add_versions(
     connection: Connection,
     changed: Sequence[Sighting],
-    current: dict[bytes, Known],
-    lacking: dict[bytes, list[found.Resumed]],
+    current: dict[bytes, LocationState],
+    lacking: dict[bytes, list[found.MissingVersion]],
     now: str,
 ) -> dict[bytes, int]:
     """Insert the next version of each location; ids are ours to give, under the write lock.
@@ -256,7 +258,7 @@ def _add_versions(
     them has the content that was seen, it is the one.
     """
     back = {
-        path: found.bring_back(connection, current[path].location_id, versions, now)
+        path: found.restore_versions(connection, current[path].location_id, versions, now)
         for path, versions in lacking.items()
     }
     ids = {
@@ -292,7 +294,7 @@ def _add_versions(
 def _save_looks(
     connection: Connection,
     sightings: Sequence[Sighting],
-    current: dict[bytes, Known],
+    current: dict[bytes, LocationState],
     version_ids: dict[bytes, int],
 ) -> None:
     """Remember the stat identity of each look, beside the version and not in it."""
@@ -344,7 +346,7 @@ def route_chunk(
         (version_id, wanted)
         for _, path, version_id in rows
         if version_id is not None
-        for wanted in routing.wanted(route_text(path))
+        for wanted in routing.job_requests(route_text(path))
     ]
     return rows[-1][0], jobs.enqueue(connection, pairs, utcnow().isoformat(" "))
 
@@ -352,7 +354,7 @@ def route_chunk(
 # What is there by the ledger, and marking what is no longer.
 
 
-class Present(NamedTuple):
+class PresentLocation(NamedTuple):
     """A location that is there, as the ledger last saw it."""
 
     path: bytes
@@ -374,7 +376,7 @@ def count_present(connection: Connection, root_id: int) -> int:
     return connection.execute(query).scalar_one()
 
 
-def present_in(connection: Connection, root_id: int, directory: bytes) -> list[Present]:
+def present_in(connection: Connection, root_id: int, directory: bytes) -> list[PresentLocation]:
     """The present locations directly in a directory."""
     rows = connection.execute(
         select(*_PRESENT)
@@ -385,10 +387,10 @@ def present_in(connection: Connection, root_id: int, directory: bytes) -> list[P
             FileLocation.gone_at.is_(None),
         )
     )
-    return [Present(*row) for row in rows]
+    return [PresentLocation(*row) for row in rows]
 
 
-def present_under(connection: Connection, root_id: int, directory: bytes) -> list[Present]:
+def present_under(connection: Connection, root_id: int, directory: bytes) -> list[PresentLocation]:
     """The present locations anywhere under a directory."""
     low, high = directory + b"/", directory + b"0"  # '0' is the byte after '/'
     rows = connection.execute(
@@ -399,7 +401,7 @@ def present_under(connection: Connection, root_id: int, directory: bytes) -> lis
             FileLocation.gone_at.is_(None),
         )
     )
-    return [Present(*row) for row in rows]
+    return [PresentLocation(*row) for row in rows]
 
 
 def forget_directory(connection: Connection, root_id: int, directory: bytes) -> None:
@@ -420,7 +422,7 @@ PASSED_OVER = "not deleted: scans pass it over, by an ignore pattern or since it
 
 
 def mark_gone(
-    connection: Connection, root_id: int, gone: Sequence[Present], problem: str = ""
+    connection: Connection, root_id: int, gone: Sequence[PresentLocation], problem: str = ""
 ) -> int:
     """Mark that locations are no longer there, unless another scan has seen them anew; their
     versions stay.
@@ -606,7 +608,7 @@ BATCH = 100
 """Files between two notes of how far a scrub has come."""
 
 
-class Claim(NamedTuple):
+class ScrubTarget(NamedTuple):
     """What the ledger says of a file that is there: this content under these stamps."""
 
     location_id: int
@@ -616,7 +618,7 @@ class Claim(NamedTuple):
     content_hash: str
 
 
-def scrub_batch(connection: Connection, root_id: int, after: int) -> list[Claim]:
+def scrub_batch(connection: Connection, root_id: int, after: int) -> list[ScrubTarget]:
     """The next files of a root, by location id; racy ones are the next scan's."""
     rows = connection.execute(
         text(
@@ -631,23 +633,28 @@ def scrub_batch(connection: Connection, root_id: int, after: int) -> list[Claim]
         ),
         {"root_id": root_id, "after": after, "batch": BATCH},
     )
-    return [Claim(row[0], row[1], Stat._make(row[2:7]), row[7], row[8]) for row in rows]
+    return [ScrubTarget(row[0], row[1], Stat._make(row[2:7]), row[7], row[8]) for row in rows]
 
 
 def record_scrubbed(
-    connection: Connection, root_id: int, subject: str, claim: Claim, found: str, routing: Routing
-) -> Recorded:
+    connection: Connection,
+    root_id: int,
+    subject: str,
+    target: ScrubTarget,
+    found: str,
+    routing: Routing,
+) -> RecordResult:
     """Make other bytes under the very same stamps a version, and write down how it was found.
 
     Args:
         subject: the file, as the audit names it.
         found: SHA-256 of what is there.
     """
-    folder = claim.path.rpartition(b"/")[0]
-    sighting = Sighting(claim.path, folder, claim.stat, found, False, claim.version_id)
+    folder = target.path.rpartition(b"/")[0]
+    sighting = Sighting(target.path, folder, target.stat, found, False, target.version_id)
     recorded = record(connection, root_id, [sighting], routing)
     if recorded.versions:
         count_up(connection, root_id, hidden=recorded.versions)
-        detail = {"was": claim.content_hash, "is": found, "stamps": "did not show it"}
+        detail = {"was": target.content_hash, "is": found, "stamps": "did not show it"}
         audit.append(connection, "scrub", [audit.Event("hidden-change", subject, detail)])
     return recorded

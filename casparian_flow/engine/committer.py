@@ -46,12 +46,12 @@ PAUSE_SECONDS = 5.0
 ACTOR = "committer"
 
 
-class _Ended(NamedTuple):
+class _WorkerReceipt(NamedTuple):
     worker: str
     receipt: Receipt
 
 
-class _Owed(NamedTuple):
+class _PendingOutput(NamedTuple):
     output_id: int
     job_id: int
     staged: StagedOutput
@@ -74,7 +74,7 @@ class Committer:
         self._epoch = epoch
         self._limits = limits
         self._on_change = on_change
-        self._receipts: asyncio.Queue[_Ended | None] = asyncio.Queue()
+        self._receipts: asyncio.Queue[_WorkerReceipt | None] = asyncio.Queue()
         self._sick: dict[str, float] = {}
         self._leaving = False
 
@@ -85,7 +85,7 @@ class Committer:
 
     def accept(self, worker: str, receipt: Receipt) -> None:
         """Take a receipt; it is decided with the next group."""
-        self._receipts.put_nowait(_Ended(worker, receipt))
+        self._receipts.put_nowait(_WorkerReceipt(worker, receipt))
 
     async def run(self) -> None:
         """Serve until told to leave. Begins with what an earlier run decided and did not finish."""
@@ -110,7 +110,7 @@ class Committer:
             await self._serve(await self._next_group())
         await self._settle()
 
-    async def _serve(self, group: Sequence[_Ended]) -> None:
+    async def _serve(self, group: Sequence[_WorkerReceipt]) -> None:
         if group:
             fenced = await self._write(lambda c: self._decide(c, group))
             crashpoint("committer.decided")
@@ -118,9 +118,9 @@ class Committer:
         await self._settle()
         self._on_change()
 
-    async def _next_group(self) -> list[_Ended]:
+    async def _next_group(self) -> list[_WorkerReceipt]:
         """Wait for a receipt, or for a paused sink's next try; then take all that wait."""
-        group: list[_Ended | None] = []
+        group: list[_WorkerReceipt | None] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PAUSE_SECONDS if self._sick else None):
                 group.append(await self._receipts.get())
@@ -128,10 +128,12 @@ class Committer:
             group.append(self._receipts.get_nowait())
         return [ended for ended in group if ended]
 
-    def _decide(self, connection: Connection, group: Sequence[_Ended]) -> list[StagedOutput]:
+    def _decide(
+        self, connection: Connection, group: Sequence[_WorkerReceipt]
+    ) -> list[StagedOutput]:
         """Give every receipt its consequence; returns the staged files that nobody will publish."""
         # Any message may come twice; what it says counts once.
-        first: dict[Pair, _Ended] = {}
+        first: dict[Pair, _WorkerReceipt] = {}
         for each in group:
             first.setdefault((each.receipt.job_id, each.receipt.fence), each)
         group = list(first.values())
@@ -173,17 +175,17 @@ class Committer:
 
     async def _settle(self) -> None:
         """Publish and complete everything that is decided, but for what a paused sink holds."""
-        owed = [_Owed(*row) for row in await self._read(outputs.unpublished)]
+        owed = [_PendingOutput(*row) for row in await self._read(outputs.unpublished)]
         now = time.monotonic()
         # Also where nothing is owed to it any more: nobody else would find out that it is well.
         self._sick = {store: until for store, until in self._sick.items() if until > now}
-        by_store: dict[str, list[_Owed]] = defaultdict(list)
+        by_store: dict[str, list[_PendingOutput]] = defaultdict(list)
         for output in owed:
             store = sinks.store(output.staged.location)
             if store not in self._sick:
                 by_store[store].append(output)
-        done: list[tuple[_Owed, Published]] = []
-        refused: list[tuple[_Owed, JobError]] = []
+        done: list[tuple[_PendingOutput, Published]] = []
+        refused: list[tuple[_PendingOutput, JobError]] = []
         for store, group in by_store.items():
             found = await asyncio.to_thread(self._publish, [o.staged for o in group])
             crashpoint("committer.published")
@@ -211,8 +213,8 @@ class Committer:
 
     async def _complete(
         self,
-        done: Sequence[tuple[_Owed, Published]],
-        refused: Sequence[tuple[_Owed, JobError]],
+        done: Sequence[tuple[_PendingOutput, Published]],
+        refused: Sequence[tuple[_PendingOutput, JobError]],
     ) -> None:
         # A sink refuses all outputs of a job together: the first says why.
         ended = {output.job_id: (output, error) for output, error in reversed(refused)}

@@ -19,7 +19,7 @@ from casparian_flow.db import routing as wiring
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.backfill import Choice
 from casparian_flow.db.models import utcnow
-from casparian_flow.db.routing import Routing, Wanted
+from casparian_flow.db.routing import JobRequest, Routing
 from casparian_flow.errors import CasparianError, NotFound
 from casparian_flow.services.changes import ring
 
@@ -80,7 +80,7 @@ def backfill(
         look = partial(versions.look, choice=choice, routing=routing, after=last)
         last, lacking, *counts = ledger.read(look)
 
-        def work(connection: Connection, lacking: list[tuple[int, Wanted]] = lacking) -> int:
+        def work(connection: Connection, lacking: list[tuple[int, JobRequest]] = lacking) -> int:
             queued = len(add(connection, lacking, utcnow().isoformat(" ")))
             detail = {"jobs": queued, "path": path, "since": since, "redo": redo}
             wiring.note(connection, "backfill", [f"plugin {plugin} {version}"], **detail)

@@ -25,7 +25,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import routing, versions
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.routing import Routing
-from casparian_flow.db.versions import Known, Present, Sighting, Stat
+from casparian_flow.db.versions import LocationState, PresentLocation, Sighting, Stat
 from casparian_flow.services import walk
 from casparian_flow.services.snapshots import NOTHING, Capture, Store
 from casparian_flow.services.walk import Ignore, Listing
@@ -207,7 +207,7 @@ class _Scan:
         return quiet
 
     def _compare_file(
-        self, listing: Listing, name: bytes, path: bytes, found: Stat, known: Known | None
+        self, listing: Listing, name: bytes, path: bytes, found: Stat, known: LocationState | None
     ) -> bool:
         """Record a file if it changed and is at rest; True if it needs no further look."""
         same = known is not None and known.present and known.stat == found
@@ -290,8 +290,8 @@ class _Scan:
             OSError: it looks as if a filesystem had been mounted here; nothing is inferred.
         """
         here = {name for name, _ in listing.entries}
-        gone: list[Present] = []
-        ignored: list[Present] = []
+        gone: list[PresentLocation] = []
+        ignored: list[PresentLocation] = []
         for found in self._read(versions.present_in, listing.path):
             name = found.path.rpartition(b"/")[2]
             if name not in here and not walk.is_candidate(listing, name, self.ignore):
@@ -327,7 +327,7 @@ class _Scan:
         sightings, folders = list(self._sightings.values()), self._folders
         self._sightings, self._folders = {}, []
 
-        def work(connection: Connection) -> versions.Recorded:
+        def work(connection: Connection) -> versions.RecordResult:
             versions.save_directories(connection, self.root.id, folders)
             # Of this transaction: rules that changed since the scan began route what was queued
             # for nobody when they did.
@@ -409,7 +409,9 @@ def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
     return job_ids
 
 
-def _unread(path: bytes, folder: bytes, found: Stat, known: Known | None, why: str) -> Sighting:
+def _unread(
+    path: bytes, folder: bytes, found: Stat, known: LocationState | None, why: str
+) -> Sighting:
     return Sighting(path, folder, found, "", False, known.version_id if known else None, why)
 
 
@@ -513,12 +515,14 @@ class Vanished:
         self._root = root
         self._full = full
         self.believe = believe
-        self._gone: list[Present] = []
-        self._ignored: list[Present] = []
+        self._gone: list[PresentLocation] = []
+        self._ignored: list[PresentLocation] = []
         self._lost: list[bytes] = []
         self._digests: list[tuple[bytes, bytes | None]] = []
 
-    def add(self, gone: list[Present], ignored: list[Present], lost: list[bytes]) -> None:
+    def add(
+        self, gone: list[PresentLocation], ignored: list[PresentLocation], lost: list[bytes]
+    ) -> None:
         """Remember locations that are missing, those now passed over, and directories."""
         self._gone += gone
         self._ignored += ignored

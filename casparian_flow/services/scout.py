@@ -30,7 +30,7 @@ from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import SourceRoot
 from casparian_flow.db.routing import Routing
-from casparian_flow.db.versions import Claim
+from casparian_flow.db.versions import ScrubTarget
 from casparian_flow.errors import LedgerError, SourceError
 from casparian_flow.services import inventory, walk
 from casparian_flow.services.scan import Root, ScanReport, hash_file, scan
@@ -192,12 +192,12 @@ class _Scrub:
             self.report.unreadable.append(f"{self.root.name}: {error.strerror}")
             return self.report
         try:
-            while claims := self._next(after):
-                for claim in claims:
-                    self._read_again(descriptor, claim)
+            while targets := self._next(after):
+                for target in targets:
+                    self._read_again(descriptor, target)
                     if self.stop.is_set():
                         return self.report
-                    after = claim.location_id
+                    after = target.location_id
                 self._note(scrub_after=after)
                 crashpoint("scrub.noted")
         finally:
@@ -206,41 +206,41 @@ class _Scrub:
         self.report.finished = True
         return self.report
 
-    def _next(self, after: int) -> list[Claim]:
+    def _next(self, after: int) -> list[ScrubTarget]:
         return self.ledger.read(lambda c: versions.scrub_batch(c, self.root.id, after))
 
     def _note(self, **values: float) -> None:
         self.ledger.write(lambda c: versions.save_scan_state(c, self.root.id, **values))
 
-    def _read_again(self, root: int, claim: Claim) -> None:
+    def _read_again(self, root: int, target: ScrubTarget) -> None:
         """Compare one file with its version; a file with other stamps is the next scan's."""
-        folder, _, name = claim.path.rpartition(b"/")
+        folder, _, name = target.path.rpartition(b"/")
         try:
             descriptor = walk.open_folder(root, folder)
             try:
-                found = self._at_rest(name, descriptor, claim)
+                found = self._at_rest(name, descriptor, target)
             finally:
                 os.close(descriptor)
         except FileNotFoundError:
             return
         except OSError as error:
-            self.report.unreadable.append(f"{self._subject(claim)}: {error.strerror}")
+            self.report.unreadable.append(f"{self._subject(target)}: {error.strerror}")
             return
         self.report.files += 1
         if found is not None:
-            self._record(claim, found)
+            self._record(target, found)
 
-    def _at_rest(self, name: bytes, folder: int, claim: Claim) -> str | None:
+    def _at_rest(self, name: bytes, folder: int, target: ScrubTarget) -> str | None:
         """The hash of other bytes than the version's; None where there are none, or not at rest.
 
         Stamps that say nothing do not say whether somebody is still writing either: the bytes
         are read until two readings, a settle window apart, agree.
         """
-        last = claim.content_hash
+        last = target.content_hash
         for _ in range(LOOKS):
             _forget_cached(name, folder)
             content = hash_file(name, folder, self.stop, self._pace)
-            if content is None or content[1] != claim.stat or content[0] == claim.content_hash:
+            if content is None or content[1] != target.stat or content[0] == target.content_hash:
                 return None
             if content[0] == last:
                 return last
@@ -253,25 +253,25 @@ class _Scrub:
         if self.bytes_per_second is not None:
             self.stop.wait(length / self.bytes_per_second)
 
-    def _record(self, claim: Claim, found: str) -> None:
-        subject = f"file {self._subject(claim)}"
+    def _record(self, target: ScrubTarget, found: str) -> None:
+        subject = f"file {self._subject(target)}"
         routing = self.ledger.read(Routing)
         work = partial(
             versions.record_scrubbed,
             root_id=self.root.id,
             subject=subject,
-            claim=claim,
+            target=target,
             found=found,
             routing=routing,
         )
         recorded = self.ledger.write(work)
         crashpoint("scrub.recorded")
         if recorded.versions:
-            self.report.hidden.append(self._subject(claim))
+            self.report.hidden.append(self._subject(target))
             self.report.job_ids += recorded.job_ids
 
-    def _subject(self, claim: Claim) -> str:
-        return f"{self.root.name}/{versions.display(claim.path)}"
+    def _subject(self, target: ScrubTarget) -> str:
+        return f"{self.root.name}/{versions.display(target.path)}"
 
 
 def _forget_cached(name: bytes, folder: int) -> None:

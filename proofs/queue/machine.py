@@ -37,9 +37,9 @@ from casparian_flow.db.models import (
     SourceRoot,
     utcnow,
 )
-from casparian_flow.db.routing import Wanted
+from casparian_flow.db.routing import JobRequest
 from casparian_flow.engine import dispatch
-from casparian_flow.engine.committer import Committer, _Ended, _Owed
+from casparian_flow.engine.committer import Committer, _PendingOutput, _WorkerReceipt
 from casparian_flow.engine.dispatch import POISON_AFTER, POISON_AFTER_KILLS
 from casparian_flow.engine.endings import Ending
 from casparian_flow.errors import JobError, SinkConflict
@@ -153,7 +153,7 @@ class Life(RuleBasedStateMachine):
                 "UPDATE cf_file_location SET current_version_id = ? WHERE id = ?",
                 (version_id, location_id),
             )
-            wanted = Wanted(self.plugins[plugin], f"p{plugin}", priority)
+            wanted = JobRequest(self.plugins[plugin], f"p{plugin}", priority)
             pairs = [(version_id, wanted)] * 2
             return version_id, jobs.enqueue(connection, pairs, utcnow().isoformat(" "))
 
@@ -241,7 +241,7 @@ class Life(RuleBasedStateMachine):
         )
         group += data.draw(st.permutations(group))[: len(group) // 2]
         over = self.write(
-            lambda c: self.committer._decide(c, [_Ended("w", receipt) for receipt in group])
+            lambda c: self.committer._decide(c, [_WorkerReceipt("w", receipt) for receipt in group])
         )
         first: dict[Pair, Receipt] = {}
         for receipt in group:
@@ -272,12 +272,12 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data(), refuse=st.booleans())
     def publish(self, data: st.DataObject, refuse: bool) -> None:
-        owed = [_Owed(*row) for row in self.ledger.read(outputs.unpublished)]
+        owed = [_PendingOutput(*row) for row in self.ledger.read(outputs.unpublished)]
         assert {(o.job_id, o.staged.topic) for o in owed} == {
             (job.id, topic) for job in self.of(C) for topic in job.planned
         }
         chosen = data.draw(st.lists(st.sampled_from(owed), unique_by=id)) if owed else []
-        refused: list[tuple[_Owed, JobError]] = [
+        refused: list[tuple[_PendingOutput, JobError]] = [
             (output, SinkConflict("it is another's")) for output in chosen[:1] if refuse
         ]
         done = [

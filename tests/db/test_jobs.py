@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import JobStatus, ProcessingJob, utcnow
-from casparian_flow.db.routing import Wanted
+from casparian_flow.db.routing import JobRequest
 from tests.factories import add_job
 
 
@@ -155,7 +155,7 @@ def test_a_version_is_queued_once_for_a_plugin_whatever_its_version(ledger: Ledg
             ).where(ProcessingJob.id == job)
         ).one()
     )  # fmt: skip
-    wanted = Wanted(row.plugin_id, row.plugin_name, 0)
+    wanted = JobRequest(row.plugin_id, row.plugin_name, 0)
     now = utcnow().isoformat(" ")
     assert ledger.write(lambda c: jobs.enqueue(c, [(row.file_version_id, wanted)], now)) == []
 

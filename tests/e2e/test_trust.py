@@ -15,7 +15,7 @@ from casparian_flow.config import Settings
 from casparian_flow.db import audit, jobs, plugins, views
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileVersion, utcnow
-from casparian_flow.db.routing import Wanted
+from casparian_flow.db.routing import JobRequest
 from casparian_flow.main import Daemon
 from casparian_flow.security import keys as key_files
 from casparian_flow.security.signing import key_id
@@ -101,7 +101,7 @@ def test_a_warm_guest_runs_nothing_more_once_its_version_is_disabled(
         """What a scan would have queued an instant before the version was disabled."""
         version = connection.execute(select(func.max(FileVersion.id))).scalar_one()
         plugin = plugins.find(connection, "rows", "1.0.0")
-        pairs = [(version, Wanted(plugin.id, "rows", 0))]
+        pairs = [(version, JobRequest(plugin.id, "rows", 0))]
         jobs.enqueue(connection, pairs, utcnow().isoformat())
 
     async def look(name: str) -> None:

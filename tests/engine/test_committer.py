@@ -140,7 +140,7 @@ def test_what_a_job_has_published_before_leaves_no_staged_file(
     for fence in (1, 2):
         ledger.write(lambda c: jobs.claim(c, "w", epoch, 1))
         receipt = staged(job, fence, tmp_path / f"stage-{fence}", tmp_path / "sink")
-        decide = partial(ours._decide, group=[committer._Ended("w", receipt)])
+        decide = partial(ours._decide, group=[committer._WorkerReceipt("w", receipt)])
         unwanted.append(ledger.write(decide))
         there = Published(target="there", rows=1, digest="", adopted=False)
         seen = [(output_id, there) for output_id, *_ in ledger.read(outputs.unpublished)]
