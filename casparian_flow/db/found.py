@@ -196,7 +196,7 @@ def restore_versions(
     return back
 
 
-def claims(connection: Connection) -> Sequence[Any]:
+def expected(connection: Connection) -> Sequence[Any]:
     """Found outputs of our source roots that no job of ours has taken over: they are still there.
 
     An output of a source root that this ledger does not have may be another ledger's.

@@ -101,12 +101,12 @@ SEALED_AT_ONCE = 2_000
 """Rows in one seal of a migration, so that an old ledger need not fit into memory."""
 
 
-class Covered(NamedTuple):
+class SealedTable(NamedTuple):
     """A table whose rows are sealed."""
 
     name: str
     """Its word in the glossary, plural."""
-    table: str
+    sql_name: str
     state: str = ""
     """The column that says where a row is; empty where rows are written once and stay."""
     fence: str = "0"
@@ -123,15 +123,15 @@ class Covered(NamedTuple):
         return self.name[:-1]
 
 
-COVERED = (
-    Covered("versions", "cf_file_version"),
-    Covered("attempts", "cf_attempt"),
-    Covered(
+SEALED_TABLES = (
+    SealedTable("versions", "cf_file_version"),
+    SealedTable("attempts", "cf_attempt"),
+    SealedTable(
         "outputs", "cf_output", "state",
         fixed=("id", "job_id", "topic", "uri", "location", "mode", "output_key", "size_bytes"),
         whole=("PLANNED", "PUBLISHED", "REFUSED"), arrows=OUTPUT_ARROWS,
     ),
-    Covered(
+    SealedTable(
         "jobs", "cf_processing_queue", "status", "fence",
         fixed=("id", "file_version_id", "plugin_id", "plugin_name", "created_at"),
         # While a job lives, what it waits for changes without a move.
@@ -139,8 +139,8 @@ COVERED = (
     ),
 )  # fmt: skip
 
-GROWING = [covered for covered in COVERED if not covered.state]
-MOVING = [covered for covered in COVERED if covered.state]
+GROWING = [table for table in SEALED_TABLES if not table.state]
+MOVING = [table for table in SEALED_TABLES if table.state]
 
 Marks = dict[str, int]
 """Table -> its highest id when the transaction began."""
@@ -177,10 +177,10 @@ def begin(connection: sqlite3.Connection) -> Marks:
         for statement in _watches():
             connection.execute(statement)
     return {
-        covered.table: connection.execute(
-            f"SELECT coalesce(max(id), 0) FROM {covered.table}"
+        table.sql_name: connection.execute(
+            f"SELECT coalesce(max(id), 0) FROM {table.sql_name}"
         ).fetchone()[0]
-        for covered in GROWING
+        for table in GROWING
     }
 
 
@@ -189,26 +189,26 @@ def _watches() -> Iterator[str]:
         "CREATE TEMP TABLE cf_moved (n INTEGER PRIMARY KEY, what TEXT, id INTEGER, was TEXT, "
         "now TEXT, fence INTEGER)"
     )
-    for covered in GROWING:  # a version that comes back from a sink has its old id
+    for table in GROWING:  # a version that comes back from a sink has its old id
         yield (
-            f"CREATE TEMP TRIGGER cf_seal_{covered.name} AFTER INSERT ON main.{covered.table} "
-            f"WHEN NEW.id < (SELECT max(id) FROM main.{covered.table}) BEGIN "
-            f"INSERT INTO cf_moved (what, id) VALUES ('{covered.name}', NEW.id); END"
+            f"CREATE TEMP TRIGGER cf_seal_{table.name} AFTER INSERT ON main.{table.sql_name} "
+            f"WHEN NEW.id < (SELECT max(id) FROM main.{table.sql_name}) BEGIN "
+            f"INSERT INTO cf_moved (what, id) VALUES ('{table.name}', NEW.id); END"
         )
-    for covered in MOVING:
-        old, new = f"OLD.{covered.state}", f"NEW.{covered.state}"
-        fence = covered.fence if covered.fence == "0" else f"NEW.{covered.fence}"
-        whole = ", ".join(f"'{state}'" for state in covered.whole)
+    for table in MOVING:
+        old, new = f"OLD.{table.state}", f"NEW.{table.state}"
+        fence = table.fence if table.fence == "0" else f"NEW.{table.fence}"
+        whole = ", ".join(f"'{state}'" for state in table.whole)
         for event, when, row in (
             ("INSERT", "TRUE", f"NEW.id, '', {new}, {fence}"),
             ("UPDATE", f"{old} <> {new} OR {new} IN ({whole})", f"NEW.id, {old}, {new}, {fence}"),
             ("DELETE", "TRUE", f"OLD.id, {old}, '', 0"),
         ):
             yield (
-                f"CREATE TEMP TRIGGER cf_seal_{covered.name}_{event} "
-                f"AFTER {event} ON main.{covered.table} WHEN {when} BEGIN "
+                f"CREATE TEMP TRIGGER cf_seal_{table.name}_{event} "
+                f"AFTER {event} ON main.{table.sql_name} WHEN {when} BEGIN "
                 "INSERT INTO cf_moved (what, id, was, now, fence) "
-                f"VALUES ('{covered.name}', {row}); END"
+                f"VALUES ('{table.name}', {row}); END"
             )
 
 
@@ -216,22 +216,22 @@ def seal(connection: sqlite3.Connection, marks: Marks) -> None:
     """Write what the transaction did into the audit; its last statement before the commit."""
     sealed = {}
     with exact(connection):
-        for covered in GROWING:
+        for table in GROWING:
             # Not OR: SQLite would walk through the whole table at every transaction.
             new = (
-                f"id IN (SELECT id FROM {covered.table} WHERE id > {marks[covered.table]} "
-                f"UNION SELECT id FROM cf_moved WHERE what = '{covered.name}')"
+                f"id IN (SELECT id FROM {table.sql_name} WHERE id > {marks[table.sql_name]} "
+                f"UNION SELECT id FROM cf_moved WHERE what = '{table.name}')"
             )
-            sealed[covered.name] = _sealed(connection, covered, [], new, "")
-        for covered in MOVING:
+            sealed[table.name] = _sealed(connection, table, [], new, "")
+        for table in MOVING:
             moves = connection.execute(
                 "SELECT id, was, now, fence FROM cf_moved WHERE what = ? ORDER BY n",
-                (covered.name,),
+                (table.name,),
             ).fetchall()
             if moves:
-                ids = f"id IN (SELECT id FROM cf_moved WHERE what = '{covered.name}'"
-                sealed[covered.name] = _sealed(
-                    connection, covered, moves, f"{ids} AND was = '')", f"{ids})"
+                ids = f"id IN (SELECT id FROM cf_moved WHERE what = '{table.name}'"
+                sealed[table.name] = _sealed(
+                    connection, table, moves, f"{ids} AND was = '')", f"{ids})"
                 )
     _append(connection, ROWS, sealed)
     connection.execute("DELETE FROM cf_moved")
@@ -239,24 +239,24 @@ def seal(connection: sqlite3.Connection, marks: Marks) -> None:
 
 def seal_what_is_there(connection: sqlite3.Connection) -> None:
     """Seal every row there is: once, in the migration that begins the seals."""
-    for covered in COVERED:
+    for table in SEALED_TABLES:
         low = 0
-        while high := _next(connection, covered, low):
+        while high := _next(connection, table, low):
             within = f"id > {low} AND id <= {high}"
             with exact(connection):
                 moves = connection.execute(
-                    f"SELECT id, '', {covered.state}, {covered.fence} FROM {covered.table} "
+                    f"SELECT id, '', {table.state}, {table.fence} FROM {table.sql_name} "
                     f"WHERE {within} ORDER BY id"
-                ).fetchall() if covered.state else []  # fmt: skip
-                part = _sealed(connection, covered, moves, within, within)
-            _append(connection, EARLIER, {covered.name: part})
+                ).fetchall() if table.state else []  # fmt: skip
+                part = _sealed(connection, table, moves, within, within)
+            _append(connection, EARLIER, {table.name: part})
             low = high
 
 
-def _next(connection: sqlite3.Connection, covered: Covered, after: int) -> int | None:
+def _next(connection: sqlite3.Connection, table: SealedTable, after: int) -> int | None:
     """The id up to which the next seal of a migration goes; None after the last."""
     (last,) = connection.execute(
-        f"SELECT max(id) FROM (SELECT id FROM {covered.table} WHERE id > ? ORDER BY id LIMIT ?)",
+        f"SELECT max(id) FROM (SELECT id FROM {table.sql_name} WHERE id > ? ORDER BY id LIMIT ?)",
         (after, SEALED_AT_ONCE),
     ).fetchone()
     return last  # type: ignore[no-any-return]
@@ -264,7 +264,7 @@ def _next(connection: sqlite3.Connection, covered: Covered, after: int) -> int |
 
 def _sealed(
     connection: sqlite3.Connection,
-    covered: Covered,
+    table: SealedTable,
     moves: list[tuple[Any, ...]],
     born: str,
     changed: str,
@@ -274,18 +274,18 @@ def _sealed(
     Args:
         born, changed: conditions on its rows: those that are new, those that changed.
     """
-    columns = ", ".join(covered.fixed) or "*"
+    columns = ", ".join(table.fixed) or "*"
     found: dict[str, Any] = {
         "moves": _in_runs(moves),
         "born": _digests(
-            connection, f"SELECT {columns} FROM {covered.table} WHERE {born} ORDER BY id"
+            connection, f"SELECT {columns} FROM {table.sql_name} WHERE {born} ORDER BY id"
         ),
     }
-    if changed and covered.whole:
-        states = ", ".join(f"'{state}'" for state in covered.whole)
+    if changed and table.whole:
+        states = ", ".join(f"'{state}'" for state in table.whole)
         found["whole"] = _digests(
             connection,
-            f"SELECT * FROM {covered.table} WHERE {changed} AND {covered.state} IN ({states}) "
+            f"SELECT * FROM {table.sql_name} WHERE {changed} AND {table.state} IN ({states}) "
             "ORDER BY id",
         )
     return {name: value for name, value in found.items() if value}

@@ -30,23 +30,23 @@ _NEEDED = (
 _THESE = "FROM cf_snapshot WHERE content_hash IN (SELECT value FROM json_each(?))"
 
 
-class Placed(NamedTuple):
+class StoredContent(NamedTuple):
     """A content that is in the store, durable, and that no row claims yet."""
 
     content_hash: str
     size_bytes: int
 
 
-class Kept(NamedTuple):
+class Evictions(NamedTuple):
     """What `keep` decided."""
 
-    gone: list[str]
+    evicted: list[str]
     """Hashes that are claimed no more: their files can go when the transaction is durable."""
     refused: int
     """Of those: contents just placed, for which unfinished jobs leave no room."""
 
 
-def keep(connection: Connection, placed: Sequence[Placed], limit: int) -> Kept:
+def add(connection: Connection, placed: Sequence[StoredContent], limit: int) -> Evictions:
     """Claim what was placed, after the jobs that need it are queued, and keep within the limit.
 
     What no unfinished job needs makes room, that first which no scan has captured for longest.
@@ -55,7 +55,7 @@ def keep(connection: Connection, placed: Sequence[Placed], limit: int) -> Kept:
     Args:
         limit: bytes that the store may hold.
     """
-    known = set(_claimed(connection, [each.content_hash for each in placed]))
+    known = set(_referenced(connection, [each.content_hash for each in placed]))
     now = utcnow().isoformat(" ")
     execute_many(
         connection,
@@ -66,15 +66,15 @@ def keep(connection: Connection, placed: Sequence[Placed], limit: int) -> Kept:
         [(*each, now) for each in placed],
     )
     excess = held(connection)[1] - limit
-    gone: list[str] = []
+    evicted: list[str] = []
     while excess > 0 and (spare := _spare(connection)):
         chosen, excess = _until(spare, excess)
         forget(connection, chosen)
-        gone += chosen
-    newcomers = [each for each in placed if each.content_hash not in known.union(gone)]
+        evicted += chosen
+    newcomers = [each for each in placed if each.content_hash not in known.union(evicted)]
     refused, _ = _until(reversed(newcomers), excess)
     forget(connection, refused)
-    return Kept(gone + refused, len(refused))
+    return Evictions(evicted + refused, len(refused))
 
 
 def _spare(connection: Connection) -> Sequence[Any]:
@@ -98,7 +98,7 @@ def _until(contents: Iterable[Any], excess: int) -> tuple[list[str], int]:
     return chosen, excess
 
 
-def _claimed(connection: Connection, hashes: Sequence[str]) -> list[str]:
+def _referenced(connection: Connection, hashes: Sequence[str]) -> list[str]:
     query = f"SELECT content_hash {_THESE}"
     return [row[0] for row in connection.exec_driver_sql(query, (json.dumps(hashes),))]
 
@@ -143,9 +143,9 @@ def every(connection: Connection) -> list[str]:
     return list(connection.execute(select(Snapshot.content_hash)).scalars())
 
 
-def is_claimed(connection: Connection, content_hash: str) -> bool:
+def is_referenced(connection: Connection, content_hash: str) -> bool:
     """Whether the store should have this content."""
-    return bool(_claimed(connection, [content_hash]))
+    return bool(_referenced(connection, [content_hash]))
 
 
 def unprotected(connection: Connection) -> int:

@@ -452,7 +452,7 @@ def unrouted_files(connection: Connection, limit: int | None, source: str | None
     return found
 
 
-class _Rule(NamedTuple):
+class _RuleMatcher(NamedTuple):
     shown: str
     pattern: re.Pattern[str]
     literals: tuple[str, ...]
@@ -464,7 +464,7 @@ class Rules:
     """The rules of one moment, to find the one that is nearest to matching a file."""
 
     def __init__(self, connection: Connection) -> None:
-        self._rules: list[_Rule] = []
+        self._rules: list[_RuleMatcher] = []
         for row in rules(connection):
             try:
                 pattern = compile_pattern(row["pattern"])
@@ -474,7 +474,7 @@ class Rules:
             if row["plugins"] and row["case"] == "exact":
                 fault = "it matches in its own case only"
             shown = f"{row['plugins'] or row['tag']} {row['pattern']}"
-            found = _Rule(shown, pattern, literals(row["pattern"].lower()), fault)
+            found = _RuleMatcher(shown, pattern, literals(row["pattern"].lower()), fault)
             self._rules.append(found)
         self._by_ending = lru_cache(4096)(self._alike)
 

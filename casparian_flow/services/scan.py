@@ -338,11 +338,11 @@ class _Scan:
             versions.keep_invalidated(
                 connection, self.root.id, [path for path, digest in folders if digest]
             )
-            placed.claim(connection)
+            pending.add_references(connection)
             crashpoint("scan.batch_written")
             return recorded
 
-        with self.snapshots.placing() as placed:
+        with self.snapshots.placing() as pending:
             recorded = self._write(work)
             crashpoint("scan.batch_committed")
         self.report.versions += recorded.versions

@@ -35,9 +35,9 @@ from sqlalchemy import Connection
 
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import snapshots as claims
+from casparian_flow.db import snapshots as references
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.snapshots import Placed
+from casparian_flow.db.snapshots import StoredContent
 from casparian_flow.durable import exclusive, fsync_path, make_folder
 from casparian_flow.engine import inbox
 from casparian_flow.errors import LedgerError
@@ -197,13 +197,13 @@ class Store:
         self._missed += files
 
     @contextlib.contextmanager
-    def placing(self) -> Iterator[Placing]:
+    def placing(self) -> Iterator[PendingSnapshots]:
         """Give what was captured its name; the block claims it, in a durable transaction.
 
         The lock is held meanwhile, so that nobody lets go of a content that is being claimed.
         """
         captured, self.captured = self.captured, {}
-        placed: list[Placed] = []
+        placed: list[StoredContent] = []
         with contextlib.ExitStack() as stack:
             if captured:
                 try:
@@ -211,16 +211,16 @@ class Store:
                     placed = self._place(captured)
                 except OSError as error:
                     self.failed(error.strerror or str(error), len(captured))
-            batch = Placing(placed, self._settings.keep_bytes, self._fault, self._missed)
+            batch = PendingSnapshots(placed, self._settings.keep_bytes, self._fault, self._missed)
             self._fault, self._missed = "", 0
             yield batch
             crashpoint("snapshot.claimed")
-            for content_hash in batch.gone:
+            for content_hash in batch.evicted:
                 with contextlib.suppress(OSError):  # nothing claims it, so it can wait for a sweep
                     self._database.snapshot(content_hash).unlink()
                 crashpoint("snapshot.unlinked")
 
-    def _place(self, captured: dict[str, tuple[Path, int]]) -> list[Placed]:
+    def _place(self, captured: dict[str, tuple[Path, int]]) -> list[StoredContent]:
         """Make the contents durable under their names; of those there already, one file stays."""
         targets = {content_hash: self._database.snapshot(content_hash) for content_hash in captured}
         folders = sorted({target.parent for target in targets.values()})
@@ -241,7 +241,7 @@ class Store:
         # A file that was there may be a crash's, with a name that is not durable yet.
         _make_durable(folders)
         crashpoint("snapshot.placed")
-        return [Placed(content_hash, size) for content_hash, (_, size) in captured.items()]
+        return [StoredContent(content_hash, size) for content_hash, (_, size) in captured.items()]
 
     def _new_file(self) -> FileIO:
         if self._own is None:
@@ -252,7 +252,7 @@ class Store:
         return file
 
 
-class Placing:
+class PendingSnapshots:
     """What has its name in the store, for the transaction that claims it.
 
     Args:
@@ -262,25 +262,25 @@ class Placing:
         missed: how many of those there are.
     """
 
-    def __init__(self, placed: list[Placed], limit: int, fault: str, missed: int) -> None:
+    def __init__(self, placed: list[StoredContent], limit: int, fault: str, missed: int) -> None:
         self._placed = placed
         self._limit = limit
         self._fault = fault
         self._missed = missed
-        self.gone: list[str] = []
+        self.evicted: list[str] = []
         """Contents that the transaction lets go."""
 
-    def claim(self, connection: Connection) -> None:
+    def add_references(self, connection: Connection) -> None:
         """Claim what was placed; after the versions and the jobs that need it are written."""
         if not self._placed and not self._missed:
             return
         fault, missed = self._fault, self._missed
-        kept = claims.keep(connection, self._placed, self._limit)
-        self.gone = kept.gone
+        kept = references.add(connection, self._placed, self._limit)
+        self.evicted = kept.evicted
         if kept.refused:
             fault = f"unfinished jobs need all of its {self._limit} bytes ([snapshots] keep_bytes)"
             missed += kept.refused
-        claims.note(connection, fault, missed)
+        references.note(connection, fault, missed)
 
 
 @contextlib.contextmanager
@@ -367,19 +367,19 @@ def sweep(ledger: Ledger) -> None:
     folder = ledger.database.snapshots_folder
     with exclusive(folder / "lock") if folder.is_dir() else contextlib.nullcontext():
         clear_dead(folder)
-        claimed = set(ledger.read(claims.every))
+        claimed = set(ledger.read(references.every))
         there = {file.name: file for file in folder.glob("??/*")}
         for content_hash in there.keys() - claimed:
             there[content_hash].unlink()
         if lost := sorted(claimed - there.keys()):
             log.warning("%d snapshots are not in %s any more", len(lost), folder)
-            ledger.write(partial(claims.forget, hashes=lost))
+            ledger.write(partial(references.forget, hashes=lost))
 
 
 def problems(ledger: Ledger) -> Iterator[str]:
     """Every snapshot that is not what its name says; reads every byte of the store."""
     try:
-        hashes = ledger.read(claims.every)
+        hashes = ledger.read(references.every)
     except LedgerError as error:
         yield f"the snapshots cannot be checked: {error.message}"
         return
@@ -387,7 +387,7 @@ def problems(ledger: Ledger) -> Iterator[str]:
         file = ledger.database.snapshot(content_hash)
         fault = _fault(file, content_hash)
         # What a scan has let go since we began is not missing.
-        if fault and ledger.read(partial(claims.is_claimed, content_hash=content_hash)):
+        if fault and ledger.read(partial(references.is_referenced, content_hash=content_hash)):
             yield (
                 f"snapshot {file} {fault}; jobs of that content need its file instead "
                 "(remove the snapshot, and start the daemon)"
@@ -411,20 +411,20 @@ def report(ledger: Ledger) -> dict[str, Any]:
     Whether blocks can be shared is tried, with the files themselves: filesystems, their settings
     and mounts all have a say in it.
     """
-    number, size = ledger.read(claims.held)
-    fault = ledger.read(claims.fault)
+    number, size = ledger.read(references.held)
+    fault = ledger.read(references.fault)
     return {
         "mode": ledger.database.snapshots.mode,
         "store": str(ledger.database.snapshots_folder),
         "shares": _shares(ledger),
         "sources": {
             sample.name: _shares(ledger, os.path.join(os.fsencode(sample.root_path), sample.path))
-            for sample in ledger.read(claims.samples)
+            for sample in ledger.read(references.samples)
         },
         "snapshots": number,
         "bytes": size,
         "keep_bytes": ledger.database.snapshots.keep_bytes,
-        "unprotected_jobs": ledger.read(claims.unprotected),
+        "unprotected_jobs": ledger.read(references.unprotected),
         "fault": f"{fault.files} contents since {fault.since[:16]}: {fault.words}" if fault else "",
     }
 

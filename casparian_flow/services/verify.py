@@ -22,7 +22,7 @@ from casparian_flow.config import Settings
 from casparian_flow.db import audit, outputs, plugins, seals, trust
 from casparian_flow.db import found as found_outputs
 from casparian_flow.db.access import Ledger, driver
-from casparian_flow.db.seals import COVERED, DIGEST_BYTES, EARLIER, Covered, digest, exact
+from casparian_flow.db.seals import DIGEST_BYTES, EARLIER, SEALED_TABLES, SealedTable, digest, exact
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim
 from casparian_flow.services import snapshots
@@ -51,7 +51,7 @@ def verify(settings: Settings, ledger: Ledger) -> Verdict:
     """
     verdict, claims = ledger.read(check_ledger)
     if durable.daemon_lock_holder(settings.database.daemon_lock) is None:
-        running = ledger.read(lambda c: list(told("the jobs", running_jobs(c))))
+        running = ledger.read(lambda c: list(report_damage("the jobs", running_jobs(c))))
         verdict.problems += running
     verdict.checked["outputs"] = sum(map(len, claims.values()))
     verdict.checked["rows"] = sum(claim.rows for group in claims.values() for claim in group)
@@ -67,13 +67,13 @@ def check_ledger(connection: Connection) -> tuple[Verdict, Claims]:
     with seals.exact(driver(connection)):
         for what, found in (
             ("the ledger", _count(connection, verdict)),
-            ("the ledger", breaks(connection)),
+            ("the ledger", broken_invariants(connection)),
             ("the audit", audit.problems(connection)),
-            ("the seals", problems(connection)),
+            ("the seals", seal_problems(connection)),
             ("the plugins", _faults(connection, verdict)),
             ("the outputs", _claims(connection, claims)),
         ):
-            verdict.problems += told(what, found)
+            verdict.problems += report_damage(what, found)
     # Damage is met by many questions.
     verdict.problems = list(dict.fromkeys(verdict.problems))
     return verdict, claims
@@ -106,7 +106,7 @@ def _faults(connection: Connection, verdict: Verdict) -> Iterator[str]:
 
 def _claims(connection: Connection, claims: Claims) -> Iterator[str]:
     """Collect what can be asked of the sinks; rows that make no sense were named already."""
-    for row in [*outputs.published(connection), *found_outputs.claims(connection)]:
+    for row in [*outputs.published(connection), *found_outputs.expected(connection)]:
         if isinstance(row.rows, int) and isinstance(row.location, str):
             claim = Claim(
                 topic=row.topic,
@@ -171,7 +171,7 @@ class _Entry(NamedTuple):
     """Whether it was sealed as it stood, by the migration."""
 
 
-def told(what: str, problems: Iterable[str]) -> Iterator[str]:
+def report_damage(what: str, problems: Iterable[str]) -> Iterator[str]:
     """The problems; where the database is too damaged to be asked for more of them, that."""
     try:
         yield from problems
@@ -180,16 +180,16 @@ def told(what: str, problems: Iterable[str]) -> Iterator[str]:
         yield f"{what} cannot be read to the end, the database is damaged: {cause}"
 
 
-def problems(connection: Connection) -> Iterator[str]:
+def seal_problems(connection: Connection) -> Iterator[str]:
     """A sentence for each row that is not what the audit has of it."""
     with contextlib.closing(sqlite3.connect("")) as scratch, exact(driver(connection)):
         scratch.execute(
             "CREATE TABLE entry (what TEXT, id INTEGER, seq INTEGER, kind TEXT, was TEXT, "
             "now TEXT, fence INTEGER, columns INTEGER, digest BLOB, earlier INTEGER)"
         )
-        yield from told("the seals", _read(connection, scratch))
-        for covered in COVERED:
-            yield from told(f"the {covered.name}", _compare(connection, scratch, covered))
+        yield from report_damage("the seals", _read(connection, scratch))
+        for covered in SEALED_TABLES:
+            yield from report_damage(f"the {covered.name}", _compare(connection, scratch, covered))
 
 
 def since(connection: Connection) -> str:
@@ -265,13 +265,13 @@ def _ids(runs: Iterable[tuple[int, int]]) -> list[int]:
 class _Table(NamedTuple):
     """A covered table as it stands."""
 
-    covered: Covered
+    covered: SealedTable
     columns: list[str]
     defaults: list[Any]
 
 
 def _compare(
-    connection: Connection, scratch: sqlite3.Connection, covered: Covered
+    connection: Connection, scratch: sqlite3.Connection, covered: SealedTable
 ) -> Iterator[str]:
     """Walk through what is sealed of a table and what stands in it, side by side."""
     table = _table(connection, covered)
@@ -280,7 +280,7 @@ def _compare(
         "WHERE what = ? ORDER BY id, rowid",
         (covered.name,),
     )
-    stands = connection.exec_driver_sql(f"SELECT * FROM {covered.table} ORDER BY id")
+    stands = connection.exec_driver_sql(f"SELECT * FROM {covered.sql_name} ORDER BY id")
     both = heapq.merge(
         ((row[0], _Entry._make(row[1:])) for row in sealed),
         ((row[0], tuple(row)) for row in stands),
@@ -294,8 +294,8 @@ def _compare(
             yield f"{covered.one} {row_id} {words}"
 
 
-def _table(connection: Connection, covered: Covered) -> _Table:
-    info = connection.exec_driver_sql(f"PRAGMA table_info({covered.table})").all()
+def _table(connection: Connection, covered: SealedTable) -> _Table:
+    info = connection.exec_driver_sql(f"PRAGMA table_info({covered.sql_name})").all()
     defaults = [row[4] or "NULL" for row in info]
     values = connection.exec_driver_sql(f"SELECT {', '.join(defaults)}").one()
     return _Table(covered, [row[1] for row in info], list(values))
@@ -336,7 +336,7 @@ def _judge(table: _Table, entries: Sequence[_Entry], row: tuple[Any, ...] | None
             yield f"was altered since it became {state}"
 
 
-def _unfit(covered: Covered, moves: Sequence[_Entry]) -> Iterator[str]:
+def _unfit(covered: SealedTable, moves: Sequence[_Entry]) -> Iterator[str]:
     """Where a row's moves do not follow on each other, or are none that it may make."""
     state, fence = "", 0
     for move in moves:
@@ -352,7 +352,7 @@ def _unfit(covered: Covered, moves: Sequence[_Entry]) -> Iterator[str]:
         state, fence = move.now, move.fence
 
 
-def _moved_by_others(covered: Covered, last: _Entry, stands: dict[str, Any]) -> Iterator[str]:
+def _moved_by_others(covered: SealedTable, last: _Entry, stands: dict[str, Any]) -> Iterator[str]:
     if stands[covered.state] != last.now:
         yield (
             f"is {stands[covered.state]!s}, and row {last.seq} of the audit has it {last.now}: it "
@@ -372,7 +372,7 @@ def _is(entry: _Entry, values: list[Any], defaults: Sequence[Any]) -> bool:
 # What must hold in the ledger whatever happened: each check gives a sentence for each break.
 
 
-_BREAKS = {
+_INVARIANTS = {
     "location {0} ({1}): its versions are not numbered 1, 2, 3, ...": """
         SELECT l.id, l.rel_path FROM cf_file_version v JOIN cf_file_location l
         ON l.id = v.location_id
@@ -421,10 +421,10 @@ _BREAKS = {
 }
 
 
-def breaks(connection: Connection) -> Iterator[str]:
+def broken_invariants(connection: Connection) -> Iterator[str]:
     """Every invariant that does not hold."""
-    for words, query in _BREAKS.items():
-        yield from told("the ledger", _broken(connection, words, query))
+    for words, query in _INVARIANTS.items():
+        yield from report_damage("the ledger", _broken(connection, words, query))
     for (found,) in connection.execute(text("PRAGMA integrity_check")):
         if found != "ok":
             yield f"the database is damaged: {found}"

@@ -483,7 +483,7 @@ class Watcher:
                 self._observer = Observer()
                 self._observer.start()
                 self._identity = _identity(self.root.path)
-                handler = Handler(self.root, self._hints)
+                handler = EventHandler(self.root, self._hints)
                 self._observer.schedule(handler, self.root.path, recursive=True)
             except (OSError, RecursionError) as error:
                 # watchdog walks the tree by recursion, where Python's os.walk does.
@@ -512,7 +512,7 @@ class Watcher:
         return frozenset(inodes)
 
 
-class Handler(FileSystemEventHandler):
+class EventHandler(FileSystemEventHandler):
     """Turns events into hints: the directory in which something happened."""
 
     def __init__(self, root: Root, hints: Hints) -> None:

@@ -121,7 +121,7 @@ def drain(folder: Path, stops: int, seed: int) -> str:
             assert code in ({0, 130, -signal.SIGTERM} if twice else {0, -signal.SIGTERM}), code
             if code != 130:
                 assert not list(ledger.read(lambda c: list(checks.running_jobs(c))))
-            assert not list(ledger.read(lambda c: list(checks.breaks(c))))
+            assert not list(ledger.read(lambda c: list(checks.broken_invariants(c))))
         (root,) = scout.roots(ledger, ())
         scan(ledger, root)
         work_off(found, seconds=PATIENCE_SECONDS)

@@ -355,7 +355,7 @@ class Life(RuleBasedStateMachine):
             assert found == (job.status, job.fence, job.attempts, job.crashes), row.id
             assert (row.finished_at is None) == (row.status in jobs.UNFINISHED)
             assert 0 <= row.attempts <= row.fence
-        assert self.ledger.read(lambda c: list(checks.breaks(c))) == []
+        assert self.ledger.read(lambda c: list(checks.broken_invariants(c))) == []
         commits = select(AuditEntry.subject).where(AuditEntry.action == "commit")
         committed = Counter(self.ledger.read(lambda c: list(c.execute(commits).scalars())))
         assert committed == {f"job {job.id}": 1 for job in self.of(JobStatus.COMPLETED)}

@@ -149,6 +149,6 @@ class Commits:
                     continue
             engine = create_engine(f"sqlite:///{copy}")
             with engine.connect() as connection:
-                for words in (*verify.breaks(connection), *audit.problems(connection)):
+                for words in (*verify.broken_invariants(connection), *audit.problems(connection)):
                     yield f"after commit {number}: {words}"
             engine.dispose()

@@ -46,9 +46,9 @@ def worked(folder: Path) -> Settings:
 def said(connection: Connection) -> list[str]:
     """All that `verify` says of the ledger itself."""
     return [
-        *verify.breaks(connection),
+        *verify.broken_invariants(connection),
         *audit.problems(connection),
-        *verify.problems(connection),
+        *verify.seal_problems(connection),
     ]
 
 
@@ -96,6 +96,6 @@ class Altered:
                     driver(connection).execute(query, values)
                 found = list(audit.problems(connection))
                 if replayed:
-                    found += verify.problems(connection)
+                    found += verify.seal_problems(connection)
                 transaction.rollback()
         return found

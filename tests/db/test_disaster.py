@@ -174,7 +174,7 @@ def test_a_migration_killed_at_each_statement_is_done_by_the_next_start(
         with open_ledger(database) as ledger:
             version = ledger.read(lambda c: c.execute(text("PRAGMA user_version")).scalar_one())
             assert version == len(whole)
-            assert list(ledger.read(lambda c: list(verify.breaks(c)))) == []
+            assert list(ledger.read(lambda c: list(verify.broken_invariants(c)))) == []
 
 
 def test_a_clock_set_back_a_day_delays_no_retry(

@@ -15,13 +15,13 @@ import pytest
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, seals
 from casparian_flow.db.access import open_ledger
-from casparian_flow.db.seals import COVERED
+from casparian_flow.db.seals import SEALED_TABLES
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
 from tests.db.real_ledger import Altered, attacker, said, worked
 
 SEED = 20
-TABLES = {covered.one: covered.table for covered in COVERED}
+TABLES = {table.one: table.sql_name for table in SEALED_TABLES}
 LASTING = "('COMPLETED', 'FAILED', 'ABORTED', 'SUPERSEDED')"
 
 

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import insert, select
 
 from casparian_flow.config import Settings
-from casparian_flow.db import snapshots as claims
+from casparian_flow.db import snapshots as references
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileVersion, RoutingRule
 from casparian_flow.services import report, snapshots
@@ -54,7 +54,7 @@ def on_their_way(settings: Settings) -> list[Path]:
 
 def check(settings: Settings, ledger: Ledger, wanted: Sequence[str]) -> None:
     """The store claims and holds these contents, whole, and nothing else."""
-    assert sorted(ledger.read(claims.every)) == sorted(stored(settings)) == sorted(wanted)
+    assert sorted(ledger.read(references.every)) == sorted(stored(settings)) == sorted(wanted)
     assert list(problems(ledger)) == []
     assert on_their_way(settings) == []
 
@@ -166,7 +166,7 @@ def test_where_unfinished_jobs_need_all_newcomers_have_none_and_status_says_so(
         for n in range(3):
             put(source / f"{n}", os.urandom(10 * KIB))
         scan(ledger, root)
-        first = ledger.read(claims.every)
+        first = ledger.read(references.every)
         assert len(first) == 3
         for n in range(3, 5):
             put(source / f"{n}", os.urandom(10 * KIB))
@@ -184,7 +184,7 @@ def test_where_unfinished_jobs_need_all_newcomers_have_none_and_status_says_so(
             "UPDATE cf_processing_queue SET status = 'ABORTED'"))  # fmt: skip
         put(source / "5", b"there is room again")
         scan(ledger, root)
-        assert ledger.read(claims.fault) is None
+        assert ledger.read(references.fault) is None
 
 
 def test_a_full_disk_stops_no_scan(settings: Settings, ledger: Ledger, source: Path) -> None:
@@ -201,14 +201,14 @@ def test_a_full_disk_stops_no_scan(settings: Settings, ledger: Ledger, source: P
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     check(settings, ledger, [small])
-    assert ledger.read(claims.fault)[:2] == ("File too large", 1)
+    assert ledger.read(references.fault)[:2] == ("File too large", 1)
     with (source / "large").open("r+b") as file:
         file.write(b"edited")
     edited = hashlib.sha256((source / "large").read_bytes()).hexdigest()
     scan(ledger, root)
     check(settings, ledger, [small, edited])
     assert large not in stored(settings)
-    assert ledger.read(claims.fault) is None
+    assert ledger.read(references.fault) is None
 
 
 def test_a_store_that_cannot_be_written_stops_no_scan(
@@ -217,7 +217,7 @@ def test_a_store_that_cannot_be_written_stops_no_scan(
     settings.database.snapshots_folder.parent.write_text("a file in its place")
     put(source / "a", b"a")
     assert scan(ledger, add_root(ledger, source)).versions == 1
-    assert ledger.read(claims.fault).words == "Not a directory"
+    assert ledger.read(references.fault).words == "Not a directory"
 
 
 def test_our_state_is_never_input_whatever_is_not_ignored(
@@ -371,8 +371,8 @@ def test_a_store_with_a_full_disk_leaves_the_reserve_and_records_every_version(
         for n in range(20):
             put(source / f"{n}", os.urandom(256 * KIB))
         assert scan(ledger, root).versions == 20
-        kept = ledger.read(claims.every)
+        kept = ledger.read(references.every)
         assert 0 < len(kept) < 8
         check(settings, ledger, kept)
-        assert ledger.read(claims.fault)[:2] == ("its disk is nearly full", 20 - len(kept))
+        assert ledger.read(references.fault)[:2] == ("its disk is nearly full", 20 - len(kept))
         assert shutil.disk_usage(store_disk).free > (2 << 20) / 20

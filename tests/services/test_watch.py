@@ -124,7 +124,7 @@ def test_lost_events_lead_to_a_full_scan(
 ) -> None:
     add_root(ledger, source)
     route_everything(ledger)
-    monkeypatch.setattr("casparian_flow.services.watch.Handler.dispatch", lambda *_: None)
+    monkeypatch.setattr("casparian_flow.services.watch.EventHandler.dispatch", lambda *_: None)
 
     async def story() -> None:
         async with watching(ledger) as (watch, queued):
@@ -143,7 +143,7 @@ def test_the_schedule_finds_what_no_event_told(
 ) -> None:
     add_root(ledger, source)
     route_everything(ledger)
-    monkeypatch.setattr("casparian_flow.services.watch.Handler.dispatch", lambda *_: None)
+    monkeypatch.setattr("casparian_flow.services.watch.EventHandler.dispatch", lambda *_: None)
 
     async def story() -> None:
         async with watching(ledger, rescan_seconds=0.1) as (_, queued):

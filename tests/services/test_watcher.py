@@ -17,7 +17,7 @@ from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.services import watch
 from casparian_flow.services import watch as watch_module
 from casparian_flow.services.scan import Root
-from casparian_flow.services.watch import WATCHING, Handler, Hints, Watcher
+from casparian_flow.services.watch import WATCHING, EventHandler, Hints, Watcher
 from proofs.detection import missed
 from tests.conftest import write_config
 from tests.eventually import eventually
@@ -44,11 +44,11 @@ def test_a_watcher_whose_thread_dies_is_armed_anew_and_its_root_scanned(
     ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = add_root(ledger, source)
-    hear = Handler.dispatch
+    hear = EventHandler.dispatch
     states = []
 
-    def fail(_handler: Handler, _event: FileSystemEvent) -> None:
-        monkeypatch.setattr(Handler, "dispatch", hear)
+    def fail(_handler: EventHandler, _event: FileSystemEvent) -> None:
+        monkeypatch.setattr(EventHandler, "dispatch", hear)
         raise RuntimeError("an error in a handler ends watchdog's thread")
 
     def note(c: Any, root_id: int, **values: Any) -> None:
@@ -61,7 +61,7 @@ def test_a_watcher_whose_thread_dies_is_armed_anew_and_its_root_scanned(
     async def story() -> None:
         async with watching(ledger):
             await eventually(lambda: is_watched(ledger, root))
-            monkeypatch.setattr(Handler, "dispatch", fail)
+            monkeypatch.setattr(EventHandler, "dispatch", fail)
             (source / "killed-it").write_text("1")
             await eventually(lambda: versions(ledger) == 1)
             await eventually(lambda: len(states) >= 3 and is_watched(ledger, root))
