@@ -1,9 +1,9 @@
 """The engine, and the one thread that writes.
 
-`get_engine` is what users' scripts know: a SQLAlchemy engine over the ledger, safe beside a
-running daemon. `Ledger` is what the system uses: coroutines and threads hand it functions, and
-all that wait share one transaction (group commit), because an fsync costs more than the work. What
-a transaction wrote is sealed before it is committed (see `db.seals`).
+`get_engine` is for users' scripts: a SQLAlchemy engine over the ledger, safe beside a running
+daemon. `Ledger` is for the system: coroutines and threads hand it functions, and all that wait
+share one transaction (group commit), because an fsync costs more than the work. Each transaction
+ends with its seal (see `db.seals`).
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ T = TypeVar("T")
 Work = Callable[[Connection], T]
 
 GROUP_LIMIT = 500
-"""Requests in one transaction at the most, so that the first does not wait for ever."""
+"""Requests in one transaction, at most, so that the first need not wait for ever."""
 
 _UNSYNCED = frozenset({sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC})
-"""The disk could not keep what was written. The kernel may drop it and call the next fsync a
-success (PostgreSQL's fsyncgate, 2018), so nothing is written after it: only what is on the disk,
-read by a new process, can be believed."""
+"""An fsync failed. The kernel may drop what was written and report success for the next fsync
+(PostgreSQL's fsyncgate, 2018), so nothing is written after it; a new process reads what the disk
+has."""
 
 _READS = re.compile(
     r"(?:\s|--[^\n]*(?:\n|$)|/\*.*?\*/)*"
@@ -49,7 +49,7 @@ _READS = re.compile(
     r"|WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|REPLACE)\b))",
     re.IGNORECASE | re.DOTALL,
 )
-"""Statements that take no turn; one that is taken for a write by mistake waits a little."""
+"""Statements that do not write. A read that this misses waits for the gate, and nothing worse."""
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -57,7 +57,7 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 @atexit.register
 def _close_engines() -> None:
-    """Close what a script left open: the garbage collector would close it without the gate."""
+    """Close what a script left open; the garbage collector would close it without the gate."""
     for engine in list(_engines):
         engine.dispose()
 
@@ -66,7 +66,7 @@ def get_engine(database: DatabaseSettings) -> Engine:
     """An engine over the ledger, which is created and brought up to date first.
 
     Sessions over it may read and write at any time. A transaction that only reads takes no lock;
-    its first write takes its turn behind every other process (see `db.schema`).
+    its first write waits for the gate that all processes share (see `db.schema`).
 
     Raises:
         LedgerError: the database cannot be used; nothing was changed.
@@ -102,7 +102,7 @@ def _on_execute(_c: Connection, cursor: Any, statement: str, *_rest: object) -> 
 
 
 def driver(connection: Connection) -> LedgerConnection:
-    """What SQLAlchemy's connection stands on."""
+    """The sqlite3 connection under SQLAlchemy's."""
     return cast(LedgerConnection, connection.connection.dbapi_connection)
 
 
@@ -111,9 +111,9 @@ def execute_many(
     statement: str,
     rows: Sequence[tuple[Any, ...]] | Sequence[dict[str, Any]],
 ) -> int:
-    """Run a driver-level statement for each row; how many rows of its table it changed.
+    """Run a driver-level statement for each row; how many rows it changed.
 
-    Tuples are for `?`, dicts for `:name`. There is no `?1`: Python 3.12.0 to 3.12.3 take it for a
+    Tuples are for `?`, dicts for `:name`. Do not use `?1`: Python 3.12.0 to 3.12.3 take it for a
     name (gh-117995).
     """
     return connection.exec_driver_sql(statement, list(rows)).rowcount if rows else 0
@@ -136,13 +136,13 @@ class Ledger:
         self._closed = False
         self._broken: Future[None] = Future()
         self.failing: tuple[float, LedgerError] | None = None
-        """Since when (monotonic seconds) nothing can be written, and why; None: all is well."""
+        """Since when (monotonic seconds) writes fail, and why; None where they do not."""
         self._thread = threading.Thread(target=self._serve, name="ledger-writer", daemon=True)
         self._thread.start()
 
     @property
     def database(self) -> DatabaseSettings:
-        """What the engine was made for."""
+        """The settings the engine was made with."""
         return cast(DatabaseSettings, self.engine.get_execution_options()["database"])
 
     def __enter__(self) -> Self:
@@ -157,7 +157,7 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Finish what was submitted, then stop the thread; the engine stays the caller's.
+        """Finish what was submitted, then stop the thread; the engine stays open.
 
         A read in progress goes on, and closes its connection itself.
         """
@@ -176,7 +176,7 @@ class Ledger:
 
     @property
     def broken(self) -> bool:
-        """Whether nothing will be written any more: see `until_broken`."""
+        """Whether an fsync has failed, so that nothing is written any more."""
         return self._broken.done()
 
     async def until_broken(self) -> None:
@@ -205,8 +205,8 @@ class Ledger:
             ) from error
         finally:
             if self._closed:
-                # An engine that is disposed of closes what lies in its pool, and this connection
-                # may have come back after that.
+                # This connection may be back in the pool after the engine was disposed of, which
+                # closed the connections that were in it then.
                 pool.dispose()
 
     def write(self, work: Work[T]) -> T:
@@ -227,9 +227,9 @@ class Ledger:
 
     def _submit(self, work: Work[T]) -> Future[T]:
         future: Future[T] = Future()
-        # A coroutine that is cancelled while it waits must not take back what is being written.
+        # A coroutine that is cancelled while it waits must not cancel what is being written.
         future.set_running_or_notify_cancel()
-        with self._door:  # nothing is put behind what ends the thread: nobody would answer it
+        with self._door:  # a request behind the None that ends the thread would get no answer
             if self._closed:
                 future.set_exception(LedgerError("the ledger is closed: we are stopping"))
             else:
@@ -241,15 +241,15 @@ class Ledger:
             connection: Connection | None = None
             while group := self._next_group():
                 try:
-                    # One that could not be opened is opened by whoever writes next.
+                    # If it cannot be opened, the next request tries again.
                     connection = connection or stack.enter_context(self._connect())
                     self._commit(connection, group)
-                except Exception as error:  # noqa: BLE001 - handed to everyone in the group
+                except Exception as error:  # noqa: BLE001 - given to every request of the group
                     self._refuse(group, error)
 
     def _connect(self) -> Connection:
         connection = self.engine.connect().execution_options(writes=True)
-        # Back in the pool, it would seal what its next user writes.
+        # In the pool, its triggers would note what its next user writes.
         connection.detach()
         return connection
 
@@ -281,7 +281,7 @@ class Ledger:
                         outcomes.append((future, work(connection), None))
                 except OperationalError:
                     raise
-                except Exception as error:  # noqa: BLE001 - handed to whoever asked
+                except Exception as error:  # noqa: BLE001 - given to the caller
                     outcomes.append((future, None, error))
             seals.seal(driver(connection), marks)
         self.failing = None
@@ -292,7 +292,7 @@ class Ledger:
                 future.set_exception(_damage(failure) or failure)
 
     def _refuse(self, group: list[tuple[Work[Any], Future[Any]]], error: Exception) -> None:
-        """Tell everyone that nothing was written; after a failed fsync nothing more will be."""
+        """Fail every request of a group: nothing of it was written."""
         refusal = _refusal(error)
         if isinstance(refusal, LedgerError):
             self.failing = self.failing or (time.monotonic(), refusal)
@@ -319,12 +319,12 @@ def open_ledger(database: DatabaseSettings) -> Iterator[Ledger]:
 
 
 def _damage(error: BaseException) -> LedgerLost | None:
-    """The error of a database whose pages make no sense; None for any other."""
-    found = getattr(error, "orig", error)
-    if getattr(found, "sqlite_errorcode", 0) & 0xFF not in schema.NOT_A_DATABASE:
+    """A LedgerLost where the database is damaged; None for any other error."""
+    cause = getattr(error, "orig", error)
+    if getattr(cause, "sqlite_errorcode", 0) & 0xFF not in schema.NOT_A_DATABASE:
         return None
     return LedgerLost(
-        f"the ledger is damaged: {found}",
+        f"the ledger is damaged: {cause}",
         "keep the file, put a backup in its place, then: casparian verify   (docs/disaster.md)",
     )
 
@@ -340,7 +340,7 @@ def _refusal(error: Exception) -> Exception:
     return error
 
 
-# Rows of a list that may be long: those that were asked for, and how many there are.
+# Pages: the first rows of a query, and how many there are in all.
 
 
 Row = dict[str, Any]
@@ -349,10 +349,10 @@ _BOOLEANS = {"active", "current", "latest", "may_be_empty"}
 
 
 class Page(list[Row]):
-    """Rows that were asked for.
+    """The first rows of a query.
 
     Attributes:
-        total: how many there are without a limit.
+        total: how many rows it has without a limit.
     """
 
     def __init__(self, rows: list[Row], total: int) -> None:
@@ -363,30 +363,30 @@ class Page(list[Row]):
 def page(
     connection: Connection, query: str, limit: int | None, *, counted: str = "", **values: Any
 ) -> Page:
-    """The first rows of a query; they are counted only where that is not all of them.
+    """The first rows of a query; all are counted only where there are more.
 
     Args:
         limit: None for every row.
-        counted: a query with as many rows, where that is less work.
+        counted: a query with as many rows that costs less.
     """
     if limit is None:
-        found = rows(connection, query, **values)
-        return Page(found, len(found))
-    found = rows(connection, f"{query} LIMIT :page", page=limit + 1, **values)
-    if len(found) <= limit:
-        return Page(found, len(found))
+        every = rows(connection, query, **values)
+        return Page(every, len(every))
+    first = rows(connection, f"{query} LIMIT :page", page=limit + 1, **values)
+    if len(first) <= limit:
+        return Page(first, len(first))
     total = text(f"SELECT count(*) FROM ({counted or query})")  # noqa: S608  ours
-    return Page(found[:limit], connection.execute(total, values).scalar_one())
+    return Page(first[:limit], connection.execute(total, values).scalar_one())
 
 
 def rows(connection: Connection, query: str, **values: Any) -> list[Row]:
     """Every row of a query."""
-    found = connection.execute(text(query), values).mappings()
-    return [{name: _value(name, value) for name, value in row.items()} for row in found]
+    mappings = connection.execute(text(query), values).mappings()
+    return [{name: _value(name, value) for name, value in row.items()} for row in mappings]
 
 
 def _value(name: str, value: Any) -> Any:
-    """SQLite has neither times nor truth values; the names of our columns tell them."""
+    """SQLite has neither times nor booleans; our columns say by their names which they are."""
     if name in _BOOLEANS:
         return bool(value)
     if value is None or not name.endswith("_at"):

@@ -1,12 +1,12 @@
-"""Outputs that stood in a sink and not in this ledger, and what follows from them.
+"""Outputs that an inventory found in a sink and not in this ledger, and what follows from them.
 
-    ids         what a found output names is never given to anything else
-    versions    a location goes on after the greatest ordinal found of it; the same content gets
-                its version back, with its id
-    jobs        the same version and artifact get their job back, with its id; what another
-                version of the plugin has made of a version is not made again
+    ids         the ids that a found output names are given to nothing else
+    versions    the next version of a location follows the greatest ordinal found of it; the same
+                content gets its old version, with its id
+    jobs        the same version and artifact get their old job, with its id; a version that
+                another artifact of the plugin has processed gets no new job
 
-`db.versions` and `db.jobs` ask here before they give an id.
+`db.versions` and `db.jobs` ask this module before they assign an id.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from casparian_flow.db.models import (
     utcnow,
 )
 
-# Which outputs no reader is to see, though they were published: the sinks go by the same rule.
+# Published outputs that readers do not see; the sinks follow the same rule.
 #
-#     forgotten   a person took them away in the sink
-#     retracted   a person took their rows back
+#     forgotten   a person deleted them in the sink
+#     retracted   a person retracted their rows
 #     replaced    in mode replace, another output of the slot is greater by (ordinal, job id)
 #
-# Who is greater takes the place when it is decided, before it is published: until it is, nothing is
-# claimed of the slot, since its sink may have either. It keeps the place when it is retracted.
+# The greater output replaces when it is decided, before it is published; until then nothing is
+# expected of the slot, since its sink may have either. It still replaces when it is retracted.
 
 
 RETRACTED = "SELECT output_key FROM cf_retracted_output"
@@ -61,7 +61,7 @@ SELECT output_key FROM (
 INVISIBLE = f"""
 SELECT output_key FROM cf_forgotten_output UNION ALL {RETRACTED} UNION ALL {REPLACED}
 """  # noqa: S608
-"""The keys of all of them."""
+"""The keys of all three."""
 
 
 class MissingVersion(NamedTuple):
@@ -74,21 +74,21 @@ class MissingVersion(NamedTuple):
 
 
 def known_keys(connection: Connection) -> list[str]:
-    """Every output key this ledger has heard of."""
+    """Every output key in this ledger."""
     keys = select(Output.output_key).union(select(FoundOutput.output_key))
     return list(connection.execute(keys).scalars())
 
 
 def placed_uris(connection: Connection) -> set[str]:
-    """The sinks that topics go to, as configured."""
+    """The sinks that topics go to, as written in the configuration of topics."""
     return set(connection.execute(select(TopicConfig.uri)).scalars())
 
 
 def add(connection: Connection, rows: Sequence[dict[str, Any]]) -> int:
-    """Record found outputs, in the caller's transaction; how many were news.
+    """Record found outputs, in the caller's transaction; how many were new.
 
-    That one is retracted is news too, whether it is known or not. Locations that have had more
-    contents than this ledger knows are looked at by the next scan.
+    Retractions are recorded of known outputs too. The next scan reads the files of locations that
+    have had more versions than this ledger has.
     """
     known = set(known_keys(connection))
     note_retracted(connection, [row["output_key"] for row in rows if row["retracted"]])
@@ -105,7 +105,7 @@ def add(connection: Connection, rows: Sequence[dict[str, Any]]) -> int:
 
 
 def note_retracted(connection: Connection, keys: Sequence[str]) -> None:
-    """Take a sink's word for it that these outputs are retracted."""
+    """Record that these outputs are retracted in their sink."""
     execute_many(
         connection,
         "INSERT INTO cf_retracted_output (output_key, state, retracted_at) "
@@ -121,7 +121,7 @@ _BEHIND = """
     WHERE f.ordinal >
         (SELECT coalesce(max(ordinal), 0) FROM cf_file_version WHERE location_id = l.id)
 """
-"""Locations that have had more contents than this ledger knows."""
+"""Locations that have had more versions than this ledger has."""
 
 _DOUBT = (
     f"UPDATE cf_file_location SET device = NULL, inode = NULL WHERE id IN ({_BEHIND})",  # noqa: S608
@@ -133,7 +133,7 @@ _DOUBT = (
 
 
 def last_version_id(connection: Connection) -> int:
-    """The greatest version id ever given, as far as this ledger and its sinks know."""
+    """The greatest version id in this ledger and in found outputs."""
     return _greatest(connection, FileVersion.id, FoundOutput.file_version_id)
 
 
@@ -144,8 +144,7 @@ def _greatest(connection: Connection, *columns: Any) -> int:
 def missing_versions(
     connection: Connection, root_id: int, paths: Sequence[bytes]
 ) -> dict[bytes, list[MissingVersion]]:
-    """Of each of these locations the versions it lacks, in order; those that lack none are left
-    out."""
+    """The versions that each of these locations lacks, in order, by path."""
     if connection.execute(select(FoundOutput.id).limit(1)).first() is None:
         return {}
     marks = ",".join("?" * len(paths))
@@ -171,10 +170,9 @@ def restore_versions(
 ) -> dict[str, int]:
     """Record versions that a location lacks, with their ids; the last one's hash -> its id.
 
-    An id that was given before the inventory stands for something else here: its version gets a
-    new one.
+    A version whose id another version has, since before the inventory, gets a new id.
     """
-    back: dict[str, int] = {}
+    last: dict[str, int] = {}
     for version in versions:
         (number,) = connection.exec_driver_sql(
             """
@@ -192,14 +190,14 @@ def restore_versions(
                 "now": now,
             },
         ).one()
-        back = {version.content_hash: number}
-    return back
+        last = {version.content_hash: number}
+    return last
 
 
 def expected(connection: Connection) -> Sequence[Any]:
-    """Found outputs of our source roots that no job of ours has taken over: they are still there.
+    """Found outputs of this ledger's source roots that no job has taken over: sinks must have them.
 
-    An output of a source root that this ledger does not have may be another ledger's.
+    An output of another source root may be another ledger's.
     """
     ours = select(SourceRoot.name)
     own = select(Output.output_key).where(Output.state == OutputState.PUBLISHED)
@@ -215,8 +213,8 @@ def expected(connection: Connection) -> Sequence[Any]:
     ).all()
 
 
-# What a job that is queued has to know of found outputs: fragments of the statements in `db.jobs`,
-# where `:version_id`, `:plugin_id` and `:plugin_name` are those of the job.
+# Parts of the statements in `db.jobs` that queue a job: `:version_id`, `:plugin_id` and
+# `:plugin_name` are the job's.
 
 _OF_VERSION = """
 FROM cf_found_output f JOIN cf_file_version v ON v.id = :version_id
@@ -286,5 +284,5 @@ SELECT topic, location, target, output_key, latest, min(number) AS id FROM (
 )
 WHERE output_key NOT IN ({INVISIBLE})
 GROUP BY job_id, topic ORDER BY id
-"""  # noqa: S608  - in mode replace the sink has chosen between the plugin's versions
-"""Outputs of completed jobs, and found ones whose job has not come back: see `views.committed`."""
+"""  # noqa: S608  - in mode replace the sink chooses between the plugin's versions
+"""Outputs of completed jobs, and found ones without a job here: see `views.committed`."""

@@ -1,7 +1,7 @@
-"""Creating the database, bringing it up to date, and refusing one that is not ours.
+"""Connections to the database that hold the gate, and the migrations of its schema.
 
-`migrations/NNNN_*.sql` are applied in order, each in one transaction with the record of it
-(`PRAGMA user_version`). Nothing here imports SQLAlchemy: most starts only read one number.
+`migrations/NNNN_*.sql` are applied in order, each in one transaction that also counts it in
+`PRAGMA user_version`. Nothing here imports SQLAlchemy: most starts only read that number.
 """
 
 from __future__ import annotations
@@ -28,23 +28,21 @@ from casparian_flow.errors import LedgerError, LedgerLost
 log = logging.getLogger(__name__)
 
 
-# One SQLite connection that takes its turn: the gate around everything that writes.
-#
 # SQLite 3.7.0 to 3.51.2 can corrupt a WAL database when two connections write or checkpoint at the
-# same moment (docs/adr/0002). A daemon beside a scan from cron is that shape, so every writing
-# transaction, checkpoint and close of all our processes holds one file lock, the gate. The lock is
-# also fairer than SQLite's own busy handler, which sleeps and retries.
+# same moment (docs/adr/0002), as a daemon and a scan from cron do. So every writing transaction,
+# checkpoint and close of all our processes holds one file lock, the gate. The lock is also fairer
+# than SQLite's own busy handler, which sleeps and retries.
 
 
 CHECKPOINT_BYTES = 4 << 20
 """The write-ahead log is copied into the database when it is larger than this."""
 
 CHECKPOINT_PAUSE_SECONDS = 1.0
-"""A long reader can keep a checkpoint from finishing; do not try at every commit."""
+"""Between two checkpoints: a long reader can keep one from finishing."""
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode of a file; None where it is not there."""
+    """Device and inode of a file; None where it does not exist."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -53,35 +51,35 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def check_place(path: Path, opened: tuple[int, int] | None) -> None:
-    """Return if a file is still the one that was opened: SQLite writes to a deleted one for ever.
+    """Check that a file is still the one that was opened: SQLite would write on to a deleted one.
 
     Raises:
         LedgerLost: it is not.
     """
-    found = identity(path)
-    if found != opened:
+    current = identity(path)
+    if current != opened:
         raise LedgerLost(
-            f"{path} was {'replaced' if found else 'deleted'} while it was in use; nothing was "
+            f"{path} was {'replaced' if current else 'deleted'} while it was in use; nothing was "
             "written since",
             "put the file or a backup in its place, then: casparian verify   (docs/disaster.md)",
         )
 
 
 def configure(connection: sqlite3.Connection) -> None:
-    """What every connection needs. FULL: NORMAL loses acknowledged commits in a power cut."""
+    """Set what every connection needs. NORMAL would lose acknowledged commits in a power cut."""
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA wal_autocheckpoint = 0")
 
 
 class LedgerConnection(sqlite3.Connection):
-    """A connection that holds the gate while it writes. One that cannot be made ready is closed.
+    """A connection that holds the gate while it writes.
 
     Args:
         gate: the file whose lock is the gate.
         path: the database.
-        create: make it where it is not there; else that is an error, since a database that was
-            deleted under us must not come back empty.
+        create: create it if it does not exist. Otherwise that is an error, since a database that
+            was deleted while in use must not come back empty.
     """
 
     def __init__(
@@ -107,12 +105,11 @@ class LedgerConnection(sqlite3.Connection):
     def begin_writing(self) -> None:
         """Hold the gate and SQLite's write lock until the next commit or rollback.
 
-        A read transaction in progress starts anew: its snapshot may be older than the last
-        commit, and writing on it would fail. What was read before may therefore be older than
-        what is written now.
+        A read transaction in progress is restarted: its snapshot may be older than the last
+        commit, and a write on it would fail. So what was read before may be out of date.
 
         Raises:
-            LedgerLost: the file we have open is not the ledger any more.
+            LedgerLost: the open file is not the ledger any more.
         """
         if self.writing:
             return
@@ -134,7 +131,7 @@ class LedgerConnection(sqlite3.Connection):
                 self._wal_place = self._wal_place or identity(self._wal)
                 self._checkpoint_if_due()
         except sqlite3.Error as error:
-            # What was committed is committed: the log is only copied later than we would like.
+            # The commit holds; the log is only copied later.
             log.warning("the write-ahead log could not be copied: %s", error)
         finally:
             self._leave()
@@ -144,7 +141,7 @@ class LedgerConnection(sqlite3.Connection):
         self._leave()
 
     def close(self) -> None:
-        """Close; the last connection of all checkpoints, so this too is done under the gate."""
+        """Close, under the gate: the last connection of all checkpoints as it closes."""
         if self._closed:
             return
         self._closed = True
@@ -157,7 +154,7 @@ class LedgerConnection(sqlite3.Connection):
 
     def _check_place(self) -> None:
         check_place(self._path, self._place)
-        if self._wal_place is not None:  # it stays for as long as any connection is open
+        if self._wal_place is not None:  # it exists while any connection is open
             check_place(self._wal, self._wal_place)
 
     def _leave(self) -> None:
@@ -186,17 +183,17 @@ class LedgerConnection(sqlite3.Connection):
 
 
 APPLICATION_ID = 0x43464C57
-"""Marks a SQLite file as a ledger of ours ("CFLW")."""
+"""Marks a SQLite file as a ledger: "CFLW"."""
 
 NEEDED = (3, 35, 0)
-"""The first SQLite that returns what a statement has changed."""
+"""The first SQLite with RETURNING."""
 
 NOT_A_DATABASE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
-"""Result codes of a file whose pages make no sense."""
+"""Result codes for a file that is damaged, or no database."""
 
 
 _AFTER = {"0006_seals.sql": seals.seal_what_is_there}
-"""What SQL alone cannot do, in the same transaction as a migration's statements."""
+"""What SQL cannot do, after a migration's statements and in the same transaction."""
 
 
 @functools.cache
@@ -216,8 +213,8 @@ def bring_up_to_date(database: DatabaseSettings) -> None:
     """Create the database, or apply the migrations it lacks.
 
     Raises:
-        LedgerError: it cannot be opened or written, is another program's, or is from a newer
-            release. Nothing was changed.
+        LedgerError: it cannot be opened or written, belongs to another program, or is from a
+            newer release. Nothing was changed.
     """
     if sqlite3.sqlite_version_info < NEEDED:
         raise LedgerError(
@@ -228,15 +225,15 @@ def bring_up_to_date(database: DatabaseSettings) -> None:
     try:
         durable.make_folder(database.path.parent)
         durable.make_folder(database.state_folder, mode=0o700)
-        # A scan of this folder must not take the ledger for a file that was dropped there. It is
-        # said each time: the ledger may be a copy, brought here from elsewhere.
+        # A scan of this folder must pass over the ledger. Marked at each start, since the ledger
+        # may be a copy from elsewhere.
         durable.own(database.path.parent, f"{glob.escape(database.path.name)}*")
         connection = connect(database)
         try:
             if _version(connection, database) < len(migrations()):
                 _migrate(connection, database)
             elif connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
-                _enter_wal(connection, database)  # a copy that another tool has made
+                _enter_wal(connection, database)  # a copy made by another tool
         finally:
             connection.close()
     except (sqlite3.Error, OSError) as error:
@@ -254,7 +251,7 @@ def bring_up_to_date(database: DatabaseSettings) -> None:
 
 
 def connect(database: DatabaseSettings) -> LedgerConnection:
-    """A plain connection; the engine's connections are of the same kind."""
+    """A connection outside the engine, of the same class."""
     return LedgerConnection(
         database.gate, str(database.path), create=True, timeout=30.0, isolation_level=None
     )
@@ -283,7 +280,7 @@ def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:
     _enter_wal(connection, database)
     for number, (name, script) in enumerate(_scripts()):
         connection.begin_writing()
-        # Another process may have been faster while we waited for the gate.
+        # Another process may have applied it while we waited for the gate.
         if _version(connection, database) == number:
             for statement in _statements(script):
                 connection.execute(statement)
@@ -298,14 +295,14 @@ def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:
 
 
 def _enter_wal(connection: LedgerConnection, database: DatabaseSettings) -> None:
-    """Write-ahead logging is a property of the file, and cannot be entered in a transaction."""
+    """Switch to write-ahead logging, which cannot be done in a transaction; the file keeps it."""
     with durable.exclusive(database.gate):
         connection.execute("PRAGMA journal_mode = WAL")
         crashpoint("schema.wal_entered")
 
 
 def _statements(script: str) -> Iterator[str]:
-    """Split at the semicolons that end a statement, not those inside a trigger."""
+    """Split a script at the semicolons that end a statement, not at those inside a trigger."""
     pending = ""
     for line in script.splitlines(keepends=True):
         pending += line

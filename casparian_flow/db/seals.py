@@ -1,14 +1,13 @@
-"""Seals: what stands in the ledger is written into the audit's chain as hashes of its rows.
+"""The audit's chain of hashes, and the seals: digests of the ledger's rows in that chain.
 
 Each transaction of `db.access.Ledger` that wrote versions, attempts, outputs or jobs ends with one
-audit row, the seal: which rows, which moves from state to state, and the digest of each row. A verb
-cannot forget it, for no verb does it: versions and attempts only grow, so the new ones are those
-above the highest id at the start, and those that were given an id below it; of these, and of
-outputs and jobs, triggers on the writer's connection note every change. The triggers are temporary
-objects, which no other connection has: what somebody else writes is in no seal, and
-`services.verify` names it.
+audit row, the seal: the rows it wrote, their moves from state to state, and the digest of each row.
+No verb has to write it. Versions and attempts only grow, so new rows are those above the highest id
+at the start; rows inserted below it, and every change of outputs and jobs, are noted by triggers on
+the writer's connection. The triggers are temporary objects of that connection: what another
+program writes is in no seal, and `services.verify` names it.
 
-Nothing here imports SQLAlchemy, since the migration that begins the seals does it too.
+Nothing here imports SQLAlchemy, since the migration that begins the seals uses it too.
 """
 
 from __future__ import annotations
@@ -25,28 +24,26 @@ from typing import Any, NamedTuple
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db.models import JOB_ARROWS, OUTPUT_ARROWS
 
-# The audit's chain, without the database: each row's hash covers the row and the hash before it.
-#
-# Altering or removing any row breaks the chain from there on (the construction of a linked
-# timestamp, Haber and Stornetta 1991).
+# The chain: each row's hash covers the row and the hash before it, so altering or removing a row
+# breaks the chain from there on (linked timestamps, Haber and Stornetta 1991).
 
 
 GENESIS = "0" * 64
-"""What the first row has as the hash before it."""
+"""The hash before the first row."""
 
 
 class Event(NamedTuple):
-    """Something worth keeping for ever."""
+    """Something that a person or the system did, for the audit."""
 
     action: str
     """A verb: publish, commit, fail, add-source, ..."""
     subject: str
-    """To what: `job 7`, `plugin sales 1.0.0`."""
+    """What it was done to: `job 7`, `plugin sales 1.0.0`."""
     detail: dict[str, Any]
 
 
 class Head(NamedTuple):
-    """The end of the chain at some moment: who has noted it can prove what was before."""
+    """The end of the chain. Keep a copy elsewhere to prove later that nothing before it changed."""
 
     seq: int
     hash: str
@@ -56,7 +53,7 @@ class Head(NamedTuple):
 
 
 def link(head: Head, actor: str, events: Iterable[Event]) -> list[dict[str, Any]]:
-    """The rows that come after a head, one for each event, by column."""
+    """The rows that follow a head, one for each event, by column."""
     seq, previous = head
     at = datetime.now(UTC).replace(tzinfo=None).isoformat()
     rows = []
@@ -77,11 +74,11 @@ def link(head: Head, actor: str, events: Iterable[Event]) -> list[dict[str, Any]
 
 
 def holds(row: dict[str, Any]) -> bool:
-    """Whether a row is what its hash says."""
+    """Whether a row has the hash that it names."""
     rest = {name: value for name, value in row.items() if name != "hash"}
     try:
         return bool(row["hash"] == _hash(rest))
-    except TypeError:  # SQLite keeps bytes in a column of text, if somebody writes them
+    except TypeError:  # a tampered column of text may hold bytes
         return False
 
 
@@ -92,10 +89,10 @@ def _hash(row: dict[str, Any]) -> str:
 ACTION = "seal"
 
 ROWS, EARLIER = "rows", "rows of an earlier release"
-"""What a seal is about."""
+"""The subject of a seal."""
 
 DIGEST_BYTES = 24
-"""Of a row's SHA-256: 192 bits, so that even who chooses both rows has 2^96 to try."""
+"""Of a row's SHA-256: 192 bits, so finding two rows with the same digest takes 2^96 tries."""
 
 SEALED_AT_ONCE = 2_000
 """Rows in one seal of a migration, so that an old ledger need not fit into memory."""
@@ -105,16 +102,16 @@ class SealedTable(NamedTuple):
     """A table whose rows are sealed."""
 
     name: str
-    """Its word in the glossary, plural."""
+    """Its glossary word, plural: `jobs`."""
     sql_name: str
     state: str = ""
-    """The column that says where a row is; empty where rows are written once and stay."""
+    """The column with a row's state; empty where rows never change."""
     fence: str = "0"
-    """What orders its moves."""
+    """The column that orders its moves, or 0."""
     fixed: tuple[str, ...] = ()
-    """Columns that are what they are from the first; empty: every one. Frozen: seals hold them."""
+    """Columns that never change; empty: all. Do not edit: old seals have digests over these."""
     whole: tuple[str, ...] = ()
-    """States in which every column is sealed too."""
+    """States in which every column is sealed."""
     arrows: dict[str, set[str]] = {}  # noqa: RUF012  a constant
 
     @property
@@ -134,7 +131,7 @@ SEALED_TABLES = (
     SealedTable(
         "jobs", "cf_processing_queue", "status", "fence",
         fixed=("id", "file_version_id", "plugin_id", "plugin_name", "created_at"),
-        # While a job lives, what it waits for changes without a move.
+        # Before that, the reason and the time of a job's next attempt change without a move.
         whole=("COMPLETED", "FAILED", "ABORTED", "SUPERSEDED"), arrows=JOB_ARROWS,
     ),
 )  # fmt: skip
@@ -147,17 +144,17 @@ Marks = dict[str, int]
 
 
 def digest(values: Sequence[Any]) -> bytes:
-    """What a seal holds of a row, or of the fixed part of one.
+    """The digest of a row, or of its fixed columns, in a seal.
 
-    The bytes that are hashed are the Python literal of the tuple in ASCII, which tells text from
-    bytes, whole numbers from others and NULL from all, and lets nothing move between columns.
+    It hashes the Python literal of the tuple in ASCII, which distinguishes text, bytes, integers,
+    floats and NULL, and where one column ends.
     """
     return hashlib.sha256(ascii(tuple(values)).encode()).digest()[:DIGEST_BYTES]
 
 
 @contextlib.contextmanager
 def exact(connection: sqlite3.Connection) -> Iterator[None]:
-    """Read text that is none as surrogates, for as long as the block runs, instead of failing."""
+    """Decode invalid UTF-8 with surrogateescape instead of failing, while the block runs."""
     before = connection.text_factory
     connection.text_factory = _text
     try:
@@ -166,15 +163,15 @@ def exact(connection: sqlite3.Connection) -> Iterator[None]:
         connection.text_factory = before
 
 
-def _text(found: bytes) -> str:
-    return found.decode("utf-8", "surrogateescape")
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
 
 
 def begin(connection: sqlite3.Connection) -> Marks:
-    """Watch what this transaction writes; at its start, with the write lock held."""
-    (watching,) = connection.execute("SELECT count(*) FROM sqlite_temp_master").fetchone()
-    if not watching:
-        for statement in _watches():
+    """Note what this transaction writes from here on; call it with the write lock held."""
+    (triggers,) = connection.execute("SELECT count(*) FROM sqlite_temp_master").fetchone()
+    if not triggers:
+        for statement in _triggers():
             connection.execute(statement)
     return {
         table.sql_name: connection.execute(
@@ -184,12 +181,12 @@ def begin(connection: sqlite3.Connection) -> Marks:
     }
 
 
-def _watches() -> Iterator[str]:
+def _triggers() -> Iterator[str]:
     yield (
         "CREATE TEMP TABLE cf_moved (n INTEGER PRIMARY KEY, what TEXT, id INTEGER, was TEXT, "
         "now TEXT, fence INTEGER)"
     )
-    for table in GROWING:  # a version that comes back from a sink has its old id
+    for table in GROWING:  # a version restored from a sink's record has its old id
         yield (
             f"CREATE TEMP TRIGGER cf_seal_{table.name} AFTER INSERT ON main.{table.sql_name} "
             f"WHEN NEW.id < (SELECT max(id) FROM main.{table.sql_name}) BEGIN "
@@ -213,11 +210,11 @@ def _watches() -> Iterator[str]:
 
 
 def seal(connection: sqlite3.Connection, marks: Marks) -> None:
-    """Write what the transaction did into the audit; its last statement before the commit."""
+    """Write the seal of the transaction into the audit, just before the commit."""
     sealed = {}
     with exact(connection):
         for table in GROWING:
-            # Not OR: SQLite would walk through the whole table at every transaction.
+            # UNION, since SQLite would scan the whole table for an OR.
             new = (
                 f"id IN (SELECT id FROM {table.sql_name} WHERE id > {marks[table.sql_name]} "
                 f"UNION SELECT id FROM cf_moved WHERE what = '{table.name}')"
@@ -238,7 +235,7 @@ def seal(connection: sqlite3.Connection, marks: Marks) -> None:
 
 
 def seal_what_is_there(connection: sqlite3.Connection) -> None:
-    """Seal every row there is: once, in the migration that begins the seals."""
+    """Seal every row, once, in the migration that begins the seals."""
     for table in SEALED_TABLES:
         low = 0
         while high := _next(connection, table, low):
@@ -269,13 +266,14 @@ def _sealed(
     born: str,
     changed: str,
 ) -> dict[str, Any]:
-    """What a seal says of a table.
+    """What a seal says about a table.
 
     Args:
-        born, changed: conditions on its rows: those that are new, those that changed.
+        born: condition of the rows that are new.
+        changed: condition of the rows that moved.
     """
     columns = ", ".join(table.fixed) or "*"
-    found: dict[str, Any] = {
+    part: dict[str, Any] = {
         "moves": _in_runs(moves),
         "born": _digests(
             connection, f"SELECT {columns} FROM {table.sql_name} WHERE {born} ORDER BY id"
@@ -283,12 +281,12 @@ def _sealed(
     }
     if changed and table.whole:
         states = ", ".join(f"'{state}'" for state in table.whole)
-        found["whole"] = _digests(
+        part["whole"] = _digests(
             connection,
             f"SELECT * FROM {table.sql_name} WHERE {changed} AND {table.state} IN ({states}) "
             "ORDER BY id",
         )
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in part.items() if value}
 
 
 def _digests(connection: sqlite3.Connection, query: str) -> dict[str, Any]:
@@ -305,17 +303,14 @@ def _digests(connection: sqlite3.Connection, query: str) -> dict[str, Any]:
 
 
 def _runs(ids: list[int]) -> list[list[int]]:
-    """Ids in their order as [first, last] each; a scan's are one run."""
+    """Ascending ids as [first, last] runs; those of a scan are one run."""
     if ids[-1] - ids[0] + 1 == len(ids):
         return [[ids[0], ids[-1]]]
     return _in_runs((row_id,) for row_id in ids)
 
 
 def _in_runs(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
-    """Rows (id, ...) with neighbours that go on with the next id and the same rest taken together.
-
-    Each is [first id, last id, ...].
-    """
+    """Rows (id, ...) as runs [first id, last id, ...] of adjacent ids with the same rest."""
     runs: list[list[Any]] = []
     for number, *rest in rows:
         if runs and runs[-1][1] + 1 == number and runs[-1][2:] == rest:

@@ -1,7 +1,7 @@
-"""Which contents the snapshot store has, and which it may let go.
+"""Which contents the snapshot store has, and which it may evict.
 
-A row is a claim: the bytes are in the store, durable. It is written in the transaction that
-records the versions, after the bytes, and deleted in a transaction before they are.
+A row is a reference: it says that the bytes are in the store, durable. It is written in the
+transaction that records the versions, after the bytes, and deleted in a transaction before them.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ from casparian_flow.db.jobs import UNFINISHED
 from casparian_flow.db.models import FileVersion, ProcessingJob, Snapshot, utcnow
 
 CHUNK = 1_000
-"""Snapshots let go of at a time."""
+"""References deleted by one statement."""
 
 _NEEDED = (
     select(FileVersion.content_hash)
     .join(ProcessingJob, ProcessingJob.file_version_id == FileVersion.id)
     .where(ProcessingJob.status.in_(UNFINISHED))
 )
-"""What an unfinished job may yet have to read."""
+"""Contents that an unfinished job may still have to read."""
 
 
 _THESE = "FROM cf_snapshot WHERE content_hash IN (SELECT value FROM json_each(?))"
 
 
 class StoredContent(NamedTuple):
-    """A content that is in the store, durable, and that no row claims yet."""
+    """A content that is in the store, durable."""
 
     content_hash: str
     size_bytes: int
 
 
 class Evictions(NamedTuple):
-    """What `keep` decided."""
+    """What `add` has evicted."""
 
     evicted: list[str]
-    """Hashes that are claimed no more: their files can go when the transaction is durable."""
+    """Hashes without a reference now: delete their files once the transaction is durable."""
     refused: int
-    """Of those: contents just placed, for which unfinished jobs leave no room."""
+    """How many of them were just added: unfinished jobs leave no room for them."""
 
 
-def add(connection: Connection, placed: Sequence[StoredContent], limit: int) -> Evictions:
-    """Claim what was placed, after the jobs that need it are queued, and keep within the limit.
+def add(connection: Connection, contents: Sequence[StoredContent], limit: int) -> Evictions:
+    """Reference new contents, once the jobs that need them are queued, and evict down to the limit.
 
-    What no unfinished job needs makes room, that first which no scan has captured for longest.
-    What unfinished jobs need stays; where that is too much, it is the newcomers that go.
+    Contents that no unfinished job needs are evicted first, the oldest capture first. Where that
+    is not enough, the new contents are evicted.
 
     Args:
         limit: bytes that the store may hold.
     """
-    known = set(_referenced(connection, [each.content_hash for each in placed]))
+    known = set(_referenced(connection, [content.content_hash for content in contents]))
     now = utcnow().isoformat(" ")
     execute_many(
         connection,
@@ -63,7 +63,7 @@ def add(connection: Connection, placed: Sequence[StoredContent], limit: int) -> 
         INSERT INTO cf_snapshot (content_hash, size_bytes, kept_at) VALUES (?, ?, ?)
         ON CONFLICT (content_hash) DO UPDATE SET kept_at = excluded.kept_at
         """,
-        [(*each, now) for each in placed],
+        [(*content, now) for content in contents],
     )
     excess = held(connection)[1] - limit
     evicted: list[str] = []
@@ -71,14 +71,14 @@ def add(connection: Connection, placed: Sequence[StoredContent], limit: int) -> 
         chosen, excess = _until(spare, excess)
         forget(connection, chosen)
         evicted += chosen
-    newcomers = [each for each in placed if each.content_hash not in known.union(evicted)]
-    refused, _ = _until(reversed(newcomers), excess)
+    new = [content for content in contents if content.content_hash not in known.union(evicted)]
+    refused, _ = _until(reversed(new), excess)
     forget(connection, refused)
     return Evictions(evicted + refused, len(refused))
 
 
 def _spare(connection: Connection) -> Sequence[Any]:
-    """The next contents that no unfinished job needs: (hash, bytes)."""
+    """The oldest contents that no unfinished job needs: (hash, bytes)."""
     return connection.execute(
         select(Snapshot.content_hash, Snapshot.size_bytes)
         .where(Snapshot.content_hash.not_in(_NEEDED))
@@ -88,7 +88,7 @@ def _spare(connection: Connection) -> Sequence[Any]:
 
 
 def _until(contents: Iterable[Any], excess: int) -> tuple[list[str], int]:
-    """The first contents that free as much, and what is then still too much."""
+    """The first contents that free `excess` bytes, and the excess that is left."""
     chosen = []
     for content_hash, size in contents:
         if excess <= 0:
@@ -104,12 +104,12 @@ def _referenced(connection: Connection, hashes: Sequence[str]) -> list[str]:
 
 
 def forget(connection: Connection, hashes: Sequence[str]) -> None:
-    """Claim these contents no more."""
+    """Delete the references to these contents."""
     connection.exec_driver_sql(f"DELETE {_THESE}", (json.dumps(hashes),))
 
 
 def note(connection: Connection, words: str, files: int) -> None:
-    """Remember why contents have no snapshot; empty words: the store takes them again."""
+    """Save why contents have no snapshot; empty words where the store takes contents again."""
     connection.execute(
         text(
             """
@@ -126,36 +126,36 @@ def note(connection: Connection, words: str, files: int) -> None:
 
 
 def fault(connection: Connection) -> Any:
-    """Why the store does not take contents (words, files, since); None where it does."""
+    """Why the store takes no contents (words, files, since); None where it does."""
     query = text("SELECT words, files, since FROM cf_snapshot_fault WHERE words <> ''")
     return connection.execute(query).one_or_none()
 
 
 def held(connection: Connection) -> tuple[int, int]:
-    """How many contents are claimed, and their bytes."""
+    """How many contents the store has, and their bytes."""
     size = func.coalesce(func.sum(Snapshot.size_bytes), 0)
     number, total = connection.execute(select(func.count(), size).select_from(Snapshot)).one()
     return number, total
 
 
 def every(connection: Connection) -> list[str]:
-    """The hash of every content that is claimed."""
+    """The hash of every content that the store has."""
     return list(connection.execute(select(Snapshot.content_hash)).scalars())
 
 
 def is_referenced(connection: Connection, content_hash: str) -> bool:
-    """Whether the store should have this content."""
+    """Whether the store has this content, by the ledger."""
     return bool(_referenced(connection, [content_hash]))
 
 
 def unprotected(connection: Connection) -> int:
-    """Unfinished jobs that need the file itself: the store does not have its bytes."""
+    """Unfinished jobs that read the file itself, since the store does not have its bytes."""
     needed = _NEEDED.where(FileVersion.content_hash.not_in(select(Snapshot.content_hash)))
     return connection.execute(select(func.count()).select_from(needed.subquery())).scalar_one()
 
 
 def samples(connection: Connection) -> Sequence[Any]:
-    """One present file of each active root: (name, root_path, path), where there is one."""
+    """One present file of each active root that has any: (name, root_path, path)."""
     query = """
         SELECT r.name, r.path AS root_path, l.path FROM cf_source_root r
         JOIN cf_file_location l ON l.id = (

@@ -1,7 +1,7 @@
-"""Directories, locations and versions: what Scout reads and records.
+"""Directories, locations, versions and source roots: what Scout reads and records.
 
-The inventory goes through executemany on the driver's connection: the ORM costs twenty times a
-plain directory walk here, this costs about three.
+Rows are written with executemany on the driver's connection, which costs about three times a plain
+directory walk; the ORM costs twenty times.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from casparian_flow.db.models import (
 from casparian_flow.db.routing import Routing
 
 ROUTE_CHUNK = 5_000
-"""Locations routed in one transaction, so that others get their turn."""
+"""Locations routed in one transaction, so that other writers get their turn."""
 
 
 class Stat(NamedTuple):
-    """The identity of a look at a file; any difference means: hash again."""
+    """What `stat` says about a file; where any field differs, the file is hashed again."""
 
     device: int
     inode: int
@@ -43,7 +43,7 @@ class Stat(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> Stat:
-        """From the operating system; numbers above 2^63 wrap, since SQLite's are signed."""
+        """From `os.stat`. Numbers above 2^63 wrap, since SQLite's are signed."""
         return cls(
             _signed(status.st_dev),
             _signed(status.st_ino),
@@ -66,7 +66,7 @@ class LocationState(NamedTuple):
 
 
 class Sighting(NamedTuple):
-    """What a scan found at one path."""
+    """What a scan found at one path, and the version it compared that with."""
 
     path: bytes
     directory: bytes
@@ -75,7 +75,8 @@ class Sighting(NamedTuple):
     """Empty when the file could not be read."""
     racy: bool
     compared: int | None
-    """The version that was current when the scan looked; another one by now wins."""
+    """Id of the current version when the scan read the ledger; the sighting counts only if it still
+    is."""
     problem: str = ""
 
 
@@ -85,7 +86,7 @@ class RecordResult(NamedTuple):
     versions: int
     job_ids: list[int]
     stale: list[bytes]
-    """Directories of sightings that lost to a faster scan, to be looked at again."""
+    """Directories of sightings that another scan was faster to record: to be scanned again."""
 
 
 def _signed(number: int) -> int:
@@ -98,15 +99,14 @@ def display(path: bytes) -> str:
 
 
 def route_text(path: bytes) -> str:
-    """A relative path for matching against patterns, losslessly."""
+    """A relative path as text to match patterns against, without loss."""
     return os.fsdecode(path)
 
 
 def directory_digest(connection: Connection, root_id: int, path: bytes) -> bytes | None:
     """The digest stored for a directory; None where it must be compared file by file.
 
-    One that was recorded before its parent was known has to be recorded again: nobody would find
-    it missing.
+    None too where its parent is not recorded: without one, its deletion would not be found.
     """
     return connection.execute(
         select(Directory.digest).where(
@@ -140,7 +140,7 @@ WHERE l.source_root_id = ? AND l.path IN ({marks})
 def known(
     connection: Connection, root_id: int, paths: Sequence[bytes]
 ) -> dict[bytes, LocationState]:
-    """What the ledger knows of these locations."""
+    """The state of these locations, by path; unknown ones are left out."""
     statement = _KNOWN.format(marks=",".join("?" * len(paths)))
     rows = connection.exec_driver_sql(statement, (root_id, *paths))
     return {
@@ -154,7 +154,7 @@ def known(
 
 
 def save_directories(
-    connection: Connection, root_id: int, found: Iterable[tuple[bytes, bytes | None]]
+    connection: Connection, root_id: int, directories: Iterable[tuple[bytes, bytes | None]]
 ) -> None:
     """Record directories (path, digest), parents before children."""
     execute_many(
@@ -168,7 +168,7 @@ def save_directories(
         """,
         [
             {"root": root_id, "path": path, "parent": _parent(path), "digest": digest}
-            for path, digest in found
+            for path, digest in directories
         ],
     )
 
@@ -180,13 +180,12 @@ def _parent(path: bytes) -> bytes | None:
 def record(
     connection: Connection, root_id: int, sightings: Sequence[Sighting], routing: Routing
 ) -> RecordResult:
-    """Write what a scan found: locations, new versions, and the jobs they give.
+    """Write what a scan found: locations, new versions, and their jobs, in one transaction.
 
-    The caller's transaction makes it whole: no version without its jobs, no job without a
-    version. A sighting counts only if the version it was compared with is still the current one.
+    A sighting counts only if the version it was compared with is still the current one.
     """
     now = utcnow().isoformat(" ")
-    before = known(connection, root_id, [seen.path for seen in sightings])
+    before = known(connection, root_id, [s.path for s in sightings])
     _add_locations(connection, root_id, [s for s in sightings if s.path not in before], now)
     current = {**before, **known(connection, root_id, [s.path for s in sightings])}
 
@@ -202,18 +201,18 @@ def record(
     version_ids = _add_versions(connection, changed, current, lacking, now)
     _save_looks(connection, fresh, current, version_ids)
     confirmed = [
-        now_known.version_id
-        for s, now_known in ((s, current[s.path]) for s in fresh)
-        if now_known.version_id is not None
-        and s.content_hash == now_known.content_hash
+        state.version_id
+        for s, state in ((s, current[s.path]) for s in fresh)
+        if state.version_id is not None
+        and s.content_hash == state.content_hash
         and s.path not in version_ids
     ]
     job_ids = jobs.revive(connection, confirmed) + jobs.enqueue(
         connection,
         [
-            (version_ids[s.path], wanted)
+            (version_ids[s.path], request)
             for s in changed
-            for wanted in routing.job_requests(route_text(s.path))
+            for request in routing.job_requests(route_text(s.path))
         ],
         now,
     )
@@ -252,19 +251,19 @@ def _add_versions(
     lacking: dict[bytes, list[found.MissingVersion]],
     now: str,
 ) -> dict[bytes, int]:
-    """Insert the next version of each location; ids are ours to give, under the write lock.
+    """Insert the next version of each location; path -> its id.
 
-    Versions that outputs in the sinks name and this ledger lacks come first; where the last of
-    them has the content that was seen, it is the one.
+    Versions that found outputs name and this ledger lacks come first; where the last of them has
+    the content that was found, it is the next version.
     """
-    back = {
+    restored = {
         path: found.restore_versions(connection, current[path].location_id, versions, now)
         for path, versions in lacking.items()
     }
     ids = {
-        s.path: back[s.path][s.content_hash]
+        s.path: restored[s.path][s.content_hash]
         for s in changed
-        if s.content_hash in back.get(s.path, {})
+        if s.content_hash in restored.get(s.path, {})
     }
     changed = [s for s in changed if s.path not in ids]
     last = found.last_version_id(connection)
@@ -297,7 +296,7 @@ def _save_looks(
     current: dict[bytes, LocationState],
     version_ids: dict[bytes, int],
 ) -> None:
-    """Remember the stat identity of each look, beside the version and not in it."""
+    """Save the stat of each file with its location; a version never changes."""
     execute_many(
         connection,
         """
@@ -322,13 +321,13 @@ def _save_looks(
 def route_chunk(
     connection: Connection, root_id: int, after: int, routing: Routing
 ) -> tuple[int | None, list[int]]:
-    """Queue what the current versions of the next locations lack under this routing.
+    """Queue the jobs that the current versions of the next locations lack under this routing.
 
-    A plugin that has a job for the version under any of its versions is left alone: redoing what
-    an older version did is `backfill`'s business.
+    A plugin with a job for the version gets none, whichever of its artifacts the job has: redoing
+    that is a `backfill`.
 
     Returns:
-        The last location id looked at (None when there are no more), and the new jobs' ids.
+        The last of these location ids (None when there are no more), and the new jobs' ids.
     """
     rows = connection.execute(
         select(FileLocation.id, FileLocation.path, FileLocation.current_version_id)
@@ -343,19 +342,19 @@ def route_chunk(
     if not rows:
         return None, []
     pairs = [
-        (version_id, wanted)
+        (version_id, request)
         for _, path, version_id in rows
         if version_id is not None
-        for wanted in routing.job_requests(route_text(path))
+        for request in routing.job_requests(route_text(path))
     ]
     return rows[-1][0], jobs.enqueue(connection, pairs, utcnow().isoformat(" "))
 
 
-# What is there by the ledger, and marking what is no longer.
+# Present locations, and marking those that are gone.
 
 
 class PresentLocation(NamedTuple):
-    """A location that is there, as the ledger last saw it."""
+    """A location that the ledger has as present, with the stat of the last scan."""
 
     path: bytes
     device: int | None
@@ -369,7 +368,7 @@ _PRESENT = (
 
 
 def count_present(connection: Connection, root_id: int) -> int:
-    """How many locations of a source root are there."""
+    """How many locations of a source root are present."""
     query = select(func.count()).where(
         FileLocation.source_root_id == root_id, FileLocation.gone_at.is_(None)
     )
@@ -405,7 +404,7 @@ def present_under(connection: Connection, root_id: int, directory: bytes) -> lis
 
 
 def forget_directory(connection: Connection, root_id: int, directory: bytes) -> None:
-    """Drop the digests of a directory that is gone and of all below it; locations stay."""
+    """Drop the digests of a directory that is gone, and of all below it; the locations stay."""
     connection.execute(
         update(Directory)
         .where(
@@ -418,19 +417,18 @@ def forget_directory(connection: Connection, root_id: int, directory: bytes) -> 
 
 
 PASSED_OVER = "not deleted: scans pass it over, by an ignore pattern or since it is ours"
-"""The `problem` of a location that is still on the disk and that no scan takes any more."""
+"""The `problem` of a location that is still on the disk and that scans pass over."""
 
 
 def mark_gone(
     connection: Connection, root_id: int, gone: Sequence[PresentLocation], problem: str = ""
 ) -> int:
-    """Mark that locations are no longer there, unless another scan has seen them anew; their
-    versions stay.
+    """Mark locations as gone, unless another scan has found them since; their versions stay.
 
-    One that is doubted since (`db.versions`) was not seen anew.
+    A location that was invalidated since was not found since.
 
     Args:
-        problem: `PASSED_OVER` where they are on the disk.
+        problem: `PASSED_OVER` where they are still on the disk.
 
     Returns:
         How many were marked.
@@ -447,7 +445,7 @@ def mark_gone(
 
 
 def count_passed_over(connection: Connection, root: str) -> int:
-    """How many locations of the source root of this name were known, and are passed over by now."""
+    """How many recorded locations of the source root of this name scans now pass over."""
     ids = select(SourceRoot.id).where(SourceRoot.name == root).scalar_subquery()
     query = select(func.count()).where(
         FileLocation.source_root_id == ids, FileLocation.problem == PASSED_OVER
@@ -501,13 +499,13 @@ def count_up(connection: Connection, root_id: int, **counts: int) -> None:
     )
 
 
-# Having the next scan look again at a file whose bytes were not what was recorded.
+# Having the next scan read a file again, whose bytes were not those of its version.
 
 
 def invalidate(connection: Connection, job_id: int) -> None:
-    """Have the next scan read a job's file again: its bytes were not what was recorded.
+    """Have the next scan read a job's file again: its bytes were not those of its version.
 
-    Should they be back by then, the scan finds no new version, and revives the job.
+    If they are again by then, the scan finds no new version, and revives the job.
     """
     location = (
         select(FileVersion.location_id)
@@ -525,8 +523,8 @@ def invalidate(connection: Connection, job_id: int) -> None:
 
 
 def keep_invalidated(connection: Connection, root_id: int, folders: Sequence[bytes]) -> None:
-    """Keep what was doubted meanwhile in doubt: a scan has just saved the digests of these folders,
-    and may have looked at them before."""
+    """Drop the digests that a scan has just saved of folders with an invalidated file: it may have
+    listed them before the file was invalidated."""
     execute_many(
         connection,
         """
@@ -539,15 +537,15 @@ def keep_invalidated(connection: Connection, root_id: int, folders: Sequence[byt
     )
 
 
-# Files that scans found being written, and since when: they have no version of what is in them.
+# Unsettled files: each scan so far found them being written, so their content has no version.
 
 
 UNSETTLED_KEPT = 1000
-"""Of one source root, at the most: of a crowd that has just been copied there, most settle soon."""
+"""Of one source root, at most: of many that have just been copied there, most settle soon."""
 
 
 def known_unsettled(connection: Connection, root_id: int) -> dict[bytes, float]:
-    """Those of a source root, and when each was first seen, seconds since the epoch."""
+    """The unsettled files of a source root -> when first found so, seconds since the epoch."""
     query = select(Unsettled.path, Unsettled.first_seen).where(Unsettled.source_root_id == root_id)
     return {row.path: row.first_seen for row in connection.execute(query)}
 
@@ -555,7 +553,7 @@ def known_unsettled(connection: Connection, root_id: int) -> dict[bytes, float]:
 def change_unsettled(
     connection: Connection, root_id: int, ended: Collection[bytes], began: Collection[bytes]
 ) -> None:
-    """Forget those that are at rest or gone, and remember since when others are being written."""
+    """Remove the files that are settled or gone, and add those that are now being written."""
     execute_many(
         connection,
         "DELETE FROM cf_unsettled WHERE source_root_id = ? AND path = ?",
@@ -570,7 +568,7 @@ def change_unsettled(
 
 
 def unsettled_files(connection: Connection, limit: int) -> list[dict[str, Any]]:
-    """Those of active source roots, the oldest first."""
+    """The unsettled files of active source roots, the oldest first."""
     columns = (SourceRoot.name, Unsettled.path, Unsettled.first_seen)
     rows = connection.execute(
         select(*columns)
@@ -583,7 +581,7 @@ def unsettled_files(connection: Connection, limit: int) -> list[dict[str, Any]]:
     return [
         {
             "source": name,
-            "rel_path": path.decode("utf-8", "backslashreplace"),
+            "rel_path": display(path),
             "seconds": max(0.0, now - first_seen),
         }
         for name, path, first_seen in rows
@@ -591,7 +589,7 @@ def unsettled_files(connection: Connection, limit: int) -> list[dict[str, Any]]:
 
 
 def count_unsettled(connection: Connection) -> int:
-    """How many there are in active source roots."""
+    """How many unsettled files active source roots have."""
     query = (
         select(func.count())
         .select_from(Unsettled)
@@ -601,15 +599,15 @@ def count_unsettled(connection: Connection) -> int:
     return connection.execute(query).scalar_one()
 
 
-# What a scrub reads again, and what it records of it.
+# Scrubs: what to read again, and recording what differs.
 
 
 BATCH = 100
-"""Files between two notes of how far a scrub has come."""
+"""Files a scrub reads before it saves how far it has come."""
 
 
 class ScrubTarget(NamedTuple):
-    """What the ledger says of a file that is there: this content under these stamps."""
+    """A present file with the content and the stat that the ledger has for it."""
 
     location_id: int
     path: bytes
@@ -619,7 +617,7 @@ class ScrubTarget(NamedTuple):
 
 
 def scrub_batch(connection: Connection, root_id: int, after: int) -> list[ScrubTarget]:
-    """The next files of a root, by location id; racy ones are the next scan's."""
+    """The next files of a root, by location id, without racy ones: the next scan hashes those."""
     rows = connection.execute(
         text(
             """
@@ -644,11 +642,11 @@ def record_scrubbed(
     found: str,
     routing: Routing,
 ) -> RecordResult:
-    """Make other bytes under the very same stamps a version, and write down how it was found.
+    """Record other bytes under the same stat as a version, with an audit row.
 
     Args:
         subject: the file, as the audit names it.
-        found: SHA-256 of what is there.
+        found: SHA-256 of its bytes.
     """
     folder = target.path.rpartition(b"/")[0]
     sighting = Sighting(target.path, folder, target.stat, found, False, target.version_id)

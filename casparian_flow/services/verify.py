@@ -1,4 +1,4 @@
-"""Every claim of the ledger, checked: against itself, its audit, its signatures and its sinks."""
+"""Check the ledger against its own rules, its audit, its signatures, its sinks and snapshots."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from casparian_flow.engine.sinks.base import Claim
 from casparian_flow.services import snapshots
 
 Claims = dict[str, list[Claim]]
-"""Location of a sink -> what the ledger says is there."""
+"""Location of a sink -> the outputs that the ledger expects there."""
 
 
 @dataclass
 class Verdict:
-    """What was looked at, and what does not hold."""
+    """What was checked, and what is wrong."""
 
     checked: dict[str, int] = field(default_factory=dict)
-    """What -> how many of it."""
+    """Kind of thing -> how many of it."""
     problems: list[str] = field(default_factory=list)
-    """A sentence each; empty where everything holds."""
+    """A sentence each; empty where nothing is wrong."""
     notes: list[str] = field(default_factory=list)
-    """What could not be checked, though nothing is wrong with it."""
+    """What could not be checked."""
 
 
 def verify(settings: Settings, ledger: Ledger) -> Verdict:
     """Check everything. Reads every byte of every published file and snapshot; changes nothing.
 
-    It may run beside a daemon: what the ledger claimed when this began is what is checked. A
-    ledger that is damaged is read as far as it can be.
+    It may run beside a daemon: it checks what the ledger had when it began. A damaged ledger is
+    read as far as it can be.
     """
     verdict, claims = ledger.read(check_ledger)
     if durable.daemon_lock_holder(settings.database.daemon_lock) is None:
@@ -62,19 +62,19 @@ def verify(settings: Settings, ledger: Ledger) -> Verdict:
 
 
 def check_ledger(connection: Connection) -> tuple[Verdict, Claims]:
-    """One snapshot of the ledger: its breaks, and what it claims of each sink."""
+    """Check the ledger in one read transaction; what is wrong, and what each sink should hold."""
     verdict, claims = Verdict(), defaultdict[str, list[Claim]](list)
     with seals.exact(driver(connection)):
-        for what, found in (
+        for what, problems in (
             ("the ledger", _count(connection, verdict)),
             ("the ledger", broken_invariants(connection)),
             ("the audit", audit.problems(connection)),
             ("the seals", seal_problems(connection)),
-            ("the plugins", _faults(connection, verdict)),
-            ("the outputs", _claims(connection, claims)),
+            ("the plugins", _plugin_problems(connection, verdict)),
+            ("the outputs", _collect_claims(connection, claims)),
         ):
-            verdict.problems += report_damage(what, found)
-    # Damage is met by many questions.
+            verdict.problems += report_damage(what, problems)
+    # One damaged page may fail many of the checks.
     verdict.problems = list(dict.fromkeys(verdict.problems))
     return verdict, claims
 
@@ -85,27 +85,27 @@ def _count(connection: Connection, verdict: Verdict) -> Iterator[str]:
     yield from ()
 
 
-def _faults(connection: Connection, verdict: Verdict) -> Iterator[str]:
+def _plugin_problems(connection: Connection, verdict: Verdict) -> Iterator[str]:
     """What is wrong with the trust log and with each artifact.
 
-    That somebody disabled an artifact or revoked its key is not; nor that an earlier release signed
-    it in its own form, where the audit has its bytes: it may not run, and that is noted.
+    A disabled artifact or a revoked key is no problem. Neither is an artifact that an earlier
+    release signed in its own form, where the audit has its bytes: it may not run, which is noted.
     """
     trusted = trust.read(connection)
     artifacts = plugins.stored(connection)
     verdict.checked |= {"plugins": len(artifacts), "trust statements": trusted.seq}
     yield from filter(None, [trusted.broken])
     for plugin in artifacts:
-        if words := plugins.fault(plugin, trusted):
-            about = f"plugin {plugin.name} {plugin.version}: {words}"
+        if fault := plugins.fault(plugin, trusted):
+            message = f"plugin {plugin.name} {plugin.version}: {fault}"
             if not trusted.broken and plugins.from_earlier(connection, plugin):
-                verdict.notes.append(f"{about}; it may not run")
+                verdict.notes.append(f"{message}; it may not run")
             else:
-                yield about
+                yield message
 
 
-def _claims(connection: Connection, claims: Claims) -> Iterator[str]:
-    """Collect what can be asked of the sinks; rows that make no sense were named already."""
+def _collect_claims(connection: Connection, claims: Claims) -> Iterator[str]:
+    """Collect what the sinks should hold. Damaged rows are left out: another check names them."""
     for row in [*outputs.published(connection), *found_outputs.expected(connection)]:
         if isinstance(row.rows, int) and isinstance(row.location, str):
             claim = Claim(
@@ -123,24 +123,24 @@ def _claims(connection: Connection, claims: Claims) -> Iterator[str]:
 def _check_sink(ledger: Ledger, location: str, group: Sequence[Claim]) -> list[str]:
     try:
         return list(sinks.open_sink(location, ledger.database).check(group))
-    except Exception as error:  # noqa: BLE001 - what somebody wrote into a row can be anything
+    except Exception as error:  # noqa: BLE001 - a tampered row can make a sink raise anything
         return [f"sink {location} cannot be checked: {type(error).__name__}: {error}"]
 
 
-# Replaying the seals: do the rows that stand in the ledger follow from the audit?
+# Replaying the seals: do the rows of the ledger follow from the audit?
 #
-# The seals are read in their order into a scratch database, and then compared with the tables, both
-# by id and one row at a time, so that no table need fit into memory. Of each row must hold:
+# The seals are read in order into a scratch database, which is then merged with the tables by id,
+# one row at a time, so that no table need fit into memory. Of each row must hold:
 #
-#     it is in a seal, and what a seal has is there
-#     it was written once; or its moves follow on each other, and each is one that it may make
+#     it is in a seal, and each row in a seal exists
+#     it was written once; or each of its moves starts where the last one ended, and is allowed
 #     a job's fence goes up with each claim, and never down
 #     its state and fence are those of its last move
-#     its bytes have the digests that the seals have
+#     its values have the digests that the seals have
 
 
 _LONGEST_RUN = 1_000_000
-"""Ids in one run of a seal; no transaction of ours writes more."""
+"""Ids in one run of a seal, at most; no transaction of ours writes more."""
 
 
 class _Digests(msgspec.Struct, forbid_unknown_fields=True):
@@ -150,7 +150,7 @@ class _Digests(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Part(msgspec.Struct, forbid_unknown_fields=True):
-    """What one seal says of one table."""
+    """What one seal says about one table."""
 
     moves: list[tuple[int, int, str, str, int]] = []
     born: _Digests = msgspec.field(default_factory=_Digests)
@@ -158,7 +158,7 @@ class _Part(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Entry(NamedTuple):
-    """What one seal says of one row: a move, or a digest."""
+    """What one seal says about one row: a move, or a digest."""
 
     seq: int
     kind: str
@@ -168,11 +168,11 @@ class _Entry(NamedTuple):
     columns: int
     digest: bytes
     earlier: int
-    """Whether it was sealed as it stood, by the migration."""
+    """Whether the migration that began the seals wrote it."""
 
 
 def report_damage(what: str, problems: Iterable[str]) -> Iterator[str]:
-    """The problems; where the database is too damaged to be asked for more of them, that."""
+    """These problems; where the database is too damaged to go on, that as the last one."""
     try:
         yield from problems
     except (DBAPIError, sqlite3.Error, ValueError, TypeError) as error:
@@ -181,19 +181,19 @@ def report_damage(what: str, problems: Iterable[str]) -> Iterator[str]:
 
 
 def seal_problems(connection: Connection) -> Iterator[str]:
-    """A sentence for each row that is not what the audit has of it."""
+    """A sentence for each row that differs from its seals."""
     with contextlib.closing(sqlite3.connect("")) as scratch, exact(driver(connection)):
         scratch.execute(
             "CREATE TABLE entry (what TEXT, id INTEGER, seq INTEGER, kind TEXT, was TEXT, "
             "now TEXT, fence INTEGER, columns INTEGER, digest BLOB, earlier INTEGER)"
         )
         yield from report_damage("the seals", _read(connection, scratch))
-        for covered in SEALED_TABLES:
-            yield from report_damage(f"the {covered.name}", _compare(connection, scratch, covered))
+        for table in SEALED_TABLES:
+            yield from report_damage(f"the {table.name}", _compare(connection, scratch, table))
 
 
 def since(connection: Connection) -> str:
-    """From where on the rows are sealed, where that is not the beginning; else empty."""
+    """From when on rows are sealed; empty where all have been from the beginning."""
     query = text(
         "SELECT min(seq), max(seq), max(at) FROM cf_audit WHERE action = 'seal' AND subject = :of"
     )
@@ -207,21 +207,21 @@ def since(connection: Connection) -> str:
 
 
 def in_short(detail: str) -> str:
-    """What a seal is about, for people: `3 versions, 3 jobs`; as it is where it cannot be read."""
+    """A seal's detail for people: `3 versions, 3 jobs`; as it is where it cannot be read."""
     try:
         parts = msgspec.json.decode(detail, type=dict[str, _Part])
-        held = {
+        sealed = {
             name: {row_id for row_id, _ in _entries(0, part, 0)} for name, part in parts.items()
         }
     except (msgspec.MsgspecError, ValueError):
         return detail
     return ", ".join(
-        f"{len(ids)} {name if len(ids) > 1 else name[:-1]}" for name, ids in held.items()
+        f"{len(ids)} {name if len(ids) > 1 else name[:-1]}" for name, ids in sealed.items()
     )
 
 
 def _read(connection: Connection, scratch: sqlite3.Connection) -> Iterator[str]:
-    """Take the seals apart; a sentence for each that cannot be read."""
+    """Read the seals into the scratch database; a sentence for each that cannot be read."""
     rows = connection.exec_driver_sql(
         "SELECT seq, subject, detail FROM cf_audit WHERE action = 'seal' ORDER BY seq"
     )
@@ -243,14 +243,14 @@ def _entries(seq: int, part: _Part, earlier: int) -> Iterator[tuple[int, _Entry]
     for first, last, was, now, fence in part.moves:
         for row_id in _ids([(first, last)]):
             yield row_id, _Entry(seq, "move", was, now, fence, 0, b"", earlier)
-    for kind, found in (("born", part.born), ("whole", part.whole)):
-        ids = _ids(found.ids)
-        data = base64.b64decode(found.digests, validate=True)
+    for kind, digests in (("born", part.born), ("whole", part.whole)):
+        ids = _ids(digests.ids)
+        data = base64.b64decode(digests.digests, validate=True)
         if len(data) != len(ids) * DIGEST_BYTES:
             raise ValueError(f"it has {len(ids)} rows and {len(data)} bytes of digests")
         for n, row_id in enumerate(ids):
             hashed = data[n * DIGEST_BYTES : (n + 1) * DIGEST_BYTES]
-            yield row_id, _Entry(seq, kind, "", "", 0, found.columns, hashed, earlier)
+            yield row_id, _Entry(seq, kind, "", "", 0, digests.columns, hashed, earlier)
 
 
 def _ids(runs: Iterable[tuple[int, int]]) -> list[int]:
@@ -262,59 +262,60 @@ def _ids(runs: Iterable[tuple[int, int]]) -> list[int]:
     return ids
 
 
-class _Table(NamedTuple):
-    """A covered table as it stands."""
+class _Columns(NamedTuple):
+    """The columns of a sealed table, in order, and the default of each."""
 
-    covered: SealedTable
-    columns: list[str]
+    names: list[str]
     defaults: list[Any]
 
 
 def _compare(
-    connection: Connection, scratch: sqlite3.Connection, covered: SealedTable
+    connection: Connection, scratch: sqlite3.Connection, table: SealedTable
 ) -> Iterator[str]:
-    """Walk through what is sealed of a table and what stands in it, side by side."""
-    table = _table(connection, covered)
+    """Merge the seals of a table with its rows, by id, and judge each row."""
+    columns = _columns(connection, table)
     sealed = scratch.execute(
         "SELECT id, seq, kind, was, now, fence, columns, digest, earlier FROM entry "
         "WHERE what = ? ORDER BY id, rowid",
-        (covered.name,),
+        (table.name,),
     )
-    stands = connection.exec_driver_sql(f"SELECT * FROM {covered.sql_name} ORDER BY id")
+    rows = connection.exec_driver_sql(f"SELECT * FROM {table.sql_name} ORDER BY id")
     both = heapq.merge(
         ((row[0], _Entry._make(row[1:])) for row in sealed),
-        ((row[0], tuple(row)) for row in stands),
+        ((row[0], tuple(row)) for row in rows),
         key=itemgetter(0),
     )
     for row_id, group in groupby(both, key=itemgetter(0)):
-        found = [item for _, item in group]
-        entries = [item for item in found if isinstance(item, _Entry)]
-        row = next((item for item in found if not isinstance(item, _Entry)), None)
-        for words in _judge(table, entries, row):
-            yield f"{covered.one} {row_id} {words}"
+        items = [item for _, item in group]
+        entries = [item for item in items if isinstance(item, _Entry)]
+        row = next((item for item in items if not isinstance(item, _Entry)), None)
+        for problem in _judge(table, columns, entries, row):
+            yield f"{table.one} {row_id} {problem}"
 
 
-def _table(connection: Connection, covered: SealedTable) -> _Table:
-    info = connection.exec_driver_sql(f"PRAGMA table_info({covered.sql_name})").all()
+def _columns(connection: Connection, table: SealedTable) -> _Columns:
+    info = connection.exec_driver_sql(f"PRAGMA table_info({table.sql_name})").all()
     defaults = [row[4] or "NULL" for row in info]
     values = connection.exec_driver_sql(f"SELECT {', '.join(defaults)}").one()
-    return _Table(covered, [row[1] for row in info], list(values))
+    return _Columns([row[1] for row in info], list(values))
 
 
-def _judge(table: _Table, entries: Sequence[_Entry], row: tuple[Any, ...] | None) -> Iterator[str]:
-    """What is wrong with one row, given all that the seals say of it, in their order."""
+def _judge(
+    table: SealedTable, columns: _Columns, entries: Sequence[_Entry], row: tuple[Any, ...] | None
+) -> Iterator[str]:
+    """What is wrong with one row, given its entries in the order of the seals."""
     if not entries:
         yield "was added by other hands: it is in no seal"
         return
     moves = [entry for entry in entries if entry.kind == "move"]
     born = [entry for entry in entries if entry.kind == "born"]
     whole = [entry for entry in entries if entry.kind == "whole"]
-    if not table.covered.state:
+    if not table.state:
         state: str | None = None
         if len(born) > 1:
             yield f"was sealed twice, in rows {born[0].seq} and {born[1].seq} of the audit"
     else:
-        yield from _unfit(table.covered, moves)
+        yield from _wrong_moves(table, moves)
         state = moves[-1].now if moves else ""
     if row is None:
         if state != "":
@@ -323,53 +324,54 @@ def _judge(table: _Table, entries: Sequence[_Entry], row: tuple[Any, ...] | None
     if state == "":
         yield "was added by other hands: by the audit it was deleted"
         return
-    stands = dict(zip(table.columns, row, strict=True))
+    values = dict(zip(columns.names, row, strict=True))
     if state is not None:
-        yield from _moved_by_others(table.covered, moves[-1], stands)
-    fixed = [stands[name] for name in table.covered.fixed] or list(row)
-    if not born or not _is(born[-1], fixed, table.defaults):
+        yield from _unsealed_move(table, moves[-1], values)
+    fixed = [values[name] for name in table.fixed] or list(row)
+    if not born or not _matches(born[-1], fixed, columns.defaults):
         yield "was altered"
-    elif state in table.covered.whole:
+    elif state in table.whole:
         if not whole or whole[-1].seq != moves[-1].seq:
             yield f"was not sealed when it became {state}"
-        elif not _is(whole[-1], list(row), table.defaults):
+        elif not _matches(whole[-1], list(row), columns.defaults):
             yield f"was altered since it became {state}"
 
 
-def _unfit(covered: SealedTable, moves: Sequence[_Entry]) -> Iterator[str]:
-    """Where a row's moves do not follow on each other, or are none that it may make."""
+def _wrong_moves(table: SealedTable, moves: Sequence[_Entry]) -> Iterator[str]:
+    """Moves that start where the last one did not end, that are not allowed, or whose fence is
+    not greater."""
     state, fence = "", 0
     for move in moves:
         place = f"row {move.seq} of the audit"
         if move.was != state:
             yield f"leaves {move.was or 'nothing'} in {place}, and was {state or 'not there'}"
-        elif not move.earlier and move.now not in covered.arrows.get(move.was, ()):
+        elif not move.earlier and move.now not in table.arrows.get(move.was, ()):
             arrow = f"from {move.was or 'nothing'} to {move.now or 'nothing'}"
             yield f"went {arrow} in {place}, and there is no such move"
-        claimed = covered.fence != "0" and move.now == "RUNNING"
+        claimed = table.fence != "0" and move.now == "RUNNING"
         if move.was and move.fence < fence + claimed:
             yield f"became {move.now} under fence {move.fence} in {place}, after fence {fence}"
         state, fence = move.now, move.fence
 
 
-def _moved_by_others(covered: SealedTable, last: _Entry, stands: dict[str, Any]) -> Iterator[str]:
-    if stands[covered.state] != last.now:
+def _unsealed_move(table: SealedTable, last: _Entry, values: dict[str, Any]) -> Iterator[str]:
+    if values[table.state] != last.now:
         yield (
-            f"is {stands[covered.state]!s}, and row {last.seq} of the audit has it {last.now}: it "
+            f"is {values[table.state]!s}, and row {last.seq} of the audit has it {last.now}: it "
             "was moved by other hands"
         )
-    elif covered.fence in stands and stands[covered.fence] != last.fence:
-        yield f"has fence {stands[covered.fence]!s}, and row {last.seq} of the audit {last.fence}"
+    elif table.fence in values and values[table.fence] != last.fence:
+        yield f"has fence {values[table.fence]!s}, and row {last.seq} of the audit {last.fence}"
 
 
-def _is(entry: _Entry, values: list[Any], defaults: Sequence[Any]) -> bool:
-    """Whether values have the digest of a seal; columns that came later have their defaults."""
+def _matches(entry: _Entry, values: list[Any], defaults: Sequence[Any]) -> bool:
+    """Whether values have the digest of a seal; columns added since must have their defaults."""
     later = slice(entry.columns, len(values))
     same = digest(values[: entry.columns]) == entry.digest
     return same and values[later] == list(defaults[later])
 
 
-# What must hold in the ledger whatever happened: each check gives a sentence for each break.
+# Invariants of the ledger: message -> a query that returns the rows which break it.
 
 
 _INVARIANTS = {
@@ -422,34 +424,34 @@ _INVARIANTS = {
 
 
 def broken_invariants(connection: Connection) -> Iterator[str]:
-    """Every invariant that does not hold."""
-    for words, query in _INVARIANTS.items():
-        yield from report_damage("the ledger", _broken(connection, words, query))
-    for (found,) in connection.execute(text("PRAGMA integrity_check")):
-        if found != "ok":
-            yield f"the database is damaged: {found}"
+    """A sentence for each row that breaks an invariant, and for each damaged page."""
+    for message, query in _INVARIANTS.items():
+        yield from report_damage("the ledger", _broken(connection, message, query))
+    for (problem,) in connection.execute(text("PRAGMA integrity_check")):
+        if problem != "ok":
+            yield f"the database is damaged: {problem}"
 
 
-def _broken(connection: Connection, words: str, query: str) -> Iterator[str]:
+def _broken(connection: Connection, message: str, query: str) -> Iterator[str]:
     for row in connection.execute(text(query)):
-        yield words.format(*row)
+        yield message.format(*row)
 
 
 def damage(connection: Connection) -> str:
-    """What is wrong with the database's pages, looked at in order and not in depth; else empty."""
-    found: str = connection.execute(text("PRAGMA quick_check(1)")).scalar_one()
-    return "" if found == "ok" else found
+    """What is wrong with the database's pages, by SQLite's quick check; else empty."""
+    problem: str = connection.execute(text("PRAGMA quick_check(1)")).scalar_one()
+    return "" if problem == "ok" else problem
 
 
 def running_jobs(connection: Connection) -> Iterator[str]:
-    """Jobs that are RUNNING; to be asked when nobody can be running them."""
+    """A sentence for each RUNNING job; call it only while no daemon runs."""
     query = text("SELECT id FROM cf_processing_queue WHERE status = 'RUNNING'")
     for job_id in connection.execute(query).scalars():
         yield f"job {job_id} is RUNNING, and no daemon runs (casparian start puts it right)"
 
 
 def sizes(connection: Connection) -> dict[str, int]:
-    """How much there is to check."""
+    """How many rows there are to check, by kind."""
     tables = {
         "locations": "SELECT count(*) FROM cf_file_location",
         "versions": "SELECT count(*) FROM cf_file_version",
