@@ -6,17 +6,18 @@
     claim       QUEUED               RUNNING      fence + 1, attempt counted
     decide      RUNNING              COMMITTING   (id, fence)
     complete    COMMITTING           COMPLETED    every output published
-    refuse      COMMITTING           FAILED       a sink will never take the output
+    refuse      COMMITTING           FAILED       a sink never takes the output
     requeue     RUNNING              QUEUED       (id, fence)
     fail        RUNNING              FAILED       (id, fence)
     supersede   RUNNING              SUPERSEDED   (id, fence)
     abort       QUEUED, RUNNING      ABORTED      -
     retry       FAILED, ABORTED      QUEUED       - (and SUPERSEDED with a snapshot)
-    revive      SUPERSEDED           QUEUED       the version's bytes are there again
-    remake      COMPLETED            QUEUED       a person has its output made again
+    revive      SUPERSEDED           QUEUED       a scan found the version's bytes again
+    remake      COMPLETED            QUEUED       a user has its output made again
 
-No other module assigns a status. The guard is (id, fence): with the status alone, an attempt that
-lost its job would complete the job of the attempt that has it now. A verb returns what it changed.
+No other module assigns a status. The guard of an attempt's end is (id, fence): with the status
+alone, an attempt that lost its job could end the attempt that has the job now. Each verb returns
+what it changed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from casparian_flow.protocol import Pair
 UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)
 
 ALONE_AFTER = 2
-"""A job that was in hand at so many deaths of the daemon runs with no other job beside it."""
+"""After so many crashes of the daemon during a job, the job runs with no other beside it."""
 
 LONGEST_PAUSE_SECONDS = 3600.0
 """No job waits longer for its next attempt. A job whose `not_before` is further away was queued
@@ -72,7 +73,7 @@ def backfill(
     connection: Connection, pairs: Sequence[tuple[int, JobRequest]], now: str
 ) -> list[int]:
     """Queue jobs for versions that another artifact of the plugin has already processed; the new
-    ids. The caller has a person's word for it."""
+    ids. Only on a user's request."""
     return _insert(
         connection,
         f"""
@@ -114,8 +115,8 @@ def claim(
             SELECT count(*) AS jobs, coalesce(max(crashes), 0) AS crashes
             FROM cf_processing_queue WHERE status = 'RUNNING'
         ),
-        -- A suspect, with `alone_after` crashes or more, keeps its place in the queue and runs
-        -- alone: it waits until nothing runs, and what is behind it waits until it has ended.
+        -- A suspect, a job with `alone_after` crashes or more, keeps its place in the queue and
+        -- runs alone: it waits until nothing runs, and the jobs behind it wait until it ends.
         in_order AS (
             SELECT id, row_number() OVER (ORDER BY priority DESC, id) AS place,
                    max(crashes) OVER (ORDER BY priority DESC, id) AS crashes_up_to_here
@@ -138,7 +139,7 @@ def claim(
 
 
 def decide(connection: Connection, attempts: Sequence[Pair]) -> set[Pair]:
-    """Let attempts (job id, fence) win: from here on their outputs will be published.
+    """Let attempts (job id, fence) win: their outputs will be published from here on.
 
     Returns:
         Those whose jobs moved; the others came too late.
@@ -196,7 +197,7 @@ def requeue(
     Args:
         delay_seconds: pause before it can be claimed again.
         refund: the attempt was not the job's fault and does not count.
-        crashed: the daemon died while the job was in hand.
+        crashed: the daemon crashed while the job ran.
     """
     requeued = _run(
         connection,
@@ -213,7 +214,7 @@ def requeue(
 
 
 def fail(connection: Connection, job_id: int, fence: int, reason: str) -> bool:
-    """End the job for good, unless a person retries it; False if the fence is stale."""
+    """End the job, unless a user retries it; False if the fence is stale."""
     failed = _run(
         connection,
         """
@@ -241,9 +242,9 @@ def supersede(connection: Connection, job_id: int, fence: int, reason: str) -> b
 
 
 def abort(connection: Connection, job_ids: Sequence[int], who: str) -> list[int]:
-    """End queued and running jobs on a person's word; decided ones are left alone.
+    """End queued and running jobs at a user's request; decided jobs are left alone.
 
-    A running attempt ends here in the history too: what it still brings has a stale fence.
+    It also records the end of running attempts: the receipt that they may still send is too late.
     """
     reason, now = f"aborted by {who}", _now()
     _run(
@@ -271,7 +272,7 @@ def abort(connection: Connection, job_ids: Sequence[int], who: str) -> list[int]
 
 
 def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
-    """Queue failed and aborted jobs, and superseded ones with a snapshot, with new attempts."""
+    """Queue failed, aborted and, with a snapshot, superseded jobs; their attempts count from 0."""
     return _ids(
         connection,
         """
@@ -288,7 +289,7 @@ def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
 
 
 def revive(connection: Connection, version_ids: Sequence[int]) -> list[int]:
-    """Queue the superseded jobs of versions whose bytes a scan has found in their place again."""
+    """Queue the superseded jobs of versions whose bytes a scan has found in their files again."""
     return _ids(
         connection,
         """
@@ -303,7 +304,7 @@ def revive(connection: Connection, version_ids: Sequence[int]) -> list[int]:
 
 
 def remake(connection: Connection, job_ids: Sequence[int]) -> list[int]:
-    """Queue completed jobs whose sink has lost their output, on a person's word."""
+    """Queue completed jobs whose sink has lost their output, at a user's request."""
     return _ids(
         connection,
         """
@@ -330,7 +331,7 @@ def set_reason(connection: Connection, job_ids: Sequence[int], reason: str) -> N
 
 
 def _run(connection: Connection, statement: str, **values: Any) -> CursorResult[Any]:
-    """Run one statement; a collection is bound as JSON, for `json_each`."""
+    """Run one statement; collections are bound as JSON, for `json_each`."""
     bound = {
         name: json.dumps(list(value))
         if isinstance(value, Collection) and not isinstance(value, str)
@@ -380,7 +381,7 @@ def _now() -> str:
     return utcnow().isoformat(" ")
 
 
-# Questions about jobs; none of them changes anything.
+# Queries.
 
 
 def describe(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
@@ -390,7 +391,7 @@ def describe(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
         """
         SELECT j.id, j.fence, j.attempts, j.plugin_id, p.name AS plugin_name,
                p.version AS plugin_version, p.artifact_hash,
-               CAST(p.manifest AS BLOB) AS manifest,  -- a damaged one need not be text
+               CAST(p.manifest AS BLOB) AS manifest,  -- text may be damaged
                v.id AS version_id, v.ordinal, v.content_hash, v.size_bytes,
                l.path, l.rel_path, r.name AS source, r.path AS root_path,
                s.content_hash AS snapshot
@@ -408,7 +409,7 @@ def describe(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
 
 
 def orphans(connection: Connection, epoch: int) -> Sequence[Any]:
-    """RUNNING jobs of epochs before this one: the caller has the lock of the daemon they ran in."""
+    """RUNNING jobs of earlier epochs, whose daemon is dead: the caller holds the daemon lock."""
     return _run(
         connection,
         """
@@ -469,16 +470,16 @@ def counts_of(connection: Connection, job_ids: Sequence[int]) -> dict[str, int]:
 
 
 def attempts(connection: Connection, job_id: int) -> int:
-    """Attempts counted against the job so far, the running one among them; 0: no such job."""
+    """Attempts counted against the job so far, with the running one; 0: no such job."""
     query = "SELECT attempts FROM cf_processing_queue WHERE id = :job_id"
     return _run(connection, query, job_id=job_id).scalar() or 0
 
 
-# The history of attempts: one row each, written when it ended, never changed.
+# The history of attempts: one row each, written when it ends, never changed.
 
 
 class AttemptResult(NamedTuple):
-    """How an attempt ended, as it goes into the ledger; `db.models.Attempt` has the meanings."""
+    """How an attempt ended; `db.models.Attempt` has the meanings of the fields."""
 
     job_id: int
     fence: int
@@ -513,10 +514,10 @@ def add_attempts(connection: Connection, epoch: int, results: Sequence[AttemptRe
 
 
 def counted_attempts(connection: Connection, job_id: int, number: int) -> Sequence[Any]:
-    """The last attempts of the job that count against its budget: outcome, fault, error.
+    """The last attempts that count against the job: outcome, fault, error.
 
     Args:
-        number: at most so many; released and aborted ones are not among them.
+        number: how many at most. Released and aborted attempts do not count.
     """
     return _run(
         connection,
@@ -530,16 +531,14 @@ def counted_attempts(connection: Connection, job_id: int, number: int) -> Sequen
     ).all()
 
 
-# Which failures are open: one rule, for every count and every list.
+# The state of a failure, for every count and every list; the job's status stays FAILED.
 #
 #     mended        since the job was queued, the plugin has completed a newer version of its
-#                   location, or the same version under another artifact; or the plugin's active
+#                   location, or the same version with another artifact; or the plugin's active
 #                   artifact had completed that version before
-#     dismissed     a person has accepted it, and the job was not claimed again since
+#     dismissed     a user has accepted it, and the job was not claimed again since
 #     gone unread   neither, and the file was deleted
-#     open          none of these: it is counted, and a person has to do something
-#
-# Only FAILED jobs have one of these words; their status stays FAILED in the ledger.
+#     open          none of these: a user has to act
 
 
 OPEN_FAILURE, MENDED_FAILURE, DISMISSED_FAILURE, GONE_UNREAD = (
@@ -551,7 +550,7 @@ OPEN_FAILURE, MENDED_FAILURE, DISMISSED_FAILURE, GONE_UNREAD = (
 
 CLOSED_FAILURE = (MENDED_FAILURE, DISMISSED_FAILURE, GONE_UNREAD)
 
-# Not `finished_at` alone: an older version that a person has backfilled since may fail anew.
+# Not `finished_at` alone: an older version that was backfilled since may fail again.
 _MENDED = """
 EXISTS (
     SELECT 1 FROM cf_file_version mine
@@ -585,36 +584,38 @@ CASE WHEN j.status <> 'FAILED' THEN ''
      WHEN {_GONE} THEN '{GONE_UNREAD}'
      ELSE '{OPEN_FAILURE}' END
 """
-"""Of a job that the query calls `j`: one of the words, empty where it has not failed."""
+"""The failure state of a job that the query calls `j`; empty where it has not failed."""
 
 
 def failure_counts(connection: Connection, job_ids: Sequence[int] | None = None) -> dict[str, int]:
-    """FAILED jobs by these words; those that nobody has are left out.
+    """How many FAILED jobs are in each failure state that has any.
 
     Args:
         job_ids: only of these.
     """
-    query = text(
+    rows = _run(
+        connection,
         f"""
-        SELECT {FAILURE_STATE}, count(*) FROM cf_processing_queue j
+        SELECT {FAILURE_STATE} AS state, count(*) AS jobs FROM cf_processing_queue j
         WHERE j.status = 'FAILED'
-          AND (:ids IS NULL OR j.id IN (SELECT value FROM json_each(:ids)))
+          AND (:job_ids IS NULL OR j.id IN (SELECT value FROM json_each(:job_ids)))
         GROUP BY 1
-        """  # noqa: S608
+        """,  # noqa: S608
+        job_ids=job_ids,
     )
-    ids = None if job_ids is None else json.dumps(list(job_ids))
-    return {row[0]: row[1] for row in connection.execute(query, {"ids": ids})}
+    return {row.state: row.jobs for row in rows}
 
 
 def failed_job_ids(
     connection: Connection, state: str, plugin: str | None = None, path: str | None = None
 ) -> list[int]:
-    """FAILED jobs in one of these states.
+    """FAILED jobs in one failure state.
 
     Args:
         path: a glob over the path relative to the source root; `*` crosses directories.
     """
-    query = text(
+    return _ids(
+        connection,
         f"""
         SELECT j.id FROM cf_processing_queue j
         WHERE j.status = 'FAILED' AND (:plugin IS NULL OR j.plugin_name = :plugin)
@@ -622,25 +623,23 @@ def failed_job_ids(
               SELECT 1 FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id
               WHERE v.id = j.file_version_id AND l.rel_path GLOB :path))
           AND {FAILURE_STATE} = :state ORDER BY j.id
-        """  # noqa: S608
+        """,  # noqa: S608
+        state=state,
+        plugin=plugin,
+        path=path,
     )
-    chosen: dict[str, Any] = {"state": state, "plugin": plugin, "path": path}
-    return list(connection.execute(query, chosen).scalars())
 
 
 def dismiss(connection: Connection, job_ids: Sequence[int]) -> list[int]:
-    """Accept these failures; those that were FAILED. What fails again later is open again."""
-    execute_many(
+    """Accept the failures of those jobs that are FAILED, until they fail again."""
+    return _ids(
         connection,
         """
         INSERT OR REPLACE INTO cf_dismissed_failure (job_id, fence, dismissed_at)
-        SELECT id, fence, ? FROM cf_processing_queue WHERE id = ? AND status = 'FAILED'
+        SELECT id, fence, :now FROM cf_processing_queue
+        WHERE status = 'FAILED' AND id IN (SELECT value FROM json_each(:job_ids))
+        RETURNING job_id
         """,
-        [(str(utcnow()), job_id) for job_id in job_ids],
+        job_ids=job_ids,
+        now=_now(),
     )
-    failed = "SELECT id FROM cf_processing_queue WHERE id = :id AND status = 'FAILED'"
-    return [
-        job_id
-        for job_id in job_ids
-        if connection.execute(text(failed), {"id": job_id}).first() is not None
-    ]

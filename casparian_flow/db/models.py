@@ -1,9 +1,9 @@
-"""The ledger's tables: words, columns and the rules the database itself enforces.
+"""The ledger's tables: states, columns and the constraints that the database enforces.
 
-No behaviour here. `db/migrations/` holds the same schema as frozen SQL, with the triggers; a test
-compares the two. Times called `_at` are UTC; clock readings used in arithmetic are seconds since
-the epoch. Users edit `SourceRoot`, `RoutingRule`, `TopicConfig` and `PluginConfig` through these
-classes; everything else is written by the modules of `db` only.
+`db/migrations/` has the same schema as SQL, with the triggers; a test compares the two. Columns
+named `_at` are UTC; clock readings used in arithmetic are seconds since the epoch. Users edit
+`SourceRoot`, `RoutingRule`, `TopicConfig` and `PluginConfig` through these classes; the other
+tables are written by the modules of `db` only.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, validates
 
-# What every table of the ledger is declared with.
-
 
 def utcnow() -> datetime:
     """Now, in UTC, without a zone: the form of every `_at` column."""
@@ -48,15 +46,15 @@ class Base(DeclarativeBase):
     )
 
 
-# Where a job and an output can be: the words of the status columns.
+# The states of jobs and outputs.
 
 
 PAUSED = "paused: "
-"""Begins the `reason` of a job that waits for a sink or the machine, not for its own retry."""
+"""Prefix of the `reason` of a job that waits for a sink or the machine, not for its own retry."""
 
 
 class JobStatus(StrEnum):
-    """Where a job is; docs/job_lifecycle.md draws the arrows."""
+    """The state of a job; docs/job_lifecycle.md draws the arrows."""
 
     QUEUED = "QUEUED"
     """Waits for a worker, or for `not_before`."""
@@ -67,15 +65,15 @@ class JobStatus(StrEnum):
     COMPLETED = "COMPLETED"
     """Every output is visible in its sink."""
     FAILED = "FAILED"
-    """Attempts used up, or an error that would repeat: the dead letters."""
+    """Its attempts are used up, or its error would repeat."""
     ABORTED = "ABORTED"
-    """A person said no."""
+    """Aborted by a user."""
     SUPERSEDED = "SUPERSEDED"
     """The version's bytes were gone or changed before it could run."""
 
 
 class OutputState(StrEnum):
-    """Where an output is."""
+    """The state of an output."""
 
     PLANNED = "PLANNED"
     PUBLISHED = "PUBLISHED"
@@ -83,7 +81,7 @@ class OutputState(StrEnum):
 
 
 class Retraction(StrEnum):
-    """Where a retracted output is; the sink is asked between the first word and the second."""
+    """The state of a retracted output; RETRACTING and REINSTATING until its sink has done it."""
 
     RETRACTING = "RETRACTING"
     RETRACTED = "RETRACTED"
@@ -100,7 +98,7 @@ JOB_ARROWS = {
     "ABORTED": {"QUEUED"},
     "SUPERSEDED": {"QUEUED"},
 }
-"""Where a job may go from each status, and from nothing; triggers of the database say the same."""
+"""Status -> those it may change to; empty for no row. Triggers of the database enforce the same."""
 
 OUTPUT_ARROWS = {
     "": {"PLANNED"},
@@ -108,12 +106,10 @@ OUTPUT_ARROWS = {
     "PUBLISHED": {"PLANNED"},
     "REFUSED": {""},
 }
-"""Where an output may go; to nothing, since a new plan forgets what was not published."""
+"""State -> those it may change to; a new plan deletes outputs that were not published."""
 
 
-# The tables that only grow: what was deployed, signed, tried and done.
-#
-# No row of these is ever updated or deleted; triggers of the database refuse it.
+# Tables that only grow: triggers of the database refuse every UPDATE and DELETE.
 
 
 class Plugin(Base):
@@ -128,21 +124,21 @@ class Plugin(Base):
     source: Mapped[bytes]
     lock: Mapped[str]
     manifest: Mapped[str]
-    """JSON of what was read from the source."""
+    """JSON of the MANIFEST in the source."""
     artifact_hash: Mapped[str]
     public_key: Mapped[bytes]
     signature: Mapped[bytes]
     publisher: Mapped[str]
-    """Who published: the key's id."""
+    """Id of the key that published it."""
     deployed_at: Mapped[datetime] = mapped_column(default=utcnow)
     statement: Mapped[bytes | None]
-    """What was signed, byte for byte; NULL where an earlier release signed it in its own form."""
+    """The signed bytes; NULL where an earlier release signed it in its own form."""
     verdict: Mapped[str] = mapped_column(default="", server_default="")
-    """JSON: the Gatekeeper's ruleset and policy under which it was let in."""
+    """JSON: the Gatekeeper's ruleset and policy that accepted it."""
 
 
 class TrustStatement(Base):
-    """What people signed about keys and plugins, in order: the trust of this ledger.
+    """A signed statement about keys or plugins; in order, they are the trust log.
 
     Replaying the rows from the first gives which keys are trusted for which plugins, which keys
     are revoked, and which versions were activated or disabled.
@@ -154,7 +150,7 @@ class TrustStatement(Base):
     kind: Mapped[str]
     """trust-key, revoke-key, rotate-key, activate, disable."""
     payload: Mapped[bytes]
-    """What was signed, byte for byte: JSON, with the hash of the row before in it."""
+    """The signed bytes: JSON with the hash of the row before."""
     public_key: Mapped[bytes]
     signature: Mapped[bytes]
     countersignature: Mapped[bytes] = mapped_column(default=b"")
@@ -162,16 +158,16 @@ class TrustStatement(Base):
 
 
 class LedgerIdentity(Base):
-    """The one row that tells this ledger from every other; signatures name it."""
+    """The one row with the id of this ledger; signatures name it."""
 
     __tablename__ = "cf_ledger_identity"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    """32 random hexadecimal digits, made when the ledger was."""
+    """32 random hexadecimal digits, made with the ledger."""
 
 
 class Epoch(Base):
-    """One run of a process that claims jobs; the newest is the only living one."""
+    """One run of a process that claims jobs; only the newest can be alive."""
 
     __tablename__ = "cf_epoch"
 
@@ -195,31 +191,31 @@ class Attempt(Base):
     outcome: Mapped[str]
     error: Mapped[str] = mapped_column(default="")
     log: Mapped[str] = mapped_column(default="")
-    """What the plugin printed, and its traceback; at most 64 KiB."""
+    """Output of the plugin, and its traceback; at most 64 KiB."""
     seconds: Mapped[float] = mapped_column(default=0.0)
     ended_at: Mapped[datetime] = mapped_column(default=utcnow)
     sandbox: Mapped[str] = mapped_column(default="", server_default="")
-    """What the guest was held by; empty where none ran."""
+    """The layers of the guest's sandbox; empty where none ran."""
     fault: Mapped[str] = mapped_column(default="", server_default="")
-    """The class of the error (`casparian_flow.errors`); empty where it ended well."""
+    """The class of the error (`casparian_flow.errors`); empty where there was none."""
     signal: Mapped[str] = mapped_column(default="", server_default="")
-    """What ended the guest, such as `SIGSEGV`; empty where no signal did."""
+    """The signal that ended the guest, such as `SIGSEGV`; else empty."""
     exit_code: Mapped[int | None]
-    """Of the guest; NULL where it lived on or a signal ended it."""
+    """Of the guest; NULL where it is still alive or a signal ended it."""
     batches: Mapped[int] = mapped_column(default=0, server_default=text("0"))
     rows: Mapped[int] = mapped_column(default=0, server_default=text("0"))
-    """What had come of its output when it ended."""
+    """Rows of output until it ended."""
     max_rss_bytes: Mapped[int] = mapped_column(default=0, server_default=text("0"))
-    """The most memory its guest had held so far; 0 where nobody measured it."""
+    """Peak memory of its guest so far; 0 where it was not measured."""
     cpu_seconds: Mapped[float] = mapped_column(default=0.0, server_default=text("0"))
     """Processor time of the guest in this attempt."""
 
 
 class FoundOutput(Base):
-    """An output that stood in a sink and not in this ledger, as an inventory found it.
+    """An output that an inventory found in a sink and not in this ledger.
 
-    The ledger was lost, or is older than its sinks. Its ids are not given again; the version and
-    the job that it names get them back when the version's content is found again.
+    The ledger was lost, or is older than its sinks. The ids that the output names are not used
+    again, except by its own version and job once the version's content is found again.
     """
 
     __tablename__ = "cf_found_output"
@@ -258,7 +254,7 @@ _ABOUT_TRUST = "action IN ('trust-key', 'revoke-key', 'rotate-key', 'activate', 
 
 
 class AuditEntry(Base):
-    """What people did and what was committed, each row hashed with the one before."""
+    """An action of a person or a commit, hashed with the row before."""
 
     __tablename__ = "cf_audit"
     __table_args__ = (
@@ -278,11 +274,11 @@ class AuditEntry(Base):
     """SHA-256 over every other column, hexadecimal."""
 
 
-# What users import from here is all of it, wherever it is written down.
+# Sources, files, rules, jobs and outputs.
 
 
 def _name_of_root(context: Any) -> str:
-    """The directory's own name, numbered if another root has it: output keys contain it."""
+    """The directory's name, with a number if another root has it: output keys contain it."""
     base = Path(context.get_current_parameters()["path"]).name or "root"
     taken = set(
         context.connection.execute(
@@ -305,13 +301,13 @@ class SourceRoot(Base):
     name: Mapped[str] = mapped_column(unique=True, default=_name_of_root)
     active: Mapped[bool] = mapped_column(default=True)
     ignore: Mapped[str] = mapped_column(default="")
-    """gitignore patterns, a line each, besides the built-in ones."""
+    """gitignore patterns, one a line, besides the built-in ones."""
     settle_seconds: Mapped[float] = mapped_column(default=2.0)
-    """A file that changed less than this ago is not at rest; one-shot scans wait for it."""
+    """A file that changed less than this ago is not settled; one-shot scans wait for it."""
     done_file: Mapped[str] = mapped_column(default="", server_default="")
     """Name of the marker without which a file is not taken: `{name}.done`; empty for none."""
     min_age_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
-    """A file that changed less than this ago is left to a later scan; nobody waits for it."""
+    """A file that changed less than this ago is left to a later scan."""
 
     locations: Mapped[list[FileLocation]] = relationship(back_populates="source_root")
 
@@ -338,31 +334,31 @@ class ScanState(Base):
     unreadable: Mapped[int] = mapped_column(default=0)
     unsettled: Mapped[int] = mapped_column(default=0)
     problem: Mapped[str] = mapped_column(default="")
-    """Why the root is frozen; empty where it is not."""
+    """Why the root is frozen, else empty."""
     device: Mapped[int | None]
-    """Device of the root, to notice a lost mount."""
+    """Device of the root, to detect a lost mount."""
     routed: Mapped[str] = mapped_column(default="")
-    """Fingerprint of the routing that every present location has been through."""
+    """Fingerprint of the routing by which all present locations were routed."""
     waiting: Mapped[int] = mapped_column(default=0, server_default="0")
     """Files that lack their done file or their minimum age."""
     held: Mapped[int] = mapped_column(default=0, server_default="0")
-    """Files that vanished with so many others at once that nobody believes it yet."""
+    """Missing files that are not marked gone yet, since so many vanished at once."""
     held_since: Mapped[float] = mapped_column(default=0.0, server_default="0")
-    """When those were first found missing, seconds since the epoch; 0 where there are none."""
+    """When they were first found missing, seconds since the epoch; 0 where there are none."""
     watch: Mapped[str] = mapped_column(default="", server_default="")
-    """How the daemon hears of changes: `watching`, `polling: why` or `degraded: why`."""
+    """How the daemon detects changes: `watching`, `polling: why` or `degraded: why`."""
     missed: Mapped[int] = mapped_column(default=0, server_default="0")
-    """Changed files, ever, that the watcher should have announced and did not."""
+    """Total of changed files that no event announced."""
     scrub_after: Mapped[int] = mapped_column(default=0, server_default="0")
-    """The last location the scrub under way has read; 0 where none is."""
+    """The last location that the scrub in progress has read; 0 where none is in progress."""
     scrubbed: Mapped[float] = mapped_column(default=0.0, server_default="0")
-    """When every present file had last been read again, seconds since the epoch."""
+    """When the last complete scrub ended, seconds since the epoch."""
     hidden: Mapped[int] = mapped_column(default=0, server_default="0")
-    """Changes, ever, that only a scrub has found: the stamps of the file did not show them."""
+    """Total of changes that only a scrub found, since the file's timestamps did not change."""
 
 
 class Unsettled(Base):
-    """A file that every scan since has found being written."""
+    """A file that each scan so far found being written."""
 
     __tablename__ = "cf_unsettled"
 
@@ -370,11 +366,11 @@ class Unsettled(Base):
     path: Mapped[bytes] = mapped_column(primary_key=True)
     """Relative to the source root, as the filesystem has it."""
     first_seen: Mapped[float]
-    """When the first of those scans found it, seconds since the epoch."""
+    """When the first of them found it, seconds since the epoch."""
 
 
 class Directory(Base):
-    """A directory under a source root, with a digest that says nothing in it has changed."""
+    """A directory under a source root, with a digest that changes when anything in it does."""
 
     __tablename__ = "cf_directory"
     __table_args__ = (UniqueConstraint("source_root_id", "path"),)
@@ -385,11 +381,11 @@ class Directory(Base):
     path: Mapped[bytes]
     """Relative to the source root; empty for the root itself."""
     digest: Mapped[bytes | None]
-    """Over the names and stat identities in it; NULL while anything in it needs another look."""
+    """Over the names and stats in it; NULL while a file in it must be compared again."""
 
 
 class FileLocation(Base):
-    """A path under a source root, for as long as it is known."""
+    """A path under a source root; never deleted."""
 
     __tablename__ = "cf_file_location"
     __table_args__ = (UniqueConstraint("source_root_id", "path"),)
@@ -398,12 +394,12 @@ class FileLocation(Base):
     source_root_id: Mapped[int] = mapped_column(ForeignKey("cf_source_root.id"))
     directory_id: Mapped[int] = mapped_column(ForeignKey("cf_directory.id"), index=True)
     path: Mapped[bytes]
-    """Relative path as the filesystem has it: any bytes."""
+    """Relative path, as bytes."""
     rel_path: Mapped[str]
     """The same as text with POSIX separators; bytes that are not UTF-8 are escaped."""
     discovered_at: Mapped[datetime] = mapped_column(default=utcnow)
     gone_at: Mapped[datetime | None]
-    """When a scan found it deleted; NULL while it is there."""
+    """When a scan found it deleted; NULL while it is present."""
     current_version_id: Mapped[int | None] = mapped_column(
         ForeignKey("cf_file_version.id", use_alter=True)
     )
@@ -415,7 +411,7 @@ class FileLocation(Base):
     mtime_ns: Mapped[int | None]
     ctime_ns: Mapped[int | None]
     racy: Mapped[bool] = mapped_column(default=False)
-    """Its stamps were too young to prove anything; the next scan hashes it again."""
+    """Its timestamps were too recent to rule out a later write; the next scan hashes it again."""
 
     source_root: Mapped[SourceRoot] = relationship(back_populates="locations")
     versions: Mapped[list[FileVersion]] = relationship(
@@ -436,7 +432,7 @@ class FileVersion(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     location_id: Mapped[int] = mapped_column(ForeignKey("cf_file_location.id"))
     ordinal: Mapped[int]
-    """1 for the first content of the location, and on."""
+    """1 for the first content of the location, 2 for the next, and so on."""
     content_hash: Mapped[str]
     """SHA-256, hexadecimal."""
     size_bytes: Mapped[int]
@@ -448,7 +444,7 @@ class FileVersion(Base):
 
 
 class RoutingRule(Base):
-    """glob -> tag."""
+    """A glob, and the tag that matching files get."""
 
     __tablename__ = "cf_routing_rule"
     __table_args__ = (UniqueConstraint("pattern", "tag"),)
@@ -458,7 +454,7 @@ class RoutingRule(Base):
     tag: Mapped[str] = mapped_column(index=True)
     priority: Mapped[int] = mapped_column(default=0)
     any_case: Mapped[bool] = mapped_column(default=True, server_default=text("0"))
-    """Whether `*.csv` matches `ORDERS.CSV`. Rules from before there was a choice do not."""
+    """Whether `*.csv` matches `ORDERS.CSV`; not in rules older than this column."""
 
 
 class PluginConfig(Base):
@@ -488,8 +484,8 @@ class TopicConfig(Base):
 
 
 class EmptyTopic(Base):
-    """A topic of data that a file may give no row while it gives rejects, as a person said: such a
-    file is COMPLETED, and its rejects are published."""
+    """A topic that a file may give no rows while it gives rejects, by a user's choice: such a file
+    is COMPLETED, and its rejects are published."""
 
     __tablename__ = "cf_empty_topic"
 
@@ -504,7 +500,7 @@ _STATES = ", ".join(f"'{state}'" for state in OutputState)
 
 
 class ProcessingJob(Base):
-    """One version x one plugin artifact."""
+    """One version and one plugin artifact."""
 
     __tablename__ = "cf_processing_queue"
     __table_args__ = (
@@ -524,33 +520,33 @@ class ProcessingJob(Base):
     fence: Mapped[int] = mapped_column(default=0)
     """Counts claims; a result under an older fence is refused."""
     attempts: Mapped[int] = mapped_column(default=0)
-    """Attempts counted against the job's budget."""
+    """Attempts counted against `[jobs] max_attempts`."""
     not_before: Mapped[float] = mapped_column(default=0.0)
     """Earliest claim, seconds since the epoch."""
     worker: Mapped[str | None]
     epoch: Mapped[int | None] = mapped_column(ForeignKey("cf_epoch.id"))
     """The daemon run that claimed it last."""
     reason: Mapped[str] = mapped_column(default="")
-    """Why it waits, failed or was superseded, in words."""
+    """Why it waits, failed or was superseded."""
     crashes: Mapped[int] = mapped_column(default=0, server_default=text("0"))
-    """Daemons that died while a guest had it in hand; see `engine.dispatch`."""
+    """Daemons that died while a guest ran it; see `engine.dispatch`."""
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
     finished_at: Mapped[datetime | None]
 
 
 class DismissedFailure(Base):
-    """A failure that a person has accepted: it is counted no more."""
+    """A failure that a user has accepted: it is no longer counted."""
 
     __tablename__ = "cf_dismissed_failure"
 
     job_id: Mapped[int] = mapped_column(ForeignKey("cf_processing_queue.id"), primary_key=True)
     fence: Mapped[int]
-    """Of the job when it was dismissed: once it has been claimed again, it may fail anew."""
+    """Of the job when it was dismissed: a later failure is not."""
     dismissed_at: Mapped[datetime] = mapped_column(default=utcnow)
 
 
 class ForgottenOutput(Base):
-    """A published output that a person took away on purpose: no claim on its sink any more."""
+    """A published output that a user deleted in its sink: `verify` does not expect it."""
 
     __tablename__ = "cf_forgotten_output"
 
@@ -559,7 +555,7 @@ class ForgottenOutput(Base):
 
 
 class RetractedOutput(Base):
-    """A published output whose rows a person took back: its sink keeps them, and no reader sees
+    """A published output whose rows a user has hidden: the sink keeps them, and readers do not see
     them."""
 
     __tablename__ = "cf_retracted_output"
@@ -571,7 +567,7 @@ class RetractedOutput(Base):
 
 
 class Output(Base):
-    """One output of a job: planned when the job was decided, then published."""
+    """One output of a job: planned when the job is decided, then published."""
 
     __tablename__ = "cf_output"
     __table_args__ = (
@@ -592,19 +588,19 @@ class Output(Base):
     output_key: Mapped[str]
     state: Mapped[str] = mapped_column(default=OutputState.PLANNED)
     stage: Mapped[str]
-    """The sealed file, until the output is published."""
+    """The staged file, until the output is published."""
     target: Mapped[str] = mapped_column(default="")
     rows: Mapped[int]
     size_bytes: Mapped[int]
     digest: Mapped[str]
     published_at: Mapped[datetime | None]
     slot: Mapped[str] = mapped_column(default="", server_default="", index=True)
-    """What the outputs of all versions of the location share here (`protocol.OutputPlan.slot`);
-    empty where an earlier release planned it, to which every output was in mode append."""
+    """The same for the outputs of all versions of the location (`protocol.OutputPlan.slot`); empty
+    where an earlier release planned it, which had only mode append."""
 
 
 class Snapshot(Base):
-    """A content whose bytes the store has, for as long as it has them."""
+    """A content whose bytes the snapshot store has."""
 
     __tablename__ = "cf_snapshot"
     __table_args__ = (
@@ -613,21 +609,21 @@ class Snapshot(Base):
     )
 
     content_hash: Mapped[str] = mapped_column(primary_key=True)
-    """SHA-256, hexadecimal: of as many versions as have this content."""
+    """SHA-256, hexadecimal; any number of versions may have this content."""
     size_bytes: Mapped[int]
     kept_at: Mapped[datetime] = mapped_column(index=True)
     """When a scan last captured this content."""
 
 
 class SnapshotFault(Base):
-    """Why the store did not take what it should have; a single row."""
+    """Why the store could not take a content; a single row."""
 
     __tablename__ = "cf_snapshot_fault"
     __table_args__ = (CheckConstraint("id = 1", name="single"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
     words: Mapped[str]
-    """Empty where the last ones were taken."""
+    """Empty where it took the last ones."""
     files: Mapped[int]
-    """Contents that were recorded without a snapshot since the store last took one."""
+    """Contents recorded without a snapshot since the store last took one."""
     since: Mapped[datetime]

@@ -192,7 +192,7 @@ NOT_A_DATABASE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 """Result codes for a file that is damaged, or no database."""
 
 
-_AFTER = {"0006_seals.sql": seals.seal_what_is_there}
+_AFTER = {"0006_seals.sql": seals.seal_existing_rows}
 """What SQL cannot do, after a migration's statements and in the same transaction."""
 
 

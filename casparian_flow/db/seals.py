@@ -234,7 +234,7 @@ def seal(connection: sqlite3.Connection, marks: Marks) -> None:
     connection.execute("DELETE FROM cf_moved")
 
 
-def seal_what_is_there(connection: sqlite3.Connection) -> None:
+def seal_existing_rows(connection: sqlite3.Connection) -> None:
     """Seal every row, once, in the migration that begins the seals."""
     for table in SEALED_TABLES:
         low = 0

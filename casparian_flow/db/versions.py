@@ -639,20 +639,20 @@ def record_scrubbed(
     root_id: int,
     subject: str,
     target: ScrubTarget,
-    found: str,
+    content_hash: str,
     routing: Routing,
 ) -> RecordResult:
     """Record other bytes under the same stat as a version, with an audit row.
 
     Args:
         subject: the file, as the audit names it.
-        found: SHA-256 of its bytes.
+        content_hash: SHA-256 of its bytes.
     """
     folder = target.path.rpartition(b"/")[0]
-    sighting = Sighting(target.path, folder, target.stat, found, False, target.version_id)
+    sighting = Sighting(target.path, folder, target.stat, content_hash, False, target.version_id)
     recorded = record(connection, root_id, [sighting], routing)
     if recorded.versions:
         count_up(connection, root_id, hidden=recorded.versions)
-        detail = {"was": target.content_hash, "is": found, "stamps": "did not show it"}
+        detail = {"was": target.content_hash, "is": content_hash, "stamps": "did not show it"}
         audit.append(connection, "scrub", [audit.Event("hidden-change", subject, detail)])
     return recorded

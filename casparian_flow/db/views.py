@@ -1,4 +1,4 @@
-"""What people and programs look at: read-only queries whose rows are dictionaries.
+"""Read-only queries for people and programs; rows are dictionaries.
 
 A column named `..._at` is a time: ISO 8601, UTC.
 """
@@ -23,7 +23,7 @@ from casparian_flow.db.found import COMMITTED, INVISIBLE, REPLACED, RETRACTED
 from casparian_flow.db.routing import compile_pattern
 
 EVERY = (1 << 63) - 1
-"""An id that no row is above."""
+"""An id that no row exceeds."""
 
 
 def roots(connection: Connection) -> list[Row]:
@@ -87,8 +87,8 @@ def audit(
     """Rows of the audit, the newest first.
 
     Args:
-        subject: a glob over what they are about.
-        every: the seals among them.
+        subject: a glob over their subjects.
+        every: include the seals.
     """
     return page(
         connection,
@@ -102,7 +102,7 @@ def audit(
 
 
 def topics(connection: Connection) -> list[Row]:
-    """Where every topic goes, and what is there of it; people may write `?mode=` into a URI."""
+    """Where every topic goes, and what is visible there; a URI may have `?mode=` in it."""
     return _rows(
         connection,
         f"""
@@ -158,7 +158,7 @@ def jobs(
 
     Args:
         path: a glob over the path relative to the source root; `*` crosses directories.
-        failure: only FAILED ones in this state of `db.jobs`.
+        failure: only FAILED jobs in this failure state (`db.jobs`).
         job_ids: only these.
     """
     which = f"""
@@ -178,8 +178,8 @@ def jobs(
 
 def job(connection: Connection, job_id: int) -> Row | None:
     """A job in full: its version, every attempt with its log, every output. None: no such job."""
-    found = _rows(connection, _JOBS + "WHERE j.id = :id", id=job_id)
-    if not found:
+    rows = _rows(connection, _JOBS + "WHERE j.id = :id", id=job_id)
+    if not rows:
         return None
     facts = _rows(
         connection,
@@ -218,11 +218,11 @@ def job(connection: Connection, job_id: int) -> Row | None:
         """,  # noqa: S608
         id=job_id,
     )
-    return {**found[0], **facts[0], "attempt_log": attempts, "outputs": outputs}
+    return {**rows[0], **facts[0], "attempt_log": attempts, "outputs": outputs}
 
 
 def last_sandbox(connection: Connection) -> str:
-    """What the guest of the newest attempt was held by; empty before the first."""
+    """The sandbox of the newest attempt's guest; empty before the first."""
     query = text("SELECT sandbox FROM cf_attempt WHERE sandbox <> '' ORDER BY id DESC LIMIT 1")
     return connection.execute(query).scalar() or ""
 
@@ -257,7 +257,7 @@ def job_ids(
 
 
 def reasons(connection: Connection, limit: int | None) -> Page:
-    """The reasons why jobs wait or have failed, those of open failures; the commonest first."""
+    """Why jobs wait or have failed (open failures only); the commonest reason first."""
     return page(
         connection,
         f"""
@@ -280,8 +280,8 @@ def files(
     """Locations, with their current version and its jobs.
 
     Args:
-        gone: those that were deleted, instead of those that are there.
-        unreadable: only those the last scan could not read.
+        gone: deleted locations instead of present ones.
+        unreadable: only those that the last scan could not read.
     """
     return page(
         connection,
@@ -302,11 +302,11 @@ def files(
 
 
 def versions(connection: Connection, root_id: int, path: bytes, rel_path: str) -> list[Row]:
-    """Every version of a location, the first one first; empty where it is not known.
+    """Every version of a location, in order; empty where the location is not recorded.
 
     Args:
-        path: as the filesystem has it.
-        rel_path: as we show it, for names that are not UTF-8.
+        path: its relative path, as bytes.
+        rel_path: the path as it is displayed, for names that are not UTF-8.
     """
     return _rows(
         connection,
@@ -330,25 +330,25 @@ def committed(connection: Connection) -> list[Row]:
     """One output of each topic of each completed job: what `casparian query` reads.
 
     A topic that goes to several sinks has the same rows in each, and is read from the first.
-    `latest` marks what the newest version of its location gave, by the plugin version that takes
-    new jobs, else by the newest that worked it. What an inventory has found counts as what its job
-    gave, until that job has come back.
+    `latest` marks the outputs of the newest version of a location: those of the active artifact,
+    else of the newest artifact that has processed it. A found output counts as its job's, until
+    this ledger has that job.
     """
     return _rows(connection, COMMITTED)
 
 
 class Waiting(NamedTuple):
-    """The jobs that are not finished, counted."""
+    """Counts of unfinished jobs."""
 
     queued: int
     running: int
     committing: int
     paused: int
-    """Of those queued and committing: they wait for a sink or the machine."""
+    """Queued or committing jobs that wait for a sink or the machine."""
     later: int
-    """Of those queued: they wait for the time of their next attempt."""
+    """Queued jobs that wait for the time of their next attempt."""
     reason: str
-    """Why the first paused one waits."""
+    """Why a paused job waits."""
 
     @property
     def unfinished(self) -> int:
@@ -356,10 +356,10 @@ class Waiting(NamedTuple):
 
 
 def waiting(connection: Connection, paused: str, up_to: int = EVERY) -> Waiting:
-    """The unfinished jobs up to an id; why they wait is looked up only when none is running.
+    """Count the unfinished jobs up to an id; why they wait is read only when none is running.
 
     Args:
-        paused: how the reason of a paused job begins.
+        paused: prefix of the reason of a paused job.
     """
     by_status = text(
         """
@@ -404,11 +404,10 @@ def scans(connection: Connection) -> Sequence[Any]:
     ).all()
 
 
-# Files that no plugin wants: recorded, and nothing is made of them.
+# Unrouted files: their current version has no job, so no rule brings it to a plugin. A version gets
+# its jobs when it is recorded, or when the rules change. One with a found output had its job in
+# another ledger.
 
-
-# A version with a job is wanted. One without is wanted by nobody: its jobs were queued with it, or
-# when the rules changed. What an inventory has found of it was made by a job of another ledger.
 _UNROUTED = """
     FROM cf_file_location l
     JOIN cf_source_root r ON r.id = l.source_root_id AND r.active
@@ -421,21 +420,21 @@ _UNROUTED = """
 """
 
 CHOICES = 50
-"""Of a pattern with braces, at the most."""
+"""Alternatives of a pattern with braces, at most."""
 
 NEAR = 0.6
-"""How alike an ending and a rule must be (0 to 1) for the rule to be named."""
+"""Similarity of an ending and a rule (0 to 1) from which the rule is named."""
 
 
 def count_unrouted(connection: Connection, source: str | None = None) -> int:
-    """How many there are, of active source roots."""
+    """How many unrouted files active source roots have."""
     query = text(f"SELECT count(*) {_UNROUTED}")
     return int(connection.execute(query, {"source": source}).scalar_one())
 
 
 def unrouted_files(connection: Connection, limit: int | None, source: str | None = None) -> Page:
-    """They, each with the rule that is nearest to matching it; empty where none is near."""
-    found = page(
+    """Unrouted files, each with the rule that is nearest to matching it; empty where none is."""
+    unrouted = page(
         connection,
         f"""
         SELECT r.name AS source, l.rel_path, v.size_bytes, v.ordinal AS versions,
@@ -447,9 +446,9 @@ def unrouted_files(connection: Connection, limit: int | None, source: str | None
         source=source,
     )
     rules = Rules(connection)
-    for row in found:
+    for row in unrouted:
         row["nearest"] = rules.nearest(row["rel_path"])
-    return found
+    return unrouted
 
 
 class _RuleMatcher(NamedTuple):
@@ -457,11 +456,11 @@ class _RuleMatcher(NamedTuple):
     pattern: re.Pattern[str]
     literals: tuple[str, ...]
     fault: str
-    """Why it does not give a job to what it matches."""
+    """Why a file that it matches gets no job; else empty."""
 
 
 class Rules:
-    """The rules of one moment, to find the one that is nearest to matching a file."""
+    """The routing rules, to find the one that comes nearest to matching a file."""
 
     def __init__(self, connection: Connection) -> None:
         self._rules: list[_RuleMatcher] = []
@@ -474,12 +473,12 @@ class Rules:
             if row["plugins"] and row["case"] == "exact":
                 fault = "it matches in its own case only"
             shown = f"{row['plugins'] or row['tag']} {row['pattern']}"
-            found = _RuleMatcher(shown, pattern, literals(row["pattern"].lower()), fault)
-            self._rules.append(found)
+            matcher = _RuleMatcher(shown, pattern, literals(row["pattern"].lower()), fault)
+            self._rules.append(matcher)
         self._by_ending = lru_cache(4096)(self._alike)
 
     def nearest(self, path: str) -> str:
-        """The rule in words: plugin and pattern, and what keeps it from matching where it would."""
+        """The nearest rule: its plugin and pattern, and why it gives no job where it matches."""
         for rule in self._rules:
             if rule.fault and rule.pattern.match(path):
                 return f"{rule.shown} ({rule.fault})"
@@ -490,7 +489,7 @@ class Rules:
         return self._by_ending(re.sub(r"\d+", "0", name.lower())[-80:])
 
     def _alike(self, name: str) -> str:
-        """The rule whose literal part is most like a name, or like the name's ending."""
+        """The rule whose literal part is most similar to a name or to its ending."""
         ending = name[name.rfind(".") :] if "." in name else name
         best, shown = NEAR, ""
         for rule in self._rules:
@@ -503,24 +502,25 @@ class Rules:
 
 
 def _shorter(name: str) -> list[str]:
-    """The name without what was put behind or between its extensions: `a.csv.bak`, `a.csv.1`."""
+    """The name without its last extensions: `a.csv.bak` and `a.csv.1` without theirs."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(len(parts) - 1, 1, -1)]
 
 
 def literals(pattern: str) -> tuple[str, ...]:
-    """What a pattern has besides wildcards: `*.{csv,tsv}` has `.csv` and `.tsv`."""
-    pending, found = [pattern], list[str]()
-    while pending and len(found) < CHOICES:
+    """The literal parts of a pattern: `*.{csv,tsv}` has `.csv` and `.tsv`."""
+    pending, parts = [pattern], list[str]()
+    while pending and len(parts) < CHOICES:
         text = pending.pop()
         if choice := re.search(r"\{([^{}]*)\}", text):
-            each = choice[1].split(",")[: CHOICES - len(found)]
+            options = choice[1].split(",")[: CHOICES - len(parts)]
             pending += [
-                f"{text[: choice.start()]}{one}{text[choice.end() :]}" for one in each[::-1]
+                f"{text[: choice.start()]}{option}{text[choice.end() :]}"
+                for option in reversed(options)
             ]
         elif group := re.search(r"([@+?*!])\(([^()]*)\)", text):
             first = group[2].split("|")[0] if group[1] in "@+" else ""
             pending.append(f"{text[: group.start()]}{first}{text[group.end() :]}")
         else:
-            found.append(re.sub(r"\[[^\]]*\]|[*?]", "", text.rpartition("/")[2]))
-    return tuple(dict.fromkeys(filter(None, found)))
+            parts.append(re.sub(r"\[[^\]]*\]|[*?]", "", text.rpartition("/")[2]))
+    return tuple(dict.fromkeys(filter(None, parts)))

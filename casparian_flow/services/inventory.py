@@ -1,10 +1,10 @@
-"""What stands in the sinks and not in the ledger: it was lost, or is older than they are.
+"""Adopt outputs that sinks have and the ledger does not: it was lost, or is older than its sinks.
 
-Sinks know their outputs by output key, so this asks no clock and no mark: whatever a sink holds
-under a key the ledger has not heard of is found. It is written down before the ledger gives any
-id, so that nothing is made twice and no id stands for two things (`db.found` says how).
+Sinks list their outputs by output key, so this needs no clock: every output whose key the ledger
+does not have is found. Found outputs are recorded before the ledger assigns any id, so that no
+output is made twice and no id names two things (see `db.found`).
 
-The sinks that a ledger has had are noted beside it (`<database>.sinks`): a new ledger that takes
+The sinks that a ledger has used are listed beside it (`<database>.sinks`), so that a new ledger in
 the place of a lost one asks them too.
 """
 
@@ -32,10 +32,10 @@ ACTOR = "inventory"
 
 
 def take(settings: Settings, ledger: Ledger, uris: Iterable[str] = ()) -> list[str]:
-    """Adopt what the sinks hold and the ledger does not know; a sentence for each such sink.
+    """Adopt the outputs that the ledger does not have; a sentence for each sink that has any.
 
     Args:
-        uris: sinks that will be written to besides those that topics go to.
+        uris: sinks to ask besides those that topics go to.
 
     Raises:
         LedgerError: the ledger could not be read or written.
@@ -45,7 +45,7 @@ def take(settings: Settings, ledger: Ledger, uris: Iterable[str] = ()) -> list[s
 
 
 def before_scan(database: DatabaseSettings, ledger: Ledger) -> list[str]:
-    """`take` of the sinks noted, where no daemon runs: one has done it when it began."""
+    """`take` from the listed sinks, unless a daemon runs, which has done so at its start."""
     if durable.daemon_lock_holder(database.daemon_lock) is not None:
         return []
     return _take(database, ledger, [])
@@ -55,32 +55,32 @@ def _take(database: DatabaseSettings, ledger: Ledger, locations: list[str]) -> l
     noted = _noted(database)
     _note(database, noted, locations)
     known = {key[:KEY_DIGITS] for key in ledger.read(found.known_keys)}
-    words = []
+    messages = []
     for location in dict.fromkeys([*locations, *noted]):
         try:
-            news = list(sinks.inventory(location, database, known))
+            new = list(sinks.inventory(location, database, known))
         except CasparianError as error:
             log.warning("the sink %s could not be inventoried: %s", location, error.message)
             continue
-        if news:
-            words += _adopt(ledger, location, news)
-            known.update(output.output_key[:KEY_DIGITS] for output in news)
-    for sentence in words:
-        log.warning("%s", sentence)
-    return words
+        if new:
+            messages += _adopt(ledger, location, new)
+            known.update(output.output_key[:KEY_DIGITS] for output in new)
+    for message in messages:
+        log.warning("%s", message)
+    return messages
 
 
-def _adopt(ledger: Ledger, location: str, news: list[Found]) -> list[str]:
-    """Write them down in one transaction, with its audit row."""
+def _adopt(ledger: Ledger, location: str, new: list[Found]) -> list[str]:
+    """Record them in one transaction, with its audit row."""
 
     def work(connection: Connection) -> int:
-        count = found.add(connection, [_row(location, output) for output in news])
+        count = found.add(connection, [_row(location, output) for output in new])
         if count:
             detail = {
                 "outputs": count,
-                "rows": sum(output.rows for output in news),
-                "last_version_id": max(output.file_version_id for output in news),
-                "last_job_id": max(output.job_id for output in news),
+                "rows": sum(output.rows for output in new),
+                "last_version_id": max(output.file_version_id for output in new),
+                "last_job_id": max(output.job_id for output in new),
             }
             audit.append(connection, ACTOR, [audit.Event("adopt", f"sink {location}", detail)])
         return count
@@ -109,7 +109,7 @@ def _row(location: str, output: Found) -> dict[str, object]:
 
 
 def _locations(uris: Iterable[str], home: Path) -> list[str]:
-    """Where these sinks are; one that nobody can open holds nothing."""
+    """The locations of these sinks; a URI that cannot be opened is left out."""
     locations = []
     for uri in sorted(uris):
         try:
@@ -124,8 +124,8 @@ def _notes(database: DatabaseSettings) -> Path:
 
 
 def _noted(database: DatabaseSettings) -> list[str]:
-    """The sinks that a ledger in this place has had. Paths start at the database's folder, so
-    that a copy of the whole folder means its own outputs."""
+    """The sinks that a ledger in this place has used. Paths are relative to the database's folder,
+    so that a copy of the whole folder means its own outputs."""
     try:
         lines = _notes(database).read_text("utf-8", "surrogateescape").splitlines()
     except FileNotFoundError:
@@ -136,13 +136,13 @@ def _noted(database: DatabaseSettings) -> list[str]:
 def _note(database: DatabaseSettings, noted: list[str], locations: list[str]) -> None:
     if set(locations) <= set(noted):
         return
-    lines = [_relative(each, database.path.parent) for each in dict.fromkeys([*noted, *locations])]
+    lines = [_relative(sink, database.path.parent) for sink in dict.fromkeys([*noted, *locations])]
     text = "".join(f"{line}\n" for line in lines)
     durable.write_once(_notes(database), text.encode("utf-8", "surrogateescape"))
 
 
 def _relative(location: str, folder: Path) -> str:
-    """The sink's URI from a folder on, where it lies below it."""
+    """The sink's URI, relative to a folder where the sink is below it."""
     if location.startswith(sinks.SERVER):
         return location
     prefix = next(p for p in sinks.PREFIXES.values() if location.startswith(p))

@@ -11,12 +11,12 @@ import contextlib
 import errno
 import hashlib
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from stat import S_ISREG
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
@@ -31,16 +31,16 @@ from casparian_flow.services.snapshots import NOTHING, Capture, Store
 from casparian_flow.services.walk import Ignore, Listing
 
 BATCH_FILES = 1000
-"""Sightings in one transaction, at the most."""
+"""Sightings in one transaction, at most."""
 
 BATCH_SECONDS = 0.5
-"""A slow scan (large files) records what it has this often."""
+"""A slow scan (large files) records what it has found this often."""
 
 TORN_SECONDS = 0.05
-"""Pause before a file that changed under our eyes is looked at again, at the least."""
+"""Pause before a file that changed while it was read is read again, at least."""
 
 PATH_MAX = 4096
-"""Bytes of a path that the kernel takes, with the NUL at its end; no watcher gets beyond it."""
+"""Longest path that the kernel takes, in bytes with the NUL; watchers reach no longer one."""
 
 _UNMOUNTED = "is empty and on another device than before (unmounted?)"
 
@@ -54,14 +54,14 @@ def scan(
     heard: Heard | None = None,
     believe: bool = False,
 ) -> ScanReport:
-    """Look once, recording what is at rest.
+    """Scan a root once, and record the files that are settled.
 
     Args:
-        only: directories (relative paths) to look at; those among their subdirectories that the
-            ledger does not know are walked too. None is a full scan.
+        only: directories (relative paths) to scan, with those of their subdirectories that the
+            ledger does not have. None for a full scan.
         stop: ends the scan early when set; what was found so far is recorded.
-        heard: what the watcher watches, for the report to say what that leaves out.
-        believe: mark what is missing as deleted, however much it is (`services.scan`).
+        heard: what the watcher watches, so that the report can say what it misses.
+        believe: mark missing files as deleted, however many (see `Vanished`).
 
     Raises:
         LedgerError: the ledger could not be written; finished batches stay recorded.
@@ -120,9 +120,9 @@ class _Scan:
             self._flush()
         finally:
             os.close(descriptor)
-        if not self.stop.is_set():  # a part of a root says nothing of what is missing
-            found = self.report
-            found.gone, found.held, found.passed_over = self._write(self.vanished.settle)
+        if not self.stop.is_set():  # what is missing is known only at the end
+            report = self.report
+            report.gone, report.held, report.passed_over = self._write(self.vanished.settle)
             crashpoint("scan.vanished")
             self._note_writing(full=only is None)
         if only is None and not self.stop.is_set():
@@ -137,13 +137,13 @@ class _Scan:
         wanted = {walk.nearest(root, path, self.ignore) for path in only}
         seen: set[bytes] = set()
         for path in sorted(path for path in wanted if path is not None):
-            # A new folder and one inside it are often named together.
+            # Events often name a new folder together with folders inside it.
             for listing in self._shallow(root, path) if path not in seen else ():
                 seen.add(listing.path)
                 yield listing
 
     def _shallow(self, root: int, path: bytes) -> Iterator[Listing]:
-        """One directory, and those of its subdirectories that nobody has walked yet."""
+        """One directory, with those of its subdirectories that the ledger does not have."""
         try:
             descriptor = walk.open_folder(root, path)
         except OSError:
@@ -170,7 +170,7 @@ class _Scan:
         self._note_unheard(listing)
         if self._read(versions.directory_digest, listing.path) == listing.digest:
             return
-        # A folder's row must be there before its files' rows point to it.
+        # A folder's row must exist before its files' rows refer to it.
         self._folders.append((listing.path, None))
         try:
             quiet = self._compare_files(listing)
@@ -178,7 +178,7 @@ class _Scan:
         except OSError as error:
             self._unreadable(listing.path, str(error.strerror))
             return
-        # A sighting that lost a race was recorded as unsettled when its batch was flushed.
+        # A flush marks the folder as unsettled where another scan recorded a file first.
         if not quiet or listing.path in self.report.unsettled:
             return
         if missing:
@@ -196,7 +196,7 @@ class _Scan:
                 self.report.unheard.add(inode)
 
     def _compare_files(self, listing: Listing) -> bool:
-        """Record what changed; True if no file here needs a further look."""
+        """Record the files that changed; True if no file here must be read again."""
         quiet = True
         for chunk in walk.chunks(listing, self.ignore):
             paths = [walk.join(listing.path, name) for name, _ in chunk]
@@ -207,36 +207,36 @@ class _Scan:
         return quiet
 
     def _compare_file(
-        self, listing: Listing, name: bytes, path: bytes, found: Stat, known: LocationState | None
+        self, listing: Listing, name: bytes, path: bytes, stat: Stat, known: LocationState | None
     ) -> bool:
-        """Record a file if it changed and is at rest; True if it needs no further look."""
-        same = known is not None and known.present and known.stat == found
+        """Record a file if it changed and is settled; True if it need not be read again."""
+        same = known is not None and known.present and known.stat == stat
         if known is not None and same and not known.racy:
             return True
         if self.stop.is_set():
             return False
-        if not same and self.heard is not None and found.ctime_ns > self.heard.since * 1e9:
+        if not same and self.heard is not None and stat.ctime_ns > self.heard.since * 1e9:
             self.report.fresh.append(path)
         now = time.time_ns()
-        if self._lacks_marker(listing, name) or unrest(found, now, self.root.min_age_seconds) > 0:
+        if self._lacks_marker(listing, name) or unrest(stat, now, self.root.min_age_seconds) > 0:
             self.report.waiting += 1
             return False
-        wait = unrest(found, now, self.root.settle_seconds)
+        wait = unrest(stat, now, self.root.settle_seconds)
         if wait > 0:
             self._is_written(listing, path, wait)
             return False
         try:
             content = hash_and_capture(
-                name, listing.descriptor, self.stop, self.snapshots, found,
+                name, listing.descriptor, self.stop, self.snapshots, stat,
                 known.content_hash if known and same else None,
             )  # fmt: skip
         except FileNotFoundError:
             return False
         except OSError as error:
             self._unreadable(path, str(error.strerror))
-            self._sightings[path] = _unread(path, listing.path, found, known, str(error.strerror))
+            self._sightings[path] = _unread(path, listing.path, stat, known, str(error.strerror))
             return False
-        if content is None or self._was_written(found, content[1]):
+        if content is None or self._was_written(stat, content[1]):
             self._is_written(listing, path, max(self.root.settle_seconds, TORN_SECONDS))
             return False
         crashpoint("scan.hashed")
@@ -252,7 +252,7 @@ class _Scan:
         self.report.settles_in = max(self.report.settles_in, wait)
 
     def _note_writing(self, *, full: bool) -> None:
-        """Remember since when the files that are not at rest have been so."""
+        """Record since when files have been unsettled."""
         writing = self.report.writing
         known = self.ledger.read(lambda c: versions.known_unsettled(c, self.root.id))
         looked = (path for path in known if full or path.rpartition(b"/")[0] in self._looked)
@@ -263,10 +263,10 @@ class _Scan:
         if ended or began:
             self._write(lambda c: versions.change_unsettled(c, self.root.id, ended, began))
 
-    def _was_written(self, found: Stat, looked: Stat) -> bool:
-        """Whether what was read is not what was found to be at rest: it was written in between."""
+    def _was_written(self, stat: Stat, looked: Stat) -> bool:
+        """Whether a file was written after it was found settled and before it was read."""
         root = self.root
-        return looked != found and bool(
+        return looked != stat and bool(
             root.settle_seconds or root.min_age_seconds or root.done_file
         )
 
@@ -277,35 +277,35 @@ class _Scan:
             marker = walk.marker(self.root.done_file, name)
             os.stat(marker, dir_fd=listing.descriptor, follow_symlinks=False)
         except OSError as error:
-            # A marker whose name would be too long cannot be there.
+            # A marker whose name would be too long cannot exist.
             if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
                 return True
             raise
         return False
 
     def _find_gone(self, listing: Listing) -> bool:
-        """Remember what is no longer here; whether there is any.
+        """Collect what is missing in a directory; whether anything is.
 
         Raises:
-            OSError: it looks as if a filesystem had been mounted here; nothing is inferred.
+            OSError: a filesystem seems to be mounted here, or not any more; nothing is inferred.
         """
-        here = {name for name, _ in listing.entries}
+        names = {name for name, _ in listing.entries}
         gone: list[PresentLocation] = []
         ignored: list[PresentLocation] = []
-        for found in self._read(versions.present_in, listing.path):
-            name = found.path.rpartition(b"/")[2]
-            if name not in here and not walk.is_candidate(listing, name, self.ignore):
-                (ignored if walk.is_there(listing, name) else gone).append(found)
+        for location in self._read(versions.present_in, listing.path):
+            name = location.path.rpartition(b"/")[2]
+            if name not in names and not walk.is_candidate(listing, name, self.ignore):
+                (ignored if walk.exists(listing, name) else gone).append(location)
         known_folders = self._read(versions.child_directories, listing.path)
         folders = {walk.join(listing.path, name) for name in listing.folders}
         lost = [path for path in known_folders if path not in folders]
         for folder in lost:
             below = self._read(versions.present_under, folder)
-            is_there = walk.is_there(listing, folder.rpartition(b"/")[2])
-            (ignored if is_there else gone).extend(below)
+            exists = walk.exists(listing, folder.rpartition(b"/")[2])
+            (ignored if exists else gone).extend(below)
         if gone and not self.vanished.believe and not listing.files and not listing.folders:
             device = Stat.of(os.fstat(listing.descriptor)).device
-            if all(found.device not in (None, device) for found in gone):
+            if all(location.device not in (None, device) for location in gone):
                 raise OSError(errno.ENODEV, _UNMOUNTED)
         if gone or ignored or lost:
             self.vanished.add(gone, ignored, lost)
@@ -320,7 +320,7 @@ class _Scan:
             self._flush()
 
     def _flush(self) -> None:
-        """Record what was found so far; directories first, their digests last."""
+        """Record what was found so far, in one transaction."""
         self._flushed = time.monotonic()
         if not self._sightings and not self._folders:
             return
@@ -329,8 +329,8 @@ class _Scan:
 
         def work(connection: Connection) -> versions.RecordResult:
             versions.save_directories(connection, self.root.id, folders)
-            # Of this transaction: rules that changed since the scan began route what was queued
-            # for nobody when they did.
+            # Read here, not when the scan begins: a change of the rules routes only the versions
+            # that were recorded before it.
             recorded = versions.record(connection, self.root.id, sightings, Routing(connection))
             if recorded.stale:
                 lost = [(path, None) for path in recorded.stale]
@@ -350,7 +350,7 @@ class _Scan:
         self.report.unsettled.update(recorded.stale)
 
     def _route_all(self) -> None:
-        """After a change of rules or plugins, give every present version the jobs it lacks."""
+        """After a change of rules or plugins, queue the jobs that present versions lack."""
         state = self.ledger.read(lambda c: versions.scan_state(c, self.root.id))
         routing = self.ledger.read(Routing)
         if state is not None and state.routed == routing.fingerprint:
@@ -360,14 +360,14 @@ class _Scan:
     def _finish(self, device: int) -> None:
         def work(connection: Connection) -> None:
             state = versions.scan_state(connection, self.root.id)
-            found = {
+            values = {
                 "started": self.started, "finished": time.time(), "files": self.report.files,
                 "unreadable": len(self.report.unreadable), "waiting": self.report.waiting,
                 "unsettled": len(self.report.unsettled), "problem": "", "device": device,
             }  # fmt: skip
             if state is None or not state.finished:
-                found["scrubbed"] = time.time()  # a first scan has read every file
-            versions.save_scan_state(connection, self.root.id, **found)
+                values["scrubbed"] = time.time()  # a first scan has read every file
+            versions.save_scan_state(connection, self.root.id, **values)
 
         self._write(work)
         crashpoint("scan.finished")
@@ -380,7 +380,7 @@ class _Scan:
             return next(entries, None) is None
 
     def _freeze(self, why: str) -> ScanReport:
-        """Remember that the root cannot be seen; no deletion is inferred from that."""
+        """Record that the root cannot be read; no deletion is inferred from that."""
         self.report.problem = f"source root {self.root.name} ({self.root.path}) {why}"
         self._write(
             lambda c: versions.save_scan_state(c, self.root.id, problem=self.report.problem)
@@ -395,7 +395,7 @@ class _Scan:
 
 
 def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
-    """Queue what every present version of a root lacks; then remember that it was done."""
+    """Queue the jobs that present versions of a root lack; then record that this is done."""
     job_ids: list[int] = []
     after: int | None = 0
     while after is not None:
@@ -410,16 +410,16 @@ def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
 
 
 def _unread(
-    path: bytes, folder: bytes, found: Stat, known: LocationState | None, why: str
+    path: bytes, folder: bytes, stat: Stat, known: LocationState | None, why: str
 ) -> Sighting:
-    return Sighting(path, folder, found, "", False, known.version_id if known else None, why)
+    return Sighting(path, folder, stat, "", False, known.version_id if known else None, why)
 
 
-# A source root as a scan takes it, and what a scan says of it.
+# What a scan takes and returns.
 
 
 class Root(NamedTuple):
-    """A source root, free of the ORM."""
+    """A source root, without the ORM."""
 
     id: int
     path: str
@@ -441,7 +441,7 @@ class ScanReport:
 
     source: str
     files: int = 0
-    """Files looked at, unchanged ones among them."""
+    """Files compared, unchanged ones included."""
     versions: int = 0
     """New versions recorded."""
     job_ids: list[int] = field(default_factory=list)
@@ -449,66 +449,66 @@ class ScanReport:
     gone: int = 0
     """Locations marked deleted."""
     held: int = 0
-    """Locations that are missing, so many at once that nothing is inferred from it yet."""
+    """Missing locations that are not marked deleted yet, since so many vanished at once."""
     passed_over: int = 0
-    """Known locations that are still on the disk, and that scans pass over from now on."""
+    """Recorded locations that are still on the disk, and that scans now pass over."""
     waiting: int = 0
     """Files that lack their done file or their minimum age."""
     unreadable: list[str] = field(default_factory=list)
     """`path: why`, for each file or directory that could not be read."""
     unsettled: set[bytes] = field(default_factory=set)
-    """Directories with files that were not at rest, or lost a race with another scan."""
+    """Directories with files that were not settled, or that another scan recorded first."""
     writing: dict[bytes, float] = field(default_factory=dict)
-    """Files that were not at rest, and when that was first seen, seconds since the epoch."""
+    """Unsettled files -> when they were first found so, seconds since the epoch."""
     settles_in: float = 0.0
-    """Seconds until all of those could be at rest."""
+    """Seconds until all of them could be settled."""
     problem: str = ""
-    """Why the root is frozen; nothing is inferred from a frozen root."""
+    """Why the root is frozen, else empty; nothing is inferred from a frozen root."""
     fresh: list[bytes] = field(default_factory=list)
-    """Files that differ from the ledger, and changed when the watcher had to announce it."""
+    """Files that differ from the ledger and changed while the watcher had to announce it."""
     unheard: set[int] = field(default_factory=set)
-    """Inodes of the directories that the watcher does not watch, and could."""
+    """Inodes of directories that the watcher could watch and does not."""
     too_deep: int = 0
     """Directories whose path is too long for any watcher."""
 
 
 @dataclass(frozen=True)
 class Heard:
-    """What a scan needs to know of the watcher to tell what it has missed."""
+    """What the watcher watches, so that a scan can say what it missed."""
 
     since: float
-    """When it was armed, seconds since the epoch."""
+    """When it was started, seconds since the epoch."""
     inodes: frozenset[int] | None
-    """Of the directories it watches; None where the platform does not tell, or nobody asks."""
+    """Of the directories it watches; None where that is unknown or not needed."""
 
 
-# What a scan no longer finds, and whether to believe it.
+# Confirming deletions.
 #
-# A lost mount, a share that answers with an empty list or a wrong directory all look like a mass
-# deletion. Deletions are therefore put together over the whole scan and believed at its end. Many
-# at once are held: nothing is marked deleted until a person says so, or until they have been
-# missing for a day. Files that come back meanwhile were never gone, and nothing is loaded again.
+# A lost mount, a share that lists nothing or a wrong directory all look like a mass deletion. So a
+# scan collects what is missing and decides at its end. Many at once are held: they are not marked
+# deleted until a user confirms it, or until they have been missing for a day. Held files that come
+# back were never gone, and are not loaded again.
 #
-# What is still on the disk, and passed over since the ignore patterns changed, is no such riddle:
-# it is marked so at once, however much it is, and is not counted as deleted. Its versions and rows
-# stay.
+# Files that are still on the disk, and passed over since the ignore patterns changed, are marked so
+# at once, however many, and do not count as deleted. Their versions and rows stay.
 
 
 MANY = 100
-"""Fewer files than this may vanish at once: an inbox that somebody has tidied up."""
+"""Fewer missing files than this are deletions: somebody has tidied up an inbox."""
 
 SHARE = 0.2
-"""Of the files that were there; a smaller share than this may vanish at once."""
+"""Of the present files; a smaller share than this that is missing are deletions."""
 
 HOLD_SECONDS = 86_400.0
-"""After a day a lost mount has been noticed, and what is still missing is believed gone."""
+"""After a day somebody has noticed a lost mount, so what is still missing is deleted."""
 
 
 class Vanished:
-    """Deletions that one scan of one root has come across.
+    """What one scan of one root found missing.
 
     Args:
-        believe: a person said that they are real, however many.
+        full: whether the scan is a full one.
+        believe: a user confirmed that the files are deleted, however many.
     """
 
     def __init__(self, root: Root, *, full: bool, believe: bool) -> None:
@@ -523,20 +523,19 @@ class Vanished:
     def add(
         self, gone: list[PresentLocation], ignored: list[PresentLocation], lost: list[bytes]
     ) -> None:
-        """Remember locations that are missing, those now passed over, and directories."""
+        """Collect missing locations, locations now passed over, and missing directories."""
         self._gone += gone
         self._ignored += ignored
         self._lost += lost
 
     def when_believed(self, folder: bytes, digest: bytes) -> None:
-        """A directory's digest that is true once these deletions are."""
+        """Save this digest of a directory if the deletions are confirmed."""
         self._digests.append((folder, digest))
 
     def settle(self, connection: Connection) -> tuple[int, int, int]:
-        """Mark what is believed gone, in the caller's transaction; (gone, held, passed over).
+        """Mark confirmed deletions, in the caller's transaction; (gone, held, passed over).
 
-        What is not believed keeps its directories without a digest, so that the next scan
-        compares them again.
+        Directories with held files keep no digest, so that the next scan compares them again.
         """
         root_id = self._root.id
         held_since = self._held_since(connection)
@@ -557,30 +556,30 @@ class Vanished:
         return marked, 0, passed
 
     def _held_since(self, connection: Connection) -> float:
-        """Since when this many have been missing, in seconds since the epoch; 0: not held."""
+        """Since when the missing files are held, seconds since the epoch; 0: they are not."""
         state = versions.scan_state(connection, self._root.id)
         before = state.held if state is not None else 0
         if self.believe or not self._gone:
             return 0.0
         if before and not self._full:
-            return float(state.held_since)  # what a full scan has held is not believed by parts
+            return float(state.held_since)  # a partial scan does not confirm what a full scan holds
         few = len(self._gone) < MANY
         if few or len(self._gone) < SHARE * versions.count_present(connection, self._root.id):
             return 0.0
         now = time.time()
         since = state.held_since if before and len(self._gone) - before < MANY else now
-        # A clock that was set back holds them for another day at the most.
+        # A clock that was set back holds them for another day at most.
         return 0.0 if now - since > HOLD_SECONDS else float(min(since, now))
 
 
-# One look at one file: its hash, read once, and whether its stamps prove anything.
+# Hashing one file, and whether its timestamps rule out a later write.
 
 
 GRANULARITY_NS = 20_000_000
-"""Two writes this close may leave the same stamps on a filesystem with a fine clock."""
+"""Two writes this close may leave the same timestamps on a filesystem with a fine clock."""
 
 COARSE_NS = 2_000_000_000
-"""The same where stamps have whole seconds only (FAT, SMB, ext3, small inodes)."""
+"""The same where timestamps have whole seconds only (FAT, SMB, ext3, small inodes)."""
 
 READ_BYTES = 1 << 20
 
@@ -589,7 +588,7 @@ def hash_file(
     name: bytes,
     folder: int,
     stop: threading.Event | None = None,
-    each: Callable[[int], None] | None = None,
+    on_block: Callable[[int], None] | None = None,
     capture: Capture = NOTHING,
 ) -> tuple[str, Stat] | None:
     """Read a file once and hash it.
@@ -598,12 +597,12 @@ def hash_file(
         name: its name in the directory.
         folder: descriptor of the directory.
         stop: gives up when set.
-        each: called after each block with its length; it may take its time.
+        on_block: called after each block with its length; it may block.
         capture: takes the bytes that are hashed; the caller keeps it if the hash is good.
 
     Returns:
-        SHA-256 and the stat identity, or None when it changed while it was read, is not a
-        regular file any more, or was given up.
+        SHA-256 and the stat, or None when the file changed while it was read, is not a regular
+        file any more, or `stop` was set.
 
     Raises:
         OSError: it cannot be opened or read.
@@ -612,19 +611,19 @@ def hash_file(
     descriptor = os.open(name, flags, dir_fd=folder)
     with open(descriptor, "rb", buffering=0) as file:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+        if not S_ISREG(status.st_mode):
             return None
         before = Stat.of(status)
         content = capture.begin(file)
         digest = hashlib.sha256()
         length = 0
-        # One that grows as fast as we read would have no end.
+        # A file that grows as fast as it is read has no end.
         while length <= before.size and (block := content.read(READ_BYTES)):
             digest.update(block)
             capture.write(block)
             length += len(block)
-            if each:
-                each(len(block))
+            if on_block:
+                on_block(len(block))
             if stop and stop.is_set():
                 return None
         torn = Stat.of(os.fstat(descriptor)) != before or length != before.size
@@ -632,15 +631,15 @@ def hash_file(
 
 
 def hash_and_capture(
-    name: bytes, folder: int, stop: threading.Event, store: Store, found: Stat, racy: str | None
+    name: bytes, folder: int, stop: threading.Event, store: Store, stat: Stat, racy: str | None
 ) -> tuple[str, Stat] | None:
-    """`hash_file`, with the bytes on their way into the snapshot store when it returns.
+    """`hash_file` that also captures the bytes for the snapshot store.
 
     Args:
-        store: takes them, or says that it takes nothing.
-        found: the stat identity that was seen.
-        racy: the hash of a file that only its young stamps make us read again. It is seldom
-            another one by now, so nothing is captured unless it is: then it is read once more.
+        store: the store, which may be switched off.
+        stat: the stat of the file.
+        racy: the recorded hash of a file that is read again only for its recent timestamps. It has
+            seldom changed, so it is captured only if it has, which reads it twice.
 
     Returns, Raises:
         As `hash_file`.
@@ -649,37 +648,37 @@ def hash_and_capture(
         content = hash_file(name, folder, stop)
         if content is None or content[0] == racy:
             return content
-    with store.capture(found.size, found.device) as capture:
+    with store.capture(stat.size, stat.device) as capture:
         content = hash_file(name, folder, stop, capture=capture)
         if content:
             capture.keep(content[0])
         return content
 
 
-def newest_stamp(found: Stat, now_ns: int) -> int:
-    """When the file last changed, as far as its stamps tell; a future mtime was made up."""
-    return found.ctime_ns if found.mtime_ns > now_ns else max(found.mtime_ns, found.ctime_ns)
+def newest_stamp(stat: Stat, now_ns: int) -> int:
+    """When the file last changed by its timestamps, without an mtime in the future."""
+    return stat.ctime_ns if stat.mtime_ns > now_ns else max(stat.mtime_ns, stat.ctime_ns)
 
 
-def is_racy(found: Stat, started: float) -> bool:
-    """Whether an edit after this look could have left the same stamps.
+def is_racy(stat: Stat, started: float) -> bool:
+    """Whether a write after this stat could leave the same timestamps.
 
     The rule is git's (Documentation/technical/racy-git.txt), with the scan's start as the time of
-    the look and a margin for the granularity of the filesystem's clock.
+    the stat and a margin for the granularity of the filesystem's clock.
     """
-    coarse = found.ctime_ns % 1_000_000_000 == 0
+    coarse = stat.ctime_ns % 1_000_000_000 == 0
     started_ns = int(started * 1e9)
     granularity = COARSE_NS if coarse else GRANULARITY_NS
-    return newest_stamp(found, started_ns) + granularity >= started_ns
+    return newest_stamp(stat, started_ns) + granularity >= started_ns
 
 
-def unrest(found: Stat, now_ns: int, seconds: float) -> float:
-    """Seconds until a file with these stamps has been quiet for so long; none if it has.
+def unrest(stat: Stat, now_ns: int, seconds: float) -> float:
+    """Seconds until a file with these timestamps has not changed for `seconds`; 0 if it has not.
 
-    A ctime in the future means that the clock was set back: the file's age says nothing then, so
-    it is taken, and racy until the clock has passed its stamps. A clock that is set forward makes
-    every file look old; only its writer's next write tells that it was not at rest.
+    A ctime in the future means that the clock was set back. The file's age is unknown then, so the
+    file is taken, and is racy until the clock has passed its timestamps. A clock that is set
+    forward makes every file look old; only the next write shows that a file was not settled.
     """
-    if seconds == 0 or found.ctime_ns > now_ns + COARSE_NS:
+    if seconds == 0 or stat.ctime_ns > now_ns + COARSE_NS:
         return 0.0
-    return max(0.0, seconds - (now_ns - newest_stamp(found, now_ns)) / 1e9)
+    return max(0.0, seconds - (now_ns - newest_stamp(stat, now_ns)) / 1e9)

@@ -1,12 +1,12 @@
-"""Scout: finds what changed under a source root and records it, with its jobs, in one transaction.
+"""Scout: find what changed under a source root and record it, with its jobs, in one transaction.
 
-A scan compares the stat identity of every file with the ledger's, a directory's digest first.
-Where it differs the file is hashed, and a new hash is a new version. Events from a watcher only
-choose which directories are looked at sooner.
+A scan compares the stat of every file with the ledger's, a directory's digest first. Where it
+differs the file is hashed, and a new hash is a new version. Events only choose which directories
+are scanned sooner.
 
-Promise: every content that is at rest at a scan becomes a version. A file that changed less than
-the settle window ago is not at rest; a file whose stamps are younger than the clock can tell is
-hashed again at the next scan (git's racy rule). docs/detection.md says what cannot be seen.
+Every content that is settled at a scan becomes a version. A file that changed less than the settle
+window ago is not settled; a file whose timestamps are too recent for the clock's granularity is
+hashed again at the next scan (git's racy rule). docs/detection.md says what a scan cannot detect.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 SETTLE_ROUNDS = 5
-"""Looks a one-shot scan spends on files that keep changing."""
+"""Scans that a one-shot scan spends on files that keep changing."""
 
 
 class Scout:
@@ -52,9 +52,9 @@ class Scout:
     def scan_source(self, root: SourceRoot) -> ScanReport:
         """Scan one root: when this returns, versions are recorded and their jobs queued.
 
-        It works with or without a daemon running, and waits for fresh files to settle. What the
-        session has pending is committed first, and its objects are expired after, so that they
-        show what was found.
+        It works beside a daemon and without one, and waits for files to settle. What the session
+        has pending is committed first, and its objects are expired after the scan, so that they
+        show what it recorded.
 
         Raises:
             SourceError: the root is missing or unreadable; nothing was changed.
@@ -78,10 +78,10 @@ class Scout:
 def scan_until_settled(
     ledger: Ledger, root: Root, stop: threading.Event | None = None, *, believe: bool = False
 ) -> ScanReport:
-    """A full scan, then one shared wait and another look for what was not at rest.
+    """A full scan, then further scans of the directories whose files were not settled.
 
     Args:
-        believe: mark what is missing as deleted, however much it is (`services.scan`).
+        believe: mark missing files as deleted, however many (`services.scan`).
     """
     stop = stop or threading.Event()
     report = scan(ledger, root, believe=believe)
@@ -107,30 +107,30 @@ def roots(ledger: Ledger, names: Sequence[str] = ()) -> list[Root]:
     Raises:
         SourceError: a name that is no active root.
     """
-    found = [Root.of(row) for row in ledger.read(versions.active_roots)]
-    unknown = set(names) - {root.name for root in found}
+    active = [Root.of(row) for row in ledger.read(versions.active_roots)]
+    unknown = set(names) - {root.name for root in active}
     if unknown:
-        known = ", ".join(root.name for root in found) or "none"
+        known = ", ".join(root.name for root in active) or "none"
         raise SourceError(
             f"no active source root named {', '.join(sorted(unknown))} (there are: {known})",
             "casparian source list",
         )
-    return [root for root in found if not names or root.name in names]
+    return [root for root in active if not names or root.name in names]
 
 
-# Scrub: every file is read again, however little its stamps say.
+# Scrub: read every file again, whatever its timestamps say.
 #
-# A store through mmap into a page that is dirty already, a disk that rots, or a clock that has been
-# set back to the very tick of an earlier edit leave a file's stamps as they were. Only reading
-# finds that. A scrub goes through the locations in order of their ids, notes how far it has come,
-# and reads no more than it may in a second; the scans go on beside it.
+# A write through mmap into a page that is dirty already, a decaying disk, or a clock that was set
+# back to the tick of an earlier edit leave a file's timestamps as they were. Only reading the file
+# detects that. A scrub reads the locations in order of their ids, saves how far it has come, and
+# keeps to a number of bytes a second; scans go on beside it.
 
 
 LOOKS = 5
-"""Two readings in a row must agree before other bytes are believed; readings at the most."""
+"""Other bytes are recorded once two readings in a row agree; readings of a file, at most."""
 
 LOOK_SECONDS = 60.0
-"""Pause before it is asked again whether a scrub is due."""
+"""Pause between two checks whether a scrub is due."""
 
 
 @dataclass
@@ -141,13 +141,13 @@ class ScrubReport:
     files: int = 0
     """Files read."""
     hidden: list[str] = field(default_factory=list)
-    """Files with other bytes than their version's, under the same stamps."""
+    """Files with other bytes than their version's, and the same timestamps."""
     unreadable: list[str] = field(default_factory=list)
     """`path: why`, for each file that could not be read."""
     job_ids: list[int] = field(default_factory=list)
     """Jobs queued."""
     finished: bool = False
-    """Whether it has come to the end."""
+    """Whether it has read every file."""
 
 
 def scrub(
@@ -158,11 +158,11 @@ def scrub(
     bytes_per_second: float | None = None,
     anew: bool = False,
 ) -> ScrubReport:
-    """Read the present files of a root again, from where the last scrub of it has stopped.
+    """Read the present files of a root again, from where the last scrub of it stopped.
 
     Args:
-        stop: ends it when set; it goes on from there another time.
-        bytes_per_second: None for as fast as it can.
+        stop: ends it when set; the next scrub goes on from there.
+        bytes_per_second: None for no limit.
         anew: begin with the first file.
 
     Raises:
@@ -213,12 +213,12 @@ class _Scrub:
         self.ledger.write(lambda c: versions.save_scan_state(c, self.root.id, **values))
 
     def _read_again(self, root: int, target: ScrubTarget) -> None:
-        """Compare one file with its version; a file with other stamps is the next scan's."""
+        """Compare one file with its version; a file with another stat is left to the next scan."""
         folder, _, name = target.path.rpartition(b"/")
         try:
             descriptor = walk.open_folder(root, folder)
             try:
-                found = self._at_rest(name, descriptor, target)
+                content_hash = self._at_rest(name, descriptor, target)
             finally:
                 os.close(descriptor)
         except FileNotFoundError:
@@ -227,14 +227,14 @@ class _Scrub:
             self.report.unreadable.append(f"{self._subject(target)}: {error.strerror}")
             return
         self.report.files += 1
-        if found is not None:
-            self._record(target, found)
+        if content_hash is not None:
+            self._record(target, content_hash)
 
     def _at_rest(self, name: bytes, folder: int, target: ScrubTarget) -> str | None:
-        """The hash of other bytes than the version's; None where there are none, or not at rest.
+        """The hash of the file if its bytes differ from the version's; None while they change.
 
-        Stamps that say nothing do not say whether somebody is still writing either: the bytes
-        are read until two readings, a settle window apart, agree.
+        The timestamps do not show whether the file is still being written, so it is read until two
+        readings, a settle window apart, agree.
         """
         last = target.content_hash
         for _ in range(LOOKS):
@@ -253,7 +253,7 @@ class _Scrub:
         if self.bytes_per_second is not None:
             self.stop.wait(length / self.bytes_per_second)
 
-    def _record(self, target: ScrubTarget, found: str) -> None:
+    def _record(self, target: ScrubTarget, content_hash: str) -> None:
         subject = f"file {self._subject(target)}"
         routing = self.ledger.read(Routing)
         work = partial(
@@ -261,7 +261,7 @@ class _Scrub:
             root_id=self.root.id,
             subject=subject,
             target=target,
-            found=found,
+            content_hash=content_hash,
             routing=routing,
         )
         recorded = self.ledger.write(work)
@@ -275,7 +275,7 @@ class _Scrub:
 
 
 def _forget_cached(name: bytes, folder: int) -> None:
-    """Have what is clean in memory read from the disk again: that is what rots."""
+    """Drop a file's clean pages from the cache, so that the disk is read."""
     if not hasattr(os, "posix_fadvise"):
         return
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -287,7 +287,7 @@ def _forget_cached(name: bytes, folder: int) -> None:
 
 
 class Scrubber:
-    """Scrubs every active source root when its time has come, until cancelled.
+    """Scrubs every active source root when it is due, until cancelled.
 
     Args:
         on_jobs: called after a scrub that queued jobs.
@@ -300,7 +300,7 @@ class Scrubber:
         self._stop = threading.Event()
 
     async def run(self) -> None:
-        """Scrub what is due, one root at a time; with `scrub_days = 0` there is nothing to do."""
+        """Scrub the roots that are due, one at a time; none with `scrub_days = 0`."""
         while self._settings.scrub_days:
             try:
                 for root in await asyncio.to_thread(self._due):
@@ -313,40 +313,32 @@ class Scrubber:
         pace = float(self._settings.scrub_bytes_per_second)
         work = partial(scrub, self._ledger, root, self._stop, bytes_per_second=pace)
         report = await aside(self._stop, work)
-        for words in report.hidden:
-            log.warning("%s changed, and its stamps did not show it", words)
-        for words in report.unreadable:
-            log.warning("scrub: %s", words)
+        for path in report.hidden:
+            log.warning("%s changed, and its stamps did not show it", path)
+        for problem in report.unreadable:
+            log.warning("scrub: %s", problem)
         if report.job_ids:
             self._on_jobs()
 
     def _due(self) -> list[Root]:
-        found = [Root.of(row) for row in self._ledger.read(versions.active_roots)]
-        return [root for root in found if self._is_due(root)]
+        return [root for root in roots(self._ledger) if self._is_due(root)]
 
     def _is_due(self, root: Root) -> bool:
         state = self._ledger.read(lambda c: versions.scan_state(c, root.id))
         if state is None or not state.finished or state.problem:
             return False
-        # A time in the future is of a clock that has been set back since.
+        # A time in the future means that the clock has been set back since.
         rested = 0 <= time.time() - state.scrubbed < self._settings.scrub_days * 86_400
         return bool(state.scrub_after) or not rested
-
-
-# Work on a thread that does not outlive the coroutine that waits for it.
 
 
 T = TypeVar("T")
 
 
 async def aside(stop: threading.Event, work: Callable[[], T]) -> T:
-    """Run `work` on a thread of the pool.
+    """Run `work` on a thread of the pool, and raise what it raises.
 
-    When we are cancelled `stop` is set, and the thread is waited for: it must be gone before what
-    it uses is.
-
-    Raises:
-        Exception: what `work` raises.
+    On cancellation `stop` is set and the thread is waited for, since what it uses is closed next.
     """
     working = asyncio.create_task(asyncio.to_thread(work))
     try:

@@ -1,17 +1,16 @@
 """The snapshot store: the bytes of recorded versions, so that they outlive their files.
 
     <state folder>/snapshots/<database>/ab/ab12...    a content, read-only, named by its SHA-256
-                                       /tmp/<owner>/  contents on their way, of one scan
-                                       /lock          held from placing a content to recording it
+                                       /tmp/<owner>/  contents that one scan has captured
+                                       /lock          held from naming a content to recording it
 
-A scan captures a file's bytes while it hashes them: a clone is made and hashed where the
-filesystem shares blocks, else what is read is written too. What was captured becomes durable and
-gets its name before the transaction that records the versions, and the claim to have it is part of
-that transaction (`db.snapshots`), so no version claims a snapshot that is not there. The same
-recipe backwards lets contents go. Of a crash in between, a file without a claim is left, which the
-next start of the daemon removes.
+A scan captures a file's bytes while it hashes them: where the filesystem shares blocks it hashes a
+clone, else it writes what it reads. Captured contents become durable and get their names before the
+transaction that records the versions, and the references to them are part of that transaction
+(`db.snapshots`): a referenced content is always in the store. Eviction deletes the reference first.
+A crash in between leaves an unreferenced file, which the next start of the daemon deletes.
 
-The store never stops a scan: what it cannot take is recorded without a snapshot.
+A content that the store cannot take is recorded without a snapshot; the scan goes on.
 """
 
 from __future__ import annotations
@@ -48,43 +47,43 @@ log = logging.getLogger(__name__)
 
 
 RESERVE_BYTES = 1 << 30
-"""Left free on the store's disk, or a twentieth of a small one: the ledger lives on it too."""
+"""Left free on the store's disk, or a twentieth of a small one: the ledger is on it too."""
 
 FSYNCS = 8
-"""At once: they share the commits of the filesystem's journal."""
+"""Concurrent fsyncs: they share the commits of the filesystem's journal."""
 
 MANY = 64
-"""Files that are made durable with their whole filesystem, where they are so many or more: btrfs
-takes 2 s for the fsyncs of a thousand clones, and 20 ms for all of them at once."""
+"""From so many files on, their whole filesystem is synced: btrfs takes 2 s for the fsyncs of a
+thousand clones, and 20 ms for that."""
 
 CANNOT_SHARE = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
-"""What cloning says where it will never work between two places."""
+"""Errors of a clone between two places where cloning never works."""
 
 
 class Capture:
-    """What a file's bytes go through while they are hashed. This one takes nothing."""
+    """Takes a file's bytes while they are hashed. This one takes nothing."""
 
     def begin(self, source: FileIO) -> FileIO:
-        """What to read and hash in place of `source`."""
+        """The file to read and hash: `source` or its clone."""
         return source
 
     def write(self, block: bytes) -> None:
-        """This was read."""
+        """Take a block that was read."""
 
     def keep(self, content_hash: str) -> None:
-        """All of it was read and nobody changed it meanwhile: it is this content."""
+        """Keep what was taken: the file was read to its end and did not change meanwhile."""
 
     def close(self) -> None:
-        """The reading has ended; without a `keep` before, what was taken is dropped."""
+        """Drop what was taken, unless it was evictions."""
 
 
 NOTHING = Capture()
 
 
 class _Taking(Capture):
-    """Takes them into a new file of the store: its clone is read, or what is read is written.
+    """Takes them into a new file of the store, as a clone or block by block.
 
-    A fault of the store ends the taking, and not the reading.
+    An error of the store ends the capture, but not the reading.
     """
 
     def __init__(self, store: Store, file: FileIO, copies: bool) -> None:
@@ -131,10 +130,10 @@ class _Taking(Capture):
 
 
 class Store:
-    """The store as one scan writes to it; it makes nothing until there is something to capture.
+    """The store for one scan; it creates nothing until there is something to capture.
 
     Args:
-        database: whose store, and what it may take.
+        database: the ledger that the store belongs to.
     """
 
     def __init__(self, database: DatabaseSettings) -> None:
@@ -145,24 +144,24 @@ class Store:
         self._own: Path | None = None
         self._number = 0
         self._unshared: set[int] = set()
-        """Devices whose files cannot share blocks with ours."""
-        self._told = False
+        """Devices whose files cannot share blocks with the store."""
+        self._warned = False
         self._fault = ""
         self._missed = 0
         self.captured: dict[str, tuple[Path, int]] = {}
-        """Content hash -> its temporary file and size, since the last `placing`."""
+        """Content hash -> temporary file and size, since the last `placing`."""
 
     def close(self) -> None:
-        """Remove what was captured and never placed."""
+        """Delete captured contents that got no name."""
         self._scratch.close()
 
     def holds(self, content_hash: str) -> bool:
-        """Whether a content needs no capture."""
+        """Whether a content need not be captured."""
         return self._settings.mode == "off" or self._database.snapshot(content_hash).exists()
 
     @contextlib.contextmanager
     def capture(self, size: int, device: int) -> Iterator[Capture]:
-        """Take a file's bytes while the block reads it; without a `keep` in it, they are dropped.
+        """Capture a file's bytes while the block reads it; without a `keep`, they are dropped.
 
         Args:
             size: of the file, in bytes.
@@ -179,7 +178,7 @@ class Store:
             yield capture
 
     def clone(self, source: FileIO, target: FileIO) -> bool:
-        """Have `target` share the blocks of `source`; remembers where that never works."""
+        """Have `target` share the blocks of `source`; False where that fails."""
         try:
             fcntl.ioctl(target, inbox.FICLONE, source.fileno())
         except OSError as error:
@@ -189,18 +188,18 @@ class Store:
         return True
 
     def failed(self, why: str, files: int = 1) -> None:
-        """Contents that should have been taken were not; detection goes on."""
-        if not self._told:
+        """Note that contents could not be taken, and warn once."""
+        if not self._warned:
             log.warning("versions are recorded without a snapshot: %s: %s", self._folder, why)
-        self._told = True
+        self._warned = True
         self._fault = why
         self._missed += files
 
     @contextlib.contextmanager
     def placing(self) -> Iterator[PendingSnapshots]:
-        """Give what was captured its name; the block claims it, in a durable transaction.
+        """Give captured contents their names; the block adds the references, in a transaction.
 
-        The lock is held meanwhile, so that nobody lets go of a content that is being claimed.
+        The lock is held meanwhile, so that no other process evicts a content before that.
         """
         captured, self.captured = self.captured, {}
         placed: list[StoredContent] = []
@@ -216,12 +215,12 @@ class Store:
             yield batch
             crashpoint("snapshot.claimed")
             for content_hash in batch.evicted:
-                with contextlib.suppress(OSError):  # nothing claims it, so it can wait for a sweep
+                with contextlib.suppress(OSError):  # unreferenced: the next sweep deletes it
                     self._database.snapshot(content_hash).unlink()
                 crashpoint("snapshot.unlinked")
 
     def _place(self, captured: dict[str, tuple[Path, int]]) -> list[StoredContent]:
-        """Make the contents durable under their names; of those there already, one file stays."""
+        """Make the contents durable under their names; existing files stay."""
         targets = {content_hash: self._database.snapshot(content_hash) for content_hash in captured}
         folders = sorted({target.parent for target in targets.values()})
         for folder in folders:
@@ -238,7 +237,7 @@ class Store:
         for file, target in fresh.items():
             file.rename(target)
             crashpoint("snapshot.renamed")
-        # A file that was there may be a crash's, with a name that is not durable yet.
+        # After a crash, the name of an existing file may not be durable yet.
         _make_durable(folders)
         crashpoint("snapshot.placed")
         return [StoredContent(content_hash, size) for content_hash, (_, size) in captured.items()]
@@ -253,13 +252,13 @@ class Store:
 
 
 class PendingSnapshots:
-    """What has its name in the store, for the transaction that claims it.
+    """Contents in the store without a reference yet, for the transaction that adds it.
 
     Args:
         placed: the contents.
         limit: bytes that the store may hold.
-        fault: why others were not taken; empty where none failed.
-        missed: how many of those there are.
+        fault: why other contents were not taken; empty where none failed.
+        missed: how many were not taken.
     """
 
     def __init__(self, placed: list[StoredContent], limit: int, fault: str, missed: int) -> None:
@@ -268,41 +267,41 @@ class PendingSnapshots:
         self._fault = fault
         self._missed = missed
         self.evicted: list[str] = []
-        """Contents that the transaction lets go."""
+        """Hashes of contents that the transaction evicts."""
 
     def add_references(self, connection: Connection) -> None:
-        """Claim what was placed; after the versions and the jobs that need it are written."""
+        """Reference the contents, after the versions and jobs that need them are written."""
         if not self._placed and not self._missed:
             return
         fault, missed = self._fault, self._missed
-        kept = references.add(connection, self._placed, self._limit)
-        self.evicted = kept.evicted
-        if kept.refused:
+        evictions = references.add(connection, self._placed, self._limit)
+        self.evicted = evictions.evicted
+        if evictions.refused:
             fault = f"unfinished jobs need all of its {self._limit} bytes ([snapshots] keep_bytes)"
-            missed += kept.refused
+            missed += evictions.refused
         references.note(connection, fault, missed)
 
 
 @contextlib.contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder for one scan's contents on their way; what dead scans left in theirs goes.
+    """A locked folder for one scan's captured contents; those of dead scans are deleted.
 
-    The kernel drops the lock on a folder with the process that held it.
+    The kernel drops the lock on a folder when the process that holds it ends.
     """
     make_folder(folder.parent, mode=0o700)
     make_folder(folder, mode=0o700)
     make_folder(folder / "tmp", mode=0o700)
-    with contextlib.ExitStack() as ours:
+    with contextlib.ExitStack() as stack:
         with exclusive(folder / "lock"):
             clear_dead(folder)
             own = Path(tempfile.mkdtemp(dir=folder / "tmp"))
-            ours.enter_context(_locked(own))
-        ours.callback(clear_away, own)
+            stack.enter_context(_locked(own))
+        stack.callback(clear_away, own)
         yield own
 
 
 def clear_dead(folder: Path) -> None:
-    """Remove what dead scans had on its way; the store's lock is held by the caller.
+    """Delete the captured contents of dead scans; the caller holds the store's lock.
 
     Args:
         folder: the store.
@@ -314,10 +313,10 @@ def clear_dead(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder.
+    """Lock a folder.
 
     Raises:
-        BlockingIOError: another process, or another scan of ours, holds it.
+        BlockingIOError: another scan, in this process or another, has the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -328,10 +327,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _make_durable(paths: Sequence[Path]) -> None:
-    """Have these files or folders of the store on the disk before anything is built on them.
+    """Sync these files or folders of the store.
 
     Raises:
-        OSError: some may not be. (Of a filesystem as a whole, Linux says so since 5.8.)
+        OSError: some may not be on the disk. (syncfs reports that since Linux 5.8.)
     """
     if len(paths) >= MANY and sys.platform == "linux":
         kernel.sync_filesystem(paths[0])
@@ -341,7 +340,7 @@ def _make_durable(paths: Sequence[Path]) -> None:
 
 
 def _has_room(file: FileIO, size: int) -> bool:
-    """Whether the disk stays usable with so many bytes more in a file."""
+    """Whether the disk keeps its reserve with `size` more bytes in a file."""
     disk = os.fstatvfs(file.fileno())
     reserve = min(RESERVE_BYTES, disk.f_blocks * disk.f_frsize // 20)
     return disk.f_bavail * disk.f_frsize - size >= reserve
@@ -354,11 +353,11 @@ def _size(file: Path) -> int | None:
         return None
 
 
-# Care of the snapshot store: what a crash left in it, whether it is whole, and what it holds.
+# Maintenance of the store: sweep, check, report.
 
 
 def sweep(ledger: Ledger) -> None:
-    """Bring files and claims together, after a crash or after a person removed files.
+    """Delete files without a reference, and references without a file.
 
     Raises:
         OSError: the store cannot be read or written.
@@ -367,17 +366,17 @@ def sweep(ledger: Ledger) -> None:
     folder = ledger.database.snapshots_folder
     with exclusive(folder / "lock") if folder.is_dir() else contextlib.nullcontext():
         clear_dead(folder)
-        claimed = set(ledger.read(references.every))
-        there = {file.name: file for file in folder.glob("??/*")}
-        for content_hash in there.keys() - claimed:
-            there[content_hash].unlink()
-        if lost := sorted(claimed - there.keys()):
+        referenced = set(ledger.read(references.every))
+        existing = {file.name: file for file in folder.glob("??/*")}
+        for content_hash in existing.keys() - referenced:
+            existing[content_hash].unlink()
+        if lost := sorted(referenced - existing.keys()):
             log.warning("%d snapshots are not in %s any more", len(lost), folder)
             ledger.write(partial(references.forget, hashes=lost))
 
 
 def problems(ledger: Ledger) -> Iterator[str]:
-    """Every snapshot that is not what its name says; reads every byte of the store."""
+    """A sentence for each snapshot that is missing or damaged; reads every byte of the store."""
     try:
         hashes = ledger.read(references.every)
     except LedgerError as error:
@@ -386,7 +385,7 @@ def problems(ledger: Ledger) -> Iterator[str]:
     for content_hash in hashes:
         file = ledger.database.snapshot(content_hash)
         fault = _fault(file, content_hash)
-        # What a scan has let go since we began is not missing.
+        # A content that was evicted meanwhile is not missing.
         if fault and ledger.read(partial(references.is_referenced, content_hash=content_hash)):
             yield (
                 f"snapshot {file} {fault}; jobs of that content need its file instead "
@@ -406,10 +405,10 @@ def _fault(file: Path, content_hash: str) -> str:
 
 
 def report(ledger: Ledger) -> dict[str, Any]:
-    """What is in force and what the store holds, for `casparian status`.
+    """The mode, and what the store holds, for `casparian status`.
 
-    Whether blocks can be shared is tried, with the files themselves: filesystems, their settings
-    and mounts all have a say in it.
+    Whether blocks can be shared depends on filesystems, their settings and mounts, so it is tried
+    with one file of each source root.
     """
     number, size = ledger.read(references.held)
     fault = ledger.read(references.fault)

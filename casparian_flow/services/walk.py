@@ -1,7 +1,7 @@
-"""Walking a source root: any name, any depth, bounded memory, nothing opened that could block.
+"""Walk a source root: any name, any depth, bounded memory, and no open that could block.
 
-Directories are opened relative to their parent, so that a path longer than PATH_MAX is walked as
-well as any other. Symbolic links are not followed; FIFOs, sockets and devices are passed over.
+Directories are opened relative to their parent, so that paths longer than PATH_MAX are walked too.
+Symbolic links are not followed; FIFOs, sockets and devices are passed over.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from casparian_flow.durable import STATE_FOLDER
 
 _STATE = f"{STATE_FOLDER}/"
 BUILT_IN_IGNORES = (
-    # Being written: temporary names, partial downloads, partial copies.
+    # Temporary names, partial downloads, partial copies.
     "*.tmp", "*.part", "*.partial", "*.filepart", "*.crdownload", ".~tmp~/", ".goutputstream-*",
     "*___jb_tmp___", "*___jb_old___",
     # Editors: swap files, backups, locks, automatic saves.
     ".*.sw[a-px]", ".*.kate-swp", "*~", ".[#]*", "[#]*[#]", "~$*", ".~lock.*[#]",
-    # What desktops and servers keep beside the files.
+    # Metadata of desktops and servers.
     "._*", ".DS_Store", "Thumbs.db", "desktop.ini", ".nfs[0-9a-f]*", ".fuse_hidden*",
     "@eaDir/", ".AppleDouble/", ".TemporaryItems/", ".Spotlight-V100/", ".fseventsd/",
     "System Volume Information/",
-    # What was deleted, and how things were.
+    # Trash and filesystem snapshots.
     ".Trash/", ".Trash-*/", ".Trashes/", "$RECYCLE.BIN/", "[#]recycle/", "@Recycle/", "lost+found/",
     ".snapshot/", ".snapshots/", "~snapshot/", "[#]snapshot/", ".zfs/",
     ".git/", _STATE,
 )  # fmt: skip
-"""Patterns over a name, the same to gitignore and to fnmatch; docs/detection.md lists them."""
+"""Patterns over a name, with one meaning to gitignore and fnmatch; listed in docs/detection.md."""
 
 CHUNK = 4096
 """Entries of one directory held in memory at a time."""
@@ -51,18 +51,18 @@ class Ignore:
         """Compile.
 
         Args:
-            patterns: gitignore lines, besides the built-in ones; a `!` may take one of those back,
-                but never our own state.
-            done_file: what markers are called (see `marker`); they are passed over.
+            patterns: gitignore lines, besides the built-in ones; `!` may take a built-in one back,
+                except that of our own state folder.
+            done_file: name of the markers (see `marker`); they are passed over.
 
         Raises:
             ValueError: a line that is not a pattern.
         """
         own = [line for line in patterns.splitlines() if line.strip()]
         lines = ([*own, _STATE], [*BUILT_IN_IGNORES, *own, _STATE]) if own else ()
-        self._specs = [GitIgnoreSpec.from_lines(each) for each in lines]
-        # The built-in ones look at the name alone; one expression is ten times the speed. The last
-        # pattern that matches decides, so they do where none of the root's own matches.
+        self._specs = [GitIgnoreSpec.from_lines(group) for group in lines]
+        # The built-in ones match the name alone; one expression is ten times as fast. The last
+        # pattern that matches decides, so these decide where none of the root's own matches.
         self._files, self._folders = (
             re.compile("|".join(fnmatch.translate(p.rstrip("/")) for p in group))
             for group in (
@@ -76,24 +76,24 @@ class Ignore:
         """Whether a file is passed over."""
         if self._markers and self._markers.fullmatch(name):
             return True
-        said = self._said(f"{_prefix(folder)}{name}") if self._specs else None
-        return self._files.match(name) is not None if said is None else said
+        own = self._by_own(f"{_prefix(folder)}{name}") if self._specs else None
+        return self._files.match(name) is not None if own is None else own
 
     def folder(self, folder: bytes, name: str) -> bool:
         """Whether a directory, with all below it, is passed over."""
-        said = self._said(f"{_prefix(folder)}{name}/") if self._specs else None
-        return self._folders.match(name) is not None if said is None else said
+        own = self._by_own(f"{_prefix(folder)}{name}/") if self._specs else None
+        return self._folders.match(name) is not None if own is None else own
 
-    def _said(self, path: str) -> bool | None:
-        """What the root's own patterns say of a path; None where they do not speak of it."""
+    def _by_own(self, path: str) -> bool | None:
+        """Whether a path is passed over by the root's own patterns; None where none matches."""
         own, everything = self._specs
-        said = own.check_file(path).include
+        included = own.check_file(path).include
         # A directory that is taken back does not take back everything in it.
-        return said if said is not False else everything.match_file(path)
+        return included if included is not False else everything.match_file(path)
 
 
 def marker_names(done_file: str) -> re.Pattern[str]:
-    """What the names of a root's markers look like."""
+    """A pattern for the names of a root's markers."""
     parts = re.split(r"\{(?:name|stem)\}", done_file)
     return re.compile("(?s:.+)".join(map(re.escape, parts)))
 
@@ -103,19 +103,19 @@ def marker(done_file: str, name: bytes) -> bytes:
 
     Args:
         done_file: `{name}` stands for the file's whole name, `{stem}` for the name without its
-            last extension; without either, one marker speaks for all files of its directory.
+            last extension; without either, one marker serves all files of its directory.
     """
     stem = os.path.splitext(name)[0]
     return os.fsencode(done_file).replace(b"{name}", name).replace(b"{stem}", stem)
 
 
 class Listing(NamedTuple):
-    """One directory as it was looked at."""
+    """The content of one directory."""
 
     path: bytes
     """Relative to the source root; empty for the root itself."""
     descriptor: int
-    """Open while the consumer of `walk` has the listing."""
+    """Open until the consumer of `walk` takes the next listing."""
     entries: list[tuple[bytes, os.stat_result]]
     """Regular files: the first CHUNK of them."""
     files: int
@@ -123,9 +123,9 @@ class Listing(NamedTuple):
     folders: list[bytes]
     """Names of subdirectories that are not ignored."""
     digest: bytes
-    """Over every name and stat identity: the same digest, nothing changed here."""
+    """Over every name and stat: while it stays the same, nothing has changed here."""
     problem: str
-    """Why it could not be read, in words; empty where it could."""
+    """Why it could not be read, else empty."""
 
 
 def join(folder: bytes, name: bytes) -> bytes:
@@ -137,7 +137,7 @@ def open_folder(root: int, path: bytes) -> int:
     """Open a directory below a root, component by component, following no link.
 
     Raises:
-        OSError: it is not there, not a directory, or may not be read.
+        OSError: it does not exist, is not a directory, or may not be read.
     """
     descriptor = os.dup(root)
     for name in path.split(b"/") if path else []:
@@ -150,28 +150,28 @@ def open_folder(root: int, path: bytes) -> int:
 
 
 def nearest(root: int, path: bytes, ignore: Ignore) -> bytes | None:
-    """A directory that an event named, or the closest one above it that is there.
+    """A directory that an event named, or the closest one above it that exists.
 
     Returns:
-        None where it is, or is inside, something that a scan passes over.
+        None where the directory, or one above it, is passed over.
     """
-    here = b""
+    reached = b""
     descriptor = os.dup(root)
     try:
         for name in path.split(b"/") if path else []:
             text = os.fsdecode(name)
             ours = _owned(descriptor)
-            if ignore.folder(here, text) or (ours and ours.match(text)):
+            if ignore.folder(reached, text) or (ours and ours.match(text)):
                 return None
             try:
                 child = os.open(name, _OPEN_FOLDER, dir_fd=descriptor)
             except OSError:
-                return here
+                return reached
             os.close(descriptor)
-            descriptor, here = child, join(here, name)
+            descriptor, reached = child, join(reached, name)
     finally:
         os.close(descriptor)
-    return here
+    return reached
 
 
 def walk(root: int, ignore: Ignore, start: bytes = b"") -> Iterator[Listing]:
@@ -182,8 +182,8 @@ def walk(root: int, ignore: Ignore, start: bytes = b"") -> Iterator[Listing]:
         start: where to begin; relative to the root.
 
     Raises:
-        OSError: `start` itself cannot be opened. Below it, what cannot be opened or read is a
-            listing with a `problem`.
+        OSError: `start` itself cannot be opened. A directory below it that cannot be opened or
+            read gives a listing with a `problem`.
     """
     stack: list[tuple[int, bytes, list[bytes]]] = []
     try:
@@ -258,7 +258,7 @@ def chunks(listing: Listing, ignore: Ignore) -> Iterator[list[tuple[bytes, os.st
 
 
 def is_candidate(listing: Listing, name: bytes, ignore: Ignore) -> bool:
-    """Whether a name is (still) a regular file here that is neither ignored nor ours."""
+    """Whether a name is a regular file here that is neither ignored nor our own output."""
     try:
         status = os.stat(name, dir_fd=listing.descriptor, follow_symlinks=False)
     except FileNotFoundError:
@@ -270,8 +270,8 @@ def is_candidate(listing: Listing, name: bytes, ignore: Ignore) -> bool:
     return not (ours and ours.match(text))
 
 
-def is_there(listing: Listing, name: bytes) -> bool:
-    """Whether anything has that name here, be it ignored, ours, or no file."""
+def exists(listing: Listing, name: bytes) -> bool:
+    """Whether anything has this name here, whether scans pass it over or not."""
     try:
         os.stat(name, dir_fd=listing.descriptor, follow_symlinks=False)
     except FileNotFoundError:
@@ -282,7 +282,7 @@ def is_there(listing: Listing, name: bytes) -> bool:
 def _entries(
     descriptor: int, path: bytes, ignore: Ignore
 ) -> Iterator[tuple[bytes, os.stat_result | None]]:
-    """(name, stat) of each regular file, (name, None) of each directory, less what is ignored."""
+    """(name, stat) of each regular file and (name, None) of each directory, but ignored ones."""
     ours = _owned(descriptor)
     with os.scandir(descriptor) as entries:
         for entry in entries:
@@ -300,7 +300,7 @@ def _entries(
 
 
 def _owned(descriptor: int) -> re.Pattern[str] | None:
-    """What `atomic.own` marked as our own output in this directory."""
+    """A pattern for what `durable.own` has marked as our own output in this directory."""
     try:
         file = os.open(f"{STATE_FOLDER}/owned", os.O_RDONLY | os.O_CLOEXEC, dir_fd=descriptor)
     except OSError:

@@ -152,8 +152,8 @@ MUTANTS = [
         [
             Edit(
                 "services/scan.py",
-                "known.present and known.stat == found",
-                "known.present and known.stat.mtime_ns == found.mtime_ns",
+                "known.present and known.stat == stat",
+                "known.present and known.stat.mtime_ns == stat.mtime_ns",
             )
         ],
         ["tests/services/test_scan.py::test_an_edit_long_after_is_found_by_more_than_its_mtime"],

@@ -69,7 +69,7 @@ def test_what_changes_while_it_is_read_is_no_version_of_mixed_bytes(
             meddled.set()
             meddle(file)
 
-    found = hash_file(b"f", folder, each=meanwhile)
+    found = hash_file(b"f", folder, on_block=meanwhile)
     if meddle in (rename_over, delete):  # we read the file that we opened, to its end
         assert found is None or found[0] == hashlib.sha256(BEFORE).hexdigest()
     else:
