@@ -25,7 +25,7 @@ from casparian_flow.engine.frames import (
     BATCH_ROWS,
     HEADER,
     TOPIC_LENGTH,
-    Kind,
+    FrameKind,
     pack,
 )
 from casparian_flow.sdk import BasePlugin, FileInfo
@@ -44,7 +44,7 @@ ACCEPTED = (
 )
 
 
-class Attempt:
+class PluginRun:
     """One run of the plugin over one file, or its loading (job 0), as the wire sees it.
 
     Args:
@@ -59,7 +59,7 @@ class Attempt:
         self._name: str = plugin["name"]
         self._topics: list[str] = plugin["topics"]
         self._batch_limit: int = plugin["batch_limit"]
-        self._open: dict[str, Tally] = {}
+        self._sent: dict[str, SentTopic] = {}
         self._lock = threading.Lock()  # a plugin may publish from several threads
         self._refusal: Exception | None = None
 
@@ -80,7 +80,7 @@ class Attempt:
             raise self._refuse(TypeError(f"plugin {self._name} has no class Handler(BasePlugin)"))
         return handler()
 
-    def run(self, handler: BasePlugin, file: FileInfo) -> None:
+    def execute(self, handler: BasePlugin, file: FileInfo) -> None:
         """Execute the plugin over one file; a refusal it swallowed fails the attempt all the same.
 
         Otherwise rows could be missing from a job that completed.
@@ -102,10 +102,10 @@ class Attempt:
     def finish(self, news: bytes) -> None:
         """Say what was sent, that it is all, and what the host may want to know besides."""
         flush()
-        for topic, tally in self._open.items():
-            end = {"topic": topic, "batches": tally.batches, "rows": tally.rows}
-            self.send(Kind.END, json.dumps(end | {"digest": tally.digest.hexdigest()}).encode())
-        self.send(Kind.DONE, news)
+        for topic, sent in self._sent.items():
+            end = {"topic": topic, "batches": sent.batches, "rows": sent.rows}
+            self.send(FrameKind.END, json.dumps(end | {"digest": sent.digest.hexdigest()}).encode())
+        self.send(FrameKind.DONE, news)
 
     def fail(self, error: BaseException) -> None:
         """Say that the attempt ended without output, and why."""
@@ -120,12 +120,12 @@ class Attempt:
             "message": printable(str(self._refusal) if self._refusal else last_line),
             "traceback": printable(text),
         }
-        self.send(Kind.FAILED, json.dumps(failure).encode())
+        self.send(FrameKind.FAILED, json.dumps(failure).encode())
 
-    def send(self, kind: Kind, payload: bytes = b"") -> None:
+    def send(self, kind: FrameKind, payload: bytes = b"") -> None:
         """Send a small frame, and all that waits before it unless more is to come."""
         self._wire.write(pack(kind, self._job, payload))
-        if kind != Kind.END:
+        if kind != FrameKind.END:
             self._wire.flush()
 
     @property
@@ -200,11 +200,11 @@ class Attempt:
             hint = f"the limit is {self._batch_limit} ([guest] batch_limit_bytes)"
             raise self._refuse(ValueError(f"{what}; {hint}"))
         with self._lock:
-            tally = self._open.setdefault(topic, Tally(batch.schema))
-            if batch.schema != tally.schema:
-                raise self._refuse(changed(topic, tally.schema, batch.schema))
-            tally.add(batch.num_rows, stream)
-            self._wire.write(HEADER.pack(Kind.BATCH, self._job, length) + head)
+            sent = self._sent.setdefault(topic, SentTopic(batch.schema))
+            if batch.schema != sent.schema:
+                raise self._refuse(changed(topic, sent.schema, batch.schema))
+            sent.add(batch.num_rows, stream)
+            self._wire.write(HEADER.pack(FrameKind.BATCH, self._job, length) + head)
             self._wire.write(stream)
             self._wire.flush()
 
@@ -215,7 +215,7 @@ class Attempt:
             raise self._refuse(ValueError(f"topic {topic!r} was given {error}")) from error
 
 
-class Tally:
+class SentTopic:
     """What went to one topic in one attempt."""
 
     def __init__(self, schema: pa.Schema) -> None:

@@ -32,7 +32,7 @@ class TopicEnd(Record, frozen=True):
     """SHA-256 over the IPC bytes of its batches, hexadecimal."""
 
 
-class Tally:
+class ReceivedTopic:
     """What the host itself received for one topic in one job."""
 
     def __init__(self, topic: str) -> None:

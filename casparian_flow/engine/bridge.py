@@ -28,8 +28,8 @@ import msgspec
 import pyarrow as pa
 
 from casparian_flow.config import GuestSettings
-from casparian_flow.engine.batches import Tally, TopicEnd
-from casparian_flow.engine.frames import CONTROL_LIMIT, HEADER, TOPIC_LENGTH, Kind, pack
+from casparian_flow.engine.batches import ReceivedTopic, TopicEnd
+from casparian_flow.engine.frames import CONTROL_LIMIT, HEADER, TOPIC_LENGTH, FrameKind, pack
 from casparian_flow.engine.guest_process import (
     WATCH,
     Meter,
@@ -107,7 +107,7 @@ class Guest:
             artifact, limits, folder, [str(site_packages), str(bundle)], in_place
         )
         self._log = JobLog()
-        self._tallies: dict[str, Tally] = {}
+        self._received: dict[str, ReceivedTopic] = {}
         self._idle = False
         self._ahead = bytearray()
         self._deadline = 0.0
@@ -153,11 +153,11 @@ class Guest:
             with self._exchange(timeout_seconds, math.inf, loading=True):
                 self._expect_locked()
                 line = json.dumps(head).encode() + b"\n"
-                self._wire.sendall(pack(Kind.LOAD, 0, line + artifact.source))
+                self._wire.sendall(pack(FrameKind.LOAD, 0, line + artifact.source))
                 kind, length = self._header(job=0)
-                if kind == Kind.FAILED:
+                if kind == FrameKind.FAILED:
                     raise self._failure(length)
-                if kind != Kind.READY:
+                if kind != FrameKind.READY:
                     raise ProtocolError(f"{kind.name} where READY was due")
                 self.compiled_anew = self._record(length, list[str])
         except JobError:
@@ -188,7 +188,7 @@ class Guest:
         self.jobs_served += 1
         with self._exchange(timeout_seconds, self._limits.cpu_seconds):
             request = json.dumps(dataclasses.asdict(file)).encode()
-            self._wire.sendall(pack(Kind.RUN, file.job_id, request))
+            self._wire.sendall(pack(FrameKind.RUN, file.job_id, request))
             self.ends = yield from self._stream(file.job_id)
 
     @property
@@ -204,13 +204,13 @@ class Guest:
     @property
     def evidence(self) -> Evidence:
         """What is known of its last job, or of its loading, besides what it printed."""
-        ends = [tally.end() for tally in self._tallies.values()]
+        ends = [topic.end() for topic in self._received.values()]
         return self._meter.evidence(sum(e.batches for e in ends), sum(e.rows for e in ends))
 
     def _expect_locked(self) -> None:
         """The guest's word on its sandbox; believed, since only our code can have spoken."""
         kind, length = self._header(job=0)
-        if kind != Kind.LOCKED:
+        if kind != FrameKind.LOCKED:
             raise ProtocolError(f"{kind.name} where LOCKED was due")
         said = self._record(length, Locked)
         self.sandbox = ", ".join(said.layers) or "off"
@@ -239,7 +239,7 @@ class Guest:
             self._signal(signal.SIGCONT)
             with contextlib.suppress(OSError):
                 self._wire.settimeout(QUIT_SECONDS)  # it may have read nothing of what we sent
-                self._wire.sendall(pack(Kind.QUIT, 0))
+                self._wire.sendall(pack(FrameKind.QUIT, 0))
                 self._await_wire()
         self.kill()
 
@@ -268,7 +268,7 @@ class Guest:
     ) -> Iterator[None]:
         """A question and its whole answer; whatever cuts it short kills the guest."""
         self._idle = False
-        self._tallies = {}
+        self._received = {}
         self._paid = 0.0
         self._deadline = time.monotonic() + timeout_seconds
         self._meter.start(cpu_seconds)
@@ -321,40 +321,40 @@ class Guest:
         self._idle = True
 
     def _stream(self, job: int) -> Generator[tuple[str, pa.RecordBatch], None, dict[str, TopicEnd]]:
-        tallies = self._tallies
+        received = self._received
         ends: dict[str, TopicEnd] = {}
-        received = 0
+        received_bytes = 0
         while True:
             kind, length = self._header(job)
-            if kind == Kind.BATCH:
-                self._within_output(received + length)
+            if kind == FrameKind.BATCH:
+                self._within_output(received_bytes + length)
                 topic, data = self._batch(length)
                 if topic in ends or topic not in self._artifact.topics:
                     raise ProtocolError(f"a batch for topic {topic!r}, which is not open to it")
-                tally = tallies.setdefault(topic, Tally(topic))
-                batch, unfolded = tally.add(data, self._limits.batch_limit_bytes)
-                received += max(length, unfolded)
-                self._within_output(received)
+                counts = received.setdefault(topic, ReceivedTopic(topic))
+                batch, unfolded = counts.add(data, self._limits.batch_limit_bytes)
+                received_bytes += max(length, unfolded)
+                self._within_output(received_bytes)
                 with self._worked(length):
                     yield topic, batch
-            elif kind == Kind.END:
+            elif kind == FrameKind.END:
                 end = self._record(length, TopicEnd)
-                if end.topic not in tallies or end != tallies[end.topic].end():
+                if end.topic not in received or end != received[end.topic].end():
                     raise ProtocolError(f"the END of topic {end.topic!r} is not what was received")
                 ends[end.topic] = end
-            elif kind == Kind.FAILED:
+            elif kind == FrameKind.FAILED:
                 raise self._failure(length)
-            elif kind == Kind.DONE and ends.keys() == tallies.keys():
+            elif kind == FrameKind.DONE and ends.keys() == received.keys():
                 if length:
                     self.compiled_anew = self._record(length, list[str])
                 return ends
             else:
                 raise ProtocolError(f"{kind.name} where it was not due")
 
-    def _within_output(self, received: int) -> None:
+    def _within_output(self, received_bytes: int) -> None:
         """Go on, or kill the guest: it has sent what it may, counted as what it unfolds to."""
         limit = self._limits.output_limit_bytes
-        if received > limit:
+        if received_bytes > limit:
             self.kill()
             what = f"{self._who} published more than {limit} bytes for one file"
             raise OutputRefused(what, "raise output_limit_bytes under [guest]")
@@ -394,16 +394,16 @@ class Guest:
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             raise ProtocolError(f"a {kind.__name__} that does not fit: {error}") from error
 
-    def _header(self, job: int) -> tuple[Kind, int]:
+    def _header(self, job: int) -> tuple[FrameKind, int]:
         # What was read ahead could keep us at work without ever waiting for the wire again.
         if self._deadline <= time.monotonic():
             raise TimeoutError
         number, its_job, length = HEADER.unpack(self._read(HEADER.size))
         try:
-            kind = Kind(number)
+            kind = FrameKind(number)
         except ValueError:
             raise ProtocolError(f"a frame of unknown kind {number}") from None
-        limit = self._limits.batch_limit_bytes if kind == Kind.BATCH else CONTROL_LIMIT
+        limit = self._limits.batch_limit_bytes if kind == FrameKind.BATCH else CONTROL_LIMIT
         if length > limit:
             raise ProtocolError(f"a {kind.name} of {length} bytes; the limit is {limit}")
         if its_job != job:
@@ -414,10 +414,10 @@ class Guest:
         """Exactly so many bytes; what one system call brings beyond them waits for the next."""
         while len(self._ahead) < length <= READ_AHEAD:
             self._await_wire()
-            received = self._wire.recv(READ_AHEAD)
-            if not received:
+            data = self._wire.recv(READ_AHEAD)
+            if not data:
                 raise ConnectionResetError("the guest closed the wire")
-            self._ahead += received
+            self._ahead += data
         buffer = pa.allocate_buffer(length)
         rest = memoryview(buffer).cast("B")
         taken = min(length, len(self._ahead))

@@ -46,7 +46,7 @@ def ask(
     Raises:
         DaemonGone: one runs, and refuses us or does not answer.
     """
-    refused: wire.Key | None = None
+    refused: wire.CurveKeys | None = None
     while (about := durable.daemon_lock_holder(database.daemon_lock)) is not None:
         key = _key(database.control_endpoint, refused, min(patience, KEY_SECONDS))
         try:
@@ -73,7 +73,7 @@ def refusals(database: DatabaseSettings) -> dict[str, int]:
     return msgspec.json.decode(reply.text, type=dict[str, int]) if reply else {}
 
 
-def _key(endpoint: str, refused: wire.Key | None, patience: float) -> wire.Key:
+def _key(endpoint: str, refused: wire.CurveKeys | None, patience: float) -> wire.CurveKeys:
     """The daemon's key, which only those know who may enter its user's runtime folder."""
     file = wire.key_file(endpoint)
     deadline = time.monotonic() + patience
@@ -90,7 +90,7 @@ def _key(endpoint: str, refused: wire.Key | None, patience: float) -> wire.Key:
 
 
 def _exchange(
-    endpoint: str, key: wire.Key, message: list[bytes], patience: float
+    endpoint: str, key: wire.CurveKeys, message: list[bytes], patience: float
 ) -> list[bytes] | None:
     """The frames of the answer; None where the other end does not have this key.
 

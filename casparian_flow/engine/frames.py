@@ -26,7 +26,7 @@ BATCH_ROWS = 1 << 16
 """Rows of the largest batch: columns of nulls have rows without having bytes."""
 
 
-class Kind(IntEnum):
+class FrameKind(IntEnum):
     """What a frame says."""
 
     LOAD = 1
@@ -40,6 +40,6 @@ class Kind(IntEnum):
     FAILED = 20
 
 
-def pack(kind: Kind, job: int, payload: bytes = b"") -> bytes:
+def pack(kind: FrameKind, job: int, payload: bytes = b"") -> bytes:
     """A whole frame with a small payload."""
     return HEADER.pack(kind, job, len(payload)) + payload

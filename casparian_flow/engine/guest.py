@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 if TYPE_CHECKING:
-    from casparian_flow.engine.frames import Kind
+    from casparian_flow.engine.frames import FrameKind
 
 
 def main(wire: socket.socket, site_packages: str, confinement: str) -> None:
@@ -45,13 +45,13 @@ def main(wire: socket.socket, site_packages: str, confinement: str) -> None:
 
 def locked_down(wire: socket.socket, confinement: dict[str, Any]) -> bool:
     """Lock the process down and tell the host how far; False where that is not enough."""
-    from casparian_flow.engine.frames import Kind, pack
+    from casparian_flow.engine.frames import FrameKind, pack
     from casparian_flow.security import sandbox
 
     allowed = sandbox.Confinement(**confinement)
     level = sandbox.lock_down(allowed)
     said = {"layers": level.layers, "missing": level.missing}
-    wire.sendall(pack(Kind.LOCKED, 0, json.dumps(said).encode()))
+    wire.sendall(pack(FrameKind.LOCKED, 0, json.dumps(said).encode()))
     return level.whole or allowed.mode != "required"
 
 
@@ -73,8 +73,8 @@ def die_with_host(wire: socket.socket) -> None:
 
 def serve(wire: socket.socket, site_packages: str) -> None:
     """Answer LOAD, then every RUN, until QUIT or the end of the wire."""
-    from casparian_flow.engine.attempt import Attempt
-    from casparian_flow.engine.frames import BATCH_BYTES, Kind
+    from casparian_flow.engine.attempt import PluginRun
+    from casparian_flow.engine.frames import BATCH_BYTES, FrameKind
     from casparian_flow.sdk import FileInfo
 
     with (
@@ -83,27 +83,27 @@ def serve(wire: socket.socket, site_packages: str) -> None:
     ):
         head, _, source = receive(incoming)[2].partition(b"\n")
         plugin = json.loads(head)
-        attempt = Attempt(outgoing, 0, plugin)
+        run = PluginRun(outgoing, 0, plugin)
         try:
-            handler = attempt.load(source)
+            handler = run.load(source)
         except BaseException as error:  # noqa: BLE001  a plugin may raise SystemExit too
-            attempt.fail(error)
+            run.fail(error)
             return
-        attempt.send(Kind.READY, compiled_anew(site_packages))
+        run.send(FrameKind.READY, compiled_anew(site_packages))
         loaded = len(sys.modules)
         while True:
             kind, job, payload = receive(incoming)
-            if kind != Kind.RUN:
+            if kind != FrameKind.RUN:
                 return
-            attempt = Attempt(outgoing, job, plugin)
+            run = PluginRun(outgoing, job, plugin)
             try:
-                attempt.run(handler, FileInfo(**json.loads(payload)))
+                run.execute(handler, FileInfo(**json.loads(payload)))
             except BaseException as error:  # noqa: BLE001
-                attempt.fail(error)
+                run.fail(error)
             else:
                 news = compiled_anew(site_packages) if len(sys.modules) > loaded else b""
                 loaded = len(sys.modules)
-                attempt.finish(news)
+                run.finish(news)
             clear(plugin["scratch"])
 
 
@@ -136,15 +136,15 @@ def clear(scratch: str) -> None:
             trees.clear_away(path)
 
 
-def receive(incoming: BinaryIO) -> tuple[Kind, int, bytes]:
+def receive(incoming: BinaryIO) -> tuple[FrameKind, int, bytes]:
     """The next frame; ends the process quietly when the host has hung up."""
-    from casparian_flow.engine.frames import HEADER, Kind
+    from casparian_flow.engine.frames import HEADER, FrameKind
 
     header = incoming.read(HEADER.size)
     if len(header) < HEADER.size:
         sys.exit()
     kind, job, length = HEADER.unpack(header)
-    return Kind(kind), job, incoming.read(length)
+    return FrameKind(kind), job, incoming.read(length)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ _LIBZMQ = (4, 3, 5)
 _TCP = re.compile(r"tcp://(\[[0-9A-Fa-f:.]+\]|[^][:/;*]+):([0-9]{1,5})")
 
 
-class Key(NamedTuple):
+class CurveKeys(NamedTuple):
     """What a key file holds, each as 40 characters of Z85."""
 
     sentinel: bytes
@@ -85,7 +85,7 @@ def tune(peer: zmq.Socket) -> None:
     peer.heartbeat_timeout = SILENCE_MS
 
 
-def connect(peer: zmq.Socket, endpoint: str, key: Key) -> None:
+def connect(peer: zmq.Socket, endpoint: str, key: CurveKeys) -> None:
     """Connect to the Sentinel that left this key, and to no other."""
     peer.curve_serverkey = key.sentinel
     peer.curve_secretkey = key.secret
@@ -135,7 +135,7 @@ def key_file(endpoint: str) -> Path:
     return Path(place).with_suffix(".key")
 
 
-def leave_key(endpoint: str, key: Key) -> None:
+def leave_key(endpoint: str, key: CurveKeys) -> None:
     """Write the key file of an endpoint (0600), in a folder that is ours alone.
 
     Raises:
@@ -149,7 +149,7 @@ def leave_key(endpoint: str, key: Key) -> None:
         raise ConfigError(f"cannot write the key {file}: {error.strerror}") from error
 
 
-def read_key(endpoint: str) -> Key | None:
+def read_key(endpoint: str) -> CurveKeys | None:
     """The key that the Sentinel at an endpoint left; None where none did.
 
     Raises:
@@ -168,7 +168,7 @@ def read_key(endpoint: str) -> Key | None:
         ) from error
     if [len(word) for word in words] != [40, 40]:
         raise ConfigError(f"{file} is not a key", f"rm {shlex.quote(str(file))}, and restart it")
-    return Key(*words)
+    return CurveKeys(*words)
 
 
 def private_folder() -> None:
@@ -265,7 +265,7 @@ class Handshake:
     def __init__(self, context: zmq.asyncio.Context, refused: Refusals) -> None:
         public, self._secret = zmq.curve_keypair()
         peers_public, peers_secret = zmq.curve_keypair()
-        self.key = Key(public, peers_secret)
+        self.key = CurveKeys(public, peers_secret)
         self._admitted = z85.decode(peers_public)
         self._refused = refused
         self._numbers = itertools.count(1)

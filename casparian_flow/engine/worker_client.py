@@ -436,7 +436,7 @@ class Worker:
 
     async def _follow(self) -> None:
         """Connect when a Sentinel has left its key, and anew when a later one has left another."""
-        used: wire.Key | None = None
+        used: wire.CurveKeys | None = None
         self._socket.reconnect_ivl = 1_000  # slower than we look: few attempts with an old key
         while True:
             key = wire.read_key(self._endpoint)

@@ -148,7 +148,7 @@ def _reason(error: BaseException) -> str:
     return shown(error)
 
 
-class Keys:
+class KeySet:
     """The public keys of an authority, fetched when a token names one that is not known."""
 
     def __init__(self, url: str, ca: str | None) -> None:
@@ -190,9 +190,9 @@ class Keys:
 
 
 @functools.cache
-def authority_keys(url: str, ca: str | None) -> Keys:
+def authority_keys(url: str, ca: str | None) -> KeySet:
     """One cache an authority; there is one in a process, outside of tests."""
-    return Keys(url, ca)
+    return KeySet(url, ca)
 
 
 def first_line(reply: dict[str, Any]) -> str:
@@ -211,7 +211,7 @@ SCOPE = "publish"
 _CLOCKS_DIFFER = 60.0  # seconds that a token may seem to be from the future
 
 
-class Publisher(msgspec.Struct, frozen=True, kw_only=True):
+class AzureUser(msgspec.Struct, frozen=True, kw_only=True):
     """Who published, as their tenant vouches for it."""
 
     tenant: str
@@ -268,7 +268,7 @@ def sign_in(azure: AzureSettings, say: Callable[[str], None]) -> str:
         return str(reply["access_token"])
 
 
-def validate(azure: AzureSettings, token: str) -> Publisher:
+def validate(azure: AzureSettings, token: str) -> AzureUser:
     """Who published, if this is a token of our tenant, for our API, of somebody who may.
 
     Blocks for up to half a minute where the authority's keys must be fetched and it is slow.
@@ -314,7 +314,7 @@ def validate(azure: AzureSettings, token: str) -> Publisher:
     for is_so, words, hint in _conditions(azure, claims):
         if not is_so:
             raise _doubt(words, hint)
-    return Publisher(
+    return AzureUser(
         tenant=claims["tid"],
         object_id=str(claims["oid"]),
         issuer=issuer,

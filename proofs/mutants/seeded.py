@@ -87,12 +87,13 @@ MUTANTS = [
         [
             Edit(
                 "engine/bridge.py",
-                "            kind, length = self._header(job)\n            if kind == Kind.BATCH",
+                "            kind, length = self._header(job)\n"
+                "            if kind == FrameKind.BATCH",
                 "            try:\n"
                 "                kind, length = self._header(job)\n"
                 "            except ConnectionResetError:\n"
                 "                return ends\n"
-                "            if kind == Kind.BATCH",
+                "            if kind == FrameKind.BATCH",
             )
         ],
         ["tests/engine/test_bridge.py::test_a_guest_that_dies"],

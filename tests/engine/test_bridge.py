@@ -30,7 +30,7 @@ from tests.engine.guests import SECONDS, Start, artifact, file_info, loaded, plu
 
 RAW_BATCH = """
 import __main__
-from casparian_flow.engine.frames import HEADER, TOPIC_LENGTH, Kind, pack
+from casparian_flow.engine.frames import HEADER, TOPIC_LENGTH, FrameKind, pack
 wire, job = __main__.WIRE, self.file.job_id
 def stream(*batches, compression=None):
     sink = pa.BufferOutputStream()
@@ -40,9 +40,9 @@ def stream(*batches, compression=None):
     return sink.getvalue().to_pybytes()
 def send(data, topic=b"t"):
     head = TOPIC_LENGTH.pack(len(topic)) + topic
-    wire.sendall(HEADER.pack(Kind.BATCH, job, len(head) + len(data)) + head + data)
+    wire.sendall(HEADER.pack(FrameKind.BATCH, job, len(head) + len(data)) + head + data)
 def end(**changes):
-    wire.sendall(pack(Kind.END, job, json.dumps(changes).encode()))
+    wire.sendall(pack(FrameKind.END, job, json.dumps(changes).encode()))
 numbers = pa.record_batch({"n": list(range(1000))})
 words = pa.record_batch({"w": ["alpha", "beta"] * 500})
 """
@@ -81,15 +81,21 @@ def test_a_crash_leaves_the_line_it_happened_on_in_the_log(start: Start) -> None
     ("breach", "words"),
     [
         ("wire.sendall(b'garbage' * 100)", "unknown kind"),
-        ("wire.sendall(pack(Kind.DONE, job + 1))", "DONE of job 8 while job 7 runs"),
-        ("wire.sendall(pack(Kind.READY, job))", "READY where it was not due"),
-        ("wire.sendall(HEADER.pack(Kind.BATCH, job, 1 << 40))", "BATCH of 1099511627776 bytes"),
-        ("wire.sendall(HEADER.pack(Kind.FAILED, job, 1 << 30))", "FAILED of 1073741824 bytes"),
-        ("wire.sendall(pack(Kind.FAILED, job, b'{}'))", "does not fit"),
-        ("wire.sendall(pack(Kind.BATCH, job, b'\\xff\\xff'))", "shorter than its topic"),
+        ("wire.sendall(pack(FrameKind.DONE, job + 1))", "DONE of job 8 while job 7 runs"),
+        ("wire.sendall(pack(FrameKind.READY, job))", "READY where it was not due"),
+        (
+            "wire.sendall(HEADER.pack(FrameKind.BATCH, job, 1 << 40))",
+            "BATCH of 1099511627776 bytes",
+        ),
+        ("wire.sendall(HEADER.pack(FrameKind.FAILED, job, 1 << 30))", "FAILED of 1073741824 bytes"),
+        ("wire.sendall(pack(FrameKind.FAILED, job, b'{}'))", "does not fit"),
+        ("wire.sendall(pack(FrameKind.BATCH, job, b'\\xff\\xff'))", "shorter than its topic"),
         ("send(stream(numbers), b'other')", "'other', which is not open"),
         ("send(stream(numbers), b't\\xff')", "which is not open"),
-        ("send(stream(numbers)); wire.sendall(pack(Kind.DONE, job))", "DONE where it was not due"),
+        (
+            "send(stream(numbers)); wire.sendall(pack(FrameKind.DONE, job))",
+            "DONE where it was not due",
+        ),
         (
             "send(stream(numbers)); end(topic='t', batches=1, rows=999, digest='')",
             "END of topic 't' is not what was received",

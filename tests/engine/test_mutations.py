@@ -6,7 +6,7 @@ import random
 
 import pyarrow as pa
 
-from casparian_flow.engine.batches import Tally
+from casparian_flow.engine.batches import ReceivedTopic
 from casparian_flow.errors import ProtocolError
 
 COUNT = 4000
@@ -58,12 +58,12 @@ def test_a_mutated_batch_is_refused_or_safe_to_read_and_never_the_one_that_was_s
     """What Arrow reads without an error (most of it) END's digest tells from what was sent."""
     chance = random.Random(seed)
     good = stream()
-    sent = Tally("t")
+    sent = ReceivedTopic("t")
     rows = sent.add(pa.py_buffer(good), LIMIT)[0].to_pylist()
     read = 0
     for _ in range(COUNT):
         data = mutated(good, chance)
-        received = Tally("t")
+        received = ReceivedTopic("t")
         try:
             batch, _ = received.add(pa.py_buffer(data), LIMIT)
         except ProtocolError:

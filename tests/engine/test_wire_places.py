@@ -133,7 +133,7 @@ def test_a_client_without_the_key_is_told_at_once(
     async def story() -> None:
         async with attacked(settings) as target:
             right = file.read_bytes()
-            wrong = wire.Key(zmq.curve_keypair()[0], zmq.curve_keypair()[1])
+            wrong = wire.CurveKeys(zmq.curve_keypair()[0], zmq.curve_keypair()[1])
             wire.leave_key(settings.database.control_endpoint, wrong)
             with pytest.raises(DaemonGone, match="refused us") as refused:
                 await asyncio.to_thread(control.ask, settings.database, protocol.Ring())
@@ -155,7 +155,7 @@ def test_a_daemon_that_does_not_answer_is_not_waited_for_forever(settings: Setti
     database = settings.database
     assert control.ask(database, protocol.Ring()) is None
     database.state_folder.mkdir(mode=0o700)
-    stale = wire.Key(zmq.curve_keypair()[0], zmq.curve_keypair()[1])
+    stale = wire.CurveKeys(zmq.curve_keypair()[0], zmq.curve_keypair()[1])
     wire.leave_key(database.control_endpoint, stale)
     with (
         durable.hold_daemon_lock(database.daemon_lock, "stuck"),
@@ -172,7 +172,7 @@ def test_a_key_in_a_folder_of_others_is_not_trusted(
     folder = config.runtime_folder()
     assert wire.read_key("tcp://127.0.0.1:5555") is None
     assert folder.stat().st_mode & 0o777 == 0o700
-    wire.leave_key("tcp://127.0.0.1:5555", wire.Key(b"a" * 40, b"b" * 40))
+    wire.leave_key("tcp://127.0.0.1:5555", wire.CurveKeys(b"a" * 40, b"b" * 40))
     assert (folder / "tcp-5555.key").stat().st_mode & 0o777 == 0o600
     folder.chmod(0o750)
     with pytest.raises(ConfigError, match="open to other users") as refused:

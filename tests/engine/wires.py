@@ -93,7 +93,7 @@ class Attacked:
         assert await self.good.works()
 
 
-def known(endpoint: str) -> wire.Key:
+def known(endpoint: str) -> wire.CurveKeys:
     key = wire.read_key(endpoint)
     assert key is not None
     return key

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from casparian_flow.config import AzureSettings
 from casparian_flow.errors import AuthError
-from casparian_flow.security.identity import Publisher, sign_in, validate
+from casparian_flow.security.identity import AzureUser, sign_in, validate
 from tests.security.azure_authority import (
     AZURE,
     CLIENT,
@@ -43,7 +43,7 @@ def test_a_person_signs_in_and_the_sentinel_knows_them(azure: StandIn, clock: Cl
     azure.answers = ["authorization_pending", "authorization_pending"]
     said: list[str] = []
     token = sign_in(AZURE, said.append)
-    assert validate(AZURE, token) == Publisher(
+    assert validate(AZURE, token) == AzureUser(
         tenant=TENANT,
         object_id=PERSON,
         issuer=f"{azure.url}/{TENANT}/v2.0",
