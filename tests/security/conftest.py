@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -27,7 +29,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What msal and our cache of keys take for the time."""
     clock = Clock()
     monkeypatch.setattr("msal.oauth2cli.oauth2.time", clock)
-    monkeypatch.setattr(identity, "time", clock)
+    # The expiry of a token is still compared with the real time, as PyJWT does.
+    times = SimpleNamespace(monotonic=clock.monotonic, time=time.time)
+    monkeypatch.setattr(identity, "time", times)
     return clock
 
 
