@@ -1,7 +1,7 @@
-"""What a person chooses of a plugin when they publish it, put into the source of its MANIFEST.
+"""Change the MANIFEST of a plugin with the options of `casparian publish`.
 
-The chosen values stand in the artifact as literals, in the place of the author's. So they are
-signed with it, and whoever reads the MANIFEST later reads them without knowing of any choice.
+The chosen values replace the author's literals in the source. They are therefore signed with the
+artifact, and readers of the MANIFEST need no special case.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from casparian_flow.errors import PluginError
 from casparian_flow.security.manifest import Module, of_fields, parse, read_manifest
 
 _ESCAPE = re.compile(
-    r"\\(?:(?P<plain>[tnr0\\])|x(?P<x>[0-9A-Fa-f]{2})|u(?P<u>[0-9A-Fa-f]{4})"
+    r"\\(?:(?P<letter>[tnr0\\])|x(?P<x>[0-9A-Fa-f]{2})|u(?P<u>[0-9A-Fa-f]{4})"
     r"|U(?P<U>[0-9A-Fa-f]{8})|(?P<other>.?))",
     re.DOTALL,
 )
-_PLAIN = {"t": "\t", "n": "\n", "r": "\r", "0": "\0", "\\": "\\"}
+_LETTERS = {"t": "\t", "n": "\n", "r": "\r", "0": "\0", "\\": "\\"}
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True,
           "false": False, "no": False, "off": False, "0": False}  # fmt: skip
 _BOM = b"\xef\xbb\xbf"
 
 
 class Choices(NamedTuple):
-    """What was chosen; the author's word holds where nothing was."""
+    """What the command line chose; fields that were not given keep the author's value."""
 
     name: str | None = None
     patterns: Sequence[str] = ()
     topics: Sequence[str] = ()
-    """In the order of the MANIFEST's, and as many."""
+    """New names, in the order of the MANIFEST's topics and as many."""
     options: Mapping[str, str] = {}
-    """Option -> its value as it was typed."""
+    """Option -> its value as typed."""
 
 
 NOTHING = Choices()
@@ -44,26 +44,26 @@ class Chosen(NamedTuple):
 
     source: bytes
     notes: list[str]
-    """What a person should look at, a sentence each."""
+    """Warnings, a sentence each."""
 
 
 class _Edit(NamedTuple):
     start: int
-    """A byte of the source."""
+    """Byte offset in the source, as is `end`."""
     end: int
     text: bytes
 
 
 def choose(source: bytes, file_name: str, choices: Choices) -> Chosen:
-    """Put the choices into the MANIFEST's call; every other byte stays as it is.
+    """Apply the choices to the call that makes the MANIFEST; no other byte changes.
 
     Args:
         source: the plugin's file; UTF-8.
         file_name: its name, for messages.
 
     Raises:
-        PluginError: it is not a plugin, or does not have what was chosen: an option that it does
-            not declare, a value of another type, another number of topics.
+        PluginError: the source is not a plugin, an option is not declared, a value has another
+            type, or the number of topics differs.
     """
     if choices == NOTHING:
         return Chosen(source, [])
@@ -86,7 +86,7 @@ def choose(source: bytes, file_name: str, choices: Choices) -> Chosen:
         writer.topics(fields, renamed)
     for option, text in choices.options.items():
         writer.option(fields, option, _option_value(fields, file_name, option, text))
-    changed = writer.written()
+    changed = writer.edited()
     if read_manifest(changed, file_name) != of_fields(fields, file_name):
         raise PluginError(
             f"the MANIFEST of {file_name} cannot be rewritten: it would not read back as chosen",
@@ -96,7 +96,7 @@ def choose(source: bytes, file_name: str, choices: Choices) -> Chosen:
 
 
 class _Writer:
-    """Collects the edits of a MANIFEST's call, and keeps its fields as they will read then."""
+    """Collects edits of the MANIFEST's call, and updates `fields` to match the edited source."""
 
     def __init__(self, source: bytes, call: ast.Call) -> None:
         self.call = call
@@ -108,10 +108,10 @@ class _Writer:
         self._keywords = {keyword.arg: keyword.value for keyword in call.keywords}
         self._edits: list[_Edit] = []
         self._new: list[str] = []
-        """Keywords that the call does not have yet."""
+        """Keyword arguments to add to the call."""
 
     def field(self, fields: dict[str, Any], name: str, value: str | list[str]) -> None:
-        """Give a field a value, in the place of the one that it has."""
+        """Set a field, replacing its present value if it has one."""
         fields[name] = value
         if name in self._keywords:
             self._replace(self._keywords[name], value)
@@ -119,13 +119,13 @@ class _Writer:
             self._new.append(f"{name}={_literal(value)}")
 
     def topics(self, fields: dict[str, Any], renamed: Mapping[str, str]) -> None:
-        """Give topics other names wherever the call names them; lists keep their form."""
+        """Rename topics wherever the call names them; lists keep their form."""
         for node in _texts_of(self._keywords.get("topic")):
             self._replace(node, renamed[str(node.value)])
         if "topic" in fields:
             topic = fields["topic"]
             many = isinstance(topic, list)
-            fields["topic"] = [renamed[each] for each in topic] if many else renamed[topic]
+            fields["topic"] = [renamed[name] for name in topic] if many else renamed[topic]
         sinks = self._keywords.get("sinks")
         for key in sinks.keys if isinstance(sinks, ast.Dict) else ():
             if isinstance(key, ast.Constant):
@@ -134,7 +134,7 @@ class _Writer:
             fields["sinks"] = {renamed[key]: sink for key, sink in fields["sinks"].items()}
 
     def option(self, fields: dict[str, Any], name: str, value: str | int | bool) -> None:
-        """Give an option that is declared another value."""
+        """Set the value of a declared option."""
         fields["options"] = {**fields["options"], name: value}
         options = self._keywords["options"]
         assert isinstance(options, ast.Dict)
@@ -142,8 +142,8 @@ class _Writer:
             if isinstance(key, ast.Constant) and key.value == name:
                 self._replace(node, value)
 
-    def written(self) -> bytes:
-        """The source with the edits made."""
+    def edited(self) -> bytes:
+        """The source with all edits applied."""
         edits = [*self._edits, *self._insertion()]
         text = self._source
         for edit in sorted(edits, reverse=True):
@@ -151,7 +151,7 @@ class _Writer:
         return text
 
     def _insertion(self) -> Iterator[_Edit]:
-        """New keywords stand before the first, on lines of their own where it does so."""
+        """Insert new keywords before the first, each on its own line if the first has one."""
         if not self._new:
             return
         if not self.call.keywords:
@@ -175,20 +175,20 @@ class _Writer:
         self._edits.append(_Edit(start, end, _literal(value).encode()))
 
     def _at(self, line: int, column: int) -> int:
-        """The byte at a place of the tree, whose columns are bytes and do not count a BOM."""
+        """Byte offset of a position in the tree: its columns are bytes and leave out a BOM."""
         return self._starts[line - 1] + column
 
 
 def _texts_of(node: ast.expr | None) -> Iterator[ast.Constant]:
-    """The strings of a literal that is one, or several."""
-    each = node.elts if isinstance(node, ast.List | ast.Tuple | ast.Set) else [node]
-    for item in each:
+    """The strings of a literal: a string, or a list, tuple or set of strings."""
+    items = node.elts if isinstance(node, ast.List | ast.Tuple | ast.Set) else [node]
+    for item in items:
         if isinstance(item, ast.Constant) and isinstance(item.value, str):
             yield item
 
 
 def _literal(value: object) -> str:
-    """A literal of Python on one line, in double quotes where that needs no escape."""
+    """A Python literal on one line, in double quotes where that needs no escape."""
     if isinstance(value, list):
         return f"[{', '.join(map(_literal, value))}]"
     text = repr(value)
@@ -196,7 +196,7 @@ def _literal(value: object) -> str:
 
 
 def _renamed(fields: dict[str, Any], file_name: str, chosen: Sequence[str]) -> dict[str, str]:
-    """Each topic of the MANIFEST and the name that it gets."""
+    """Each topic of the MANIFEST -> its new name."""
     topic = fields.get("topic", [])
     several = [topic] if isinstance(topic, str) else topic
     known = list(dict.fromkeys([*several, *fields.get("sinks", {})]))
@@ -218,10 +218,10 @@ def _renamed(fields: dict[str, Any], file_name: str, chosen: Sequence[str]) -> d
 def _mentions(
     tree: ast.Module, call: ast.Call, file_name: str, renamed: Mapping[str, str]
 ) -> Iterator[str]:
-    """Places that may still name a topic as the author did.
+    """A warning for each string outside the MANIFEST that equals the old name of a topic.
 
     Raises:
-        PluginError: one of them publishes to it.
+        PluginError: a literal `publish` call uses an old name.
     """
     old = {name for name, new in renamed.items() if name != new}
     in_manifest = {id(node) for node in ast.walk(call)}
@@ -242,7 +242,7 @@ def _mentions(
 
 
 def _published_to(node: ast.AST) -> ast.Constant | None:
-    """The topic of `self.publish("topic", data)`, where it is a literal."""
+    """The topic of a call like `self.publish("topic", data)`, if it is a literal."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
         return None
     if node.func.attr != "publish":
@@ -255,7 +255,7 @@ def _published_to(node: ast.AST) -> ast.Constant | None:
 def _option_value(
     fields: dict[str, Any], file_name: str, option: str, text: str
 ) -> str | int | bool:
-    """An option's value, of the type of the one that the MANIFEST declares."""
+    """Convert the typed text to the type of the option's declared value."""
     declared: dict[str, str | int | bool] = fields.get("options", {})
     if option not in declared:
         known = ", ".join(f"{name}={_literal(value)}" for name, value in declared.items())
@@ -267,31 +267,31 @@ def _option_value(
     default = declared[option]
     if isinstance(default, bool):
         if text.lower() not in _FLAGS:
-            raise _misfit(option, text, "true or false")
+            raise _wrong_type(option, text, "true or false")
         return _FLAGS[text.lower()]
     if isinstance(default, int):
         if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
-            raise _misfit(option, text, "a whole number of 9 digits at most")
+            raise _wrong_type(option, text, "a whole number of 9 digits at most")
         return int(text)
     return _unescaped(option, text)
 
 
-def _misfit(option: str, text: str, wanted: str) -> PluginError:
+def _wrong_type(option: str, text: str, wanted: str) -> PluginError:
     return PluginError(
         f"option {option} must be {wanted}, not {text[:60]!r}", f"write it like --option {option}=1"
     )
 
 
 def _unescaped(option: str, text: str) -> str:
-    r"""The text that was typed, with `\t`, `\x01` and the like as the characters they stand for."""
+    r"""The typed text with escapes such as `\t` and `\x01` replaced by their characters."""
 
-    def character(found: re.Match[str]) -> str:
-        if found["plain"]:
-            return _PLAIN[found["plain"]]
-        code = int(found["x"] or found["u"] or found["U"] or "ffffffff", 16)
+    def character(match: re.Match[str]) -> str:
+        if match["letter"]:
+            return _LETTERS[match["letter"]]
+        code = int(match["x"] or match["u"] or match["U"] or "ffffffff", 16)
         if code > 0x10FFFF:
             raise PluginError(
-                f"option {option}: {found[0]!r} is not an escape",
+                f"option {option}: {match[0]!r} is not an escape",
                 r"the escapes are \t \n \r \0 \\ \xNN \uNNNN \UNNNNNNNN; a backslash itself is \\",
             )
         return chr(code)

@@ -1,7 +1,7 @@
-"""The Gatekeeper: reads a plugin's MANIFEST and judges its source, in a process of its own.
+"""The Gatekeeper: reads a plugin's MANIFEST and checks its source against the policy.
 
-It is early, friendly policy feedback, and no boundary: what plugins can do is decided by the
-sandbox. The child keeps a source that is made to crash, fill or stall a parser away from us.
+It gives early feedback and is no security boundary; the sandbox is. It parses in a subprocess
+with tight limits, since a hostile source can crash, fill or stall a parser.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from casparian_flow.security.manifest import Manifest
 from casparian_flow.security.rules import FINDINGS_LIMIT, RULESET, Finding, Policy
 
 WALL_SECONDS = 60.0
-"""Twice what the child may compute: other processes want the machine too."""
+"""Twice the child's processor time, for a busy machine."""
 
 log = logging.getLogger(__name__)
 
 
 class Inspection(msgspec.Struct, frozen=True):
-    """What the Gatekeeper saw in one source."""
+    """Result of checking one source."""
 
     file_name: str
     manifest: Manifest
     findings: list[Finding]
-    """By line; `FINDINGS_LIMIT` at most."""
+    """Sorted by line; at most `FINDINGS_LIMIT`."""
     policy: Policy
 
     @property
     def verdict(self) -> dict[str, Any]:
-        """The rules and the policy it was judged by, and the outcome; fit for JSON."""
+        """Ruleset, policy and outcome, as values that JSON can hold."""
         return {
             "ruleset": RULESET,
             "allow": sorted(self.policy.allow),
@@ -54,20 +54,21 @@ class Inspection(msgspec.Struct, frozen=True):
         }
 
     def require(self) -> None:
-        """Return if nothing was found.
+        """Raise if there are findings.
 
         Raises:
-            PolicyRefused: something was; the message has a line for each finding.
+            PolicyRefused: the message has a line for each finding.
         """
         if not self.findings:
             return
         count = len(self.findings)
         more = " or more" if count == FINDINGS_LIMIT else ""
         lines = [
-            f"{self.file_name} line {found.line}: [{found.rule}] {found.what}; {found.instead}"
-            for found in self.findings
+            f"{self.file_name} line {finding.line}: [{finding.rule}] {finding.what}; "
+            f"{finding.instead}"
+            for finding in self.findings
         ]
-        entries = dict.fromkeys(found.entry for found in self.findings)
+        entries = dict.fromkeys(finding.entry for finding in self.findings)
         allow = [entry for entry in entries if entry not in self.policy.forbid]
         raise PolicyRefused(
             f"{self.file_name} has {count}{more} mention{'' if count == 1 else 's'} that the "
@@ -78,16 +79,16 @@ class Inspection(msgspec.Struct, frozen=True):
 
 
 def inspect(source: bytes, file_name: str, policy: Policy) -> Inspection:
-    """Read and judge a plugin's source, in a child whose time, memory and output are limited.
+    """Read a plugin's MANIFEST and check its source, in a child with limited resources.
 
     Args:
         source: the file's bytes.
         file_name: its name, as for `manifest.read_manifest`.
-        policy: what to allow and forbid besides the rules.
+        policy: exceptions from the rules, and additional prohibitions.
 
     Raises:
-        PluginError: it is not a plugin, as `manifest.read_manifest` says, or the child could not
-            be started or could not read it within its limits.
+        PluginError: the source is not a plugin (see `manifest.read_manifest`), or the child could
+            not be started or exceeded its limits.
     """
     try:
         answer = _ask(Request(file_name, policy), source)
@@ -109,8 +110,8 @@ def inspect(source: bytes, file_name: str, policy: Policy) -> Inspection:
 
 
 def _ask(request: Request, source: bytes) -> Answer | None:
-    """The child's answer; None if it died, was killed, or wrote something else."""
-    # Files and no pipes: nothing can fill up or stay open, and the kernel bounds what is written.
+    """The child's answer; None if it died, was killed, or wrote anything else."""
+    # Files instead of pipes: they cannot block, and RLIMIT_FSIZE bounds the output.
     with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as answered:
         asked.write(json.dumps(msgspec.to_builtins(request)).encode() + b"\n" + source)
         asked.seek(0)

@@ -1,7 +1,7 @@
-"""The Gatekeeper's child: a process of little means that parses and judges one plugin's source.
+"""A subprocess with tight resource limits that parses and checks one plugin's source.
 
-Started by the gatekeeper as `python -I .../gatekeeper_child.py`. The standard input is a line of
-JSON, a `Request`, and then the source; the standard output becomes an `Answer` in JSON.
+The Gatekeeper starts it as `python -I .../gatekeeper_child.py`. Standard input has a `Request` as
+one line of JSON, then the source; standard output is an `Answer` in JSON.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from casparian_flow.security.rules import Finding, Policy, judge
 
 CPU_SECONDS = 30
 MEMORY_MIB = 2048
-"""Address space; a mebibyte of source takes half of it at the worst."""
+"""Address space; parsing 1 MiB of source takes at most half of it."""
 ANSWER_LIMIT = 4 << 20
-"""Bytes. A MANIFEST may be nearly as long as its source, whose characters JSON may escape."""
+"""Bytes. A MANIFEST can be nearly as long as its source, and JSON may escape its characters."""
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What is to be judged, besides the source itself."""
+    """What to check, besides the source itself."""
 
     file_name: str
     policy: Policy
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What was read, or why it is no plugin."""
+    """The manifest and findings, or why the source is not a plugin."""
 
     manifest: Manifest | None = None
     findings: list[Finding] = []
@@ -44,30 +44,30 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    """Give up what a parser does not need, then read, judge and answer."""
+    """Lower the resource limits, then read, check and answer."""
     lower(resource.RLIMIT_CPU, CPU_SECONDS)
     lower(resource.RLIMIT_FSIZE, ANSWER_LIMIT)
     lower(resource.RLIMIT_CORE, 0)
     try:
         lower(resource.RLIMIT_AS, MEMORY_MIB << 20)
     except (OSError, ValueError):
-        if sys.platform != "darwin":  # which knows the limit and refuses to set it
+        if sys.platform != "darwin":  # macOS has the limit but cannot set it
             raise
     head, _, source = sys.stdin.buffer.read().partition(b"\n")
     answer = answer_to(msgspec.convert(json.loads(head), Request), source)
-    # Not msgspec's JSON: a file's name may have lone surrogates, for bytes that are not UTF-8.
+    # Not msgspec's JSON: a file name that is not UTF-8 has lone surrogates.
     sys.stdout.buffer.write(json.dumps(msgspec.to_builtins(answer)).encode())
 
 
 def lower(limit: int, to: int) -> None:
-    """Lower a resource limit for good; one that is lower already stays."""
+    """Lower the soft and hard limit of a resource; never raises them."""
     _, hard = resource.getrlimit(limit)
     new = to if hard == resource.RLIM_INFINITY else min(to, hard)
     resource.setrlimit(limit, (new, new))
 
 
 def answer_to(request: Request, source: bytes) -> Answer:
-    """One parse for both: the MANIFEST, and what the policy forbids."""
+    """Parse once, for both the MANIFEST and the policy."""
     try:
         tree = parse(source, request.file_name)
         manifest = manifest_in(tree, source, request.file_name)

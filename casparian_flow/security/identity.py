@@ -1,7 +1,7 @@
-"""Azure AD: a publisher signs in with a device code (RFC 8628), the Sentinel checks the token.
+"""Azure AD: a publisher signs in with a device code (RFC 8628); the daemon checks the token.
 
-A token says who publishes and never stands in for the signature. It lives in memory only: it is
-not cached, not logged and not stored, and no refresh token is asked for.
+A token identifies the publisher and does not replace the signature. It stays in memory: it is
+never cached, logged or stored, and no refresh token is requested.
 """
 
 from __future__ import annotations
@@ -24,21 +24,19 @@ if TYPE_CHECKING:
     from jwt import PyJWK
     from requests import Response, Session
 
-
-# Talking to Azure AD: connections, what goes wrong on them, and the keys it signs tokens with.
+# Connections to Azure AD, their errors, and the keys that sign its tokens.
 #
-# Where `config.test_authority` names a stand-in, that is talked to and nothing else, whatever
-# proxies and CA variables the environment has, and the log says so. Its issuer is
-# `<authority>/<tenant id>/v2.0`, and its keys are at `<authority>/<tenant id>/discovery/v2.0/keys`.
-
+# If `config.test_authority` names a stand-in, it replaces Azure AD, proxy and CA variables are
+# ignored, and a warning is logged. Its issuer is `<authority>/<tenant id>/v2.0`, its keys are at
+# `<authority>/<tenant id>/discovery/v2.0/keys`.
 
 AZURE_AD = "https://login.microsoftonline.com"
 
 KEYS_LAST = 3600.0
-"""Seconds after which an authority's keys are fetched anew: one it withdrew must not stay."""
+"""Seconds until the keys are fetched again, so that a withdrawn key does not stay valid."""
 
 KEYS_PAUSE = 30.0
-"""Seconds between fetches because of unknown keys, which anybody can name in a token."""
+"""Shortest time in seconds between fetches for unknown keys: any token can name one."""
 
 _TIMEOUT = (5.0, 20.0)  # seconds to connect, and between two reads
 _SHOWN = 200
@@ -47,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 def locate() -> tuple[str, str | None]:
-    """Where identities come from, and the CA to trust there; None: those of the machine.
+    """The authority's URL, and the CA file to trust there; None: the system's CAs.
 
     Raises:
         ConfigError: the test authority cannot be used.
@@ -61,10 +59,10 @@ def locate() -> tuple[str, str | None]:
 
 @contextlib.contextmanager
 def needed() -> Iterator[None]:
-    """Say how to install what an import inside did not find.
+    """Turn a failed import in the block into an error that says what to install.
 
     Raises:
-        AuthError: with those words.
+        AuthError: a package is not installed.
     """
     try:
         yield
@@ -76,13 +74,13 @@ def needed() -> Iterator[None]:
 
 
 def connect_authority(ca: str | None) -> Session:
-    """Connections over TLS only, with time limits; the caller closes them."""
+    """A session for TLS connections only, with timeouts; the caller closes it."""
     import requests
 
     session = requests.Session()
     session.adapters.pop("http://")
     session.hooks["response"] = [_check]
-    # A session has no setting for it; msal's documentation does it like this.
+    # A session has no timeout setting; msal's documentation suggests this.
     session.request = functools.partial(  # type: ignore[method-assign]
         session.request, timeout=_TIMEOUT
     )
@@ -93,7 +91,7 @@ def connect_authority(ca: str | None) -> Session:
 
 
 def _check(response: Response, **_: Any) -> None:
-    """Stop at an answer that is none, before msal logs it whole: it may have a token in it."""
+    """Raise on an unexpected response before msal logs its body, which may hold a token."""
     from requests import HTTPError
 
     status = response.status_code
@@ -109,14 +107,14 @@ def _check(response: Response, **_: Any) -> None:
 
 @contextlib.contextmanager
 def explained(what: str, kept: str) -> Iterator[None]:
-    """Say in words why the authority could not be talked to.
+    """Turn errors of a request to the authority into an AuthError.
 
     Args:
-        what: could not be done, with whom.
-        kept: what did not happen because of it.
+        what: what could not be done.
+        kept: what was not changed because of it.
 
     Raises:
-        AuthError: with those words.
+        AuthError: the request failed.
     """
     import requests
 
@@ -132,8 +130,8 @@ def explained(what: str, kept: str) -> Iterator[None]:
             f"{what}: it cannot be reached ({_reason(error)}); {kept}",
             "check the network, and HTTPS_PROXY where there is a proxy; then publish again",
         ) from error
-    # OSError: other errors of requests, and a CA file that is not there. The rest is what msal
-    # raises where an answer lacks something.
+    # OSError: other errors of requests, and a missing CA file. msal raises the others when a
+    # response lacks a field.
     except (OSError, ValueError, LookupError) as error:
         raise AuthError(
             f"{what}: {shown(error)}; {kept}",
@@ -142,14 +140,14 @@ def explained(what: str, kept: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What is at the bottom of requests' and urllib3's wrappings."""
+    """The innermost error: requests and urllib3 wrap it."""
     while error.__context__ is not None:
         error = error.__context__
     return shown(error)
 
 
 class KeySet:
-    """The public keys of an authority, fetched when a token names one that is not known."""
+    """Cache of an authority's public keys; fetches them when a token names an unknown key."""
 
     def __init__(self, url: str, ca: str | None) -> None:
         self._url = url
@@ -160,10 +158,10 @@ class KeySet:
         self._paused_until = 0.0
 
     def find(self, key_id: str | None) -> PyJWK | None:
-        """The key of that name, which a stranger may have made up; None where there is none.
+        """The key with this id, which is untrusted input; None if the authority has no such key.
 
         Raises:
-            AuthError: the authority was asked, and gave no keys.
+            AuthError: the keys could not be fetched.
         """
         with self._lock:
             now = time.monotonic()
@@ -182,60 +180,60 @@ class KeySet:
             explained(f"cannot check the sign-in with {self._url}", "nothing was deployed"),
         ):
             try:
-                found = jwt.PyJWKSet.from_dict(session.get(self._url).json())
+                keys = jwt.PyJWKSet.from_dict(session.get(self._url).json())
             except jwt.PyJWTError as error:
                 raise ValueError(str(error)) from error
-        self._known = {key.key_id: key for key in found if key.key_id}
+        self._known = {key.key_id: key for key in keys if key.key_id}
         self._good_until = time.monotonic() + KEYS_LAST
 
 
 @functools.cache
 def authority_keys(url: str, ca: str | None) -> KeySet:
-    """One cache an authority; there is one in a process, outside of tests."""
+    """The cache of an authority's keys, one a process."""
     return KeySet(url, ca)
 
 
 def first_line(reply: dict[str, Any]) -> str:
-    """An OAuth error in one line; what Azure AD adds below is for its own logs."""
+    """An OAuth error in one line, without the trace ids that Azure AD adds below."""
     description = str(reply.get("error_description") or "").partition("\n")[0]
     return shown(f"{reply.get('error')}: {description}".rstrip(": .\r"))
 
 
 def shown(text: object) -> str:
-    """Somebody else's text, made safe to print."""
+    """Untrusted text, shortened and made safe to print."""
     return "".join(c if c.isprintable() else " " for c in str(text)[:_SHOWN]).strip()
 
 
 SCOPE = "publish"
 
-_CLOCKS_DIFFER = 60.0  # seconds that a token may seem to be from the future
+_CLOCK_SKEW_SECONDS = 60.0
 
 
 class AzureUser(msgspec.Struct, frozen=True, kw_only=True):
-    """Who published, as their tenant vouches for it."""
+    """The person who published, from a token that the tenant signed."""
 
     tenant: str
     """GUID of the tenant."""
 
     object_id: str
-    """GUID of the person in it: with `tenant` the identity, since names and addresses change."""
+    """GUID of the person in the tenant. Both are the identity, since names and addresses change."""
 
     issuer: str
 
     name: str
-    """For people to read, and for nothing else; may be empty."""
+    """For display only; may be empty."""
 
 
 def sign_in(azure: AzureSettings, say: Callable[[str], None]) -> str:
-    """Have the person sign in in a browser; the access token for our API.
+    """Sign in through a browser and return the access token for our API.
 
-    Blocks until they did, declined, or the code expired; Ctrl-C ends it and leaves nothing behind.
+    Blocks until the user signs in, declines, or the code expires. Ctrl-C stops it.
 
     Args:
-        say: is given each line that the person must read, the code among them.
+        say: prints a line for the user: the address and the code.
 
     Raises:
-        AuthError: they declined or came too late, or the authority refused or was not reached.
+        AuthError: the user declined, the code expired, or the authority refused or is unreachable.
         ConfigError: the test authority cannot be used.
     """
     with needed():
@@ -249,13 +247,13 @@ def sign_in(azure: AzureSettings, say: Callable[[str], None]) -> str:
             azure.client_id,
             authority=f"{url}/{azure.tenant_id}",
             http_client=session,
-            instance_discovery=False,  # the authority is known: nobody else is asked about it
+            instance_discovery=False,  # else msal asks a Microsoft host about the authority
             exclude_scopes=["offline_access"],  # no refresh token
         )
         flow = app.initiate_device_flow([f"api://{azure.client_id}/{SCOPE}"])
         if "user_code" not in flow:
             raise _refusal(flow)
-        flow["interval"] = max(flow["interval"], 1)  # with 0, msal would ask without a pause
+        flow["interval"] = max(flow["interval"], 1)  # at 0, msal would poll without a pause
         say(
             f"to sign in, open {shown(flow['verification_uri'])} and enter the code "
             f"{shown(flow['user_code'])} within {max(flow['expires_in'] // 60, 1)} min"
@@ -269,16 +267,19 @@ def sign_in(azure: AzureSettings, say: Callable[[str], None]) -> str:
 
 
 def validate(azure: AzureSettings, token: str) -> AzureUser:
-    """Who published, if this is a token of our tenant, for our API, of somebody who may.
+    """Check a token: signed by our tenant, for our API, of a person who may publish.
 
-    Blocks for up to half a minute where the authority's keys must be fetched and it is slow.
+    May block for half a minute to fetch the authority's keys.
 
     Args:
-        token: what the publisher sent; empty where they did not sign in.
+        token: from the publisher; empty if they did not sign in.
+
+    Returns:
+        The person who published.
 
     Raises:
-        AuthError: the token is not in order, its owner may not publish, or the authority's keys
-            could not be fetched.
+        AuthError: the token is invalid, its owner may not publish, or the authority's keys could
+            not be fetched.
         ConfigError: the test authority cannot be used.
     """
     with needed():
@@ -295,7 +296,7 @@ def validate(azure: AzureSettings, token: str) -> AzureUser:
         key_id = jwt.get_unverified_header(token).get("kid")
         key = authority_keys(f"{url}/{azure.tenant_id}/discovery/v2.0/keys", ca).find(key_id)
         if key is None:
-            raise _doubt(
+            raise _invalid(
                 f"it is signed with key {shown(key_id)}, which is not the tenant's",
                 f"publish again; if the tenant has a new key, in {KEYS_PAUSE:.0f} s",
             )
@@ -306,14 +307,14 @@ def validate(azure: AzureSettings, token: str) -> AzureUser:
             audience=[azure.client_id, f"api://{azure.client_id}"],
             issuer=issuer,
             options={"require": ["exp", "iss", "aud", "tid", "oid"]},
-            leeway=_CLOCKS_DIFFER,
+            leeway=_CLOCK_SKEW_SECONDS,
         )
     except jwt.PyJWTError as error:
-        words, hint = _FAULTS.get(type(error).__name__, (shown(error), "publish again"))
-        raise _doubt(words, hint) from error
-    for is_so, words, hint in _conditions(azure, claims):
-        if not is_so:
-            raise _doubt(words, hint)
+        fault, hint = _FAULTS.get(type(error).__name__, (shown(error), "publish again"))
+        raise _invalid(fault, hint) from error
+    for met, fault, hint in _conditions(azure, claims):
+        if not met:
+            raise _invalid(fault, hint)
     return AzureUser(
         tenant=claims["tid"],
         object_id=str(claims["oid"]),
@@ -322,8 +323,8 @@ def validate(azure: AzureSettings, token: str) -> AzureUser:
     )
 
 
-def _doubt(words: str, hint: str) -> AuthError:
-    return AuthError(f"the sign-in to Azure AD does not hold: {words}; nothing was deployed", hint)
+def _invalid(fault: str, hint: str) -> AuthError:
+    return AuthError(f"the sign-in to Azure AD does not hold: {fault}; nothing was deployed", hint)
 
 
 _FAULTS = {
@@ -341,13 +342,13 @@ _FAULTS = {
         '"requestedAccessTokenVersion": 2',
     ),
 }
-"""What PyJWT found, in words, and what to do about it."""
+"""Error of PyJWT -> message and hint."""
 
 
 def _conditions(azure: AzureSettings, claims: dict[str, Any]) -> Iterator[tuple[bool, str, str]]:
-    """What must be so besides, in a token that the tenant signed; never a name or an address."""
+    """Conditions on a token that the tenant signed: (met, message, hint)."""
     yield (
-        int(claims["exp"]) > time.time(),  # PyJWT forgave it the difference of the clocks
+        int(claims["exp"]) > time.time(),  # PyJWT allows the clock skew here too
         *_FAULTS["ExpiredSignatureError"],
     )
     yield (
@@ -377,30 +378,29 @@ _DECLINED = (
     "the sign-in was declined in the browser",
     "publish again; if you did not decline it, somebody else had the code",
 )
-_LATE = (
+_EXPIRED = (
     "the code expired before anybody signed in with it",
     "publish again, and enter the new code in time",
 )
 _REFUSALS = {
     "authorization_declined": _DECLINED,  # Azure AD
     "access_denied": _DECLINED,  # RFC 8628
-    "expired_token": _LATE,
-    "authorization_pending": _LATE,  # what was answered last, when msal stopped asking
-    "slow_down": _LATE,
+    "expired_token": _EXPIRED,
+    "authorization_pending": _EXPIRED,  # the last response before msal stopped polling
+    "slow_down": _EXPIRED,
     "bad_verification_code": ("Azure AD does not know the code any more", "publish again"),
     "invalid_client": (
         "Azure AD does not let this application sign in with a code",
         "in its registration, under Authentication, allow public client flows",
     ),
 }
-"""Answers of RFC 8628 and of Azure AD: what each means, and what to do about it."""
+"""Error code of RFC 8628 or of Azure AD -> message and hint."""
 
 
 def _refusal(reply: dict[str, Any]) -> AuthError:
-    """The error for what the authority answered instead of a token."""
     fallback = (
         f"Azure AD refused the sign-in: {first_line(reply)}",
         "check AZURE_CLIENT_ID and the application's registration, then publish again",
     )
-    words, hint = _REFUSALS.get(str(reply.get("error")), fallback)
-    return AuthError(f"{words}; nothing was published", hint)
+    message, hint = _REFUSALS.get(str(reply.get("error")), fallback)
+    return AuthError(f"{message}; nothing was published", hint)

@@ -1,6 +1,6 @@
-"""System calls that Python has no function for, through the C library (Linux, x86-64).
+"""Linux system calls that Python has no function for: prctl, mounts, Landlock, seccomp.
 
-Standard library only: this file is copied beside the guest.
+Standard library only: this file is copied beside the guest. Called through the C library (x86-64).
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ PR_SET_SECCOMP = 22
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 
-_C = ctypes.CDLL(None, use_errno=True)  # also macOS has one; the calls are Linux's
+_C = ctypes.CDLL(None, use_errno=True)  # loads on macOS too, where nobody calls it
 
 
 def check(what: str, result: int) -> int:
-    """A call's result, or the error it left behind.
+    """Return a call's result, or raise its errno.
+
+    Args:
+        what: the call's name, for the error.
 
     Raises:
-        OSError: the result is negative; its file name is `what`, the call's name.
+        OSError: the result is negative; `what` is its file name.
     """
     if result < 0:
         code = ctypes.get_errno() or errno.EINVAL
@@ -37,19 +40,19 @@ def check(what: str, result: int) -> int:
 
 
 def prctl(option: int, *values: int) -> int:
-    """prctl(2); values that are not given are 0, which some options insist on."""
+    """prctl(2); missing arguments are passed as 0, which some options require."""
     arguments = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
     return check("prctl", _C.prctl(option, *arguments))
 
 
 def syscall(name: str, number: int, *arguments: object) -> int:
-    """Any system call by its number; integers are passed as longs."""
+    """Make a system call by its number; integers are passed as longs."""
     passed = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     return check(name, _C.syscall(ctypes.c_long(number), *passed))
 
 
 def drop_capabilities() -> None:
-    """Give up every capability, root's among them (capset(2), version 3 of its structures)."""
+    """Drop all capabilities (capset(2), version 3 of its structures)."""
     syscall("capset", 126, struct.pack("Ii", 0x20080522, 0), bytes(24))
 
 
@@ -65,7 +68,7 @@ def unmount(target: str, flags: int) -> None:
 
 
 def sync_filesystem(path: str | os.PathLike[str]) -> None:
-    """syncfs(2): have everything that was written to a path's filesystem on its disk."""
+    """syncfs(2): write all data of the filesystem that holds `path` to its disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         check("syncfs", _C.syncfs(descriptor))
@@ -73,12 +76,8 @@ def sync_filesystem(path: str | os.PathLike[str]) -> None:
         os.close(descriptor)
 
 
-# Which files a guest may reach: a Landlock ruleset (landlock(7), Linux's uapi/linux/landlock.h).
-#
-# Rights that an old kernel does not know are left out; what that leaves open, seccomp closes.
-#
-# Standard library only: this file is copied beside the guest.
-
+# Landlock (landlock(7), uapi/linux/landlock.h): which files a guest may open. Rights that an old
+# kernel does not know are left out; seccomp covers them.
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 
@@ -91,14 +90,14 @@ WRITE = READ | WRITE_FILE | _REMOVE_MAKE | _REFER | TRUNCATE
 _OF_A_FILE = WRITE_FILE | READ_FILE | TRUNCATE
 
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}
-"""ABI -> how many rights over files it knows; later ones know no more that concern us."""
+"""ABI version -> how many file rights it knows. Later ABIs add none that we use."""
 _BIND_TCP, _CONNECT_TCP = 1, 2
 _SCOPES = 3
-"""No abstract UNIX socket, and no signal, of a process outside."""
+"""Forbid abstract UNIX sockets of, and signals to, processes outside the sandbox."""
 
 
 def landlock_abi() -> int:
-    """The kernel's version of Landlock; 0 where it has none, or where it is not active."""
+    """The kernel's Landlock ABI version; 0 if it has none or Landlock is not active."""
     try:
         return syscall("landlock_create_ruleset", _CREATE_RULESET, None, 0, 1)
     except OSError as error:
@@ -108,14 +107,14 @@ def landlock_abi() -> int:
 
 
 def install_landlock(read: Sequence[str | int], write: Sequence[str], network: bool) -> None:
-    """Hold the calling thread, and all it starts, to these trees. There is no way back.
+    """Restrict the calling thread and its children to these files, irreversibly.
 
-    `PR_SET_NO_NEW_PRIVS` must have been set. Paths that do not exist are passed over.
+    `PR_SET_NO_NEW_PRIVS` must be set. Paths that do not exist are skipped.
 
     Args:
-        read: files and folders whose content may be read: paths, or descriptors, which are closed.
-        write: folders that may be changed, and devices that may be written.
-        network: whether TCP connections are left to others to decide.
+        read: readable files and folders, as paths or as descriptors, which are closed.
+        write: writable folders and devices.
+        network: do not restrict outgoing TCP connections.
 
     Raises:
         OSError: the kernel refuses, or has no Landlock.
@@ -140,28 +139,22 @@ def install_landlock(read: Sequence[str | int], write: Sequence[str], network: b
 
 def _allow(ruleset: int, path: str | int, rights: int) -> None:
     try:
-        place = path if isinstance(path, int) else os.open(path, os.O_PATH | os.O_CLOEXEC)
+        descriptor = path if isinstance(path, int) else os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return
     try:
-        if not stat.S_ISDIR(os.fstat(place).st_mode):
+        if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             rights &= _OF_A_FILE
-        rule = struct.pack("=Qi", rights, place)
+        rule = struct.pack("=Qi", rights, descriptor)
         buffer = ctypes.create_string_buffer(rule, len(rule))
         syscall("landlock_add_rule", _ADD_RULE, ruleset, 1, buffer, 0)
     finally:
-        os.close(place)
+        os.close(descriptor)
 
 
-# A guest's own view of the files: a root with what it may read in it, and nothing else.
-#
-# Landlock refuses to open what is outside; in a mount namespace of its own (mount_namespaces(7),
-# user_namespaces(7)) a guest does not even see that it is there, and its scratch folder is a
-# filesystem of a fixed size. Not every machine lets an ordinary user make namespaces, so this is a
-# layer on top and not what holds.
-#
-# Standard library only: this file is copied beside the guest.
-
+# A mount namespace (mount_namespaces(7), user_namespaces(7)): the guest sees only the files that it
+# may read, and its scratch folder is a filesystem of a fixed size. Not every machine lets an
+# ordinary user create namespaces, so this is an additional layer; Landlock is the required one.
 
 _UNSHARE, _PIVOT_ROOT, _MOUNT_SETATTR = 272, 155, 442
 _NEW_MOUNTS, _NEW_USER = 0x00020000, 0x10000000
@@ -173,11 +166,11 @@ _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 def enter_namespaces(
     home: str, read: Sequence[str], devices: Sequence[str], scratch: str, size: int
 ) -> None:
-    """Move the calling process, which must have one thread, into a root of its own.
+    """Move the calling process, which must have one thread, into its own root.
 
     Args:
         home: a folder of the guest's own; its `root` becomes the mount point.
-        read: absolute paths that keep their names and can be read; missing ones are passed over.
+        read: absolute paths that stay readable under their names; missing ones are skipped.
         devices: device files that keep their names.
         scratch: where a writable filesystem of `size` bytes goes; nothing where `size` is 0.
 
@@ -216,7 +209,7 @@ def enter_namespaces(
 
 
 def _bind(root: str, path: str) -> None:
-    """Show a file or a tree under its own name; a name that leads elsewhere stays a link there."""
+    """Bind a file or tree into `root` under its own name; a symlink stays a symlink."""
     real = os.path.realpath(path)
     if not os.path.exists(real):
         return
@@ -234,19 +227,15 @@ def _bind(root: str, path: str) -> None:
             os.symlink(real, root + path)
 
 
-# The system calls a guest may make: a list of what is allowed, so that a new one is not.
+# seccomp: the system calls that a guest may make. It is an allow list, so new calls are refused.
 #
-# A filter program in classic BPF (seccomp(2), Linux's uapi/linux/seccomp.h), assembled here. What
-# Landlock does not decide is decided here: processes, signals, sockets, changes of a file's mode or
-# owner, and truncation through a read-only open, which old Landlocks let pass. Names of the
-# kernel's table for x86-64 (arch/x86/entry/syscalls/syscall_64.tbl); other machines have other
-# numbers.
-#
-# Standard library only: this file is copied beside the guest.
-
+# The filter is a classic BPF program (seccomp(2), uapi/linux/seccomp.h), assembled here. It covers
+# what Landlock does not: processes, signals, sockets, changes of mode or owner, and truncation
+# through a read-only open, which old Landlock versions allow. Names and numbers are those of x86-64
+# (arch/x86/entry/syscalls/syscall_64.tbl).
 
 ALLOWED: dict[str, int] = {
-    # files that are open, and names: which ones is Landlock's to say
+    # files: Landlock decides which
     "read": 0, "write": 1, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "lseek": 8,
     "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20, "access": 21, "dup": 32, "dup2": 33,
     "sendfile": 40, "flock": 73, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getdents": 78,
@@ -257,29 +246,29 @@ ALLOWED: dict[str, int] = {
     "readlinkat": 267, "faccessat": 269, "sync_file_range": 277, "fallocate": 285, "dup3": 292,
     "preadv": 295, "pwritev": 296, "renameat2": 316, "copy_file_range": 326, "preadv2": 327,
     "pwritev2": 328, "statx": 332, "close_range": 436, "faccessat2": 439,
-    # memory: RLIMIT_AS bounds it
+    # memory: limited by RLIMIT_AS
     "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "mremap": 25, "msync": 26, "madvise": 28,
     "munlock": 150,
-    # threads of its own, and its own end
+    # its threads, and its end
     "futex": 202, "set_tid_address": 218, "set_robust_list": 273, "sched_yield": 24,
     "sched_getparam": 143, "sched_getscheduler": 145, "sched_get_priority_max": 146,
     "sched_get_priority_min": 147, "sched_getaffinity": 204, "getcpu": 309, "membarrier": 324,
     "rseq": 334, "futex_waitv": 449, "arch_prctl": 158, "exit": 60, "exit_group": 231,
     "wait4": 61, "waitid": 247, "restart_syscall": 219,
-    # signals it receives
+    # receiving signals
     "rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "pause": 34,
     "rt_sigpending": 127, "rt_sigtimedwait": 128, "rt_sigsuspend": 130, "sigaltstack": 131,
-    # waiting, and what time it is
+    # waiting, and the time
     "poll": 7, "select": 23, "nanosleep": 35, "getitimer": 36, "alarm": 37, "setitimer": 38,
     "gettimeofday": 96, "time": 201, "epoll_create": 213, "clock_gettime": 228,
     "clock_getres": 229, "clock_nanosleep": 230, "epoll_wait": 232, "epoll_ctl": 233,
     "pselect6": 270, "ppoll": 271, "epoll_pwait": 281, "timerfd_create": 283, "eventfd": 284,
     "timerfd_settime": 286, "timerfd_gettime": 287, "eventfd2": 290, "epoll_create1": 291,
     "epoll_pwait2": 441, "pipe": 22, "pipe2": 293,
-    # the one socket it has
+    # its one socket
     "recvfrom": 45, "recvmsg": 47, "shutdown": 48, "getsockname": 51, "getpeername": 52,
     "getsockopt": 55,
-    # who and where it is
+    # ids and system information
     "getpid": 39, "uname": 63, "getrlimit": 97, "getrusage": 98, "sysinfo": 99, "times": 100,
     "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108, "getppid": 110, "getpgrp": 111,
     "getgroups": 115, "getresuid": 118, "getresgid": 120, "gettid": 186, "getrandom": 318,
@@ -288,23 +277,22 @@ ALLOWED: dict[str, int] = {
 NETWORK: dict[str, int] = {
     "connect": 42, "sendto": 44, "sendmsg": 46, "setsockopt": 54, "recvmmsg": 299, "sendmmsg": 307,
 }  # fmt: skip
-"""What a plugin that was granted the network may do besides: go out, never listen."""
+"""Additional calls of a plugin that was granted the network: connect, never listen."""
 
 MISSING: dict[str, int] = {"clone3": 435, "openat2": 437}
-"""Answered as if the kernel had none: the C library then takes an older call, whose arguments a
-filter can see."""
+"""Calls that fail with ENOSYS: the C library then uses an older call, whose arguments a filter can
+see."""
 
 FCNTL, LOCKS = 72, (6, 7)
-"""F_SETLK and F_SETLKW are answered as done, and nothing is done.
+"""F_SETLK and F_SETLKW succeed without taking a lock.
 
-They keep out other processes, and a guest is one: of its own locks a process is never kept out. So
-a library that takes them (SQLite, DuckDB) meets what it would meet, while the kernel keeps no lock.
-It would keep any number, one a range of bytes, in memory that no limit of the guest's counts. Locks
-of an open file (F_OFD_SETLK) could keep out the guest's own threads: they are refused.
+These locks exclude other processes, and a guest is one process, so SQLite and DuckDB see no
+difference. The kernel would store any number of locks, one a byte range, in memory that no limit
+counts. F_OFD_SETLK locks could exclude the guest's own threads: they are refused.
 """
 
 NEWEST = 462
-"""The newest number known to whoever wrote the lists; a later one is missing, not forbidden."""
+"""The newest call number when the lists were written; later calls fail with ENOSYS, not EPERM."""
 
 _AUDIT_ARCH_X86_64 = 0xC000003E
 _LOAD, _EQUAL, _GREATER, _AND, _RETURN = 0x20, 0x15, 0x25, 0x54, 0x06
@@ -320,9 +308,9 @@ _MSG_NOSIGNAL = 0x4000
 
 
 class Condition(NamedTuple):
-    """A test of one half of an argument: `half & mask` is one of `values`, or is not.
+    """A test of one 32-bit half of an argument: whether `half & mask` is one of `values`.
 
-    The kernel itself takes only the low half of the integers tested here; of a pointer both count.
+    The kernel uses only the low half of the integers tested here; pointers need both halves.
     """
 
     argument: int
@@ -333,25 +321,25 @@ class Condition(NamedTuple):
 
 
 class Conditional(NamedTuple):
-    """A system call that is allowed where all its conditions hold."""
+    """A system call that is allowed if all its conditions hold."""
 
     number: int
     conditions: Sequence[Condition]
 
 
 def conditional(pid: int, network: bool) -> list[Conditional]:
-    """The calls whose arguments decide.
+    """The calls that are allowed for some arguments only.
 
     Args:
-        pid: the guest, which may signal itself and nobody else.
-        network: whether it may open internet sockets.
+        pid: the guest's process id; it may signal only itself.
+        network: whether the guest may open internet sockets.
     """
     own = Condition(0, [pid])
     no_address = [*_null(4), Condition(3, [0, _MSG_NOSIGNAL])]
     reading_only = [*_null(2), Condition(0, [0, pid])]
-    fcntl = [0, 1, 2, 3, 4, 5, 1030]  # no owner, no lease, no pipe size, no lock (see below)
+    fcntl = [0, 1, 2, 3, 4, 5, 1030]  # no owner, lease, pipe size or lock (see LOCKS)
     ioctl = [0x5401, 0x5421, 0x541B, 0x5450, 0x5451]  # TCGETS, FIONBIO, FIONREAD, FIO(N)CLEX
-    names = [15, 16]  # PR_SET_NAME, PR_GET_NAME: the parent-death signal stays as it is
+    names = [15, 16]  # PR_SET_NAME, PR_GET_NAME; not the parent-death signal
     calls = [
         Conditional(2, [Condition(1, [os.O_TRUNC], _O_TRUNC_ACCMODE, wanted=False)]),  # open
         Conditional(257, [Condition(2, [os.O_TRUNC], _O_TRUNC_ACCMODE, wanted=False)]),  # openat
@@ -379,14 +367,14 @@ def _null(argument: int) -> list[Condition]:
 
 
 def seccomp_available() -> bool:
-    """Whether the numbers above are this machine's."""
+    """Whether this machine has the call numbers above."""
     return platform.machine() == "x86_64" and struct.calcsize("P") == 8
 
 
 def install_seccomp(pid: int, network: bool) -> None:
-    """Hold the calling thread, and all it starts, to the lists. There is no way back.
+    """Restrict the calling thread and its children to the lists, irreversibly.
 
-    `PR_SET_NO_NEW_PRIVS` must have been set.
+    `PR_SET_NO_NEW_PRIVS` must be set.
 
     Raises:
         OSError: the kernel has no seccomp filters, or refuses this one.
@@ -399,7 +387,7 @@ def install_seccomp(pid: int, network: bool) -> None:
 
 
 def program(pid: int, network: bool) -> bytes:
-    """The filter: the machine, then each call by its number, then no."""
+    """The BPF program: check the architecture, then each allowed call, then refuse."""
     allowed = ALLOWED | (NETWORK if network else {})
     code = [
         _step(_LOAD, _ARCH),
@@ -431,7 +419,7 @@ def program(pid: int, network: bool) -> bytes:
 
 
 def _body(conditions: Iterable[Condition]) -> list[bytes]:
-    """Return from the filter: allowed where every condition holds, else not permitted."""
+    """Return "allow" if every condition holds, else EPERM."""
     refuse = _step(_RETURN, _ERRNO | errno.EPERM)
     body: list[bytes] = []
     for condition in conditions:
@@ -440,9 +428,9 @@ def _body(conditions: Iterable[Condition]) -> list[bytes]:
             _step(_AND, condition.mask),
         ]
         tests = list(condition.values)
-        for place, value in enumerate(tests):
-            hit = len(tests) - place - 1 + condition.wanted
-            miss = 0 if place < len(tests) - 1 else int(not condition.wanted)
+        for index, value in enumerate(tests):
+            hit = len(tests) - index - 1 + condition.wanted
+            miss = 0 if index < len(tests) - 1 else int(not condition.wanted)
             body.append(_step(_EQUAL, value, hit, miss))
         body.append(refuse)
     return [*body, _step(_RETURN, _ALLOW)]

@@ -1,8 +1,8 @@
-"""The keys of the person who signs: private files, one of which signs.
+"""The user's signing keys, one private file each.
 
-default.key     signs
-next.key        takes its place when a rotation that has begun is finished
-<key id>.key    signed before; other ledgers may still trust it
+default.key     the key that signs
+next.key        the new key of a rotation that is not finished; `promote` makes it default.key
+<key id>.key    an earlier key; other ledgers may still trust it
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ _NEXT = "next.key"
 
 
 def has_local_key(folder: Path) -> bool:
-    """Whether this person has a signing key."""
+    """Whether the user has a signing key."""
     return (folder / _DEFAULT).exists()
 
 
 def local_key(folder: Path) -> SigningKey:
-    """This person's signing key, created on first use.
+    """The user's signing key, created on first use.
 
     Args:
         folder: holds `default.key`, the seed as 64 hexadecimal digits (0600, in a 0700 folder).
 
     Raises:
-        PluginError: the key cannot be read or created, is not a key, or is not private: another
-            owner, or any right of the group or of others, on the file or on the folder.
+        PluginError: the key cannot be read or created, is not a key, or is not private: the file
+            or the folder has another owner, or gives rights to group or others.
     """
     return _key(folder / _DEFAULT)
 
 
 def next_key(folder: Path) -> SigningKey:
-    """The key that will take the place of the one that signs, created on first use.
+    """The new key of a rotation, created on first use.
 
     Raises:
         PluginError: as `local_key`.
@@ -52,7 +52,7 @@ def next_key(folder: Path) -> SigningKey:
 
 
 def kept_keys(folder: Path) -> list[SigningKey]:
-    """Keys that have signed before.
+    """The user's earlier signing keys.
 
     Raises:
         PluginError: as `local_key`.
@@ -62,7 +62,7 @@ def kept_keys(folder: Path) -> list[SigningKey]:
 
 
 def promote(folder: Path) -> None:
-    """Make the next key the one that signs; the earlier one is kept under its key id.
+    """Make `next.key` the signing key; the earlier key is kept under its key id.
 
     Raises:
         PluginError: the files cannot be changed.
@@ -102,7 +102,7 @@ def _key(path: Path) -> SigningKey:
 
 
 def _create(path: Path) -> None:
-    """Write a new seed, unless another process was first: a key once used is never replaced."""
+    """Write a new seed, unless another process did so first: never replace a used key."""
     from nacl.signing import SigningKey
 
     with exclusive(path.with_name(f"{path.name}.lock")):

@@ -1,7 +1,7 @@
-"""What a plugin says of itself, read from its source without running a line of it.
+"""Read a plugin's MANIFEST from its source.
 
-The source is parsed, never compiled or imported. Only literals are understood, so what is read
-here is what the author wrote, whoever reads it and on whatever machine.
+The source is parsed, never compiled or imported. Only literals are accepted, so the result does
+not depend on the machine that reads it.
 """
 
 from __future__ import annotations
@@ -23,22 +23,19 @@ from packaging.version import InvalidVersion, Version
 from casparian_flow import sink_uri
 from casparian_flow.errors import ConfigError, PluginError
 
-# A plugin's source becomes a syntax tree: parsed, never compiled, never run.
-
-
 SOURCE_LIMIT = 1 << 20
-"""Bytes. A plugin is a page of code; parsing takes hundreds of times its size in memory."""
+"""Bytes. Parsing takes hundreds of times the size of the source in memory."""
 
 
 def parse(source: bytes, file_name: str) -> ast.Module:
-    """The syntax tree of a plugin's source, of which nothing is run.
+    """Parse a plugin's source without running it.
 
     Args:
-        source: the file's bytes; UTF-8, at most `SOURCE_LIMIT` of them.
+        source: the file's bytes; UTF-8, at most `SOURCE_LIMIT`.
         file_name: the file's name, for messages.
 
     Raises:
-        PluginError: the source is too long, too deep, not UTF-8 or not Python.
+        PluginError: the source is too long, nested too deeply, not UTF-8 or not Python.
     """
     if len(source) > SOURCE_LIMIT:
         raise PluginError(
@@ -48,15 +45,14 @@ def parse(source: bytes, file_name: str) -> ast.Module:
     if b"\0" in source:
         raise PluginError(f"{file_name} has NUL bytes: it is not Python source", "publish a .py")
     try:
-        # Other codecs are not only rare: some take hours to decode what they were not made for.
+        # Only UTF-8: some codecs take hours to decode hostile input.
         encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
         if encoding not in ("utf-8", "utf-8-sig"):
             raise SyntaxError(f"the source says that its encoding is {encoding}, not UTF-8")
         with warnings.catch_warnings():
-            # An author's "\d" is between the author and Python.
             warnings.simplefilter("ignore")
             return ast.parse(source, file_name)
-    # Bytes that are not UTF-8 are a SyntaxError in most places, a UnicodeDecodeError in some.
+    # Bytes that are not UTF-8 raise a SyntaxError, or a UnicodeDecodeError (a ValueError).
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         text = printable((getattr(error, "text", None) or "").strip())
@@ -72,7 +68,7 @@ def parse(source: bytes, file_name: str) -> ast.Module:
 
 
 def printable(text: str) -> str:
-    """The start of a stranger's text, without what would move a terminal's cursor."""
+    """The start of untrusted text, without control characters."""
     return "".join(character if character.isprintable() else "?" for character in text[:60])
 
 
@@ -83,51 +79,51 @@ _TOPIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _OPTION = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _UNSTORABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _LIMIT = 10**9
-"""Numbers beyond it are mistakes, and some would not fit a database column."""
+"""Larger numbers are mistakes, and some would not fit a database column."""
 _BYTES_LIMIT = 1 << 50
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A plugin's MANIFEST, checked; `sdk.PluginMetadata` says what each field is for."""
+    """A plugin's MANIFEST, checked; `sdk.PluginMetadata` explains the fields."""
 
     name: str
     version: str
-    """In PEP 440's normal form; empty where the author left it to `casparian publish`."""
+    """In PEP 440's normal form; empty if `casparian publish` shall choose it."""
     patterns: list[str]
     topics: list[str]
-    """Those of `topic`, then those only `sinks` names; a plugin may publish nothing."""
+    """Those of `topic`, then those that only `sinks` names; may be empty."""
     priority: int
     subscriptions: list[str]
     sinks: dict[str, str | list[str]]
-    """Topic -> sink URI as written, or several; schemes and paths are not checked here."""
+    """Topic -> sink URI, or several, as written; schemes and paths are not checked here."""
     timeout_seconds: float
-    """0 takes the configured limit."""
+    """0: the configured limit."""
     memory_bytes: int = 0
-    """0 takes the configured limit."""
+    """0: the configured limit."""
     scratch_bytes: int = 0
     network: bool = False
     options: dict[str, str | int | bool] = msgspec.field(default_factory=dict)
 
     def sinks_of(self, topic: str) -> list[str]:
-        """The sinks it names for a topic; none where it leaves that to the configuration."""
+        """The sink URIs of a topic; empty if the configuration shall choose."""
         return _texts(self.sinks.get(topic, []))
 
 
 def read_manifest(source: bytes, file_name: str) -> Manifest:
-    """Read and check the MANIFEST of a plugin's source, and that it has a `Handler`.
+    """Read and check a plugin's MANIFEST, and check that the source has a `Handler`.
 
     Args:
         source: the file's bytes; UTF-8.
-        file_name: the file's name, for messages and as the plugin's name where it gives none.
+        file_name: the file's name, for messages; its stem is the default name of the plugin.
 
     Raises:
-        PluginError: the source is not a plugin. The message says which line or field and why.
+        PluginError: the source is not a plugin. The message names the line or field, and why.
     """
     return manifest_in(parse(source, file_name), source, file_name)
 
 
 def manifest_in(tree: ast.Module, source: bytes, file_name: str) -> Manifest:
-    """`read_manifest` of a source that is parsed already, as `tree`."""
+    """`read_manifest` for a source that is already parsed as `tree`."""
     module = Module(tree, source, file_name)
     fields = module.manifest_fields()
     module.check_handler()
@@ -135,10 +131,10 @@ def manifest_in(tree: ast.Module, source: bytes, file_name: str) -> Manifest:
 
 
 def of_fields(fields: dict[str, Any], file_name: str) -> Manifest:
-    """The manifest that these arguments of `PluginMetadata` make, each of its field's type.
+    """Make a Manifest of the arguments of `PluginMetadata`, whose types are already checked.
 
     Raises:
-        PluginError: a value cannot be used; the message says which and why.
+        PluginError: a value is invalid; the message names it, and why.
     """
     manifest = Manifest(
         name=fields.get("name") or PurePosixPath(file_name).stem,
@@ -160,7 +156,7 @@ def of_fields(fields: dict[str, Any], file_name: str) -> Manifest:
 
 
 class Module:
-    """A plugin's source, parsed."""
+    """A parsed plugin."""
 
     def __init__(self, tree: ast.Module, source: bytes, file_name: str) -> None:
         self.file_name = file_name
@@ -175,7 +171,7 @@ class Module:
         }
 
     def manifest_fields(self) -> dict[str, Any]:
-        """The arguments of the MANIFEST's call, each of its field's type; None is left out."""
+        """The arguments of the MANIFEST's call, with their types checked; None is left out."""
         fields: dict[str, Any] = {}
         for keyword in self.manifest_call().keywords:
             field = keyword.arg
@@ -201,12 +197,12 @@ class Module:
         return fields
 
     def check_handler(self) -> None:
-        """Refuse a module whose `Handler` is missing or is sure to fail."""
+        """Raise PluginError if `Handler` is missing or cannot work."""
         shape = "class Handler(BasePlugin), with execute(self, file_path)"
-        found = [node for node in self.statements if "Handler" in _bound(node)]
-        if not found:
+        definitions = [node for node in self.statements if "Handler" in _bound(node)]
+        if not definitions:
             raise PluginError(f"{self.file_name} has no class Handler", f"add a {shape}")
-        handler = found[-1]
+        handler = definitions[-1]
         if not isinstance(handler, ast.ClassDef):
             return
         if not handler.bases:
@@ -216,12 +212,13 @@ class Module:
             raise self._error(handler, "class Handler has no method execute", shape)
 
     def manifest_call(self) -> ast.Call:
-        found = [node for node in self.statements if "MANIFEST" in _bound(node)]
-        if not found:
+        """The call of `PluginMetadata` that is assigned to MANIFEST."""
+        assignments = [node for node in self.statements if "MANIFEST" in _bound(node)]
+        if not assignments:
             raise PluginError(f"{self.file_name} has no MANIFEST", f"add {EXAMPLE}")
-        if len(found) > 1:
-            raise self._error(found[1], "MANIFEST is there twice", "keep one of them")
-        value = getattr(found[0], "value", found[0])
+        if len(assignments) > 1:
+            raise self._error(assignments[1], "MANIFEST is there twice", "keep one of them")
+        value = getattr(assignments[0], "value", assignments[0])
         if not isinstance(value, ast.Call) or self._name(value.func) != "PluginMetadata":
             raise self._computed(value)
         if value.args:
@@ -229,7 +226,7 @@ class Module:
         return value
 
     def _literal(self, node: ast.expr) -> Any:
-        """The value of a literal; sets become lists, in the author's order."""
+        """The value of a literal; a set becomes a list, in the order of the source."""
         match node:
             case ast.Constant(value=value):
                 return value
@@ -248,7 +245,7 @@ class Module:
         raise self._computed(node)
 
     def _name(self, node: ast.expr) -> str:
-        """What a name, or the last part of a dotted name, was called where it came from."""
+        """A name, or the last part of a dotted name, before `import ... as` renamed it."""
         match node:
             case ast.Name(id=name):
                 return self.aliases.get(name, name)
@@ -263,18 +260,16 @@ class Module:
         return PluginError(f"{self.file_name} line {node.lineno}: {what}", hint)
 
     def _shown(self, node: Any) -> str:
-        """A node as the author wrote it, on one line.
-
-        The text itself and not a value's repr, which refuses integers of many digits.
-        """
+        """A node's source text on one line. Not its repr, which fails for very long integers."""
         end = node.end_col_offset if node.end_lineno == node.lineno else None
         line = self.lines[node.lineno - 1][node.col_offset : end].decode(errors="replace")
         return printable(line) + ("" if end is not None and len(line) <= 60 else "...")
 
 
 def _module_level(parent: ast.Module | ast.ClassDef) -> Iterator[ast.stmt]:
-    """The statements that run when the module, or the class body, does: also those under `if`
-    or `try`. Without recursion, since a chain of `elif` nests as deep as it is long.
+    """The statements of a module or class body, with those under `if` and `try`.
+
+    Without recursion: each `elif` adds a level.
     """
     waiting: list[ast.AST] = [*reversed(parent.body)]
     while waiting:
@@ -286,7 +281,7 @@ def _module_level(parent: ast.Module | ast.ClassDef) -> Iterator[ast.stmt]:
 
 
 def _bound(statement: ast.stmt) -> list[str]:
-    """The names that a statement gives a meaning to."""
+    """The names that a statement binds."""
     match statement:
         case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
             return [name]
@@ -333,8 +328,8 @@ def _is_sinks(value: object) -> bool:
 
 def _is_options(value: object) -> bool:
     return isinstance(value, dict) and all(
-        isinstance(key, str) and (isinstance(each, str | bool) or _is_whole(each))
-        for key, each in value.items()
+        isinstance(key, str) and (isinstance(option, str | bool) or _is_whole(option))
+        for key, option in value.items()
     )
 
 
@@ -352,7 +347,7 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "network": (_is_flag, "True or False"),
     "options": (_is_options, "a dict of strings to strings, whole numbers, True or False"),
 }
-"""The fields of `sdk.PluginMetadata`: what each accepts, and that in words."""
+"""Fields of `sdk.PluginMetadata`: a check of the value, and its description for messages."""
 
 
 def _texts(value: str | Sequence[str]) -> list[str]:
@@ -360,10 +355,10 @@ def _texts(value: str | Sequence[str]) -> list[str]:
 
 
 def normal_version(text: str, file_name: str) -> str:
-    """A plugin's version in PEP 440's normal form; an empty text stays empty.
+    """A plugin's version in PEP 440's normal form; an empty string stays empty.
 
     Raises:
-        PluginError: it is not a version, or longer than 64 characters.
+        PluginError: the text is not a version, or longer than 64 characters.
     """
     with contextlib.suppress(InvalidVersion):
         if len(text) <= 64:
@@ -375,7 +370,7 @@ def normal_version(text: str, file_name: str) -> str:
 
 
 def _faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """What is wrong with a manifest whose types are right, and what to do about it."""
+    """Invalid values of a manifest whose types are right: (message, hint)."""
     if not _NAME.fullmatch(manifest.name):
         yield (
             f"the plugin's name {manifest.name[:80]!r} is not a name: letters, digits, `_`, `-` "

@@ -1,10 +1,9 @@
-"""The Gatekeeper's rules: what a plugin's source may not mention, unless the policy lets it.
+"""The Gatekeeper's rules: what a plugin's source may not mention unless the policy allows it.
 
-Every use of a module, a name, an attribute and so on is a mention, an entry of the form
-`kind:what`, such as `import:os`. References count, not only calls, so that an alias, a decorator
-or a metaclass hides nothing. Names are compared as Python reads them (NFKC). The rules are early
-policy feedback and no boundary: text put together at run time passes them, as does what a
-library does for a plugin. The sandbox is the boundary.
+Every use of a module, name, attribute and so on is a mention, written `kind:what`, such as
+`import:os`. References count, not only calls, so that an alias, decorator or metaclass hides
+nothing. Names are compared in NFKC, as Python does. The rules are early feedback and no security
+boundary (strings built at run time and libraries pass them); the sandbox is.
 """
 
 from __future__ import annotations
@@ -26,41 +25,41 @@ if TYPE_CHECKING:
     from casparian_flow.config import GatekeeperSettings
 
 RULESET = "1"
-"""Changes whenever a source may be judged otherwise than before."""
+"""Version of the rules; changes when the result for some source may change."""
 
 FINDINGS_LIMIT = 100
-"""Findings that are reported of one source; nobody reads more."""
+"""Findings reported for one source at most."""
 
 
 class Finding(msgspec.Struct, frozen=True):
     """One mention that the policy forbids."""
 
     rule: str
-    """A kind of `KINDS`."""
+    """A key of `KINDS`."""
     line: int
     what: str
-    """What was mentioned, printable and of 60 characters at most."""
+    """The mention, printable, at most 60 characters."""
     instead: str
-    """What to do instead."""
+    """Advice: what to do instead."""
 
     @property
     def entry(self) -> str:
-        """What an entry of `[gatekeeper] allow` or `forbid` calls it."""
+        """The mention as an entry of `[gatekeeper] allow` or `forbid`."""
         return f"{self.rule}:{self.what}"
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """What is allowed and forbidden besides the rules: entries `kind:what`; `forbid` wins."""
+    """Exceptions from the rules (`allow`) and additions (`forbid`, which wins): `kind:what`."""
 
     allow: frozenset[str] = frozenset()
     forbid: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, settings: GatekeeperSettings) -> Policy:
-        """The policy that the configuration says.
+        """The policy of the configuration.
 
         Raises:
-            ConfigError: an entry names no kind of mention, or nothing of that kind.
+            ConfigError: an entry is not of the form `kind:what` with a known kind.
         """
         for key, entries in (("allow", settings.allow), ("forbid", settings.forbid)):
             for entry in entries:
@@ -74,7 +73,7 @@ class Policy(msgspec.Struct, frozen=True):
         return cls(frozenset(settings.allow), frozenset(settings.forbid))
 
     def refuses(self, rule: str, what: str) -> bool:
-        """Whether a plugin may not mention this."""
+        """Whether the policy forbids this mention."""
         entry = f"{rule}:{what}"
         return entry in self.forbid or (entry not in self.allow and _refused(rule, what))
 
@@ -86,7 +85,7 @@ class _Mention(NamedTuple):
 
 
 def judge(tree: ast.Module, policy: Policy) -> list[Finding]:
-    """What the policy forbids of a plugin's source, by line; `FINDINGS_LIMIT` at most."""
+    """The forbidden mentions in a source, sorted by line; at most `FINDINGS_LIMIT`."""
     refused = sorted(
         {mention for mention in _mentions(tree) if policy.refuses(mention.rule, mention.what)},
         key=lambda mention: (mention.line, mention.rule, mention.what),
@@ -98,7 +97,6 @@ def judge(tree: ast.Module, policy: Policy) -> list[Finding]:
 
 
 def _mentions(tree: ast.Module) -> Iterator[_Mention]:
-    """Everything in a source that a policy may speak of."""
     for node in _walk(tree):
         line = getattr(node, "lineno", 1)
         for rule, what in _uses(node):
@@ -109,7 +107,7 @@ def _mentions(tree: ast.Module) -> Iterator[_Mention]:
 
 
 def _uses(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """What a node itself mentions, by kind; dunders in identifiers are not among it."""
+    """The mentions of a node itself, without dunders in identifiers: (kind, what)."""
     match node:
         case ast.Name(id=name, ctx=ast.Load()):
             yield "name", name
@@ -134,9 +132,9 @@ def _uses(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def _walk(tree: ast.Module) -> Iterator[ast.AST]:
-    """Every node but docstrings, parents first, without recursion.
+    """Every node, parents first, without recursion and without docstrings.
 
-    A docstring is any constant that is a statement: nothing gets its value but `__doc__`.
+    A docstring is any constant that is a statement; its value is unused, except as `__doc__`.
     """
     waiting: deque[ast.AST] = deque([tree])
     while waiting:
@@ -147,7 +145,7 @@ def _walk(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def _identifiers(node: ast.AST) -> Iterator[str]:
-    """The names written in a node itself, whatever they are the names of."""
+    """All names in a node's own fields."""
     if isinstance(node, ast.Constant):
         return
     for field in node._fields:
@@ -159,7 +157,7 @@ def _identifiers(node: ast.AST) -> Iterator[str]:
 
 
 def _imported(dotted: str) -> Iterator[tuple[str, str]]:
-    """A module, each package around it, and its parts as the attributes that they become."""
+    """A module, the packages that contain it, and its parts as attributes."""
     first, *inner = dotted.split(".")
     for name in accumulate([first, *inner], "{}.{}".format):
         yield "import", name
@@ -172,7 +170,7 @@ def _is_false(node: ast.expr) -> bool:
 
 
 def _refused(rule: str, what: str) -> bool:
-    """Whether the rules themselves forbid it."""
+    """Whether the rules, without a policy, forbid it."""
     match rule:
         case "import":
             standard = what in sys.stdlib_module_names or what in GONE
@@ -202,7 +200,7 @@ def _instead(entry: str, policy: Policy) -> str:
     return INSTEAD.get(entry) or KINDS[entry.partition(":")[0]]
 
 
-def _words(text: str) -> frozenset[str]:
+def _names_in(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
@@ -216,7 +214,7 @@ KINDS = {
     "dunder": "use the public function or operator for it",
     "string": "leave it out of the text, or write it in a comment or docstring",
 }
-"""The kinds of mentions, and what to do instead of one where nothing better is known."""
+"""Kind of mention -> advice, where `INSTEAD` has none for the mention."""
 
 INSTEAD = {
     "import:os": "for a name's parts use pathlib.PurePath, for the bytes open(file_path)",
@@ -244,9 +242,9 @@ INSTEAD = {
     "dunder:__import__": "import it at the top of the file",
     "dunder:__file__": "a plugin is one file, nothing lies beside it: put the data into it",
 }
-"""Better advice for what people really write."""
+"""Mention -> advice, for common mistakes."""
 
-STANDARD = _words("""
+STANDARD = _names_in("""
     __future__ abc array ast base64 bisect binascii bz2 calendar cmath codecs collections colorsys
     compression concurrent configparser contextlib contextvars copy csv dataclasses datetime
     decimal difflib email encodings enum errno fnmatch fractions functools graphlib gzip hashlib
@@ -256,32 +254,32 @@ STANDARD = _words("""
     traceback types typing unicodedata urllib uuid warnings wave weakref xml zipfile zlib zoneinfo
     casparian_flow
 """)
-"""Modules of the standard library that a plugin may import, and our own."""
+"""Modules of the standard library that a plugin may import, and `casparian_flow`."""
 
-UNWANTED_SUBMODULES = _words("""
+UNWANTED_SUBMODULES = _names_in("""
     casparian_flow.engine casparian_flow.security concurrent.futures.process
     concurrent.interpreters logging.config logging.handlers urllib.request urllib.response
     urllib.robotparser
 """)
 
-GONE = _words("""
+GONE = _names_in("""
     aifc asynchat asyncore audioop binhex cgi cgitb chunk crypt distutils imghdr imp lib2to3 mailcap
     msilib nis nntplib ossaudiodev pipes smtpd sndhdr spwd sunau telnetlib uu xdrlib
 """)
-"""Of the standard library of some Python that we run on, so that all of them judge alike."""
+"""Modules that only some supported Python versions have, so that all give the same result."""
 
-NAMES = _words("""
+NAMES = _names_in("""
     breakpoint compile delattr eval exec getattr globals help input locals setattr vars
 """)
-"""Built-in functions that turn text into code or names, or wait for a person."""
+"""Built-in functions that turn text into code or names, or wait for input."""
 
-MODULES = _words("""
+MODULES = _names_in("""
     builtins cffi cloudpickle ctypes ctypeslib gc importlib inspect marshal multiprocessing os
     pickle posix runpy shutil socket subprocess sys
 """)
-"""Modules that others carry as an attribute, such as `logging.os` or `random._os`."""
+"""Modules that other modules have as an attribute, such as `logging.os` or `random._os`."""
 
-ATTRIBUTES = _words("""
+ATTRIBUTES = _names_in("""
     ag_code ag_frame cr_code cr_frame f_back f_builtins f_code f_globals f_locals gi_code gi_frame
     tb_frame tb_next modules mro _getframe _current_frames currentframe walk_stack walk_tb
     get_objects get_referents get_referrers
@@ -293,12 +291,12 @@ ATTRIBUTES = _words("""
     Pickler Unpickler read_pickle to_pickle unsafe_load tofile FileIO open_code
     enable_load_extension load_extension getnode set_trace post_mortem setprofile settrace
 """)
-"""Ways to frames, to native code, to code in text, and around `open`."""
+"""Attributes that reach frames, native code or code in text, or bypass `open`."""
 
-KEYWORDS = _words("allow_pickle eval_str")
-"""Arguments that run code from data, unless they are False."""
+KEYWORDS = _names_in("allow_pickle eval_str")
+"""Keyword arguments that run code from data, unless they are False."""
 
-HARMLESS_DUNDERS = _words("""
+HARMLESS_DUNDERS = _names_in("""
     __future__ __main__ __name__ __qualname__ __all__ __author__ __version__ __slots__
     __init__ __new__ __post_init__ __init_subclass__ __call__ __enter__ __exit__ __aenter__
     __aexit__ __iter__ __next__ __aiter__ __anext__ __await__ __len__ __length_hint__ __contains__
@@ -310,4 +308,4 @@ HARMLESS_DUNDERS = _words("""
     __xor__ __neg__ __pos__ __abs__ __invert__ __matmul__ __copy__ __deepcopy__
     __arrow_c_stream__ __arrow_c_array__ __arrow_c_schema__
 """)
-"""Protocols of values, which lead to nothing but the value; all others are refused."""
+"""Harmless protocols; all other dunder names are refused."""

@@ -1,10 +1,9 @@
-"""Signed statements: what Ed25519 signs here, as bytes that anybody can rebuild and check.
+"""Statements that are signed with Ed25519, and how they are encoded and verified.
 
-A statement is a JSON object in one canonical form: UTF-8, sorted keys, no spaces, no floats. What
-is signed is DSSE's pre-authentication encoding of it, which names the kind of statement, so that
-none passes for one of another kind. Payload and signature are stored as they are: a signature is
-verified over the stored bytes, and the same bytes are then parsed. Changing anything below would
-orphan every signature ever made.
+A statement is a JSON object in canonical form: UTF-8, sorted keys, no spaces, no floats. The
+signature covers its DSSE pre-authentication encoding, which contains the statement's kind, so that
+one kind cannot pass for another. Payload and signature are stored unchanged: verification checks
+the stored bytes first, then parses them. Any change of the encoding invalidates all signatures.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ if TYPE_CHECKING:
 
 
 class Statement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The base of everything that is signed; each field is in the signed bytes."""
+    """Base of all statements; every field is signed."""
 
     kind: ClassVar[str]
     """Part of the signed type: `application/vnd.casparian.<kind>.v1+json`."""
 
     schema: Literal[1] = 1
     ledger_id: str
-    """The one ledger it is for: in another it says nothing."""
+    """The ledger that the statement is for; it is invalid in any other."""
     issued_at: str
-    """When it was signed, by the signer's clock: ISO 8601, UTC."""
+    """Time of signing by the signer's clock: ISO 8601, UTC."""
 
 
 class LocalAuth(
     msgspec.Struct, frozen=True, tag_field="method", tag="local", forbid_unknown_fields=True
 ):
-    """The publisher is who holds the key."""
+    """The publisher is identified by the key alone."""
 
 
 LOCAL = LocalAuth()
@@ -51,7 +50,7 @@ class AzureAuth(
     tag="azure",
     forbid_unknown_fields=True,
 ):
-    """The publisher signed in to Azure AD as well."""
+    """The publisher also signed in to Azure AD."""
 
     tenant: str
     object_id: str
@@ -59,14 +58,14 @@ class AzureAuth(
 
 
 class Publish(Statement, frozen=True):
-    """These bytes are this version of this plugin."""
+    """An artifact is this version of this plugin."""
 
     kind = "publish"
 
     plugin: str
     version: str
     artifact_sha256: str
-    """`artifact_hash` of what is published."""
+    """`artifact_hash` of source and lock."""
     artifact_size: int
     """Bytes of source and lock together."""
     lock_sha256: str
@@ -88,8 +87,8 @@ def artifact_hash(source: bytes, lock: str) -> str:
     """SHA-256 of a plugin's source and its locked dependencies, hexadecimal.
 
     The bytes hashed are `casparian.artifact.v1\\n`, then for each part its name, a space, its
-    length in decimal, a newline, and the part: `source`, then `lock` in UTF-8. The lengths keep
-    bytes from moving between the parts unseen.
+    length in decimal, a newline, and the part: `source`, then `lock` in UTF-8. The lengths prevent
+    that bytes move from one part to the other.
     """
     digest = hashlib.sha256(b"casparian.artifact.v1\n")
     for part, data in ((b"source", source), (b"lock", _lock_bytes(lock))):
@@ -99,34 +98,34 @@ def artifact_hash(source: bytes, lock: str) -> str:
 
 
 def key_id(public_key: bytes) -> str:
-    """The name of a key: SHA-256 of its 32 public bytes, hexadecimal."""
+    """A key's id: SHA-256 of its 32 public bytes, hexadecimal."""
     return hashlib.sha256(public_key).hexdigest()
 
 
 def now() -> str:
-    """The time that a statement carries."""
+    """The current time in the format of `issued_at`."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def sign(key: SigningKey, statement: Statement) -> Signed:
-    """A statement's canonical bytes and its 64 byte signature."""
+    """Sign a statement: its canonical bytes and a 64 byte signature."""
     payload = _canonical(statement)
     return Signed(payload, key.sign(_signed_bytes(statement.kind, payload)).signature)
 
 
 def verify(kind: type[S], payload: bytes, signature: bytes, public_key: bytes) -> S:
-    """The statement in these bytes, if this key signed them as one of this kind.
+    """Verify a signed payload and parse it as a statement of this kind.
 
-    The signature is verified first; nothing of a payload that nobody signed is parsed.
+    The signature is verified first; an unsigned payload is never parsed.
 
     Raises:
-        AuthError: it did not sign them, the key or the signature is malformed, or what it signed
-            is not such a statement in its canonical form.
+        AuthError: the signature does not match, the key or the signature is malformed, or the
+            payload is not a statement of this kind in canonical form.
     """
     check_signature(kind.kind, payload, signature, public_key)
     try:
         statement = msgspec.json.decode(payload, type=kind)
-        # A key that is there twice, a field that is missing, a space: written again, it differs.
+        # Encoding it again finds a repeated key, a missing field or a space.
         canonical = _canonical(statement) == payload
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise AuthError(f"what was signed is not a {kind.kind} statement: {error}") from error
@@ -136,17 +135,17 @@ def verify(kind: type[S], payload: bytes, signature: bytes, public_key: bytes) -
 
 
 def check_signature(kind: str, payload: bytes, signature: bytes, public_key: bytes) -> None:
-    """Return if this key, and no other, signed this payload as a statement of this kind.
+    """Raise unless this key signed the payload as a statement of this kind.
 
     Raises:
-        AuthError: it did not, or the key or the signature is malformed.
+        AuthError: the signature does not match, or the key or the signature is malformed.
     """
     from nacl.exceptions import BadSignatureError
     from nacl.signing import VerifyKey
 
     try:
         VerifyKey(public_key).verify(_signed_bytes(kind, payload), signature)
-    # A key or signature of the wrong length is a ValueError, not a bad signature.
+    # A key or signature of the wrong length raises a ValueError.
     except (BadSignatureError, ValueError) as error:
         raise AuthError(
             f"signature does not match: key {key_id(public_key)[:16]} did not sign this "
@@ -159,7 +158,7 @@ def publishing(
     ledger_id: str, plugin: str, version: str, source: bytes, lock: str, public_key: bytes,
     auth: LocalAuth | AzureAuth,
 ) -> Publish:  # fmt: skip
-    """What the publisher of these bytes has to sign."""
+    """The statement that the publisher of an artifact signs."""
     locked = _lock_bytes(lock)
     return Publish(
         ledger_id=ledger_id,
@@ -178,16 +177,16 @@ def check_published(
     statement: Publish, ledger_id: str, plugin: str, version: str, source: bytes, lock: str,
     public_key: bytes,
 ) -> None:  # fmt: skip
-    """Return if a verified statement is about exactly this; all is rebuilt and compared.
+    """Raise unless a verified statement describes exactly this artifact.
 
     Raises:
-        PluginError: it is about something else; the message names what differs.
+        PluginError: a field differs; the message names it.
     """
-    found = publishing(ledger_id, plugin, version, source, lock, public_key, statement.auth)
+    expected = publishing(ledger_id, plugin, version, source, lock, public_key, statement.auth)
     differing = [
         field
         for field in Publish.__struct_fields__
-        if field != "issued_at" and getattr(found, field) != getattr(statement, field)
+        if field != "issued_at" and getattr(expected, field) != getattr(statement, field)
     ]
     if differing:
         raise PluginError(
@@ -208,37 +207,36 @@ def _signed_bytes(kind: str, payload: bytes) -> bytes:
 
 
 def _lock_bytes(lock: str) -> bytes:
-    """A lock read from a damaged ledger may hold bytes that are not UTF-8, as surrogates."""
+    """The lock in UTF-8. Text from a damaged ledger may hold invalid bytes as surrogates."""
     return lock.encode("utf-8", "surrogateescape")
 
 
-# The statements of the trust log: what people sign about keys and plugins.
-
+# The statements of the trust log.
 
 GENESIS = "0" * 64
-"""What the first row has as the hash of the row before it."""
+"""`previous` of the first row."""
 
 EVERYTHING = "*"
-"""The glob of a key that may publish every plugin, and change which keys are trusted."""
+"""The glob of a key that may publish every plugin and manage keys."""
 
 
 class Link(Statement, frozen=True):
     """A statement in the trust log."""
 
     seq: int
-    """1 for the first of the ledger, and on."""
+    """Row number, from 1."""
     previous: str
-    """`Row.digest` of the row before; `GENESIS` in the first."""
+    """`Row.digest` of the previous row; `GENESIS` in the first."""
     signer_key_id: str
 
     @property
     def subject(self) -> str:
-        """What it is about, as the audit names it."""
+        """The subject of its audit record."""
         return f"key {self.signer_key_id}"
 
 
 class TrustKey(Link, frozen=True):
-    """A key may publish plugins whose names match, or may so from now on."""
+    """A key may publish plugins whose names match; also changes an existing key's glob."""
 
     kind = "trust-key"
 
@@ -246,7 +244,7 @@ class TrustKey(Link, frozen=True):
     """32 bytes, hexadecimal."""
     owner: str
     plugins: str
-    """A glob over names of plugins."""
+    """Glob of plugin names."""
 
     @property
     def subject(self) -> str:
@@ -254,7 +252,7 @@ class TrustKey(Link, frozen=True):
 
 
 class RevokeKey(Link, frozen=True):
-    """Nothing that a key has published may run, and it signs nothing any more."""
+    """A key may not sign any more, and plugins that it published may not run."""
 
     kind = "revoke-key"
 
@@ -267,7 +265,7 @@ class RevokeKey(Link, frozen=True):
 
 
 class RotateKey(Link, frozen=True):
-    """Another key of the signer's takes its place; what the signer published stays valid."""
+    """A new key replaces the signer's key; plugins that the signer published stay valid."""
 
     kind = "rotate-key"
 
@@ -275,7 +273,7 @@ class RotateKey(Link, frozen=True):
 
 
 class Activate(Link, frozen=True):
-    """A version may run, and takes new jobs."""
+    """A version may run and gets new jobs."""
 
     kind = "activate"
 
@@ -290,7 +288,7 @@ class Activate(Link, frozen=True):
 
 
 class Disable(Link, frozen=True):
-    """A version, or every version, may not run."""
+    """A version, or every version if None, may not run."""
 
     kind = "disable"
 
@@ -309,10 +307,10 @@ KINDS: dict[str, type[Link]] = {
 
 
 def public_bytes(text: str) -> bytes:
-    """A public key as people write it.
+    """Decode a public key.
 
     Raises:
-        AuthError: it is not 64 hexadecimal digits, in small letters.
+        AuthError: the text is not 64 lower case hexadecimal digits.
     """
     try:
         key = bytes.fromhex(text)
@@ -327,7 +325,7 @@ def public_bytes(text: str) -> bytes:
 
 
 class Row(NamedTuple):
-    """A row of the trust log, as it is stored."""
+    """A stored row of the trust log."""
 
     seq: int
     kind: str
@@ -335,11 +333,11 @@ class Row(NamedTuple):
     public_key: bytes
     signature: bytes
     countersignature: bytes
-    """By the new key over the same bytes, where a key is rotated; else empty."""
+    """Signature of the new key over the same bytes, for a rotation; else empty."""
 
     @property
     def digest(self) -> str:
-        """What the next row and the audit say of this one: SHA-256, hexadecimal.
+        """SHA-256, hexadecimal, for the next row and the audit.
 
         Each part is preceded by its length (8 bytes, big endian).
         """
@@ -350,10 +348,10 @@ class Row(NamedTuple):
 
 
 def written(key: SigningKey, statement: Link, successor: SigningKey | None = None) -> Row:
-    """A statement, signed, as the row it becomes.
+    """Sign a statement and make its row.
 
     Args:
-        successor: the new key, where the statement rotates; it signs as well.
+        successor: the new key of a rotation; it signs too.
     """
     payload, signature = sign(key, statement)
     second = sign(successor, statement).signature if successor else b""

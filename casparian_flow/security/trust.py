@@ -1,9 +1,9 @@
-"""Who is trusted with what: the replay of what people signed about keys and plugins.
+"""Trust in keys and plugins, computed by replaying the signed trust log.
 
-The trust log is a chain of signed statements, each with the hash of the one before. The first is
-a key's own; every later one must be signed by a key that was trusted at that point for what the
-statement does. Nothing is believed because it stands in a table: replaying the rows is how trust
-is read, each time. Pure: `db.trust` reads and appends the rows.
+The trust log is a chain of signed statements, each with the hash of the previous one. A key signs
+the first about itself; each later one must be signed by a key that the log so far authorizes. Trust
+is always computed from the signed rows, never read from a table. This module is pure: `db.trust`
+reads and appends the rows.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Standing(StrEnum):
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):
-    """A key that the trust log speaks of."""
+    """A key of the trust log."""
 
     key_id: str
     public_key: str
@@ -61,7 +61,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     """Why it was revoked, or which key took its place."""
 
     def covers(self, plugin: str) -> bool:
-        """Whether it was trusted with the plugin of this name."""
+        """Whether the key's glob matches the plugin's name."""
         return fnmatch.fnmatchcase(plugin, self.plugins)
 
     def __str__(self) -> str:
@@ -69,50 +69,50 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Trust(msgspec.Struct, frozen=True, kw_only=True):
-    """What the trust log says up to some row; a value."""
+    """The state of trust after some row of the log; immutable."""
 
     ledger_id: str
     keys: Mapping[str, Key] = {}
-    """Key id -> key; every key that was ever trusted."""
+    """Key id -> key, for every key that was ever trusted."""
     disabled: Mapping[tuple[str, str | None], str] = {}
-    """(plugin, version or None for all) -> why it may not run; empty: it was activated since."""
+    """(plugin, version or None for all) -> reason; empty: activated again."""
     seq: int = 0
-    """The last row's number."""
+    """Number of the last row."""
     head: str = GENESIS
-    """The last row's digest."""
+    """Digest of the last row."""
     broken: str = ""
-    """Which row does not hold, and why: then nothing is trusted. Empty where all rows hold."""
+    """Which row is invalid, and why; then nothing is trusted. Empty if all rows are valid."""
 
     def authorize(self, public_key: bytes, plugin: str | None) -> Key:
-        """The key, if it may act for this plugin now.
+        """Return the key if it may act for this plugin now.
 
         Args:
-            plugin: its name; None where the deed is about keys.
+            plugin: the plugin's name; None if the statement is about a key.
 
         Raises:
-            AuthError: the log does not hold, or the key is not trusted, not any more, or not with
-                this.
+            AuthError: the log is invalid, or the key is unknown, retired, revoked or not trusted
+                with this plugin.
         """
-        found = self._trusted(public_key)
-        if plugin is None and found.plugins != EVERYTHING:
+        key = self._trusted(public_key)
+        if plugin is None and key.plugins != EVERYTHING:
             raise AuthError(
-                f"{found} is trusted with plugins {found.plugins}, and not with keys",
+                f"{key} is trusted with plugins {key.plugins}, and not with keys",
                 f"somebody trusted with {EVERYTHING!r} must do this: casparian keys list",
             )
-        if plugin is not None and not found.covers(plugin):
+        if plugin is not None and not key.covers(plugin):
             raise AuthError(
-                f"{found} is trusted with plugins {found.plugins}, and not with {plugin}",
+                f"{key} is trusted with plugins {key.plugins}, and not with {plugin}",
                 f"somebody trusted with {EVERYTHING!r} runs: casparian keys trust "
-                f"{found.public_key} --owner NAME --plugins GLOB",
+                f"{key.public_key} --owner NAME --plugins GLOB",
             )
-        return found
+        return key
 
     def _trusted(self, public_key: bytes) -> Key:
         if self.broken:
             raise AuthError(self.broken, "casparian verify")
         found = self.keys.get(signing.key_id(public_key))
         if found is None:
-            raise self._stranger(public_key)
+            raise self._unknown(public_key)
         if found.standing is not Standing.TRUSTED:
             raise AuthError(
                 f"{found} is {found.standing}: {found.reason}",
@@ -120,7 +120,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
             )
         return found
 
-    def _stranger(self, public_key: bytes) -> AuthError:
+    def _unknown(self, public_key: bytes) -> AuthError:
         name = signing.key_id(public_key)[:16]
         if not self.keys:
             return AuthError(
@@ -134,7 +134,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def unfit(self, key_id: str, plugin: str) -> str:
-        """Why a key was not one to publish this plugin; empty where it was, or still is."""
+        """Why a key was never allowed to publish this plugin; empty if it was or is."""
         key = self.keys.get(key_id)
         if key is None:
             return f"key {key_id[:16]}, which signed it, was never trusted in this ledger"
@@ -143,7 +143,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         return ""
 
     def stopped(self, key_id: str, plugin: str, version: str) -> str:
-        """Why somebody does not want this version to run; empty where nobody has said so."""
+        """Why this version was stopped: key revoked or plugin disabled; empty if it was not."""
         key = self.keys.get(key_id)
         if key and key.standing is Standing.REVOKED:
             return f"{key}, which signed it, was revoked: {key.reason}"
@@ -153,11 +153,11 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         return ""
 
     def barred(self, key_id: str, plugin: str, version: str) -> str:
-        """Why this version may not run, for all that is known of its key; empty where it may."""
+        """Why this version may not run (`unfit` or `stopped`); empty if it may."""
         return self.unfit(key_id, plugin) or self.stopped(key_id, plugin, version)
 
     def link(self, key: SigningKey) -> dict[str, Any]:
-        """What the next statement has in common with every other, signed by this key."""
+        """The fields of `Link` for the next statement, signed by this key."""
         return {
             "ledger_id": self.ledger_id,
             "issued_at": signing.now(),
@@ -167,11 +167,11 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         }
 
     def after(self, row: Row) -> Trust:
-        """This trust and one more row.
+        """The trust after one more row.
 
         Raises:
-            AuthError: the row is not the next one, was not signed, or its signer may not do what
-                it does.
+            AuthError: the row is not the next one, its signature is invalid, or its signer is not
+                authorized.
         """
         if self.broken:
             raise AuthError(self.broken, "casparian verify")
@@ -205,14 +205,14 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
                 return self._rotate(statement, row)
             case Activate(plugin=plugin, version=version):
                 self.authorize(row.public_key, plugin)
-                return self._says({**self.disabled, (plugin, version): ""})
+                return self._with_disabled({**self.disabled, (plugin, version): ""})
             case Disable(plugin=plugin, version=None, reason=reason):
                 self.authorize(row.public_key, plugin)
                 others = {what: why for what, why in self.disabled.items() if what[0] != plugin}
-                return self._says({**others, (plugin, None): reason})
+                return self._with_disabled({**others, (plugin, None): reason})
             case Disable(plugin=plugin, version=version, reason=reason):
                 self.authorize(row.public_key, plugin)
-                return self._says({**self.disabled, (plugin, version): reason})
+                return self._with_disabled({**self.disabled, (plugin, version): reason})
         raise AuthError(f"nobody knows what a {statement.kind} does")
 
     def _trust(self, statement: TrustKey, row: Row) -> Trust:
@@ -234,7 +234,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         return self._with(added)
 
     def _rotate(self, statement: RotateKey, row: Row) -> Trust:
-        """A key may always hand on what it has itself, and no more; both must want it."""
+        """A key may pass its own rights to a new key; both sign the statement."""
         earlier = self._trusted(row.public_key)
         new = public_bytes(statement.public_key)
         signing.check_signature(statement.kind, row.payload, row.countersignature, new)
@@ -253,12 +253,12 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         changed = msgspec.structs.replace(key, **changes)
         return msgspec.structs.replace(self, keys={**self.keys, key.key_id: changed})
 
-    def _says(self, disabled: dict[tuple[str, str | None], str]) -> Trust:
+    def _with_disabled(self, disabled: dict[tuple[str, str | None], str]) -> Trust:
         return msgspec.structs.replace(self, disabled=disabled)
 
 
 def introduction(key: SigningKey, ledger_id: str, owner: str) -> Row:
-    """The first row of a trust log: a key trusts itself with everything."""
+    """The first row of a trust log: a key trusts itself with `EVERYTHING`."""
     public_key = key.verify_key.encode().hex()
     link = Trust(ledger_id=ledger_id).link(key)
     return written(key, TrustKey(**link, public_key=public_key, owner=owner, plugins=EVERYTHING))
@@ -266,23 +266,22 @@ def introduction(key: SigningKey, ledger_id: str, owner: str) -> Row:
 
 @functools.lru_cache(maxsize=4)
 def replay(ledger_id: str, rows: tuple[Row, ...], audited: tuple[str, ...]) -> Trust:
-    """What a whole trust log says; remembered, for the log is read before every run.
+    """The trust after all rows. Cached, since it is needed before every run.
 
     Args:
-        audited: the digests of the rows, as the audit has them: a log that was cut short is one
-            row away from a log that never had more.
+        audited: the rows' digests in the audit, which reveal a log whose last rows are missing.
     """
     trust = Trust(ledger_id=ledger_id)
     try:
         for row in rows:
             trust = trust.after(row)
     except AuthError as error:
-        words = f"row {trust.seq + 1} of the trust log does not hold: {error.message}"
-        return msgspec.structs.replace(trust, broken=words)
+        fault = f"row {trust.seq + 1} of the trust log does not hold: {error.message}"
+        return msgspec.structs.replace(trust, broken=fault)
     digests = [row.digest for row in rows]
     for number, pair in enumerate(itertools.zip_longest(digests, audited), 1):
         if pair[0] != pair[1]:
-            words = "is missing, and the audit has it" if pair[0] is None else "is not in the audit"
-            words = f"row {number} of the trust log {words}"
-            return msgspec.structs.replace(trust, broken=words)
+            fault = "is missing, and the audit has it" if pair[0] is None else "is not in the audit"
+            fault = f"row {number} of the trust log {fault}"
+            return msgspec.structs.replace(trust, broken=fault)
     return trust
