@@ -249,15 +249,16 @@ def column_names(cells: Iterable[str | None], taken: Iterable[str] = ()) -> list
     return names
 
 
-def own_publish(plugin: str, name: str) -> str:
-    """The command that publishes a bundled plugin for one file and those named like it.
+def own_publish(plugin: str, name: str, *choices: str) -> str:
+    """The command that publishes a bundled plugin once more, for one file and files named like it.
 
-    Such files get topics of their own: the plugin reads some of them too, and in its topic their
-    rows would stand twice. What settles a doubt is added, as `--option NAME=VALUE`.
+    These files get topics of their own: the plugin that is published already may read some of them
+    too, and one topic would hold their rows twice.
 
     Args:
-        plugin: the name of the plugin's file, without `.py`.
-        name: that of the file.
+        plugin: name of the plugin's file, without `.py`.
+        name: name of the file that could not be read.
+        choices: options such as `delimiter=;`; each one alone makes the file readable.
     """
     stem, dot, suffix = name.partition(".")
     own = re.sub(r"[^a-z0-9]+", "_", stem.lower()).strip("_") or "table"
@@ -266,10 +267,12 @@ def own_publish(plugin: str, name: str) -> str:
     if re.match("[A-Za-z]{2}", glob):  # else the pattern would be that of nearly all files
         glob = re.sub(r"\d+", "*", glob).rstrip("*") + "*"
     glob += dot + suffix
-    return (
+    command = (
         f"casparian publish {plugin} --name {own} --pattern {shlex.quote(glob)} "
         f"--topic {own} --topic {own}_rejects"
     )
+    options = ", or with ".join(f"--option {shlex.quote(choice)}" for choice in choices)
+    return f"{command} {options}".rstrip()
 
 
 def printable(text: str) -> str:

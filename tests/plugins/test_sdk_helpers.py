@@ -136,3 +136,10 @@ def test_the_command_that_settles_gives_such_files_their_own_topics(
         f"casparian publish delimited --name {own} --pattern {pattern} "
         f"--topic {own} --topic {own}_rejects"
     )
+
+
+def test_the_command_names_each_option_that_settles() -> None:
+    command = own_publish("delimited", "t.csv", "delimiter=;", "delimiter=none")
+    assert command.endswith(
+        "--topic t_rejects --option 'delimiter=;', or with --option delimiter=none"
+    )
