@@ -55,12 +55,12 @@ import io
 import json
 import logging
 import re
-import shlex
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -129,8 +129,10 @@ NOWHERE = "\ufdd0\ufdd0"
 WEAK = (":", " ")
 """Delimiters that plain text is full of: they count only where no other one fits."""
 DELIMITERS = (",", ";", "\t", "|", "^", "~", "\x01", "\x1f", *WEAK)
-WORDS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " ", "colon": ":"}
-BY_NAME = {"csv": ",", "tsv": "\t", "tab": "\t", "psv": "|"}
+DELIMITER_NAMES = {
+    "comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " ", "colon": ":",
+}  # fmt: skip
+DELIMITER_OF_SUFFIX = {"csv": ",", "tsv": "\t", "tab": "\t", "psv": "|"}
 RUN = re.compile(r"[^\w\s,;\"'.()\[\]{}<>/\\-]{2,4}")
 ODD = re.compile(r"[^\w\s,;\"'.()\[\]{}<>/\\|^~:\x01\x1f\ufeff+-]")
 SEP_LINE = re.compile(r'\ufeff?"?sep=([^"\r\n]{1,4})"?;*\s*\Z', re.IGNORECASE)
@@ -147,7 +149,7 @@ REJECTS = pa.schema(
 
 log = logging.getLogger("delimited")
 
-Read = tuple[int, list[str], str, str]
+Record = tuple[int, list[str], str, str]
 """A record: its line, its fields, the reason why it has none, and its text."""
 
 
@@ -165,10 +167,10 @@ class Dialect(NamedTuple):
     """Whether blanks before a quote are skipped."""
 
     def __str__(self) -> str:
-        said = "one column" if self.delimiter == NO_DELIMITER else f"delimiter {self.delimiter!r}"
-        said += f", quote {self.quote}" if self.quote else ", no quotes"
-        said += f", escape {self.escape}" if self.escape else ""
-        return said + (", blanks before quotes skipped" if self.blanks else "")
+        text = "one column" if self.delimiter == NO_DELIMITER else f"delimiter {self.delimiter!r}"
+        text += f", quote {self.quote}" if self.quote else ", no quotes"
+        text += f", escape {self.escape}" if self.escape else ""
+        return text + (", blanks before quotes skipped" if self.blanks else "")
 
 
 class Reject(NamedTuple):
@@ -195,7 +197,7 @@ class Fit(NamedTuple):
     """What a dialect makes of the sample."""
 
     dialect: Dialect
-    records: list[Read]
+    records: list[Record]
     """Of the head, without those that cannot be read."""
     widths: Counter[int]
     """Of all records of the sample, from the table's first on."""
@@ -210,6 +212,15 @@ class Fit(NamedTuple):
     """Whether every record but the header ends with one more delimiter."""
     cells: int
     """How many delimiters that makes."""
+
+    @property
+    def delimiter(self) -> str:
+        return self.dialect.delimiter
+
+    @property
+    def rows_below(self) -> int:
+        """How many records of the head are part of the table."""
+        return len(self.records) - self.start
 
     @property
     def clean(self) -> bool:
@@ -273,17 +284,16 @@ class Handler(BasePlugin):
         """The table's rows and rejects, in batches."""
         table = Table(lines, layout)
         schema = pa.schema([(name, pa.string()) for name in table.names()])
-        topic, rejects = MANIFEST.topic[0], MANIFEST.topic[1]
+        topic, rejects_topic = MANIFEST.topic
         self.publish(topic, schema.empty_table())
-        for batch in batches(table.records(), lambda item: len(item[1])):
-            good = [fields for fields, _ in batch if type(fields) is list]
-            if good:
-                columns = [pa.array(column, pa.string()) for column in zip(*good, strict=True)]
+        for batch in batches(table.records(), lambda record: len(record[1])):
+            rows = [record for record, _ in batch if type(record) is list]
+            if rows:
+                columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
                 self.publish(topic, pa.Table.from_arrays(columns, schema=schema))
-            bad = [fields for fields, _ in batch if type(fields) is Reject]
-            if bad:
-                columns = [pa.array(column) for column in zip(*bad, strict=True)]
-                self.publish(rejects, pa.Table.from_arrays(columns, schema=REJECTS))
+            rejects = [record._asdict() for record, _ in batch if type(record) is Reject]
+            if rejects:
+                self.publish(rejects_topic, pa.Table.from_pylist(rejects, schema=REJECTS))
         if table.comments:
             log.info("skipped %d lines of the table that begin with %s", table.comments,
                      layout.comment)  # fmt: skip
@@ -305,12 +315,10 @@ class Options:
     @property
     def usual(self) -> str:
         """The delimiter that the file's name suggests."""
-        return BY_NAME.get(self.suffix, "")
+        return DELIMITER_OF_SUFFIX.get(self.suffix, "")
 
     def check(self) -> None:
         """Raise ValueError where a chosen value means nothing."""
-        if isinstance(MANIFEST.topic, str) or len(MANIFEST.topic) != 2:
-            raise ValueError("this plugin has two topics, for rows and for rejects: name both")
         quote, escape = self.character("quote"), self["escape"]
         wrong = {
             "quote": len(quote) > 1 and quote != "none",
@@ -330,8 +338,8 @@ class Options:
     def character(self, name: str) -> str:
         """An option that names a delimiter, a quote or an escape; empty where it is not chosen."""
         chosen = self[name]
-        if chosen.lower() in WORDS:
-            return WORDS[chosen.lower()]
+        if chosen.lower() in DELIMITER_NAMES:
+            return DELIMITER_NAMES[chosen.lower()]
         escaped = re.fullmatch(r"\\(?:t|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})", chosen)
         return chosen.encode().decode("unicode_escape") if escaped else chosen
 
@@ -346,10 +354,8 @@ class Options:
 
     def refuse(self, what: str, *choices: str) -> ValueError:
         """The error that says what is not clear, and the command that settles it."""
-        command = own_publish("delimited", self.name)
-        said = [f"{command} --option {shlex.quote(choices[0])}"]
-        said += [f"--option {shlex.quote(choice)}" for choice in choices[1:]]
-        return ValueError(f"{self.name}: {what}; to settle it: {', or with '.join(said)}")
+        command = own_publish("delimited", self.name, *choices)
+        return ValueError(f"{self.name}: {what}; to settle it: {command}")
 
 
 class Lines:
@@ -499,7 +505,7 @@ class Reader:
         quote = self._dialect.quote
         return csv.reader(lines, delimiter=self._dialect.delimiter, quotechar=quote, strict=True)
 
-    def records(self, comment: str = "") -> Iterator[Read]:
+    def records(self, comment: str = "") -> Iterator[Record]:
         """All records; a line that begins with `comment` has neither fields nor a reason."""
         lines, delimiter = self._lines, self._dialect.delimiter
         quote = self._dialect.quote or NOWHERE
@@ -591,10 +597,10 @@ def find_encoding(path: str, options: Options) -> tuple[str, list[bytes]]:
     Raises:
         ValueError: the file is no text, or a damaged gzip file.
     """
-    decode = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     evidence, pieces, stride, empty = b"", [], 1, True
     with open_bytes(path) as file:
-        start = chunk = file.read(CHUNK_BYTES)
+        start = file.read(CHUNK_BYTES)
         if not start:
             return "", []
         if kind := foreign_kind(start) or json_kind(start):
@@ -602,30 +608,24 @@ def find_encoding(path: str, options: Options) -> tuple[str, list[bytes]]:
                 f"{options.name}: this is {kind}, not delimited text; name it so that another "
                 "plugin reads it, or publish this plugin with a narrower --pattern"
             )
-        mark = next((mark for mark in BYTE_ORDER_MARKS if start.startswith(mark)), b"")
-        count = 0
-        while chunk:
-            empty = empty and chunk.count(0) == len(chunk)
-            if count and count % stride == 0:
+        for number, chunk in enumerate(chain([start], iter(partial(file.read, CHUNK_BYTES), b""))):
+            empty = empty and not chunk.strip(b"\0")
+            if number and number % stride == 0:
                 pieces.append(chunk[:PIECE_BYTES])
                 if len(pieces) == PIECES:
                     del pieces[::2]
                     stride *= 2
-            pending = decode.getstate()[0]
-            try:
-                if not evidence:
-                    decode.decode(chunk)
-            except UnicodeDecodeError:
-                evidence = pending + chunk
-            chunk = file.read(CHUNK_BYTES)
-            count += 1
-        if not evidence and decode.getstate()[0]:
-            evidence = decode.getstate()[0]
+            if not evidence:
+                pending = decoder.getstate()[0]
+                try:
+                    decoder.decode(chunk)
+                except UnicodeDecodeError:
+                    evidence = pending + chunk
     if empty:
         raise ValueError(f"{options.name}: this file holds nothing but NUL bytes; nothing is read")
-    return options["encoding"] or BYTE_ORDER_MARKS.get(mark) or found_encoding(
-        start, evidence, options
-    ), pieces  # fmt: skip
+    marked = next((BYTE_ORDER_MARKS[m] for m in BYTE_ORDER_MARKS if start.startswith(m)), "")
+    evidence = evidence or decoder.getstate()[0]
+    return options["encoding"] or marked or found_encoding(start, evidence, options), pieces
 
 
 def found_encoding(start: bytes, evidence: bytes, options: Options) -> str:
@@ -688,10 +688,8 @@ def guess_encoding(evidence: bytes, options: Options) -> str:
         prefer_superset=True,
         exclude_encodings=["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"],
     )
-    best, western = found[0]["confidence"], 0.0
-    for each in found:
-        if each["encoding"] == "Windows-1252":
-            western = each["confidence"]
+    confidences = {guess["encoding"]: guess["confidence"] for guess in found}
+    best, western = found[0]["confidence"], confidences.get("Windows-1252", 0.0)
     name = str(found[0]["encoding"])
     western_bytes = not re.search(rb"[\x81\x8d\x8f\x90\x9d]", evidence)
     faint = western_bytes and not re.match("(?i)windows-|iso-|koi|cp125|cp874|tis", name)
@@ -793,9 +791,9 @@ def candidates(sample: Sample, options: Options) -> list[str]:
         run for run, count in runs.most_common(3)
         if 4 * count > len(lines) and (count > 1 or len(set(run)) == 1)  # a cell may have lines
     ]  # fmt: skip
-    odd = [each for each in dict.fromkeys(ODD.findall(lines[0] if lines else ""))
-           if len({line.count(each) for line in lines if line}) == 1]  # fmt: skip
-    return [each for each in (*found, *DELIMITERS, *odd) if each in sample.head]
+    odd = [sign for sign in dict.fromkeys(ODD.findall(lines[0] if lines else ""))
+           if len({line.count(sign) for line in lines if line}) == 1]  # fmt: skip
+    return [sign for sign in (*found, *DELIMITERS, *odd) if sign in sample.head]
 
 
 def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
@@ -809,7 +807,7 @@ def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
     elif escape not in ("", "none"):
         specials = f"{delimiter[0]}{quote or chr(34)}{escape}\r\n"
         dialect = dialect._replace(escape=escape, inside=specials, outside=specials)
-    best = fit(dialect, sample)
+    best = read_sample(dialect, sample)
     if not quote or quote not in sample.head or (best.quality[0] and not tabbed(best, chosen)):
         return best
     tried = [dialect]
@@ -818,16 +816,17 @@ def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
     if not chosen["blanks"] and re.search(beside, sample.head, re.MULTILINE):
         tried.append(dialect._replace(blanks=True))
     if not chosen["escape"] and f"\\{quote}" in sample.head:
-        tried += [each._replace(escape="\\", inside=inside, outside=outside)
-                  for each in tried for inside, outside in escapes(sample.head, quote)]  # fmt: skip
-    for each in tried[1:]:
-        found = fit(each, sample)
+        pairs = escapes(sample.head, quote)
+        tried += [simple._replace(escape="\\", inside=inside, outside=outside)
+                  for simple in tried for inside, outside in pairs]  # fmt: skip
+    for other in tried[1:]:
+        found = read_sample(other, sample)
         # An escape is for quotes that do not close without it, and for nothing else.
-        widths_close = found.quality > best.quality and (found.quality[0] or not each.escape)
+        widths_close = found.quality > best.quality and (found.quality[0] or not other.escape)
         if found.errors < best.errors or (found.errors == best.errors and widths_close):
             best = found
     if tabbed(best, chosen):
-        literal = fit(dialect._replace(quote=""), sample)
+        literal = read_sample(dialect._replace(quote=""), sample)
         if literal.quality[0]:
             options.guess("quotes are text: more of them stand alone than enclose a field")
             return literal
@@ -836,7 +835,7 @@ def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
 
 def tabbed(found: Fit, chosen: dict[str, str]) -> bool:
     """Whether quotes in tabbed text may be text: more do not close than enclose a field."""
-    if chosen["quote"] or found.dialect.delimiter != "\t":
+    if chosen["quote"] or found.delimiter != "\t":
         return False
     reader = Reader(Lines(io.StringIO()), found.dialect)
     if not found.errors and all(reader.is_tidy(raw) for *_, raw in found.records):
@@ -862,7 +861,7 @@ def escapes(head: str, quote: str) -> list[tuple[str, str]]:
     return [(both, outside)]
 
 
-def fit(dialect: Dialect, sample: Sample) -> Fit:
+def read_sample(dialect: Dialect, sample: Sample) -> Fit:
     """Read the sample in a dialect."""
     comment = sample.comment
     records, errors = [], 0
@@ -875,7 +874,7 @@ def fit(dialect: Dialect, sample: Sample) -> Fit:
             errors += bool(record[2])
     pieces: list[list[str]] = []
     for piece in sample.pieces:
-        tries: list[tuple[int, int, list[Read]]] = []
+        tries: list[tuple[int, int, list[Record]]] = []
         # A piece may begin within quotes.
         for text in (piece, dialect.quote + piece) if dialect.quote in piece else (piece,):
             found = list(Reader(Lines(io.StringIO(text, newline="")), dialect).records(comment))
@@ -909,7 +908,7 @@ def table_width(widths: list[int], counts: Counter[int], more: int) -> tuple[int
             start = widths.index(width) if width in widths else len(widths)
             rest = len(widths) - start + more
             held.append((count > 1 and count >= 0.8 * rest, count, width, start))
-    commonest = max(held, key=lambda each: each[1], default=(False, 0, 0, 0))
+    commonest = max(held, key=lambda candidate: candidate[1], default=(False, 0, 0, 0))
     best = commonest if commonest[0] else max(held, default=commonest)
     return best[2], best[3] if best[3] < len(widths) else 0
 
@@ -917,57 +916,57 @@ def table_width(widths: list[int], counts: Counter[int], more: int) -> tuple[int
 def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
     """The delimiter: all records have one width above 1, then the name, then the most frequent."""
     if options["delimiter"]:
-        return fits[0] if fits else fit(Dialect(options.character("delimiter")), sample)
+        return fits[0] if fits else read_sample(Dialect(options.character("delimiter")), sample)
 
-    def rank(found: Fit) -> tuple[bool, bool, int]:
-        name = found.dialect.delimiter
-        return name == options.usual, len(name) > 1, found.cells
+    def rank(fit: Fit) -> tuple[bool, bool, int]:
+        return fit.delimiter == options.usual, len(fit.delimiter) > 1, fit.cells
 
-    strong = [
-        each for each in fits
-        if not is_weak(each.dialect.delimiter) and not ends_only(each, options)
-    ]  # fmt: skip
-    parts = {
-        part for each in strong for part in each.dialect.delimiter
-        if len(each.dialect.delimiter) > 1 and each.clean
-        and part not in sample.head.replace(each.dialect.delimiter, "")
-    }  # fmt: skip
-    strong = [each for each in strong if each.dialect.delimiter not in parts]
-    # An empty column makes `a||b` of a single `|`: then others of them stand alone.
-    single = {each.dialect.delimiter: each.width - 1 for each in strong if each.clean}
-    strong = [
-        each for each in strong
-        if all(
-            single.get(part, 0) in (0, (each.width - 1) * each.dialect.delimiter.count(part))
-            for part in each.dialect.delimiter
-        )
-    ]  # fmt: skip
-    whole = sorted((each for each in strong if each.clean and not each.start), key=rank)
+    def rank_of_ragged(fit: Fit) -> tuple[bool, float]:
+        return fit.delimiter == options.usual, fit.share
+
+    strong = strong_fits(fits, sample, options)
+    whole = sorted((fit for fit in strong if fit.clean and not fit.start), key=rank)
     if whole:
-        if len(whole) > 1 or whole[-1].dialect.delimiter != options.usual:
+        if len(whole) > 1 or whole[-1].delimiter != options.usual:
             note_delimiter(whole, options)
         return whole[-1]
     # In prose, half of the lines may well have one comma.
     least = {True: 0.5, False: 0.6}
     ragged = [
-        each for each in strong
-        if each.width and not each.start
-        and each.share >= least[each.width > 2 or bool(options.usual)]
+        fit for fit in strong
+        if fit.width and not fit.start and fit.share >= least[fit.width > 2 or bool(options.usual)]
     ]  # fmt: skip
-    below = [
-        each for each in strong if each.start and each.body >= 0.8 and rows_below(each) > 1
-    ]  # fmt: skip
-    below.sort(key=lambda each: (rows_below(each), *rank(each)))
-    ragged.sort(key=lambda each: (each.dialect.delimiter == options.usual, each.share))
-    if below and (not ragged or rows_below(below[-1]) > ragged[-1].widths[ragged[-1].width]):
-        note_delimiter(below[-1:], options)
-        return below[-1]
+    ragged.sort(key=rank_of_ragged)
+    below = [fit for fit in strong if fit.start and fit.body >= 0.8 and fit.rows_below > 1]
+    below.sort(key=lambda fit: (fit.rows_below, *rank(fit)))
+    if below and (not ragged or below[-1].rows_below > ragged[-1].widths[ragged[-1].width]):
+        ragged = below
     if ragged:
         note_delimiter(ragged[-1:], options)
         return ragged[-1]
     if options["header_line"] and strong:
-        return max(strong, key=lambda each: (each.dialect.delimiter == options.usual, each.share))
+        return max(strong, key=rank_of_ragged)
     return choose_weak(fits, strong, sample, options)
+
+
+def strong_fits(fits: list[Fit], sample: Sample, options: Options) -> list[Fit]:
+    """The fits whose delimiter is neither weak nor a part of a longer one that fits."""
+    strong = [fit for fit in fits if not is_weak(fit.delimiter) and not ends_only(fit, options)]
+    parts = {
+        part for fit in strong for part in fit.delimiter
+        if len(fit.delimiter) > 1 and fit.clean
+        and part not in sample.head.replace(fit.delimiter, "")
+    }  # fmt: skip
+    strong = [fit for fit in strong if fit.delimiter not in parts]
+    # An empty column makes `a||b` of a single `|`: then others of them stand alone.
+    single = {fit.delimiter: fit.width - 1 for fit in strong if fit.clean}
+    return [
+        fit for fit in strong
+        if all(
+            single.get(part, 0) in (0, (fit.width - 1) * fit.delimiter.count(part))
+            for part in fit.delimiter
+        )
+    ]  # fmt: skip
 
 
 def is_weak(delimiter: str) -> bool:
@@ -977,53 +976,44 @@ def is_weak(delimiter: str) -> bool:
 
 def ends_only(found: Fit, options: Options) -> bool:
     """Whether a delimiter only ends the lines, as `~` does in EDI."""
-    usual = found.dialect.delimiter == options.usual
     return (
         found.width == 2
         and len(found.records) > 2
-        and not usual
+        and found.delimiter != options.usual
         and not any(any(fields[1:]) for _, fields, *_ in found.records)
     )
-
-
-def rows_below(found: Fit) -> int:
-    return len(found.records) - found.start
 
 
 def note_delimiter(found: list[Fit], options: Options) -> None:
     best = found[-1]
     shares = f"{best.widths[best.width]} of {best.total} records of a sample"
-    others = " and ".join(repr(each.dialect.delimiter) for each in found[:-1])
+    others = " and ".join(repr(fit.delimiter) for fit in found[:-1])
     beside = f"; {others} would do as well" if others else ""
-    options.guess(
-        f"delimiter {best.dialect.delimiter!r}: {shares} have {best.width} fields{beside}"
-    )
+    options.guess(f"delimiter {best.delimiter!r}: {shares} have {best.width} fields{beside}")
 
 
 def choose_weak(fits: list[Fit], strong: list[Fit], sample: Sample, options: Options) -> Fit:
     """Where nothing usual fits: blanks or colons, one column, or neither."""
-    for each in fits:
-        name = each.dialect.delimiter
-        plain = all(DATE.fullmatch(raw.strip()) or NUMBER.fullmatch(raw.strip())
-                    for *_, raw in each.records[1:])  # fmt: skip
-        if name not in WEAK and (not is_weak(name) or ends_only(each, options)):
+    for fit in fits:
+        name = fit.delimiter
+        plain = all(kind_of(raw) for *_, raw in fit.records[1:])
+        if name not in WEAK and (not is_weak(name) or ends_only(fit, options)):
             continue
-        if each.clean and not each.start and len(each.records) > 2 and not plain:
-            if each.width > 2 or (not options.usual and name in WEAK):
-                note_delimiter([each], options)
-                return each
-            said = "space" if name == " " else name
+        if fit.clean and not fit.start and len(fit.records) > 2 and not plain:
+            if fit.width > 2 or (not options.usual and name in WEAK):
+                note_delimiter([fit], options)
+                return fit
             raise options.refuse(
                 f"each line has two parts with {name!r} between: one column or two?",
-                "delimiter=none", f"delimiter={said}",
+                "delimiter=none", f"delimiter={'space' if name == ' ' else name}",
             )  # fmt: skip
     one = best_fit(NO_DELIMITER, sample, options)
-    usual = next((each for each in fits if each.dialect.delimiter == options.usual), one)
-    other = max((each.share for each in strong if each.width), default=0)
+    usual = next((fit for fit in fits if fit.delimiter == options.usual), one)
+    other = max((fit.share for fit in strong if fit.width), default=0)
     if options.usual and set(usual.widths) <= {1} and other < 0.5:
         options.guess("one column: no delimiter is found")
         return usual
-    if set(one.widths) <= {1} and not any(each.width for each in strong):
+    if set(one.widths) <= {1} and not any(fit.width for fit in strong):
         raise options.refuse(
             "one column of text is no table, and no delimiter is found",
             "delimiter=;", "delimiter=none",
@@ -1046,12 +1036,12 @@ def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
         check_above(found, sample, options)
     start = below_title(found, start, width)
     line, first, reason, _ = found.records[start]
-    bad = next((each for each in found.records[: start + 1] if each[2]), None)
-    if bad:
-        raise options.refuse(
-            f"line {bad[0]}, the header or above it, cannot be read: {bad[2]}",
-            f"header_line={line + bool(reason)}", "quote=none",
-        )  # fmt: skip
+    for bad_line, _, fault, _ in found.records[: start + 1]:
+        if fault:
+            raise options.refuse(
+                f"line {bad_line}, the header or above it, cannot be read: {fault}",
+                f"header_line={line + bool(reason)}", "quote=none",
+            )  # fmt: skip
     first = [cell.replace("\0", "") for cell in first]
     below = [fields for _, fields, _, _ in found.records[start + 1 :] if len(fields) == width]
     verdict, why = judge_header(first, below)
@@ -1075,19 +1065,23 @@ def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
             f"is line {line} the header, or is there none? {why}",
             f"header_line={line}", "header_line=none",
         )  # fmt: skip
-    if start:
-        options.guess(f"the header is in line {line}; what stands above is no part of the table")
-        for number, _, _, raw in found.records[:start][:20]:
-            log.info("skipped line %d, above the table: %s", number, printable(raw[:200].rstrip()))
-        if start > 20:
-            log.info("skipped %d more records above the table", start - 20)
-    elif sample.first_line > 1:
-        log.info("skipped what stands above line %d", line)
+    log_skipped(found.records[:start], line, sample, options)
     if why:
-        said = "no header" if verdict == "none" else f"the header is in line {line}"
-        options.guess(f"{said}: {why}")
+        result = "no header" if verdict == "none" else f"the header is in line {line}"
+        options.guess(f"{result}: {why}")
     header = None if verdict == "none" else first
     return Layout(found.dialect, line, header, width - found.trailing, found.trailing, "", False)
+
+
+def log_skipped(above: list[Record], line: int, sample: Sample, options: Options) -> None:
+    if above:
+        options.guess(f"the header is in line {line}; what stands above is no part of the table")
+        for number, _, _, raw in above[:20]:
+            log.info("skipped line %d, above the table: %s", number, printable(raw[:200].rstrip()))
+        if len(above) > 20:
+            log.info("skipped %d more records above the table", len(above) - 20)
+    elif sample.first_line > 1:
+        log.info("skipped what stands above line %d", line)
 
 
 def check_below(found: Fit, start: int, below: list[list[str]], options: Options) -> None:
@@ -1120,10 +1114,9 @@ def check_above(found: Fit, sample: Sample, options: Options) -> None:
     line = found.records[found.start][0]
     above = found.records[: found.start]
     clear = all(
-        sum(bool(cell.strip()) for cell in fields) <= max(1, found.width // 2)
-        or raw.startswith(COMMENTS)
+        len(filled(fields)) <= max(1, found.width // 2) or raw.startswith(COMMENTS)
         for _, fields, _, raw in above
-    )  # fmt: skip
+    )
     widths = Counter(len(fields) for _, fields, _, _ in above)
     table = [fields for _, fields, _, _ in above if len(fields) == max(widths, default=0)]
     if len(table) > 2 and len(table[0]) > 2 and judge_header(table[0], table[1:])[0] == "evident":
@@ -1142,20 +1135,19 @@ def check_above(found: Fit, sample: Sample, options: Options) -> None:
 
 def other_quoting(found: Fit, sample: Sample, options: Options) -> list[str]:
     """Options that would make one width of all records, where the widths differ."""
-    said = {"quote='": {"quote": "'"}, "escape=backslash": {"escape": "backslash"}}
     choices = []
-    for words, chosen in said.items():
-        if not any(options[name] for name in chosen):
+    for name, value in (("quote", "'"), ("escape", "backslash")):
+        if not options[name]:
             other = Options(options.name)
-            other.chosen = {**options.chosen, **chosen}
-            if best_fit(found.dialect.delimiter, sample, other).quality[0]:
-                choices.append(words)
+            other.chosen = {**options.chosen, name: value}
+            if best_fit(found.delimiter, sample, other).quality[0]:
+                choices.append(f"{name}={value}")
     return choices
 
 
 def names_above(rows: list[list[str]], place: int) -> bool:
     """Whether a record has nothing but names, and columns below it have numbers or dates."""
-    cells = [cell.strip() for cell in rows[place] if cell.strip()]
+    cells = filled(rows[place])
     if len(cells) < 2 or any(kind_of(cell) or cell.lower() in MISSING for cell in cells):
         return False
     return judge_header(rows[place], rows[place + 1 :])[0] == "evident"
@@ -1165,7 +1157,7 @@ def blank_above(found: Fit, start: int, sample: Sample) -> bool:
     """Whether an empty line, or a comment, parts a record from what stands above it."""
     line = found.records[start][0] - sample.first_line
     above = io.StringIO(sample.head, newline="").readlines()[line - 1]
-    return above.startswith(COMMENTS) or not above.strip(found.dialect.delimiter + " \t\r\n")
+    return above.startswith(COMMENTS) or not above.strip(found.delimiter + " \t\r\n")
 
 
 def below_title(found: Fit, start: int, width: int) -> int:
@@ -1174,7 +1166,7 @@ def below_title(found: Fit, start: int, width: int) -> int:
         return start
     records = [fields for _, fields, _, _ in found.records]
     index = start
-    if sum(bool(cell.strip()) for cell in records[start]) <= width // 2:
+    if len(filled(records[start])) <= width // 2:
         while index < len(records) and is_title(records[index], width):
             index += 1
     if index == start or index >= len(records) - 1:
@@ -1191,10 +1183,13 @@ def below_title(found: Fit, start: int, width: int) -> int:
 
 def is_title(fields: list[str], width: int) -> bool:
     """Whether only the first cells hold text, at most half of them."""
-    filled = sum(bool(cell.strip()) for cell in fields)
-    return len(fields) <= width and filled <= (width + 1) // 2 and all(
-        not cell.strip() for cell in fields[filled:]
-    )  # fmt: skip
+    count = len(filled(fields))
+    return len(fields) <= width and count <= (width + 1) // 2 and not filled(fields[count:])
+
+
+def filled(cells: Iterable[str]) -> list[str]:
+    """The cells that are not blank, without the white space around them."""
+    return [text for cell in cells if (text := cell.strip())]
 
 
 def commented_names(sample: Sample, dialect: Dialect, width: int) -> list[str] | None:
@@ -1248,28 +1243,27 @@ def judge_header(first: list[str], below: list[list[str]]) -> tuple[str, str]:
         return ("none" if typed else "unclear"), f"the same record comes {again} times again"
     if not typed:
         return "header", repeated(first, rows)
-    filled = [cell for cell in first if cell.strip()]
-    if is_series(typed) and (len(typed) < len(filled) or first[0] == "" or years_only(typed, rows)):
+    all_typed = len(typed) == len(filled(first))
+    if is_series(typed) and (not all_typed or first[0] == "" or years_only(typed, rows)):
         return "header", f"{typed[0]} to {typed[-1]} look like a series of names"
     if not rows:
         return "unclear", f"it is the only record, and has {', '.join(typed[:3])}"
-    if len(typed) == len(filled):
+    if all_typed:
         if is_series(typed) and typed[0] == "0":
             return "unclear", "its cells count from 0"
         if not any(columns) and not any(kind_of(cell) for row in rows for cell in row):
             return "unclear", "its cells are numbers or dates, and those below are not"
         return "none", f"the cells of the first record are {kinds[0] or 'data'}s like those below"
     votes = [alike(cell, [row[place] for row in rows]) for place, cell in enumerate(first)]
-    told = f"{sum(map(bool, votes))} of its {len(first)} cells are like those below"
+    why = f"{sum(map(bool, votes))} of its {len(first)} cells are like those below"
     if sum(votes) > 1 and 2 * sum(votes) >= len(typed):
-        return "none", told
-    return ("unclear" if any(votes) else "header"), told
+        return "none", why
+    return ("unclear" if any(votes) else "header"), why
 
 
 def alike(cell: str, below: list[str]) -> int:
     """How much a cell is like those below it, and unlike the name of a column."""
-    cell, kind = cell.strip(), kind_of(cell)
-    cells = [each.strip() for each in below if each.strip()]
+    cell, kind, cells = cell.strip(), kind_of(cell), filled(below)
     if not cell or not cells:
         return 0
     if kind == "date":
@@ -1277,7 +1271,7 @@ def alike(cell: str, below: list[str]) -> int:
     if cell.isdecimal() and cells[:2] == [str(int(cell) + 1), str(int(cell) + 2)]:
         return 2  # it counts on
     if kind:
-        digits = [len(re.sub(r"\D", "", each.partition(".")[0])) for each in (cell, *cells)]
+        digits = [len(re.sub(r"\D", "", text.partition(".")[0])) for text in (cell, *cells)]
         return int(min(digits[1:]) - 1 <= digits[0] <= max(digits[1:]) + 1)
     shapes = set(map(shape_of, cells))
     same = len(shapes) == 1 and len(cells) > 1 and shape_of(cell) in shapes and len(cell) > 3
@@ -1339,7 +1333,7 @@ class Table:
         """Every record below the header with its text."""
         layout = self._layout
         width, trailing = layout.width, layout.trailing
-        header = layout.header if sum(map(bool, map(str.strip, layout.header or ()))) > 1 else None
+        header = layout.header if len(filled(layout.header or ())) > 1 else None
         skip_header = layout.header is not None and not layout.commented
         number = int(layout.commented)
         first = header[0].strip().casefold() if header else ""
@@ -1372,8 +1366,8 @@ class Table:
         if "\0" in raw:
             return "a NUL character"
         if len(fields) != self._layout.width:
-            plural = "" if len(fields) == 1 else "s"
-            return f"{len(fields)} field{plural} where the header has {self._layout.width}"
+            fields_text = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
+            return f"{fields_text} where the header has {self._layout.width}"
         if not raw.isascii() and UNDECODABLE.search(raw):
             return "bytes that are not in the encoding of the file"
         if len(raw) > RECORD_CHARACTERS:
