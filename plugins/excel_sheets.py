@@ -124,20 +124,30 @@ class Sheet:
 
     def __init__(self, name: str, read: Callable[[Sheet], Iterator[Row]]) -> None:
         self.name = name
-        self.read = read
-        self.begin()
+        self._read = read
+        self._clear()
 
-    def begin(self) -> None:
-        """Forget what the last reading counted."""
+    def rows(self) -> Iterator[Row]:
+        """Read the sheet from its beginning; may be called more than once."""
+        self._clear()
+        yield from self._read(self)
+
+    def _clear(self) -> None:
         self.merges: list[Merge] = []
         self.formulas = 0
         self.zeros = 0
-        self.seen: dict[str, list[str]] = {}
+        self.noted: dict[str, list[str]] = {}
         """What the log tells: cells by what they are."""
 
-    def tell(self, what: str, row: int, column: int, text: str) -> None:
-        cells = self.seen.setdefault(what, [])
+    def note(self, what: str, row: int, column: int, text: str) -> None:
+        cells = self.noted.setdefault(what, [])
         cells.append(f"{place(row, column)} {text}" if len(cells) < 5 else "")
+
+    def print_notes(self) -> None:
+        for what, cells in self.noted.items():
+            shown = ", ".join(filter(None, cells))
+            more = " ..." if len(cells) > 5 else ""
+            print(f"sheet {self.name!r}: {len(cells)} {what}: {shown}{more}")
 
 
 class Book:
@@ -148,7 +158,7 @@ class Book:
         self.recalculate = False
 
 
-class Read:
+class Shape:
     """What one reading of a sheet says of its shape."""
 
     def __init__(self) -> None:
@@ -222,18 +232,18 @@ class Handler(BasePlugin):
             raise ValueError(
                 f"no sheet is called {MANIFEST.options['sheets']!r}; there are: {names}"
             )
-        reads = [read_shape(sheet, file) for sheet in sheets]
+        shapes = [read_shape(sheet, file) for sheet in sheets]
         formulas = sum(sheet.formulas for sheet in sheets)
         never = book.recalculate and formulas == sum(sheet.zeros for sheet in sheets)
         headers: list[Header | str | None] = []
         unclear: list[str] = []
-        for sheet, read in zip(sheets, reads, strict=True):
+        for sheet, shape in zip(sheets, shapes, strict=True):
             try:
-                headers.append(header_of(sheet, read) if read.rows else None)
+                headers.append(header_of(sheet, shape) if shape.rows else None)
             except Unclear as error:
                 headers.append("the header of the sheet is not clear: --option header_row=N")
-                unclear.append(f"{error}; {settle(sheet, file, error.rows)}")
-        if unclear and not any(isinstance(each, Header) for each in headers):
+                unclear.append(f"{error}; {how_to_settle(sheet, file, error.rows)}")
+        if unclear and not any(isinstance(header, Header) for header in headers):
             raise ValueError("\n".join(unclear))
         for text in unclear:
             print(f"rejected: {text}")
@@ -246,11 +256,11 @@ class Handler(BasePlugin):
         schema = pa.schema([("sheet", pa.string()), ("row", pa.int64()), *fields])
         if any(headers):
             self.publish(MANIFEST.topic[0], schema.empty_table())
-        for sheet, read, found in zip(sheets, reads, headers, strict=True):
+        for sheet, shape, found in zip(sheets, shapes, headers, strict=True):
             if found:
-                rows = read.kept if read.kept is not None else sheet.read(sheet)
+                rows = shape.kept if shape.kept is not None else sheet.rows()
                 self.publish_sheet(sheet, judged(rows, found, never), found, columns, schema)
-            tell(sheet)
+            sheet.print_notes()
 
     def publish_sheet(
         self,
@@ -275,20 +285,22 @@ class Handler(BasePlugin):
             if good:
                 cells = [[row.cells.get(p) for row in good] for p in places]
                 data = [[name] * len(good), [row.number for row in good], *cells]
-                self.publish(MANIFEST.topic[0], table(data, schema))
-            bad = [
-                (name, row.number, ", ".join(place(row.number, c) for c in row.bad), reason, raw)
-                for row, reason in batch
-                if reason
-                for raw in [json.dumps(by_letter(row), ensure_ascii=False)]
-            ]
-            if bad:
-                self.publish(MANIFEST.topic[1], table(list(zip(*bad, strict=True)), REJECTS))
+                arrays = [pa.array(*column) for column in zip(data, schema.types, strict=True)]
+                self.publish(MANIFEST.topic[0], pa.Table.from_arrays(arrays, schema=schema))
+            rejects = [reject(name, row, reason) for row, reason in batch if reason]
+            if rejects:
+                self.publish(MANIFEST.topic[1], pa.Table.from_pylist(rejects, schema=REJECTS))
 
 
-def table(columns: list[Any], schema: pa.Schema) -> pa.Table:
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=schema)
+def reject(sheet: str, row: Row, reason: str) -> dict[str, Any]:
+    raw = {letters(column): text for column, text in sorted(row.cells.items())}
+    return {
+        "sheet": sheet,
+        "row": row.number,
+        "cell": ", ".join(place(row.number, column) for column in row.bad),
+        "reason": reason,
+        "raw": json.dumps(raw, ensure_ascii=False),
+    }
 
 
 def judged(rows: Iterable[Row], header: Header | str, never: bool) -> Iterator[tuple[Row, str]]:
@@ -313,26 +325,15 @@ def judged(rows: Iterable[Row], header: Header | str, never: bool) -> Iterator[t
 
 def wanted(name: str) -> bool:
     chosen = str(MANIFEST.options["sheets"])
-    return not chosen or any(fnmatchcase(name, each.strip()) for each in chosen.split(","))
+    return not chosen or any(fnmatchcase(name, glob.strip()) for glob in chosen.split(","))
 
 
-def settle(sheet: Sheet, file: str, rows: tuple[int, ...]) -> str:
-    options = [f"--option header_row={row}" for row in rows or ("N",)]
+def how_to_settle(sheet: Sheet, file: str, rows: tuple[int, ...]) -> str:
+    choices = [f"header_row={row}" for row in (*(rows or ("N",)), 0)]
     return (
-        f"say which row it is: {own_publish('excel_sheets', file)} {', or with '.join(options)}, "
-        f"or with --option header_row=0, where there is no header; if {sheet.name!r} is no table, "
-        "say which sheets are: --option sheets=..."
+        f"say which row it is: {own_publish('excel_sheets', file, *choices)}, where there is no "
+        f"header; if {sheet.name!r} is no table, say which sheets are: --option sheets=..."
     )
-
-
-def tell(sheet: Sheet) -> None:
-    for what, cells in sheet.seen.items():
-        shown = ", ".join(filter(None, cells))
-        print(f"sheet {sheet.name!r}: {len(cells)} {what}: {shown}{' ...' * (len(cells) > 5)}")
-
-
-def by_letter(row: Row) -> dict[str, str]:
-    return {letters(column): text for column, text in sorted(row.cells.items())}
 
 
 @cache
@@ -351,43 +352,43 @@ def place(row: int, column: int) -> str:
 # Where the table begins
 
 
-def read_shape(sheet: Sheet, file: str) -> Read:
+def read_shape(sheet: Sheet, file: str) -> Shape:
     """Read a sheet once, to know its shape.
 
     Raises:
         ValueError: its cells are so far apart that it is no table.
     """
-    read = Read()
+    shape = Shape()
     low = high = 0
-    for row in sheet.read(sheet):
-        read.rows += 1
-        read.cells += len(row.cells)
-        read.last = max(read.last, row.number)
+    for row in sheet.rows():
+        shape.rows += 1
+        shape.cells += len(row.cells)
+        shape.last = max(shape.last, row.number)
         low, high = min(low or row.number, row.number), high | row.filled
-        if read.rows <= HEAD_ROWS:
-            read.head.append(row)
-        if read.kept is not None:
-            read.kept.append(row)
-            if read.cells > KEPT_CELLS:
-                read.kept = None
+        if shape.rows <= HEAD_ROWS:
+            shape.head.append(row)
+        if shape.kept is not None:
+            shape.kept.append(row)
+            if shape.cells > KEPT_CELLS:
+                shape.kept = None
         pattern = (row.filled, row.typed)
-        if pattern not in read.patterns and len(read.patterns) >= PATTERNS:
-            read.rest |= row.filled
+        if pattern not in shape.patterns and len(shape.patterns) >= PATTERNS:
+            shape.rest |= row.filled
             pattern = (0, 0)
-        read.patterns[pattern] += 1
+        shape.patterns[pattern] += 1
     left, right = (high & -high).bit_length() - 1, high.bit_length() - 1
-    height, width = read.last - low + 1, right - left + 1
-    if height * width > max(SPARSE_CELLS, 100 * read.cells):
+    height, width = shape.last - low + 1, right - left + 1
+    if height * width > max(SPARSE_CELLS, 100 * shape.cells):
         raise ValueError(
-            f"sheet {sheet.name!r} spans {place(low, left)}:{place(read.last, right)}, {height:,} "
-            f"rows by {width:,} columns, and only {read.cells:,} of these {height * width:,} cells "
-            "hold anything: that is no table. Delete the cells far from the table, or say which "
-            f"sheets to read: {own_publish('excel_sheets', file)} --option sheets=..."
+            f"sheet {sheet.name!r} spans {place(low, left)}:{place(shape.last, right)}, {height:,} "
+            f"rows by {width:,} columns, and only {shape.cells:,} of these {height * width:,} "
+            "cells hold anything: that is no table. Delete the cells far from the table, or say "
+            f"which sheets to read: {own_publish('excel_sheets', file, 'sheets=...')}"
         )
-    return read
+    return shape
 
 
-def header_of(sheet: Sheet, read: Read) -> Header:
+def header_of(sheet: Sheet, shape: Shape) -> Header:
     """Where the table begins and what its columns are called; guesses are told in the log.
 
     Raises:
@@ -395,23 +396,23 @@ def header_of(sheet: Sheet, read: Read) -> Header:
     """
     chosen = int(MANIFEST.options["header_row"])
     if chosen == 0:
-        return columns_of(sheet, read, [])
+        return columns_of(sheet, shape, [])
     if chosen > 0:
-        start = end = next((i for i, row in enumerate(read.head) if row.number == chosen), -1)
+        start = end = next((i for i, row in enumerate(shape.head) if row.number == chosen), -1)
         if start < 0:
             raise Unclear(f"sheet {sheet.name!r} has nothing in row {chosen}, or too much above it")
-        said = ""
+        why = ""
     else:
-        start, said = find_header(sheet, read)
-        end = header_end(sheet, read, start)
-        start = group_start(sheet, read, start)
-    rows = read.head[start : end + 1]
-    header = columns_of(sheet, read, rows)
-    if chosen < 0 and (said or start or len(rows) > 1):
+        start, why = find_header(sheet, shape)
+        end = header_end(sheet, shape, start)
+        start = group_start(sheet, shape, start)
+    rows = shape.head[start : end + 1]
+    header = columns_of(sheet, shape, rows)
+    if chosen < 0 and (why or start or len(rows) > 1):
         merged = f" to {rows[-1].number}, by merged cells" if len(rows) > 1 else ""
-        why = f" ({said})" if said else ""
+        why = f" ({why})" if why else ""
         print(f"guessed: the header of sheet {sheet.name!r} is row {rows[0].number}{merged}{why}")
-    for row in read.head[:start]:
+    for row in shape.head[:start]:
         print(
             f"skipped: sheet {sheet.name!r} row {row.number}, above the header: {shown(row, 300)}"
         )
@@ -421,21 +422,21 @@ def header_of(sheet: Sheet, read: Read) -> Header:
     return header
 
 
-def find_header(sheet: Sheet, read: Read) -> tuple[int, str]:
+def find_header(sheet: Sheet, shape: Shape) -> tuple[int, str]:
     """The place among the first rows of the one that is the header, and how it was guessed."""
-    if len(read.head) == 1 and header_like(read, 0):
+    if len(shape.head) == 1 and header_like(shape, 0):
         return 0, ""
-    start, said = candidate(sheet, read)
+    start, why = candidate(sheet, shape)
     if start is None:
         raise Unclear(
             f"the header of sheet {sheet.name!r} is not clear: no row near its top holds "
-            f"names, and only names, for the columns below it (row {read.head[0].number}: "
-            f"{shown(read.head[0])})",
-            read.head[0].number,
+            f"names, and only names, for the columns below it (row {shape.head[0].number}: "
+            f"{shown(shape.head[0])})",
+            shape.head[0].number,
         )
-    header = read.head[start]
+    header = shape.head[start]
     width = covers(sheet, header).bit_count()
-    for row in read.head[: group_start(sheet, read, start)]:
+    for row in shape.head[: group_start(sheet, shape, start)]:
         if len(row.cells) > min(2, width / 2):
             raise Unclear(
                 f"the header of sheet {sheet.name!r} is not clear: it may be row {row.number} "
@@ -443,52 +444,52 @@ def find_header(sheet: Sheet, read: Read) -> tuple[int, str]:
                 row.number,
                 header.number,
             )
-    differs = contrast(read, start)
-    if start and not said and not differs and not apart(sheet, read, start, width):
+    differs = contrast(shape, start)
+    if start and not why and not differs and not apart(sheet, shape, start, width):
         raise Unclear(
             f"the header of sheet {sheet.name!r} is not clear: row {header.number} "
             f"({shown(header)}) looks like the rows around it",
             header.number,
         )
-    if not said and start:
-        said = f"{start} narrow rows above it"
-    if not differs and read.rows > 1:
-        said += f"{said and '; '}below it is text too, so it may be a row like the others"
-    return start, said
+    if not why and start:
+        why = f"{start} narrow rows above it"
+    if not differs and shape.rows > 1:
+        why += f"{why and '; '}below it is text too, so it may be a row like the others"
+    return start, why
 
 
-def candidate(sheet: Sheet, read: Read) -> tuple[int | None, str]:
+def candidate(sheet: Sheet, shape: Shape) -> tuple[int | None, str]:
     """The first row of names under which all rows lie, or else the first that is wide enough."""
     whole, wide = None, None
-    half = middle_width(read) / 2
-    for i, row in enumerate(read.head[: TITLE_ROWS + 1]):
+    half = middle_width(shape) / 2
+    for i, row in enumerate(shape.head[: TITLE_ROWS + 1]):
         cover = covers(sheet, row).bit_count()
-        if cover < half or not header_like(read, i):
+        if cover < half or not header_like(shape, i):
             continue
-        if whole is None and below(read, i) and fits(sheet, read, i) == below(read, i):
+        if whole is None and below(shape, i) and fits(sheet, shape, i) == below(shape, i):
             whole = i
         if wide is None and len(row.cells) >= max(2, half):
             wide = i
     if wide is None or (whole is not None and whole <= wide):
         return whole, ""
     if whole is not None:
-        first, second = read.head[wide], read.head[whole]
-        joined = second.number - first.number == whole - wide and not contrast(read, whole)
+        first, second = shape.head[wide], shape.head[whole]
+        joined = second.number - first.number == whole - wide and not contrast(shape, whole)
         narrower = len(second.cells) <= len(first.cells)
-        if not joined and not narrower and fits(sheet, read, wide) < 0.9 * below(read, wide):
+        if not joined and not narrower and fits(sheet, shape, wide) < 0.9 * below(shape, wide):
             return whole, ""
-    return wide, "some cells lie outside its columns" if below(read, wide) else "no row follows"
+    return wide, "some cells lie outside its columns" if below(shape, wide) else "no row follows"
 
 
-def middle_width(read: Read) -> int:
+def middle_width(shape: Shape) -> int:
     """The number of cells of the row in the middle, if rows are put in that order."""
     widths = Counter[int]()
-    for (filled, _), count in read.patterns.items():
+    for (filled, _), count in shape.patterns.items():
         widths[filled.bit_count()] += count
     before = 0
     for width in sorted(widths):
         before += widths[width]
-        if before * 2 >= read.rows:
+        if before * 2 >= shape.rows:
             return width
     return 0
 
@@ -501,10 +502,10 @@ NUMBERISH = re.compile(r"[-+]?[\d.,]*\d[\d.,]*([eE][-+]?\d+)?%?|true|false")
 YEARISH = re.compile(r"(19|20)\d\d|\d{4}-\d\d-\d\d(T00:00:00)?|Q[1-4]")
 
 
-def header_like(read: Read, i: int) -> bool:
+def header_like(shape: Shape, i: int) -> bool:
     """Whether a row holds names: no numbers, but years and dates that the next row has not."""
-    row = read.head[i]
-    follows = read.head[i + 1] if i + 1 < len(read.head) else None
+    row = shape.head[i]
+    follows = shape.head[i + 1] if i + 1 < len(shape.head) else None
     if row.bad:
         return False
     for column, text in row.cells.items():
@@ -527,27 +528,27 @@ def covers(sheet: Sheet, row: Row) -> int:
     return bits
 
 
-def below(read: Read, i: int) -> int:
-    return read.rows - i - 1
+def below(shape: Shape, i: int) -> int:
+    return shape.rows - i - 1
 
 
-def fits(sheet: Sheet, read: Read, i: int) -> int:
+def fits(sheet: Sheet, shape: Shape, i: int) -> int:
     """How many of the rows below have all their cells in the columns that the row names."""
-    outside = ~covers(sheet, read.head[i])
-    count = sum(n for (filled, _), n in read.patterns.items() if not filled & outside)
-    return count - sum(not row.filled & outside for row in read.head[: i + 1])
+    outside = ~covers(sheet, shape.head[i])
+    count = sum(n for (filled, _), n in shape.patterns.items() if not filled & outside)
+    return count - sum(not row.filled & outside for row in shape.head[: i + 1])
 
 
-def contrast(read: Read, start: int) -> bool:
+def contrast(shape: Shape, start: int) -> bool:
     """Whether a column whose header is text has mostly numbers, dates or the like below it."""
-    header = read.head[start]
+    header = shape.head[start]
     for column in header.cells:
         if header.typed >> column & 1:
             continue
-        above = read.head[: start + 1]
+        above = shape.head[: start + 1]
         bit = 1 << column
-        filled = sum(n for (f, _), n in read.patterns.items() if f & bit)
-        typed = sum(n for (_, t), n in read.patterns.items() if t & bit)
+        filled = sum(n for (f, _), n in shape.patterns.items() if f & bit)
+        typed = sum(n for (_, t), n in shape.patterns.items() if t & bit)
         filled -= sum(bool(row.filled & bit) for row in above)
         typed -= sum(bool(row.typed & bit) for row in above)
         if typed and typed * 2 >= filled:
@@ -555,26 +556,26 @@ def contrast(read: Read, start: int) -> bool:
     return False
 
 
-def apart(sheet: Sheet, read: Read, start: int, width: int) -> bool:
+def apart(sheet: Sheet, shape: Shape, start: int, width: int) -> bool:
     """Whether rows above the header are set off from it: by a gap, by a merge, or by width."""
-    above = read.head[:start]
-    if read.head[start].number - above[-1].number > 1:
+    above = shape.head[:start]
+    if shape.head[start].number - above[-1].number > 1:
         return True
     numbers = {row.number for row in above}
     if any(top in numbers and right > left for top, left, _, right in sheet.merges):
         return True
-    narrow = sum(n for (filled, _), n in read.patterns.items() if filled.bit_count() == 1)
+    narrow = sum(n for (filled, _), n in shape.patterns.items() if filled.bit_count() == 1)
     ones = sum(len(row.cells) == 1 for row in above)
-    return width > 2 and ones == len(above) and (narrow - ones) * 5 <= below(read, start)
+    return width > 2 and ones == len(above) and (narrow - ones) * 5 <= below(shape, start)
 
 
-def group_start(sheet: Sheet, read: Read, start: int) -> int:
+def group_start(sheet: Sheet, shape: Shape, start: int) -> int:
     """The first row directly above the header whose merged cells name a few columns each."""
-    whole = covers(sheet, read.head[start])
+    whole = covers(sheet, shape.head[start])
     while start and any(
-        top == bottom == read.head[start - 1].number == read.head[start].number - 1
+        top == bottom == shape.head[start - 1].number == shape.head[start].number - 1
         and left < right
-        and left in read.head[start - 1].cells
+        and left in shape.head[start - 1].cells
         and whole & ~((2 << right) - (1 << left))
         for top, left, bottom, right in sheet.merges
     ):
@@ -582,38 +583,38 @@ def group_start(sheet: Sheet, read: Read, start: int) -> int:
     return start
 
 
-def header_end(sheet: Sheet, read: Read, start: int) -> int:
+def header_end(sheet: Sheet, shape: Shape, start: int) -> int:
     """The place of the last row of a header whose merged cells reach over more than one row."""
-    row = read.head[start]
+    row = shape.head[start]
     if len(row.cells) < 2:
         return start
     first = end = row.number
     for top, _, bottom, _ in sorted(sheet.merges):
         if first <= top <= end and bottom < first + TITLE_ROWS:
             end = max(end, bottom)
-    follows = read.head[start + 1] if start + 1 < len(read.head) else None
+    follows = shape.head[start + 1] if start + 1 < len(shape.head) else None
     if follows and end == first and follows.number == first + 1:
         spans = [(left, right) for top, left, _, right in sheet.merges if top == first]
         spans = [(a, b) for a, b in spans if len({*range(a, b + 1)} & follows.cells.keys()) > 1]
-        if spans and header_like(read, start + 1):
-            if not contrast(read, start + 1):
+        if spans and header_like(shape, start + 1):
+            if not contrast(shape, start + 1):
                 raise Unclear(
                     f"where the header of sheet {sheet.name!r} ends is not clear: row {first} has "
                     f"merged cells, and row {first + 1} ({shown(follows)}) may be names or data"
                 )
             end = first + 1
-    return max(i for i, each in enumerate(read.head) if each.number <= end)
+    return max(i for i, row in enumerate(shape.head) if row.number <= end)
 
 
-def columns_of(sheet: Sheet, read: Read, rows: list[Row]) -> Header:
+def columns_of(sheet: Sheet, shape: Shape, rows: list[Row]) -> Header:
     """The columns that have a name in the header's rows, or a cell in or below them."""
     last = rows[-1].number if rows else 0
-    patterns = Counter(read.patterns)
-    patterns.subtract((row.filled, row.typed) for row in read.head if row.number <= last)
-    used = read.rest
+    patterns = Counter(shape.patterns)
+    patterns.subtract((row.filled, row.typed) for row in shape.head if row.number <= last)
+    used = shape.rest
     for (filled, _), count in patterns.items():
         used |= filled if count > 0 else 0
-    texts = header_texts(sheet, read, rows)
+    texts = header_texts(sheet, shape, rows)
     for column in texts:
         used |= 1 << column
     cells = [texts.get(column) for column in range(used.bit_length())]
@@ -623,10 +624,10 @@ def columns_of(sheet: Sheet, read: Read, rows: list[Row]) -> Header:
     return Header(last, places, [names[p] for p in places], rows[-1].cells if rows else {}, unnamed)
 
 
-def header_texts(sheet: Sheet, read: Read, rows: list[Row]) -> dict[int, str]:
+def header_texts(sheet: Sheet, shape: Shape, rows: list[Row]) -> dict[int, str]:
     """The text of each column's header; the text of a merged cell counts wherever it reaches."""
     grid = {row.number: dict(row.cells) for row in rows}
-    anchors = {row.number: row.cells for row in read.head}
+    anchors = {row.number: row.cells for row in shape.head}
     for top, left, bottom, right in sheet.merges:
         text = anchors.get(top, {}).get(left)
         reached = [number for number in grid if top <= number <= bottom]
@@ -637,7 +638,7 @@ def header_texts(sheet: Sheet, read: Read, rows: list[Row]) -> dict[int, str]:
     for number in sorted(grid):
         for column, text in grid[number].items():
             texts.setdefault(column, {})[" ".join(text.split())] = None
-    return {column: " ".join(filter(None, each)) for column, each in texts.items()}
+    return {column: " ".join(filter(None, lines)) for column, lines in texts.items()}
 
 
 # What a cell holds
@@ -779,10 +780,7 @@ class Cells:
     def put(self, column: int, text: str, typed: bool = True) -> None:
         if not text:
             return
-        if not 0 <= column < COLUMNS:
-            raise ValueError(
-                f"sheet {self.sheet.name!r} has a column {column + 1:,}: it is damaged"
-            )
+        self.check(column)
         if column in self.cells:
             self.fault(column, "the cell is there twice")
         self.cells[column] = text
@@ -793,7 +791,7 @@ class Cells:
         self.put(column, printable(text), typed=False)
 
     def error(self, column: int, text: str) -> None:
-        self.sheet.tell("error values, as text", self.number, column, text)
+        self.sheet.note("error values, as text", self.number, column, text)
         self.put(column, printable(text))
 
     def number_of(self, column: int, raw: str, style: int, formula: bool = False) -> None:
@@ -811,16 +809,19 @@ class Cells:
             moment = moment_text(raw, kind, self.formats.base_1904)
             if moment is None:
                 what = "numbers that are formatted as dates and are none, as numbers"
-                self.sheet.tell(what, self.number, column, text)
+                self.sheet.note(what, self.number, column, text)
             text = moment or text
         self.put(column, text)
 
     def fault(self, column: int, reason: str) -> None:
+        self.check(column)
+        self.bad.setdefault(column, reason)
+
+    def check(self, column: int) -> None:
         if not 0 <= column < COLUMNS:
             raise ValueError(
                 f"sheet {self.sheet.name!r} has a column {column + 1:,}: it is damaged"
             )
-        self.bad.setdefault(column, reason)
 
 
 # What the file is
@@ -1099,7 +1100,6 @@ def xlsx_rows(
     parts: Parts, path: str, formats: Formats, strings: list[str], sheet: Sheet
 ) -> Iterator[Row]:
     reader = XlsxSheet(Cells(sheet, formats), strings)
-    sheet.begin()
     for _ in pieces(parts.open(path), reader.start, reader.end, reader.text):
         yield from reader.rows
         reader.rows.clear()
@@ -1302,7 +1302,6 @@ def xlsb_rows(
     parts: Parts, path: str, formats: Formats, strings: list[str], sheet: Sheet
 ) -> Iterator[Row]:
     cells = Cells(sheet, formats)
-    sheet.begin()
     for kind, data in Records(parts.open(path)):
         if kind == 0:  # BrtRowHdr
             if row := cells.row():
@@ -1374,7 +1373,7 @@ def open_xls(file: IO[bytes]) -> Book:
     formats = Formats()
     formats.base_1904 = bool(book.datemode)
     formats.cells = [xf.format_key for xf in book.xf_list]
-    formats.codes = {key: each.format_str for key, each in book.format_map.items()}
+    formats.codes = {key: code.format_str for key, code in book.format_map.items()}
     return Book(
         [
             Sheet(source.name, partial(xls_rows, source, formats, cells))
@@ -1410,7 +1409,6 @@ def never_calculated(book: Any) -> list[set[tuple[int, int]]]:
 def xls_rows(
     source: Any, formats: Formats, never: set[tuple[int, int]], sheet: Sheet
 ) -> Iterator[Row]:
-    sheet.begin()
     sheet.merges = [(top + 1, a, bottom, b - 1) for top, bottom, a, b in source.merged_cells]
     cells = Cells(sheet, formats)
     for index in range(source.nrows):
@@ -1457,7 +1455,6 @@ def open_ods(parts: Parts) -> Book:
 
 
 def ods_rows(parts: Parts, index: int, sheet: Sheet) -> Iterator[Row]:
-    sheet.begin()
     reader = OdsSheet(sheet, index)
     unfolded = 0
     for _ in pieces(parts.open("content.xml"), reader.start, reader.end, reader.text):
@@ -1629,7 +1626,7 @@ def ods_time(raw: str) -> str:
     )
     if not match or raw.endswith(("P", "T")):
         return ""
-    days, hours, minutes, seconds = (int(each or 0) for each in match.groups()[1:5])
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups()[1:5])
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     rest = (match[6] or "").rstrip("0")
     text = f"{total // 3600:02}:{total // 60 % 60:02}:{total % 60:02}"
