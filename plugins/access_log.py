@@ -161,15 +161,14 @@ class Handler(BasePlugin):
         notes: Counter[str] = Counter()
         with open_bytes(file_path) as file:
             judged = judge_all(read_lines(file, notes), notes)
-            for batch in batches(judged, lambda one: one.size):
-                for kind, schema in enumerate(SCHEMAS):
-                    rows = [one.row for one in batch if one.kind == kind]
+            for batch in batches(judged, lambda line: line.size):
+                for kind, (topic, schema) in enumerate(zip(MANIFEST.topic, SCHEMAS, strict=True)):
+                    rows = [line.row for line in batch if line.kind == kind]
                     if rows:
-                        table = pa.Table.from_pylist(rows, schema=schema)
-                        self.publish(MANIFEST.topic[kind], table)
-        for words, count in notes.items():
+                        self.publish(topic, pa.Table.from_pylist(rows, schema=schema))
+        for note, count in notes.items():
             lines = "line" if count == 1 else "lines"
-            print(f"{words} ({count} {lines})")
+            print(f"{note} ({count} {lines})")
 
 
 class Line(NamedTuple):
@@ -228,8 +227,8 @@ def refuse_other_kinds(start: bytes) -> None:
     """
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("this is UTF-16 text; logs are read as UTF-8: convert it with iconv")
-    if named := foreign_kind(start):
-        raise ValueError(f"this is {named}, not a log")
+    if kind := foreign_kind(start):
+        raise ValueError(f"this is {kind}, not a log")
 
 
 def after_nulls(data: bytes, file: io.BufferedIOBase) -> bytes:
@@ -255,8 +254,8 @@ def judge_all(lines: Iterator[Line], notes: Counter[str]) -> Iterator[Judged]:
         if kind == ACCESS:
             agent = row["user_agent"] is not None
             if combined and not agent and not line.ended:
-                words = "the file ends inside this line: those before it have a user agent"
-                kind, row = REJECT, {"reason": words}
+                reason = "the file ends inside this line: those before it have a user agent"
+                kind, row = REJECT, {"reason": reason}
             combined = combined or agent
         row = {name: None if value == "-" else value for name, value in row.items()}
         if kind == REJECT:
@@ -279,8 +278,8 @@ def judge(line: str, notes: Counter[str]) -> tuple[int, Row]:
         if time := TIME.search(line):
             return ACCESS, access_row(line, time, notes)
         if time := ANY_TIME.search(line):
-            words = f"{time['time_text']!r} is no time as 10/Oct/2000:13:55:36 -0700 is one"
-            return REJECT, {"reason": words}
+            reason = f"{time['time_text']!r} is no time as 10/Oct/2000:13:55:36 -0700 is one"
+            return REJECT, {"reason": reason}
         reason = "neither an access log line nor a syslog line"
     except (ValueError, OverflowError) as error:
         reason = str(error)

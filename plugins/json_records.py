@@ -141,33 +141,30 @@ class Handler(BasePlugin):
     """Publishes the records of one JSON file."""
 
     def execute(self, file_path: str) -> None:
-        self.rows_topic, self.rejects_topic = topics()
         with open_bytes(file_path) as file:
             start = file.read(BLOCK)
         if not start:
             return
         if kind := foreign_kind(start):
             raise ValueError(f"this is {kind}, not JSON")
+        topic, rejects_topic = MANIFEST.topic
         reader = Reader(start, MANIFEST.options)
         entries = reader.entries(file_path)
         kinds: Kinds = {}
-        for batch in batches(entries(), size_of):
+        for batch in batches(entries(), lambda entry: entry.size):
             reader.survey(batch, kinds)
-            self.publish_rejects([entry for entry in batch if entry.reason])
+            rejects = [(entry.line, entry.reason, entry.raw) for entry in batch if entry.reason]
+            if rejects:
+                lines, reasons, raws = zip(*rejects, strict=True)
+                arrays = [pa.array(lines, pa.int64()), texts(reasons), texts(raws)]
+                self.publish(rejects_topic, pa.Table.from_arrays(arrays, schema=REJECTS))
         whole = not 0 < len(kinds) <= MAX_COLUMNS
         columns = {"value": reader.json_text()} if whole else reader.columns(kinds, entries)
-        for batch in batches(entries(), size_of):
+        for batch in batches(entries(), lambda entry: entry.size):
             rows = [entry.row for entry in batch if not entry.reason]
             if rows:
                 rows = [{"value": row} for row in rows] if whole else rows
-                self.publish(self.rows_topic, table(rows, columns))
-
-    def publish_rejects(self, bad: list[Entry]) -> None:
-        if bad:
-            rows = [(entry.line, entry.reason, entry.raw) for entry in bad]
-            lines, reasons, raws = zip(*rows, strict=True)
-            arrays = [pa.array(lines, pa.int64()), texts(reasons), texts(raws)]
-            self.publish(self.rejects_topic, pa.Table.from_arrays(arrays, schema=REJECTS))
+                self.publish(topic, table(rows, columns))
 
 
 class Reader:
@@ -233,14 +230,14 @@ class Reader:
         with open_bytes(path) as file:
             data = file.read()
         if not self._is_text(data):
-            say("the file has nothing but white space: no rows")
+            print("the file has nothing but white space: no rows")
             return []
         documents = self._values(self._decoded(data))
         if len(documents) > 1:
-            say(f"the file is {len(documents)} objects one after another, each a record")
+            print(f"the file is {len(documents)} objects one after another, each a record")
         rows, outer = (documents, {}) if len(documents) > 1 else self._records_of(documents[0])
-        if self._constants and (word := constant_in(list(outer.values()))):
-            raise ValueError(f"not JSON: {word} beside the records")
+        if self._constants and (constant := constant_in(list(outer.values()))):
+            raise ValueError(f"not JSON: {constant} beside the records")
         size = len(data) // max(len(rows), 1) + len(self.dumps(outer))
         whole = [beside(row_of(row), "document_", outer) for row in rows]
         reasons = [self._reason(row) for row in whole]
@@ -274,7 +271,7 @@ class Reader:
             if before + after <= DIGITS:
                 found[name] = Column(pa.decimal128(DIGITS, scale), plain_decimal)
             else:
-                say(f"guessed: column {name!r} is JSON text: no number has room for its digits")
+                print(f"guessed: column {name!r} is JSON text: no number has room for its digits")
                 found[name] = self.json_text()
         return {name: column or self.json_text() for name, column in found.items()}
 
@@ -312,8 +309,8 @@ class Reader:
         if seen <= NUMBERS - {"huge"}:
             return None
         if seen - {"other"}:
-            words = ", ".join(sorted(WORDS[each] for each in seen))
-            say(f"guessed: column {name!r} is JSON text: it has {words}")
+            listed = ", ".join(sorted(KIND_NAMES[kind] for kind in seen))
+            print(f"guessed: column {name!r} is JSON text: it has {listed}")
         return self.json_text()
 
     def _line(self, number: int, line: bytes) -> Iterator[Entry]:
@@ -355,11 +352,11 @@ class Reader:
             ]
         if len(inner) > 1:
             names = ", ".join(map(repr, inner[:5]))
-            say(f"guessed: the document is one record: its members {names} are arrays of records")
+            print(f"guessed: the document is one record: its members {names} are arrays of records")
         if len(inner) != 1:
             return [document], {}
         rows = document.pop(inner[0])
-        say(
+        print(
             f"guessed: the document is a page: its records are the {len(rows)} elements of its "
             f"member {inner[0]!r}; --option records=. makes the document one record"
         )
@@ -367,15 +364,15 @@ class Reader:
 
     def _reason(self, row: Mapping[str, Any]) -> str:
         """Why it cannot be a row; empty where it can."""
-        if self._constants and (word := constant_in(list(row.values()))):
+        if self._constants and (constant := constant_in(list(row.values()))):
             name = next(name for name, value in row.items() if constant_in([value]))
-            return f"{word} is no number of JSON: {name!r}"
+            return f"{constant} is no number of JSON: {name!r}"
         for name, forced in self.forced.items():
             value = row.get(name)
             if forced == "text" or value is None:
                 continue
             if kind(value) not in ANY:
-                return f"{name!r} is {WORDS[kind(value)]}; option types says {forced}"
+                return f"{name!r} is {KIND_NAMES[kind(value)]}; option types says {forced}"
             if not (is_double(value) if forced == "double" else has_room(value)):
                 return f"{name!r} is {str(value)[:60]}, which no {forced} holds"
         for name, value in row.items() if self._numbers and self.every != "text" else ():
@@ -401,8 +398,8 @@ class Reader:
         try:
             return data.decode(self.encoding).removeprefix("\ufeff")
         except UnicodeDecodeError as error:
-            words = f"not {error.encoding}: {error.reason} at byte {error.start}"
-            raise ValueError(words) from error
+            message = f"not {error.encoding}: {error.reason} at byte {error.start}"
+            raise ValueError(message) from error
 
     def _is_text(self, data: bytes) -> bool:
         """Whether there is more than white space."""
@@ -488,21 +485,10 @@ class Reader:
         return Constant(text)
 
 
-WORDS = {
+KIND_NAMES = {
     "bool": "true or false", "str": "text", "other": "arrays or objects",
     **dict.fromkeys(ANY, "numbers"), "huge": "whole numbers of more than 38 digits",
 }  # fmt: skip
-
-
-def topics() -> tuple[str, str]:
-    """The names of our two topics, which `casparian publish --topic` may have changed."""
-    names = MANIFEST.topic
-    if isinstance(names, str) or len(names) != 2:
-        raise ValueError(
-            "this plugin has two topics, for rows and for rejects: publish it with "
-            "--topic NAME --topic NAME_rejects"
-        )
-    return names[0], names[1]
 
 
 def forced_types(option: str) -> tuple[dict[str, str], str]:
@@ -513,12 +499,12 @@ def forced_types(option: str) -> tuple[dict[str, str], str]:
     """
     forced: dict[str, str] = {}
     every = ""
-    for word in filter(None, option.split(",")):
-        name, colon, wanted = word.rpartition(":")
+    for choice in filter(None, option.split(",")):
+        name, colon, wanted = choice.rpartition(":")
         known = {"text", "double", "decimal"} if colon else {"text", "double"}
         if wanted not in known:
             raise ValueError(
-                f"option types has {word!r}: write text, double, or KEY:text, KEY:double, "
+                f"option types has {choice!r}: write text, double, or KEY:text, KEY:double, "
                 "KEY:decimal, with commas between them"
             )
         if colon:
@@ -547,18 +533,9 @@ def encoding_of(start: bytes) -> str:
     return found if not controls and ascii_share > 0.2 else "utf-8"
 
 
-def say(words: str) -> None:
-    """Say something of the file; it stands in the attempt's log."""
-    print(words)
-
-
-def size_of(entry: Entry) -> int:
-    return entry.size
-
-
 def is_records(value: Any) -> bool:
     """A list that has an object among its elements."""
-    return isinstance(value, list) and any(isinstance(each, dict) for each in value)
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
 def row_of(value: Any) -> dict[str, Any]:

@@ -171,8 +171,8 @@ def read_records(file: IO[bytes]) -> Iterator[Row]:
         return
     chunk = Chunk(0, file.read(CHUNK))
     if not start.startswith(b"ElfFile\0") and not chunk.magic:
-        what = foreign_kind(start)
-        raise ValueError(f"not a Windows event log{what and f': this is {what}'}")
+        kind = foreign_kind(start)
+        raise ValueError(f"not a Windows event log{kind and f': this is {kind}'}")
     if len(start) < LOG_HEADER:
         raise ValueError(f"the event log ends within its header, at byte {len(start)}")
     header = read_header(start)
@@ -182,11 +182,11 @@ def read_records(file: IO[bytes]) -> Iterator[Row]:
         if chunk.empty and chunk.index >= header.chunks:
             free.append(chunk)
         else:
-            for each in (*free, chunk):  # zeros before another chunk are not what was kept free
-                find_records(each)
-                yield from read_chunk(each)
-                each.data = b""  # enough is known of it
-                chunks.append(each)
+            for ready in (*free, chunk):  # zeros before another chunk are not what was kept free
+                find_records(ready)
+                yield from read_chunk(ready)
+                ready.data = b""  # its bytes are no longer needed
+                chunks.append(ready)
             free = []
         chunk = Chunk(chunk.index + 1, file.read(CHUNK))
     yield from missing_records(header, chunks)
