@@ -1,4 +1,4 @@
-"""What a plugin imports: `BasePlugin`, `PluginMetadata`, a few readers' helpers, nothing heavy.
+"""What a plugin imports: `BasePlugin`, `PluginMetadata`, and helpers for reading files.
 
 A plugin is one Python file with a `MANIFEST` and a class `Handler`:
 
@@ -11,7 +11,7 @@ A plugin is one Python file with a `MANIFEST` and a class `Handler`:
         def execute(self, file_path: str):
             self.publish("sales_data", pd.read_csv(file_path))
 
-This file is copied beside the guest, so it uses the standard library only.
+Uses the standard library only, because a copy of this file is imported in the plugin's process.
 """
 
 from __future__ import annotations
@@ -77,22 +77,22 @@ _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
 
 @dataclass(frozen=True, kw_only=True)
 class PluginMetadata:
-    """What a plugin says of itself. It is read from the source, without running it.
+    """A plugin's description. It is read from the source without running it.
 
     Use literals only: strings, numbers, lists, tuples and dicts.
     """
 
     pattern: str | Sequence[str]
-    """Which files: a glob, or several. Without a slash it matches the name at any depth."""
+    """A glob, or several. Without a slash it matches the file name at any depth."""
 
     topic: str | Sequence[str] = ()
-    """The named outputs of the plugin, besides those in `sinks`."""
+    """The plugin's named outputs, one or several. Topics in `sinks` need not be repeated here."""
 
     priority: int = 0
     """Order of jobs; higher runs first."""
 
     subscriptions: Sequence[str] = ()
-    """Tags of routing rules whose files the plugin wants too."""
+    """Tags of routing rules. The plugin also gets the files that these rules tag."""
 
     sinks: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
     """Topic -> sink URI, or several, such as `parquet://output` or
@@ -102,36 +102,36 @@ class PluginMetadata:
     """The plugin's name; the file's name without `.py` where empty."""
 
     version: str = ""
-    """The plugin's version (PEP 440), where `casparian publish` is given none."""
+    """The plugin's version (PEP 440); `casparian publish --version` overrides it."""
 
     timeout_seconds: float = 0.0
-    """Wall clock of one attempt; 0 takes the configured limit, which it can only lower."""
+    """Wall clock limit of one attempt. It can only lower the configured limit, which 0 means."""
 
     memory_bytes: int = 0
-    """Address space of its process; 0 takes the configured limit, which it can only lower."""
+    """Limit of the process's address space. It can only lower the configured limit, which 0
+    means."""
 
     scratch_bytes: int = 0
     """Space for temporary files, in the folder that `tempfile` uses; 0: nothing can be written.
     The configuration may grant less."""
 
     network: bool = False
-    """Whether it needs the network. It gets it only where the configuration allows it too."""
+    """Whether the plugin needs the network. The configuration must allow it too."""
 
     options: Mapping[str, str | int | bool] = field(default_factory=dict)
-    """What a person may choose when they publish it, with the values that hold where they do not:
-    `casparian publish plugin.py --option delimiter=";"` puts the choice in the place of the value
-    here before the plugin is signed. The plugin reads `MANIFEST.options`."""
+    """Options and their default values. `casparian publish plugin.py --option delimiter=";"`
+    replaces a value here before the plugin is signed. The plugin reads `MANIFEST.options`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileInfo:
-    """The file a plugin is looking at, as the ledger knows it."""
+    """The file that a job processes, as the ledger has it."""
 
     path: str
-    """Where the bytes are for this run: a private copy with the original name."""
+    """Path of the bytes in this attempt: a private copy with the original name."""
 
     rel_path: str
-    """The location: its path under the source root, POSIX separators."""
+    """Path of the file under its source root, with POSIX separators."""
 
     source: str
     """Name of the source root."""
@@ -145,7 +145,7 @@ class FileInfo:
 
 
 class BasePlugin:
-    """Derive `Handler` from this; one instance serves many files, one after another."""
+    """Base class of a plugin's `Handler`. One instance processes many files, one after another."""
 
     file: FileInfo
     """The file of the current `execute` call."""
@@ -153,21 +153,21 @@ class BasePlugin:
     _publish: Callable[[str, Any], None]
 
     def execute(self, file_path: str) -> None:
-        """Read one file and publish what is in it. Raise to fail the job.
+        """Read one file and publish its rows. An exception fails the job.
 
         Args:
-            file_path: the version's bytes, under the file's original name.
+            file_path: path of the file's bytes; the file has its original name.
         """
         raise TypeError(f"{type(self).__name__} has no execute(self, file_path)")
 
     def publish(self, topic: str, data: Any) -> None:
-        """Send rows to a topic; may be called many times, each with the same columns.
+        """Send rows to a topic. May be called many times; the columns must stay the same.
 
         Args:
             topic: one of the plugin's declared topics.
             data: a pandas DataFrame, a pyarrow Table, RecordBatch or RecordBatchReader, anything
                 with the Arrow C stream protocol (polars, DuckDB), or an iterator of these.
-                Rows leave in batches; nothing is kept.
+                Rows are sent in batches and not kept in memory.
 
         Raises:
             TypeError: `data` is not tabular.
@@ -178,10 +178,10 @@ class BasePlugin:
 
 @contextmanager
 def open_bytes(path: str) -> Iterator[io.BufferedIOBase]:
-    """Open a file's bytes for reading; gzip is unpacked, whatever the file is called.
+    """Open a file's bytes for reading. A gzip file is unpacked, whatever its name.
 
     Raises:
-        ValueError: the gzip file is damaged; raised where the damage is reached.
+        ValueError: the gzip file is damaged; raised when reading reaches the damage.
     """
     try:
         with open(path, "rb") as file:
@@ -193,13 +193,13 @@ def open_bytes(path: str) -> Iterator[io.BufferedIOBase]:
 
 
 def foreign_kind(start: bytes) -> str:
-    """Name what a file that should be text or a table is instead, by its first bytes.
+    """Recognise, by its first bytes, a file of another kind than text or a table.
 
     Args:
-        start: the first kilobytes of the file, unpacked where it is packed with gzip.
+        start: the first kilobytes of the file, after unpacking gzip.
 
     Returns:
-        such as `a PDF document`, to be said in a message; empty where nothing is recognised.
+        words for a message, such as `a PDF document`; empty if nothing is recognised.
     """
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")):
         return _zip_kind(start)
@@ -227,13 +227,14 @@ def _zip_kind(start: bytes) -> str:
 
 
 def column_names(cells: Iterable[str | None], taken: Iterable[str] = ()) -> list[str]:
-    """Turn header cells into column names that every sink takes.
+    """Turn header cells into column names that every sink accepts.
 
-    White space is folded, an empty cell becomes `column_3` (its position), a repeated one `name_2`
-    (case does not count), `_cf_x` becomes `x_cf_x`, and 100 characters are kept.
+    Runs of white space become one space, an empty cell becomes `column_3` (its position), a
+    repeated name `name_2` (case is ignored), `_cf_x` becomes `x_cf_x`, and names are cut to 100
+    characters.
 
     Args:
-        taken: names that the table has besides, which no cell gets.
+        taken: names of the table's other columns, which no cell gets.
     """
     names: list[str] = []
     seen = {name.casefold() for name in taken}
@@ -276,14 +277,18 @@ def own_publish(plugin: str, name: str, *choices: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape what no sink can store: NUL as `\\x00`, lone surrogates as `\\udcNN`."""
+    """Escape characters that no sink can store: NUL as `\\x00`, lone surrogates as `\\udcNN`."""
     return text.replace("\0", "\\x00").encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def batches(
     items: Iterable[T], size: Callable[[T], int], *, rows: int = 5000, total: int = 16 << 20
 ) -> Iterator[list[T]]:
-    """Group items by `rows`, or fewer where their sizes add up to more than `total`."""
+    """Group items into lists of `rows`, or fewer once their sizes add up to more than `total`.
+
+    Args:
+        size: the size of an item, in the unit of `total`.
+    """
     batch: list[T] = []
     sizes = 0
     for item in items:
