@@ -17,11 +17,14 @@ from tests.disks import in_memory
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`slow_but("one", "two")` marks all cases of a test as slow but those with these ids."""
+    """Mark as slow the cases that `slow_cases` names, and those that `slow_but` does not."""
     for item in items:
-        for mark in item.iter_markers("slow_but"):
-            if item.name.partition("[")[2].removesuffix("]") not in mark.args:
-                item.add_marker(pytest.mark.slow)
+        case = item.name.partition("[")[2].removesuffix("]")
+        parts = {case, *case.split("-")}
+        for name in ("slow_cases", "slow_but"):
+            for mark in item.iter_markers(name):
+                if parts.isdisjoint(mark.args) == (name == "slow_but"):
+                    item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

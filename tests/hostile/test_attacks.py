@@ -187,6 +187,7 @@ def test_what_holds_here(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: f"{attack.row}-{attack.name}")
+@pytest.mark.slow_cases("50-bytearrays")
 def test_an_attack_does_no_harm(attack: Attack, cell: Cell, victim: Victim) -> None:
     outcome = cell.run(attack.code)
     assert victim.harms() == []

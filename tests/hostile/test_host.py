@@ -39,6 +39,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow_but("VmHWM:boom")
 def test_a_guest_may_call_itself_anything(start: Start, name: bytes) -> None:
     body = f"""
     import ctypes
@@ -62,6 +63,7 @@ RECORDS = [
 
 @pytest.mark.parametrize("kind", ["FAILED", "DONE", "END"])
 @pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.slow
 def test_a_record_that_is_none_ends_the_job(start: Start, kind: str, record: str) -> None:
     guest = loaded(start, RAW_BATCH + f"wire.sendall(pack(Kind.{kind}, job, {record}))\n")
     with pytest.raises(GuestDied, match="broke the protocol"):

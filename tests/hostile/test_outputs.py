@@ -138,6 +138,7 @@ def in_sqlite(home: Path) -> dict[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", KEPT)
+@pytest.mark.slow_cases("injection")
 def test_what_both_sinks_keep_to_the_letter(
     worked: tuple[Settings, dict[str, Any]], name: str
 ) -> None:

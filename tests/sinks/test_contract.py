@@ -225,6 +225,7 @@ def test_a_folder_that_somebody_deletes_meanwhile_is_made_again(place: Place) ->
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
+@pytest.mark.slow_cases("mssql")
 def test_hostile_column_names(place: Place, name: str) -> None:
     published(*place.publish(place.sealed({"plain": [1], name: ["x"]})))
     published(*place.publish(place.sealed({name: ["y"]}, job=2)))
@@ -536,7 +537,7 @@ def test_replace_leaves_alone_what_was_appended(modes: Place) -> None:
     assert ids(modes) == [1, 3]
 
 
-@pytest.mark.slow_but("parquet", "sqlite")
+@pytest.mark.slow_cases("mssql")
 def test_readers_see_one_version_or_the_other(modes: Place) -> None:
     size, versions = 500, 20
     published(*modes.publish(modes.replacing(1, 1, {"id": [1] * size})))

@@ -63,6 +63,7 @@ def connect(server: Server) -> Any:
     return mssql_python.connect(server.connection_string)
 
 
+@pytest.mark.slow
 def test_rows_and_types_of_a_bulk_load_are_exact(server: Server) -> None:
     """50,000 rows of every type the sink sends."""
     few = pa.table({name: pa.array(values, ARROW[name]) for name, values in COLUMNS.items()})
