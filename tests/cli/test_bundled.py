@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Casparian
+from tests.commands import Casparian
 from tests.plugs import ROWS
 
 ROOT = Path(__file__).parents[2]
@@ -36,23 +35,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def run_installed(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command of the unpacked wheel."""
-    return subprocess.run(
-        [sys.executable, "-m", "casparian_flow.cli", *arguments],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True, text=True, timeout=300, check=True,
-    )  # fmt: skip
-
-
 def test_a_wheel_brings_plugins_that_can_be_published_by_name(
     installed: Path, tmp_path: Path
 ) -> None:
-    listed = json.loads(run_installed(installed, tmp_path, "plugins", "bundled", "--json").stdout)
+    casparian = Casparian(tmp_path, {**os.environ, "PYTHONPATH": str(installed)})
+    listed = json.loads(casparian.process("plugins", "bundled", "--json").stdout)
     folder = installed / "casparian_flow" / "bundled_plugins"
     assert [row["file"] for row in listed] == [str(folder / f"{name}.py") for name in NAMES]
-    run_installed(installed, tmp_path, "init")
-    done = run_installed(installed, tmp_path, "publish", "delimited", "--name", "orders")
+    casparian.process("init")
+    done = casparian.process("publish", "delimited", "--name", "orders")
     assert f"bundled      {folder / 'delimited.py'}\n" in done.stderr
     assert "deployed orders 1.1.0" in done.stdout
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Casparian
+from tests.commands import Casparian
 
 ASK = """
 COMP_WORDS=(casparian plugins bun); COMP_CWORD=2

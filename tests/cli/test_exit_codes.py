@@ -10,8 +10,8 @@ import pytest
 
 from casparian_flow import errors
 from casparian_flow.errors import CasparianError, ExitCode
-from tests.cli.conftest import Casparian
 from tests.cli.write_docs import documented_codes, exit_codes
+from tests.commands import Casparian
 
 PACKAGE = Path(errors.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))

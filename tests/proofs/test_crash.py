@@ -27,7 +27,8 @@ from proofs.crash.nursery import Nursery, Order
 from proofs.crash.power import LoopGround, why_not
 from proofs.crash.scene import Act, Ground, Scene
 from proofs.environment import private
-from tests.cli.conftest import Casparian, casparian, source  # noqa: F401
+from tests.cli.conftest import casparian, source  # noqa: F401
+from tests.commands import Casparian
 from tests.conftest import write_config
 
 DOCS = Path(__file__).parents[2] / "docs"
