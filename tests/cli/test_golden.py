@@ -1,0 +1,17 @@
+"""What the commands print is what golden.txt has: `python -m tests.cli.write_golden` writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli import write_golden
+
+
+def test_every_command_prints_what_the_golden_file_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))  # no key of another test
+    told = write_golden.text(tmp_path / "home")
+    assert told.splitlines() == write_golden.GOLDEN.read_text("utf-8").splitlines()
