@@ -23,7 +23,7 @@ from sqlalchemy import Connection
 from casparian_flow import config, durable, trees
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import outputs, plugins
+from casparian_flow.db import integrity, outputs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.engine import canary, dispatch, endings, sinks
 from casparian_flow.engine.committer import Committer
@@ -32,7 +32,7 @@ from casparian_flow.engine.sentinel import INPROC, Sentinel
 from casparian_flow.engine.worker_client import Worker
 from casparian_flow.errors import CasparianError, ExitCode, LedgerLost, leave
 from casparian_flow.security import sandbox
-from casparian_flow.services import architect, inventory, snapshots, verify
+from casparian_flow.services import architect, inventory, snapshots
 from casparian_flow.services import outputs as retract
 from casparian_flow.services.scout import Scrubber
 from casparian_flow.services.watch import Watch
@@ -127,7 +127,7 @@ async def _begin(settings: Settings, ledger: Ledger) -> tuple[int, list[str]]:
     Returns:
         The epoch, and what was adopted: a sentence a sink.
     """
-    if found := await ledger.read_soon(verify.damage):
+    if found := await ledger.read_soon(integrity.damage):
         raise LedgerLost(
             f"{settings.database.path} is damaged: {found}; nothing was changed",
             "put a backup in its place, then: casparian verify   (docs/disaster.md)",

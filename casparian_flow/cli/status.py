@@ -258,9 +258,9 @@ def show_audit(
 
 def _in_short(row: dict[str, Any]) -> str:
     """A row's detail; of a seal, how many rows it holds: the digests are for `verify`."""
-    from casparian_flow.services import verify
+    from casparian_flow.db import integrity
 
-    return verify.in_short(row["detail"]) if row["action"] == "seal" else str(row["detail"])
+    return integrity.in_short(row["detail"]) if row["action"] == "seal" else str(row["detail"])
 
 
 @audit_app.command("verify")

@@ -5,7 +5,7 @@ audit row, the seal: the rows it wrote, their moves from state to state, and the
 No verb has to write it. Versions and attempts only grow, so new rows are those above the highest id
 at the start; rows inserted below it, and every change of outputs and jobs, are noted by triggers on
 the writer's connection. The triggers are temporary objects of that connection: what another
-program writes is in no seal, and `services.verify` names it.
+program writes is in no seal, and `db.integrity` names it.
 
 Nothing here imports SQLAlchemy, since the migration that begins the seals uses it too.
 """

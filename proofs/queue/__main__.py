@@ -24,11 +24,10 @@ from hypothesis.stateful import run_state_machine_as_test
 from sqlalchemy import select
 
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs
+from casparian_flow.db import integrity, jobs
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import Output, OutputState
 from casparian_flow.services import scout
-from casparian_flow.services import verify as checks
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from proofs import arguments
@@ -120,8 +119,8 @@ def drain(folder: Path, stops: int, seed: int) -> str:
             # Before it can hear a signal it ends by it, and has claimed nothing.
             assert code in ({0, 130, -signal.SIGTERM} if twice else {0, -signal.SIGTERM}), code
             if code != 130:
-                assert not list(ledger.read(lambda c: list(checks.running_jobs(c))))
-            assert not list(ledger.read(lambda c: list(checks.broken_invariants(c))))
+                assert not list(ledger.read(lambda c: list(integrity.running_jobs(c))))
+            assert not list(ledger.read(lambda c: list(integrity.broken_invariants(c))))
         (root,) = scout.roots(ledger, ())
         scan(ledger, root)
         work_off(found, seconds=PATIENCE_SECONDS)

@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import Connection, insert, select
 
 from casparian_flow.config import DatabaseSettings, JobSettings
-from casparian_flow.db import audit, jobs, outputs
+from casparian_flow.db import audit, integrity, jobs, outputs
 from casparian_flow.db.access import Ledger, get_engine
 from casparian_flow.db.jobs import ALONE_AFTER
 from casparian_flow.db.models import (
@@ -44,7 +44,6 @@ from casparian_flow.engine.dispatch import POISON_AFTER, POISON_AFTER_KILLS
 from casparian_flow.engine.endings import Ending
 from casparian_flow.errors import JobError, SinkConflict
 from casparian_flow.protocol import Evidence, Outcome, Pair, Published, Receipt, StagedOutput
-from casparian_flow.services import verify as checks
 from tests.factories import add_plugin
 
 T = TypeVar("T")
@@ -355,7 +354,7 @@ class Life(RuleBasedStateMachine):
             assert found == (job.status, job.fence, job.attempts, job.crashes), row.id
             assert (row.finished_at is None) == (row.status in jobs.UNFINISHED)
             assert 0 <= row.attempts <= row.fence
-        assert self.ledger.read(lambda c: list(checks.broken_invariants(c))) == []
+        assert self.ledger.read(lambda c: list(integrity.broken_invariants(c))) == []
         commits = select(AuditEntry.subject).where(AuditEntry.action == "commit")
         committed = Counter(self.ledger.read(lambda c: list(c.execute(commits).scalars())))
         assert committed == {f"job {job.id}": 1 for job in self.of(JobStatus.COMPLETED)}

@@ -23,8 +23,7 @@ from pathlib import Path
 
 from sqlalchemy import create_engine
 
-from casparian_flow.db import audit
-from casparian_flow.services import verify
+from casparian_flow.db import audit, integrity
 from proofs.syscalls.supervisor import Call
 
 _WAL = "-wal"
@@ -149,6 +148,9 @@ class Commits:
                     continue
             engine = create_engine(f"sqlite:///{copy}")
             with engine.connect() as connection:
-                for words in (*verify.broken_invariants(connection), *audit.problems(connection)):
+                for words in (
+                    *integrity.broken_invariants(connection),
+                    *audit.problems(connection),
+                ):
                     yield f"after commit {number}: {words}"
             engine.dispose()

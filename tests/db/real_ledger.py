@@ -11,9 +11,9 @@ from typing import Any
 from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, jobs
+from casparian_flow.db import audit, integrity, jobs
 from casparian_flow.db.access import driver, get_engine, open_ledger
-from casparian_flow.services import changes, verify
+from casparian_flow.services import changes
 from casparian_flow.services.scan import scan
 from tests.conftest import write_config
 from tests.daemons import work_off
@@ -46,9 +46,9 @@ def worked(folder: Path) -> Settings:
 def said(connection: Connection) -> list[str]:
     """All that `verify` says of the ledger itself."""
     return [
-        *verify.broken_invariants(connection),
+        *integrity.broken_invariants(connection),
         *audit.problems(connection),
-        *verify.seal_problems(connection),
+        *integrity.seal_problems(connection),
     ]
 
 
@@ -96,6 +96,6 @@ class Altered:
                     driver(connection).execute(query, values)
                 found = list(audit.problems(connection))
                 if replayed:
-                    found += verify.seal_problems(connection)
+                    found += integrity.seal_problems(connection)
                 transaction.rollback()
         return found

@@ -16,12 +16,12 @@ from sqlalchemy import text
 
 from casparian_flow import durable, main
 from casparian_flow.config import DatabaseSettings, Settings
-from casparian_flow.db import jobs, schema
+from casparian_flow.db import integrity, jobs, schema
 from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.models import JobStatus
 from casparian_flow.db.routing import note
 from casparian_flow.errors import LedgerError, LedgerLost, first_error
-from casparian_flow.services import report, verify
+from casparian_flow.services import report
 from tests.disks import fill, in_memory, remount
 from tests.eventually import PATIENCE
 from tests.factories import add_job
@@ -129,7 +129,7 @@ def test_a_full_disk_under_the_ledger_writes_nothing_and_reads_on(disk: Path) ->
         assert ledger.read(jobs.counts) == {"QUEUED": 1}
         ballast.unlink()
         assert ledger.write(lambda c: jobs.abort(c, [job_id], "me")) == [job_id]
-        assert ledger.read(verify.damage) == ""
+        assert ledger.read(integrity.damage) == ""
 
 
 def test_a_read_only_disk_is_an_error_in_words(disk: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_migration_killed_at_each_statement_is_done_by_the_next_start(
         with open_ledger(database) as ledger:
             version = ledger.read(lambda c: c.execute(text("PRAGMA user_version")).scalar_one())
             assert version == len(whole)
-            assert list(ledger.read(lambda c: list(verify.broken_invariants(c)))) == []
+            assert list(ledger.read(lambda c: list(integrity.broken_invariants(c)))) == []
 
 
 def test_a_clock_set_back_a_day_delays_no_retry(

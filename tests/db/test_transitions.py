@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, text, update
 
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, outputs, schema, seals
+from casparian_flow.db import integrity, jobs, outputs, schema, seals
 from casparian_flow.db.access import Ledger, driver, open_ledger
 from casparian_flow.db.models import JOB_ARROWS, JobStatus, ProcessingJob
 from casparian_flow.protocol import Published, StagedOutput
-from casparian_flow.services import verify as checks
 from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
@@ -219,7 +218,7 @@ def test_whatever_the_verbs_do_the_audit_and_the_rows_agree(
                     VERBS[verb](c, job)
 
             ledger.write(work)
-        assert ledger.read(lambda c: list(checks.seal_problems(c))) == []
+        assert ledger.read(lambda c: list(integrity.seal_problems(c))) == []
 
 
 def before_seals(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,18 +248,18 @@ def test_rows_of_an_earlier_release_are_sealed_once_and_said_to_be(
     monkeypatch.setattr(seals, "SEALED_AT_ONCE", 2)
     before_seals(settings, monkeypatch)
     with open_ledger(settings.database) as ledger:
-        assert ledger.read(lambda c: list(checks.seal_problems(c))) == []
+        assert ledger.read(lambda c: list(integrity.seal_problems(c))) == []
         (note,) = verify(settings, ledger).notes
         assert note.startswith("rows of an earlier release were sealed as they stood on ")
         assert note.endswith("(audit, rows 1 to 8): what was altered before that is not seen")
         ledger.write(lambda c: jobs.decide(c, [(2, 1)]))
         add_job(ledger)
-        assert ledger.read(lambda c: list(checks.seal_problems(c))) == []
+        assert ledger.read(lambda c: list(integrity.seal_problems(c))) == []
     with attacker(settings) as other:
         other.execute("UPDATE cf_file_version SET size_bytes = 9 WHERE id = 3")
         other.execute("UPDATE cf_processing_queue SET priority = 9 WHERE id = 1")
     with open_ledger(settings.database) as ledger:
-        assert ledger.read(lambda c: list(checks.seal_problems(c))) == [
+        assert ledger.read(lambda c: list(integrity.seal_problems(c))) == [
             "version 3 was altered", "job 1 was altered since it became COMPLETED",
         ]  # fmt: skip
 
@@ -335,8 +334,8 @@ def test_a_kill_between_seal_and_commit_leaves_neither(
         assert database.execute("SELECT count(*) FROM cf_audit").fetchone() == (0,)
     killed(settings, 5)  # the scan's
     with open_ledger(settings.database) as ledger:
-        assert ledger.read(lambda c: list(checks.seal_problems(c))) == []
-        assert ledger.read(checks.sizes)["versions"] == 3
+        assert ledger.read(lambda c: list(integrity.seal_problems(c))) == []
+        assert ledger.read(integrity.sizes)["versions"] == 3
         root = ledger.read(lambda c: c.execute(text("SELECT * FROM cf_source_root")).one())
         assert scan(ledger, Root(root.id, root.path, root.name, "", 0.0)).versions == 5
-        assert ledger.read(lambda c: list(checks.seal_problems(c))) == []
+        assert ledger.read(lambda c: list(integrity.seal_problems(c))) == []

@@ -1,0 +1,354 @@
+"""The rows of the ledger against its audit, and the rules that hold in it whatever happened.
+
+Replaying the seals: do the rows of the ledger follow from the audit?
+
+The seals are read in order into a scratch database, which is then merged with the tables by id,
+one row at a time, so that no table need fit into memory. Of each row must hold:
+
+    it is in a seal, and each row in a seal exists
+    it was written once; or each of its moves starts where the last one ended, and is allowed
+    a job's fence goes up with each claim, and never down
+    its state and fence are those of its last move
+    its values have the digests that the seals have
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import heapq
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import msgspec
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
+
+from casparian_flow.db.access import driver
+from casparian_flow.db.seals import DIGEST_BYTES, EARLIER, SEALED_TABLES, SealedTable, digest, exact
+
+_LONGEST_RUN = 1_000_000
+"""Ids in one run of a seal, at most; no transaction of ours writes more."""
+
+
+class _Digests(msgspec.Struct, forbid_unknown_fields=True):
+    ids: list[tuple[int, int]] = []
+    columns: int = 0
+    digests: str = ""
+
+
+class _Part(msgspec.Struct, forbid_unknown_fields=True):
+    """What one seal says about one table."""
+
+    moves: list[tuple[int, int, str, str, int]] = []
+    born: _Digests = msgspec.field(default_factory=_Digests)
+    whole: _Digests = msgspec.field(default_factory=_Digests)
+
+
+class _Entry(NamedTuple):
+    """What one seal says about one row: a move, or a digest."""
+
+    seq: int
+    kind: str
+    was: str
+    now: str
+    fence: int
+    columns: int
+    digest: bytes
+    earlier: int
+    """Whether the migration that began the seals wrote it."""
+
+
+def report_damage(what: str, problems: Iterable[str]) -> Iterator[str]:
+    """These problems; where the database is too damaged to go on, that as the last one."""
+    try:
+        yield from problems
+    except (DBAPIError, sqlite3.Error, ValueError, TypeError) as error:
+        cause = getattr(error, "orig", error)
+        yield f"{what} cannot be read to the end, the database is damaged: {cause}"
+
+
+def seal_problems(connection: Connection) -> Iterator[str]:
+    """A sentence for each row that differs from its seals."""
+    with contextlib.closing(sqlite3.connect("")) as scratch, exact(driver(connection)):
+        scratch.execute(
+            "CREATE TABLE entry (what TEXT, id INTEGER, seq INTEGER, kind TEXT, was TEXT, "
+            "now TEXT, fence INTEGER, columns INTEGER, digest BLOB, earlier INTEGER)"
+        )
+        yield from report_damage("the seals", _read(connection, scratch))
+        for table in SEALED_TABLES:
+            yield from report_damage(f"the {table.name}", _compare(connection, scratch, table))
+
+
+def since(connection: Connection) -> str:
+    """From when on rows are sealed; empty where all have been from the beginning."""
+    query = text(
+        "SELECT min(seq), max(seq), max(at) FROM cf_audit WHERE action = 'seal' AND subject = :of"
+    )
+    first, last, at = connection.execute(query, {"of": EARLIER}).one()
+    if first is None:
+        return ""
+    return (
+        f"rows of an earlier release were sealed as they stood on {at[:19]}Z (audit, rows {first} "
+        f"to {last}): what was altered before that is not seen"
+    )
+
+
+def in_short(detail: str) -> str:
+    """A seal's detail for people: `3 versions, 3 jobs`; as it is where it cannot be read."""
+    try:
+        parts = msgspec.json.decode(detail, type=dict[str, _Part])
+        sealed = {
+            name: {row_id for row_id, _ in _entries(0, part, 0)} for name, part in parts.items()
+        }
+    except (msgspec.MsgspecError, ValueError):
+        return detail
+    return ", ".join(
+        f"{len(ids)} {name if len(ids) > 1 else name[:-1]}" for name, ids in sealed.items()
+    )
+
+
+def _read(connection: Connection, scratch: sqlite3.Connection) -> Iterator[str]:
+    """Read the seals into the scratch database; a sentence for each that cannot be read."""
+    rows = connection.exec_driver_sql(
+        "SELECT seq, subject, detail FROM cf_audit WHERE action = 'seal' ORDER BY seq"
+    )
+    for seq, subject, detail in rows:
+        try:
+            parts = msgspec.json.decode(detail, type=dict[str, _Part])
+            entries = [
+                (name, row_id, *entry)
+                for name, part in parts.items()
+                for row_id, entry in _entries(seq, part, int(subject == EARLIER))
+            ]
+        except (msgspec.MsgspecError, ValueError) as error:
+            yield f"audit: row {seq} is a seal that cannot be read: {error}"
+            continue
+        scratch.executemany("INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", entries)
+
+
+def _entries(seq: int, part: _Part, earlier: int) -> Iterator[tuple[int, _Entry]]:
+    for first, last, was, now, fence in part.moves:
+        for row_id in _ids([(first, last)]):
+            yield row_id, _Entry(seq, "move", was, now, fence, 0, b"", earlier)
+    for kind, digests in (("born", part.born), ("whole", part.whole)):
+        ids = _ids(digests.ids)
+        data = base64.b64decode(digests.digests, validate=True)
+        if len(data) != len(ids) * DIGEST_BYTES:
+            raise ValueError(f"it has {len(ids)} rows and {len(data)} bytes of digests")
+        for n, row_id in enumerate(ids):
+            hashed = data[n * DIGEST_BYTES : (n + 1) * DIGEST_BYTES]
+            yield row_id, _Entry(seq, kind, "", "", 0, digests.columns, hashed, earlier)
+
+
+def _ids(runs: Iterable[tuple[int, int]]) -> list[int]:
+    ids: list[int] = []
+    for first, last in runs:
+        if not 0 <= last - first < _LONGEST_RUN:
+            raise ValueError(f"it has a run from {first} to {last}")
+        ids += range(first, last + 1)
+    return ids
+
+
+class _Columns(NamedTuple):
+    """The columns of a sealed table, in order, and the default of each."""
+
+    names: list[str]
+    defaults: list[Any]
+
+
+def _compare(
+    connection: Connection, scratch: sqlite3.Connection, table: SealedTable
+) -> Iterator[str]:
+    """Merge the seals of a table with its rows, by id, and judge each row."""
+    columns = _columns(connection, table)
+    sealed = scratch.execute(
+        "SELECT id, seq, kind, was, now, fence, columns, digest, earlier FROM entry "
+        "WHERE what = ? ORDER BY id, rowid",
+        (table.name,),
+    )
+    rows = connection.exec_driver_sql(f"SELECT * FROM {table.sql_name} ORDER BY id")
+    both = heapq.merge(
+        ((row[0], _Entry._make(row[1:])) for row in sealed),
+        ((row[0], tuple(row)) for row in rows),
+        key=itemgetter(0),
+    )
+    for row_id, group in groupby(both, key=itemgetter(0)):
+        items = [item for _, item in group]
+        entries = [item for item in items if isinstance(item, _Entry)]
+        row = next((item for item in items if not isinstance(item, _Entry)), None)
+        for problem in _judge(table, columns, entries, row):
+            yield f"{table.one} {row_id} {problem}"
+
+
+def _columns(connection: Connection, table: SealedTable) -> _Columns:
+    info = connection.exec_driver_sql(f"PRAGMA table_info({table.sql_name})").all()
+    defaults = [row[4] or "NULL" for row in info]
+    values = connection.exec_driver_sql(f"SELECT {', '.join(defaults)}").one()
+    return _Columns([row[1] for row in info], list(values))
+
+
+def _judge(
+    table: SealedTable, columns: _Columns, entries: Sequence[_Entry], row: tuple[Any, ...] | None
+) -> Iterator[str]:
+    """What is wrong with one row, given its entries in the order of the seals."""
+    if not entries:
+        yield "was added by other hands: it is in no seal"
+        return
+    moves = [entry for entry in entries if entry.kind == "move"]
+    born = [entry for entry in entries if entry.kind == "born"]
+    whole = [entry for entry in entries if entry.kind == "whole"]
+    if not table.state:
+        state: str | None = None
+        if len(born) > 1:
+            yield f"was sealed twice, in rows {born[0].seq} and {born[1].seq} of the audit"
+    else:
+        yield from _wrong_moves(table, moves)
+        state = moves[-1].now if moves else ""
+    if row is None:
+        if state != "":
+            yield f"is missing, and row {entries[-1].seq} of the audit has it"
+        return
+    if state == "":
+        yield "was added by other hands: by the audit it was deleted"
+        return
+    values = dict(zip(columns.names, row, strict=True))
+    if state is not None:
+        yield from _unsealed_move(table, moves[-1], values)
+    fixed = [values[name] for name in table.fixed] or list(row)
+    if not born or not _matches(born[-1], fixed, columns.defaults):
+        yield "was altered"
+    elif state in table.whole:
+        if not whole or whole[-1].seq != moves[-1].seq:
+            yield f"was not sealed when it became {state}"
+        elif not _matches(whole[-1], list(row), columns.defaults):
+            yield f"was altered since it became {state}"
+
+
+def _wrong_moves(table: SealedTable, moves: Sequence[_Entry]) -> Iterator[str]:
+    """Moves that start where the last one did not end, that are not allowed, or whose fence is
+    not greater."""
+    state, fence = "", 0
+    for move in moves:
+        place = f"row {move.seq} of the audit"
+        if move.was != state:
+            yield f"leaves {move.was or 'nothing'} in {place}, and was {state or 'not there'}"
+        elif not move.earlier and move.now not in table.arrows.get(move.was, ()):
+            arrow = f"from {move.was or 'nothing'} to {move.now or 'nothing'}"
+            yield f"went {arrow} in {place}, and there is no such move"
+        claimed = table.fence != "0" and move.now == "RUNNING"
+        if move.was and move.fence < fence + claimed:
+            yield f"became {move.now} under fence {move.fence} in {place}, after fence {fence}"
+        state, fence = move.now, move.fence
+
+
+def _unsealed_move(table: SealedTable, last: _Entry, values: dict[str, Any]) -> Iterator[str]:
+    if values[table.state] != last.now:
+        yield (
+            f"is {values[table.state]!s}, and row {last.seq} of the audit has it {last.now}: it "
+            "was moved by other hands"
+        )
+    elif table.fence in values and values[table.fence] != last.fence:
+        yield f"has fence {values[table.fence]!s}, and row {last.seq} of the audit {last.fence}"
+
+
+def _matches(entry: _Entry, values: list[Any], defaults: Sequence[Any]) -> bool:
+    """Whether values have the digest of a seal; columns added since must have their defaults."""
+    later = slice(entry.columns, len(values))
+    same = digest(values[: entry.columns]) == entry.digest
+    return same and values[later] == list(defaults[later])
+
+
+# Invariants of the ledger: message -> a query that returns the rows which break it.
+
+
+_INVARIANTS = {
+    "location {0} ({1}): its versions are not numbered 1, 2, 3, ...": """
+        SELECT l.id, l.rel_path FROM cf_file_version v JOIN cf_file_location l
+        ON l.id = v.location_id
+        JOIN cf_source_root r ON r.id = l.source_root_id
+        WHERE NOT EXISTS (SELECT 1 FROM cf_found_output f
+                          WHERE f.source = r.name AND f.path = l.path)
+        GROUP BY l.id HAVING min(v.ordinal) <> 1 OR max(v.ordinal) <> count(*)
+        """,
+    "location {0} ({1}): its current version is not its last one": """
+        SELECT l.id, l.rel_path FROM cf_file_location l
+        WHERE l.current_version_id IS NOT (
+            SELECT v.id FROM cf_file_version v WHERE v.location_id = l.id
+            ORDER BY v.ordinal DESC LIMIT 1)
+        """,
+    "job {0} is COMPLETED, and its output {1} is {2}": """
+        SELECT j.id, o.topic, o.state FROM cf_processing_queue j
+        JOIN cf_output o ON o.job_id = j.id
+        WHERE j.status = 'COMPLETED' AND o.state <> 'PUBLISHED'
+        """,
+    "job {0} is {1}, and no attempt of it staged its output": """
+        SELECT j.id, j.status FROM cf_processing_queue j
+        WHERE j.status IN ('COMPLETED', 'COMMITTING') AND NOT EXISTS (
+            SELECT 1 FROM cf_attempt a
+            WHERE a.job_id = j.id AND a.fence = j.fence AND a.outcome = 'STAGED')
+        """,
+    "job {0} has an attempt {1}, which it never claimed": """
+        SELECT j.id, a.fence FROM cf_processing_queue j JOIN cf_attempt a ON a.job_id = j.id
+        WHERE a.fence > j.fence
+        """,
+    "job {0} is {1} without a reason": """
+        SELECT id, status FROM cf_processing_queue
+        WHERE status IN ('FAILED', 'SUPERSEDED') AND reason = ''
+        """,
+    "job {0} is FAILED, and neither an attempt nor the audit says so": """
+        SELECT j.id FROM cf_processing_queue j
+        WHERE j.status = 'FAILED'
+        AND NOT EXISTS (SELECT 1 FROM cf_attempt a WHERE a.job_id = j.id AND a.fence = j.fence)
+        AND 'job ' || j.id NOT IN (SELECT subject FROM cf_audit WHERE action IN ('fail', 'refuse'))
+        """,
+    "job {0} is COMPLETED, and the audit has no commit of it": """
+        SELECT substr(subject, 5) FROM (
+            SELECT 'job ' || id AS subject FROM cf_processing_queue WHERE status = 'COMPLETED'
+            EXCEPT SELECT subject FROM cf_audit WHERE action = 'commit')
+        """,
+    "row {1} of {0} points to a row of {2} that is not there": "PRAGMA foreign_key_check",
+}
+
+
+def broken_invariants(connection: Connection) -> Iterator[str]:
+    """A sentence for each row that breaks an invariant, and for each damaged page."""
+    for message, query in _INVARIANTS.items():
+        yield from report_damage("the ledger", _broken(connection, message, query))
+    for (problem,) in connection.execute(text("PRAGMA integrity_check")):
+        if problem != "ok":
+            yield f"the database is damaged: {problem}"
+
+
+def _broken(connection: Connection, message: str, query: str) -> Iterator[str]:
+    for row in connection.execute(text(query)):
+        yield message.format(*row)
+
+
+def damage(connection: Connection) -> str:
+    """What is wrong with the database's pages, by SQLite's quick check; else empty."""
+    problem: str = connection.execute(text("PRAGMA quick_check(1)")).scalar_one()
+    return "" if problem == "ok" else problem
+
+
+def running_jobs(connection: Connection) -> Iterator[str]:
+    """A sentence for each RUNNING job; call it only while no daemon runs."""
+    query = text("SELECT id FROM cf_processing_queue WHERE status = 'RUNNING'")
+    for job_id in connection.execute(query).scalars():
+        yield f"job {job_id} is RUNNING, and no daemon runs (casparian start puts it right)"
+
+
+def sizes(connection: Connection) -> dict[str, int]:
+    """How many rows there are to check, by kind."""
+    tables = {
+        "locations": "SELECT count(*) FROM cf_file_location",
+        "versions": "SELECT count(*) FROM cf_file_version",
+        "jobs": "SELECT count(*) FROM cf_processing_queue",
+        "attempts": "SELECT count(*) FROM cf_attempt",
+        "audit rows": "SELECT count(*) FROM cf_audit",
+        "snapshots": "SELECT count(*) FROM cf_snapshot",
+    }
+    return {name: connection.execute(text(query)).scalar_one() for name, query in tables.items()}
