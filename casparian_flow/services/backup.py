@@ -1,4 +1,4 @@
-"""A backup: a copy of the ledger that was checked before it got its name."""
+"""A backup: a copy of the ledger that is checked before it gets its name."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import errno
 import glob
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-from sqlalchemy import URL, Connection, create_engine, select
+from sqlalchemy import URL, create_engine
 from sqlalchemy.exc import DBAPIError
 
 from casparian_flow import durable
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, jobs, seals
+from casparian_flow.db import audit
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import JobStatus, ProcessingJob
-from casparian_flow.db.schema import configure
 from casparian_flow.errors import CasparianError, LedgerError
 from casparian_flow.services.verify import check_ledger
 
@@ -42,7 +40,8 @@ def make(settings: Settings, ledger: Ledger, target: str, *, force: bool = False
     """Copy the ledger to `target`, while work goes on.
 
     The copy is written beside its place, checked as `casparian verify` checks the ledger itself,
-    and made durable; then it gets its name. Outputs are not copied.
+    and made durable; then it gets its name. Outputs are not copied. A job that is RUNNING in the
+    copy is queued again by the first daemon that starts from it.
 
     Args:
         force: replace a file that is there.
@@ -58,7 +57,7 @@ def make(settings: Settings, ledger: Ledger, target: str, *, force: bool = False
         # A scan of that folder must not take the backup for a file that was dropped there.
         durable.own(path.parent, glob.escape(path.name))
         with _temporary(path) as made:
-            copy(ledger, made)
+            _copy(ledger, made)
             crashpoint("backup.copied")
             found = _checked(made, path)
             durable.fsync_path(made)
@@ -94,15 +93,38 @@ def _temporary(path: Path) -> Iterator[Path]:
         made.unlink(missing_ok=True)
         yield made
     finally:
-        for end in ("", "-wal", "-shm", "-journal"):
+        for end in ("", "-journal"):
             made.with_name(f"{made.name}{end}").unlink(missing_ok=True)
+
+
+def _copy(ledger: Ledger, target: Path) -> None:
+    """Write the ledger as of one moment to a new file.
+
+    VACUUM INTO reads within one transaction and takes no gate, so no writer waits for it. It keeps
+    the ids of rows, the triggers, and the numbers that mark the file as a ledger.
+    """
+    connection = ledger.engine.raw_connection()  # VACUUM cannot run in a transaction
+    try:
+        connection.cursor().execute("VACUUM INTO ?", (str(target),))
+    except (sqlite3.Error, DBAPIError) as error:
+        raise LedgerError(
+            f"the ledger could not be copied to {target.parent}: {error}",
+            "name a file on a disk that has room, and that you may write",
+        ) from error
+    finally:
+        connection.close()
 
 
 def _checked(made: Path, path: Path) -> Backup:
     """What the copy holds, if all of it holds together."""
-    with reading(made) as connection:
-        verdict, claims = check_ledger(connection)
-        head = str(audit.head(connection))
+    immutable = {"mode": "ro", "immutable": "1", "uri": "true"}  # no file appears beside it
+    engine = create_engine(URL.create("sqlite", database=made.as_uri(), query=immutable))
+    try:
+        with engine.connect() as connection:
+            verdict, claims = check_ledger(connection)
+            head = str(audit.head(connection))
+    finally:
+        engine.dispose()
     if verdict.problems:
         raise LedgerError(
             f"the copy does not hold: {verdict.problems[0]} ({len(verdict.problems)} problems); "
@@ -129,69 +151,3 @@ def _name(made: Path, path: Path, force: bool) -> None:
                 raise
             os.rename(made, path)  # FAT has no links
     durable.fsync_path(path.parent)
-
-
-# A copy of the ledger as one file, made while others write, and opened to be checked.
-#
-# SQLite's backup API reads within one transaction: the copy is the ledger as it was when the copy
-# began. Readers need no gate, so no writer waits. What the copy says is RUNNING does not run there:
-# those jobs are put back into its queue, without cost to them.
-
-
-INTERRUPTED = "it was running when the backup was made"
-
-
-def copy(ledger: Ledger, target: Path) -> None:
-    """Write the ledger to a new file; what is there is overwritten.
-
-    Raises:
-        LedgerError: the ledger cannot be read, or the copy cannot be written.
-    """
-
-    def work(connection: Connection) -> None:
-        source = _driver(connection)
-        with contextlib.closing(sqlite3.connect(target)) as made:
-            source.backup(made)
-
-    try:
-        ledger.read(work)
-        with _opened(str(target)) as connection, connection.begin():
-            marks = seals.begin(_driver(connection))
-            _release(connection)
-            seals.seal(_driver(connection), marks)
-    except (sqlite3.Error, DBAPIError) as error:
-        raise LedgerError(
-            f"the ledger could not be copied to {target.parent}: {getattr(error, 'orig', error)}",
-            "name a file on a disk that has room, and that you may write",
-        ) from error
-
-
-@contextlib.contextmanager
-def reading(target: Path) -> Iterator[Connection]:
-    """A copy that nobody else has open, to be read and left as it is: no file appears beside it."""
-    immutable = {"mode": "ro", "immutable": "1", "uri": "true"}
-    with _opened(target.absolute().as_uri(), immutable) as connection:
-        yield connection
-
-
-@contextlib.contextmanager
-def _opened(database: str, options: Mapping[str, str] | None = None) -> Iterator[Connection]:
-    engine = create_engine(URL.create("sqlite", database=database, query=options or {}))
-    try:
-        with engine.connect() as connection:
-            configure(_driver(connection))
-            yield connection
-    finally:
-        engine.dispose()
-
-
-def _driver(connection: Connection) -> sqlite3.Connection:
-    return cast(sqlite3.Connection, connection.connection.dbapi_connection)
-
-
-def _release(connection: Connection) -> None:
-    running = select(ProcessingJob.id, ProcessingJob.fence).where(
-        ProcessingJob.status == JobStatus.RUNNING
-    )
-    for job_id, fence in connection.execute(running).all():
-        jobs.requeue(connection, job_id, fence, reason=INTERRUPTED, refund=True)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -327,11 +328,13 @@ def test_every_statement_that_writes_takes_its_turn(
 @pytest.mark.parametrize("name", ["a?b", "a%41b", "a#b", "a&mode=ro"])
 def test_any_folder_may_hold_a_ledger(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
-    with open_ledger(DatabaseSettings(db_location=str(folder / "l.sqlite3"))) as ledger:
+    settings = Settings(database=DatabaseSettings(db_location=str(folder / "l.sqlite3")))
+    with open_ledger(settings.database) as ledger:
         ledger.write(lambda c: add_rule(c, "*.csv"))
-        backup.copy(ledger, folder / "copy?.sqlite3")
-    with backup.reading(folder / "copy?.sqlite3") as connection:
-        assert rules(connection) == 1
+        made = backup.make(settings, ledger, str(folder / "copy?.sqlite3"))
+    assert made.path == str(folder / "copy?.sqlite3")
+    with closing(sqlite3.connect(made.path)) as copy:
+        assert copy.execute("SELECT count(*) FROM cf_routing_rule").fetchone() == (1,)
     assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 

@@ -12,21 +12,20 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import Connection, select, text
 
 from casparian_flow import main
 from casparian_flow.config import Settings
-from casparian_flow.db import audit
+from casparian_flow.db import audit, jobs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import JobStatus, ProcessingJob
-from casparian_flow.db.routing import note
 from casparian_flow.errors import CasparianError, LedgerError
 from casparian_flow.services import backup
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
 from tests.daemons import all_done
-from tests.factories import add_job, add_root
+from tests.factories import add_root
 from tests.plugs import ROWS, publish
 
 
@@ -61,26 +60,89 @@ def test_a_backup_taken_under_load_is_accepted_by_verify_and_goes_on(
                 assert await all_done(daemon) == {"COMPLETED": 60}
 
         asyncio.run(story())
+
+    async def start() -> None:
+        async with main.running(settings, "test", workers=0, watch=False):
+            pass
+
     for copy in copies:
         restore(settings, copy)
+        assert all(each.endswith("(casparian start puts it right)") for each in problems(settings))
+        asyncio.run(start())
         assert problems(settings) == []
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".copy")]
 
 
-def test_what_ran_is_queued_again_in_the_copy_and_not_in_the_ledger(
+@pytest.fixture
+def running_job(settings: Settings, ledger: Ledger, source: Path) -> int:
+    """The id of one that a worker of a daemon has, which has gone."""
+    root = add_root(ledger, source)
+    publish(ledger, settings, "rows", ROWS, "1.0.0")
+    (source / "a.txt").write_text("a\n")
+    (job_id,) = scan(ledger, root).job_ids
+    assert ledger.write(lambda c: jobs.claim(c, "gone", plugins.begin_epoch(c), 1)) == [job_id]
+    return job_id
+
+
+@pytest.mark.usefixtures("running_job")
+def test_a_copy_is_the_ledger_in_all_but_its_pages(
     settings: Settings, ledger: Ledger, tmp_path: Path
 ) -> None:
-    job_id = add_job(ledger, JobStatus.RUNNING)
-    backup.copy(ledger, tmp_path / "copy")
-    with closing(sqlite3.connect(tmp_path / "copy")) as copy:
-        found = copy.execute("SELECT id, status, attempts FROM cf_processing_queue").fetchall()
-    assert found == [(job_id, "QUEUED", 0)]
+    copy = backup.make(settings, ledger, str(tmp_path / "copy")).path
+
+    def content(path: Path | str) -> dict[str, object]:
+        with closing(sqlite3.connect(path)) as connection:
+            schema = connection.execute(
+                "SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY type, name"
+            ).fetchall()
+            found: dict[str, object] = {"schema": schema}
+            for pragma in ("user_version", "application_id", "encoding", "page_size"):
+                found[pragma] = connection.execute(f"PRAGMA {pragma}").fetchone()
+            for kind, name, *_ in schema:
+                if kind == "table":
+                    query = f"SELECT rowid, * FROM {name} ORDER BY rowid"
+                    found[name] = connection.execute(query).fetchall()
+        return found
+
+    found = content(copy)
+    assert found == content(settings.database.path)
+    assert ("trigger", "cf_audit_no_update") in [row[:2] for row in found["schema"]]  # type: ignore[attr-defined]
+
+
+def test_a_start_from_a_copy_takes_back_what_ran_in_the_ledger(
+    settings: Settings, ledger: Ledger, running_job: int, tmp_path: Path
+) -> None:
+    copy = Path(backup.make(settings, ledger, str(tmp_path / "copy")).path)
     status = select(ProcessingJob.status)
     assert ledger.read(lambda c: c.execute(status).scalar_one()) == JobStatus.RUNNING
+    other = write_config(tmp_path / "other")
+    shutil.copyfile(copy, other.database.path)
+
+    async def story() -> None:
+        async with main.running(other, "test", workers=0, watch=False) as daemon:
+            query = select(ProcessingJob.id, ProcessingJob.status, ProcessingJob.attempts)
+            found = await daemon.ledger.read_soon(lambda c: c.execute(query).one())
+            assert found == (running_job, JobStatus.QUEUED, 0)
+
+    asyncio.run(story())
+
+
+def test_a_copy_is_made_while_a_writer_holds_the_gate(
+    settings: Settings, ledger: Ledger, tmp_path: Path
+) -> None:
+    """It holds what was committed before, and the writer waits for nothing."""
+
+    def work(connection: Connection) -> backup.Backup:
+        audit.append(connection, "me", [audit.Event("test", "something", {})])
+        return backup.make(settings, ledger, str(tmp_path / "copy"))
+
+    made = ledger.write(work)
+    assert made.holds["audit rows"] == 0
+    assert ledger.read(audit.head).seq == 1
 
 
 def test_it_says_what_it_holds(settings: Settings, ledger: Ledger, tmp_path: Path) -> None:
-    ledger.write(lambda c: note(c, "test", ["something"]))
+    ledger.write(lambda c: audit.append(c, "me", [audit.Event("test", "something", {})]))
     made = backup.make(settings, ledger, str(tmp_path / "copy"))
     assert made.head == str(ledger.read(audit.head))
     assert made.holds["audit rows"] == 1
@@ -113,7 +175,7 @@ def test_the_ledger_is_never_its_own_backup(settings: Settings, ledger: Ledger, 
 def test_a_ledger_that_does_not_hold_gives_no_backup(
     settings: Settings, ledger: Ledger, tmp_path: Path
 ) -> None:
-    ledger.write(lambda c: note(c, "test", ["something"]))
+    ledger.write(lambda c: audit.append(c, "me", [audit.Event("test", "something", {})]))
     ledger.write(lambda c: c.execute(text("DROP TRIGGER cf_audit_no_update")).rowcount)
     ledger.write(lambda c: c.execute(text("UPDATE cf_audit SET actor = 'nobody'")).rowcount)
     with pytest.raises(LedgerError, match=r"row 1 was altered.*no backup was made"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from casparian_flow.db import jobs, routing, versions
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import AuditEntry, FileLocation, JobStatus, ProcessingJob
 from casparian_flow.db.versions import invalidate
-from casparian_flow.services import architect, backup, changes
+from casparian_flow.services import architect, changes
 from casparian_flow.services import scan as scan_module
 from casparian_flow.services.changes import SourceOptions
 from casparian_flow.services.scan import Vanished, scan
@@ -173,7 +174,7 @@ def test_a_copy_of_the_ledger_in_a_source_root_is_not_its_input(
 ) -> None:
     copied = source / "flow" / "casparian_flow.sqlite3"
     copied.parent.mkdir()
-    backup.copy(ledger, copied)
+    shutil.copyfile(ledger.database.path, copied)
     with open_ledger(DatabaseSettings(db_location=str(copied))) as other:
         os.utime(copied, (OLD, OLD))
         assert scan(other, add_root(other, source)).files == 0
