@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 PLUGINS = sorted((PACKAGE.parent / "plugins").glob("*.py"))
 
 FUNCTION_LINES = 60
-"""A function reads as a paragraph."""
+"""A function reads as a paragraph: its docstring and body; the options of a command are a list."""
 
 
 def module_name(path: Path) -> str:
@@ -74,7 +74,7 @@ def test_a_function_is_a_paragraph(path: Path) -> None:
         f"{node.name}: {lines} lines"
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (lines := (node.end_lineno or 0) - node.lineno + 1) > FUNCTION_LINES
+        and (lines := (node.end_lineno or 0) - node.body[0].lineno + 1) > FUNCTION_LINES
     ]
     assert not long
 

@@ -225,6 +225,26 @@ class Ledger:
         """`read`, for coroutines: on a thread of the pool."""
         return await asyncio.to_thread(self.read, work)
 
+    def copy(self, target: Path) -> None:
+        """Write the ledger as of one moment to a new file, while work goes on.
+
+        VACUUM INTO reads within one transaction and takes no gate, so no writer waits for it. It
+        keeps the ids of rows, the triggers, and the numbers that mark the file as a ledger.
+
+        Raises:
+            LedgerError: the ledger is damaged, or the file cannot be written.
+        """
+        connection = self.engine.raw_connection()  # VACUUM cannot run in a transaction
+        try:
+            connection.cursor().execute("VACUUM INTO ?", (str(target),))
+        except (sqlite3.Error, DBAPIError) as error:
+            raise LedgerError(
+                f"the ledger could not be copied to {target.parent}: {error}",
+                "name a file on a disk that has room, and that you may write",
+            ) from error
+        finally:
+            connection.close()
+
     def _submit(self, work: Work[T]) -> Future[T]:
         future: Future[T] = Future()
         # A coroutine that is cancelled while it waits must not cancel what is being written.
@@ -314,6 +334,18 @@ def open_ledger(database: DatabaseSettings) -> Iterator[Ledger]:
     try:
         with Ledger(engine) as ledger:
             yield ledger
+    finally:
+        engine.dispose()
+
+
+@contextlib.contextmanager
+def read_copy(file: Path) -> Iterator[Connection]:
+    """Open a ledger that nobody writes, and leave no file beside it."""
+    immutable = {"mode": "ro", "immutable": "1", "uri": "true"}
+    engine = create_engine(URL.create("sqlite", database=file.as_uri(), query=immutable))
+    try:
+        with engine.connect() as connection:
+            yield connection
     finally:
         engine.dispose()
 

@@ -6,19 +6,15 @@ import contextlib
 import errno
 import glob
 import os
-import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-from sqlalchemy import URL, create_engine
-from sqlalchemy.exc import DBAPIError
 
 from casparian_flow import durable
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Ledger, read_copy
 from casparian_flow.errors import CasparianError, LedgerError
 from casparian_flow.services.verify import check_ledger
 
@@ -57,7 +53,7 @@ def make(settings: Settings, ledger: Ledger, target: str, *, force: bool = False
         # A scan of that folder must not take the backup for a file that was dropped there.
         durable.own(path.parent, glob.escape(path.name))
         with _temporary(path) as made:
-            _copy(ledger, made)
+            ledger.copy(made)
             crashpoint("backup.copied")
             found = _checked(made, path)
             durable.fsync_path(made)
@@ -97,34 +93,11 @@ def _temporary(path: Path) -> Iterator[Path]:
             made.with_name(f"{made.name}{end}").unlink(missing_ok=True)
 
 
-def _copy(ledger: Ledger, target: Path) -> None:
-    """Write the ledger as of one moment to a new file.
-
-    VACUUM INTO reads within one transaction and takes no gate, so no writer waits for it. It keeps
-    the ids of rows, the triggers, and the numbers that mark the file as a ledger.
-    """
-    connection = ledger.engine.raw_connection()  # VACUUM cannot run in a transaction
-    try:
-        connection.cursor().execute("VACUUM INTO ?", (str(target),))
-    except (sqlite3.Error, DBAPIError) as error:
-        raise LedgerError(
-            f"the ledger could not be copied to {target.parent}: {error}",
-            "name a file on a disk that has room, and that you may write",
-        ) from error
-    finally:
-        connection.close()
-
-
 def _checked(made: Path, path: Path) -> Backup:
     """What the copy holds, if all of it holds together."""
-    immutable = {"mode": "ro", "immutable": "1", "uri": "true"}  # no file appears beside it
-    engine = create_engine(URL.create("sqlite", database=made.as_uri(), query=immutable))
-    try:
-        with engine.connect() as connection:
-            verdict, claims = check_ledger(connection)
-            head = str(audit.head(connection))
-    finally:
-        engine.dispose()
+    with read_copy(made) as connection:
+        verdict, claims = check_ledger(connection)
+        head = str(audit.head(connection))
     if verdict.problems:
         raise LedgerError(
             f"the copy does not hold: {verdict.problems[0]} ({len(verdict.problems)} problems); "
