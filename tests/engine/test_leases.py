@@ -91,7 +91,7 @@ async def removed(file: Path) -> None:
 def test_a_silent_worker_loses_its_jobs_and_what_it_says_later_is_refused(
     ledger: Ledger, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 0.3)
+    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 3.0)  # time to be given jobs
     job, waiting = (add_job(ledger, fence=0, attempts=0) for _ in range(2))
 
     async def story(target: Attacked) -> None:
@@ -99,6 +99,7 @@ def test_a_silent_worker_loses_its_jobs_and_what_it_says_later_is_refused(
         assert [each.fence for each in await assigned(asleep)] == [1, 1]
         settings.database.guests_folder.mkdir(parents=True, exist_ok=True)
         (settings.database.guests_folder / f"hand-{job}-1").touch()
+        monkeypatch.setattr(sentinel, "LEASE_SECONDS", 0.3)
         await becomes(ledger, job, ("QUEUED", 1, 1))
         await becomes(ledger, waiting, ("QUEUED", 1, 0))
         monkeypatch.setattr(sentinel, "LEASE_SECONDS", 600.0)  # however slow the rest is
@@ -119,7 +120,7 @@ def test_a_silent_worker_loses_its_jobs_and_what_it_says_later_is_refused(
 def test_a_worker_that_wakes_while_its_jobs_are_taken_back_gets_none_that_nobody_holds(
     ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 3.0)  # time to be given a job
     jobs = {add_job(ledger, fence=0, attempts=0) for _ in range(2)}
     writing, write = threading.Event(), threading.Event()
     real = dispatch.lose
@@ -134,6 +135,7 @@ def test_a_worker_that_wakes_while_its_jobs_are_taken_back_gets_none_that_nobody
     async def story(target: Attacked) -> None:
         peer = await joined(target, "sleeper")
         assert len(await assigned(peer, free=1)) == 1
+        monkeypatch.setattr(sentinel, "LEASE_SECONDS", 0.6)
         await eventually(writing.is_set)
         monkeypatch.setattr(sentinel, "LEASE_SECONDS", 600.0)
         await peer.send(protocol.Ready(free=5))
@@ -196,12 +198,13 @@ def test_a_worker_that_was_not_heard_says_hello_again(
 def test_nobody_is_lost_while_the_sentinel_itself_does_not_listen(
     ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(sentinel, "LEASE_SECONDS", 3.0)  # time to be given a job
     job = add_job(ledger, fence=0, attempts=0)
 
     async def story(target: Attacked) -> None:
         peer = await joined(target, "patient")
         await assigned(peer)
+        monkeypatch.setattr(sentinel, "LEASE_SECONDS", 0.6)
         for _ in range(2):
             assert await granted(peer) == [(job, 1)]
             time.sleep(1.0)  # the loop of the Sentinel, which is ours
