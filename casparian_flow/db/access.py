@@ -132,7 +132,7 @@ class Ledger:
         self._requests: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
-        self._door = threading.Lock()
+        self._lock = threading.Lock()
         self._closed = False
         self._broken: Future[None] = Future()
         self.failing: tuple[float, LedgerError] | None = None
@@ -161,7 +161,7 @@ class Ledger:
 
         A read in progress goes on, and closes its connection itself.
         """
-        with self._door:
+        with self._lock:
             self._closed = True
             self._requests.put(None)
         self._thread.join()
@@ -249,7 +249,7 @@ class Ledger:
         future: Future[T] = Future()
         # A coroutine that is cancelled while it waits must not cancel what is being written.
         future.set_running_or_notify_cancel()
-        with self._door:  # a request behind the None that ends the thread would get no answer
+        with self._lock:  # a request behind the None that ends the thread would get no answer
             if self._closed:
                 future.set_exception(LedgerError("the ledger is closed: we are stopping"))
             else:

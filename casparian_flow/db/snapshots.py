@@ -65,15 +65,15 @@ def add(connection: Connection, contents: Sequence[StoredContent], limit: int) -
         """,
         [(*content, now) for content in contents],
     )
-    excess = held(connection)[1] - limit
+    excess = total(connection)[1] - limit
     evicted: list[str] = []
     while excess > 0 and (spare := _spare(connection)):
         chosen, excess = _until(spare, excess)
-        forget(connection, chosen)
+        delete(connection, chosen)
         evicted += chosen
     new = [content for content in contents if content.content_hash not in known.union(evicted)]
     refused, _ = _until(reversed(new), excess)
-    forget(connection, refused)
+    delete(connection, refused)
     return Evictions(evicted + refused, len(refused))
 
 
@@ -103,12 +103,12 @@ def _referenced(connection: Connection, hashes: Sequence[str]) -> list[str]:
     return [row[0] for row in connection.exec_driver_sql(query, (json.dumps(hashes),))]
 
 
-def forget(connection: Connection, hashes: Sequence[str]) -> None:
+def delete(connection: Connection, hashes: Sequence[str]) -> None:
     """Delete the references to these contents."""
     connection.exec_driver_sql(f"DELETE {_THESE}", (json.dumps(hashes),))
 
 
-def note(connection: Connection, words: str, files: int) -> None:
+def set_fault(connection: Connection, words: str, files: int) -> None:
     """Save why contents have no snapshot; empty words where the store takes contents again."""
     connection.execute(
         text(
@@ -131,14 +131,14 @@ def fault(connection: Connection) -> Any:
     return connection.execute(query).one_or_none()
 
 
-def held(connection: Connection) -> tuple[int, int]:
+def total(connection: Connection) -> tuple[int, int]:
     """How many contents the store has, and their bytes."""
     size = func.coalesce(func.sum(Snapshot.size_bytes), 0)
     number, total = connection.execute(select(func.count(), size).select_from(Snapshot)).one()
     return number, total
 
 
-def every(connection: Connection) -> list[str]:
+def hashes(connection: Connection) -> list[str]:
     """The hash of every content that the store has."""
     return list(connection.execute(select(Snapshot.content_hash)).scalars())
 

@@ -403,7 +403,7 @@ def present_under(connection: Connection, root_id: int, directory: bytes) -> lis
     return [PresentLocation(*row) for row in rows]
 
 
-def forget_directory(connection: Connection, root_id: int, directory: bytes) -> None:
+def drop_digests(connection: Connection, root_id: int, directory: bytes) -> None:
     """Drop the digests of a directory that is gone, and of all below it; the locations stay."""
     connection.execute(
         update(Directory)

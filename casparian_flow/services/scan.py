@@ -149,7 +149,7 @@ class _Scan:
         except OSError:
             return
         try:
-            listing = walk.look(descriptor, path, self.ignore)
+            listing = walk.list_directory(descriptor, path, self.ignore)
             known = self._read(versions.child_directories, path)
             yield listing
         finally:
@@ -223,7 +223,7 @@ class _Scan:
             return False
         wait = unrest(stat, now, self.root.settle_seconds)
         if wait > 0:
-            self._is_written(listing, path, wait)
+            self._mark_unsettled(listing, path, wait)
             return False
         try:
             content = hash_and_capture(
@@ -237,7 +237,7 @@ class _Scan:
             self._sightings[path] = _unread(path, listing.path, stat, known, str(error.strerror))
             return False
         if content is None or self._was_written(stat, content[1]):
-            self._is_written(listing, path, max(self.root.settle_seconds, TORN_SECONDS))
+            self._mark_unsettled(listing, path, max(self.root.settle_seconds, TORN_SECONDS))
             return False
         crashpoint("scan.hashed")
         digest, looked = content
@@ -246,7 +246,7 @@ class _Scan:
         self._sightings[path] = Sighting(path, listing.path, looked, digest, racy, compared)
         return not racy
 
-    def _is_written(self, listing: Listing, path: bytes, wait: float) -> None:
+    def _mark_unsettled(self, listing: Listing, path: bytes, wait: float) -> None:
         self.report.unsettled.add(listing.path)
         self.report.writing[path] = time.time()
         self.report.settles_in = max(self.report.settles_in, wait)
@@ -547,7 +547,7 @@ class Vanished:
             return 0, len(self._gone), passed
         marked = versions.mark_gone(connection, root_id, self._gone)
         for folder in self._lost:
-            versions.forget_directory(connection, root_id, folder)
+            versions.drop_digests(connection, root_id, folder)
         versions.save_directories(connection, root_id, self._digests)
         versions.keep_invalidated(connection, root_id, [path for path, _ in self._digests])
         if self.believe and marked:

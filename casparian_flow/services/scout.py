@@ -312,7 +312,7 @@ class Scrubber:
     async def _scrub(self, root: Root) -> None:
         pace = float(self._settings.scrub_bytes_per_second)
         work = partial(scrub, self._ledger, root, self._stop, bytes_per_second=pace)
-        report = await aside(self._stop, work)
+        report = await run_in_thread(self._stop, work)
         for path in report.hidden:
             log.warning("%s changed, and its stamps did not show it", path)
         for problem in report.unreadable:
@@ -335,7 +335,7 @@ class Scrubber:
 T = TypeVar("T")
 
 
-async def aside(stop: threading.Event, work: Callable[[], T]) -> T:
+async def run_in_thread(stop: threading.Event, work: Callable[[], T]) -> T:
     """Run `work` on a thread of the pool, and raise what it raises.
 
     On cancellation `stop` is set and the thread is waited for, since what it uses is closed next.

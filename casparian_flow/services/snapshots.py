@@ -279,7 +279,7 @@ class PendingSnapshots:
         if evictions.refused:
             fault = f"unfinished jobs need all of its {self._limit} bytes ([snapshots] keep_bytes)"
             missed += evictions.refused
-        references.note(connection, fault, missed)
+        references.set_fault(connection, fault, missed)
 
 
 @contextlib.contextmanager
@@ -366,19 +366,19 @@ def sweep(ledger: Ledger) -> None:
     folder = ledger.database.snapshots_folder
     with exclusive(folder / "lock") if folder.is_dir() else contextlib.nullcontext():
         clear_dead(folder)
-        referenced = set(ledger.read(references.every))
+        referenced = set(ledger.read(references.hashes))
         existing = {file.name: file for file in folder.glob("??/*")}
         for content_hash in existing.keys() - referenced:
             existing[content_hash].unlink()
         if lost := sorted(referenced - existing.keys()):
             log.warning("%d snapshots are not in %s any more", len(lost), folder)
-            ledger.write(partial(references.forget, hashes=lost))
+            ledger.write(partial(references.delete, hashes=lost))
 
 
 def problems(ledger: Ledger) -> Iterator[str]:
     """A sentence for each snapshot that is missing or damaged; reads every byte of the store."""
     try:
-        hashes = ledger.read(references.every)
+        hashes = ledger.read(references.hashes)
     except LedgerError as error:
         yield f"the snapshots cannot be checked: {error.message}"
         return
@@ -410,7 +410,7 @@ def report(ledger: Ledger) -> dict[str, Any]:
     Whether blocks can be shared depends on filesystems, their settings and mounts, so it is tried
     with one file of each source root.
     """
-    number, size = ledger.read(references.held)
+    number, size = ledger.read(references.total)
     fault = ledger.read(references.fault)
     return {
         "mode": ledger.database.snapshots.mode,

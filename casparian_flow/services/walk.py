@@ -189,7 +189,7 @@ def walk(root: int, ignore: Ignore, start: bytes = b"") -> Iterator[Listing]:
     try:
         descriptor = open_folder(root, start)
         stack.append((descriptor, start, []))
-        listing = look(descriptor, start, ignore)
+        listing = list_directory(descriptor, start, ignore)
         yield listing
         stack[-1][2].extend(listing.folders)
         while stack:
@@ -207,7 +207,7 @@ def walk(root: int, ignore: Ignore, start: bytes = b"") -> Iterator[Listing]:
                 yield Listing(child, -1, [], 0, [], b"", str(error.strerror))
                 continue
             stack.append((descriptor, child, []))
-            listing = look(descriptor, child, ignore)
+            listing = list_directory(descriptor, child, ignore)
             yield listing
             stack[-1][2].extend(listing.folders)
     finally:
@@ -215,7 +215,7 @@ def walk(root: int, ignore: Ignore, start: bytes = b"") -> Iterator[Listing]:
             os.close(descriptor)
 
 
-def look(descriptor: int, path: bytes, ignore: Ignore) -> Listing:
+def list_directory(descriptor: int, path: bytes, ignore: Ignore) -> Listing:
     """List one directory, digesting all of it and keeping the first CHUNK files."""
     digest = hashlib.blake2b(digest_size=16)
     entries: list[tuple[bytes, os.stat_result]] = []

@@ -40,7 +40,7 @@ from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
 from casparian_flow.errors import LedgerError
 from casparian_flow.services.scan import Heard, Root, ScanReport, scan
-from casparian_flow.services.scout import aside, roots
+from casparian_flow.services.scout import roots, run_in_thread
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Watch:
             rung, self._rung = self._rung, False
             try:
                 active = await asyncio.to_thread(roots, self._ledger)
-                await aside(self._stop, partial(self._follow, active))
+                await run_in_thread(self._stop, partial(self._follow, active))
                 for root in active:
                     if rung or self._full.get(root.id, 0.0) <= time.monotonic():
                         await self._scan_in_full(root)
@@ -175,7 +175,7 @@ class Watch:
             return scan(self._ledger, root, folders, self._stop, heard=heard)
 
         try:
-            report = await aside(self._stop, work)
+            report = await run_in_thread(self._stop, work)
         except LedgerError as error:
             log.error("%s: %s", root.name, error.message)
             self._full[root.id] = time.monotonic() + self._settings.rescan_seconds

@@ -97,7 +97,7 @@ def test_what_has_no_bytes_any_more_and_what_waits_is_counted(tmp_path: Path, so
     with open_ledger(settings.database) as ledger:
         publish(ledger, settings, "sees", SEES, "1.0.0")
         lost = select(FileVersion.content_hash).where(FileVersion.ordinal == 2)
-        ledger.write(lambda c: snapshots.forget(c, c.execute(lost).scalars().all()))
+        ledger.write(lambda c: snapshots.delete(c, c.execute(lost).scalars().all()))
         publish(ledger, settings, "sees", SEES + "\n# better\n", "1.1.0")
         done = backfill(ledger, settings, "sees", redo=True, dry_run=True)
         assert done == Backfilled("1.1.0", 2, 4, bytes_gone=1, worked=0, waits=1)
@@ -151,7 +151,7 @@ def test_a_new_version_says_what_older_ones_have_worked(tmp_path: Path, source: 
 
         def forget(ordinals: set[int]) -> None:
             lost = select(FileVersion.content_hash).where(FileVersion.ordinal.in_(ordinals))
-            ledger.write(lambda c: snapshots.forget(c, c.execute(lost).scalars().all()))
+            ledger.write(lambda c: snapshots.delete(c, c.execute(lost).scalars().all()))
 
         forget({2})
         better.write_text(SEES + "\n# 4\n")

@@ -266,7 +266,7 @@ def test_snapshots_made_durable_with_their_filesystem_outlive_a_power_cut(tmp_pa
         ground.cut()
         ground.power_on()
         with open_ledger(settings.database) as ledger:
-            assert len(ledger.read(snapshots.every)) == MANY
+            assert len(ledger.read(snapshots.hashes)) == MANY
             assert list(problems(ledger)) == []
     finally:
         ground.close()

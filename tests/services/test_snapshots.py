@@ -54,7 +54,7 @@ def on_their_way(settings: Settings) -> list[Path]:
 
 def check(settings: Settings, ledger: Ledger, wanted: Sequence[str]) -> None:
     """The store claims and holds these contents, whole, and nothing else."""
-    assert sorted(ledger.read(references.every)) == sorted(stored(settings)) == sorted(wanted)
+    assert sorted(ledger.read(references.hashes)) == sorted(stored(settings)) == sorted(wanted)
     assert list(problems(ledger)) == []
     assert on_their_way(settings) == []
 
@@ -166,7 +166,7 @@ def test_where_unfinished_jobs_need_all_newcomers_have_none_and_status_says_so(
         for n in range(3):
             put(source / f"{n}", os.urandom(10 * KIB))
         scan(ledger, root)
-        first = ledger.read(references.every)
+        first = ledger.read(references.hashes)
         assert len(first) == 3
         for n in range(3, 5):
             put(source / f"{n}", os.urandom(10 * KIB))
@@ -371,7 +371,7 @@ def test_a_store_with_a_full_disk_leaves_the_reserve_and_records_every_version(
         for n in range(20):
             put(source / f"{n}", os.urandom(256 * KIB))
         assert scan(ledger, root).versions == 20
-        kept = ledger.read(references.every)
+        kept = ledger.read(references.hashes)
         assert 0 < len(kept) < 8
         check(settings, ledger, kept)
         assert ledger.read(references.fault)[:2] == ("its disk is nearly full", 20 - len(kept))
