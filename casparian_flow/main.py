@@ -1,9 +1,9 @@
-"""The composition root: what a daemon consists of, in which order it starts and stops.
+"""The composition root: the parts of a daemon, and the order in which they start and stop.
 
     start   daemon lock, ledger, inventory, epoch, recovery, Committer, Sentinel, Workers, Scout
     stop    Scout (no new work), Workers (finish or release), Sentinel, Committer, ledger, lock
 
-`python -m casparian_flow.main` runs a Sentinel alone, listening for Workers.
+`python -m casparian_flow.main` runs a daemon without Workers, for Workers in other processes.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from casparian_flow.services.watch import Watch
 log = logging.getLogger(__name__)
 
 ECHO_SECONDS = 1.0
-"""`timeout` and some shells signal a process and its group: two signals that mean one."""
-
+"""A second signal within this time is ignored: `timeout` and some shells signal the process and its
+group."""
 
 GUARD_SECONDS = 2.0
-"""How soon a daemon that is idle sees that its database was deleted or replaced."""
+"""How often an idle daemon checks whether its database was deleted or replaced."""
 
 
 @dataclass
 class Daemon:
-    """What runs, for whoever wants to look at it or ring it."""
+    """The parts of a running daemon that its caller may use."""
 
     ledger: Ledger
     sentinel: Sentinel
     watch: Watch | None
     adopted: Sequence[str] = ()
-    """What the sinks held and the ledger did not know when it began, a sentence a sink."""
+    """Outputs that the start found in sinks and added to the ledger, a sentence for each sink."""
 
 
 @contextlib.asynccontextmanager
@@ -70,16 +70,16 @@ async def running(
     """Be the daemon of this database while the block runs; leaving it drains and stops.
 
     Args:
-        role: the command line we are, for whoever finds the lock taken.
-        workers: Workers in this process.
+        role: our command line, for the message that another daemon gets.
+        workers: number of Workers in this process.
         watch: scan and watch the source roots.
         endpoints: TCP addresses to listen on for Workers in other processes.
 
     Raises:
         DaemonRunning: another process is the daemon.
-        SandboxUnavailable: the sandbox is required, and does not hold on this machine.
-        LedgerError: the database cannot be used, or could not be written and may not be again.
-        LedgerLost: it is damaged; or it was deleted or replaced while the block ran.
+        SandboxUnavailable: the sandbox is required, and can be broken on this machine.
+        LedgerError: the database cannot be used, or a write failed for good.
+        LedgerLost: the database is damaged, or was deleted or replaced while the block ran.
         CasparianError: an address cannot be listened on.
     """
     with contextlib.ExitStack() as stack:
@@ -91,25 +91,24 @@ async def running(
             await asyncio.to_thread(canary.check, settings.guest, config.cache_folder())
         epoch, adopted = await _begin(settings, ledger)
         context = stack.enter_context(zmq.asyncio.Context())
-        bell = asyncio.Event()
-        scout = Watch(ledger, settings.scan, on_jobs=bell.set)
-        scrubber = Scrubber(ledger, settings.scan, on_jobs=bell.set)
-        committer = Committer(ledger, epoch, settings.jobs, on_change=bell.set)
+        claimable = asyncio.Event()
+        scout = Watch(ledger, settings.scan, on_jobs=claimable.set)
+        scrubber = Scrubber(ledger, settings.scan, on_jobs=claimable.set)
+        committer = Committer(ledger, epoch, settings.jobs, on_change=claimable.set)
         sentinel = Sentinel(
-            context, settings, ledger, epoch, committer, bell, ring=scout.ring,
+            context, settings, ledger, epoch, committer, claimable, request_scan=scout.ring,
             deploy=lambda plugin: asyncio.to_thread(architect.deploy, ledger, settings, plugin),
         )  # fmt: skip
         stack.callback(sentinel.close)
-        sentinel.bind(endpoints)  # before the sweep: a client that knows of us finds us
+        sentinel.bind(endpoints)  # before the sweep: clients that see the lock can connect
         await asyncio.to_thread(_sweep, settings, ledger)
         async with asyncio.TaskGroup() as group:
             breaking = group.create_task(ledger.until_broken())
             publishing = group.create_task(committer.run())
             serving = group.create_task(sentinel.run())
-            crew = _crew(workers, context)
-            working = [group.create_task(worker.run()) for worker in crew]
+            working = [group.create_task(w.run()) for w in _workers(workers, context)]
             scouts = (scout, scrubber) if watch else ()
-            scouting = [group.create_task(each.run()) for each in scouts]
+            scouting = [group.create_task(part.run()) for part in scouts]
             scouting.append(group.create_task(_guard(ledger)))
             try:
                 yield Daemon(ledger, sentinel, scout if watch else None, adopted)
@@ -122,14 +121,14 @@ async def running(
 
 
 async def _begin(settings: Settings, ledger: Ledger) -> tuple[int, list[str]]:
-    """Start an epoch on a sound ledger; first what the last daemon left half done is completed.
+    """Check the ledger, complete what the last daemon left unfinished, and start an epoch.
 
     Returns:
-        The epoch, and what was adopted: a sentence a sink.
+        The epoch, and `Daemon.adopted`.
     """
-    if found := await ledger.read_soon(integrity.damage):
+    if damage := await ledger.read_soon(integrity.damage):
         raise LedgerLost(
-            f"{settings.database.path} is damaged: {found}; nothing was changed",
+            f"{settings.database.path} is damaged: {damage}; nothing was changed",
             "put a backup in its place, then: casparian verify   (docs/disaster.md)",
         )
     adopted = await asyncio.to_thread(inventory.take, settings, ledger)
@@ -143,9 +142,9 @@ async def _begin(settings: Settings, ledger: Ledger) -> tuple[int, list[str]]:
     return epoch, adopted
 
 
-def _crew(workers: int, context: zmq.asyncio.Context) -> list[Worker]:
+def _workers(count: int, context: zmq.asyncio.Context) -> list[Worker]:
     cache = config.cache_folder()
-    names = (f"{os.getpid()}-{n}" for n in range(1, workers + 1))
+    names = (f"{os.getpid()}-{n}" for n in range(1, count + 1))
     return [Worker(name, context, INPROC, cache) for name in names]
 
 
@@ -158,7 +157,7 @@ async def _stop(
     grace: float,
 ) -> None:
     """Drain the Workers, then end the Sentinel and the Committer."""
-    if not (serving.done() or serving.cancelling()):  # else nobody would hear them
+    if not (serving.done() or serving.cancelling()):  # else no receipt would be read
         await sentinel.drain(grace)
     await asyncio.gather(*working, return_exceptions=True)
     serving.cancel()
@@ -168,14 +167,14 @@ async def _stop(
 
 
 async def _guard(ledger: Ledger) -> None:
-    """Run until the ledger is gone: a daemon that has nothing to write must notice it as well."""
+    """Raise LedgerLost when the database is gone, even if there is nothing to write."""
     while True:
         await asyncio.sleep(GUARD_SECONDS)
         ledger.check_place()
 
 
 def _grace(settings: Settings, ledger: Ledger) -> float:
-    """How long jobs may finish; what they make for a ledger that is gone, nobody will record."""
+    """Seconds that jobs may take to finish; 0 if the ledger that would record them is gone."""
     try:
         ledger.check_place()
     except LedgerLost:
@@ -184,34 +183,34 @@ def _grace(settings: Settings, ledger: Ledger) -> float:
 
 
 def _sweep(settings: Settings, ledger: Ledger) -> None:
-    """Remove what a dead daemon left: guests' folders, snapshots that nothing claims, and staged
-    files and stage tables nobody decided."""
+    """Remove what a dead daemon left: guests' folders, unreferenced snapshots, and stages that were
+    not decided."""
     with contextlib.suppress(OSError):
         snapshots.sweep(ledger)
     trees.clear_away(settings.database.guests_folder)
     crashpoint("main.guests_swept")
-    owed = {staged.stage for _, _, staged in ledger.read(outputs.unpublished)}
+    needed = {staged.stage for _, _, staged in ledger.read(outputs.unpublished)}
     tag = ledger_tag(settings.database.path)
-    for uri in {settings.output.default_uri, *ledger.read(_placed)}:
+    for uri in {settings.output.default_uri, *ledger.read(_topic_uris)}:
         with contextlib.suppress(CasparianError, OSError):
             location = sinks.resolve(uri, settings.home)
             folder = sinks.open_sink(location, settings.database).stage_folder
             for file in folder.glob(f"{tag}-*"):
-                if str(file) not in owed:
+                if str(file) not in needed:
                     durable.remove(file)
                     crashpoint("main.stage_swept")
-            sinks.drop_stages(location, settings.database, tag, owed)
+            sinks.drop_stages(location, settings.database, tag, needed)
 
 
-def _placed(connection: Connection) -> set[str]:
+def _topic_uris(connection: Connection) -> set[str]:
     return {row.uri for rows in plugins.topics(connection).values() for row in rows}
 
 
 def stop_on_signals(stop: asyncio.Event) -> None:
-    """Set `stop` at the first SIGTERM or SIGINT; at a second one, end now.
+    """Set `stop` at the first SIGTERM or SIGINT; exit at once at a second one.
 
-    Ending now is safe: the kernel takes the guests with us, and the ledger says what was held. The
-    attempts count, since nobody waited for them; no job is taken for the cause of our end.
+    That is safe: the kernel kills the guests, and the next start takes their jobs back from the
+    ledger. Their attempts do not count, and no job is suspected as the cause.
     """
     loop = asyncio.get_running_loop()
     first = 0.0
@@ -243,7 +242,7 @@ async def listen(settings: Settings) -> None:
 
 
 def main() -> None:
-    """The command line of a Sentinel alone."""
+    """Command line of a Sentinel without Workers of its own."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m casparian_flow.main")

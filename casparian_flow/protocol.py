@@ -1,15 +1,15 @@
-"""The wire: every message between Sentinel, Workers and the command line, and how it is encoded.
+"""The messages between Sentinel, Workers and the command line, and their encoding.
 
 Pure: imports no zmq. A message is two frames, the protocol version and a MessagePack body whose
-tag names the type. Table data never travels here: a Worker stages it on disk and sends a receipt.
-The ledger is the truth, so every message may be lost, repeated or late without harm.
+tag names the type. Rows are never sent: a Worker stages them on disk and sends a receipt. Any
+message may be lost, repeated or late, since the ledger has the state.
 
     Worker -> Sentinel   Hello, Ready, Fetch, Conclude, Heartbeat, Goodbye
     Sentinel -> Worker   Unknown, Welcome, Assign, Granted, Artifact, Drain
-    client -> Sentinel   Deploy, Ring, Ask
+    client -> Sentinel   Deploy, Ring, GetStats
     Sentinel -> client   Reply
 
-Who may send anything at all was settled before, in ZeroMQ's own handshake (`engine.wire`).
+ZeroMQ's handshake authenticates the sender (`engine.wire`).
 """
 
 from __future__ import annotations
@@ -24,69 +24,68 @@ from casparian_flow.errors import ProtocolError
 
 VERSION = b"CF1"
 FRAME_LIMIT = 64 << 20
-"""Bytes; a larger frame closes the connection. An artifact is the largest thing we send."""
-
+"""Bytes; a larger frame closes the connection. Artifacts are the largest messages."""
 
 MODES = ("append", "replace", "error")
-"""What publishing does with what a topic's sink has already (docs/sinks.md)."""
+"""What publishing does with rows that the sink already has (docs/sinks.md)."""
 
 Pair = tuple[int, int]
-"""A job's id and the fence it is held under: one attempt."""
+"""A job's id and fence, which identify an attempt."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a message; also what the worker's side passes between its own modules."""
+    """A part of a message; also used between the Worker's own modules."""
 
 
 class OutputPlan(Record, frozen=True):
-    """One place an attempt may write to: a topic and one of its sinks."""
+    """One output of an attempt: a topic and one of its sinks."""
 
     topic: str
     uri: str
-    """The sink, as configured: part of the output key."""
+    """The sink as configured; part of the output key."""
     location: str
-    """The sink with its path made absolute; what the worker opens."""
+    """The sink with an absolute path, as the Worker opens it."""
     mode: str
     """One of `MODES`."""
     output_key: str
     slot: str
-    """What the outputs of all versions of the location have in common here: in mode `replace` the
-    one with the greatest (ordinal, job id) takes the place of the others."""
+    """Key that the outputs of all versions of the location share: in mode `replace`, the output
+    with the greatest (ordinal, job id) replaces the others."""
     ordinal: int
-    """Of the version: 1 for the first content of its location."""
+    """Number of the version, from 1 for the first content of its location."""
     split_bytes: int = 0
-    """Size of a part of a large output, where the sink keeps files; 0: never split."""
+    """Size of the parts of a large output, for sinks that store files; 0: never split."""
     facts: dict[str, str] = {}
-    """What the output key is made of, in words: the sink keeps them beside the rows, so that who
-    has lost the ledger knows what is there."""
+    """The values that the output key is made of. The sink stores them beside the rows, so that its
+    content can be identified if the ledger is lost."""
 
 
 class Assignment(Record, frozen=True):
-    """One attempt of one job: everything a worker needs, so that it never reads the ledger."""
+    """One attempt of one job, with everything a Worker needs: it never reads the ledger."""
 
     job_id: int
     fence: int
     attempt: str
-    """A name no other attempt of any job has; staged files carry it."""
+    """Unique name of the attempt, in the names of its staged files."""
     plugin_id: int
     plugin_version: str
     version_id: int
     source: str
     path: bytes
-    """Absolute path of the location's file, as bytes."""
+    """Absolute path of the file, as bytes."""
     rel_path: str
     content_hash: str
     size_bytes: int
     timeout_seconds: float
     outputs: list[OutputPlan]
     snapshot: str = ""
-    """Absolute path of the version's bytes in the snapshot store; empty where it has none."""
+    """Absolute path of the version's bytes in the snapshot store; empty if there are none."""
     may_be_empty: list[str] = []
-    """Topics of data that the file may give no row while it gives rejects."""
+    """Data topics that may get no row although the file gives rejects."""
 
 
 class StagedOutput(Record, frozen=True):
-    """An output that is sealed on disk and can be published by whoever reads this."""
+    """An output that is durable on disk, with everything that is needed to publish it."""
 
     topic: str
     uri: str
@@ -101,38 +100,37 @@ class StagedOutput(Record, frozen=True):
     rows: int
     size_bytes: int
     digest: str
-    """SHA-256 of the staged file's bytes, hexadecimal; of a folder, over those of its parts."""
+    """SHA-256 of the staged file, hexadecimal; of a folder, over those of its parts."""
 
 
 class Published(Record, frozen=True):
     """An output that readers can see."""
 
     target: str
-    """Where it is: the absolute path of the file or of the folder with its parts, or the
-    database's path and the table."""
+    """Absolute path of the file or of the folder with its parts, or the database and table."""
     rows: int
     digest: str
-    """As of a staged output: of the target where that is files, else of what was staged."""
+    """As in StagedOutput: of the target if that is files, else of the stage."""
     adopted: bool
-    """True where an earlier attempt had published it already."""
+    """An earlier attempt had already published it."""
     retracted: bool = False
-    """True where a person has taken it back since: it is kept, and nobody sees it."""
+    """It was retracted: the sink keeps it, and readers do not see it."""
 
 
 class Evidence(Record, frozen=True):
-    """What the host saw of an attempt, besides what the plugin printed."""
+    """What the host measured of an attempt."""
 
     fault: str = ""
-    """The class of the error (`casparian_flow.errors`); empty where it ended well."""
+    """Class name of the error (`casparian_flow.errors`); empty if it succeeded."""
     signal: str = ""
-    """What ended the guest, such as `SIGSEGV`; empty where no signal did."""
+    """Signal that ended the guest, such as `SIGSEGV`; empty if none did."""
     exit_code: int | None = None
-    """Of the guest; None where it lives on or a signal ended it."""
+    """Of the guest; None if it still runs or a signal ended it."""
     batches: int = 0
     rows: int = 0
-    """What had come of its output when it ended."""
+    """Received before the attempt ended."""
     max_rss_bytes: int = 0
-    """The most memory the guest has held so far; 0 where nobody measured it."""
+    """Peak memory of the guest so far; 0 if not measured."""
     cpu_seconds: float = 0.0
     """Processor time of the guest in this attempt."""
 
@@ -147,51 +145,51 @@ class Outcome(StrEnum):
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Base of everything that crosses a socket; the tag is the class's name."""
+    """Base of all messages; the tag is the class's name."""
 
 
 class Hello(Message, frozen=True):
-    """A worker is there."""
+    """A Worker asks to be admitted."""
 
     worker: str
-    """Its name, which no other worker has."""
+    """Its unique name."""
 
 
 class Unknown(Message, frozen=True):
-    """Say Hello: the Sentinel does not know this peer, and did not use what it sent."""
+    """The Sentinel does not know this peer and ignored its message; the peer must send Hello."""
 
 
 class Welcome(Message, frozen=True):
-    """The worker may pull jobs, under these limits."""
+    """The Worker is admitted, under these limits."""
 
     guests_folder: str
     inode: int
-    """Of the folder around `guests_folder`: a worker that sees another there, or none, does not
-    share our filesystem and leaves."""
+    """Inode of the parent of `guests_folder`: a Worker that sees another does not share our
+    filesystem, and leaves."""
     database: str
-    """Absolute path of the ledger. A worker never opens it: beside it is staged what goes to a
-    sink that has no folder."""
+    """Absolute path of the ledger. A Worker never opens it; outputs for sinks without a folder are
+    staged beside it."""
     guests: int
-    """Warm guests to keep."""
+    """Number of warm guests to keep."""
     limits: GuestSettings
     lease_seconds: float = 0.0
-    """A worker that is silent so long loses its jobs; 0 where it cannot be lost without us."""
+    """A Worker that is silent this long loses its jobs; 0 for a Worker in the daemon's process."""
 
 
 class Ready(Message, frozen=True):
-    """The worker has room for `free` more jobs."""
+    """The Worker has room for `free` more jobs."""
 
     free: int
 
 
 class Assign(Message, frozen=True):
-    """Jobs claimed for the worker."""
+    """Jobs that were claimed for the Worker."""
 
     jobs: list[Assignment]
 
 
 class Fetch(Message, frozen=True):
-    """The worker lacks an artifact."""
+    """The Worker needs an artifact."""
 
     plugin_id: int
 
@@ -207,15 +205,15 @@ class Artifact(Message, frozen=True):
     topics: list[str]
     memory_bytes: int = 0
     scratch_bytes: int = 0
-    """Both as the MANIFEST asks; the Worker grants no more than its limits. 0 memory: the limit."""
+    """As the MANIFEST asks; the Worker caps both at its limits. Memory 0: the limit."""
     network: bool = False
     """Whether the MANIFEST asks for the network."""
     refusal: str = ""
-    """Why it may not be run; empty where it may."""
+    """Why the plugin may not run; empty if it may."""
 
 
 class Receipt(Record, frozen=True):
-    """What one attempt produced."""
+    """Result of one attempt."""
 
     job_id: int
     fence: int
@@ -226,47 +224,48 @@ class Receipt(Record, frozen=True):
     log: str = ""
     seconds: float = 0.0
     sandbox: str = ""
-    """What the guest was held by, as the host saw it before any plugin code ran."""
+    """Layers of the guest's sandbox when plugin code began, such as `limits, landlock, seccomp`."""
     evidence: Evidence = Evidence()
 
 
 class Conclude(Message, frozen=True):
-    """A worker ends the attempts of a batch."""
+    """The results of a batch of attempts."""
 
     receipts: list[Receipt]
 
 
 class Heartbeat(Message, frozen=True):
-    """The worker is alive, though it may be busy. Answered by Granted."""
+    """The Worker is alive. Answered with Granted."""
 
     sent: float
-    """Some clock of the worker's own, above 0."""
+    """Time on the Worker's monotonic clock, above 0."""
 
 
 class Granted(Message, frozen=True):
-    """What the worker holds in the Sentinel's eyes, after every message of it until now.
+    """The attempts that the Sentinel believes the Worker to hold.
 
-    It drops what it holds besides; what is not known to it, or has ended, it says (again).
+    The Worker ends all others, and sends (again) the receipts of those that have ended or that it
+    does not know.
     """
 
     jobs: list[tuple[int, int]]
     """(job id, fence)."""
     sent: float = 0.0
-    """Of the heartbeat that this answers; 0 where jobs were taken away unasked."""
+    """`sent` of the heartbeat that this answers; 0 if the Sentinel revoked attempts."""
 
 
 class Goodbye(Message, frozen=True):
-    """The worker leaves; what it holds may be given to others."""
+    """The Worker leaves; its jobs go back to the queue."""
 
 
 class Drain(Message, frozen=True):
-    """Take no more jobs; finish or release what runs, then say Goodbye."""
+    """Take no more jobs; finish or release the running ones, then send Goodbye."""
 
     grace_seconds: float
 
 
 class Introduction(Record, frozen=True):
-    """The first row of a trust log: a key that trusts itself, where nobody else is trusted yet."""
+    """The first row of a trust log: a key that trusts itself, if no key is trusted yet."""
 
     payload: bytes
     signature: bytes
@@ -281,23 +280,23 @@ class Deploy(Message, frozen=True):
     public_key: bytes
     signature: bytes
     statement: bytes
-    """What was signed, byte for byte: `security.signing` says what is in it."""
+    """The signed bytes: a `security.signing.Publish` statement."""
     introduction: Introduction | None = None
-    """Of the publisher's key, where the ledger trusts none yet; else it is passed over."""
+    """Of the publisher's key; ignored if the ledger already trusts a key."""
     token: str = ""
-    """Azure AD access token, where publishers sign in; never stored."""
+    """Azure AD access token, if publishers sign in; never stored."""
     dry_run: bool = False
     """Check everything, change nothing."""
 
 
 class Ring(Message, frozen=True):
-    """Something changed in the ledger; `scan` asks for a full scan as well."""
+    """The ledger has changed: look at it. `scan` also requests a full scan."""
 
     scan: bool = False
 
 
-class Ask(Message, frozen=True):
-    """What has the wire refused so far? The Reply's text is a JSON object: kind -> count."""
+class GetStats(Message, frozen=True, tag="Ask"):
+    """Ask how much the wire has refused. The Reply's text is a JSON object: kind -> count."""
 
 
 class Reply(Message, frozen=True):
@@ -307,12 +306,12 @@ class Reply(Message, frozen=True):
     text: str
     hint: str = ""
     exit_code: int = 0
-    """What the command line should end with, where it is not ok."""
+    """Exit code for the command line if not `ok`."""
 
 
 AnyMessage = (
     Hello | Unknown | Welcome | Ready | Assign | Fetch | Artifact | Conclude | Granted
-    | Heartbeat | Goodbye | Drain | Deploy | Ring | Ask | Reply
+    | Heartbeat | Goodbye | Drain | Deploy | Ring | GetStats | Reply
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
@@ -320,15 +319,15 @@ _decoder = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def encode(message: AnyMessage) -> list[bytes]:
-    """The frames of a message."""
+    """Encode a message as frames."""
     return [VERSION, _encoder.encode(message)]
 
 
 def decode(frames: list[bytes]) -> AnyMessage:
-    """The message in these frames.
+    """Decode a message.
 
     Raises:
-        ProtocolError: another version, another number of frames, or a body that does not fit.
+        ProtocolError: wrong version, wrong number of frames, or an invalid body.
     """
     if len(frames) != 2 or frames[0] != VERSION:
         raise ProtocolError(f"not a message of ours: {len(frames)} frames")
@@ -339,23 +338,18 @@ def decode(frames: list[bytes]) -> AnyMessage:
     return message
 
 
-# What the name of a topic says: one that ends in `_rejects` has what could not be read.
-
-
 REJECTS_SUFFIX = "_rejects"
+"""A topic whose name ends so has what could not be read."""
 
 
 def reject_topics(topics: Collection[str]) -> set[str]:
-    """The topics of rejects among those of one plugin.
-
-    A plugin without any other topic has none: what it makes is data, whatever it is called.
-    """
-    found = {topic for topic in topics if topic.endswith(REJECTS_SUFFIX)}
-    return found if len(found) < len(set(topics)) else set()
+    """The topics of rejects among one plugin's topics; none if all names end in the suffix."""
+    rejects = {topic for topic in topics if topic.endswith(REJECTS_SUFFIX)}
+    return rejects if len(rejects) < len(set(topics)) else set()
 
 
 def data_topics(reject: str, topics: Collection[str]) -> set[str]:
-    """The topics of data that a topic of rejects belongs to: the one it is named after, else every
-    one of the plugin."""
+    """The data topics that a topic of rejects belongs to: the one that it is named after, else all
+    of the plugin's."""
     own = reject.removesuffix(REJECTS_SUFFIX)
     return {own} if own in topics else set(topics) - reject_topics(topics)

@@ -1,6 +1,6 @@
-"""One run of a plugin over one file, in the guest: what it publishes becomes frames on the wire.
+"""The guest's side of an attempt: run the plugin over a file and send its output as frames.
 
-Standard library only, and pyarrow once the plugin's environment is there.
+Imports the standard library only, and pyarrow once the plugin's environment is loaded.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 
 TRACEBACK_LIMIT = 1 << 16
-"""Characters of a traceback that are sent; its end says most."""
+"""Characters of a traceback that are sent, from its end."""
 UNFOLDED_BYTES = 16 * BATCH_BYTES
-"""What a batch of more than one row may unfold to: the host writes its values out one by one."""
+"""Largest unfolded size of a batch of several rows: the host writes its values one by one."""
 ACCEPTED = (
     "publish takes a pandas DataFrame, a pyarrow Table, RecordBatch or RecordBatchReader, "
     "anything with __arrow_c_stream__ (polars, DuckDB), or an iterator of these"
@@ -45,12 +45,12 @@ ACCEPTED = (
 
 
 class PluginRun:
-    """One run of the plugin over one file, or its loading (job 0), as the wire sees it.
+    """One run of the plugin over one file, or loading the plugin (job 0).
 
     Args:
-        wire: the way to the host; buffered, so that few messages carry a small job.
-        job: the number that every frame of this attempt carries.
-        plugin: the head of LOAD: name, version, topics and batch_limit (bytes of a BATCH).
+        wire: the stream to the host; buffered, so that a small job needs few system calls.
+        job: the job number in every frame of this run.
+        plugin: the header of LOAD: name, version, topics and batch_limit (bytes of a BATCH).
     """
 
     def __init__(self, wire: BinaryIO, job: int, plugin: dict[str, Any]) -> None:
@@ -64,15 +64,15 @@ class PluginRun:
         self._refusal: Exception | None = None
 
     def load(self, source: bytes) -> BasePlugin:
-        """Run the plugin's module and make its Handler.
+        """Run the plugin's module and create its Handler.
 
-        The bytes the host verified are compiled as they came; no file is read.
+        Compiles the bytes that the host verified; reads no file.
         """
         lines = importlib.util.decode_source(source).splitlines(keepends=True)
         linecache.cache[self._file_name] = (len(source), None, lines, self._file_name)
         module = types.ModuleType("casparian_plugin")
         module.__file__ = self._file_name
-        sys.modules[module.__name__] = module  # dataclasses and pickle look themselves up
+        sys.modules[module.__name__] = module  # dataclasses and pickle need it there
         code = compile(source, self._file_name, "exec", dont_inherit=True)
         exec(code, module.__dict__)  # noqa: S102  our purpose
         handler = module.__dict__.get("Handler")
@@ -81,9 +81,10 @@ class PluginRun:
         return handler()
 
     def execute(self, handler: BasePlugin, file: FileInfo) -> None:
-        """Execute the plugin over one file; a refusal it swallowed fails the attempt all the same.
+        """Execute the plugin over one file.
 
-        Otherwise rows could be missing from a job that completed.
+        If `publish` refused data, the attempt fails even if the plugin caught the exception;
+        otherwise a completed job could lack rows.
         """
         handler.file = file
         handler._publish = self.publish
@@ -92,23 +93,23 @@ class PluginRun:
             raise self._refusal
 
     def publish(self, topic: str, data: Any) -> None:
-        """What `BasePlugin.publish` does: send `data` in batches of about a mebibyte."""
+        """Implements `BasePlugin.publish`: send `data` in batches of about 1 MiB."""
         if topic not in self._topics:
             declared = ", ".join(self._topics) or "none"
             raise self._refuse(ValueError(f"topic {topic!r} is not declared; declared: {declared}"))
         for reader in self._readers(topic, data):
             self._publish_stream(topic, reader)
 
-    def finish(self, news: bytes) -> None:
-        """Say what was sent, that it is all, and what the host may want to know besides."""
+    def finish(self, payload: bytes) -> None:
+        """Send an END for each topic, then DONE with this payload."""
         flush()
         for topic, sent in self._sent.items():
             end = {"topic": topic, "batches": sent.batches, "rows": sent.rows}
             self.send(FrameKind.END, json.dumps(end | {"digest": sent.digest.hexdigest()}).encode())
-        self.send(FrameKind.DONE, news)
+        self.send(FrameKind.DONE, payload)
 
     def fail(self, error: BaseException) -> None:
-        """Say that the attempt ended without output, and why."""
+        """Send FAILED with the error and its traceback from the plugin's first frame on."""
         flush()
         frames = error.__traceback__
         while frames and frames.tb_frame.f_code.co_filename != self._file_name:
@@ -123,7 +124,7 @@ class PluginRun:
         self.send(FrameKind.FAILED, json.dumps(failure).encode())
 
     def send(self, kind: FrameKind, payload: bytes = b"") -> None:
-        """Send a small frame, and all that waits before it unless more is to come."""
+        """Write a small frame; flush the wire unless it is an END, which more frames follow."""
         self._wire.write(pack(kind, self._job, payload))
         if kind != FrameKind.END:
             self._wire.flush()
@@ -133,7 +134,7 @@ class PluginRun:
         return f"{self._name}.py"
 
     def _refuse(self, error: Exception) -> Exception:
-        """Note that the host must treat this attempt as refused, whatever the plugin catches."""
+        """Record the refusal, so that the run fails even if the plugin catches the exception."""
         self._refusal = self._refusal or error
         return error
 
@@ -154,7 +155,7 @@ class PluginRun:
         try:
             if is_dataframe(data):
                 data = pa.Table.from_pandas(data)
-            # Not through the C interface where it can be helped: it cuts a name at a NUL.
+            # The C interface is the last choice: it cuts a name at a NUL.
             if isinstance(data, pa.RecordBatch):
                 data = pa.Table.from_batches([data])
             if isinstance(data, pa.Table):
@@ -187,7 +188,7 @@ class PluginRun:
         name = topic.encode()
         head = TOPIC_LENGTH.pack(len(name)) + name
         length = len(head) + stream.size
-        # The host counts what a batch unfolds to; null values have no bytes of their own.
+        # The host limits the unfolded size too: null values have no bytes of their own.
         unfolded = self._unfolded(topic, stream)
         most = max(length, unfolded)
         if batch.num_rows > 1 and (most > self._batch_limit or unfolded > UNFOLDED_BYTES):
@@ -216,7 +217,7 @@ class PluginRun:
 
 
 class SentTopic:
-    """What went to one topic in one attempt."""
+    """Counts and digest of what was sent to one topic in one run."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self.schema = schema
@@ -225,30 +226,29 @@ class SentTopic:
         self.digest = hashlib.sha256()
 
     def add(self, rows: int, stream: pa.Buffer) -> None:
-        """Count one batch and its IPC bytes."""
+        """Count one batch, given its IPC bytes."""
         self.batches += 1
         self.rows += rows
         self.digest.update(stream)
 
 
 def is_dataframe(data: Any) -> bool:
-    """Whether it is a pandas DataFrame; pandas before 2.2 has no `__arrow_c_stream__`."""
+    """Whether `data` is a pandas DataFrame; pandas before 2.2 has no `__arrow_c_stream__`."""
     pandas = sys.modules.get("pandas")
     return pandas is not None and isinstance(data, pandas.DataFrame)
 
 
 def is_tabular(data: Any) -> bool:
-    """Whether it says of itself that it is a table."""
+    """Whether `data` declares itself a table."""
     return is_dataframe(data) or hasattr(data, "__arrow_c_stream__")
 
 
 def not_tabular(topic: str, data: Any) -> TypeError:
-    """The refusal of something that is no table."""
     return TypeError(f"topic {topic!r} was given a {type(data).__name__}; {ACCEPTED}")
 
 
 def changed(topic: str, before: pa.Schema, after: pa.Schema) -> ValueError:
-    """The refusal of a batch whose columns are not those of the topic's first."""
+    """The error for a batch whose columns differ from those of the topic's first batch."""
     import pyarrow as pa
 
     pairs = zip_longest([str(pa.schema([f])) for f in before], [str(pa.schema([f])) for f in after])
@@ -260,7 +260,7 @@ def changed(topic: str, before: pa.Schema, after: pa.Schema) -> ValueError:
 
 
 def pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """The batch in slices of about BATCH_BYTES; no rows, no slices."""
+    """Slices of a batch of about BATCH_BYTES each; none if it has no rows."""
     fitting = batch.num_rows * BATCH_BYTES // max(written_out_bytes(batch), 1)
     rows = min(max(fitting, 1), BATCH_ROWS)
     for start in range(0, batch.num_rows, rows):
@@ -268,14 +268,14 @@ def pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
 
 
 def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
-    """No rows of these columns."""
+    """A batch of this schema without rows."""
     import pyarrow as pa
 
     return pa.RecordBatch.from_arrays([pa.nulls(0, f.type) for f in schema], schema=schema)
 
 
 def ipc_stream(batch: pa.RecordBatch) -> pa.Buffer:
-    """A whole, uncompressed IPC stream with just this batch."""
+    """An uncompressed IPC stream with this one batch."""
     import pyarrow as pa
 
     sink = pa.BufferOutputStream()
@@ -285,37 +285,36 @@ def ipc_stream(batch: pa.RecordBatch) -> pa.Buffer:
 
 
 def flush() -> None:
-    """Send what the plugin printed and logged on its way, whatever it did to the streams."""
+    """Flush the plugin's prints and logs, even if it replaced the streams."""
     for stream in (*logging.getLogger().handlers, sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
 
 
 def printable(text: str) -> str:
-    """The text with lone surrogates, as in names that are not UTF-8, escaped."""
+    """The text with lone surrogates (names that are not UTF-8) escaped."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-# Columns as the wire takes them: each value written out, no layout in which two share a place.
+# Convert columns to layouts in which no two values share bytes, at any depth:
 #
 #     dictionary                          its values
 #     string_view, binary_view            string, binary
 #     list_view, large_list_view          list, large_list
 #     run-end-encoded                     its values
 #
-# at any depth, the values being the same. Which of these layouts data has is often an accident of
-# the library that made it, and dictionaries differ between chunks of one table (a category's index
-# type follows the number of its values), which would look like a change of columns. Metadata are
-# left out for the same reason.
+# The layout often depends on the library that made the data, and dictionaries differ between chunks
+# of one table (a category's index type follows the number of its values): that would look like a
+# change of columns. Schema metadata is dropped for the same reason.
 #
-# A batch is a slice of a larger one: nothing beyond its own rows is looked at.
+# A batch is a slice of a larger one: only its own rows are read.
 
 
 def plain(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch in layouts that the wire takes.
+    """Convert a batch to layouts that the wire accepts.
 
     Raises:
-        NotImplementedError: there is no such layout for a column's type; the message names both.
+        NotImplementedError: a column's type has no such layout; the message names both.
     """
     import pyarrow as pa
 
@@ -324,14 +323,14 @@ def plain(batch: pa.RecordBatch) -> pa.RecordBatch:
         try:
             columns.append(_plain(column) if _is_shared(column.type) else column)
         except (pa.ArrowException, NotImplementedError) as error:
-            words = f"column {field.name!r} ({field.type}) cannot be written out: {error}"
-            raise NotImplementedError(words) from error
+            message = f"column {field.name!r} ({field.type}) cannot be written out: {error}"
+            raise NotImplementedError(message) from error
     fields = [f.with_type(c.type) for f, c in zip(batch.schema, columns, strict=True)]
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
 
 
 def written_out_bytes(batch: pa.RecordBatch) -> int:
-    """About how many bytes it has once it is plain: a dictionary's values of a mean length each."""
+    """Estimate of the size after `plain`; dictionary values count with their mean length."""
     import pyarrow as pa
 
     total = int(batch.nbytes)
@@ -342,7 +341,7 @@ def written_out_bytes(batch: pa.RecordBatch) -> int:
 
 
 def _is_shared(kind: Any) -> bool:
-    """Whether values of the type, or within it, may share a place."""
+    """Whether values of the type, or nested in it, may share bytes."""
     import pyarrow as pa
 
     types = pa.types
@@ -370,7 +369,6 @@ def _is_written_anew(kind: Any) -> bool:
 
 
 def _plain(array: Any) -> Any:
-    """The array without such layouts, whatever it is."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -404,15 +402,18 @@ def _plain(array: Any) -> Any:
 
 
 def _list(array: Any) -> Any:
-    """A list of any layout as one with offsets. Its parts are put together, and not cast: of nulls
-    in lists in lists, pyarrow 26 makes as many as the outer list has items."""
+    """A list of any layout as a list with offsets.
+
+    Built from parts, not cast: pyarrow 26 casts nulls in nested lists wrongly (it makes as many as
+    the outer list has items).
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     kind = array.type
     is_large = pa.types.is_large_list(kind) or pa.types.is_large_list_view(kind)
     width = pa.int64() if is_large else pa.int32()
-    items = _plain(array.flatten())  # what no null hides, one list after the other
+    items = _plain(array.flatten())  # the items of all lists that are not null
     ends = pc.cumulative_sum(pc.fill_null(pc.list_value_length(array), 0).cast(pa.int64()))
     offsets = pa.concat_arrays([pa.array([0], pa.int64()), ends]).cast(width)
     field = kind.value_field.with_type(items.type)
@@ -436,7 +437,7 @@ def _map(array: Any) -> Any:
 
 
 def _rebuilt(array: Any, kind: Any, buffers: Sequence[Any], children: Sequence[Any]) -> Any:
-    """An array of this type from its parts, with the nulls of the one it is made from."""
+    """An array of type `kind` from its parts, with the nulls of `array`."""
     import pyarrow as pa
 
     valid = pa.concat_arrays([array.is_valid()]) if array.null_count else None

@@ -1,9 +1,9 @@
-"""Arrow bytes from a guest become batches, or are refused.
+"""Read and check the Arrow batches of a guest, and count its rejects.
 
-The bytes come from code nobody trusts. What they unfold to is bounded before Arrow reads them
-(`engine.sizes`), and a compressed body, which could unfold to any size, is refused before it is
-decoded. Arrow's reader takes offsets and lengths as they are, so a batch is checked in full before
-anything looks at its values.
+The bytes come from untrusted code. Their unfolded size is bounded before Arrow reads them
+(`engine.sizes`), and a compressed body, which could unfold to any size, is refused undecoded.
+Arrow's reader does not check offsets and lengths, so a batch is validated in full before its values
+are read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from casparian_flow.protocol import Record
 
 
 class TopicEnd(Record, frozen=True):
-    """What one topic received in one job; the guest's count and the host's own must agree."""
+    """Totals of one topic in one job; those of guest and host must agree."""
 
     topic: str
     batches: int
@@ -33,7 +33,7 @@ class TopicEnd(Record, frozen=True):
 
 
 class ReceivedTopic:
-    """What the host itself received for one topic in one job."""
+    """What the host received for one topic in one job."""
 
     def __init__(self, topic: str) -> None:
         self._topic = topic
@@ -43,13 +43,13 @@ class ReceivedTopic:
         self._digest = hashlib.sha256()
 
     def add(self, data: pa.Buffer, limit_bytes: int) -> tuple[pa.RecordBatch, int]:
-        """The batch in these bytes, checked and counted, and the bytes that it unfolds to.
+        """Read, check and count a batch; also returns its unfolded size in bytes.
 
         Args:
-            limit_bytes: what it may unfold to.
+            limit_bytes: limit of the unfolded size.
 
         Raises:
-            ProtocolError: it is not a valid batch, or its columns are not those of the first.
+            ProtocolError: the batch is invalid, or its columns differ from those of the first.
         """
         batch, unfolded = read_batch(data, limit_bytes)
         self._schema = self._schema or batch.schema
@@ -61,32 +61,32 @@ class ReceivedTopic:
         return batch, unfolded
 
     def end(self) -> TopicEnd:
-        """What the guest's END must say."""
+        """The totals that the guest's END must contain."""
         digest = self._digest.hexdigest()
         return TopicEnd(topic=self._topic, batches=self._batches, rows=self._rows, digest=digest)
 
 
 def read_batch(data: pa.Buffer, limit_bytes: int) -> tuple[pa.RecordBatch, int]:
-    """The one record batch of an IPC stream, and the bytes that it unfolds to.
+    """The one record batch of an IPC stream, and its unfolded size in bytes.
 
     Raises:
-        ProtocolError: the stream is malformed, compressed, holds another number of batches, too
-            many rows or what unfolds to more than the limit, a layout that the wire does not take,
-            or a batch whose buffers do not fit each other.
+        ProtocolError: the stream is malformed or compressed, has not exactly one batch, too many
+            rows, too large an unfolded size or a layout that the wire does not accept, or the
+            batch's buffers are inconsistent.
     """
     try:
         size = sizes.measure(memoryview(data))
         if not size.columns or size.rows > BATCH_ROWS:
             raise ProtocolError(f"a batch of {size.rows} rows, {size.columns} columns")
         if size.unfolded_bytes > limit_bytes:
-            words = f"a batch that unfolds to {size.unfolded_bytes} bytes"
-            raise ProtocolError(f"{words}; the limit is {limit_bytes}")
+            message = f"a batch that unfolds to {size.unfolded_bytes} bytes"
+            raise ProtocolError(f"{message}; the limit is {limit_bytes}")
         with pa.ipc.open_stream(data) as reader:
             batch = reader.read_next_batch()
         if (batch.num_rows, batch.num_columns) != (size.rows, size.columns):
             raise ProtocolError("a batch that is not what its metadata say")
         batch.validate(full=True)
-        list(_names(pa.struct(batch.schema)))  # those that are not UTF-8 fail here
+        list(_names(pa.struct(batch.schema)))  # raises for names that are not UTF-8
     except (pa.ArrowException, OSError, ValueError, StopIteration, struct.error) as error:
         raise ProtocolError(f"invalid Arrow data: {error}") from error
     return batch, size.unfolded_bytes
@@ -100,28 +100,25 @@ def _names(kind: pa.DataType) -> Iterator[str]:
         yield from _names(field.type)
 
 
-# What a file gave, row by row and reject by reject, as the host counts it.
-#
-# A file of which nothing but rejects came has not been read, whatever the plugin thinks of it: the
-# attempt fails. Its topics publish nothing then, so its first rejects go into its log.
-
+# A file that gives nothing but rejects was not read: the attempt fails. Its topics then publish
+# nothing, so the job's log has the first rejects.
 
 SHOWN = 20
-"""Rejects of a failed attempt that its log has."""
+"""Rejects of a failed attempt in its log, at most."""
 
 COLUMNS = 8
-"""Columns of a reject that are shown; the bundled plugins have four at the most."""
+"""Columns shown of a reject; the bundled plugins have at most four."""
 
 CELL = 200
-"""Characters of a value that are shown."""
+"""Characters shown of a value."""
 
 
 class Rejects:
-    """The rows and the rejects of one attempt.
+    """Counts the rows and the rejects of one attempt.
 
     Args:
-        known: every topic the plugin may publish to.
-        may_be_empty: the topics of data that may get no row though there are rejects.
+        known: all topics of the plugin.
+        may_be_empty: data topics that may get no row although there are rejects.
     """
 
     def __init__(self, known: Collection[str], may_be_empty: Collection[str]) -> None:
@@ -133,19 +130,19 @@ class Rejects:
         self._first: list[str] = []
 
     def see(self, topic: str, batch: pa.RecordBatch) -> None:
-        """Count a batch that was checked in full."""
+        """Count a validated batch."""
         if topic not in self._reject_topics:
             self._rows += batch.num_rows
             return
         self._rejects[topic] = self._rejects.get(topic, 0) + batch.num_rows
         if room := SHOWN - len(self._first):
-            self._first += _in_words(batch.slice(0, room))
+            self._first += _described(batch.slice(0, room))
 
     def judge(self) -> None:
-        """Return if what came may be published.
+        """Raise if the output may not be published.
 
         Raises:
-            OnlyRejects: no row came, and rejects of a topic whose data may not be empty.
+            OnlyRejects: there is no row, and there are rejects of a topic that may not be empty.
         """
         strict = {
             name
@@ -163,21 +160,21 @@ class Rejects:
         )
 
     def log(self) -> str:
-        """The first rejects, a line each; what is said where they are not published."""
+        """The first rejects, a line each, for the log of a failed attempt."""
         total = sum(self._rejects.values())
         if not total:
             return ""
         head = f"{counted(total, 'reject')}, not published"
         if total > len(self._first):
             head += f"; the first {len(self._first)}"
-        return "\n".join([f"{head}:", *(f"rejected: {words}" for words in self._first), ""])
+        return "\n".join([f"{head}:", *(f"rejected: {reject}" for reject in self._first), ""])
 
     def _data(self, topic: str) -> set[str]:
         return protocol.data_topics(topic, self._known)
 
 
-def _in_words(batch: pa.RecordBatch) -> Iterator[str]:
-    """Each row as its columns' names and values."""
+def _described(batch: pa.RecordBatch) -> Iterator[str]:
+    """Each row as text: names and values of its columns."""
     names = [_printable(name[:CELL]) for name in batch.schema.names[:COLUMNS]]
     columns = [_texts(column) for column in batch.columns[:COLUMNS]]
     for row in zip(*columns, strict=True):
@@ -187,19 +184,19 @@ def _in_words(batch: pa.RecordBatch) -> Iterator[str]:
 
 
 def _texts(column: pa.Array) -> list[str]:
-    """The beginning of each value as text; empty where it is null, or no plain value."""
+    """The beginning of each value as text; empty if it is null or nested."""
     try:
         if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            # Before they become Python's: one may have as many bytes as a whole batch.
+            # Cut in Arrow: one value can be as large as a batch.
             column = pc.utf8_slice_codeunits(column, 0, CELL)
         elif pa.types.is_nested(column.type):
             return [""] * len(column)
-        found = column.to_pylist()
-    except Exception:  # noqa: BLE001  Python has no form for every value; the rest still says much
+        values = column.to_pylist()
+    except Exception:  # noqa: BLE001  Python cannot represent every value
         return [""] * len(column)
-    return ["" if value is None else str(value)[:CELL] for value in found]
+    return ["" if value is None else str(value)[:CELL] for value in values]
 
 
 def _printable(text: str) -> str:
-    """The text on one line, with nothing in it that moves a terminal's cursor."""
+    """The text on one line, with control characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,8 +1,8 @@
-"""The host's side of a guest: start it, feed it jobs, believe nothing it says.
+"""The host's side of a guest: start it, send it jobs, and check everything it sends.
 
-Blocking code for a worker's own long-lived thread: the kernel kills the guest when the thread
-that started it ends. Everything read from the wire is bounded before it is read and checked
-before it is used; what breaks the protocol kills the guest.
+Blocking code for a Worker's long-lived thread: the kernel kills the guest when the thread that
+started it ends. Everything on the wire is untrusted: its size is bounded before it is read, its
+content is checked before it is used, and a breach of the protocol kills the guest.
 """
 
 from __future__ import annotations
@@ -53,30 +53,30 @@ from casparian_flow.sdk import FileInfo
 from casparian_flow.security.sandbox import LAYERS, THREADS, InPlace
 
 QUIT_SECONDS = 2.0
-"""How long a guest may take to leave when asked; it has no work to save."""
+"""How long a guest may take to quit; it has nothing to save."""
 READ_AHEAD = 64 << 10
-"""Bytes taken from the wire at once: a small job is one system call."""
+"""Bytes read from the wire at once, so that a small job needs one system call."""
 PAID_BYTES = 1 << 20
-"""Bytes on the wire that pay for a second of our processor: the dearest sinks need a tenth of it.
-What a batch costs beyond is the guest's own time: few bytes can be much to unfold."""
+"""Bytes received that allow the host a second of processor time; the slowest sinks need a tenth of
+it. More is charged to the guest, since few bytes can unfold to many."""
 T = TypeVar("T")
 
 
 class Guest:
     """A process that runs one plugin over one file after another.
 
-    Call `load` once, `run` for each file, `close` at last (or use it in a `with`). It serves on
-    after a PluginFailed or OutputRefused; any other error has killed it and its children.
+    Call `load` once, `run` for each file, and `close` at the end (or use it in a `with`). The guest
+    can run the next file after PluginFailed or OutputRefused; any other error kills it and its
+    children.
 
     Args:
         python: the interpreter of the plugin's environment.
-        site_packages: where that environment's packages are.
-        artifact: the plugin, verified.
-        folder: the guest's own folder: its home. It must exist, with `in` (its inbox) and `tmp`
-            (its scratch folder) in it.
-        bundle: what `bundle()` returned.
-        limits: what any guest may have at most; the artifact may ask for less.
-        in_place: a large file it may read besides its packages and its inbox.
+        site_packages: the folder of that environment's packages.
+        artifact: the verified plugin.
+        folder: the guest's home. It must exist and contain `in` (inbox) and `tmp` (scratch).
+        bundle: the folder that `environments.bundle` returned.
+        limits: upper limits of any guest; the artifact may ask for less.
+        in_place: a large file that it may read besides its packages and its inbox.
 
     Raises:
         Unavailable: the process cannot be started.
@@ -95,11 +95,11 @@ class Guest:
     ) -> None:
         self.jobs_served = 0
         self.sandbox = ""
-        """What holds it, once it is loaded: `limits, namespaces, landlock, seccomp`."""
+        """Active layers, once it is loaded: `limits, namespaces, landlock, seccomp`."""
         self.compiled_anew: list[str] = []
-        """Source files that it imported lately and that have no byte code."""
+        """Source files that it imported in the last job and that have no byte code."""
         self.ends: dict[str, TopicEnd] = {}
-        """Per topic, what the last successful job sent; empty while a job runs or has failed."""
+        """Topic -> totals of the last successful job; empty while a job runs or after it failed."""
         self._artifact = artifact
         self._who = f"plugin {artifact.name} {artifact.version}"
         self._limits = limits
@@ -112,9 +112,9 @@ class Guest:
         self._ahead = bytearray()
         self._deadline = 0.0
         self._paid = 0.0
-        """Seconds of our processor that what the current job sent has paid for, and not used up."""
+        """Unused seconds of host processor time that the current job's bytes allow."""
         self._crowded = False
-        """Whether it was killed for its threads."""
+        """Whether it was killed for starting too many threads."""
         script = bundle / "casparian_flow" / "engine" / "guest.py"
         with contextlib.ExitStack() as undo:
             try:
@@ -132,13 +132,13 @@ class Guest:
         self._selector.register(self._pipe, selectors.EVENT_READ)
 
     def load(self, timeout_seconds: float = 60.0) -> None:
-        """Send the plugin and wait until it is imported; the guest is dead if that fails.
+        """Send the plugin and wait until it is imported; a failure kills the guest.
 
         Raises:
-            PluginFailed, OutOfMemory: importing it raised.
-            OutputRefused: it has no Handler.
-            Unavailable: the sandbox is not what the configuration requires; no code of the plugin
-                or its packages has run.
+            PluginFailed, OutOfMemory: importing the plugin raised.
+            OutputRefused: the plugin has no Handler.
+            Unavailable: the sandbox lacks a required layer; no code of the plugin or its packages
+                has run.
             PluginTimeout, GuestDied: as `run`.
         """
         artifact = self._artifact
@@ -167,21 +167,22 @@ class Guest:
     def run(
         self, file: FileInfo, timeout_seconds: float
     ) -> Generator[tuple[str, pa.RecordBatch], None, None]:
-        """Run the plugin over one file and yield what it publishes: (topic, checked batch).
+        """Run the plugin over one file and yield its output: (topic, checked batch).
 
-        The guest works only as far ahead as the socket's buffer. A generator that is closed
-        before its end kills the guest; only when it is exhausted is the output whole, and `ends`
-        says what was sent.
+        The guest runs ahead of the caller only by the socket's buffer. Closing the generator early
+        kills the guest. The output is complete only when the generator is exhausted; `ends` then
+        has the totals.
 
         Args:
-            file: what the plugin sees as `self.file`.
-            timeout_seconds: wall clock of the whole run, without the caller's own work; but what
-                the caller computes counts as far as the bytes sent do not pay for it.
+            file: the plugin's `self.file`.
+            timeout_seconds: wall clock limit of the run, without the time of the caller between two
+                batches, except processor time that exceeds PAID_BYTES.
 
         Raises:
             PluginFailed, OutOfMemory: the plugin raised; the traceback is in the log.
-            OutputRefused: what it published is no table, or not one the topic can take.
-            PluginTimeout: it outran the time and was killed.
+            OutputRefused: the plugin published something that is not a table or does not fit the
+                topic.
+            PluginTimeout: the run exceeded its time and was killed.
             GuestDied: the process ended or broke the protocol.
         """
         self.ends = {}
@@ -193,62 +194,62 @@ class Guest:
 
     @property
     def seconds_left(self) -> float:
-        """What is left of the time of its last job, or of its loading, for work that it causes."""
+        """Seconds left of the time limit of the last job (or of loading)."""
         return max(0.0, self._deadline - time.monotonic())
 
     def take_log(self) -> str:
-        """What the plugin printed since the last call, and the traceback of a failed job."""
+        """The plugin's prints since the last call, and the traceback of a failed job."""
         log, self._log = self._log, JobLog()
         return log.text()
 
     @property
     def evidence(self) -> Evidence:
-        """What is known of its last job, or of its loading, besides what it printed."""
+        """Measurements of the last job (or of loading)."""
         ends = [topic.end() for topic in self._received.values()]
         return self._meter.evidence(sum(e.batches for e in ends), sum(e.rows for e in ends))
 
     def _expect_locked(self) -> None:
-        """The guest's word on its sandbox; believed, since only our code can have spoken."""
+        """Read the guest's report on its sandbox; only our code has run in it so far."""
         kind, length = self._header(job=0)
         if kind != FrameKind.LOCKED:
             raise ProtocolError(f"{kind.name} where LOCKED was due")
-        said = self._record(length, Locked)
-        self.sandbox = ", ".join(said.layers) or "off"
-        lacking = {name: why for name, why in said.missing.items() if name in LAYERS}
+        report = self._record(length, Locked)
+        self.sandbox = ", ".join(report.layers) or "off"
+        lacking = {name: why for name, why in report.missing.items() if name in LAYERS}
         if lacking and self._limits.sandbox == "required":
-            words = "; ".join(f"no {name}: {why}" for name, why in lacking.items())
-            raise Unavailable(f"the guest sandbox is not whole: {words}")
+            reasons = "; ".join(f"no {name}: {why}" for name, why in lacking.items())
+            raise Unavailable(f"the guest sandbox is not whole: {reasons}")
 
     @property
     def alive(self) -> bool:
-        """Whether it can run another job: a waiting guest is silent, a dead one's wire is not."""
+        """Whether it can run another job. The wire of a dead guest is readable, as it is closed."""
         if not self._idle or self._ahead:
             return False
         return all(key.fileobj is not self._wire for key, _ in self._selector.select(0))
 
     def interrupt(self) -> None:
-        """From another thread: end what runs; the thread that runs it sees GuestDied and kills."""
+        """From another thread: end the current run, whose thread gets GuestDied."""
         with contextlib.suppress(OSError):
             self._wire.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Ask the guest to leave, and kill it if it does not; may be called twice."""
+        """Ask the guest to quit, and kill it if it does not; may be called twice."""
         if self.alive:
             self._deadline = time.monotonic() + QUIT_SECONDS
             kill_below(self._process.pid)
             self._signal(signal.SIGCONT)
             with contextlib.suppress(OSError):
-                self._wire.settimeout(QUIT_SECONDS)  # it may have read nothing of what we sent
+                self._wire.settimeout(QUIT_SECONDS)  # the guest may not read
                 self._wire.sendall(pack(FrameKind.QUIT, 0))
                 self._await_wire()
         self.kill()
 
     def kill(self) -> None:
-        """End the guest and every process below it now, and let go of all it held."""
+        """Kill the guest and all its descendants, and free its resources."""
         self._idle = False
         if self._process.returncode is not None:
             return
-        WATCH.forget(self._process.pid)
+        WATCH.unwatch(self._process.pid)
         kill_tree(self._process.pid)
         self._meter.reap()
         self._drain()
@@ -266,7 +267,7 @@ class Guest:
     def _exchange(
         self, timeout_seconds: float, cpu_seconds: float, *, loading: bool = False
     ) -> Iterator[None]:
-        """A question and its whole answer; whatever cuts it short kills the guest."""
+        """One request and its complete response; any other end of the block kills the guest."""
         self._idle = False
         self._received = {}
         self._paid = 0.0
@@ -306,7 +307,7 @@ class Guest:
             self._finish()
 
     def _signal(self, number: int) -> None:
-        # Not Popen.send_signal, which could wait for the process, and free its number for others.
+        # Popen.send_signal may reap the process, and its pid could then be reused.
         if self._process.returncode is None:
             os.kill(self._process.pid, number)
 
@@ -314,8 +315,8 @@ class Guest:
         self._crowded = True
 
     def _finish(self) -> None:
-        """Stop the guest until its next job: a thread it left behind works on nobody's account."""
-        WATCH.forget(self._process.pid)
+        """Stop the process until its next job: threads that it left running must not go on."""
+        WATCH.unwatch(self._process.pid)
         self._signal(signal.SIGSTOP)
         self._drain()
         self._idle = True
@@ -352,7 +353,7 @@ class Guest:
                 raise ProtocolError(f"{kind.name} where it was not due")
 
     def _within_output(self, received_bytes: int) -> None:
-        """Go on, or kill the guest: it has sent what it may, counted as what it unfolds to."""
+        """Kill the guest if its output, unfolded, exceeds the limit."""
         limit = self._limits.output_limit_bytes
         if received_bytes > limit:
             self.kill()
@@ -361,9 +362,10 @@ class Guest:
 
     @contextlib.contextmanager
     def _worked(self, length: int) -> Iterator[None]:
-        """While the caller works on a batch of so many bytes, the guest's clocks stand still: a
-        slow disk or sink is not its fault. But they go on while we compute, as far as its bytes do
-        not pay for that.
+        """Extend the guest's deadline by the caller's time for a batch of `length` bytes.
+
+        A slow disk or sink does not count against the guest, but processor time beyond PAID_BYTES
+        does.
         """
         began, computed = time.monotonic(), time.thread_time()
         yield
@@ -380,7 +382,7 @@ class Guest:
         if rest < 0:
             raise ProtocolError("a batch shorter than its topic's name")
         topic = self._read(name_length).to_pybytes().decode(errors="replace")
-        return topic, self._read(rest)  # read apart, so that Arrow finds its data aligned
+        return topic, self._read(rest)  # read separately, to be aligned for Arrow
 
     def _failure(self, length: int) -> JobError:
         failure = self._record(length, Failure)
@@ -395,7 +397,7 @@ class Guest:
             raise ProtocolError(f"a {kind.__name__} that does not fit: {error}") from error
 
     def _header(self, job: int) -> tuple[FrameKind, int]:
-        # What was read ahead could keep us at work without ever waiting for the wire again.
+        # _read checks the deadline only when it waits, and data read ahead needs no wait.
         if self._deadline <= time.monotonic():
             raise TimeoutError
         number, its_job, length = HEADER.unpack(self._read(HEADER.size))
@@ -411,7 +413,7 @@ class Guest:
         return kind, length
 
     def _read(self, length: int) -> pa.Buffer:
-        """Exactly so many bytes; what one system call brings beyond them waits for the next."""
+        """Read exactly `length` bytes; keep what was read ahead for the next call."""
         while len(self._ahead) < length <= READ_AHEAD:
             self._await_wire()
             data = self._wire.recv(READ_AHEAD)
@@ -433,7 +435,7 @@ class Guest:
         return buffer
 
     def _await_wire(self) -> None:
-        """Wait for the guest to speak; keep emptying the pipe it prints to meanwhile."""
+        """Wait until the wire is readable, and meanwhile empty the pipe of its prints."""
         while (remaining := min(self._deadline - time.monotonic(), self._meter.left())) > 0:
             ready = {key.fileobj for key, _ in self._selector.select(remaining)}
             if self._pipe in ready and not self._drain():
@@ -443,62 +445,58 @@ class Guest:
         raise TimeoutError
 
     def _drain(self) -> int:
-        """Take what is in the pipe now, and no more: a plugin may print for ever."""
+        """Read what is in the pipe now, and not more: a plugin may print without end."""
         waiting = struct.unpack("i", fcntl.ioctl(self._pipe, termios.FIONREAD, b"\0" * 4))[0]
         if waiting:
             self._log.write(os.read(self._pipe.fileno(), waiting))
         return int(waiting)
 
 
-# What a guest says of itself, as the host reads it: checked, and not believed further.
-
+# Messages of a guest.
 
 MESSAGE_LIMIT = 2_000
-"""Characters of a guest's message that are kept: they go into the job, its attempt and the audit
-log, and a plugin may say anything."""
+"""Characters of a guest's error message that are kept, in the job, its attempt and the audit."""
 
 
 class Failure(Record, frozen=True):
-    """What a guest says of an attempt that ended without output."""
+    """A guest's FAILED: an attempt that ended without output."""
 
     kind: Literal["refused", "exception"]
     message: str
     traceback: str
 
     def error(self, who: str, memory_bytes: int) -> JobError:
-        """What it means for the job.
+        """The error for the job.
 
         Args:
-            who: whose guest said it.
-            memory_bytes: what it may have.
+            who: the plugin's name and version, for the message.
+            memory_bytes: the guest's memory limit.
         """
-        words = self.message
-        if len(words) > MESSAGE_LIMIT:
-            words = f"{words[:MESSAGE_LIMIT]}... ({len(words)} characters)"
+        message = self.message
+        if len(message) > MESSAGE_LIMIT:
+            message = f"{message[:MESSAGE_LIMIT]}... ({len(message)} characters)"
         if self.kind == "refused":
-            return OutputRefused(f"{who}: {words}", "mend the plugin, publish it")
-        if "MemoryError" in words.partition(":")[0]:
+            return OutputRefused(f"{who}: {message}", "mend the plugin, publish it")
+        if "MemoryError" in message.partition(":")[0]:
             limit = f"it may have {memory_bytes >> 20} MiB (memory_bytes under [guest])"
-            return OutOfMemory(f"{who} ran out of memory: {words}; {limit}")
-        return PluginFailed(f"{who}: {words}", "the traceback is in the job's log")
+            return OutOfMemory(f"{who} ran out of memory: {message}; {limit}")
+        return PluginFailed(f"{who}: {message}", "the traceback is in the job's log")
 
 
 class Locked(Record, frozen=True):
-    """What a guest says holds it, before any code that is not ours has run there."""
+    """A guest's LOCKED: its sandbox's layers, sent before any foreign code has run."""
 
     layers: list[str]
     missing: dict[str, str]
-    """Layer -> why it is not there."""
+    """Layer -> why it is missing."""
 
 
 def outspent(who: str, seconds: float) -> PluginTimeout:
-    """The error of a guest that used up its processor time."""
     what = f"{who} ran longer than {seconds:g} s of processor time and was killed"
     return PluginTimeout(what, "raise cpu_seconds under [guest]")
 
 
 def outran(who: str, seconds: float, loading: bool) -> PluginTimeout:
-    """The error of a guest that outran its wall clock, with a file or with its own imports."""
     if loading:
         what = f"{who} took longer than {seconds:g} s to be imported and was killed"
         return PluginTimeout(what, "have its module do less while it is imported")
@@ -506,18 +504,17 @@ def outran(who: str, seconds: float, loading: bool) -> PluginTimeout:
     return PluginTimeout(what, "raise timeout_seconds under [jobs]")
 
 
-# What a plugin prints in one job, kept within bounds and safe to show.
-
+# The log of one job.
 
 HEAD = 16 << 10
 TAIL = 48 << 10
-"""Bytes kept: how it began, and above all how it ended."""
+"""Bytes kept of the log's beginning and of its end."""
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters that move a terminal's cursor or worse; newline and tab are not among them."""
+"""Control characters, except newline and tab."""
 
 
 class JobLog:
-    """What a plugin printed, bounded: the first HEAD and the last TAIL bytes."""
+    """The first HEAD and the last TAIL bytes of a plugin's prints."""
 
     def __init__(self) -> None:
         self._head = bytearray()
@@ -525,7 +522,7 @@ class JobLog:
         self._left_out = 0
 
     def write(self, data: bytes) -> None:
-        """Append, forgetting the middle."""
+        """Append, dropping bytes from the middle."""
         room = HEAD - len(self._head)
         self._head += data[:room]
         self._tail += data[room:]
@@ -534,7 +531,7 @@ class JobLog:
         self._left_out += surplus
 
     def text(self) -> str:
-        """All that was kept, safe to show on a terminal."""
+        """The kept bytes as text, with control characters escaped."""
         gap = f"\n[{self._left_out} bytes left out]\n".encode() if self._left_out else b""
         text = (self._head + gap + self._tail).decode(errors="replace")
         return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

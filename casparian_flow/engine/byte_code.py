@@ -1,8 +1,9 @@
-"""Byte code of an environment's modules, which a guest may read but not write.
+"""Cache byte code for an environment's modules, which guests can read but not write.
 
-An environment is installed without: compiling all of pandas and pyarrow takes longer than many
-plugins ever run. What guests import is compiled once, in a process of its own that runs none of
-it: a stranger's source can exhaust or crash the compiler. This file is that process's script too.
+An environment is installed without byte code: compiling all of pandas and pyarrow takes longer than
+many plugins run. Modules that guests import are compiled once, in a subprocess that runs none of
+them, since a hostile source can exhaust or crash the compiler. This file is also the subprocess's
+script.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 MODULES_LIMIT = 10_000
-"""pandas and pyarrow together import some 400."""
+"""Modules of one call at most; pandas and pyarrow together import some 400."""
 NAME_LIMIT = 4096
-"""Bytes of a name, as in PATH_MAX: no file has a longer one."""
+"""Bytes of a name, as PATH_MAX."""
 NAMES_LIMIT = 1 << 20
-"""Bytes of all names: those of pandas and pyarrow have some 40,000."""
+"""Bytes of all names; those of pandas and pyarrow have some 40,000."""
 SECONDS = 120
-"""Of processor time, and of the clock."""
+"""Limit of processor time, and of wall clock time."""
 LIMITS = {
     resource.RLIMIT_AS: 2 << 30,
     resource.RLIMIT_CPU: SECONDS,
@@ -38,32 +39,32 @@ LIMITS = {
 
 
 _tried: set[tuple[str, int, int]] = set()
-"""Modules (path, inode, time of its change) that this process had compiled, or came to grief over:
-one that ends or stalls its compiler is not tried again with each job."""
+"""Modules (path, inode, ctime) that this process compiled or failed to: one that crashes or stalls
+the compiler is not tried again with each job."""
 
 
 def compile_modules(
     python: Path, site_packages: Path, modules: Iterable[str], seconds: float
 ) -> None:
-    """Cache the byte code of modules that lie in an environment; what cannot be is left out.
+    """Cache the byte code of an environment's modules; skip those that fail.
 
     Args:
         python: the interpreter that will import them.
         site_packages: the environment's folder, leased.
-        modules: file names as a guest gave them: none is believed.
-        seconds: what may be spent on it, at most SECONDS.
+        modules: file names from a guest, untrusted.
+        seconds: time limit; SECONDS at most.
     """
     if seconds <= 0:
         return
-    found = {key: name for name in real_modules(site_packages, modules) for key in _key(name)}
-    wanted = [name for key, name in found.items() if key not in _tried]
-    if not wanted:
+    keyed = {key: name for name in real_modules(site_packages, modules) for key in _key(name)}
+    untried = [name for key, name in keyed.items() if key not in _tried]
+    if not untried:
         return
     if len(_tried) > 10 * MODULES_LIMIT:
         _tried.clear()
-    _tried.update(found)
+    _tried.update(keyed)
     command = [str(python), "-I", "-S", __file__]
-    names = "\0".join(wanted).encode("utf-8", "surrogateescape")
+    names = "\0".join(untried).encode("utf-8", "surrogateescape")
     try:
         done = subprocess.run(
             command,
@@ -83,17 +84,17 @@ def compile_modules(
 
 def _key(name: str) -> Iterator[tuple[str, int, int]]:
     with contextlib.suppress(OSError):
-        look = os.lstat(name)
-        yield name, look.st_ino, look.st_ctime_ns
+        status = os.lstat(name)
+        yield name, status.st_ino, status.st_ctime_ns
 
 
 def real_modules(site_packages: Path, modules: Iterable[str]) -> Iterator[str]:
-    """Those names that are sources in the environment, whatever links lead there."""
+    """The names that are source files inside the environment, with symlinks resolved."""
     inside = os.path.join(os.path.realpath(site_packages), "")
     for name in _plausible((os.path.join(site_packages, ""), inside), modules):
-        # A NUL has no place in a name, nor has what is no text; a name can be too long for a look.
+        # A NUL or a lone surrogate raises ValueError, a name that is too long OSError.
         with contextlib.suppress(ValueError, OSError):
-            os.lstat(name)  # what is not there is not resolved, one name after the other
+            os.lstat(name)  # realpath is slow for names that do not exist
             path = os.path.realpath(name)
             cache = os.path.realpath(os.path.join(os.path.dirname(path), "__pycache__"))
             ours = path.startswith(inside) and cache.startswith(inside)
@@ -102,8 +103,8 @@ def real_modules(site_packages: Path, modules: Iterable[str]) -> Iterator[str]:
 
 
 def _plausible(folders: tuple[str, str], names: Iterable[str]) -> Iterator[str]:
-    """Those names that are worth a look, told without one: a look at a name takes time that grows
-    with the square of its length, and a guest may send any names, in any number."""
+    """Filter names without a system call: resolving a name takes time that grows with the square of
+    its length, and a guest may send any number of names."""
     total = 0
     for name in dict.fromkeys(itertools.islice(names, MODULES_LIMIT)):
         size = len(name.encode("utf-8", "surrogatepass"))
@@ -117,9 +118,9 @@ def _plausible(folders: tuple[str, str], names: Iterable[str]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Compile the modules whose names come on standard input, each NUL from the next."""
+    """Compile the modules named on standard input, separated by NUL."""
     for limit, value in LIMITS.items():
-        # macOS knows some limits that it cannot set.
+        # macOS cannot set some of the limits.
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(limit, (value, value))
     for name in os.fsdecode(sys.stdin.buffer.read()).split("\0"):

@@ -1,6 +1,7 @@
-"""Before a worker takes jobs: a real guest tries to get out, and no job runs where it succeeds.
+"""Test the sandbox before a Worker takes jobs: a real guest tries to break out.
 
-A version number says what a kernel should do; the canary says what it does.
+A kernel's version says what it should enforce; the canary tests what it does. No job runs if the
+guest succeeds.
 """
 
 from __future__ import annotations
@@ -64,15 +65,18 @@ class Handler(BasePlugin):
 
 
 def check(limits: GuestSettings, cache: Path) -> str:
-    """Try the sandbox on this machine, as configured; what holds guests here, in words.
+    """Test the sandbox on this machine.
 
     Args:
-        limits: `sandbox` in it decides what is required.
-        cache: where the guest's files are kept.
+        limits: its `sandbox` says what is required.
+        cache: folder for the guest's files.
+
+    Returns:
+        The active layers, such as `limits, landlock, seccomp`, or `off`.
 
     Raises:
-        SandboxUnavailable: it is required, and a layer is missing or does not hold.
-        Unavailable: the canary could not be started, since the cache cannot be used perhaps.
+        SandboxUnavailable: the sandbox is required, and a layer is missing or can be broken.
+        Unavailable: the canary could not be started; the cache may be unusable.
     """
     try:
         return _check(limits, cache)
@@ -87,7 +91,7 @@ def _check(limits: GuestSettings, cache: Path) -> str:
     if limits.sandbox == "off":
         log.warning("[guest] sandbox is off: plugins run with all your rights")
         return "off"
-    with _placed(cache) as (folder, port):
+    with _canary_folder(cache) as (folder, port):
         source = f"SECRET = {str(folder / 'secret')!r}\nPORT = {port}\n{ATTEMPTS}".encode()
         artifact = Artifact(
             plugin_id=0, name="canary", version="0", source=source, lock="", topics=[]
@@ -100,23 +104,19 @@ def _check(limits: GuestSettings, cache: Path) -> str:
                 guest.load()
             except JobError as error:
                 escaped = isinstance(error, PluginFailed)
-                words = (
-                    f"the guest sandbox does not hold: {error.message}"
-                    if escaped
-                    else (error.message)
-                )
+                prefix = "the guest sandbox does not hold: " if escaped else ""
+                message = f"{prefix}{error.message}"
                 if limits.sandbox == "required":
-                    raise SandboxUnavailable(f"{words}; no plugin was run", HINT) from error
-                log.warning("[guest] sandbox is best-effort: %s", words)
+                    raise SandboxUnavailable(f"{message}; no plugin was run", HINT) from error
+                log.warning("[guest] sandbox is best-effort: %s", message)
             return guest.sandbox
 
 
 @contextlib.contextmanager
-def _placed(cache: Path) -> Iterator[tuple[Path, int]]:
-    """A guest's folder, with a file that is not its to read, and a port that answers.
+def _canary_folder(cache: Path) -> Iterator[tuple[Path, int]]:
+    """A guest's folder with a file that it must not read, and a port that accepts connections.
 
-    It is one folder, for one canary at a time: what a killed process left of its own is cleared
-    by the next one.
+    One folder, for one canary at a time: the next canary clears what a killed one left.
     """
     folder = Path(os.path.realpath(cache)) / "canary"
     make_private(folder.parent)

@@ -1,8 +1,8 @@
-"""The Committer: the only thing that publishes to sinks.
+"""The Committer: turns receipts into published outputs and completed jobs.
 
-Receipts come in from workers; each group of them is decided in one transaction, its outputs are
-published, and its jobs are completed in another. A crash between any two of these steps is
-repaired by doing the next one: what is decided is in the ledger, and publishing is idempotent.
+It decides a group of receipts in one transaction, publishes their outputs, and completes their jobs
+in another transaction. Nothing else publishes to sinks. After a crash it continues with the next
+step: decisions are in the ledger, and publishing is idempotent.
 
     decide     RUNNING -> COMMITTING with the planned outputs, guarded by the fence
     publish    make the staged outputs visible, each once for its output key
@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 GROUP_LIMIT = 256
-"""Receipts decided in one transaction at the most."""
+"""Receipts decided in one transaction at most."""
 
 PAUSE_SECONDS = 5.0
-"""Pause before a sink that could not take output is tried again."""
+"""Pause before an unavailable sink is tried again."""
 
 ACTOR = "committer"
 
@@ -61,9 +61,9 @@ class Committer:
     """Decides, publishes and completes, one group after another.
 
     Args:
-        ledger: the truth.
-        epoch: this daemon run.
-        limits: attempts and their delays.
+        ledger: the ledger.
+        epoch: number of this run of the daemon.
+        limits: limit of attempts, and delays between them.
         on_change: called when jobs may have become claimable or finished.
     """
 
@@ -84,26 +84,26 @@ class Committer:
         return frozenset(self._sick)
 
     def accept(self, worker: str, receipt: Receipt) -> None:
-        """Take a receipt; it is decided with the next group."""
+        """Queue a receipt; it is decided with the next group."""
         self._receipts.put_nowait(_WorkerReceipt(worker, receipt))
 
     async def run(self) -> None:
-        """Serve until told to leave. Begins with what an earlier run decided and did not finish."""
+        """Serve until `leave`. First finishes what an earlier run decided but did not publish."""
         await self._settle()
         while not self._leaving:
             await self._serve(await self._next_group())
 
     def leave(self) -> None:
-        """Have `run` end when it has seen its group through: cancelled, it would drop it."""
+        """Have `run` return after its current group; cancelling it would drop the group."""
         self._leaving = True
         self._receipts.put_nowait(None)
 
     async def finish(self) -> None:
-        """Decide and publish what is still waiting; for a clean stop, after `run` has ended.
+        """Decide and publish the queued receipts after `run` has returned, for a clean stop.
 
         Raises:
-            LedgerError: the ledger cannot be written. What was decided is finished by the next
-                start, and what was not is run again.
+            LedgerError: the ledger cannot be written. The next start publishes what was decided,
+                and runs the other jobs again.
         """
         self._leaving = True
         while not self._receipts.empty():
@@ -119,7 +119,7 @@ class Committer:
         self._on_change()
 
     async def _next_group(self) -> list[_WorkerReceipt]:
-        """Wait for a receipt, or for a paused sink's next try; then take all that wait."""
+        """Wait for a receipt or for a paused sink's next try; return all queued receipts."""
         group: list[_WorkerReceipt | None] = []
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PAUSE_SECONDS if self._sick else None):
@@ -131,11 +131,11 @@ class Committer:
     def _decide(
         self, connection: Connection, group: Sequence[_WorkerReceipt]
     ) -> list[StagedOutput]:
-        """Give every receipt its consequence; returns the staged files that nobody will publish."""
-        # Any message may come twice; what it says counts once.
+        """Move the job of each receipt; returns the staged outputs that will not be published."""
+        # A message may arrive twice; it counts once.
         first: dict[Pair, _WorkerReceipt] = {}
-        for each in group:
-            first.setdefault((each.receipt.job_id, each.receipt.fence), each)
+        for item in group:
+            first.setdefault((item.receipt.job_id, item.receipt.fence), item)
         group = list(first.values())
         staged = [end for _, end in group if end.outcome is Outcome.STAGED]
         moved = jobs.decide(connection, [(end.job_id, end.fence) for end in staged])
@@ -152,14 +152,14 @@ class Committer:
         late = [end for _, end in group if (end.job_id, end.fence) not in moved]
         for end in late:
             log.warning("job %d: a result under fence %d came too late", end.job_id, end.fence)
-        # The repeated receipt of a decided attempt names the very files that will be published; one
-        # that was decided may name some that its job has published before.
+        # Keep the stages of unpublished outputs: the repeated receipt of a decided attempt names
+        # them too. A decided receipt may also name stages whose output was published before.
         ended = [*late, *decided]
-        owed = outputs.stages(connection, [end.job_id for end in ended])
-        return [output for end in ended for output in end.outputs if output.stage not in owed]
+        needed = outputs.stages(connection, [end.job_id for end in ended])
+        return [output for end in ended for output in end.outputs if output.stage not in needed]
 
     def _without_output(self, connection: Connection, end: Receipt) -> bool:
-        """Move a job whose attempt produced nothing; False when it was another's by now."""
+        """Move a job whose attempt has no output; False if the attempt lost the job meanwhile."""
         if end.outcome is Outcome.SUPERSEDED:
             moved = jobs.supersede(connection, end.job_id, end.fence, end.error)
             if moved:
@@ -174,23 +174,23 @@ class Committer:
         return dispatch.after_failure(connection, end, self._limits, ACTOR)
 
     async def _settle(self) -> None:
-        """Publish and complete everything that is decided, but for what a paused sink holds."""
-        owed = [_PendingOutput(*row) for row in await self._read(outputs.unpublished)]
+        """Publish and complete all decided outputs, except those of paused sinks."""
+        pending = [_PendingOutput(*row) for row in await self._read(outputs.unpublished)]
         now = time.monotonic()
-        # Also where nothing is owed to it any more: nobody else would find out that it is well.
+        # Also sinks without pending outputs: no job is claimed for a sink while it is paused.
         self._sick = {store: until for store, until in self._sick.items() if until > now}
         by_store: dict[str, list[_PendingOutput]] = defaultdict(list)
-        for output in owed:
+        for output in pending:
             store = sinks.store(output.staged.location)
             if store not in self._sick:
                 by_store[store].append(output)
         done: list[tuple[_PendingOutput, Published]] = []
         refused: list[tuple[_PendingOutput, JobError]] = []
         for store, group in by_store.items():
-            found = await asyncio.to_thread(self._publish, [o.staged for o in group])
+            outcomes = await asyncio.to_thread(self._publish, [o.staged for o in group])
             crashpoint("committer.published")
             waiting = []
-            for output, outcome in zip(group, found, strict=True):
+            for output, outcome in zip(group, outcomes, strict=True):
                 if isinstance(outcome, Published):
                     done.append((output, outcome))
                 elif isinstance(outcome, Unavailable):
@@ -202,12 +202,12 @@ class Committer:
         await self._complete(done, refused)
 
     def _publish(self, staged: list[StagedOutput]) -> list[Published | JobError]:
-        """Publish what goes to one store."""
+        """Publish outputs of one store; an error in the place of an output that failed."""
         location = staged[0].location
         try:
             return sinks.open_sink(location, self._ledger.database).publish(staged)
         except Exception as error:
-            # A fault nobody foresaw in one sink must not end the daemon, nor lose what was decided.
+            # A bug in one sink must not end the daemon, nor lose a decided output.
             log.exception("sink %s failed in a way we did not expect", location)
             return [SinkUnavailable(f"{type(error).__name__}: {error}")] * len(staged)
 
@@ -216,7 +216,7 @@ class Committer:
         done: Sequence[tuple[_PendingOutput, Published]],
         refused: Sequence[tuple[_PendingOutput, JobError]],
     ) -> None:
-        # A sink refuses all outputs of a job together: the first says why.
+        # A sink refuses all outputs of a job together; the first has the reason.
         ended = {output.job_id: (output, error) for output, error in reversed(refused)}
         stages: list[str] = []
 
@@ -256,7 +256,7 @@ class Committer:
         return await self._insist(self._ledger.write_soon, work)
 
     async def _insist(self, use: Callable[[Work[T]], Awaitable[T]], work: Work[T]) -> T:
-        """Use the ledger, however long its disk is full: nobody runs again what has run."""
+        """Retry while the ledger's disk is full, so that finished jobs need not run again."""
         while True:
             try:
                 return await use(work)
@@ -277,8 +277,7 @@ def _attempt(worker: str, end: Receipt) -> jobs.AttemptResult:
 
 
 def _remove(stages: Sequence[str]) -> None:
-    """What will never be published leaves nothing behind; but where its disk cannot be written
-    now, it waits there for the sweep of the next start."""
+    """Remove stages that will not be published; the next start sweeps what cannot be removed."""
     for stage in stages:
         with contextlib.suppress(OSError):
             durable.remove(Path(stage))

@@ -1,4 +1,4 @@
-"""Talking to the daemon from another process: one question, one answer, over its local socket."""
+"""Send one request to the daemon from another process, over its local socket."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from casparian_flow.engine import wire
 from casparian_flow.errors import ConfigError, DaemonGone, ProtocolError
 
 ANSWER_SECONDS = 30.0
-"""How long a daemon may take to answer."""
+"""How long the daemon may take to answer."""
 
 KEY_SECONDS = 5.0
-"""How long a daemon that starts may take to leave its key."""
+"""How long a starting daemon may take to write its key file."""
 
 DEPLOY_SECONDS = 120.0
-"""How long it may take to deploy a plugin: the Gatekeeper alone may read it for 60."""
+"""How long deploying a plugin may take; the Gatekeeper alone may take 60 s."""
 
-GLANCE_SECONDS = 2.0
-"""How long a daemon may take to say what it could as well not say."""
+STATS_SECONDS = 2.0
+"""How long the daemon may take to answer GetStats, which `status` can do without."""
 
 _AS_WHOM = "run this as the daemon's user, with the same XDG_RUNTIME_DIR"
 
@@ -32,19 +32,19 @@ _FAILED |= zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
 
 def ask(
     database: DatabaseSettings,
-    message: protocol.Deploy | protocol.Ring | protocol.Ask,
+    message: protocol.Deploy | protocol.Ring | protocol.GetStats,
     patience: float = ANSWER_SECONDS,
 ) -> protocol.Reply | None:
     """Send a message to the daemon of this database.
 
     Args:
-        patience: seconds to wait for its answer.
+        patience: seconds to wait for the answer.
 
     Returns:
-        Its reply; None where no daemon runs.
+        The daemon's reply; None if no daemon runs.
 
     Raises:
-        DaemonGone: one runs, and refuses us or does not answer.
+        DaemonGone: a daemon runs, but refuses the connection or does not answer.
     """
     refused: wire.CurveKeys | None = None
     while (about := durable.daemon_lock_holder(database.daemon_lock)) is not None:
@@ -60,21 +60,21 @@ def ask(
             ) from error
         if frames is not None:
             return _reply(frames)
-        refused = key  # unless it is of a daemon that died, and another one has just started
+        refused = key  # try again once: the key may be that of a daemon that died
     return None
 
 
 def refusals(database: DatabaseSettings) -> dict[str, int]:
-    """What the daemon's wire has refused so far, by kind; empty where no daemon says anything."""
+    """Refused connections and messages by kind; empty if no daemon answers."""
     try:
-        reply = ask(database, protocol.Ask(), GLANCE_SECONDS)
+        reply = ask(database, protocol.GetStats(), STATS_SECONDS)
     except DaemonGone:
         return {}
     return msgspec.json.decode(reply.text, type=dict[str, int]) if reply else {}
 
 
 def _key(endpoint: str, refused: wire.CurveKeys | None, patience: float) -> wire.CurveKeys:
-    """The daemon's key, which only those know who may enter its user's runtime folder."""
+    """The daemon's keys, from a folder that only its user can enter."""
     file = wire.key_file(endpoint)
     deadline = time.monotonic() + patience
     try:
@@ -92,10 +92,10 @@ def _key(endpoint: str, refused: wire.CurveKeys | None, patience: float) -> wire
 def _exchange(
     endpoint: str, key: wire.CurveKeys, message: list[bytes], patience: float
 ) -> list[bytes] | None:
-    """The frames of the answer; None where the other end does not have this key.
+    """The frames of the answer; None if the daemon does not accept this key.
 
     Raises:
-        TimeoutError: it has not answered.
+        TimeoutError: there was no answer.
     """
     with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
         wire.tune(peer)
@@ -114,7 +114,7 @@ def _exchange(
             frames: list[bytes] = peer.recv_multipart()
             return frames
         if not ready or took * 1000 > wire.HANDSHAKE_MS / 2:
-            raise TimeoutError  # a refusal comes at once; this one is stuck
+            raise TimeoutError  # not refused: a refusal comes at once
         return None
 
 

@@ -1,4 +1,4 @@
-"""Claimed jobs become assignments: everything a worker needs, and nothing it must look up."""
+"""Claim jobs as assignments for Workers; retry, fail or take back jobs whose attempt ended."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from casparian_flow.protocol import Artifact, Assignment, OutputPlan, Pair, Rece
 
 
 class Dispatcher:
-    """Claims for one epoch.
+    """Claims jobs for one epoch.
 
     Args:
         settings: limits, and the default sink.
-        epoch: this daemon run; part of every attempt's name.
+        epoch: number of this run of the daemon; part of every attempt's name.
     """
 
     def __init__(self, settings: Settings, epoch: int) -> None:
@@ -48,7 +48,7 @@ class Dispatcher:
     def claim(
         self, connection: Connection, worker: str, limit: int, sick: frozenset[str]
     ) -> list[Assignment]:
-        """Claim up to `limit` jobs for a worker, in the caller's writing transaction.
+        """Claim up to `limit` jobs for a Worker, in the caller's write transaction.
 
         Args:
             sick: paused stores (`sinks.store`); plugins that write there get no jobs.
@@ -65,7 +65,7 @@ class Dispatcher:
                 made = self._assignment(job, topics.get(name, []), empty.get(name, []))
                 assignments.append(made)
             except CasparianError as error:
-                # A sink URI that a person wrote into the table and nobody can open, for one.
+                # For example, a user wrote an invalid sink URI into the table.
                 jobs.fail(connection, job.id, job.fence, error.message)
                 event = audit.Event("fail", f"job {job.id}", {"reason": error.message})
                 audit.append(connection, "sentinel", [event])
@@ -90,11 +90,11 @@ class Dispatcher:
     def _assignment(self, job: Any, placed: Sequence[Any], empty: list[str]) -> Assignment:
         manifest = plugins.manifest_of(job.manifest)
         declared = set(manifest.topics) - {row.topic_name for row in placed}
-        places = [(row.topic_name, row.uri, row.mode) for row in placed]
-        places += [
+        targets = [(row.topic_name, row.uri, row.mode) for row in placed]
+        targets += [
             (topic, self._settings.output.default_uri, "append") for topic in sorted(declared)
         ]
-        outputs = [self._plan(job, *place, manifest.topics) for place in places]
+        outputs = [self._plan(job, *target, manifest.topics) for target in targets]
         for first, second in itertools.combinations(outputs, 2):
             if (first.topic, first.location) == (second.topic, second.location):
                 raise ConfigError(
@@ -120,18 +120,18 @@ class Dispatcher:
         )
 
     def _plan(self, job: Any, topic: str, uri: str, mode: str, topics: Sequence[str]) -> OutputPlan:
-        uri, said = sink_uri.read(uri)  # people write options into the table as well
+        uri, own_mode = sink_uri.read(uri)  # users also write options into the table
         location = sinks.resolve(uri, self._settings.home)
         sinks.check_reserved(location, topic, self._settings)
         key = (job.source, job.path, job.content_hash, job.ordinal, job.artifact_hash, topic, uri)
-        place = (job.source, job.path, job.plugin_name, topic, uri)
+        series = (job.source, job.path, job.plugin_name, topic, uri)
         return OutputPlan(
             topic=topic,
             uri=uri,
             location=location,
-            mode=said or mode,
+            mode=own_mode or mode,
             output_key=output_key(*key),
-            slot=slot(*place),
+            slot=slot(*series),
             ordinal=job.ordinal,
             split_bytes=self._settings.output.split_bytes,
             facts={
@@ -140,21 +140,21 @@ class Dispatcher:
                 "size_bytes": str(job.size_bytes),
                 "artifact_hash": job.artifact_hash,
                 "plugin": job.plugin_name,
-                "topics": "/".join(topics),  # no topic of a sink has a slash
+                "topics": "/".join(topics),  # a topic's name has no slash
                 "uri": uri,
             },
         )
 
 
 def artifact(connection: Connection, plugin_id: int) -> Artifact:
-    """A plugin's bytes for a worker, checked as they stand in the ledger at this moment.
+    """A plugin for a Worker, verified as it is in the ledger now.
 
-    What may not be run is not sent, but why.
+    If the plugin may not run, the result has the reason instead of the source.
     """
-    found = plugins.stored(connection, Plugin.id == plugin_id)
-    if not found:
+    rows = plugins.stored(connection, Plugin.id == plugin_id)
+    if not rows:
         return _refused(plugin_id, f"there is no plugin {plugin_id}")
-    plugin = found[0]
+    plugin = rows[0]
     if refusal := plugins.refusal(plugin, trust.read(connection)):
         return _refused(plugin_id, refusal)
     manifest = plugins.manifest_of(plugin.manifest)
@@ -181,19 +181,18 @@ def output_key(
     source: str, path: bytes, content_hash: str, ordinal: int,
     artifact_hash: str, topic: str, uri: str,
 ) -> str:  # fmt: skip
-    """The name of an output: facts, so that every attempt gives the same one."""
+    """The key of an output: a hash of facts, the same for every attempt."""
     return _name(source, path, content_hash, str(ordinal), artifact_hash, topic, uri)
 
 
 def slot(source: str, path: bytes, plugin: str, topic: str, uri: str) -> str:
-    """The name of what the outputs of all versions of a location share in one topic of one plugin
-    in one sink: see `OutputPlan.slot`."""
+    """The key that the outputs of all versions of a location share (see `OutputPlan.slot`)."""
     return _name(source, path, plugin, topic, uri)
 
 
 def _name(*parts: str | bytes) -> str:
-    """SHA-256, hexadecimal. Each part is preceded by its length (8 bytes, big endian): no two
-    lists of parts share a name."""
+    """SHA-256, hexadecimal. Each part is preceded by its length (8 bytes, big endian), so that
+    different lists of parts have different names."""
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")
@@ -202,57 +201,54 @@ def _name(*parts: str | bytes) -> str:
 
 
 def ledger_tag(database: Path) -> str:
-    """Marks the staged files of one ledger, since ledgers may share a sink."""
+    """Prefix of the ledger's staged files, since several ledgers may share a sink."""
     return hashlib.sha256(os.fsencode(database)).hexdigest()[:8]
 
 
-# Which jobs are tried again, and when; and what becomes of those whose Worker or daemon is gone.
+# Which jobs are tried again, and when.
 #
-#     the attempt failed    again after a pause, while attempts are left and the error may pass: one
-#                           that has come twice the same (`_repeats`) is not tried a third time
-#     its Worker is gone    what it had in hand counts an attempt; what only waited there does not
-#     the daemon is gone    no attempt counts: it has many ends, and most have nothing to do with
-#                           what it was doing. But what it had in hand is suspected, unless a Worker
-#                           that lives on has it: after two ends the job runs alone (`jobs.claim`),
-#                           and after more of them, all alone, it is FAILED as poison
+#     the attempt failed    try again after a pause while attempts are left, unless an error that
+#                           will not pass has come twice (`_repeats`)
+#     the Worker is gone    a begun attempt counts; one that only waited there does not
+#     the daemon is gone    no attempt counts, since most ends have nothing to do with a job. But a
+#                           begun job is suspected of the crash, unless its Worker still lives:
+#                           after two crashes it runs alone (`jobs.claim`), and after more of them,
+#                           alone, it is FAILED as poison
 #
-# How many more depends on the trace that the daemon left (`engine.endings`). After a crash, a kill
-# for want of memory or the machine's own end, the third is the last. Without a trace anybody may
-# have killed it: one who does so a dozen times while a job runs makes no poison of it.
+# How many more depends on the trace that the daemon left (`engine.endings`). After a crash, an OOM
+# kill or the machine's own end, the third is the last. Without a trace a user may have killed the
+# daemon, which may happen a dozen times while the same job runs.
 #
-# Where the machine itself has ended, what was in hand is not known: then all that ran is suspected.
-
+# If the machine itself ended, the marks of begun jobs may be lost: all its jobs are suspected.
 
 PAUSE_LIMIT_SECONDS = 900.0
-"""The longest pause before a job is tried again."""
+"""Longest pause before a job is tried again."""
 
 POISON_AFTER = jobs.ALONE_AFTER + 1
-"""Deaths of the daemon with a job in hand after which it is not tried again, the last with a trace
-of why."""
+"""Daemon crashes during a job after which it is not tried again, if the last left a trace."""
 
 POISON_AFTER_KILLS = 14
-"""The same, where the last left none."""
+"""The same, if the last left no trace."""
 
 SUSPECT_PAUSES = 3
-"""Deaths of the daemon up to which the pause before a suspected job's next run grows."""
+"""Daemon crashes up to which the pause before a suspected job's next run grows."""
 
-_DETERMINISTIC = {each.__name__ for each in (PluginFailed, GuestDied, JobError)}
-"""Kinds of error that come of the plugin and the bytes, where the words are the same. Not among
-them: what ran out of time, was killed from elsewhere, or lacked an environment, since the next
-attempt may find a machine that is less busy, or an index that answers."""
+_DETERMINISTIC = {error.__name__ for error in (PluginFailed, GuestDied, JobError)}
+"""Errors that plugin and bytes cause if the message repeats. Not timeouts, kills from outside or
+missing environments: at the next attempt the machine may be less busy, or the index may answer."""
 
 _VARYING = re.compile(r"\b0x[0-9a-fA-F]+\b|(?<=/)tmp\w{8}\b")
-"""What differs between two errors that are the same: addresses, and names of scratch folders."""
+"""Parts of a message that differ between equal errors: addresses, names of scratch folders."""
 
 _RECOVERY = "recovery"
 
 
 def pause_seconds(limits: JobSettings, attempts: int) -> float:
-    """Seconds before the next attempt: exponential, with full jitter, so that jobs that failed
-    together do not come back together (M. Brooker, Exponential Backoff And Jitter, 2015).
+    """Seconds before the next attempt: exponential with full jitter, so that jobs that failed
+    together do not retry together (M. Brooker, Exponential Backoff And Jitter, 2015).
 
     Args:
-        attempts: how many the job has had, the one that failed among them.
+        attempts: the job's attempts so far, including the one that failed.
     """
     longest = limits.retry_seconds * 4.0 ** min(max(attempts - 1, 0), 16)
     return random.uniform(0.0, min(longest, PAUSE_LIMIT_SECONDS))  # noqa: S311  no secret
@@ -273,14 +269,10 @@ def after_failure(connection: Connection, end: Receipt, limits: JobSettings, act
 
 
 def _repeats(end: Receipt, fault: str, error: str) -> bool:
-    """Whether an attempt failed as an earlier one did, for a reason that does not pass.
-
-    Args:
-        fault, error: of the earlier one.
-    """
+    """Whether an attempt repeats an earlier error (`fault`, `error`) that will not pass."""
     if fault != end.evidence.fault:
         return False
-    if fault == OutOfMemory.__name__:  # how much it had by then differs each time
+    if fault == OutOfMemory.__name__:  # the amounts in the message differ
         return True
     return fault in _DETERMINISTIC and _VARYING.sub("", error) == _VARYING.sub("", end.error)
 
@@ -288,11 +280,12 @@ def _repeats(end: Receipt, fault: str, error: str) -> bool:
 def begin_epoch(
     connection: Connection, limits: JobSettings, ending: Ending, guests_folder: Path
 ) -> int:
-    """Start an epoch, which is returned. What an older one left RUNNING is dead: we hold the
-    daemon lock.
+    """Start an epoch and return it; take back the RUNNING jobs of older ones.
+
+    Nobody runs them any more, since this process holds the daemon lock.
 
     Args:
-        ending: how that one ended.
+        ending: how the last daemon ended.
     """
     epoch = plugins.begin_epoch(connection)
     hands = endings.read_held(guests_folder)
@@ -310,11 +303,11 @@ def begin_epoch(
 def lose(
     connection: Connection, pairs: Iterable[Pair], hands: Set[Pair], limits: JobSettings, why: str
 ) -> None:
-    """Take their jobs from a Worker that is gone, for all that is known.
+    """Take back the jobs of a Worker that seems to be gone.
 
     Args:
-        hands: the attempts that are in somebody's hand.
-        why: which Worker, and what it did not do.
+        hands: the begun attempts (`endings.read_held`).
+        why: for the attempt: which Worker, and what happened.
     """
     for _, group in itertools.groupby(jobs.running(connection, pairs), lambda job: job.worker):
         crew = list(group)
@@ -334,8 +327,8 @@ def release(connection: Connection, pairs: Iterable[Pair], why: str) -> None:
 
 
 def _lives(worker: str) -> bool:
-    """Whether a Worker of a process of its own, on this machine, is there still: then its job
-    had no part in the daemon's end. Another process with its number is taken for it."""
+    """Whether a Worker in its own process on this machine still lives: then its job did not end the
+    daemon. Another process with the same pid is taken for it."""
     host, _, number = worker.rpartition("-")
     if host != os.uname().nodename or not number.isdecimal():
         return False
@@ -379,7 +372,7 @@ def _suspect(connection: Connection, job: Any, limits: JobSettings, ending: Endi
     if poison:
         _fail(connection, job.id, job.fence, reason, _RECOVERY)
         return
-    # Not sooner each time: what comes after it has its turn, should it be the cause.
+    # With growing pauses, so that other jobs run between two crashes.
     delay = pause_seconds(limits, min(deaths, SUSPECT_PAUSES))
     jobs.requeue(
         connection, job.id, job.fence, reason=reason, delay_seconds=delay, refund=True, crashed=True

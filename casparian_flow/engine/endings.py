@@ -1,13 +1,11 @@
-"""How the daemon before this one ended, as far as it left a trace.
+"""Find out how the last daemon ended, and which attempts it had begun.
 
-A process that dies cannot say why. Its record, made when it began, and what stands beside it tell
-three ends apart:
+A daemon writes a record at its start. The record and the files beside it distinguish three cases:
 
-    the machine     it was started anew: of what was in hand nothing is known
-    a trace         it crashed (the interpreter wrote where), or the kernel has killed something for
-                    want of memory since it began: what was in hand may well be the cause
-    no trace        somebody killed it, or it ended itself without a word: what was in hand may have
-                    done that, or have had no part in it
+    machine     the machine was rebooted; which attempts had begun is not known
+    trace       the process crashed (faulthandler wrote a traceback), or the kernel's OOM killer ran
+                since its start: a begun attempt may be the cause
+    no trace    it was killed, or ended without a message: a begun attempt may be the cause or not
 """
 
 from __future__ import annotations
@@ -30,12 +28,12 @@ log = logging.getLogger(__name__)
 
 
 class Ending(NamedTuple):
-    """What is known of the end of the daemon before this one."""
+    """How the last daemon ended."""
 
     machine: bool = False
-    """The machine has been started since: files that were not made durable may be gone."""
+    """The machine was rebooted since: files without fsync may be lost."""
     traced: bool = False
-    """It crashed, or something was killed for want of memory while it ran."""
+    """It crashed, or the OOM killer ran during its life."""
 
 
 class _Record(msgspec.Struct):
@@ -44,7 +42,7 @@ class _Record(msgspec.Struct):
 
 
 def read_ending(guests_folder: Path) -> Ending:
-    """How the last daemon of this database ended; it has ended, since we hold its lock."""
+    """How the last daemon of this database ended. The caller holds the daemon lock."""
     try:
         before = msgspec.json.decode(_record(guests_folder).read_bytes(), type=_Record)
     except (OSError, msgspec.MsgspecError):
@@ -58,9 +56,9 @@ def read_ending(guests_folder: Path) -> Ending:
 
 
 def begin_ending(guests_folder: Path) -> None:
-    """Make this daemon's own record; what an interpreter that crashes has to say comes beside it.
+    """Write this daemon's record, and have faulthandler write beside it.
 
-    Where that cannot be written the daemon starts all the same: less will be known of its end.
+    If they cannot be written, the daemon starts all the same; less will be known of its end.
     """
     try:
         _begin_ending(guests_folder)
@@ -75,7 +73,7 @@ def _begin_ending(guests_folder: Path) -> None:
     if faulthandler.is_enabled():
         os.close(trace)
     else:
-        faulthandler.enable(trace)  # it stays open as long as this process lives
+        faulthandler.enable(trace)  # stays open for the life of the process
     record = _Record(_boot(), oom_kills())
     write_once(_record(guests_folder), msgspec.json.encode(record), mode=0o600)
 
@@ -89,35 +87,32 @@ def _trace(guests_folder: Path) -> Path:
 
 
 def _boot() -> str:
-    """What names this run of the machine; empty where nothing does."""
+    """The kernel's boot id; empty if there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
 
 
-# Which attempts a Worker has begun and not ended: an empty file each, in the guests' folder.
-#
-# A process that dies cannot say what it was doing; these say it, and they tell the job that may
-# have killed it from those that only waited behind it. They are not made durable: after a power cut
-# nobody is suspected.
-
+# Markers of attempts that a Worker has begun and not ended: an empty file each, in the guests'
+# folder. They distinguish the job that may have killed the process from jobs that only waited. They
+# are not made durable, and not used after a power cut.
 
 _NAME = re.compile(r"hand-([0-9]+)-([0-9]+)")
 
 _ours: set[Path] = set()
-"""What this process has in hand."""
+"""The markers of this process."""
 
 
 @contextlib.contextmanager
 def held(folder: Path, job_id: int, fence: int) -> Iterator[None]:
-    """Have an attempt in hand while the block runs.
+    """Keep an attempt's marker while the block runs.
 
     Args:
         folder: the guests' folder.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the marker cannot be created.
     """
     file = folder / f"hand-{job_id}-{fence}"
     make_folder(folder, mode=0o700)
@@ -131,18 +126,18 @@ def held(folder: Path, job_id: int, fence: int) -> Iterator[None]:
 
 
 def read_held(folder: Path) -> set[tuple[int, int]]:
-    """(job id, fence) of every attempt that is in hand, or was when its Worker died."""
-    found = map(_NAME.fullmatch, (file.name for file in folder.glob("hand-*")))
-    return {(int(match[1]), int(match[2])) for match in found if match}
+    """(job id, fence) of every attempt with a marker: begun, or begun when its Worker died."""
+    matches = map(_NAME.fullmatch, (file.name for file in folder.glob("hand-*")))
+    return {(int(match[1]), int(match[2])) for match in matches if match}
 
 
 def forget(folder: Path, attempts: Iterable[tuple[int, int]]) -> None:
-    """Remove what a dead Worker left of these."""
+    """Remove the markers of these attempts of a dead Worker."""
     for job_id, fence in attempts:
         (folder / f"hand-{job_id}-{fence}").unlink(missing_ok=True)
 
 
 def let_go() -> None:
-    """This process is about to end itself: nothing it has in hand is to be suspected of that."""
+    """Remove this process's markers before it ends itself: no job is to be suspected."""
     for file in list(_ours):
         file.unlink(missing_ok=True)

@@ -1,13 +1,12 @@
-"""Plugins' environments on this machine: one folder a lock, shared by all plugins that have it.
+"""The cache of plugins' environments: one folder per lock, shared by all plugins with that lock.
 
-A folder holds packages and nothing that we run: no interpreter and no `pyvenv.cfg`. A wheel may
-put a file anywhere in it, and one that replaced `pyvenv.cfg` would choose the standard library
-that a guest starts with, before any sandbox is there. What we know of a folder stands beside it,
-out of a wheel's reach:
+A folder holds packages only, without an interpreter or `pyvenv.cfg`. A wheel can put a file
+anywhere in it, and a replaced `pyvenv.cfg` would choose the guest's standard library before the
+sandbox is active. The state of a folder is kept beside it, where no wheel can write:
 
     <key>/       what the guest adds to `sys.path`
-    <key>.ok     the folder is whole; its size in bytes is in it, its mtime is the last use
-    <key>.lock   held, shared, by who uses the folder, and alone by who builds or removes it
+    <key>.ok     the folder is complete; contains its size in bytes, its mtime is the last use
+    <key>.lock   flock: shared while the folder is used, exclusive while it is built or removed
 """
 
 from __future__ import annotations
@@ -41,18 +40,19 @@ log = logging.getLogger(__name__)
 
 
 SLACK_BYTES = 64 << 20
-"""What uv writes besides packages: metadata of the index, mostly."""
+"""Allowance for what uv writes besides packages, mostly metadata of the index."""
 SYNC = ("pip", "sync", "--quiet", "--require-hashes", "--no-build")
 
 
 class EnvironmentStore:
-    """The environments of this machine, each named by what is in it.
+    """The environments of this machine, each named by a hash of its lock and platform.
 
     Args:
         root: such as `config.cache_folder() / "envs"`; may be deleted while no guest runs.
-        limit_bytes: beyond it those least recently used go, but none that is leased.
-        given_up: asked while one is built whether nobody waits for it any more.
-        one_limit_bytes: a larger one is not built.
+        limit_bytes: size of all environments; the least recently used are removed, never a leased
+            one.
+        given_up: polled during a build; True cancels it.
+        one_limit_bytes: size limit of one environment.
     """
 
     def __init__(
@@ -68,16 +68,15 @@ class EnvironmentStore:
         self._one_limit_bytes = one_limit_bytes
 
     def lease(self, lock: str) -> Lease:
-        """The environment of a lock, built where it is missing; release the lease after use.
+        """Lease the environment of a lock, building it if it is missing.
 
-        Whoever asks first builds; others, threads or processes, wait for it.
+        The first caller builds it; other threads and processes wait.
 
         Raises:
             ArtifactRefused: the lock holds anything but pinned packages with hashes.
-            EnvironmentFailed: uv could not build it, or it is too large; nothing half-built is ever
-                returned.
-            Unavailable: the store's folder cannot be written or is another user's, or it was given
-                up.
+            EnvironmentFailed: uv could not build it, or it is too large.
+            Unavailable: the folder cannot be written or belongs to another user, or the build was
+                cancelled.
         """
         folder = self._root / environment_key(lock)
         try:
@@ -86,7 +85,7 @@ class EnvironmentStore:
             with contextlib.ExitStack() as undo:
                 descriptor = open_lock(folder)
                 undo.callback(os.close, descriptor)
-                # Between holding it alone and sharing it nobody does: it may be removed then.
+                # Going from the exclusive to the shared lock is not atomic: it may be removed.
                 while not in_use(folder, descriptor):
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
                     if not marker(folder).exists():
@@ -102,10 +101,10 @@ class EnvironmentStore:
 
 
 class Lease:
-    """The use of an environment: it stays as it is, in every process's eyes, until `release`.
+    """A shared lock on an environment: no process may delete or change it until `release`.
 
     Attributes:
-        python: the interpreter to run with it; none of the environment's own.
+        python: the interpreter to use, which is not part of the environment.
         site_packages: the folder to import from.
     """
 
@@ -115,11 +114,11 @@ class Lease:
         self._descriptor = descriptor
 
     def compile(self, modules: Iterable[str], seconds: float) -> None:
-        """Cache the byte code of modules that a guest imported without; see `byte_code`."""
+        """Cache the byte code of these modules; see `byte_code.compile_modules`."""
         byte_code.compile_modules(self.python, self.site_packages, modules, seconds)
 
     def release(self) -> None:
-        """Give it back; may be called twice."""
+        """Release the lock; may be called twice."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -132,23 +131,23 @@ class Lease:
 
 
 def environment_key(lock: str) -> str:
-    """What makes two environments the same one: SHA-256, hexadecimal."""
+    """The name of the environment of a lock on this platform: SHA-256, hexadecimal."""
     facts = (lock, platform.python_version(), sysconfig.get_platform(), sys.implementation.name)
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
 def marker(folder: Path) -> Path:
-    """The file that says that an environment is whole."""
+    """The file that marks an environment as complete."""
     return folder.with_suffix(".ok")
 
 
 def open_lock(folder: Path) -> int:
-    """A descriptor of its own for an environment's lock, not yet held."""
+    """Open an environment's lock file without locking it."""
     return os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def in_use(folder: Path, descriptor: int) -> bool:
-    """Share the environment's lock and note the use; False where there is no environment."""
+    """Take the shared lock and record the use; False if the environment is not complete."""
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     try:
         os.utime(marker(folder))
@@ -160,14 +159,14 @@ def in_use(folder: Path, descriptor: int) -> bool:
 def build(
     folder: Path, lock: str, descriptor: int, given_up: Callable[[], bool], limit_bytes: int
 ) -> None:
-    """Make the environment from nothing, holding its lock alone.
+    """Build the environment, under the exclusive lock.
 
-    uv holds the lock too: if this process is killed, the next one waits until uv has ended.
+    uv inherits the lock: if this process is killed, the next one waits until uv has ended.
     """
 
-    def failed(words: str) -> EnvironmentFailed:
+    def failed(output: str) -> EnvironmentFailed:
         return EnvironmentFailed(
-            f"the plugin's environment cannot be built in {folder}: {words}",
+            f"the plugin's environment cannot be built in {folder}: {output}",
             "see that the package index can be reached from here: uv is told which one by its "
             "variables or by the uv.toml of this user, not by files beside a plugin",
         )
@@ -182,11 +181,11 @@ def build(
     folder.chmod(0o700)
     command = [*SYNC, "--python", sys.executable, "--target", str(folder), "-"]
     try:
-        # In our own folder, since uv takes settings from the current one and those above it.
+        # In our own folder: uv reads settings from the current folder and those above it.
         run_uv(
             command, failed, folder=folder.parent, stdin=lock, holds=[descriptor],
             given_up=given_up,
-            write_limit_bytes=2 * limit_bytes + SLACK_BYTES,  # unpacked, and copied from there
+            write_limit_bytes=2 * limit_bytes + SLACK_BYTES,  # uv unpacks, then copies
         )  # fmt: skip
     except TooMuchWritten as error:
         clear_away(folder)
@@ -195,12 +194,11 @@ def build(
         clear_away(folder)
         raise too_large(limit_bytes)
     narrow(folder)
-    os.sync()  # or a power cut could keep the marker and lose what it vouches for
+    os.sync()  # else a power cut could keep the marker and lose files
     write_once(marker(folder), str(size).encode())
 
 
 def too_large(limit_bytes: int) -> EnvironmentFailed:
-    """The error for an environment that was not built, since it would have more than it may."""
     return EnvironmentFailed(
         f"the plugin's environment has more than {limit_bytes} bytes when it is unpacked "
         "([guest] environment_limit_bytes)",
@@ -209,7 +207,7 @@ def too_large(limit_bytes: int) -> EnvironmentFailed:
 
 
 def distrust(root: Path) -> None:
-    """Remove the environments of a folder that others could write in; they are built again."""
+    """Remove all environments of a folder that other users could write to."""
     log.warning("%s could be written by other users: its environments are built again", root)
     for folder in root.iterdir():
         if folder.is_dir() and not remove(folder):
@@ -217,18 +215,18 @@ def distrust(root: Path) -> None:
 
 
 def size_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder; one that has several names is counted once."""
+    """Bytes of all files in a folder; hard links count once."""
     sizes: dict[tuple[int, int], int] = {}
     for parent, _, names in os.walk(folder):
         for name in names:
-            look = os.lstat(os.path.join(parent, name))
-            sizes[look.st_dev, look.st_ino] = look.st_size
+            status = os.lstat(os.path.join(parent, name))
+            sizes[status.st_dev, status.st_ino] = status.st_size
     return sum(sizes.values())
 
 
 def narrow(folder: Path) -> None:
-    """Let nobody else write what is in a folder: uv's cache, which has the same files by other
-    names, may have been filled under any umask.
+    """Remove write permission of group and others: the files are hard links into uv's cache, which
+    may have been filled under any umask.
     """
     for parent, _, names in os.walk(folder):
         for path in (parent, *(os.path.join(parent, name) for name in names)):
@@ -238,7 +236,7 @@ def narrow(folder: Path) -> None:
 
 
 def evict(root: Path, limit_bytes: int) -> None:
-    """Remove what is not whole, then what was least recently used, down to the limit."""
+    """Remove incomplete environments, then the least recently used, down to the limit."""
     known: list[tuple[int, int, Path]] = []
     for folder in root.iterdir():
         if not folder.is_dir():
@@ -255,24 +253,22 @@ def evict(root: Path, limit_bytes: int) -> None:
 
 
 def remove(folder: Path) -> bool:
-    """Remove an environment, unless somebody uses, builds or removes it: then False."""
+    """Remove an environment; False if it is locked (in use, being built or removed)."""
     with os.fdopen(open_lock(folder)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        # First, and durably: half an environment is never taken for one.
+        # The marker first and durably, so that no partial environment has one.
         marker(folder).unlink(missing_ok=True)
         fsync_path(folder.parent)
         clear_away(folder)
         return True
 
 
-# The folder that a guest imports us from: the guest's side, the sdk, the sandbox, and no more.
-#
-# What is in it locks the guest down, so it is compared with what we have at each use: a byte that
-# differs, in byte code too, or a file more, and it is made anew.
-
+# The bundle: the folder that a guest imports `casparian_flow` from, with the guest's side, the sdk
+# and the sandbox only. Since its code activates the sandbox, it is compared byte by byte at each
+# use (byte code too), and made again if anything differs.
 
 BUNDLED = (
     "__init__.py",
@@ -288,15 +284,15 @@ BUNDLED = (
     "security/sandbox.py",
 )
 _UNCHECKED_HASH = (1).to_bytes(4, "little")
-"""Byte code of this kind is taken as it is: the guest does not look at times or at the source."""
+"""Flag of byte code that Python uses without checking the source or its time."""
 _MARSHAL = 2
-"""The last format without references, in which equal code is equal bytes in every process."""
+"""The last marshal format without references: equal code gives equal bytes in every process."""
 
 
 def bundle(cache: Path) -> Path:
-    """The folder that holds what a guest imports from us, and nothing else.
+    """The folder that a guest imports `casparian_flow` from.
 
-    It is made once, and again where what is found there is not what we put there.
+    Made once, and again if its content is not as expected.
 
     Args:
         cache: a folder that may be deleted at any time, such as `config.cache_folder()`.
@@ -308,20 +304,20 @@ def bundle(cache: Path) -> Path:
     folder = cache / "guest" / name
     for parent in (cache, folder.parent):
         make_private(parent)
-    wanted = _wanted(folder)
+    files = _files(folder)
     if os.path.lexists(folder):
-        if fault := _fault(folder, wanted):
+        if fault := _fault(folder, files):
             log.warning("%s was changed (%s): it is made anew", folder, fault)
         else:
             return folder
     temporary = Path(tempfile.mkdtemp(prefix=f".{name[:8]}.", dir=folder.parent))
     try:
-        _write(temporary / "new", wanted)
+        _write(temporary / "new", files)
         if os.path.lexists(folder):
             folder.rename(temporary / "old")
         (temporary / "new").rename(folder)
     except OSError:
-        if _fault(folder, wanted):  # else another process was first, with the same bytes
+        if _fault(folder, files):  # else another process was first, with the same bytes
             raise
     finally:
         clear_away(temporary)
@@ -335,20 +331,22 @@ def _sources() -> Mapping[str, bytes]:
 
 
 def _digest() -> str:
-    """Names the folder: what is in it, and for which Python its byte code is."""
+    """The bundle's name: a hash of its sources and of the Python version of its byte code."""
     python = importlib.util.MAGIC_NUMBER, sys.implementation.cache_tag, sys.flags.optimize
     return hashlib.sha256(repr((sorted(_sources().items()), python)).encode()).hexdigest()
 
 
 @functools.cache
-def _wanted(folder: Path) -> Mapping[str, bytes]:
-    """Every file of the folder by its path in it. A guest cannot write byte code: it has it."""
+def _files(folder: Path) -> Mapping[str, bytes]:
+    """Path in the folder -> content, for sources and byte code (a guest cannot write any)."""
     files = {}
     for name, source in _sources().items():
         path = f"casparian_flow/{name}"
         files[path] = source
         code = compile(source, str(folder / path), "exec", dont_inherit=True)
-        with contextlib.suppress(ValueError):  # slices, constants since 3.14: that file has none
+        with contextlib.suppress(
+            ValueError
+        ):  # Python 3.14 has slice constants, which this format cannot hold
             files[importlib.util.cache_from_source(path)] = b"".join(
                 (
                     importlib.util.MAGIC_NUMBER,
@@ -361,7 +359,7 @@ def _wanted(folder: Path) -> Mapping[str, bytes]:
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Folders that only we enter, files that nobody writes; whatever the umask is."""
+    """Write the files, with modes 0700 and 0444 whatever the umask is."""
     folder.mkdir()
     folder.chmod(0o700)
     for path, content in files.items():
@@ -376,36 +374,36 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
         file.chmod(0o444)
 
 
-def _fault(folder: Path, wanted: Mapping[str, bytes]) -> str:
-    """What differs from what we put there; empty where nothing does."""
-    return next(_faults(folder, wanted), "")
+def _fault(folder: Path, files: Mapping[str, bytes]) -> str:
+    """The first difference between a folder and these files; empty if there is none."""
+    return next(_faults(folder, files), "")
 
 
-def _faults(folder: Path, wanted: Mapping[str, bytes]) -> Iterator[str]:
-    folders = {str(parent) for path in wanted for parent in Path(path).parents}
+def _faults(folder: Path, files: Mapping[str, bytes]) -> Iterator[str]:
+    folders = {str(parent) for path in files for parent in Path(path).parents}
     waiting = ["."]
-    found = set()
+    intact = set()
     while waiting:
-        here = waiting.pop()
+        inner = waiting.pop()
         try:
-            look = os.lstat(folder / here)
-            if look.st_uid != os.geteuid() or look.st_mode & 0o777 != 0o700:
-                yield f"the owner or the mode of {here}"
-            entries = list(os.scandir(folder / here))
+            status = os.lstat(folder / inner)
+            if status.st_uid != os.geteuid() or status.st_mode & 0o777 != 0o700:
+                yield f"the owner or the mode of {inner}"
+            entries = list(os.scandir(folder / inner))
         except OSError as error:
-            yield f"{here}: {error.strerror}"
+            yield f"{inner}: {error.strerror}"
             continue
         for entry in entries:
-            path = os.path.normpath(os.path.join(here, entry.name))
+            path = os.path.normpath(os.path.join(inner, entry.name))
             if path in folders and entry.is_dir(follow_symlinks=False):
                 waiting.append(path)
-            elif path not in wanted or not entry.is_file(follow_symlinks=False):
+            elif path not in files or not entry.is_file(follow_symlinks=False):
                 yield f"{path!r} is not ours"
-            elif not _holds(entry, wanted[path]):
+            elif not _holds(entry, files[path]):
                 yield f"{path!r} has other bytes"
             else:
-                found.add(path)
-    yield from (f"{path!r} is missing" for path in sorted(set(wanted) - found))
+                intact.add(path)
+    yield from (f"{path!r} is missing" for path in sorted(set(files) - intact))
 
 
 def _holds(file: os.DirEntry[str], content: bytes) -> bool:

@@ -1,9 +1,9 @@
-"""The child's side: loads one plugin and runs it over one file after another.
+"""The guest process: loads one plugin and runs it over one file after another.
 
-Started by the bridge as `python -I -S <bundle>/casparian_flow/engine/guest.py <fd> <site-packages>
-<confinement>` with nothing open but the wire (an inherited socket) and the standard streams. Only
-the standard library is imported at the top: the plugin's environment becomes visible in `main`,
-after the process has been locked down.
+The bridge starts it as `python -I -S <bundle>/casparian_flow/engine/guest.py <fd> <site-packages>
+<confinement>`, with no open descriptors but the wire (an inherited socket) and the standard
+streams. The top of this file imports only the standard library: `main` adds the plugin's
+environment after the sandbox is active.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ if TYPE_CHECKING:
 def main(wire: socket.socket, site_packages: str, confinement: str) -> None:
     """Prepare the process, load the plugin, and serve jobs until the host hangs up."""
     os.set_inheritable(wire.fileno(), False)
-    sys.dont_write_bytecode = True  # there is nowhere to write it to
+    sys.dont_write_bytecode = True  # the environment is read-only
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
     if sys.platform == "linux":
         die_with_host(wire)
     if not locked_down(wire, json.loads(confinement)):
         return
-    # What follows runs code that is not ours: `.pth` files first of all.
+    # Foreign code runs from here on: `.pth` files are the first.
     site.addsitedir(site_packages)
     faulthandler.enable()
     for stream in (sys.stdout, sys.stderr):
-        # By lines, so that a crash loses none; a file name that is not UTF-8 can be printed.
+        # Line buffered, so that a crash loses no line. Names that are not UTF-8 can be printed.
         stream.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     serve(wire, site_packages)
 
 
 def locked_down(wire: socket.socket, confinement: dict[str, Any]) -> bool:
-    """Lock the process down and tell the host how far; False where that is not enough."""
+    """Activate the sandbox and report it to the host; False if a required layer is missing."""
     from casparian_flow.engine.frames import FrameKind, pack
     from casparian_flow.security import sandbox
 
     allowed = sandbox.Confinement(**confinement)
     level = sandbox.lock_down(allowed)
-    said = {"layers": level.layers, "missing": level.missing}
-    wire.sendall(pack(FrameKind.LOCKED, 0, json.dumps(said).encode()))
+    report = {"layers": level.layers, "missing": level.missing}
+    wire.sendall(pack(FrameKind.LOCKED, 0, json.dumps(report).encode()))
     return level.whole or allowed.mode != "required"
 
 
 def die_with_host(wire: socket.socket) -> None:
-    """Have the kernel kill this process when the thread that started it ends, however it ends.
+    """Have the kernel kill this process when the thread that started it ends.
 
-    As a subreaper it keeps the daemons a plugin may start among its descendants, where the host
-    finds them when it kills the guest.
+    It also becomes a subreaper, so that daemons started by the plugin stay its descendants, and the
+    host can kill them with the guest.
     """
     from casparian_flow.security import kernel
 
@@ -67,7 +67,7 @@ def die_with_host(wire: socket.socket) -> None:
     kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
     poll = select.poll()
     poll.register(wire, 0)
-    if poll.poll(0):  # hung up: the host ended before the kernel was told to watch it
+    if poll.poll(0):  # closed: the host ended before PR_SET_PDEATHSIG
         sys.exit("the host is gone")
 
 
@@ -101,14 +101,14 @@ def serve(wire: socket.socket, site_packages: str) -> None:
             except BaseException as error:  # noqa: BLE001
                 run.fail(error)
             else:
-                news = compiled_anew(site_packages) if len(sys.modules) > loaded else b""
+                modules = compiled_anew(site_packages) if len(sys.modules) > loaded else b""
                 loaded = len(sys.modules)
-                run.finish(news)
+                run.finish(modules)
             clear(plugin["scratch"])
 
 
 def compiled_anew(site_packages: str) -> bytes:
-    """Source files of the environment that were imported and have no byte code, as JSON."""
+    """Imported source files of the environment that have no byte code, as JSON."""
     return json.dumps(list(_without_byte_code(site_packages))).encode()
 
 
@@ -125,7 +125,7 @@ def _without_byte_code(site_packages: str) -> Iterator[str]:
 
 
 def clear(scratch: str) -> None:
-    """Leave the next job nothing of this one's in the scratch folder, where there is one."""
+    """Empty the scratch folder, if there is one, before the next job."""
     from casparian_flow import trees
 
     for name in os.listdir(scratch) if scratch else ():
@@ -137,7 +137,7 @@ def clear(scratch: str) -> None:
 
 
 def receive(incoming: BinaryIO) -> tuple[FrameKind, int, bytes]:
-    """The next frame; ends the process quietly when the host has hung up."""
+    """Read the next frame; exit if the host closed the wire."""
     from casparian_flow.engine.frames import HEADER, FrameKind
 
     header = incoming.read(HEADER.size)
@@ -148,6 +148,6 @@ def receive(incoming: BinaryIO) -> tuple[FrameKind, int, bytes]:
 
 
 if __name__ == "__main__":
-    # Held by the module, not by a frame: the host reads the wire's end as the process's end.
+    # A global, so that the wire stays open until the process ends, which the host sees by it.
     WIRE = socket.socket(fileno=int(sys.argv[1]))
     main(WIRE, sys.argv[2], sys.argv[3])

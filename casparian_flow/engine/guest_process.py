@@ -1,4 +1,4 @@
-"""What a guest's process inherits and may have, what it uses, how it ended, what it started."""
+"""Start a guest's process, measure it, find out how it ended, and kill its descendants."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from casparian_flow.protocol import Artifact, Evidence
 from casparian_flow.security.sandbox import THREADS, Confinement, InPlace
 
 ENDING_SECONDS = 0.2
-"""Between the end of a process's wire and its own end, if it is ending."""
+"""Longest time between the end of a process's wire and its exit, if it exits by itself."""
 
 _FROM_ELSEWHERE = {
     -number
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 }
-"""Exit codes of a process that somebody ended: no fault of its own raises these signals."""
+"""Exit codes of a process killed from outside: no error of its own raises these signals."""
 
 
 def environment(allowed: Confinement) -> dict[str, str]:
-    """All that a guest inherits of ours: no variable of the host's, so no secret in one."""
+    """A guest's environment, with no variable of the host, since those may hold secrets."""
     return {
         "LANG": "C.UTF-8",
         "HOME": allowed.home,
         "TMPDIR": allowed.scratch,
         "PATH": os.defpath,
-        # One job, one core: workers run side by side, and each thread reserves address space.
+        # One core per job: Workers run in parallel, and each thread reserves address space.
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
-        # What polars would read in /proc: taken for none, it spills to a disk that is not there.
+        # polars reads this in /proc, which a guest lacks; with 0 it would spill to disk.
         "POLARS_OVERRIDE_TOTAL_MEMORY_MB": str(allowed.memory_bytes >> 20),
         "POLARS_TEMP_DIR": allowed.scratch,
     }
@@ -56,7 +56,7 @@ def confinement(
     read: list[str],
     in_place: InPlace | None,
 ) -> Confinement:
-    """What a guest may have: what the plugin asks for, and no more than the limits."""
+    """A guest's rights: what the plugin asks for, within the limits."""
     return Confinement(
         mode=limits.sandbox,
         home=os.path.realpath(folder),
@@ -71,14 +71,14 @@ def confinement(
 def spawn(
     python: Path, script: Path, wire: socket, site_packages: Path, allowed: Confinement
 ) -> Popen[bytes]:
-    """Start a guest with one end of the wire, a clean environment, and nothing else of ours.
+    """Start a guest with a clean environment and no open descriptors but its end of the wire.
 
     Raises:
         OSError: it cannot be started.
     """
-    said = json.dumps(dataclasses.asdict(allowed))
+    rights = json.dumps(dataclasses.asdict(allowed))
     return Popen(
-        [python, "-I", "-S", script, str(wire.fileno()), site_packages, said],
+        [python, "-I", "-S", script, str(wire.fileno()), site_packages, rights],
         cwd=allowed.home,
         env=environment(allowed),
         pass_fds=[wire.fileno()],
@@ -91,15 +91,15 @@ def spawn(
 
 
 class Meter:
-    """Processor time and memory of another process, all its threads.
+    """Processor time and memory of another process, with all its threads.
 
     Args:
-        process: a child nobody has waited for yet.
+        process: a child that is not reaped yet.
     """
 
     def __init__(self, process: Popen[bytes]) -> None:
         self._process = process
-        # CPUCLOCK_SCHED of a process, as clock_getcpuclockid(3) makes it on Linux.
+        # The process's CPU clock, as clock_getcpuclockid(3) computes it on Linux.
         self._clock = (~process.pid << 3) | 2
         self._began = 0.0
         self._most = math.inf
@@ -107,20 +107,20 @@ class Meter:
         self._oom_kills = oom_kills()
 
     def start(self, limit_seconds: float) -> None:
-        """Count from here; it may use so much."""
+        """Begin to count; the process may use `limit_seconds` from here."""
         self._began = self._used()
         self._most = self._began + limit_seconds
 
     def charge(self, seconds: float) -> None:
-        """Count work that somebody else did for it as its own."""
+        """Add processor time that the host spent for the process."""
         self._most -= seconds
 
     def left(self) -> float:
-        """Seconds of wall clock before which it cannot have used it up, on all cores at once."""
+        """Wall clock seconds until it could reach the limit, if it used all cores."""
         return (self._most - self._used()) / (os.cpu_count() or 1)
 
     def has_ended(self) -> bool:
-        """Whether the process has ended, or ends by itself within a moment."""
+        """Whether the process has exited, or does within ENDING_SECONDS."""
         deadline = time.monotonic() + ENDING_SECONDS
         while self._process.returncode is None and sys.platform == "linux":
             try:
@@ -134,35 +134,35 @@ class Meter:
         return True
 
     def reap(self) -> None:
-        """Wait for the process and take its last word on what it used."""
+        """Wait for the process and read its total usage."""
         try:
             _, status, self._usage = os.wait4(self._process.pid, 0)
-        except ChildProcessError:  # somebody else in this process has waited for it
+        except ChildProcessError:  # reaped elsewhere in this process
             self._process.wait()
         else:
             self._process.returncode = os.waitstatus_to_exitcode(status)
 
     def cause(self, who: str, by_itself: bool) -> JobError:
-        """Why a process that was reaped ended, though it had not been asked to.
+        """The error for a reaped process that ended unasked.
 
         Args:
-            who: whose guest it was.
-            by_itself: it had ended before we killed it.
+            who: the plugin's name and version, for the message.
+            by_itself: it had ended before the host killed it.
         """
         code = self._process.returncode
-        words = exit_words(code) if by_itself else "closed the wire, and we killed it"
+        ending = exit_words(code) if by_itself else "closed the wire, and we killed it"
         hint = "see the job's log for what the plugin printed"
         if not by_itself or code not in _FROM_ELSEWHERE:
-            return GuestDied(f"the guest of {who} {words}", hint)
+            return GuestDied(f"the guest of {who} {ending}", hint)
         if code != -signal.SIGKILL:
-            return GuestKilled(f"the guest of {who} {words}", hint)
+            return GuestKilled(f"the guest of {who} {ending}", hint)
         if oom_kills() == self._oom_kills:
-            return GuestKilled(f"the guest of {who} {words}, and not by us", hint)
+            return GuestKilled(f"the guest of {who} {ending}, and not by us", hint)
         what = f"the machine had no memory left, and it held {self._rss() >> 20} MiB"
-        return OutOfMemory(f"the guest of {who} {words}: {what}", "give the plugin smaller files")
+        return OutOfMemory(f"the guest of {who} {ending}: {what}", "give the plugin smaller files")
 
     def evidence(self, batches: int, rows: int) -> Evidence:
-        """What is known of the process, for the attempt that began at `start`."""
+        """Measurements of the attempt that began at `start`."""
         code = self._process.returncode
         return Evidence(
             signal=signal_name(-code) if code is not None and code < 0 else "",
@@ -176,7 +176,7 @@ class Meter:
     def _used(self) -> float:
         if self._usage:
             return self._usage.ru_utime + self._usage.ru_stime
-        if sys.platform != "linux":  # measured nowhere else; the wall clock bounds it
+        if sys.platform != "linux":  # not measured elsewhere; the wall clock limits it
             return 0.0
         try:
             return time.clock_gettime(self._clock)
@@ -190,30 +190,30 @@ class Meter:
 
 
 def status_number(pid: int, key: bytes) -> int:
-    """A number of a process's `/proc/<pid>/status`; 0 where it has none.
+    """A number from `/proc/<pid>/status`; 0 if it is missing.
 
-    A process chooses its name, which stands there before all else: of any bytes, but for a newline,
-    which the kernel writes as `\\n`. So a key counts at the beginning of a line only.
+    Matches a key only at the start of a line: a process chooses its own name, which may contain any
+    text, but the kernel escapes a newline in it.
     """
     return _number(f"/proc/{pid}/status", rb"^%s:[ \t]+([0-9]{1,15})\b" % re.escape(key))
 
 
 def oom_kills() -> int:
-    """How often the kernel has killed a process for want of memory since it was started."""
+    """How many processes the OOM killer has killed since boot."""
     return _number("/proc/vmstat", rb"^oom_kill ([0-9]{1,15})$")
 
 
 def _number(file: str, pattern: bytes) -> int:
     try:
-        found = re.search(pattern, Path(file).read_bytes(), re.MULTILINE)
+        match = re.search(pattern, Path(file).read_bytes(), re.MULTILINE)
     except OSError:
         return 0
-    return int(found[1]) if found else 0
+    return int(match[1]) if match else 0
 
 
 def signal_name(number: int) -> str:
-    """`SIGSEGV`, or `signal 40` where it has no name."""
-    names = {int(each): each.name for each in signal.Signals}
+    """Such as `SIGSEGV`, or `signal 40` if it has no name."""
+    names = {int(known): known.name for known in signal.Signals}
     return names.get(number, f"signal {number}")
 
 
@@ -225,9 +225,9 @@ def exit_words(returncode: int) -> str:
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process that leads its group, and all below it.
+    """Kill a process group's leader, its group and its descendants.
 
-    Nobody has waited for it yet, so that its number, and its group's, is still its.
+    It must not be reaped yet, so that no other process has its pid.
     """
     kill_below(pid)
     with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -235,35 +235,32 @@ def kill_tree(pid: int) -> None:
 
 
 def kill_below(pid: int) -> None:
-    """Kill what a process has started. Once it has ended, nobody knows what that was."""
-    for each in descendants(pid):
+    """Kill a process's descendants; they cannot be found any more once it has ended."""
+    for descendant in descendants(pid):
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(each, signal.SIGKILL)
+            os.kill(descendant, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
-    """Every process below `pid`, the lowest first, as far as the kernel lists them (Linux)."""
-    found = [pid]
-    for each in found:  # it grows meanwhile
-        for listing in Path(f"/proc/{each}/task").glob("*/children"):
+    """All descendants of `pid`, the deepest first, as the kernel lists them (Linux)."""
+    tree = [pid]
+    for parent in tree:  # the loop appends to it
+        for listing in Path(f"/proc/{parent}/task").glob("*/children"):
             with contextlib.suppress(OSError):
-                found += map(int, listing.read_bytes().split())
-    return found[:0:-1]
+                tree += map(int, listing.read_bytes().split())
+    return tree[:0:-1]
 
 
-# Ends a guest that has started too many threads, whatever its host does meanwhile.
-#
-# A thread costs the kernel some 30 KiB that no limit of the guest's memory counts, and a process
-# id, of which a machine has few. The kernel holds an ordinary user's guest to a number; root's it
-# does not. So one thread of this process looks at all guests that run.
-
+# Limit of a guest's threads. A thread costs the kernel some 30 KiB that the guest's memory limit
+# does not count, and a process id. The kernel limits the threads of an ordinary user's guest, but
+# not of root's, so a thread of this process checks all running guests.
 
 LOOK_SECONDS = 0.05
-"""One that does nothing else starts some eight hundred in it, which is not yet too much to hold."""
+"""Pause between checks; a guest can start some 800 threads meanwhile, which a machine can hold."""
 
 
 class ThreadWatch:
-    """Looks at processes that nobody has waited for yet, so that their numbers stay theirs."""
+    """Watches processes that are not reaped yet, so that their pids are not reused."""
 
     def __init__(self) -> None:
         self._watched: dict[int, Callable[[], None]] = {}
@@ -271,7 +268,7 @@ class ThreadWatch:
         self._started = False
 
     def watch(self, pid: int, on_kill: Callable[[], None]) -> None:
-        """Kill this process when it has more than THREADS, until `forget`.
+        """Kill this process if it has more than THREADS threads, until `unwatch`.
 
         Args:
             on_kill: called just before, in the watching thread.
@@ -283,8 +280,8 @@ class ThreadWatch:
                 self._started = True
             self._change.notify()
 
-    def forget(self, pid: int) -> None:
-        """Look at it no more: it waits for its next job, or is about to be waited for."""
+    def unwatch(self, pid: int) -> None:
+        """Stop watching: the process waits for its next job, or is about to be reaped."""
         with self._change:
             self._watched.pop(pid, None)
 
@@ -293,7 +290,7 @@ class ThreadWatch:
             with self._change:
                 while not self._watched:
                     self._change.wait()
-            time.sleep(LOOK_SECONDS)  # first: a short job is over before anybody looks
+            time.sleep(LOOK_SECONDS)  # before the check, so that short jobs need none
             with self._change:
                 for pid in list(self._watched):
                     if status_number(pid, b"Threads") > THREADS:
@@ -303,4 +300,4 @@ class ThreadWatch:
 
 
 WATCH = ThreadWatch()
-"""The one of this process."""
+"""The instance of this process."""

@@ -1,7 +1,7 @@
-"""A version's bytes come to the guest: copied under the original name, hashed on the way.
+"""Give a guest the bytes of a version: a copy under the original name, hashed while copying.
 
-A plugin so sees exactly the bytes of its version, whatever happens to the file meanwhile, or it
-does not run at all. Names are bytes and may be any.
+The plugin gets exactly the bytes of its version, even if the file changes meanwhile, or does not
+run. File names are arbitrary bytes.
 """
 
 from __future__ import annotations
@@ -24,57 +24,57 @@ from casparian_flow.security.sandbox import InPlace
 from casparian_flow.trees import clear_away
 
 FICLONE = 0x40049409
-"""Linux's ioctl that makes one file share another's blocks; instant, where it is possible."""
+"""The ioctl that makes a file share the blocks of another (reflink)."""
 BUFFER_BYTES = 1 << 20
 PATH_MAX = 4096
-"""Bytes of a path that Linux takes in one call, the closing NUL among them."""
+"""Bytes of a path in one system call, including the closing NUL."""
 OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""Follow no symlink, wait for no FIFO's writer."""
+"""Do not follow symlinks, and do not wait for the writer of a FIFO."""
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EISDIR)
-"""What opening says of a path that is no file any more: nothing, a symlink, a socket, a folder."""
+"""Errors of opening a path that is no regular file any more: missing, symlink, socket, folder."""
 
 
 def place(path: bytes, inbox: Path, name: bytes, expected_hash: str, *, link: bool = False) -> Path:
-    """Copy a version's bytes to `inbox/<name>`, read-only; a file left there before goes.
+    """Copy a version's bytes to `inbox/<name>`, read-only, replacing an earlier file.
 
     Args:
         path: the location's file, or the version's snapshot; absolute.
         inbox: the guest's inbox; it must exist.
-        name: the file's own name, without a folder.
+        name: the file's name without a folder.
         expected_hash: SHA-256 of the version, hexadecimal.
-        link: rather than to copy them, give the file itself another name, where its blocks
-            cannot be shared. For a large snapshot; never for a person's file, whose ctime moves.
+        link: hard link instead of copying if blocks cannot be shared. For large snapshots only: it
+            changes the ctime.
 
     Raises:
-        Superseded: the file is gone, is no regular file, or holds other bytes.
+        Superseded: the file is missing, is not a regular file, or has other bytes.
         Unavailable: it cannot be read, or the inbox cannot be written.
     """
     with opened(path) as source, io_faults(f"cannot copy {os.fsdecode(path)!r} to {inbox}"):
-        placed = inbox / os.fsdecode(name)
-        clear(placed)
+        target = inbox / os.fsdecode(name)
+        clear(target)
         try:
-            digest = copy(source, placed, link)
+            digest = copy(source, target, link)
             if digest != expected_hash:
                 raise gone(path, f"its content is now {digest[:12]}, not {expected_hash[:12]}")
         except BaseException:
-            clear(placed)
+            clear(target)
             raise
-        return placed
+        return target
 
 
-def clear(placed: Path) -> None:
-    """Remove what `place` made, or what a plugin put in its place."""
+def clear(target: Path) -> None:
+    """Remove a file of `place`, or whatever a plugin put at its path."""
     try:
-        placed.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
     except OSError:
-        clear_away(placed)
+        clear_away(target)
 
 
 def hash_file(path: bytes) -> str:
-    """SHA-256 of a file's bytes, hexadecimal, read while nobody changed it.
+    """SHA-256 of a file, hexadecimal.
 
     Raises:
-        Superseded: the file is gone, is no regular file, or changed while it was read.
+        Superseded: the file is missing, is not a regular file, or changed while it was read.
         Unavailable: it cannot be read.
     """
     with opened(path) as source:
@@ -82,7 +82,7 @@ def hash_file(path: bytes) -> str:
 
 
 def hash_opened(source: FileIO, path: bytes) -> str:
-    """`hash_file` of a file that was opened at `path`."""
+    """`hash_file` for a file that is already open."""
     with io_faults(f"cannot read {os.fsdecode(path)!r}"):
         before = stamp(source)
         digest = hashlib.file_digest(source, "sha256").hexdigest()
@@ -93,7 +93,7 @@ def hash_opened(source: FileIO, path: bytes) -> str:
 
 @contextlib.contextmanager
 def opened(path: bytes) -> Iterator[FileIO]:
-    """The regular file at `path`, for reading."""
+    """Open the regular file at `path` for reading."""
     with io_faults(f"cannot open {os.fsdecode(path)!r}"):
         try:
             file = FileIO(path, "rb", opener=lambda name, _: open_any(os.fsencode(name), OPEN))
@@ -108,35 +108,35 @@ def opened(path: bytes) -> Iterator[FileIO]:
 
 
 def open_any(path: bytes, flags: int) -> int:
-    """`os.open` for an absolute path of any length: component by component past the kernel's."""
+    """`os.open` for an absolute path of any length; beyond PATH_MAX, folder by folder."""
     if len(path) < PATH_MAX:
         return os.open(path, flags)
     *folders, name = path.strip(b"/").split(b"/")
-    here = os.open(b"/", os.O_RDONLY | os.O_CLOEXEC)
+    parent = os.open(b"/", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for folder in folders:
-            deeper = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=here)
-            os.close(here)
-            here = deeper
-        return os.open(name, flags, dir_fd=here)
+            child = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
+            os.close(parent)
+            parent = child
+        return os.open(name, flags, dir_fd=parent)
     finally:
-        os.close(here)
+        os.close(parent)
 
 
 def clone(source: FileIO, target: FileIO) -> bool:
-    """Have an empty file share all blocks of another; False where the filesystem cannot."""
+    """Make an empty file share all blocks of another; False if the filesystem cannot."""
     try:
         fcntl.ioctl(target, FICLONE, source.fileno())
-    except OSError:  # another filesystem, or one that cannot share
+    except OSError:  # different filesystems, or no support
         return False
     return True
 
 
 def copy(source: FileIO, target: Path, link: bool = False) -> str:
-    """Fill a new file from `source`, or make it another name of it; the SHA-256 of what it holds.
+    """Copy `source` to a new file by reflink, hard link or read; returns its SHA-256.
 
     Args:
-        link: give the other name where the blocks cannot be shared.
+        link: hard link instead of reading if blocks cannot be shared.
     """
     with open(target, "x+b", buffering=0) as file:
         os.fchmod(file.fileno(), 0o400)
@@ -151,7 +151,7 @@ def copy(source: FileIO, target: Path, link: bool = False) -> str:
 
 
 def copy_bytes(source: FileIO, target: FileIO) -> str:
-    """Copy through one buffer; the SHA-256 of what passed."""
+    """Copy through one buffer; returns the SHA-256 of the bytes."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(BUFFER_BYTES))
     while count := os.readv(source.fileno(), [buffer]):
@@ -163,13 +163,13 @@ def copy_bytes(source: FileIO, target: FileIO) -> str:
 
 
 def stamp(file: FileIO) -> tuple[int, int, int]:
-    """What changes when a file is written to."""
-    look = os.fstat(file.fileno())
-    return look.st_size, look.st_mtime_ns, look.st_ctime_ns
+    """Size, mtime and ctime, which change when a file is written."""
+    status = os.fstat(file.fileno())
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def gone(path: bytes, why: str) -> Superseded:
-    """The error of a version whose bytes are no more."""
+    """The error for a version whose bytes do not exist any more."""
     return Superseded(
         f"the bytes of this version are gone: {os.fsdecode(path)!r}: {why}",
         "nothing to do: what the file holds now is a version of its own after the next scan",
@@ -178,51 +178,48 @@ def gone(path: bytes, why: str) -> Superseded:
 
 @contextlib.contextmanager
 def io_faults(what: str) -> Iterator[None]:
-    """Faults of the disk or of permissions are ours to wait out, not the job's."""
+    """Turn OSErrors into Unavailable: the job waits, and no attempt counts."""
     try:
         yield
     except OSError as error:
         raise Unavailable(f"{what}: {error.strerror or error}") from error
 
 
-# Where a guest finds the bytes of its job: in its inbox, or, of a large file, in place.
-
-
 class BadSnapshot(Exception):
-    """A version's snapshot is not there, not whole or not readable; its file may be."""
+    """A version's snapshot is missing, damaged or unreadable; the original file may be usable."""
 
 
 @contextlib.contextmanager
 def proved(job: Assignment) -> Iterator[InPlace]:
-    """A file too large to copy, which is the version: what a guest may be given to read in place.
+    """Check that a file too large to copy has the version's bytes, for a guest to read in place.
 
     Raises:
-        Superseded, Unavailable: as `inbox.hash_file`.
+        Superseded, Unavailable: as `hash_file`.
     """
-    with opened(job.path) as file:  # open until the end: no other file gets its inode
+    with opened(job.path) as file:  # stays open, so that no other file gets its inode
         _expect(job, hash_opened(file, job.path))
-        look = os.fstat(file.fileno())
-        yield InPlace(os.fsdecode(job.path), look.st_dev, look.st_ino)
+        status = os.fstat(file.fileno())
+        yield InPlace(os.fsdecode(job.path), status.st_dev, status.st_ino)
 
 
 @contextlib.contextmanager
 def placed(job: Assignment, folder: Path, copy_limit: int) -> Iterator[FileInfo]:
-    """The version's bytes where the guest can read them, and nothing but those bytes.
+    """Provide exactly the version's bytes where the guest can read them.
 
     Args:
         folder: the guest's inbox.
-        copy_limit: a file with more bytes is not copied: its snapshot gets a second name in the
-            inbox, or it is read in place, where the caller has `proved` it before.
+        copy_limit: larger files are not copied: the snapshot is linked into the inbox, or the file
+            is read in place, which the caller has checked with `proved`.
 
     Raises:
-        BadSnapshot: the job has a snapshot that cannot be used; nothing has run.
-        Superseded, Unavailable: as `inbox.place`.
+        BadSnapshot: the job's snapshot cannot be used; the plugin has not run.
+        Superseded, Unavailable: as `place`.
     """
     name = job.path.rpartition(b"/")[2]
     large = job.size_bytes > copy_limit
     if large and not job.snapshot:
         yield _file(job, Path(os.fsdecode(job.path)))
-        _expect(job, hash_file(job.path))  # it may have been written to meanwhile
+        _expect(job, hash_file(job.path))  # it may have changed during the run
         return
     path = os.fsencode(job.snapshot) or job.path
     try:

@@ -1,7 +1,8 @@
-"""A plugin's lock: made once, when it is published, and checked by everyone who gets one.
+"""Make and check a plugin's lock, and check that it has what the plugin imports.
 
-A lock is the text of a requirements file: every package pinned, every wheel's hash listed, and
-nothing else. uv resolves; sources are never built, since building runs their code.
+A lock is the text of a requirements file: pinned packages with the hashes of their wheels, and
+nothing else. `publish` makes it with uv, and every reader checks it. Sources are never built, since
+building runs their code.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ from casparian_flow import config
 from casparian_flow.errors import CasparianError, PluginError, Unavailable
 
 PYARROW = "pyarrow>=23.0.1"
-"""What the guest itself needs; older ones have holes that hostile data gets through."""
+"""What the guest itself needs; older versions have vulnerabilities to hostile data."""
 DEFAULT = ("pandas>=2.2", PYARROW)
-"""The environment of a plugin that declares none."""
+"""The dependencies of a plugin that declares none."""
 COMPILE = ("pip", "compile", "--universal", "--generate-hashes", "--no-build")
 EXPORT = ("export", "--frozen", "--no-emit-project", "--no-dev")
-"""Frozen, or else uv runs the interpreter that it finds in a `.venv` beside the plugin."""
+"""`--frozen`: else uv runs the interpreter of a `.venv` beside the plugin."""
 SAFE = ("--keyring-provider", "disabled", "--no-python-downloads")
-"""Whatever a `uv.toml` says: uv asks no program for passwords, and fetches no interpreter."""
+"""Whatever a `uv.toml` says, uv runs no keyring program and downloads no interpreter."""
 PLAIN = ("--quiet", "--no-header", "--no-annotate")
 SCRIPT_BLOCK = re.compile(r"(?m)^# /// script\s*$\n(?P<body>(?:^#(?:| .*)$\n)+?)^# ///\s*$")
-"""PEP 723's own expression, for blocks of the type it defines."""
+"""The regular expression of PEP 723, for blocks of type `script`."""
 LOOK_SECONDS = 0.2
 ERROR_LINES = 12
-"""Lines of uv's complaint that are shown; its reason comes last."""
+"""Last lines of uv's error output that are shown."""
 LOCK_LIMIT = 1 << 20
 """Bytes; some three hundred packages."""
 PIN = re.compile(
@@ -57,11 +58,11 @@ HASH = re.compile(r" --hash=sha256:[0-9a-f]{64}(?= |$)")
 
 
 WRITE_LIMIT_BYTES = 24 << 30
-"""What uv may write while it resolves: where an index gives no metadata it unpacks wheels."""
+"""Limit while uv resolves: it unpacks wheels if an index has no metadata."""
 
 
 class TooMuchWritten(PluginError):
-    """uv wrote more than it may, and was killed."""
+    """uv wrote more than its limit and was killed."""
 
 
 class Pin(NamedTuple):
@@ -70,18 +71,18 @@ class Pin(NamedTuple):
     name: str
     version: str
     marker: str
-    """Where it is needed, as PEP 508 writes it; empty: everywhere."""
+    """Environment marker of PEP 508; empty: everywhere."""
 
 
 def lock_dependencies(plugin: Path) -> str:
-    """Pin what a plugin needs, with hashes, for every platform; the lock's text.
+    """Pin a plugin's dependencies, with hashes, for every platform; returns the lock's text.
 
-    Taken from the plugin's PEP 723 block, else from the `uv.lock` or the `pyproject.toml` beside
-    it, else the default environment. pyarrow is added, for the guest, to all but a `uv.lock`.
+    Dependencies come from the plugin's PEP 723 block, else from the `uv.lock` or `pyproject.toml`
+    beside it, else from DEFAULT. pyarrow is added for the guest, except to a `uv.lock`.
 
     Raises:
-        PluginError: the declaration is broken, does not fit this Python, cannot be resolved, or
-            names what has no pin and no hash, such as a URL.
+        PluginError: the declaration is invalid, does not fit this Python, cannot be resolved, or
+            has a dependency without pin and hash, such as a URL.
     """
     lock = resolved(plugin)
     check_lock(lock, f"the lock of {plugin}")
@@ -89,15 +90,15 @@ def lock_dependencies(plugin: Path) -> str:
 
 
 def check_lock(lock: str, what: str) -> list[Pin]:
-    """Read a lock, which may be a stranger's: pinned packages with hashes, and nothing else.
+    """Parse an untrusted lock: pinned packages with hashes, and nothing else.
 
-    No option, URL, path or comment gets through to uv, and nothing that only looks like one line.
+    Options, URLs, paths and comments are refused, so that uv never gets them.
 
     Args:
-        what: whose lock it is, for the message.
+        what: the lock's owner, for the message.
 
     Raises:
-        PluginError: it holds anything else, nothing, or too much; the message says the line.
+        PluginError: the lock holds anything else, nothing, or too much; the message has the line.
     """
     if len(lock) > LOCK_LIMIT:
         raise PluginError(
@@ -116,14 +117,14 @@ def check_lock(lock: str, what: str) -> list[Pin]:
 
 
 def read_pin(requirement: str, where: str) -> Pin:
-    """One requirement of a lock, which goes on over lines that end in a backslash."""
+    """Parse one requirement of a lock; its lines end in a backslash, except the last."""
     text = re.sub(r" \\\n +", " ", requirement)
-    found = PIN.fullmatch(text)
+    match = PIN.fullmatch(text)
     hint = "depend on versions that a package index has as wheels, and publish the plugin again"
-    if not found:
+    if not match:
         shown = HASH.sub("", text)[:80]
         raise PluginError(f"{where}: {shown!a} is not a pinned package with its hashes", hint)
-    name, version, marker = found["name"], found["version"], found["marker"] or ""
+    name, version, marker = match["name"], match["version"], match["marker"] or ""
     try:
         Version(version)
         if marker:
@@ -135,26 +136,26 @@ def read_pin(requirement: str, where: str) -> Pin:
 
 
 def declared(plugin: Path) -> set[str]:
-    """The names of the packages that a plugin asks for itself, normalised.
+    """The normalised names of the packages that a plugin itself declares.
 
     Raises:
-        PluginError: it cannot be read, or its metadata is not TOML.
+        PluginError: the plugin cannot be read, or its metadata is not TOML.
     """
     script = script_block(plugin)
     project = plugin.with_name("pyproject.toml")
-    found: object = list(DEFAULT)
+    dependencies: object = list(DEFAULT)
     if script is not None:
-        found = script.get("dependencies")
+        dependencies = script.get("dependencies")
     elif project.is_file():
         table = parse_toml(project, project.read_text("utf-8")).get("project")
-        found = table.get("dependencies") if isinstance(table, dict) else None
-    texts = map(str, found) if isinstance(found, list) else ()
+        dependencies = table.get("dependencies") if isinstance(table, dict) else None
+    texts = map(str, dependencies) if isinstance(dependencies, list) else ()
     names = [re.match(r"[A-Za-z0-9._-]+", text.strip()) for text in (*texts, PYARROW)]
     return {canonicalize_name(name[0]) for name in names if name}
 
 
 def resolved(plugin: Path) -> str:
-    """What uv makes of the plugin's own declaration, or of none."""
+    """The lock's text, not yet checked."""
     project = plugin.with_name("pyproject.toml")
     script = script_block(plugin)
     if script is not None:
@@ -168,28 +169,28 @@ def resolved(plugin: Path) -> str:
 
 
 def resolve(plugin: Path, extra: Sequence[str], *declared: Path) -> str:
-    """Pin these requirements and those that the declaring files list."""
+    """Pin the `extra` requirements and those of the `declared` files."""
     command = [*COMPILE, *PLAIN, "--python", sys.executable, "-", *map(str, declared)]
     return run_uv(command, cannot_lock(plugin), stdin="\n".join(extra), folder=plugin.parent)
 
 
 def export(plugin: Path) -> str:
-    """The pins of the `uv.lock` beside the plugin, as they are."""
+    """The pins of the `uv.lock` beside the plugin."""
     lock = run_uv([*EXPORT, *PLAIN], cannot_lock(plugin), folder=plugin.parent)
     pinned = re.search(r"(?m)^pyarrow==([^\s;]+)", lock)
     if not pinned or not SpecifierSet(PYARROW.removeprefix("pyarrow")).contains(pinned[1]):
-        found = pinned[0] if pinned else "no pyarrow"
+        present = pinned[0] if pinned else "no pyarrow"
         raise PluginError(
-            f"{plugin.with_name('uv.lock')} has {found}, and the guest needs {PYARROW}",
+            f"{plugin.with_name('uv.lock')} has {present}, and the guest needs {PYARROW}",
             f"uv add '{PYARROW}'",
         )
     return lock
 
 
 def cannot_lock(plugin: Path) -> Callable[[str], PluginError]:
-    """The error of a resolution that failed, around uv's own words."""
-    return lambda words: PluginError(
-        f"the dependencies of {plugin} cannot be locked: {words}",
+    """Makes the error for a failed resolution from uv's output."""
+    return lambda output: PluginError(
+        f"the dependencies of {plugin} cannot be locked: {output}",
         "only packages that have wheels can be used; mend the plugin's dependencies",
     )
 
@@ -204,20 +205,21 @@ def run_uv(
     given_up: Callable[[], bool] = lambda: False,
     write_limit_bytes: int = WRITE_LIMIT_BYTES,
 ) -> str:
-    """Run uv to its end; what it printed. It sees our environment: the index is the user's.
+    """Run uv with the user's environment, hence the user's index; returns its output.
 
-    It finds programs of the system only, and is killed once it has written too much: a wheel may
-    be a thousand times as large as its archive, and uv unpacks it into its own cache.
+    uv finds only programs of the system, and is killed if it writes too much: an unpacked wheel can
+    be a thousand times as large as its archive.
 
     Args:
-        folder: where it runs; it reads the configuration that it finds there and above.
-        holds: descriptors that it keeps open, even when this process ends before it.
-        given_up: asked every LOOK_SECONDS whether it is to be killed.
-        write_limit_bytes: beyond it uv is killed, where the system counts what it writes.
+        failed: makes the error from uv's error output.
+        folder: current folder of uv, which reads configuration from there and above.
+        holds: descriptors that uv inherits, and holds even if this process ends first.
+        given_up: polled every LOOK_SECONDS; True kills uv.
+        write_limit_bytes: uv is killed if it writes more, on systems that count it.
 
     Raises:
-        TooMuchWritten: uv wrote more than it may.
-        Unavailable: it was given up.
+        TooMuchWritten: uv wrote more than the limit.
+        Unavailable: `given_up` returned True.
     """
     command = [uv.find_uv_bin(), *arguments, *SAFE]
 
@@ -235,13 +237,13 @@ def run_uv(
         env=config.uv_environment(), umask=0o077,
     ) as process:  # fmt: skip
         try:
-            said, complaint = _communicate(process, stdin, check)
+            output, errors = _communicate(process, stdin, check)
         except BaseException:
             process.kill()
             raise
     if process.returncode:
-        raise failed("\n".join(complaint.strip().splitlines()[-ERROR_LINES:]))
-    return said
+        raise failed("\n".join(errors.strip().splitlines()[-ERROR_LINES:]))
+    return output
 
 
 def _communicate(
@@ -251,21 +253,21 @@ def _communicate(
         try:
             return process.communicate(stdin, LOOK_SECONDS)
         except subprocess.TimeoutExpired:
-            stdin = None  # it is kept for the next call
+            stdin = None  # Popen keeps it for the next call
             check()
 
 
 def _written(pid: int) -> int:
-    """Bytes that a process of ours has written so far; 0 where the system does not say."""
+    """Bytes that a child has written so far; 0 if the system does not count them."""
     try:
-        counted = re.search(rb"^wchar: (\d+)$", Path(f"/proc/{pid}/io").read_bytes(), re.MULTILINE)
+        match = re.search(rb"^wchar: (\d+)$", Path(f"/proc/{pid}/io").read_bytes(), re.MULTILINE)
     except OSError:
         return 0
-    return int(counted[1]) if counted else 0
+    return int(match[1]) if match else 0
 
 
 def script_block(plugin: Path) -> dict[str, object] | None:
-    """The plugin's PEP 723 metadata; None where it has none."""
+    """The plugin's PEP 723 metadata; None if it has none."""
     try:
         text = plugin.read_text("utf-8", errors="replace")
     except OSError as error:
@@ -280,7 +282,7 @@ def script_block(plugin: Path) -> dict[str, object] | None:
 
 
 def parse_toml(file: Path, text: str) -> dict[str, object]:
-    """The tables in this text, which stands in `file`."""
+    """Parse TOML text; `file` is for the message."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -288,7 +290,7 @@ def parse_toml(file: Path, text: str) -> dict[str, object]:
 
 
 def check_python(file: Path, requires: object) -> None:
-    """Refuse a `requires-python` that the Python running this does not meet."""
+    """Raise PluginError unless the running Python meets `requires-python`."""
     if requires is None:
         return
     ours = platform.python_version()
@@ -303,8 +305,7 @@ def check_python(file: Path, requires: object) -> None:
         )
 
 
-# What a plugin imports, held against what its environment has; nothing is imported to know it.
-
+# Compare a plugin's imports with the packages of its environment, without importing anything.
 
 ALWAYS = sys.stdlib_module_names | {"casparian_flow"}
 OPTIONAL = {"ImportError", "ModuleNotFoundError"}
@@ -315,27 +316,27 @@ class Import(NamedTuple):
 
     line: int
     name: str
-    """Its top level; with its dots where it is relative."""
+    """The top-level name; with its dots for a relative import."""
 
 
 def check_imports(plugin: Path, source: bytes, site_packages: Path) -> list[str]:
-    """Refuse a plugin that imports what its environment does not have.
+    """Check that the environment has every package that a plugin imports.
 
     Args:
-        source: the plugin's bytes, parsed before.
+        source: the plugin's bytes; they parse.
         site_packages: the environment's folder, leased.
 
     Returns:
-        What the author should know, in words: packages that are there for another's sake only.
+        Warnings about imported packages that the plugin does not declare itself.
 
     Raises:
-        PluginError: an import would fail; the message says which, and on what line.
+        PluginError: an import would fail; the message has its name and line.
     """
     missing, indirect = undeclared(source, site_packages, declared(plugin))
     if missing:
-        found = ", ".join(f"line {line} imports {name}" for line, name in missing)
+        listed = ", ".join(f"line {line} imports {name}" for line, name in missing)
         raise PluginError(
-            f"{plugin.name} {found}, which its environment does not have",
+            f"{plugin.name} {listed}, which its environment does not have",
             advice(plugin, missing[0].name),
         )
     return [
@@ -348,30 +349,30 @@ def check_imports(plugin: Path, source: bytes, site_packages: Path) -> list[str]
 def undeclared(
     source: bytes, site_packages: Path, names: set[str]
 ) -> tuple[list[Import], list[Import]]:
-    """The imports that would fail, and those that only another package's needs make work.
+    """The imports that would fail, and those of packages that only other packages depend on.
 
-    Not counted are imports that may fail (under `except ImportError` or `suppress(ImportError)`)
-    or never run (under `TYPE_CHECKING`), the standard library, and `casparian_flow`.
+    Ignores the standard library, `casparian_flow`, and imports that may fail (`except ImportError`,
+    `suppress(ImportError)`) or never run (`if TYPE_CHECKING`).
 
     Args:
-        names: the packages that the plugin declares, normalised.
+        names: normalised names of the packages that the plugin declares.
     """
     first: dict[str, Import] = {}
-    for found in sorted(imports(source)):
-        if found.name not in ALWAYS:
-            first.setdefault(found.name, found)
-    missing = [found for found in first.values() if not available(found.name, site_packages)]
+    for used in sorted(imports(source)):
+        if used.name not in ALWAYS:
+            first.setdefault(used.name, used)
+    missing = [used for used in first.values() if not available(used.name, site_packages)]
     providers = packages(site_packages)
     indirect = [
-        found
-        for found in first.values()
-        if found not in missing and found.name in providers and not providers[found.name] & names
+        used
+        for used in first.values()
+        if used not in missing and used.name in providers and not providers[used.name] & names
     ]
     return missing, indirect
 
 
 def imports(source: bytes) -> Iterator[Import]:
-    """Every import that a plugin depends on, in functions too, in no order."""
+    """Every import that a plugin depends on, also in functions, unordered."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         waiting: list[ast.AST] = [ast.parse(source)]
@@ -396,27 +397,27 @@ def imports(source: bytes) -> Iterator[Import]:
 
 
 def may_fail(caught: ast.expr | None) -> bool:
-    """Whether what is caught names ImportError; a bare `except` hides more than it means to."""
+    """Whether the caught expression names ImportError; a bare `except` does not count."""
     nodes = ast.walk(caught) if caught else ()
     return any(isinstance(node, ast.Name) and node.id in OPTIONAL for node in nodes)
 
 
 def available(name: str, site_packages: Path) -> bool:
-    """Whether an environment has a module at its top; by the names of its files alone."""
+    """Whether an environment has a top-level module, by its file names."""
     return not name.startswith(".") and bool(PathFinder.find_spec(name, [str(site_packages)]))
 
 
 def packages(site_packages: Path) -> dict[str | None, set[str]]:
-    """For each name that can be imported, the packages that have a part in it, normalised."""
-    found: defaultdict[str | None, set[str]] = defaultdict(set)
+    """Top-level module -> the normalised names of the packages that provide it."""
+    providers: defaultdict[str | None, set[str]] = defaultdict(set)
     for distribution in distributions(path=[str(site_packages)]):
         for name in top_level(distribution):
-            found[name].add(canonicalize_name(distribution.name))
-    return found
+            providers[name].add(canonicalize_name(distribution.name))
+    return providers
 
 
 def top_level(distribution: Distribution) -> set[str | None]:
-    """What a package puts at the top; None stands for what is no module."""
+    """The top-level modules of a package; None for other files."""
     return {
         file.parts[0] if len(file.parts) > 1 else getmodulename(file.name)
         for file in distribution.files or ()
@@ -424,7 +425,7 @@ def top_level(distribution: Distribution) -> set[str | None]:
 
 
 def advice(plugin: Path, name: str) -> str:
-    """What the author of a missing import can do."""
+    """The hint for a missing import."""
     if name.startswith("."):
         return "a plugin is one file: move what it imports into it, or into a package"
     if plugin.with_name(f"{name}.py").is_file():

@@ -1,8 +1,8 @@
-"""Running assigned jobs: a version's bytes into a guest, the guest's batches into sealed stages.
+"""Run assigned jobs: start a guest, run it over a version's bytes, and stage its batches.
 
-Blocking code for one long-lived thread of a worker. Guests stay warm between jobs, one for each
-plugin version, least recently used out first. Several jobs are sealed together, because the disk
-makes ten files durable in little more time than one.
+Blocking code for one long-lived thread of a Worker. Guests stay warm between jobs, one for each
+plugin version; the least recently used is closed first. Several jobs are sealed (made durable)
+together, since a disk syncs ten files in little more time than one.
 """
 
 from __future__ import annotations
@@ -57,36 +57,36 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Seat:
-    """A warm guest, the folder it lives in, and its environment."""
+    """A warm guest, its folder, and the lease on its environment."""
 
     guest: Guest
     folder: Path
     lease: Lease
 
     def keep_byte_code(self) -> None:
-        """Have what the first guest of an environment compiled at hand for those after it.
+        """Cache byte code of the modules that the guest compiled, for the next guests.
 
-        It takes of the time that the guest has left. Without it a job is slower, and no less done.
+        Uses what is left of the guest's time. A failure only makes later jobs slower.
         """
         modules, self.guest.compiled_anew = self.guest.compiled_anew, []
         if modules:
             try:
                 self.lease.compile(modules, self.guest.seconds_left)
-            except Exception:  # which modules is the guest's word
+            except Exception:  # the names come from the guest
                 log.exception("byte code of %s was not cached", self.lease.site_packages)
 
     def leave(self) -> None:
-        """Let the guest go; what goes wrong then costs no more than a line in the log."""
+        """Close the guest, remove its folder, release its lease; errors are only logged."""
         for step in (self.guest.close, partial(clear_away, self.folder), self.lease.release):
             try:
                 step()
-            except Exception:  # it had a guest's folder or process in hand
+            except Exception:  # a plugin may leave anything in its folder
                 log.exception("a guest's leavings in %s were not cleared", self.folder)
 
 
 @dataclass
 class _Ran:
-    """A job that ran; where it came to its end, its stages wait to be sealed."""
+    """A finished attempt; if it succeeded, its stages are to be sealed."""
 
     job: Assignment
     stages: list[Stage] = field(default_factory=list)
@@ -98,11 +98,10 @@ class _Ran:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """The one place that every exception of an attempt comes to: the first one ends it.
+        """Catch every exception of the block; the first becomes the attempt's fault.
 
-        All that has to do with a guest is done in here. What a guest says, does or leaves behind
-        can make any step of ours fail, in ways that nobody has foreseen; an exception that went
-        further would end the worker, and the daemon with it.
+        All work with a guest runs in here: its messages, actions and files can make any step fail
+        in unforeseen ways, and an uncaught exception would end the Worker and the daemon.
         """
         try:
             yield
@@ -122,11 +121,11 @@ class _Ran:
 
 
 class Runner:
-    """Runs batches of jobs, one at a time, on the thread that calls it.
+    """Runs batches of jobs, one job at a time, on the calling thread.
 
     Args:
-        welcome: what the Sentinel said when it let this worker in.
-        cache: where environments and the guest's files are kept.
+        welcome: the Sentinel's settings for this Worker.
+        cache: folder for environments and the guest's files.
     """
 
     def __init__(self, welcome: Welcome, cache: Path) -> None:
@@ -137,17 +136,17 @@ class Runner:
         self._killed = threading.Event()
         self._lock = threading.Lock()
         self._current: tuple[int, int] | None = None
-        """The attempt that runs, as job id and fence."""
+        """The current attempt: (job id, fence)."""
         self._running: Guest | None = None
-        """What runs it, while it does; with `_lock` held it stays so."""
+        """The guest that is running it. Guarded by `_lock`."""
         self._used: Guest | None = None
-        """The guest that ran it last; its log may wait to be taken."""
+        """The guest that ran it, whose log is to be taken."""
         self._rejects: Rejects | None = None
-        """What the current attempt has given so far."""
+        """Rows and rejects of the current attempt so far."""
         self._revoked: set[tuple[int, int]] = set()
 
     def follow(self, welcome: Welcome) -> None:
-        """Serve this Sentinel, under its settings: a new one has swept away the guests we had."""
+        """Serve this Sentinel, under its settings. A new one has removed the guests' folders."""
         self.close()
         self._welcome = welcome
         self._limits = welcome.limits
@@ -158,12 +157,12 @@ class Runner:
         )  # fmt: skip
 
     def run(self, jobs: Sequence[tuple[Assignment, Artifact]]) -> list[Receipt]:
-        """Run each job, then seal what they staged; one receipt a job, in their order."""
+        """Run each job, then seal their stages; one receipt a job, in their order."""
         outcomes = [self._attempt(job, artifact) for job, artifact in jobs]
         with self._lock:
-            over = self._revoked & {(job.job_id, job.fence) for job, _ in jobs}
-            self._revoked -= over
-        outcomes = [_kept(outcome, over) for outcome in outcomes]
+            revoked = self._revoked & {(job.job_id, job.fence) for job, _ in jobs}
+            self._revoked -= revoked
+        outcomes = [_without(outcome, revoked) for outcome in outcomes]
         stages = [stage for o in outcomes if isinstance(o, _Ran) for stage in o.stages]
         try:
             sealed = iter(sinks.seal(stages))
@@ -174,9 +173,9 @@ class Runner:
             return [_failed(o, fault) if isinstance(o, _Ran) else o for o in outcomes]
 
     def halt(self, kill: bool = False) -> None:
-        """From another thread: start no further job, and with `kill` end the one that runs.
+        """From another thread: start no further job, and with `kill` end the current one.
 
-        Jobs that were not begun, or were ended so, are released.
+        Jobs that did not begin, or were ended so, are released.
         """
         self._halted.set()
         if not kill:
@@ -189,7 +188,7 @@ class Runner:
     def revoke(self, attempts: Set[tuple[int, int]]) -> None:
         """From another thread: end these attempts (job id, fence), or do not begin them.
 
-        They were taken from us: their receipts say Released, and they leave no stage.
+        The Sentinel took them back: their receipts are RELEASED, and their stages are removed.
         """
         with self._lock:
             self._revoked |= attempts
@@ -197,13 +196,13 @@ class Runner:
                 self._running.interrupt()
 
     def close(self) -> None:
-        """Let every guest go."""
+        """Close every guest."""
         for seat in self._seats.values():
             seat.leave()
         self._seats.clear()
 
     def _attempt(self, job: Assignment, artifact: Artifact) -> _Ran | Receipt:
-        """One attempt; whatever goes wrong becomes a receipt, and no stage is left behind."""
+        """Run one attempt. If it fails, return its receipt and leave no stage."""
         self._current, self._used = (job.job_id, job.fence), None
         self._rejects = None
         if self._halted.is_set() or self._taken():
@@ -224,7 +223,7 @@ class Runner:
         return released(job, ran.log) if self._taken() else _failed(ran, ran.fault)
 
     def _account(self, ran: _Ran, *, failed: bool) -> None:
-        """Take what the guest that ran it has said and used, if one did."""
+        """Take the log and measurements of the guest that ran it, if one did."""
         if self._used:
             ran.log, ran.sandbox = self._used.take_log(), self._used.sandbox
             ran.evidence = self._used.evidence
@@ -233,7 +232,7 @@ class Runner:
         ran.log = _with_notes(ran.log, ran.stages)
 
     def _run(self, job: Assignment, artifact: Artifact) -> list[Stage]:
-        """Stage a job's output; with the version's file where its snapshot cannot be used."""
+        """Stage a job's output; use the original file if its snapshot is unusable."""
         try:
             return self._run_placed(job, artifact)
         except BadSnapshot as fault:
@@ -241,8 +240,8 @@ class Runner:
             try:
                 return self._run_placed(msgspec.structs.replace(job, snapshot=""), artifact)
             except Superseded as error:
-                words = f"{error.message}; its snapshot cannot be used: {fault}"
-                raise Superseded(words, error.hint) from error
+                message = f"{error.message}; its snapshot cannot be used: {fault}"
+                raise Superseded(message, error.hint) from error
 
     def _run_placed(self, job: Assignment, artifact: Artifact) -> list[Stage]:
         with self._seated(job, artifact) as seat, self._minded(seat.guest):
@@ -252,7 +251,7 @@ class Runner:
 
     @contextlib.contextmanager
     def _minded(self, guest: Guest) -> Iterator[None]:
-        """While a guest works for the current attempt, another thread may end it."""
+        """Let other threads interrupt the guest while the block runs."""
         with self._lock:
             self._running = self._used = guest
             if self._taken():
@@ -264,14 +263,15 @@ class Runner:
                 self._running = None
 
     def _taken(self) -> bool:
-        """Whether the current attempt was taken from us, or we are to end it."""
+        """Whether the current attempt was revoked, or all are to end."""
         return self._killed.is_set() or self._current in self._revoked
 
     @contextlib.contextmanager
     def _seated(self, job: Assignment, artifact: Artifact) -> Iterator[_Seat]:
-        """A guest for the job. Rights cannot be added later: a large file gets one of its own.
+        """A guest for the job.
 
-        Its modules run with the right to read the file: it is proved before.
+        A large file gets a guest of its own, since a sandbox cannot be widened later. Its modules
+        can read the file, so the file is checked before.
         """
         if job.snapshot or job.size_bytes <= self._limits.copy_limit_bytes:
             yield self._seat(artifact)
@@ -298,20 +298,20 @@ class Runner:
                         self._open(stages.setdefault(topic, []), job, plans[topic])
                     for stage in stages[topic]:
                         stage.write(batch)
-                # Who publishes nothing to a topic in mode replace takes its earlier rows away.
+                # In mode replace, an empty output hides the file's earlier rows.
                 for topic in plans.keys() - stages.keys():
                     replacing = [plan for plan in plans[topic] if plan.mode == "replace"]
                     self._open(stages.setdefault(topic, []), job, replacing)
                 for stage in _flat(stages):
                     stage.finish()
-            rejects.judge()  # only now is it sure which bytes they came of
+            rejects.judge()  # after `placed` has checked that the bytes did not change
         except BaseException:
             _discard(_flat(stages))
             raise
         return _flat(stages)
 
     def _open(self, stages: list[Stage], job: Assignment, plans: Sequence[OutputPlan]) -> None:
-        """Add one for each plan; where one cannot be opened, those before it can be discarded."""
+        """Append a stage for each plan, so that the caller can discard them if one fails."""
         lineage = Lineage(
             file_version_id=job.version_id,
             job_id=job.job_id,
@@ -323,7 +323,7 @@ class Runner:
             stages.append(sink.open_stage(plan, lineage, job.attempt))
 
     def _seat(self, artifact: Artifact) -> _Seat:
-        """A living guest of this artifact, warm if there is one."""
+        """A guest of this artifact: a warm one if there is one, else a new one."""
         seat = self._seats.pop(artifact.plugin_id, None)
         if seat and (not seat.guest.alive or seat.guest.jobs_served >= self._limits.recycle_jobs):
             seat.leave()
@@ -369,7 +369,7 @@ class Runner:
 
 
 def _with_notes(log: str, stages: Sequence[Stage]) -> str:
-    """An attempt's log with what its sinks have to say of its outputs."""
+    """Append the sinks' notes on its outputs to an attempt's log."""
     notes = list(dict.fromkeys(stage.note for stage in stages if stage.note))
     if notes and log and not log.endswith("\n"):
         log += "\n"
@@ -377,18 +377,18 @@ def _with_notes(log: str, stages: Sequence[Stage]) -> str:
 
 
 def _job_error(fault: Exception) -> JobError:
-    """A fault nobody foresaw costs the job an attempt, and not the daemon its life."""
+    """An unforeseen exception fails the attempt, and does not end the daemon."""
     if isinstance(fault, JobError):
         return fault
     if isinstance(fault, OSError):
         return Unavailable(f"{fault.strerror or fault}: {fault.filename or 'this machine'}")
     log.exception("an attempt failed in a way we did not expect", exc_info=fault)
-    words = f"a bug in casparian, or a guest that found one: {type(fault).__name__}: {fault}"
-    return JobError(words, "the daemon's log has the traceback; please report it")
+    message = f"a bug in casparian, or a guest that found one: {type(fault).__name__}: {fault}"
+    return JobError(message, "the daemon's log has the traceback; please report it")
 
 
 def _discard(stages: Sequence[Stage]) -> None:
-    """Leave nothing of them; what cannot be removed now is swept at the next start."""
+    """Remove stages; the next start sweeps those that cannot be removed now."""
     for stage in stages:
         try:
             stage.discard()
@@ -401,9 +401,9 @@ def _staged(ran: _Ran, sealed: Iterator[StagedOutput]) -> Receipt:
     return ran.receipt(Outcome.STAGED, outputs=outputs)
 
 
-def _kept(outcome: _Ran | Receipt, over: Set[tuple[int, int]]) -> _Ran | Receipt:
-    """The same, unless the attempt was taken from us when it had just run: nothing stays then."""
-    if isinstance(outcome, Receipt) or (outcome.job.job_id, outcome.job.fence) not in over:
+def _without(outcome: _Ran | Receipt, revoked: Set[tuple[int, int]]) -> _Ran | Receipt:
+    """Release an attempt that was revoked after it ran, and discard its stages."""
+    if isinstance(outcome, Receipt) or (outcome.job.job_id, outcome.job.fence) not in revoked:
         return outcome
     _discard(outcome.stages)
     return released(outcome.job, outcome.log)
@@ -421,7 +421,7 @@ def _flat(stages: dict[str, list[Stage]]) -> list[Stage]:
 
 
 def released(job: Assignment, log: str = "") -> Receipt:
-    """The receipt of an attempt that was not run to its end, by no fault of the job."""
+    """The receipt of an attempt that did not run to its end, through no fault of the job."""
     return Receipt(job_id=job.job_id, fence=job.fence, outcome=Outcome.RELEASED, log=log)
 
 
@@ -434,5 +434,5 @@ def _failed(ran: _Ran, error: JobError) -> Receipt:
         case _:
             outcome = Outcome.FAILED
     evidence = msgspec.structs.replace(ran.evidence, fault=type(error).__name__)
-    words = printable(error.message[: 2 * MESSAGE_LIMIT])  # a guest may have had its say in it
-    return ran.receipt(outcome, error=words, retryable=error.retryable, evidence=evidence)
+    message = printable(error.message[: 2 * MESSAGE_LIMIT])  # may contain text of the guest
+    return ran.receipt(outcome, error=message, retryable=error.retryable, evidence=evidence)

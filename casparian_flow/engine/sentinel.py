@@ -1,9 +1,9 @@
-"""The Sentinel: gives claimed jobs to workers that ask, and their receipts to the Committer.
+"""The Sentinel: claims jobs for Workers, and passes their receipts to the Committer.
 
-ZeroMQ is a doorbell here and the ledger is the truth: any message may be lost, and a slow poll
-finds what a lost one would have told. Each heartbeat of a worker is answered with what it holds in
-our eyes, so that both soon agree again. Peers speak only after `engine.wire` has let their
-connection through; they are known by the ROUTER's identity together with that connection.
+Messages only wake; the ledger has the state. Any message may be lost: a slow poll finds what it
+would have said. Each heartbeat of a Worker is answered with the jobs that the Sentinel believes it
+holds, so that both soon agree again. Only connections that `engine.wire` admitted can send; a peer
+is identified by the ROUTER's routing id together with its connection.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ log = logging.getLogger(__name__)
 INPROC = "inproc://sentinel"
 
 POLL_SECONDS = 1.0
-"""The net under the doorbell: how long a job can wait after a lost message."""
+"""Longest delay of a job after a lost message."""
 
 LEASE_SECONDS = 30.0
-"""A worker in another process that is silent this long loses its jobs. Counted here, on a clock
-that nobody sets; the worker has ended them by itself after two thirds of it."""
+"""A Worker in another process that is silent this long loses its jobs; it ends them itself after
+two thirds of it. Measured here, on the monotonic clock."""
 
 _PARTS_LIMIT = 8
 
 
 class Sentinel:
-    """One ROUTER socket, and what is known of the peers behind it.
+    """One ROUTER socket and the Workers that are connected to it.
 
     Args:
-        context: the process's zmq context; whoever made it closes the Sentinel before it.
-        settings: limits and places.
-        ledger: the truth.
-        epoch: this daemon run.
-        committer: takes the receipts.
-        bell: set by whoever made a job claimable.
+        context: the process's zmq context; close the Sentinel before it.
+        settings: limits and paths.
+        ledger: the ledger.
+        epoch: number of this run of the daemon.
+        committer: gets the receipts.
+        claimable: set when a job may have become claimable.
         deploy: publishes a plugin; called for a client's Deploy.
-        ring: called when a client asks for a scan.
+        request_scan: called when a client asks for a scan.
     """
 
     def __init__(
@@ -69,42 +69,42 @@ class Sentinel:
         ledger: Ledger,
         epoch: int,
         committer: Committer,
-        bell: asyncio.Event,
+        claimable: asyncio.Event,
         *,
         deploy: Callable[[protocol.Deploy], Awaitable[str]],
-        ring: Callable[[], None],
+        request_scan: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._ledger = ledger
         self._committer = committer
         self._dispatcher = Dispatcher(settings, epoch)
         self._deploy = deploy
-        self._ring = ring
+        self._request_scan = request_scan
         self._peers: dict[bytes, Peer] = {}
-        self._bell = bell
+        self._claimable = claimable
         self._answers: set[asyncio.Task[None]] = set()
         self._draining = False
         self._claiming = asyncio.Lock()
         self._empty = asyncio.Event()
-        self._rung = asyncio.Event()
+        self._changed = asyncio.Event()
         self.refused = Refusals()
-        """Connections and messages that were not ours, by kind."""
+        """Refused connections and messages, by kind."""
         self._socket = context.socket(zmq.ROUTER)
         self._handshake = Handshake(context, self.refused)
         self._keys: list[str] = []
-        """Endpoints whose key we have left."""
+        """Endpoints whose key file we wrote."""
 
     @property
     def workers(self) -> int:
-        """Workers that are here now."""
+        """Number of connected Workers."""
         return len(self._peers)
 
     def bind(self, endpoints: Sequence[str] = ()) -> None:
-        """Open the socket, for this process, for clients of this machine and at TCP endpoints.
+        """Listen in this process, on the local socket for clients, and at TCP endpoints.
 
         Raises:
-            ConfigError: an endpoint is not on the loopback interface, or the folder of sockets
-                and keys is not ours alone.
+            ConfigError: an endpoint is not on the loopback interface, or other users can write to
+                the folder of sockets and keys.
             CasparianError: an address cannot be used; the message says why.
         """
         wire.require_zmq()
@@ -117,8 +117,9 @@ class Sentinel:
         self._handshake.guard(self._socket)
         for endpoint in remote:
             self._open(endpoint)
-        # Not before: where another Sentinel has the port, its key stays. The local socket comes
-        # last: whoever finds it finds its key, and the daemon lock says that nobody else has it.
+        # Write key files only after the ports are bound, so that the key of another Sentinel stays.
+        # The local socket comes last: a client that finds it also finds its key, and the daemon
+        # lock ensures that no other process has it.
         for endpoint in (*remote, local):
             wire.leave_key(endpoint, self._handshake.key)
             self._keys.append(endpoint)
@@ -145,10 +146,10 @@ class Sentinel:
             group.create_task(self._revoke())
 
     async def drain(self, grace_seconds: float) -> None:
-        """Claim no more; have every worker finish or release what it holds, and leave."""
+        """Claim no more jobs, and have every Worker finish or release its jobs and leave."""
         self._draining = True
         async with self._claiming:
-            pass  # what is being claimed is assigned first, and then given back
+            pass  # a claim that is under way is assigned first, and then released
         for identity in list(self._peers):
             await self._send(identity, protocol.Drain(grace_seconds=grace_seconds))
         if self._peers:
@@ -159,7 +160,7 @@ class Sentinel:
             await self._lose(identity, "did not leave in time")
 
     def close(self) -> None:
-        """Let go of the socket; after `run` was cancelled."""
+        """Close the socket, after `run` was cancelled."""
         self._socket.close()
         self._handshake.close()
         for endpoint in self._keys:
@@ -178,7 +179,7 @@ class Sentinel:
                 log.error("a %s was not answered: %s", type(message).__name__, error.message)
 
     def _read(self, identity: bytes, connection: str, frames: list[zmq.Frame]) -> AnyMessage | None:
-        """The message in these frames; None where it was refused."""
+        """Decode the frames; None if the message is refused."""
         peer = self._peers.get(identity)
         if not _is_generated(identity) or (peer and peer.connection != connection):
             self.refused.refuse(Refusal.IDENTITY, f"a message under routing id {identity!r}")
@@ -199,13 +200,13 @@ class Sentinel:
                 task.add_done_callback(self._answers.discard)
                 return
             case protocol.Ring(scan=scan):
-                self._bell.set()
-                self._rung.set()
+                self._claimable.set()
+                self._changed.set()
                 if scan:
-                    self._ring()
+                    self._request_scan()
                 await self._send(identity, protocol.Reply(ok=True, text="rung"))
                 return
-            case protocol.Ask():
+            case protocol.GetStats():
                 counts = msgspec.json.encode(self.refused).decode()
                 await self._send(identity, protocol.Reply(ok=True, text=counts))
                 return
@@ -222,7 +223,7 @@ class Sentinel:
         match message:
             case protocol.Ready(free=free):
                 peer.free = free
-                self._bell.set()
+                self._claimable.set()
             case protocol.Fetch(plugin_id=plugin_id):
                 checked = partial(artifact, plugin_id=plugin_id)
                 await self._send(identity, await self._ledger.read_soon(checked))
@@ -237,16 +238,16 @@ class Sentinel:
 
     async def _admit(self, identity: bytes, peer: Peer) -> None:
         if identity in self._peers:
-            await self._welcome(identity, peer)  # it says Hello again: it may not have heard us
+            await self._welcome(identity, peer)  # a repeated Hello: the Welcome may be lost
             return
         for other, known in list(self._peers.items()):
-            if known.name == peer.name:  # it is back, by another connection
+            if known.name == peer.name:  # it has reconnected
                 peer.held = self._peers.pop(other).held
         self._peers[identity] = peer
         self._empty.clear()
         log.info("worker %s is here", peer.name)
         await self._welcome(identity, peer)
-        if self._draining:  # it comes while we leave; nobody else would tell it
+        if self._draining:  # `drain` did not know this Worker
             await self._send(identity, protocol.Drain(grace_seconds=0.0))
 
     async def _welcome(self, identity: bytes, peer: Peer) -> None:
@@ -264,9 +265,9 @@ class Sentinel:
         )
 
     async def _dispatch(self) -> None:
-        """Claim for whoever has room; sleep until the bell rings or the poll is due."""
+        """Claim jobs for Workers with room; wait for `claimable`, or for the next poll."""
         while True:
-            self._bell.clear()
+            self._claimable.clear()
             try:
                 for identity, peer in list(self._peers.items()):
                     async with self._claiming:
@@ -276,13 +277,13 @@ class Sentinel:
                 log.error("no jobs are claimed: %s", error.message)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_SECONDS):
-                    await self._bell.wait()
+                    await self._claimable.wait()
 
     async def _assign(self, identity: bytes, peer: Peer) -> None:
         claim = partial(
             self._dispatcher.claim, worker=peer.name, limit=peer.free, sick=self._committer.sick
         )
-        # A look costs no transaction; a claim does, and most looks find nothing.
+        # Read first: a claim needs a write transaction, and mostly there is nothing to claim.
         ready = await self._ledger.read_soon(jobs.claimable)
         assignments = await self._ledger.write_soon(claim) if ready else []
         if not assignments:
@@ -294,20 +295,20 @@ class Sentinel:
         crashpoint("sentinel.assigned")
 
     async def _answer_deploy(self, identity: bytes, message: protocol.Deploy) -> None:
-        reply = await answered(self._deploy(message))
-        self._bell.set()
+        reply = await reply_to(self._deploy(message))
+        self._claimable.set()
         await self._send(identity, reply)
 
     async def _tell(self, identity: bytes, peer: Peer, sent: float = 0.0) -> None:
         await self._send(identity, protocol.Granted(jobs=list(peer.held.items()), sent=sent))
 
     async def _revoke(self) -> None:
-        """Take from the workers what runs no more by the ledger's word: somebody aborted it."""
+        """Take attempts from the Workers that the ledger does not have as RUNNING: aborted jobs."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_SECONDS):
-                    await self._rung.wait()
-            self._rung.clear()
+                    await self._changed.wait()
+            self._changed.clear()
             held = {pair for peer in self._peers.values() for pair in peer.held.items()}
             if not held:
                 continue
@@ -316,20 +317,20 @@ class Sentinel:
             except LedgerError as error:
                 log.error("whether a job was aborted is not known: %s", error.message)
                 continue
-            over = held - {(row.id, row.fence) for row in rows}
+            ended = held - {(row.id, row.fence) for row in rows}
             for identity, peer in list(self._peers.items()):
-                if taken := over & peer.held.items():
+                if taken := ended & peer.held.items():
                     log.info("worker %s ends %d jobs that run no more", peer.name, len(taken))
                     for job_id, _ in taken:
                         del peer.held[job_id]
                     await self._tell(identity, peer)
 
     async def _reap(self) -> None:
-        """Take their jobs from workers of other processes that fell silent."""
+        """Take back the jobs of Workers in other processes whose lease has expired."""
         while True:
             due = time.monotonic() + LEASE_SECONDS / 3
             await asyncio.sleep(LEASE_SECONDS / 3)
-            # While we were stopped or too busy we heard nobody: that is not their silence.
+            # Time in which this process was stopped or too busy does not count as silence.
             late = time.monotonic() - due
             for peer in self._peers.values():
                 peer.seen += late
@@ -342,13 +343,13 @@ class Sentinel:
                     log.error("the jobs of a lost worker wait: %s", error.message)
 
     async def _lose(self, identity: bytes, why: str, *, silent: bool = False) -> None:
-        """Forget a worker and put what it still holds back into the queue.
+        """Remove a Worker and put its jobs back into the queue.
 
         Args:
-            silent: it did not say so: one of its jobs may have killed it.
+            silent: it sent no Goodbye: one of its jobs may have killed it.
         """
-        # What is being claimed for it is known then. No more is until it is forgotten, though it
-        # should wake up and be ready for more while its jobs are taken back.
+        # With the lock, so that no claim for it is under way, and none begins if it sends Ready
+        # while its jobs are taken back.
         async with self._claiming:
             peer = self._peers.get(identity)
             if peer is None:
@@ -359,7 +360,7 @@ class Sentinel:
             self._peers.pop(identity, None)
         if not self._peers:
             self._empty.set()
-        self._bell.set()
+        self._claimable.set()
 
     async def _take_back(self, peer: Peer, why: str, silent: bool) -> None:
         held = list(peer.held.items())
@@ -377,7 +378,7 @@ class Sentinel:
 
     async def _send(self, identity: bytes, message: AnyMessage) -> None:
         try:
-            # Whoever does not read must not make the others wait: the message is lost instead.
+            # A peer that does not read must not block the others: drop the message.
             frames = [identity, *protocol.encode(message)]
             await self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
         except zmq.ZMQError as error:
@@ -385,36 +386,30 @@ class Sentinel:
 
 
 def _is_generated(identity: bytes) -> bool:
-    """Whether libzmq gave the peer its routing id: nobody of ours brings one."""
+    """Whether libzmq generated the routing id; our peers never set one."""
     return len(identity) == 5 and identity[0] == 0
-
-
-# What the Sentinel knows of one Worker.
 
 
 @dataclass
 class Peer:
-    """A worker that said Hello."""
+    """A Worker that sent Hello."""
 
     name: str
     connection: str
-    """The User-Id of the connection it came by; empty for one of our own process."""
+    """The User-Id of its connection; empty for a Worker in this process."""
     free: int = 0
     seen: float = field(default_factory=time.monotonic)
     held: dict[int, int] = field(default_factory=dict)
-    """Job id -> fence of what it runs."""
+    """Job id -> fence of the attempts that it holds."""
 
     def concluded(self, receipt: Receipt) -> None:
-        """It runs this attempt no more; it may run a later one of the same job."""
+        """Remove a concluded attempt; the Worker may hold a later one of the same job."""
         if self.held.get(receipt.job_id) == receipt.fence:
             del self.held[receipt.job_id]
 
 
-# What the Sentinel answers to a command of another process whose work it did, or could not do.
-
-
-async def answered(work: Awaitable[str]) -> Reply:
-    """The outcome of some work in words, whatever it is: who asked waits for it."""
+async def reply_to(work: Awaitable[str]) -> Reply:
+    """Await `work` and turn its result, or any exception, into a Reply."""
     try:
         return Reply(ok=True, text=await work)
     except CasparianError as error:

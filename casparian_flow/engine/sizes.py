@@ -1,17 +1,17 @@
-"""What a batch of Arrow data unfolds to, told from its metadata: its values stay untouched.
+"""Compute the unfolded size of an Arrow batch from its metadata, without reading its values.
 
-A batch of 312 bytes may hold half a billion values: a list of nulls has a length and no data, and
-many columns may lie in the same bytes. So what a batch costs is counted in the values that it says
-it has, before a library takes its word: of each array, at every depth, its buffers or VALUE_BYTES a
-value, whichever is more. Two layouts leave no such count, since many values may share one place of
-their own data: dictionaries and views. The wire takes neither; the guest's side writes them out.
+A batch of 312 bytes can hold half a billion values: a list of nulls has a length but no data, and
+many columns can share the same bytes. So the size is counted from the declared lengths before a
+library allocates anything: for each array, at every depth, its buffers or VALUE_BYTES a value,
+whichever is more. That does not work for dictionaries and views, in which many values share bytes:
+the wire refuses them, and the guest converts them.
 
-The metadata are flatbuffers (Arrow's format/Schema.fbs and format/Message.fbs), read here by hand:
-pyarrow shows neither the lengths nor the number of the fields before it has made them all. In them
-too many may share one place: a thousand fields the one name, and the reader copies it for each. So
-texts are counted as often as they are named, and may have no more bytes than the metadata.
+The metadata is read by hand from its flatbuffers (Arrow's format/Schema.fbs, format/Message.fbs),
+since pyarrow shows lengths and field counts only after it has built all fields. Metadata can share
+bytes too: a thousand fields can have the same name, and the reader copies it for each. So every use
+of a string counts, and all together may not exceed the size of the metadata.
 
-Standard library only: the guest's side counts by the same rule, and sends smaller batches.
+Standard library only: the guest applies the same rule, and splits batches.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import struct
 from typing import NamedTuple
 
 VALUE_BYTES = 4
-"""Bytes that any value counts for, a null or a boolean too: about what writing one takes."""
+"""Bytes counted for any value, also a null or a boolean: about the cost of writing it."""
 FIELDS_LIMIT = 1 << 15
-"""Columns, and fields in them, of one batch: each costs the reader some 6 KiB and 130 us."""
+"""Columns and nested fields of one batch; each costs the reader some 6 KiB and 130 us."""
 DEPTH_LIMIT = 60
-"""Levels of nesting; pyarrow reads no batch of more than 63."""
+"""Levels of nesting; pyarrow reads at most 63."""
 SCHEMA_LIMIT = 4 << 20
-"""Bytes of the metadata of one message: a long name costs its reader thirty times its length."""
+"""Bytes of metadata of one message; a long name costs the reader thirty times its length."""
 EXTENSION_LIMIT = 4096
-"""Bytes in which an extension type may describe itself: Arrow reads them as JSON, and some versions
-call themselves for each level of it, to the end of the stack."""
+"""Bytes of an extension type's metadata: Arrow parses it as JSON, in some versions recursively
+until the stack overflows."""
 PAIR_BYTES = 24
-"""Bytes of a key and its value besides their texts, at least."""
+"""Smallest size in bytes of a key-value pair, without its strings."""
 
 _CONTINUATION = 0xFFFFFFFF
 _HEADER_TYPE, _HEADER, _SCHEMA, _DICTIONARY, _BATCH = 1, 2, 1, 2, 3
@@ -45,7 +45,7 @@ _BUFFERS = {
     1: 0, 2: 2, 3: 2, 4: 3, 5: 3, 6: 2, 7: 2, 8: 2, 9: 2, 10: 2, 11: 2, 12: 2, 13: 1, 15: 2, 16: 1,
     17: 2, 18: 2, 19: 3, 20: 3, 21: 2,
 }  # fmt: skip
-"""Buffers of an array by its type's number in Schema.fbs; a type that is not here is refused."""
+"""Type number in Schema.fbs -> number of buffers; types that are not listed are refused."""
 _REFUSED = {14: "a union", 22: "a run-end-encoded", 23: "a view", 24: "a view", 25: "a view",
             26: "a view"}  # fmt: skip
 _TIMESTAMP, _INTERVAL, _LIST, _STRUCT, _FIXED_LIST, _MAP, _LARGE_LIST = 10, 11, 12, 13, 16, 17, 21
@@ -55,11 +55,11 @@ _NESTED = frozenset((_LIST, _STRUCT, _FIXED_LIST, _MAP, _LARGE_LIST))
 
 
 class Unfit(ValueError):
-    """A batch that the wire does not take; the words say why."""
+    """The wire does not accept the batch; the message says why."""
 
 
 class Size(NamedTuple):
-    """What one batch says of itself."""
+    """Declared size of one batch."""
 
     rows: int
     columns: int
@@ -67,15 +67,14 @@ class Size(NamedTuple):
 
 
 def measure(stream: memoryview) -> Size:
-    """What the one batch of an IPC stream unfolds to.
+    """The declared size of the one batch of an IPC stream.
 
-    Only the framing and the metadata are read. That the buffers are there, and hold what they
-    should, is for Arrow to say.
+    Reads framing and metadata only; Arrow checks the buffers later.
 
     Raises:
-        Unfit: the stream is not one schema and one uncompressed record batch, or it is one of more
-            fields or levels, longer metadata, or another layout than the wire takes.
-        struct.error, IndexError: the metadata lead out of themselves.
+        Unfit: the stream is not one schema and one uncompressed record batch, or exceeds the limits
+            of fields, nesting or metadata, or has a layout that the wire does not accept.
+        struct.error, IndexError: an offset in the metadata points outside it.
     """
     columns, kinds = 0, None
     size = None
@@ -114,20 +113,20 @@ def measure(stream: memoryview) -> Size:
 
 
 class _Texts:
-    """The texts of one message, counted as often as something has them."""
+    """Counts the strings of one message, once for each use."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
         self._room = len(data)
 
     def add(self, position: int) -> tuple[int, int]:
-        """Count the text that a member leads to, if there is one: where it begins and ends."""
+        """Count the string that a member points to, if any; returns its start and end."""
         start, count = _vector(self._data, position, 1) if position else (0, 0)
         self._take(count)
         return start, start + count
 
     def add_pairs(self, position: int) -> None:
-        """Count keys and values."""
+        """Count a vector of key-value pairs."""
         start, count = _vector(self._data, position, 4) if position else (0, 0)
         self._take(PAIR_BYTES * count)
         for number in range(count):
@@ -146,7 +145,7 @@ class _Texts:
 
 
 def _layout(data: memoryview, schema: int, texts: _Texts) -> tuple[int, bytes]:
-    """How many columns a schema has, and the kind of each array of a batch, as they come there."""
+    """The number of columns of a schema, and the type number of each array in batch order."""
     kinds = bytearray()
     texts.add_pairs(_member(data, schema, _SCHEMA_PAIRS))
     columns = _elements(data, _member(data, schema, _SCHEMA_FIELDS))
@@ -172,11 +171,8 @@ def _layout(data: memoryview, schema: int, texts: _Texts) -> tuple[int, bytes]:
 
 
 def _check_type(data: memoryview, field: int, kind: int, texts: _Texts) -> None:
-    """
-    Raises:
-        Unfit: Arrow has no form for values of the type in Python, or its Parquet writer aborts the
-            process at some of them.
-    """
+    """Refuse types whose values Arrow cannot convert to Python, or at which its Parquet writer
+    aborts the process."""
     if kind not in (_TIMESTAMP, _INTERVAL, _FIXED_LIST):
         return
     table = _follow(data, _member(data, field, _FIELD_TYPE))
@@ -197,16 +193,16 @@ def _batch(data: memoryview, batch: int, columns: int, kinds: bytes) -> Size:
         raise Unfit("a batch that has not the arrays of its schema")
     if min(nodes, default=0) < 0 or min(buffers, default=0) < 0:
         raise Unfit("a batch with a length below nothing")
-    total, place = 0, 0
+    total, start = 0, 0
     for number, kind in enumerate(kinds):
-        end = place + 2 * _BUFFERS[kind]
-        total += max(VALUE_BYTES * nodes[2 * number], sum(buffers[place + 1 : end : 2]))
-        place = end
+        end = start + 2 * _BUFFERS[kind]
+        total += max(VALUE_BYTES * nodes[2 * number], sum(buffers[start + 1 : end : 2]))
+        start = end
     return Size(_scalar(data, batch, _BATCH_LENGTH, "<q"), columns, total)
 
 
 def _pairs(data: memoryview, position: int) -> tuple[int, ...]:
-    """The numbers of a vector of structs of two 64-bit integers each."""
+    """The integers of a vector of structs with two 64-bit integers each."""
     if not position:
         return ()
     start, count = _vector(data, position, 16)
@@ -214,7 +210,7 @@ def _pairs(data: memoryview, position: int) -> tuple[int, ...]:
 
 
 def _elements(data: memoryview, position: int) -> list[int]:
-    """Where the tables of a vector are."""
+    """The positions of the tables of a vector."""
     if not position:
         return []
     start, count = _vector(data, position, 4)
@@ -224,7 +220,7 @@ def _elements(data: memoryview, position: int) -> list[int]:
 
 
 def _vector(data: memoryview, position: int, width: int) -> tuple[int, int]:
-    """Where a vector's first element is, and how many there are: all of them within the data."""
+    """Position of a vector's first element, and their number; all are within the data."""
     start = _follow(data, position)
     count: int = struct.unpack_from("<I", data, start)[0]
     if start + 4 + width * count > len(data):
@@ -233,18 +229,18 @@ def _vector(data: memoryview, position: int, width: int) -> tuple[int, int]:
 
 
 def _scalar(data: memoryview, table: int, number: int, form: str) -> int:
-    """A number in a table; 0 where it is absent."""
-    place = _member(data, table, number)
-    return int(struct.unpack_from(form, data, place)[0]) if place else 0
+    """A number in a table; 0 if it is absent."""
+    position = _member(data, table, number)
+    return int(struct.unpack_from(form, data, position)[0]) if position else 0
 
 
 def _follow(data: memoryview, position: int) -> int:
-    """Where the offset stored at `position` points."""
+    """The position that the offset at `position` points to."""
     return position + int(struct.unpack_from("<I", data, position)[0])
 
 
 def _member(data: memoryview, table: int, number: int) -> int:
-    """Where a member of a flatbuffer table is; 0 where it is absent."""
+    """Position of a member of a flatbuffer table; 0 if it is absent."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     if vtable < 0:
         raise Unfit("metadata that lead out of themselves")

@@ -1,9 +1,9 @@
-"""What both ends of a socket agree on: where it may be, its bounds, and the key that opens it.
+"""ZeroMQ sockets: addresses, limits, key files, and the CurveZMQ handshake.
 
-For each address the Sentinel leaves a key file in the runtime folder, which only its own user can
-enter. CurveZMQ checks inside libzmq's handshake that the peer has read it, and that whoever
-listens is the Sentinel that wrote it: a secret sent as text would be given to anybody who takes
-the port while no Sentinel does. An inproc address is our own process and has no key.
+For each address the Sentinel writes a key file into the runtime folder, which only its user can
+enter. CurveZMQ proves in libzmq's handshake that the peer has read the file, and that the listener
+wrote it: a secret sent as text would reach any process that takes the port while no Sentinel runs.
+An inproc address stays in this process and has no key.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ log = logging.getLogger(__name__)
 
 
 HANDSHAKE_MS = 5_000
-"""A connection that has not proved itself by then is closed."""
+"""A connection whose handshake takes longer is closed."""
 
 HEARTBEAT_MS = 5_000
 SILENCE_MS = 15_000
-"""libzmq asks a silent peer whether it lives, and closes the connection when nothing comes."""
+"""libzmq pings a silent peer, and closes the connection after SILENCE_MS without an answer."""
 
 QUEUE_LIMIT = 1_000
-"""Messages kept for a peer that does not read them, and from one that we do not read."""
+"""Messages queued per peer, in each direction."""
 
 _LIBZMQ = (4, 3, 5)
 _TCP = re.compile(r"tcp://(\[[0-9A-Fa-f:.]+\]|[^][:/;*]+):([0-9]{1,5})")
 
 
 class CurveKeys(NamedTuple):
-    """What a key file holds, each as 40 characters of Z85."""
+    """Content of a key file, each key as 40 characters of Z85."""
 
     sentinel: bytes
-    """The Sentinel's public key; its secret half never leaves its process."""
+    """The Sentinel's public key; the secret one stays in its process."""
     secret: bytes
-    """The secret key of its peers, one for them all."""
+    """The secret key that all its peers use."""
 
 
 def require_zmq() -> None:
-    """Return if libzmq can keep strangers out.
+    """Raise unless libzmq can authenticate peers.
 
     Raises:
-        CasparianError: it is older than 4.3.5, or was built without CurveZMQ.
+        CasparianError: libzmq is older than 4.3.5, or has no CurveZMQ.
     """
     version = zmq.zmq_version_info()
     if version < _LIBZMQ or not zmq.has("curve"):
@@ -76,7 +76,7 @@ def require_zmq() -> None:
 
 
 def tune(peer: zmq.Socket) -> None:
-    """Bound what the other end can cost us, before the socket is bound or connected."""
+    """Set limits and timeouts of a socket, before it is bound or connected."""
     peer.linger = 1_000
     peer.maxmsgsize = FRAME_LIMIT
     peer.sndhwm = peer.rcvhwm = QUEUE_LIMIT
@@ -86,7 +86,7 @@ def tune(peer: zmq.Socket) -> None:
 
 
 def connect(peer: zmq.Socket, endpoint: str, key: CurveKeys) -> None:
-    """Connect to the Sentinel that left this key, and to no other."""
+    """Connect to the Sentinel that wrote this key, and to no other."""
     peer.curve_serverkey = key.sentinel
     peer.curve_secretkey = key.secret
     peer.curve_publickey = zmq.curve_public(key.secret)
@@ -95,32 +95,32 @@ def connect(peer: zmq.Socket, endpoint: str, key: CurveKeys) -> None:
 
 
 def loopback(endpoint: str, hint: str) -> str:
-    """The TCP endpoint with its host as a number, so that a name is looked up only here.
+    """The TCP endpoint with its host as an IP address, so that the name is resolved once.
 
     Args:
-        hint: where the person wrote the endpoint, and what to write there.
+        hint: where the user can set the endpoint, with an example.
 
     Raises:
-        ConfigError: it is not TCP, names no port, or its host is not on the loopback interface.
+        ConfigError: it is not TCP, has no port, or its host is not on the loopback interface.
     """
-    found = _TCP.fullmatch(endpoint)
-    hosts = _addresses(found[1].strip("[]")) if found else []
-    if not found or not 0 < int(found[2]) < 1 << 16 or not _all_loopback(hosts):
+    match = _TCP.fullmatch(endpoint)
+    hosts = _addresses(match[1].strip("[]")) if match else []
+    if not match or not 0 < int(match[2]) < 1 << 16 or not _all_loopback(hosts):
         raise ConfigError(
             f"{endpoint} is not a TCP port of this machine's loopback interface, and others are "
             "not used: authenticated remote workers come with scale-out",
             hint,
         )
     host = min(hosts, key=lambda host: host.version)
-    return f"tcp://[{host}]:{found[2]}" if host.version == 6 else f"tcp://{host}:{found[2]}"
+    return f"tcp://[{host}]:{match[2]}" if host.version == 6 else f"tcp://{host}:{match[2]}"
 
 
 def _addresses(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
     try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return []
-    return [ipaddress.ip_address(str(place[0]).partition("%")[0]) for *_, place in found]
+    return [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in infos]
 
 
 def _all_loopback(hosts: list[ipaddress.IPv4Address | ipaddress.IPv6Address]) -> bool:
@@ -128,18 +128,18 @@ def _all_loopback(hosts: list[ipaddress.IPv4Address | ipaddress.IPv6Address]) ->
 
 
 def key_file(endpoint: str) -> Path:
-    """Where the key of an endpoint is left: by its port, or beside its local socket."""
-    kind, _, place = endpoint.partition("://")
-    if kind == "tcp":
-        return config.runtime_folder() / f"tcp-{place.rpartition(':')[2]}.key"
-    return Path(place).with_suffix(".key")
+    """Path of an endpoint's key file: named by its port, or beside its local socket."""
+    transport, _, address = endpoint.partition("://")
+    if transport == "tcp":
+        return config.runtime_folder() / f"tcp-{address.rpartition(':')[2]}.key"
+    return Path(address).with_suffix(".key")
 
 
 def leave_key(endpoint: str, key: CurveKeys) -> None:
-    """Write the key file of an endpoint (0600), in a folder that is ours alone.
+    """Write the key file of an endpoint (mode 0600).
 
     Raises:
-        ConfigError: the folder is not ours alone, or cannot be written.
+        ConfigError: the folder is not private, or cannot be written.
     """
     file = key_file(endpoint)
     private_folder()
@@ -150,15 +150,15 @@ def leave_key(endpoint: str, key: CurveKeys) -> None:
 
 
 def read_key(endpoint: str) -> CurveKeys | None:
-    """The key that the Sentinel at an endpoint left; None where none did.
+    """Read the key file of an endpoint; None if there is none.
 
     Raises:
-        ConfigError: the folder is not ours alone, or the file is not a key that we can read.
+        ConfigError: the folder is not private, the file cannot be read, or is not a key.
     """
     file = key_file(endpoint)
     private_folder()
     try:
-        words = file.read_bytes().split()
+        keys = file.read_bytes().split()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -166,16 +166,16 @@ def read_key(endpoint: str) -> CurveKeys | None:
             f"cannot read the Sentinel's key {file}: {error.strerror}",
             "run this as the Sentinel's user",
         ) from error
-    if [len(word) for word in words] != [40, 40]:
+    if [len(key) for key in keys] != [40, 40]:
         raise ConfigError(f"{file} is not a key", f"rm {shlex.quote(str(file))}, and restart it")
-    return CurveKeys(*words)
+    return CurveKeys(*keys)
 
 
 def private_folder() -> None:
-    """Make sure that the runtime folder is there, and that nobody else can put a file into it.
+    """Create the runtime folder, and check that only this user can enter it.
 
     Raises:
-        ConfigError: it belongs to another user, is open to others or cannot be made.
+        ConfigError: it belongs to another user, is open to others, or cannot be created.
     """
     folder = config.runtime_folder()
     elsewhere = "or set XDG_RUNTIME_DIR to a folder of your own, for the Sentinel and for this"
@@ -198,11 +198,8 @@ def private_folder() -> None:
         )
 
 
-# The Sentinel's side of the handshake: who gets past it, and how many did not.
-#
-# libzmq asks us about each connection that speaks CurveZMQ (RFC 27, ZAP); every other one it closes
-# by itself, before it keeps a single part of a message, and its monitor tells us.
-
+# The Sentinel's side of the handshake. libzmq asks us about each CurveZMQ connection (ZAP, RFC 27).
+# It closes all others itself, before it stores any message, and reports them to its monitor.
 
 _DOMAIN = b"casparian"
 _ZAP = "inproc://zeromq.zap.01"
@@ -216,33 +213,33 @@ _WITHOUT_KEY = {
 
 
 class Refusal(StrEnum):
-    """Why the wire refused a connection or a message."""
+    """Why a connection or a message was refused."""
 
     STRANGER = "stranger"
-    """It speaks ZeroMQ and does not have our key."""
+    """It speaks ZeroMQ but does not have the key."""
     GARBAGE = "garbage"
-    """It ended before its handshake did: not ZeroMQ, silent, an absurd length, or it hung up."""
+    """It ended before the end of its handshake: not ZeroMQ, silent, invalid length, or closed."""
     UNHEARD = "unheard"
-    """It has the key, and ended before a message of it came through: the routing id it claimed
-    was another's, or its first message was too large."""
+    """It has the key, but ended before its first message: its routing id belongs to another peer,
+    or the message was too large."""
     IDENTITY = "identity"
-    """It claimed a routing id, or took the one of a Worker that came by another connection."""
+    """It chose a routing id, or uses that of a Worker with another connection."""
     PARTS = "parts"
-    """A message of more parts than any of ours."""
+    """A message with too many parts."""
     MALFORMED = "malformed"
-    """A message that is not one of ours."""
+    """A message that cannot be decoded."""
     UNADMITTED = "unadmitted"
-    """A message that only a Worker may send, from a peer that has not said Hello."""
+    """A Worker's message from a peer that has not sent Hello."""
 
 
 class Refusals(Counter[str]):
-    """How many were refused, by kind."""
+    """Number of refusals by kind."""
 
     def refuse(self, kind: Refusal, why: str) -> None:
-        """Count one. The 1st, 10th, 100th... of a kind is logged: a flood does not fill the disk.
+        """Count a refusal; log the 1st, 10th, 100th... of its kind, so that the log stays small.
 
         Args:
-            why: what is known of this one.
+            why: description for the log.
         """
         self[kind] += 1
         count = self[kind]
@@ -250,16 +247,16 @@ class Refusals(Counter[str]):
             log.warning("the wire refused %s (%s: %d so far)", why, kind, count)
 
     def __str__(self) -> str:
-        """As people read them: `stranger 3, garbage 17`."""
+        """Such as `stranger 3, garbage 17`."""
         return ", ".join(f"{kind} {count}" for kind, count in self.items())
 
 
 class Handshake:
-    """Lets those who have the key through to one socket.
+    """Admits connections that have the key to one socket.
 
     Args:
-        context: of the socket; one Handshake a context.
-        refused: counts those who do not.
+        context: the socket's context; one Handshake a context.
+        refused: counts the others.
     """
 
     def __init__(self, context: zmq.asyncio.Context, refused: Refusals) -> None:
@@ -270,14 +267,14 @@ class Handshake:
         self._refused = refused
         self._numbers = itertools.count(1)
         self._silent: set[str] = set()
-        """User-Ids of connections that proved themselves and have not spoken."""
+        """User-Ids of admitted connections without a message so far."""
         self._heard: set[int] = set()
-        """Descriptors of connections that have."""
+        """Descriptors of connections with a message."""
         self._strangers = 0
-        """Connections that failed and are not closed yet."""
+        """Failed connections that are not closed yet."""
         self._zap = context.socket(zmq.REP)
         self._zap.bind(_ZAP)
-        # Without a bound on it: where it is full, libzmq's own thread would wait for us.
+        # Unlimited: if its queue were full, libzmq's I/O thread would block.
         self._monitor = context.socket(zmq.PAIR)
         self._monitor.rcvhwm = 0
 
@@ -297,15 +294,12 @@ class Handshake:
             group.create_task(self._watch())
 
     def close(self) -> None:
-        """Let go of the sockets, after the guarded one is closed."""
+        """Close the sockets, after the guarded one is closed."""
         self._monitor.close(0)
         self._zap.close(0)
 
     def heard(self, frame: zmq.Frame) -> str:
-        """The User-Id of the connection that a frame came by: no two ever have the same.
-
-        Empty for inproc: there was no handshake.
-        """
+        """The User-Id of a frame's connection, unique among all connections; empty for inproc."""
         try:
             user = str(frame.get("User-Id"))
         except zmq.ZMQError:
@@ -317,8 +311,8 @@ class Handshake:
     async def _answer(self) -> None:
         while True:
             version, request, domain, _, _, mechanism, *proof = await self._zap.recv_multipart()
-            # The 5th frame is not the peer's routing id, whatever RFC 27 says: libzmq 4.3.5 has
-            # not read that yet, and sends our own.
+            # The 5th frame is not the peer's routing id as in RFC 27: libzmq 4.3.5 has not read it
+            # yet, and sends our own.
             known = (domain, mechanism, len(proof)) == (_DOMAIN, b"CURVE", 1)
             if known and hmac.compare_digest(proof[0], self._admitted):
                 user = str(next(self._numbers))
@@ -329,7 +323,7 @@ class Handshake:
             await self._zap.send_multipart([version, request, *answer])
 
     async def _watch(self) -> None:
-        """Count the connections that ended unheard: libzmq has no event for most of them."""
+        """Count connections that end without a message; libzmq has no event for most of them."""
         while True:
             event = parse_monitor_message(await self._monitor.recv_multipart())
             kind, value = event["event"], event["value"]

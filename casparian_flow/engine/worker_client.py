@@ -1,12 +1,11 @@
-"""A Worker: pulls jobs from the Sentinel, runs them in guests, sends a receipt for each.
+"""A Worker: pulls jobs from the Sentinel, runs them in guests, and sends a receipt for each.
 
-Inside the daemon it is a task over an inproc socket; alone it is
+In the daemon it is a task with an inproc socket. As a process of its own, started by
 
     python -m casparian_flow.engine.worker_client --connect tcp://localhost:5555
 
-which finds the Sentinel by the key that one left (`engine.wire`), and waits for one that is not
-up yet. It reads no ledger. What it needs of a job is in the assignment, and what it made of it is
-staged on the disk that it shares with the Sentinel.
+it waits for the Sentinel's key file (`engine.wire`). It never reads the ledger: the assignment has
+everything about a job, and the output is staged on the disk that it shares with the Sentinel.
 """
 
 from __future__ import annotations
@@ -51,19 +50,15 @@ from casparian_flow.security import sandbox
 log = logging.getLogger(__name__)
 
 
-# What a Worker holds by its Sentinel's word, and until when that word is good.
-#
-# A message may be lost, repeated or late, so the two compare: the Sentinel answers a heartbeat with
-# what it believes the Worker to hold (`Granted`), and the Worker lets go of what is not in it and
-# says again what the Sentinel seems not to have heard.
-
+# The attempts that a Worker holds. Since messages may be lost, repeated or late, the Sentinel
+# answers each heartbeat with the attempts that it believes the Worker to hold (`Granted`). The
+# Worker ends all others, and sends again the receipts that the Sentinel seems to lack.
 
 SEEN_LIMIT = 10_000
-"""Assignments remembered, so that one that is repeated late is not run again."""
+"""Assignments remembered, so that a late repetition does not run again."""
 
 SAFE_SHARE = 2 / 3
-"""Of the lease: a worker that could not renew it for so long ends its jobs before others have
-them."""
+"""Share of the lease after which a Worker that could not renew it ends its jobs."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class _Concluded:
 
 
 class Holdings:
-    """Attempts that were assigned to a Worker and are not settled with the Sentinel."""
+    """Attempts that were assigned to a Worker and that the Sentinel has not concluded."""
 
     def __init__(self) -> None:
         self._held: dict[Pair, _Concluded | None] = {}
@@ -81,7 +76,7 @@ class Holdings:
         self._renewed = time.monotonic()
 
     def take(self, jobs: Sequence[Assignment]) -> list[Assignment]:
-        """Those of these assignments that are new to us, which we hold now."""
+        """Hold these assignments; returns those that are new."""
         new = []
         for job in jobs:
             pair = job.job_id, job.fence
@@ -93,16 +88,16 @@ class Holdings:
         return new
 
     def conclude(self, receipts: Iterable[Receipt]) -> None:
-        """Keep receipts until the Sentinel is known to have them."""
+        """Keep receipts until the Sentinel has them."""
         now = time.monotonic()
         for receipt in receipts:
             if (receipt.job_id, receipt.fence) in self._held:
                 self._held[receipt.job_id, receipt.fence] = _Concluded(receipt, now)
 
     def compare(self, message: Granted) -> tuple[set[Pair], list[Receipt]]:
-        """Agree with the Sentinel: what must be ended, and the receipts to send (again).
+        """Compare with the Sentinel: the attempts to end, and the receipts to send (again).
 
-        Receipts younger than the heartbeat that is answered are on their way and are not sent.
+        Receipts that are younger than the answered heartbeat are still under way.
         """
         granted = set(message.jobs)
         dropped = self._held.keys() - granted
@@ -120,24 +115,21 @@ class Holdings:
         return revoked, again
 
     def running(self) -> set[Pair]:
-        """What is assigned to us and has not ended."""
+        """Assigned attempts that have not ended."""
         return {pair for pair, ended in self._held.items() if ended is None}
 
     def renewed(self) -> None:
-        """The Sentinel has let us in, anew or for the first time."""
+        """Begin a new lease, after a Welcome."""
         self._renewed = time.monotonic()
 
     def safe_for(self, lease_seconds: float) -> float:
-        """Seconds for which what we hold is certainly ours; not above 0 when we must let go."""
+        """Seconds until the attempts must be ended; 0 or less if now."""
         return self._renewed + lease_seconds * SAFE_SHARE - time.monotonic()
 
 
-# One thread for all that a worker does with its guests, which no end of the process waits for.
-#
-# The kernel kills a guest when the thread that started it ends, so it is one for life. A call in it
-# may hang for good, in a filesystem that does not answer or in a fault of ours.
-# `ThreadPoolExecutor` would make the process wait for it at its end, whatever signal came.
-
+# One thread for all work with guests: the kernel kills a guest when the thread that started it
+# ends. A call can hang for ever, for example in a filesystem. ThreadPoolExecutor would then keep
+# the process from exiting, whatever the signal.
 
 T = TypeVar("T")
 
@@ -151,7 +143,7 @@ class OneThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def run(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        """Have a call made after those before it; its outcome comes to this event loop."""
+        """Queue a call; the future of this event loop gets its result."""
         if not self._thread.is_alive():
             self._thread.start()
         future: concurrent.futures.Future[T] = concurrent.futures.Future()
@@ -159,13 +151,13 @@ class OneThread:
         return asyncio.wrap_future(future)
 
     def stop(self) -> None:
-        """Let the thread end when it has done what it was given."""
+        """End the thread after the queued calls."""
         self._calls.put(None)
 
     def leave_behind(self) -> None:
-        """Have the process end without what runs here: with `ExitCode.DAEMON` if it still runs.
+        """At the end of the process, exit at once with `ExitCode.DAEMON` if a call still runs.
 
-        Once the interpreter takes itself apart, a thread in foreign code may crash it.
+        During the interpreter's shutdown, a thread in native code could crash it.
         """
         atexit.register(self._end)
 
@@ -177,39 +169,38 @@ class OneThread:
             os._exit(ExitCode.DAEMON)
 
     def _run(self) -> None:
-        while (given := self._calls.get()) is not None:
-            future, call = given
+        while (item := self._calls.get()) is not None:
+            future, call = item
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                outcome = call()
-            except BaseException as error:  # noqa: BLE001  whoever waits for it gets it
+                result = call()
+            except BaseException as error:  # noqa: BLE001  passed to the caller
                 future.set_exception(error)
             else:
-                future.set_result(outcome)
+                future.set_result(result)
 
 
 HEARTBEAT_SECONDS = 5.0
-"""How often a worker says that it lives, however busy its thread is; more often where its lease
-is short."""
+"""Pause between heartbeats, also while a job runs; shorter if the lease is short."""
 
 HEARTBEATS = 6
-"""Heartbeats in the time of a lease, at least."""
+"""Smallest number of heartbeats in the time of a lease."""
 
 KEY_SECONDS = 0.5
-"""How often a worker of another process looks whether a Sentinel has left a new key."""
+"""How often a Worker in its own process looks for a new key file."""
 
 FETCH_SECONDS = 10.0
-"""How long an artifact may take before it is asked for again: a message may be lost."""
+"""How long an artifact may take before it is requested again: a message may be lost."""
 
 HUNG_SECONDS = 2.0
-"""How long what was killed may take to come to its end, before it is left behind."""
+"""How long a killed run may take to end before the Worker leaves without it."""
 
 CLOSE_SECONDS = 1.0
-"""How long letting the guests go may take; what is left of them ends with this process."""
+"""How long closing the guests may take; the others end with this process."""
 
 PREFETCH_SECONDS = 0.25
-"""Work a worker asks for ahead: many jobs where they are short, one where they are long."""
+"""Seconds of work that a Worker requests ahead: many short jobs, or one long job."""
 
 PREFETCH_LIMIT = 32
 
@@ -218,10 +209,10 @@ class Worker:
     """Serves one Sentinel until drained or cancelled.
 
     Args:
-        name: unique among the Sentinel's workers.
-        context: the process's zmq context (inproc sockets meet in one context only).
-        endpoint: where the Sentinel listens: an inproc address, or TCP with a host in numbers.
-        cache: where environments are kept.
+        name: unique among the Sentinel's Workers.
+        context: the process's zmq context (inproc works only within one context).
+        endpoint: the Sentinel's inproc address, or TCP with an IP address.
+        cache: folder of the environments.
     """
 
     def __init__(self, name: str, context: zmq.asyncio.Context, endpoint: str, cache: Path) -> None:
@@ -237,19 +228,19 @@ class Worker:
         self._holdings = Holdings()
         self._lease = 0.0
         self._welcome: protocol.Welcome | None = None
-        """What a later Sentinel said, while our Runner still serves an earlier one."""
+        """The Welcome of a new Sentinel, while the Runner still serves an earlier one."""
         self._welcomed = False
         self._pace = PREFETCH_SECONDS
         self._draining = asyncio.Event()
         self._hung = asyncio.Event()
 
     async def run(self) -> None:
-        """Introduce ourselves, then serve until the Sentinel says Drain.
+        """Send Hello, then serve until the Sentinel sends Drain.
 
         Raises:
-            DaemonGone: this worker cannot serve that Sentinel; the message says why.
-            ConfigError: the Sentinel's key cannot be read, or could be somebody else's.
-            SandboxUnavailable: the sandbox is required, and does not hold here.
+            DaemonGone: this Worker cannot serve that Sentinel; the message says why.
+            ConfigError: the Sentinel's key cannot be read, or its folder is not private.
+            SandboxUnavailable: the sandbox is required, and can be broken here.
         """
         loops = [self._listen(), self._work(), self._beat(), self._wait_in_vain()]
         if self._alone:
@@ -269,11 +260,11 @@ class Worker:
 
     @property
     def _alone(self) -> bool:
-        """Whether the Sentinel is in another process: nobody has then tried our sandbox."""
+        """Whether the Sentinel is in another process: then the sandbox is not tested yet."""
         return not self._endpoint.startswith("inproc:")
 
     def stop(self, grace_seconds: float) -> None:
-        """Take no further job; the running one may finish within the grace, then it is killed."""
+        """Take no further job; kill the running one if it does not finish within the grace."""
         if self._draining.is_set() or self._runner is None:
             self._draining.set()
             return
@@ -298,7 +289,7 @@ class Worker:
         self._socket.close()
 
     async def _wait_in_vain(self) -> None:
-        """Until what we were told to end has not ended; nobody can end a call that hangs."""
+        """Return when a killed run hangs, so that the Worker leaves without it."""
         await self._hung.wait()
 
     async def _listen(self) -> None:
@@ -331,7 +322,7 @@ class Worker:
                 log.warning("worker %s cannot use a %s", self._name, type(message).__name__)
 
     async def _begin(self, welcome: protocol.Welcome) -> None:
-        """Serve a Sentinel; a later one from the next batch on, since one may be running."""
+        """Serve the Sentinel of a Welcome; a later one from the next batch on."""
         self._welcomed = True
         _check_shared(welcome)
         self._lease = welcome.lease_seconds
@@ -351,12 +342,12 @@ class Worker:
             await self._thread.run(trial)
 
     async def _work(self) -> None:
-        """Run one assigned batch after another; end when draining and nothing is in hand."""
+        """Run one assigned batch after another; return when draining and none is left."""
         draining = asyncio.create_task(self._draining.wait())
         try:
             while batch := await self._next_batch(draining):
                 if not self._draining.is_set():
-                    await self._pull()  # the next batch comes while this one runs
+                    await self._pull()  # request the next batch while this one runs
                 await self._run(batch, draining)
         finally:
             draining.cancel()
@@ -378,20 +369,20 @@ class Worker:
             await self._thread.run(partial(self._runner.follow, welcome))
         needed = {job.plugin_id for job in batch}
         artifacts = {n: await self._artifact(n, draining) for n in needed}
-        work = [(job, found) for job in batch if (found := artifacts[job.plugin_id])]
+        work = [(job, artifact) for job in batch if (artifact := artifacts[job.plugin_id])]
         started = loop.time()
         receipts = await self._thread.run(partial(self._runner.run, work))
         receipts += [released(job) for job in batch if not artifacts[job.plugin_id]]
         self._holdings.conclude(receipts)
         await self._send(Conclude(receipts=receipts))
         crashpoint("worker.concluded")
-        each = (loop.time() - started) / len(batch)
-        self._pace = (self._pace + each) / 2
+        seconds_each = (loop.time() - started) / len(batch)
+        self._pace = (self._pace + seconds_each) / 2
 
     async def _artifact(self, plugin_id: int, draining: asyncio.Task[bool]) -> Artifact | None:
-        """Fetched anew for each batch: whether it may run is the Sentinel's to say, each time.
+        """Fetch an artifact, for each batch anew, since the Sentinel decides whether it may run.
 
-        None where we are told to leave before it comes.
+        None if draining begins before it arrives.
         """
         while not draining.done():
             future: asyncio.Future[Artifact] = asyncio.get_running_loop().create_future()
@@ -415,29 +406,29 @@ class Worker:
             await self._send(Conclude(receipts=again))
 
     async def _beat(self) -> None:
-        """Say that we live; end what we hold before others may have it, if nobody hears us."""
+        """Send heartbeats; end the attempts if the lease could not be renewed."""
         while True:
             pause = min(HEARTBEAT_SECONDS, self._lease / HEARTBEATS or HEARTBEAT_SECONDS)
             await asyncio.sleep(pause)
             if self._lease and self._holdings.safe_for(self._lease) <= pause:
                 self._let_go()
-            if not self._welcomed:  # the Hello was lost, or what was said to it
+            if not self._welcomed:  # the Hello or the Welcome was lost
                 await self._send(protocol.Hello(worker=self._name))
             await self._send(protocol.Heartbeat(sent=time.monotonic()))
             if self._runner and not self._draining.is_set() and not self._holdings.running():
-                await self._pull()  # the first time it was said, it may have been lost
+                await self._pull()  # the earlier Ready may be lost
 
     def _let_go(self) -> None:
-        """The lease could not be renewed: end what runs; its receipts say Released."""
+        """End all attempts, since the lease could not be renewed; their receipts are RELEASED."""
         running = self._holdings.running()
         if running and self._runner:
             log.warning("worker %s lost touch with the Sentinel; its jobs are ended", self._name)
             self._runner.revoke(running)
 
     async def _follow(self) -> None:
-        """Connect when a Sentinel has left its key, and anew when a later one has left another."""
+        """Connect when there is a key file, and again when a new Sentinel has replaced it."""
         used: wire.CurveKeys | None = None
-        self._socket.reconnect_ivl = 1_000  # slower than we look: few attempts with an old key
+        self._socket.reconnect_ivl = 1_000  # slower than KEY_SECONDS: few attempts with an old key
         while True:
             key = wire.read_key(self._endpoint)
             if key and used and key != used:
@@ -455,7 +446,7 @@ class Worker:
 
 
 def _check_shared(welcome: protocol.Welcome) -> None:
-    """What a worker stages must be where the Sentinel looks for it."""
+    """Raise DaemonGone unless this Worker sees the Sentinel's files."""
     folder = Path(welcome.guests_folder).parent
     try:
         shared = os.stat(folder).st_ino == welcome.inode
@@ -469,11 +460,11 @@ def _check_shared(welcome: protocol.Welcome) -> None:
 
 
 async def serve(endpoint: str, cache: Path) -> None:
-    """Run one Worker as a process of its own, until SIGTERM, SIGINT or the Sentinel's Drain.
+    """Run one Worker in this process until SIGTERM, SIGINT or the Sentinel's Drain.
 
     Raises:
         ConfigError: the endpoint is not on the loopback interface, or its key cannot be read.
-        DaemonGone: this worker cannot serve that Sentinel.
+        DaemonGone: this Worker cannot serve that Sentinel.
     """
     wire.require_zmq()
     sandbox.shield_host()
@@ -495,7 +486,7 @@ async def serve(endpoint: str, cache: Path) -> None:
 
 
 def main() -> None:
-    """The command line of a Worker alone."""
+    """Command line of a Worker in its own process."""
     import argparse
 
     from casparian_flow import config
