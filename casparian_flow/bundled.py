@@ -1,4 +1,4 @@
-"""The plugins that come with the package, known by name: the name of the file without `.py`."""
+"""The bundled plugins. A plugin's name is its file's name without `.py`."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ _PACKAGE = Path(__file__).parent
 
 
 def folder() -> Path:
-    """Where their files are: in the package, or beside it in a checkout."""
+    """The folder of their files: in the package, or beside it in a checkout."""
     installed = _PACKAGE / "bundled_plugins"
     return installed if installed.is_dir() else _PACKAGE.with_name("plugins")
 
 
 @cache
 def names() -> tuple[str, ...]:
-    """The name of each, sorted."""
+    """Their names, sorted."""
     return tuple(sorted(file.stem for file in folder().glob("*.py")))
 
 
 def path(name: str) -> Path:
-    """The file of the bundled plugin of this name."""
+    """The file of a bundled plugin."""
     return folder() / f"{name}.py"
 
 
 def argument(plugin: str) -> str:
-    """What `casparian publish` is given for a plugin: a bundled one's name, else a file's."""
+    """The argument of `casparian publish`: the name of a bundled plugin, else the file."""
     return plugin if plugin in names() else f"{plugin}.py"

@@ -1,8 +1,8 @@
-"""Named places where a crash is worth trying.
+"""Named points in the code at which tests simulate a crash.
 
-`crashpoint("committer.decided")` does nothing until `arm` has given it something to do; what a
-harness arms ends the process, cuts the power of a filesystem, or counts. A `Trap` is what
-`CASPARIAN_CRASH_AT` and `CASPARIAN_CRASH_LOG` arm (`config.arm_crashpoints`).
+`crashpoint("committer.decided")` does nothing until `arm` installs a callback, which may end the
+process, cut the power of a filesystem, or count. `CASPARIAN_CRASH_AT` and `CASPARIAN_CRASH_LOG` arm
+a `Trap` (`config.arm_crashpoints`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _react: Callable[[str], None] | None = None
 
 
 def crashpoint(name: str) -> None:
-    """Be at a place; what it is called says what has just been done.
+    """Mark a crash point, named after the step that was just done.
 
     Args:
         name: a literal, `module.what_happened`, unique in the package.
@@ -33,13 +33,13 @@ def crashpoint(name: str) -> None:
 
 
 def arm(react: Callable[[str], None]) -> None:
-    """Have `react` called with the name of every crash point that this process comes to."""
+    """Call `react` with the name of every crash point that this process reaches."""
     global _react  # noqa: PLW0603  one process, one harness
     _react = react
 
 
 def known() -> list[str]:
-    """The name of every crash point, read from the package's own source."""
+    """The names of all crash points, found in the package's source."""
     package = Path(__file__).parent
     sources = (path.read_text("utf-8") for path in package.rglob("*.py") if path.name != _SELF)
     return sorted(name for source in sources for name in _PLACE.findall(source))
@@ -49,18 +49,17 @@ _SELF = Path(__file__).name
 
 
 def die() -> None:
-    """End as `kill -9` ends a process: at once, and nothing is tidied up."""
+    """Kill this process with SIGKILL, without any cleanup."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Trap:
-    """Writes down each crash point that the process comes to, and springs at one of them.
+    """Logs each crash point that the process reaches, and calls `spring` at one of them.
 
     Args:
-        at: `name` or `name:n`: where to spring, and at which time of coming there (from 1);
-            empty: nowhere.
-        log: a file that gets a line `name:n` for each, before the trap springs; empty: none.
-        spring: what to do there.
+        at: `name` or `name:n`: the crash point, and at its n-th time (from 1); empty: none.
+        log: file that gets a line `name:n` for each, before `spring` is called; empty: none.
+        spring: called at `at`.
 
     Raises:
         ConfigError: there is no such crash point, or the log cannot be written.
@@ -84,7 +83,7 @@ class Trap:
             raise ConfigError(f"CASPARIAN_CRASH_LOG {log}: {error.strerror}") from error
 
     def __call__(self, name: str) -> None:
-        """Come to a crash point."""
+        """Handle a crash point that was reached."""
         with self._lock:
             self._counts[name] += 1
             hit = f"{name}:{self._counts[name]}"

@@ -1,7 +1,8 @@
-"""Bytes become a file once: a reader sees the whole file or none of it.
+"""Durable files and folders, file locks, and facts about filesystems.
 
-The recipe (temporary file beside the target, fsync, link or rename, fsync of the folder) is the
-one of maildir and of dpkg. It survives a power cut on any journalling filesystem.
+A file is written as in maildir and dpkg: temporary file beside the target, fsync, link or rename,
+fsync of the folder. Readers see the whole file or none, also after a power cut on any journalling
+filesystem.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _OWNED = "owned"
 
 
 def fsync_path(path: Path) -> None:
-    """Make a file's data, or a folder's names, durable.
+    """Make a file's data, or the names in a folder, durable.
 
     Raises:
-        OSError: the disk refused. The data may be lost: write it again under another name.
+        OSError: the disk failed. The data may be lost: write it again under another name.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -51,10 +52,10 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 
 def make_private(folder: Path) -> bool:
-    """Create a folder that only this user can enter, or make one so; whatever the umask is.
+    """Create a folder with mode 0700, or set the mode of an existing one.
 
     Returns:
-        Whether others could have written there until now: what is in it may be theirs.
+        Whether other users could write to it until now, so that its content is not trusted.
 
     Raises:
         Unavailable: it belongs to another user, or its filesystem does not keep modes.
@@ -62,14 +63,14 @@ def make_private(folder: Path) -> bool:
     make_folder(folder, mode=0o700)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        found = os.fstat(descriptor)
-        if found.st_uid != os.geteuid():
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid():
             raise Unavailable(
-                f"{folder} belongs to another user (uid {found.st_uid}), and what we run would "
+                f"{folder} belongs to another user (uid {status.st_uid}), and what we run would "
                 "come from there",
                 "remove it, or set XDG_CACHE_HOME to a folder of your own",
             )
-        if found.st_mode & 0o777 == 0o700:
+        if status.st_mode & 0o777 == 0o700:
             return False
         os.fchmod(descriptor, 0o700)
         if os.fstat(descriptor).st_mode & 0o077:
@@ -79,14 +80,14 @@ def make_private(folder: Path) -> bool:
             )
     finally:
         os.close(descriptor)
-    return bool(found.st_mode & 0o022)
+    return bool(status.st_mode & 0o022)
 
 
 def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a small file so that it appears whole, replacing what was there.
+    """Write a small file atomically and durably, replacing an existing one.
 
     Raises:
-        OSError: nothing was changed, and the temporary file is gone.
+        OSError: nothing was changed, and the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with os.fdopen(_take(temporary, mode), "wb") as file:
@@ -106,10 +107,10 @@ def write_once(path: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; what is not there needs no removing.
+    """Remove a file or a folder with its content, if it exists.
 
     Raises:
-        OSError: something is left.
+        OSError: something could not be removed.
     """
     if path.is_dir() and not path.is_symlink():
         remove_tree(path)
@@ -118,9 +119,9 @@ def remove(path: Path) -> None:
 
 
 def _take(temporary: Path, mode: int) -> int:
-    """The temporary file, ours alone while it is open.
+    """Open and lock the temporary file.
 
-    It has one name for all, so what somebody left who died is taken over, not left for ever.
+    All writers use one name, so that the file of a killed writer is reused and not left for ever.
     """
     while True:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, mode)
@@ -128,12 +129,12 @@ def _take(temporary: Path, mode: int) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(temporary)):
                 return descriptor
-        os.close(descriptor)  # whoever had it before us has given it its name
+        os.close(descriptor)  # the writer before us has renamed it
 
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on a file, waiting for it; processes and threads both exclude."""
+    """Wait for and hold an exclusive flock on a file, against processes and threads."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -143,14 +144,14 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def own(folder: Path, pattern: str) -> None:
-    """Note in `folder/.casparian/owned` that names matching `pattern` there are our own.
+    """Add a pattern to `folder/.casparian/owned`: matching names there are our outputs.
 
-    A scan skips what it finds so marked, whichever ledger or configuration wrote it: our own
-    outputs never become our input.
+    Scans skip them, whichever ledger or configuration wrote them, so that outputs never become
+    input.
 
     Args:
-        folder: the folder that holds the names; created when absent.
-        pattern: a shell pattern (`fnmatch`) over names directly in the folder.
+        folder: the folder with the outputs; created if missing.
+        pattern: a shell pattern (`fnmatch`) for names directly in the folder.
     """
     state = folder / STATE_FOLDER
     if pattern in owned(state):
@@ -164,14 +165,11 @@ def own(folder: Path, pattern: str) -> None:
 
 
 def owned(state: Path) -> list[str]:
-    """The patterns that `own` noted in a `.casparian` folder; empty where there are none."""
+    """The patterns that `own` wrote to a `.casparian` folder; empty if there are none."""
     try:
         return (state / _OWNED).read_text().splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-# Which filesystem a path lies on: where others write unheard, and where no database should lie.
 
 
 _SHARED_FILESYSTEMS = {
@@ -185,63 +183,60 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 def filesystem_kind(path: Path, mounts: Path = _MOUNTS) -> str:
-    """The type of the filesystem that a path lies on, as mount(8) names it; empty where the
-    kernel does not say (not Linux)."""
+    """The type of the filesystem of a path, as mount(8) names it; empty if it is not known (not
+    Linux)."""
     try:
         lines = mounts.read_text("utf-8", "surrogateescape").splitlines()
     except OSError:
         return ""
-    here, found, deepest = os.path.realpath(path), "", -1
+    real, kind, deepest = os.path.realpath(path), "", -1
     for line in lines:
         fields, _, rest = line.partition(" - ")
         # Blanks and backslashes in a path are written in octal.
         mounted = re.sub(r"\\([0-7]{3})", lambda c: chr(int(c[1], 8)), fields.split()[4])
-        inside = here == mounted or here.startswith(f"{mounted.rstrip('/')}/")
-        if inside and len(mounted) >= deepest:  # the last of those at one place is the one seen
-            found, deepest = rest.split()[0], len(mounted)
-    return found
+        inside = real == mounted or real.startswith(f"{mounted.rstrip('/')}/")
+        if inside and len(mounted) >= deepest:  # the last mount at a path hides the earlier ones
+            kind, deepest = rest.split()[0], len(mounted)
+    return kind
 
 
 def misses_events(path: Path) -> str:
-    """The type of a filesystem on which somebody may write without the kernel's telling us: one of
-    the network's, or one made by a program. Empty for a local one."""
-    found = filesystem_kind(path)
-    return found if found in _SHARED_FILESYSTEMS or found.startswith("fuse") else ""
+    """The type of the filesystem of a path, if writes there may cause no inotify event (network
+    filesystems and FUSE); empty for others."""
+    kind = filesystem_kind(path)
+    return kind if kind in _SHARED_FILESYSTEMS or kind.startswith("fuse") else ""
 
 
 def unfit_for_database(path: Path) -> str:
-    """Why a database at that path is in danger, in words; empty where it is not."""
-    found = filesystem_kind(path)
-    if found in _SHARED_FILESYSTEMS:
+    """A warning if the filesystem of a path is unsafe for a database; else empty."""
+    kind = filesystem_kind(path)
+    if kind in _SHARED_FILESYSTEMS:
         return (
-            f"the database {path} lies on a network filesystem ({found}): locks that keep writers "
+            f"the database {path} lies on a network filesystem ({kind}): locks that keep writers "
             "apart cannot be trusted there, and a write-ahead log is for one machine"
         )
-    if found in _MEMORY_FILESYSTEMS:
-        return f"the database {path} lies in memory ({found}): it is gone with the next restart"
+    if kind in _MEMORY_FILESYSTEMS:
+        return f"the database {path} lies in memory ({kind}): it is gone with the next restart"
     return ""
 
 
-# One process at a time claims the jobs of a database: the holder of its daemon lock.
-#
-# `flock` on a file of its own: the lock goes with the process, however it ends, and no guest
-# inherits it.
-
+# The daemon lock: only its holder claims jobs of a database. It is a flock, which ends with the
+# process and which no guest inherits.
 
 _PROBE_SECONDS = 1.0
-"""A process that only asks who holds the lock takes it for an instant; wait that long."""
+"""How long to wait for the lock: a process that asks for its holder takes it for an instant."""
 
 
 @contextlib.contextmanager
 def hold_daemon_lock(path: Path, role: str) -> Iterator[None]:
-    """Be the daemon of this database.
+    """Hold the daemon lock of a database.
 
     Args:
         path: the lock file; its folder exists.
-        role: what we do, for whoever finds the lock taken: `casparian start`.
+        role: our command, such as `casparian start`, for the message that other processes get.
 
     Raises:
-        DaemonRunning: another process is; the message says which.
+        DaemonRunning: another process holds it; the message names it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -260,7 +255,7 @@ def hold_daemon_lock(path: Path, role: str) -> Iterator[None]:
 
 
 def daemon_lock_holder(path: Path) -> dict[str, str | int] | None:
-    """Who is the daemon of this database; None where nobody is."""
+    """The process that holds the daemon lock; None if none does."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -1,8 +1,8 @@
-"""Removing a folder that somebody else has filled: of any depth, with any names and rights in it.
+"""Remove a folder with arbitrary content: any depth, names and modes.
 
-`shutil.rmtree` calls itself for each level, and Python ends that after a thousand of them. Here
-folders that lie deeper are moved up into the topmost one first, so that no path is ever longer than
-two names, nothing calls itself, and two descriptors are enough.
+`shutil.rmtree` recurses for each level, and fails at Python's recursion limit of 1,000. Here nested
+folders are first moved up into the topmost one, so that paths have at most two names, there is no
+recursion, and two descriptors are enough.
 
 Standard library only: this file is copied beside the guest.
 """
@@ -19,17 +19,17 @@ from itertools import islice
 log = logging.getLogger(__name__)
 
 _AT_ONCE = 1000
-"""Names that are read before what they name is removed; a folder may hold millions."""
+"""Entries read at a time; a folder may have millions."""
 
 
 def remove_tree(folder: str | os.PathLike[str]) -> None:
-    """Remove a folder and all that is in it; a link that leads elsewhere is removed, not followed.
+    """Remove a folder and its content; symlinks are removed, not followed.
 
-    What can be removed is, though something else cannot.
+    Removes as much as possible, even if something cannot be removed.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        OSError: something is left; the first reason.
+        OSError: something is left; the first error.
     """
     name = os.fspath(folder)
     top = _opened(name)
@@ -41,8 +41,7 @@ def remove_tree(folder: str | os.PathLike[str]) -> None:
 
 
 def clear_away(folder: str | os.PathLike[str]) -> bool:
-    """Remove a folder where it is there. A failure is said in the log, and is no error: whoever
-    clears up has something to do besides.
+    """Remove a folder if it exists. A failure is logged and not raised.
 
     Returns:
         Whether nothing is left.
@@ -51,18 +50,18 @@ def clear_away(folder: str | os.PathLike[str]) -> bool:
         remove_tree(folder)
     except FileNotFoundError:
         return True
-    except Exception as error:  # noqa: BLE001  what is in it is not ours to foresee
+    except Exception as error:  # noqa: BLE001  the content is arbitrary
         log.warning("the folder %s cannot be removed, and stays: %s", os.fspath(folder), error)
         return False
     return True
 
 
 class _Emptying:
-    """All that is below one open folder goes."""
+    """Empties one open folder."""
 
     def __init__(self, top: int) -> None:
         self._top = top
-        # Nobody who filled the folder can have known these names.
+        # Random, so that no entry has such a name.
         self._prefix = f".{os.urandom(12).hex()}-"
         self._moved = 0
         self._stuck: dict[str, OSError] = {}
@@ -80,7 +79,7 @@ class _Emptying:
             raise error
 
     def _remove(self, name: str) -> None:
-        """Remove one entry of the topmost folder; the folders in it become such entries."""
+        """Remove one entry of the topmost folder; nested folders become entries of it."""
         try:
             if not _unlinked(name, self._top):
                 self._flatten(name)
@@ -94,10 +93,10 @@ class _Emptying:
         inner = _opened(name, self._top)
         try:
             while names := _names(inner):
-                for each in names:
+                for child in names:
                     with contextlib.suppress(FileNotFoundError):
-                        if not _unlinked(each, inner):
-                            self._move_up(each, inner)
+                        if not _unlinked(child, inner):
+                            self._move_up(child, inner)
         finally:
             os.close(inner)
 
@@ -106,19 +105,19 @@ class _Emptying:
         to = f"{self._prefix}{self._moved}"
         try:
             os.rename(name, to, src_dir_fd=inner, dst_dir_fd=self._top)
-        except PermissionError:  # its `..` is written, which takes a right that it may not give
+        except PermissionError:  # moving a folder writes its `..`, which needs its write right
             os.close(_opened(name, inner, rights=True))
             os.rename(name, to, src_dir_fd=inner, dst_dir_fd=self._top)
 
 
 def _names(folder: int, but: Container[str] = ()) -> list[str]:
-    """Some of the names in a folder."""
+    """At most _AT_ONCE names in a folder."""
     with os.scandir(folder) as entries:
-        return list(islice((each.name for each in entries if each.name not in but), _AT_ONCE))
+        return list(islice((entry.name for entry in entries if entry.name not in but), _AT_ONCE))
 
 
 def _unlinked(name: str, folder: int) -> bool:
-    """Remove what is no folder; False where it is one."""
+    """Remove an entry unless it is a folder; False if it is one."""
     if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
         return False
     os.unlink(name, dir_fd=folder)
@@ -126,10 +125,10 @@ def _unlinked(name: str, folder: int) -> bool:
 
 
 def _opened(name: str, folder: int | None = None, *, rights: bool = False) -> int:
-    """A descriptor of a folder that is no link, with all rights for us where it has not got them.
+    """Open a folder that is not a symlink, and give the owner all rights on it if it lacks them.
 
     Args:
-        rights: give them in any case.
+        rights: set them before opening it.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     if rights:
@@ -140,21 +139,21 @@ def _opened(name: str, folder: int | None = None, *, rights: bool = False) -> in
         _permit(name, folder)
         opened = os.open(name, flags, dir_fd=folder)
     if os.fstat(opened).st_mode & 0o700 != 0o700:
-        with contextlib.suppress(OSError):  # then removing what is in it fails, and says so
+        with contextlib.suppress(OSError):  # removing its content then fails with an error
             os.fchmod(opened, 0o700)
     return opened
 
 
 def _permit(name: str, folder: int | None) -> None:
-    """Give ourselves all rights on a folder, by a descriptor that asks for none where there is
-    such a thing (Linux): the name could lead elsewhere in between."""
+    """Set mode 0700 on a folder; on Linux through an O_PATH descriptor, since the name could be
+    replaced by a symlink meanwhile."""
     path_only = getattr(os, "O_PATH", 0)
     if not path_only or not os.path.isdir("/proc/self/fd"):
         os.chmod(name, 0o700, dir_fd=folder)
         return
     flags = path_only | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    place = os.open(name, flags, dir_fd=folder)
+    descriptor = os.open(name, flags, dir_fd=folder)
     try:
-        os.chmod(f"/proc/self/fd/{place}", 0o700)
+        os.chmod(f"/proc/self/fd/{descriptor}", 0o700)
     finally:
-        os.close(place)
+        os.close(descriptor)
