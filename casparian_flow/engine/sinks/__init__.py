@@ -1,11 +1,11 @@
-"""Sinks: where topics go, named by a URI.
+"""Sinks: the places that topics are written to. A URI names each.
 
-    parquet://path/to/output            a folder; the topic is a folder in it, each output a file
-    sqlite:///path/to/db.sqlite3        a database; the topic is a table in it
-    mssql://table, mssql://schema.table a table of the SQL Server that the configuration names
+    parquet://path/to/output            a folder: each topic is a folder in it, each output a file
+    sqlite:///path/to/db.sqlite3        a database: each topic is a table in it
+    mssql://table, mssql://schema.table a table of the SQL Server in the configuration
 
-The path starts at the configuration's folder; one more slash makes it absolute
-(`parquet:///abs`, `sqlite:////abs`). pyarrow is imported when a sink is opened, not before.
+The path is relative to the configuration's folder; one more slash makes it absolute
+(`parquet:///abs`, `sqlite:////abs`). pyarrow is imported only when a sink is opened.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 PREFIXES = {"parquet": "parquet://", "sqlite": "sqlite:///"}
-"""Scheme -> what stands before the path."""
+"""Scheme -> the part of a URI before the path."""
 
 SERVER = "mssql://"
-"""What stands before a table of SQL Server."""
+"""The part of a URI before the name of a SQL Server table."""
 
 _ACCEPTED = "write parquet://path/to/output, sqlite:///path/to/db.sqlite3 or mssql://table"
 
@@ -46,14 +46,16 @@ _NAME_LIMIT = 128
 
 
 def resolve(uri: str, home: Path) -> str:
-    """The sink's location: its URI without options, its path absolute; a table's as it is.
+    """Return the sink's location: the URI without options and with an absolute path.
+
+    The URI of a SQL Server table stays as it is.
 
     Args:
-        uri: as configured, or as a MANIFEST says with its variables expanded.
-        home: the folder relative paths start at; absolute.
+        uri: from the configuration, or from a MANIFEST after its variables are expanded.
+        home: the folder that relative paths start at; absolute.
 
     Raises:
-        ConfigError: another scheme, no path, a path that is our own, or options we do not have.
+        ConfigError: the scheme or an option is unknown, or the path is missing or reserved.
     """
     uri = sink_uri.read(uri).uri
     scheme = uri.partition("://")[0]
@@ -87,17 +89,17 @@ def resolve(uri: str, home: Path) -> str:
 
 
 def target_of(location: str, topic: str) -> Path | None:
-    """What a topic's rows will be in: a folder, or a database; None where that is no file here."""
+    """The folder or database that holds a topic's rows; None for a table of SQL Server."""
     scheme = location.partition("://")[0]
     path = Path(location.removeprefix(PREFIXES.get(scheme, "")))
     return {"parquet": path / topic, "sqlite": path}.get(scheme)
 
 
 def check_not_ledger(location: str, database: Path) -> None:
-    """Return if a sink is not the ledger itself: its rows would be none that we can prove.
+    """Check that a sink is not the ledger's own database.
 
     Raises:
-        ConfigError: it is, by this name or another.
+        ConfigError: it is, under this path or through a link.
     """
     path = Path(location.removeprefix(PREFIXES["sqlite"]))
     if location.startswith(PREFIXES["sqlite"]) and _is_same(path, database):
@@ -114,12 +116,12 @@ def _is_same(path: Path, other: Path) -> bool:
 
 
 def table_of(uri: str) -> tuple[str, str]:
-    """Schema and table of an `mssql://` URI; no schema means the login's own.
+    """Schema and table of an `mssql://` URI. An empty schema means the login's default schema.
 
-    A name may stand in brackets, as in T-SQL: `mssql://[my.schema].[a ]] table]`.
+    A name may be in brackets, as in T-SQL: `mssql://[my.schema].[a ]] table]`.
 
     Raises:
-        ConfigError: it does not name a table that can be ours.
+        ConfigError: the URI names no table, or one that Casparian Flow cannot use.
     """
     found = _TABLE.fullmatch(uri.removeprefix(SERVER))
     if not found:
@@ -147,11 +149,11 @@ def _units(name: str) -> int:
 
 
 def open_sink(location: str, database: DatabaseSettings) -> Sink:
-    """The sink at a location that `resolve` gave. Touches nothing yet.
+    """The sink at a location that `resolve` returned. Opens no file and no connection.
 
     Args:
-        database: the ledger's. What has no folder of its own is staged beside it, and it knows the
-            way to SQL Server (a Worker's does not: it needs none).
+        database: settings of the ledger's database. Outputs for SQL Server are staged beside the
+            ledger, and its `mssql` settings say how the server is reached (a Worker needs none).
     """
     if location.startswith(SERVER):
         from casparian_flow.engine.sinks.mssql import MssqlSink
@@ -167,33 +169,33 @@ def open_sink(location: str, database: DatabaseSettings) -> Sink:
 
 
 def inventory(location: str, database: DatabaseSettings, known: Container[str]) -> Iterable[Found]:
-    """See `Sink.inventory`; a sink in which nothing can be news by its name is not opened.
+    """See `Sink.inventory`. A Parquet sink whose file names are all known is not opened.
 
     Args:
         location: as for `open_sink`.
     """
     scheme, _, path = location.partition("://")
     if scheme == "parquet":
-        with contextlib.suppress(OSError):  # the sink itself says what is wrong
+        with contextlib.suppress(OSError):  # opening the sink will report the error
             if not any(base.unknown_outputs(Path(path), known)):
                 return ()
     return open_sink(location, database).inventory(known)
 
 
 def store(location: str) -> str:
-    """What one transaction can hold: all tables of the SQL Server, else the sink itself.
+    """The part of a location that one transaction covers: the whole SQL Server, else the sink.
 
-    What goes there of one job appears together, and it is paused as one.
+    The outputs of one job in one store become visible together, and a store is paused as a whole.
     """
     return SERVER if location.startswith(SERVER) else location
 
 
 def check_usable(location: str, database: DatabaseSettings) -> None:
-    """Return if nothing is missing on our side for a sink to be used.
+    """Check that a sink's settings and driver are present.
 
     Raises:
-        ConfigError: it is a table of SQL Server, and no server is configured, or its driver is not
-            installed.
+        ConfigError: the sink is a table of SQL Server, and no server is configured or the driver
+            is not installed.
     """
     if location.startswith(SERVER):
         from casparian_flow.engine.sinks.mssql_session import check_configured
@@ -202,14 +204,14 @@ def check_usable(location: str, database: DatabaseSettings) -> None:
 
 
 def drop_stages(location: str, database: DatabaseSettings, tag: str, owed: Collection[str]) -> None:
-    """Drop the stage tables of a ledger that nothing is published from; only SQL Server has any.
+    """Drop a ledger's stage tables that no pending output needs. Only SQL Server has any.
 
     Args:
-        tag: the ledger's; the names of its staged files begin with it.
+        tag: the ledger's tag, which begins the names of its staged files.
         owed: staged files that are still to be published.
 
     Raises:
-        SinkUnavailable: the server cannot be asked.
+        SinkUnavailable: the server cannot be reached, or refuses.
     """
     if location.startswith(SERVER):
         from casparian_flow.engine.sinks.mssql import MssqlSink
@@ -218,32 +220,31 @@ def drop_stages(location: str, database: DatabaseSettings, tag: str, owed: Colle
 
 
 def seal(stages: Sequence[Stage]) -> list[StagedOutput]:
-    """Make staged files durable, each folder once for all: see `stage.seal`."""
+    """Make staged outputs durable; see `stage.seal`."""
     from casparian_flow.engine.sinks import stage
 
     return stage.seal(stages)
 
 
-# Places that are no sink's: the ledger and its side files, the configuration, keys and caches.
+# Reserved paths: the ledger, the configuration, keys, caches, and SQLite's side files.
 #
-# SQLite names its side files after the database (`-wal`, `-shm`, `-journal`), takes whatever is
-# there for its own, and deletes it. So no sink may have such a name, nor a folder on the way to it.
-
+# SQLite treats any file named like a side file of a database as its own, and deletes it. So
+# neither a sink nor a folder above it may have such a name.
 
 SIDE_FILES = ("-wal", "-shm", "-journal")
 _MAGIC = b"SQLite format 3\0"
 _NO_FILES = ("/proc/", "/sys/", "/dev/")
-"""What is below these is no file that stays: `/proc/self/fd/5` is another thing in each process,
-and may be the ledger in the daemon's."""
-_SHARED_MEMORY = "/dev/shm/"  # noqa: S108  a folder of files like any other, until a restart
+"""Folders without lasting files: `/proc/self/fd/5` differs from process to process, and may be the
+ledger in the daemon."""
+_SHARED_MEMORY = "/dev/shm/"  # noqa: S108  ordinary files, until the machine restarts
 _ELSEWHERE = "give the topic a place of its own"
 
 
 def check_reserved(location: str, topic: str, settings: Settings) -> None:
-    """Return if a topic may go to a sink, whatever links and spellings lead there.
+    """Check that a topic's target is not a reserved path, also after links are resolved.
 
     Raises:
-        ConfigError: it would be in the place of something of ours, or of a side file of SQLite.
+        ConfigError: it is a path of Casparian Flow's own, or of a side file of SQLite.
     """
     target = target_of(location, topic)
     if target is None:
@@ -255,17 +256,17 @@ def check_reserved(location: str, topic: str, settings: Settings) -> None:
 
 
 def check_reserved_content(location: str, topic: str) -> None:
-    """Return if what is in a sink's place, if anything is, can be a sink.
+    """Check that a topic's target is absent, or is a folder or database as its sink needs it.
 
     Raises:
-        ConfigError: it is another file.
+        ConfigError: another kind of file is there.
     """
     target = target_of(location, topic)
     if target is None:
         return
     is_file = location.startswith(PREFIXES["sqlite"])
     for path in (target.parent if is_file else target, *target.parents):
-        if os.path.exists(path) and not os.path.isdir(path):  # False where we may not look
+        if os.path.exists(path) and not os.path.isdir(path):  # False without permission to look
             raise ConfigError(
                 f"topic {topic!r} cannot go to {target}: {path} is a file", _ELSEWHERE
             )
@@ -280,7 +281,7 @@ def check_reserved_content(location: str, topic: str) -> None:
                 if file.read(len(_MAGIC)) == _MAGIC:
                     return
     except OSError:
-        return  # it is not there, or the sink itself says what is wrong
+        return  # it is absent, or opening the sink will report the error
     raise ConfigError(
         f"topic {topic!r} cannot go to {target}: that is something else, and no SQLite database",
         _ELSEWHERE,
@@ -288,7 +289,7 @@ def check_reserved_content(location: str, topic: str) -> None:
 
 
 def _faults(target: str, is_file: bool, settings: Settings) -> Iterator[str]:
-    """What is wrong with a place, by each name that it has."""
+    """What is wrong with a target, by its own path and its real path."""
     for path in _names(target):
         if fault := _fault_of_name(path, is_file, settings.database.path, settings.home):
             yield fault
@@ -300,8 +301,7 @@ def _faults(target: str, is_file: bool, settings: Settings) -> Iterator[str]:
 
 
 def _names(path: str) -> Iterator[str]:
-    """The name as it is, and what links make of it: that is not asked where the name is at fault,
-    for links of /proc may be another user's."""
+    # Lazy: after a fault in the first path no link is followed, since /proc may hold other users'.
     yield path
     if (real := os.path.realpath(path)) != path:
         yield real
@@ -309,7 +309,7 @@ def _names(path: str) -> Iterator[str]:
 
 @functools.lru_cache(1024)
 def _fault_of_name(path: str, is_file: bool, database: Path, home: Path) -> str:
-    """What can be said without looking at the disk; empty where nothing is wrong."""
+    """The faults that the path alone shows, without a look at the disk; empty if there is none."""
     if path.startswith(_NO_FILES) and not path.startswith(_SHARED_MEMORY):
         return f"what is below {path[: path.index('/', 1)]} are no files that stay"
     ours = _ours(database, home)
@@ -319,9 +319,9 @@ def _fault_of_name(path: str, is_file: bool, database: Path, home: Path) -> str:
         return f"a file of the name {config.FILE_NAME} is a configuration"
     if STATE_FOLDER in path.casefold().split(os.sep):
         return f"a folder {STATE_FOLDER} is for our own state"
-    for each in (path, *map(str, Path(path).parents)):
-        if what := ours.get(each.casefold()):
-            return f"{each} is {what}"
+    for folder in (path, *map(str, Path(path).parents)):
+        if what := ours.get(folder.casefold()):
+            return f"{folder} is {what}"
     for inner, what in ours.items():
         if not is_file and inner.startswith(path.casefold().rstrip("/") + "/"):
             return f"{what} is in it"
@@ -330,14 +330,14 @@ def _fault_of_name(path: str, is_file: bool, database: Path, home: Path) -> str:
 
 @functools.lru_cache(1024)
 def _side_files_on(path: str) -> list[str]:
-    """The names on the way to a path that are those of side files, if there is a database."""
-    way = (path, *map(str, Path(path).parents))
-    return [each for each in way if each.casefold().endswith(SIDE_FILES)]
+    """The path and the folders above it that are named like side files of SQLite."""
+    paths = (path, *map(str, Path(path).parents))
+    return [name for name in paths if name.casefold().endswith(SIDE_FILES)]
 
 
 @functools.lru_cache(64)
 def _ours(database: Path, home: Path) -> dict[str, str]:
-    """Path in small letters -> what of ours is there."""
+    """Case-folded path -> what Casparian Flow keeps there."""
     named = config.named()
     found = {
         database: "the ledger",

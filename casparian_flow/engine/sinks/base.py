@@ -1,9 +1,9 @@
-"""What every sink must do, in two halves that meet on disk.
+"""The contract of a sink: a Worker stages outputs, the Committer publishes them.
 
-The Worker *stages*: it writes an output to a file under the sink's own stage folder and seals it
-(fsync), so that the file can be published after any crash; `stage.py` does that alike for all
-sinks. The Committer *publishes*: it makes a sealed output visible, exactly once for its output
-key, however often it is asked. tests/sinks/test_contract.py holds every sink to this page.
+To *stage* is to write an output to a Parquet file in the sink's stage folder and to seal it
+(fsync), so that it can be published after any crash; `stage.py` does this for all sinks. To
+*publish* is to make a sealed output visible, exactly once for its output key, however often it is
+repeated. tests/sinks/test_contract.py checks every sink against this module.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 LINEAGE = ("_cf_file_version_id", "_cf_job_id", "_cf_source_hash", "_cf_plugin_version")
-"""Columns on every row, reserved to us: where it came from and who made it."""
+"""Reserved columns of every row: the row's file version, job and plugin version."""
 
 
 KEY_DIGITS = 32
-"""Digits of an output key that tell it from every other; they name its Parquet file."""
+"""The first digits of an output key that suffice to identify it; they name its Parquet file."""
 
 
 class Lineage(Record, frozen=True):
-    """The values of the lineage columns of one attempt's rows, in their order."""
+    """The values of the lineage columns of one attempt's rows, in the order of `LINEAGE`."""
 
     file_version_id: int
     job_id: int
@@ -43,7 +43,7 @@ class Lineage(Record, frozen=True):
 
 
 class Claim(Record, frozen=True):
-    """What the ledger says a sink holds."""
+    """An output that a sink should hold, according to the ledger."""
 
     topic: str
     output_key: str
@@ -54,7 +54,7 @@ class Claim(Record, frozen=True):
 
 
 class Found(Record, frozen=True):
-    """An output that a sink holds, shown or not, as the sink's own record of it says."""
+    """An output that a sink holds, shown or not, according to the sink's own record."""
 
     topic: str
     output_key: str
@@ -66,7 +66,8 @@ class Found(Record, frozen=True):
     content_hash: str = ""
     plugin_version: str = ""
     source: str = ""
-    """Name of the source root; empty, as what follows, where an earlier release published it."""
+    """Name of the source root. This and the later fields are empty for outputs of releases that
+    did not record them."""
     path: bytes = b""
     ordinal: int = 0
     size_bytes: int = 0
@@ -79,7 +80,7 @@ class Found(Record, frozen=True):
 
 
 def facts_of(footer: Mapping[bytes, bytes]) -> dict[str, str]:
-    """The facts that `stage.py` wrote into a file's footer, without the prefix of their names."""
+    """The facts that `stage.py` wrote into a file's footer, by name without the prefix."""
     return {
         name.decode().removeprefix("casparian."): value.decode()
         for name, value in footer.items()
@@ -88,12 +89,14 @@ def facts_of(footer: Mapping[bytes, bytes]) -> dict[str, str]:
 
 
 def own_topic(topic: str, facts: Mapping[str, str]) -> str:
-    """What to type so that files of another kind than a topic's get a topic of their own.
+    """The command that gives files of another kind than a topic's a topic of their own.
 
     Args:
-        topic: that of the output.
-        facts: those of the output, as `OutputPlan.facts` has them; without a path there is nothing
-            to say.
+        topic: the output's topic.
+        facts: the output's `OutputPlan.facts`.
+
+    Returns:
+        an empty string if the facts name no plugin or no printable file name.
     """
     name = PurePath(os.fsdecode(bytes.fromhex(facts.get("path", "")))).name
     if not name.isprintable() or "plugin" not in facts:
@@ -101,26 +104,26 @@ def own_topic(topic: str, facts: Mapping[str, str]) -> str:
     ends = PurePath(name).suffixes
     end = "".join(ends[-2:] if ends[-1:] == [".gz"] else ends[-1:])
     first = re.match(r"[A-Za-z]{2,}", name.removesuffix(end))
-    # What begins with a digit or one letter says too little: the pattern would fit other families.
+    # A name that begins with a digit or one letter gives a pattern that fits other files too.
     begin = first[0] if first else name.removesuffix(end)
     pattern = f"{begin}*{end}" if first else re.sub(r"[\[\]{}()!?*\\]", "?", name)
     own = re.sub(r"[^a-z0-9]+", "_", begin.lower()).strip("_") or "other"
     own = f"{own}_2" if own in (topic, facts["plugin"]) else own
     main, *others = facts.get("topics", topic).split("/")
-    topics = [own, *(f"{own}_{each.removeprefix(main).lstrip('_')}" for each in others)]
-    said = " ".join(f"--topic {shlex.quote(each)}" for each in topics)
+    topics = [own, *(f"{own}_{other.removeprefix(main).lstrip('_')}" for other in others)]
+    options = " ".join(f"--topic {shlex.quote(name)}" for name in topics)
     return (
         f"casparian publish {bundled.argument(facts['plugin'])} --name {own} --pattern "
-        f"{shlex.quote(pattern)} {said}"
+        f"{shlex.quote(pattern)} {options}"
     )
 
 
 def otherwise(settles: str, column: str) -> str:
-    """What ends the message of an output that is refused for the type of a column.
+    """The end of the message that refuses an output because of a column's type.
 
     Args:
-        settles: what `own_topic` said, or nothing.
-        column: its name.
+        settles: what `own_topic` returned.
+        column: the column's name.
     """
     if not settles:
         return ""
@@ -137,14 +140,14 @@ def otherwise(settles: str, column: str) -> str:
 def found(
     target: str, rows: int, digest: str, footer: Mapping[str, str], *, retracted: bool = False
 ) -> Found:
-    """An output, from the facts that `stage.py` wrote down about it.
+    """Build the record of an output from the facts that `stage.py` wrote.
 
     Args:
-        footer: as `facts_of` gives them.
-        retracted: whether it is; the facts do not tell.
+        footer: the facts, as `facts_of` returns them.
+        retracted: whether the output is retracted; the facts do not say.
 
     Raises:
-        ValueError, KeyError: these are no facts of ours.
+        ValueError, KeyError: the facts are not those of an output of Casparian Flow.
     """
     return Found(
         topic=footer["topic"],
@@ -170,15 +173,15 @@ def found(
 
 
 class Sink(Protocol):
-    """One place where topics go.
+    """A place that topics are written to.
 
-    An output is *shown*, or no reader is to see it: it is *replaced* (mode `replace`: a greater
-    one of its slot was published) or *retracted* (a person took its rows back). In a slot a
-    retracted output keeps its place: what it has replaced does not appear again.
+    Readers see an output only while it is *shown*. It is not while it is *replaced* (in mode
+    `replace`, a greater output of its slot was published) or *retracted* (by a user). A retracted
+    output still counts in its slot: outputs that it replaced stay invisible.
     """
 
     stage_folder: Path
-    """On the target's filesystem, inside a `.casparian` folder."""
+    """The folder for staged outputs: on the target's filesystem, inside a `.casparian` folder."""
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """Start an output.
@@ -186,76 +189,79 @@ class Sink(Protocol):
         Args:
             plan: topic, sink, mode and output key.
             lineage: the values of the lineage columns.
-            attempt: a name no other attempt has; the staged file's name begins with it.
+            attempt: the attempt's unique name; the staged file's name begins with it.
 
         Raises:
-            OutputRefused: the topic's name or mode is not one this sink has.
+            OutputRefused: this sink does not support the topic's name or mode.
             SinkUnavailable: the folder cannot be created or written.
         """
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
-        """Make sealed outputs visible and durable; idempotent per output key.
+        """Make sealed outputs visible and durable; idempotent for each output key.
 
-        An output whose key is published already is adopted, not written again, and stays retracted
-        where it is. What is published no longer needs its staged file, which is removed. The
-        outcomes are in the order of `outputs`. Of one job either all that are not adopted are
-        published or none, and a failed job changes nothing and does not stop the others:
-        SinkConflict (the target is not ours), OutputRefused (this sink cannot hold the rows),
-        SinkUnavailable (full, locked, read-only), JobError itself (the staged file is gone or
-        damaged).
+        An output whose key is already published is adopted: it is not written again, and stays
+        retracted if it is. The staged file of a published output is removed. All outputs of one
+        job that are not adopted are published, or none is. A job that fails changes nothing and
+        does not stop the others.
 
-        Mode `replace`: among the outputs of one slot that were published in this mode only the
-        one with the greatest (ordinal, job id) is visible, and takes the place of the others in
-        the same instant. One that is not the greatest is published, and nobody sees its rows.
+        Mode `replace`: of a slot's outputs in this mode only the one with the greatest (ordinal,
+        job id) is visible; it replaces the others atomically. A smaller one counts as published,
+        and its rows are invisible.
 
-        Mode `error`: SinkConflict where the topic's place holds what is not ours.
+        Mode `error`: SinkConflict if the target holds rows or files of other programs.
+
+        Returns:
+            an outcome for each of `outputs`, in their order. An error is a SinkConflict (another
+            program's data is in the target), OutputRefused (this sink cannot hold the rows),
+            SinkUnavailable (full, locked, read-only), or a plain JobError (the staged file is
+            gone or damaged).
         """
 
     def check(self, claims: Sequence[Claim]) -> list[str]:
-        """Compare claims with what is there; one sentence for each claim that does not hold."""
+        """Compare claims with the sink's content; one sentence for each claim that fails."""
 
     def inventory(self, known: Container[str]) -> Iterator[Found]:
-        """What is there of ours under other output keys, and what is retracted under any key: an
-        older ledger does not know. What cannot be read is passed over: publishing to its name will
-        say so.
+        """List published outputs that the ledger does not know, and all retracted ones.
+
+        An output that cannot be read is left out; publishing to its name reports the fault.
 
         Args:
-            known: the first `KEY_DIGITS` digits of each output key that is no news.
+            known: the first `KEY_DIGITS` digits of each output key that the ledger knows.
 
         Raises:
-            SinkUnavailable: the sink is there and cannot be looked at.
+            SinkUnavailable: the sink exists and cannot be read.
         """
 
     def withdraw(self, claim: Claim) -> None:
-        """Make room for an output to be published again: nothing of it is left afterwards.
+        """Remove what is left of an output, so that it can be published again.
 
         Raises:
-            SinkConflict: what stands in its place is not whole, and a person must move it away.
+            SinkConflict: an altered file has its name, and a person must move it away.
             SinkUnavailable: full, locked, read-only.
         """
 
     def retract(self, claim: Claim) -> None:
-        """Take an output's rows out of every reader's sight and keep them; idempotent.
+        """Hide an output's rows from readers and keep them; idempotent.
 
-        What is replaced already, or is not there, is left as it is: its rows are in nobody's sight.
+        Does nothing if the output is replaced or absent: its rows are already invisible.
 
         Raises:
-            SinkConflict: what stands in its place is not this output, or not whole.
+            SinkConflict: the output was altered, or something else has its name.
             SinkUnavailable: full, locked, read-only.
         """
 
     def reinstate(self, claim: Claim) -> None:
         """Undo `retract`: the same rows are visible again; idempotent.
 
-        Where a greater output of its slot was published since, it is replaced from now on.
+        If a greater output of its slot was published since, the output becomes replaced.
 
         Raises:
-            SinkConflict: what was kept is gone or altered, or its place is taken.
+            SinkConflict: the retracted rows are gone or altered, or their target is taken.
             SinkUnavailable: full, locked, read-only.
         """
 
 
-_WORDS = {
+_DISK_ERRORS = {
     errno.ENOSPC: ("the disk is full", "free some space; the jobs go on by themselves"),
     errno.EDQUOT: ("the disk quota is used up", "free some space; the jobs go on by themselves"),
     errno.EROFS: ("the filesystem is read-only", "mount it writable"),
@@ -265,39 +271,37 @@ _WORDS = {
 
 
 def unavailable(error: OSError, place: Path) -> SinkUnavailable:
-    """The error of a disk that refused, in words."""
-    words, hint = _WORDS.get(error.errno or 0, (error.strerror or str(error), ""))
-    return SinkUnavailable(f"cannot write {place}: {words}", hint)
+    """The error to report for an OSError of the disk."""
+    reason, hint = _DISK_ERRORS.get(error.errno or 0, (error.strerror or str(error), ""))
+    return SinkUnavailable(f"cannot write {place}: {reason}", hint)
 
 
 def is_disk_fault(error: Exception) -> TypeGuard[OSError]:
-    """Whether the disk refused: Arrow raises OSError for other things too, without a number."""
+    """Whether an error came from the disk. Arrow also raises OSError, but without an errno."""
     return isinstance(error, OSError) and error.errno is not None
 
 
 def lost(output: StagedOutput, reason: object) -> JobError:
-    """The error of a sealed file that is gone or damaged: only another attempt can help."""
+    """The error to report for a sealed file that is gone or damaged; the job must run again."""
     return JobError(
         f"the staged file {output.stage} of topic {output.topic!r} cannot be read: {reason}",
         "retry the job: its plugin will write the output again",
     )
 
 
-# What a Parquet sink holds, by name alone: nothing is opened, so that pyarrow is not imported.
-#
-# `standing.py` says which names there are.
+# Names in a Parquet sink. No file is opened, so that pyarrow is not imported.
 
 
 def hidden_folder(root: Path, topic: str) -> Path:
-    """Where a topic's retracted outputs are."""
+    """The folder of a topic's retracted outputs."""
     return root / STATE_FOLDER / "hidden" / topic
 
 
 def list_outputs(folder: Path) -> Iterator[Path]:
-    """What may be outputs in a topic's folder: files, and folders of parts.
+    """The files, and folders of parts, in a topic's folder that are named like outputs.
 
     Raises:
-        OSError: the folder is there and cannot be looked at.
+        OSError: the folder exists and cannot be read.
     """
     try:
         entries = sorted(folder.iterdir())
@@ -310,13 +314,12 @@ def list_outputs(folder: Path) -> Iterator[Path]:
 
 
 def unknown_outputs(root: Path, known: Container[str]) -> Iterator[tuple[Path, bool]]:
-    """What may be outputs of the whole sink and be news, and whether it is hidden.
+    """The sink's outputs that the ledger may not know, by name, and whether each is hidden.
 
-    What is named after a known output key is none; a name of mode replace is a slot's, and says
-    nothing about what is there.
+    A file of mode `replace` is named after its slot, so it is always listed.
 
     Raises:
-        OSError: a folder is there and cannot be looked at.
+        OSError: a folder exists and cannot be read.
     """
     kept = hidden_folder(root, "")
     for folder in sorted([*root.glob("[!._]*/"), *kept.glob("*/")]):

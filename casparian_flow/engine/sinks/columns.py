@@ -1,20 +1,20 @@
-"""How columns of Arrow become columns of SQLite, so that no value changes on the way.
+"""How Arrow columns become SQLite columns without changing a value.
 
     boolean, integers           INTEGER   a uint64 above 2**63-1 is refused
     duration                    INTEGER   nanoseconds
     floating point              REAL      NaN is refused (SQLite would store NULL); -0.0 is 0.0
     string                      TEXT
     binary                      BLOB
-    decimal                     TEXT      all its digits
-    date, time, timestamp       TEXT      2024-01-31 23:59:59.000000: all digits of the unit, of
-                                          seconds three; with a zone: in UTC, and +00:00
+    decimal                     TEXT      with all digits
+    date, time, timestamp       TEXT      2024-01-31 23:59:59.000000: all digits of the unit, three
+                                          for seconds; with a zone: in UTC, followed by +00:00
     list, map, struct           TEXT      JSON; binary in hexadecimal, a map as [{"key":, "value":}]
-    null                        (none)    such a column takes values of every type
+    null                        (none)    such a column accepts values of every type
 
-A column has the type that its first output gave it; one that was null everywhere gets it later.
-INTEGER and REAL columns take each other's numbers where every one of them stays exact. Where one
-does not, an INTEGER column takes REALs all the same, if a REAL could hold each of its numbers
-(`sqlite_columns.py`). Any other change of a column's type is refused.
+A column keeps the type of its first output; a column of nulls gets its type later. INTEGER and
+REAL columns accept each other's numbers if each of them stays exact. Otherwise an INTEGER column
+accepts REALs if a REAL can hold each of its numbers (`sqlite_tables.fitted`). Any other change of
+type is refused.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ from casparian_flow.engine.sinks.base import otherwise
 from casparian_flow.errors import OutputRefused
 
 CELL_VALUES = 1 << 22
-"""Values that one list, map or struct may have in it, to be written as JSON: each is an object of
-Python's first, of some 200 bytes, and values that are null have no bytes where they come from."""
+"""The most values in one list, map or struct that is written as JSON. Each becomes a Python object
+of about 200 bytes first, and null values take no bytes in Arrow."""
 VALUES_AT_ONCE = 1 << 20
-"""The same of all rows that become objects of Python's together; one row is one in any case."""
+"""The most values in rows that become Python objects at once; a single row may have more."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column on its way from Arrow to SQLite."""
+    """The conversion of one column from Arrow to SQLite."""
 
     name: str
     kind: Any
-    """The Arrow type it has in the output."""
+    """The Arrow type in the output."""
     plain: Any
-    """The Arrow type it is cast to first, exactly."""
+    """The Arrow type that the values are cast to first, exactly."""
     declared: str
-    """Its type in the table; empty where any value may come."""
+    """The type in the table; empty if it accepts values of every type."""
 
     def values(self, array: Any) -> list[Any]:
-        """The values as SQLite stores them.
+        """Convert an Arrow array to values for SQLite.
 
         Raises:
-            OutputRefused: a value that SQLite cannot hold as it is.
+            OutputRefused: SQLite cannot hold a value exactly.
         """
         with self._holding():
             values = _values(self._checked(array))
             return _json_texts(values) if pa.types.is_nested(self.plain) else values
 
     def check(self, array: Any) -> None:
-        """Return if SQLite can hold every value. Quicker than `values`, and raises as it does."""
+        """Check that SQLite can hold every value. Faster than `values`; raises the same errors."""
         with self._holding():
             self._checked(array)
 
     def _checked(self, array: Any) -> Any:
-        """The array cast to what `plain` says; a nested one as it is, for such a cast breaks it:
-        of nulls in a list in a list, pyarrow 26 makes as many as the outer list has items."""
+        # A nested array is not cast: for nulls in a list in a list, pyarrow 26 makes as many as
+        # the outer list has items.
         nested = pa.types.is_nested(self.plain)
         if nested:
             check_cells(array)
@@ -89,10 +89,10 @@ class Column:
 
 
 def columns_of(schema: Any) -> list[Column]:
-    """What the columns of an Arrow schema become.
+    """The SQLite columns for an Arrow schema.
 
     Raises:
-        OutputRefused: two names that SQLite takes for one, or two fields of a struct of one name.
+        OutputRefused: two columns have one name for SQLite, or two fields of a struct have one.
     """
     check_fields(schema, "SQLite")
     columns = [_column(field.name, field.type) for field in schema]
@@ -126,10 +126,10 @@ def _column(name: str, kind: Any) -> Column:
 
 
 def check_fields(schema: Any, sink: str) -> None:
-    """Return if JSON can hold every struct among the columns.
+    """Check that JSON can hold every struct among the columns.
 
     Raises:
-        OutputRefused: two fields of one of them have one name.
+        OutputRefused: two fields of a struct have the same name.
     """
     for field in schema:
         if _has_twins(field.type):
@@ -141,7 +141,7 @@ def check_fields(schema: Any, sink: str) -> None:
 
 
 def _has_twins(kind: Any) -> bool:
-    """Whether JSON would lose a field of a struct, or of one inside of the type."""
+    """Whether a struct, at any depth of the type, has two fields with one name."""
     if isinstance(kind, pa.BaseExtensionType):
         return _has_twins(kind.storage_type)
     if pa.types.is_dictionary(kind):
@@ -153,18 +153,18 @@ def _has_twins(kind: Any) -> bool:
 
 
 def fit(column: Column, declared: str, settles: str = "") -> Column:
-    """The column as a table takes it that declares it so.
+    """The column for a table that declares it with another type.
 
     Args:
-        settles: what to type where the output is refused.
+        settles: the command to suggest if the output is refused.
 
     Raises:
-        OutputRefused: its values would change there.
+        OutputRefused: the values would change in the table.
     """
-    here = {column.declared, declared}
-    if len(here) == 1 or "" in here:
+    types = {column.declared, declared}
+    if len(types) == 1 or "" in types:
         return column
-    if here == {"INTEGER", "REAL"}:
+    if types == {"INTEGER", "REAL"}:
         return replace(column, plain=pa.int64() if declared == "INTEGER" else pa.float64())
     raise OutputRefused(
         f"column {column.name!r} ({column.kind}) is {declared} in the table, not {column.declared}"
@@ -174,15 +174,15 @@ def fit(column: Column, declared: str, settles: str = "") -> Column:
 
 
 def fold(name: str) -> str:
-    """A name as SQLite compares it: ASCII letters without case."""
+    """A name as SQLite compares it: without case, for ASCII letters only."""
     return name.encode().lower().decode()
 
 
 def check_inside(array: Any, *, in_json: bool) -> None:
-    """Return if every value of an array, and within it, has a word in SQLite or in JSON.
+    """Check that SQLite, or JSON where nested, can hold every value of an array, at any depth.
 
     Raises:
-        ValueError: one has not.
+        ValueError: a value cannot be stored.
     """
     types = pa.types
     while is_wrapped(kind := array.type):
@@ -207,7 +207,7 @@ def check_inside(array: Any, *, in_json: bool) -> None:
 
 
 def as_list(array: Any) -> Any:
-    """An array of maps as one of lists of key and value; built and not cast, as above."""
+    """An array of maps as an array of lists of key and value; not cast, as in `_checked`."""
     pairs = pa.StructArray.from_arrays([array.keys, array.items], ["key", "value"])
     return pa.Array.from_buffers(
         pa.list_(pairs.type), len(array), array.buffers()[:2], offset=array.offset, children=[pairs]
@@ -215,7 +215,7 @@ def as_list(array: Any) -> Any:
 
 
 def _values(array: Any) -> list[Any]:
-    """Python values of an Arrow array, exact, as SQLite or JSON takes them."""
+    """The exact Python values of an Arrow array, for SQLite or JSON."""
     types = pa.types
     while is_wrapped(kind := array.type):
         array = array.dictionary_decode() if types.is_dictionary(kind) else array.storage
@@ -247,20 +247,20 @@ def _records(array: Any) -> list[Any]:
 
 
 def _texts(array: Any) -> list[Any]:
-    """Decimals and moments as text; a moment of a time zone is one of UTC."""
+    """Decimals, dates and times as text; those with a time zone in UTC."""
     zone = "+00:00" if getattr(array.type, "tz", None) else ""
     return [None if text is None else text + zone for text in _plain_texts(array).to_pylist()]
 
 
 def _plain_texts(array: Any) -> Any:
-    """The same as an Arrow array, without a zone; `<...>` where Arrow has no words for a moment."""
+    """The same as an Arrow array, without a zone; `<...>` for a value outside of the calendar."""
     if getattr(array.type, "tz", None):
         array = array.cast(pa.timestamp(array.type.unit))
     return array.cast(pa.string())
 
 
 def values_in(array: Any) -> int:
-    """How many values an array has, those within its values too."""
+    """How many values an array has, counting nested ones too."""
     kind, count = array.type, len(array)
     if isinstance(kind, pa.BaseExtensionType):
         return values_in(array.storage)
@@ -275,7 +275,7 @@ def values_in(array: Any) -> int:
 
 
 def pieces(batch: Any) -> Iterator[Any]:
-    """The batch in slices of whole rows, each with as many values as may be taken at once."""
+    """Slice a batch into whole rows of at most `VALUES_AT_ONCE` values."""
     if batch.num_rows < 2 or sum(map(values_in, batch.columns)) <= VALUES_AT_ONCE:
         yield batch
         return
@@ -285,10 +285,10 @@ def pieces(batch: Any) -> Iterator[Any]:
 
 
 def check_cells(array: Any) -> None:
-    """Return if JSON can be made of every list, map or struct without taking too much memory.
+    """Check that every list, map or struct is small enough to be written as JSON.
 
     Raises:
-        ValueError: one value has more values in it than JSON is made of.
+        ValueError: one has more than `CELL_VALUES` values in it.
     """
     if values_in(array) <= CELL_VALUES:
         return
@@ -300,10 +300,10 @@ def check_cells(array: Any) -> None:
 
 
 def json_texts(array: Any) -> list[str | None]:
-    """A list of lists, maps or structs as JSON texts.
+    """The lists, maps or structs of an array as JSON texts.
 
     Raises:
-        ValueError, NotImplementedError: a value in them that JSON cannot hold as it is.
+        ValueError, NotImplementedError: JSON cannot hold a value exactly.
     """
     check_cells(array)
     check_inside(array, in_json=True)
@@ -321,7 +321,7 @@ def _json(value: Any) -> str:
 
 
 def is_wrapped(kind: Any) -> bool:
-    """Whether values of this type are kept as values of another."""
+    """Whether the type stores its values as another type: an extension or dictionary type."""
     return isinstance(kind, pa.BaseExtensionType) or bool(pa.types.is_dictionary(kind))
 
 

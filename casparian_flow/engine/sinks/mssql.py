@@ -1,8 +1,8 @@
-"""The SQL Server sink: a table of the server that the configuration names, and a ledger beside it.
+"""The SQL Server sink: a table of the configured server, and the sink's ledger in its schema.
 
-`mssql_publish` has how outputs get there, `mssql_types` how values are kept, `mssql_statements`
-what is sent, `mssql_faults` what is done about an error. The Worker's half needs no server and no
-secret: it stages beside the ledger, and looks at the columns.
+`mssql_types` has the conversion of values, `mssql_statements` the SQL, `mssql_session` the
+connection and its errors. A Worker needs neither the server nor a password: it stages beside
+Casparian Flow's ledger and checks the columns.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ from casparian_flow.protocol import OutputPlan, Published, StagedOutput
 
 
 class MssqlSink:
-    """A table of SQL Server; it publishes outputs to any table of that server.
+    """A table of SQL Server. `publish` accepts outputs for any table of that server.
 
     Args:
         location: `mssql://table` or `mssql://schema.table`.
-        database: the ledger's: where outputs are staged, and how the server is reached.
+        database: settings of the ledger's database: where to stage, and how to reach the server.
     """
 
     def __init__(self, location: str, database: DatabaseSettings) -> None:
@@ -70,14 +70,14 @@ class MssqlSink:
         self._settings = database.mssql
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
-        """See `Sink.open_stage`. Asks nothing of the server."""
+        """See `Sink.open_stage`. Does not connect to the server."""
         return Stage(self.stage_folder, plan, lineage, attempt, check=check_values)
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
-        """See `Sink.publish`. One transaction a job."""
+        """See `Sink.publish`. One transaction for each job."""
         jobs: dict[tuple[int, int], list[StagedOutput]] = {}
         seen = Counter[str]()
-        for output in outputs:  # one that comes again is published, and so adopted, after the first
+        for output in outputs:  # a repeated output comes after the first one, and adopts it
             jobs.setdefault((seen[output.output_key], output.job_id), []).append(output)
             seen[output.output_key] += 1
         ended: dict[int, Published | JobError] = {}
@@ -97,25 +97,25 @@ class MssqlSink:
         try:
             with self._target() as target:
                 ledger = target.in_table() if target.has_ledger() else []
-                there = target.counts() if any(each.rows for each in ledger) else {}
+                counted = target.counts() if any(record.rows for record in ledger) else {}
         except SinkUnavailable as error:
             return [f"{claim.target}: it cannot be read: {error.message}" for claim in claims]
-        known = {each.output_key: each for each in ledger}
-        return [f"{c.target}: {fault}" for c in claims if (fault := _fault(c, known, there))]
+        known = {record.output_key: record for record in ledger}
+        return [f"{c.target}: {fault}" for c in claims if (fault := _fault(c, known, counted))]
 
     def inventory(self, known: Container[str]) -> Iterator[Found]:
-        """See `Sink.inventory`. The ledger beside the table says it all."""
+        """See `Sink.inventory`. Reads the ledger beside the table."""
         with self._target() as target:
             ledger = target.in_table() if target.has_ledger() else []
-        for each in ledger:
-            retracted = each.state == RETRACTED
-            if retracted or each.output_key[:KEY_DIGITS] not in known:
-                facts = {**json.loads(each.facts), "output_key": each.output_key}
-                yield found(target.place, each.rows, each.digest, facts, retracted=retracted)
+        for record in ledger:
+            retracted = record.state == RETRACTED
+            if retracted or record.output_key[:KEY_DIGITS] not in known:
+                facts = {**json.loads(record.facts), "output_key": record.output_key}
+                yield found(target.place, record.rows, record.digest, facts, retracted=retracted)
 
     def withdraw(self, claim: Claim) -> None:
-        """See `Sink.withdraw`. What a person left of its rows goes with the ledger's row, and
-        where they took that, the rows that no other output has brought."""
+        """See `Sink.withdraw`. Deletes the output's ledger entry and the rows left of it. If the
+        entry is gone, deletes the job's rows that belong to no other output."""
         with self._changing(claim) as (target, record):
             ask, send = target.ask, target.session.execute
             if record:
@@ -124,13 +124,13 @@ class MssqlSink:
                     send(ask.delete_retracted(record.lineage))
                 send(ask.forget(record.output_key))
             elif target.has_ledger():
-                brought = {each.lineage for each in target.in_table()}
+                brought = {other.lineage for other in target.in_table()}
                 for lineage in target.counts().keys() - brought:
                     if lineage[1] == claim.job_id:
                         send(ask.delete_rows(lineage))
 
     def retract(self, claim: Claim) -> None:
-        """See `Sink.retract`. The rows move to another table with the ledger's word for it."""
+        """See `Sink.retract`. The rows move to another table as the ledger entry changes."""
         with self._changing(claim, aside=True) as (target, record):
             if record and record.state == SHOWN:
                 moves = target.ask.move_out(record.lineage, target.names())
@@ -148,8 +148,8 @@ class MssqlSink:
                 _move(target, record, SHOWN, moves)
 
     def drop_stages(self, tag: str, owed: Iterable[str]) -> None:
-        """See `sinks.drop_stages`. What another program holds the lock of stays."""
-        kept = {stage_table(each) for each in owed}
+        """See `sinks.drop_stages`. A table whose lock another program holds stays."""
+        kept = {stage_table(file) for file in owed}
         with self._target() as target:
             session = target.session
             for (table,) in session.execute(statements.stage_tables(target.schema, tag)):
@@ -160,7 +160,7 @@ class MssqlSink:
 
     @contextlib.contextmanager
     def _target(self) -> Iterator[Target]:
-        """The table, on a connection of its own.
+        """The table, on a new connection.
 
         Raises:
             SinkUnavailable: the server refuses, or cannot be reached.
@@ -176,13 +176,13 @@ class MssqlSink:
     def _changing(
         self, claim: Claim, *, aside: bool = False
     ) -> Iterator[tuple[Target, Recorded | None]]:
-        """A transaction that changes where an output is, and the ledger's row of it.
+        """A transaction that changes an output's state; yields its ledger entry too.
 
-        Where nobody knows whether it was committed the caller is told so, and asks again: what is
-        done already is not done twice.
+        If it is unknown whether the transaction was committed, SinkUnavailable is raised. The
+        caller may repeat the change; a change that was made is not made again.
 
         Args:
-            aside: have the table for what is retracted.
+            aside: create the table of retracted rows if it is missing.
         """
         with self._target() as target:
             record = target.recorded(claim.output_key) if target.has_ledger() else None
@@ -196,10 +196,10 @@ class MssqlSink:
 
 
 def _move(target: Target, record: Recorded, state: str, moves: Sequence[Statement]) -> None:
-    """Take an output's rows to where they belong from now on, and write it down.
+    """Change an output's state: move its rows, and update its ledger entry.
 
     Raises:
-        SinkConflict: they are not those that were published.
+        SinkConflict: the number of rows is not the number that was published.
     """
     for moved in map(target.session.change, moves):
         if moved != record.rows:
@@ -211,56 +211,57 @@ def _move(target: Target, record: Recorded, state: str, moves: Sequence[Statemen
     target.session.execute(target.ask.mark(record.output_key, state))
 
 
-def _fault(claim: Claim, ledger: dict[str, Recorded], there: dict[Any, int]) -> str:
-    """What is wrong with a claimed output; empty where nothing is."""
+def _fault(claim: Claim, ledger: dict[str, Recorded], counted: dict[Any, int]) -> str:
+    """What is wrong with a claimed output; empty if nothing is."""
     record = ledger.get(claim.output_key)
     if record is None or (record.rows, record.digest) != (claim.rows, claim.digest):
         return f"its ledger does not have the output of job {claim.job_id}"
     if record.state != SHOWN:
         return f"its ledger has job {claim.job_id} as {record.state}"
-    if (rows := there.get(record.lineage, 0)) != record.rows:
+    if (rows := counted.get(record.lineage, 0)) != record.rows:
         return f"{rows} rows of job {record.job_id}, where {record.rows} were published"
     return ""
 
 
-# How staged outputs get into SQL Server, each exactly once for its output key.
+# Publishing, exactly once for each output key:
 #
-#     look      is it there already? Under a lock on its key, so that who is at it is waited for
-#     load      the staged rows go into a stage table, in bulk: restartable, and nobody reads it
-#     publish   one transaction: locks on the keys and slots, the ledger's word once more, the
-#               ledger's rows, and the stage tables' rows into their tables; of one job all or none
-#     clean     the stage tables are dropped
+#     look      read the ledger, under a lock on the output key that waits for other publishers
+#     load      bulk load the staged rows into a stage table; it may be repeated
+#     publish   one transaction for a job: lock keys and slots, read the ledger again, write the
+#               ledger entries, copy the rows from the stage tables into their tables
+#     clean     drop the stage tables
 #
-# An error while the transaction is committed means that nobody knows. Then, as after a deadlock,
-# all is done again from the start, on another connection: the server gives the lock on the key when
-# it is done with the connection that had it, and then the ledger tells.
+# After an error during the commit it is unknown whether the transaction was committed. Then, and
+# after a deadlock, all steps are repeated, after such an error on a new connection. The server
+# releases the lock on the key only when it has ended the old connection, so the ledger's answer is
+# final.
 #
-# A stage table is named after the staged file, so that another try finds it, and a session's lock
-# on its name says that somebody uses it.
+# A stage table is named after the staged file, so that a repeated try finds it. While it is used, a
+# session holds a lock on its name.
 
 
 BATCH_ROWS = 64 << 10
-"""Rows converted at once, on their way to the server."""
+"""Rows converted and sent to the server at once."""
 
 TRIES = 3
-"""How often a job's outputs are published in a row, before the sink is paused."""
+"""How often to try to publish a job's outputs before the sink is paused."""
 
 
 class _Loaded(NamedTuple):
-    """An output whose rows wait in a stage table."""
+    """An output whose rows are in a stage table."""
 
     output: StagedOutput
     target: Target
     stage: str
-    """The table; empty where there are no rows."""
+    """Name of the stage table; empty if the output has no rows."""
     names: list[str]
-    """The columns that it has."""
+    """The stage table's columns."""
     facts: dict[str, str]
-    """What the staged file's footer says."""
+    """The facts in the staged file's footer."""
 
 
 class Publisher:
-    """Publishes one job after another, on one connection while that lasts; to be closed.
+    """Publishes one job after another on one connection, replaced if it is lost. Must be closed.
 
     Args:
         settings: the server.
@@ -272,16 +273,16 @@ class Publisher:
         self._away: JobError | None = None
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
         if self._session:
             self._session.close()
         self._session = None
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
-        """Publish the outputs of one job: see `Sink.publish`.
+        """Publish the outputs of one job; see `Sink.publish`.
 
-        A server that cannot be reached is asked once, not for every job: that may take long, and
-        other sinks wait for it.
+        If the server cannot be reached, later jobs fail without another try, because each may take
+        long and other sinks wait.
         """
         done: dict[str, Published] = {}
         fault: JobError
@@ -301,10 +302,10 @@ class Publisher:
         return [done.get(output.output_key) or fault for output in outputs]
 
     def _connected(self, outputs: Sequence[StagedOutput]) -> Session:
-        """The connection, made where there is none.
+        """The connection; opened if there is none.
 
         Raises:
-            SinkUnavailable: it cannot be made, now or when it was last tried.
+            SinkUnavailable: connecting fails, or has failed before.
         """
         if self._away:
             raise self._away
@@ -319,11 +320,11 @@ class Publisher:
     def _try(
         self, session: Session, outputs: Sequence[StagedOutput], done: dict[str, Published]
     ) -> None:
-        """Publish them, all that are not there; `done` gets what is.
+        """Publish the outputs that are not published yet; adds every outcome to `done`.
 
         Raises:
-            Refused: the server or the driver said no; what was not committed is undone.
-            JobError: the rows are not to be had, or cannot be kept.
+            Refused: the server or the driver refused; uncommitted changes are rolled back.
+            JobError: the staged rows cannot be read, or the table cannot hold them.
         """
         aims = [(o, Target(session, *table_of(o.location))) for o in outputs]
         with session.transaction(_locks_of(outputs)):
@@ -339,9 +340,9 @@ class Publisher:
                     crashpoint("mssql.begun")
                     found = _adopted(aims)
                     added = {
-                        each.output.output_key: _add(session, each)
-                        for each in loaded
-                        if each.output.output_key not in found
+                        entry.output.output_key: _add(session, entry)
+                        for entry in loaded
+                        if entry.output.output_key not in found
                     }
                     crashpoint("mssql.all_written")
                 crashpoint("mssql.committed")
@@ -353,7 +354,7 @@ def _places(outputs: Sequence[StagedOutput]) -> str:
 
 
 def locks(keys: Iterable[str]) -> list[str]:
-    """What is locked while these output keys and slots are worked on."""
+    """The names of the locks for output keys and slots."""
     return [f"casparian:{key}" for key in keys]
 
 
@@ -368,7 +369,7 @@ def _locks_of(outputs: Sequence[StagedOutput]) -> list[str]:
 
 
 def _adopted(aims: Sequence[tuple[StagedOutput, Target]]) -> dict[str, Published]:
-    """What the ledgers say of the output keys."""
+    """The outcomes of outputs that the ledgers already have, by output key."""
     found = {}
     for output, target in aims:
         record = target.recorded(output.output_key) if target.has_ledger() else None
@@ -382,7 +383,7 @@ def _adopted(aims: Sequence[tuple[StagedOutput, Target]]) -> dict[str, Published
 
 @contextlib.contextmanager
 def _loaded(session: Session, output: StagedOutput, target: Target) -> Iterator[_Loaded]:
-    """The rows of an output in a stage table, while the block runs."""
+    """Load an output's rows into a stage table, which exists while the block runs."""
     with reading(output) as staged:
         columns = target.prepare(output.topic, staged.schema_arrow)
         facts = facts_of(staged.metadata.metadata)
@@ -404,7 +405,7 @@ def _loaded(session: Session, output: StagedOutput, target: Target) -> Iterator[
     try:
         yield _Loaded(output, target, table, names, facts)
     finally:
-        with contextlib.suppress(Refused):  # then another try finds it, or `sweep`
+        with contextlib.suppress(Refused):  # then a repeated try, or `drop_stages`, removes it
             with session.transaction():
                 session.execute(statements.drop(target.schema, table))
             session.execute(statements.unlock(table))
@@ -416,8 +417,8 @@ def _load(
     """Send the staged rows to a stage table.
 
     Raises:
-        OutputRefused: a value cannot be kept.
-        Refused: they did not all arrive.
+        OutputRefused: SQL Server cannot hold a value.
+        Refused: not all rows arrived.
     """
     fields = pa.schema([(column.name, column.plain) for column in columns])
     numbers = [staged.schema_arrow.get_field_index(column.source) for column in columns]
@@ -429,7 +430,7 @@ def _load(
                 arrays = [c.array(batch.column(n)) for c, n in zip(columns, numbers, strict=True)]
                 yield pa.record_batch(arrays, schema=fields)
                 crashpoint("mssql.batch_sent")
-        except JobError as error:  # the driver would make a text of it
+        except JobError as error:  # the driver would replace it with its own error
             faults.append(error)
             raise
 
@@ -443,9 +444,9 @@ def _load(
         raise Refused(Fault(Kind.RETRY, f"{sent} of {rows} rows arrived in {table}"))
 
 
-def _add(session: Session, each: _Loaded) -> Published:
-    """The ledger's row, then the table's, in place of those they replace."""
-    output, target = each.output, each.target
+def _add(session: Session, loaded: _Loaded) -> Published:
+    """Write the ledger entry, then the rows; delete the rows that they replace."""
+    output, target = loaded.output, loaded.target
     late = target.is_late(output)
     if output.mode == "error":
         _check_all_ours(target)
@@ -461,31 +462,32 @@ def _add(session: Session, each: _Loaded) -> Published:
         target.ask.record(
             {
                 "output_key": output.output_key, "topic": output.topic, "job_id": output.job_id,
-                "file_version_id": int(each.facts["file_version_id"]),
-                "source_hash": each.facts["source_hash"],
-                "plugin_version": each.facts["plugin_version"], "rows": output.rows,
+                "file_version_id": int(loaded.facts["file_version_id"]),
+                "source_hash": loaded.facts["source_hash"],
+                "plugin_version": loaded.facts["plugin_version"], "rows": output.rows,
                 "digest": output.digest, "slot": output.slot, "ordinal": output.ordinal,
                 "mode": output.mode, "state": REPLACED if late else SHOWN,
-                "facts": json.dumps(each.facts),
+                "facts": json.dumps(loaded.facts),
             }
         )
     )  # fmt: skip
     crashpoint("mssql.ledger_written")
-    if each.stage and not late:
-        moved = session.change(target.ask.insert_staged(each.stage, each.names))
+    if loaded.stage and not late:
+        moved = session.change(target.ask.insert_staged(loaded.stage, loaded.names))
         if moved != output.rows:
-            raise Refused(Fault(Kind.RETRY, f"{moved} rows were in {each.stage}"))
+            raise Refused(Fault(Kind.RETRY, f"{moved} rows were in {loaded.stage}"))
         crashpoint("mssql.rows_written")
     return Published(target=target.place, rows=output.rows, digest=output.digest, adopted=False)
 
 
 def _check_all_ours(target: Target) -> None:
-    """Return if every row of the table is accounted for.
+    """Check that the table has only rows that we published.
 
     Raises:
-        SinkConflict: it holds what is not ours.
+        SinkConflict: it has other rows.
     """
-    shown = {each.lineage: each.rows for each in target.in_table() if each.state == SHOWN}
+    records = target.in_table()
+    shown = {record.lineage: record.rows for record in records if record.state == SHOWN}
     if target.counts() != {lineage: rows for lineage, rows in shown.items() if rows}:
         raise SinkConflict(
             f"table {target.place} holds rows that are not ours, and the topic's mode is error; "
@@ -494,15 +496,12 @@ def _check_all_ours(target: Target) -> None:
         )
 
 
-# The tables of SQL Server that a topic's rows are in, and how they come to have its columns.
-#
-# What makes or widens a table is a transaction of its own, before any row: under a lock of the
-# schema, and only where something is missing. It is never undone: a table without rows, or a column
-# of nulls, is what the next attempt needs.
+# Tables are created and get new columns in a transaction of their own, before rows are written and
+# under a lock on the schema. It is never undone: the next attempt needs the table and its columns.
 
 
 class Recorded(NamedTuple):
-    """The ledger's row of an output."""
+    """The ledger entry of an output."""
 
     output_key: str
     topic: str
@@ -520,7 +519,7 @@ class Recorded(NamedTuple):
 
     @property
     def lineage(self) -> tuple[int, int, str, str]:
-        """What its rows have in the lineage columns."""
+        """The values of its rows in the lineage columns."""
         return self.file_version_id, self.job_id, self.source_hash, self.plugin_version
 
 
@@ -528,12 +527,12 @@ assert Recorded._fields == RECORDED
 
 
 class Target:
-    """One table, with the ledger beside it.
+    """One table, with the sink's ledger in its schema.
 
     Args:
-        session: to ask of, while the target is used.
-        schema: empty means the login's own.
-        table: its name.
+        session: must stay open while the target is used.
+        schema: the table's schema; empty means the login's default schema.
+        table: the table's name.
     """
 
     def __init__(self, session: Session, schema: str, table: str) -> None:
@@ -544,91 +543,95 @@ class Target:
         self.table = table
         self.ask = statements.Statements(schema, table)
         self.aside = statements.retracted_name(table)
-        """The table of what was retracted."""
+        """Name of the table of retracted rows."""
 
     @property
     def place(self) -> str:
-        """What people call it."""
+        """The table's URI, for messages."""
         return f"mssql://{self.schema}.{self.table}"
 
     def has_ledger(self) -> bool:
-        """Whether anything was published in the schema."""
+        """Whether the schema has the sink's ledger."""
         return bool(self._columns(LEDGER))
 
     def prepare(self, topic: str, schema: Any) -> list[Column]:
-        """Have the ledger, and the table with the columns of an output; the columns as the table
-        has them, without those that have nothing but nulls.
+        """Create the ledger and the table, or add the columns that the table lacks.
 
         Args:
-            topic: whose output it is.
-            schema: of the staged rows, the lineage columns too.
+            topic: the output's topic.
+            schema: the columns of the staged rows, including the lineage columns.
+
+        Returns:
+            The output's columns fitted to the table, without columns of nulls only.
 
         Raises:
-            SinkConflict: the table is not one of ours, or is another topic's.
+            SinkConflict: the table is not one of ours, or has another topic's rows.
             OutputRefused: a column has another type in the table, or there are too many.
         """
         wanted = columns_of(schema)
-        there = self._columns(self.table)
-        if not self.has_ledger() or _missing(wanted, there):
+        existing = self._columns(self.table)
+        if not self.has_ledger() or _missing(wanted, existing):
             with self.session.transaction([f"casparian:{fold(self.schema)}"]):
                 self._make_ledger()
-                there = self._columns(self.table)  # another may have made it by now
-                self._make(wanted, there)
+                existing = self._columns(self.table)  # another process may have created it
+                self._make(wanted, existing)
             crashpoint("mssql.table_ready")
-            there = self._columns(self.table)
-        self._check_ours(there)
+            existing = self._columns(self.table)
+        self._check_ours(existing)
         self._check_topic(topic)
-        fitted = [column.fit(there[fold(column.name)][1]) for column in wanted if column.declared]
-        names = {key: name for key, (name, _) in there.items()}
+        fitted = [
+            column.fit(existing[fold(column.name)][1]) for column in wanted if column.declared
+        ]
+        names = {key: name for key, (name, _) in existing.items()}
         return [column.named(names[fold(column.name)]) for column in fitted]
 
     def recorded(self, key: str) -> Recorded | None:
-        """What the ledger says of an output key."""
+        """The ledger entry of an output key."""
         rows = self.session.execute(self.ask.recorded(key))
         return Recorded(*rows[0]) if rows else None
 
     def in_table(self) -> list[Recorded]:
-        """What the ledger says of all outputs of the table."""
+        """The ledger entries of all outputs of the table."""
         return [Recorded(*row) for row in self.session.execute(self.ask.in_table())]
 
     def in_slot(self, slot: str) -> list[Recorded]:
-        """What it says of those of a slot under `replace`."""
+        """The ledger entries of a slot's outputs in mode `replace`."""
         return [Recorded(*row) for row in self.session.execute(self.ask.in_slot(slot))]
 
     def is_late(self, output: Recorded | StagedOutput) -> bool:
-        """Whether a greater output has its slot."""
-        place = (output.ordinal, output.job_id)
+        """Whether the output's slot already has a greater output."""
+        order = (output.ordinal, output.job_id)
         return output.mode == "replace" and any(
-            (each.ordinal, each.job_id) > place for each in self.in_slot(output.slot)
+            (other.ordinal, other.job_id) > order for other in self.in_slot(output.slot)
         )
 
     def counts(self) -> dict[tuple[Any, ...], int]:
-        """Lineage of each output that has rows in the table -> how many."""
+        """Lineage of each output with rows in the table -> how many rows."""
         if not self._columns(self.table):
             return {}
         rows = self.session.execute(self.ask.counts(self.table))
-        return {tuple(lineage): there for *lineage, there in rows}
+        return {tuple(lineage): count for *lineage, count in rows}
 
     def names(self) -> list[str]:
         """The columns of the table."""
         return [name for name, _ in self._columns(self.table).values()]
 
     def prepare_aside(self) -> None:
-        """Have a table for what is retracted, with the columns of the topic's."""
-        there, aside = self._columns(self.table), self._columns(self.aside)
-        missing = [Declared(*there[key]) for key in there if key not in aside]
+        """Create the table of retracted rows, or add the columns that it lacks."""
+        existing, aside = self._columns(self.table), self._columns(self.aside)
+        missing = [Declared(*existing[key]) for key in existing if key not in aside]
         if missing:
             with self.session.transaction([f"casparian:{fold(self.schema)}"]):
                 aside = self._columns(self.aside)
-                missing = [Declared(*there[key]) for key in there if key not in aside]
+                missing = [Declared(*existing[key]) for key in existing if key not in aside]
                 self._add(self.aside, missing, new=not aside)
 
     def has_aside(self) -> bool:
-        """Whether anything was ever retracted."""
+        """Whether the table of retracted rows exists."""
         return bool(self._columns(self.aside))
 
     def _columns(self, table: str) -> dict[str, tuple[str, str]]:
-        """Folded name -> name and type of a table's columns; empty where it is not there."""
+        """Folded name -> name and type of a table's columns; empty if there is no such table."""
         rows = self.session.execute(statements.columns(self.schema, table))
         return {fold(name): (name, declared_as(*described)) for name, *described in rows}
 
@@ -637,12 +640,13 @@ class Target:
             self.session.execute(*self.ask.create_ledger())
             crashpoint("mssql.ledger_made")
 
-    def _make(self, wanted: Sequence[Column], there: dict[str, tuple[str, str]]) -> None:
-        if there:
-            self._check_ours(there)
-        missing = _missing(wanted, there)
-        check_count(len(there.keys() | {fold(each.name) for each in missing}) - len(LINEAGE))
-        self._add(self.table, missing, new=not there)
+    def _make(self, wanted: Sequence[Column], existing: dict[str, tuple[str, str]]) -> None:
+        if existing:
+            self._check_ours(existing)
+        missing = _missing(wanted, existing)
+        names = existing.keys() | {fold(column.name) for column in missing}
+        check_count(len(names) - len(LINEAGE))
+        self._add(self.table, missing, new=not existing)
 
     def _add(self, table: str, missing: Sequence[Declared], *, new: bool) -> None:
         if missing and new:
@@ -650,8 +654,8 @@ class Target:
         elif missing:
             self.session.execute(statements.add_columns(self.schema, table, missing))
 
-    def _check_ours(self, there: dict[str, tuple[str, str]]) -> None:
-        if not there.keys() >= set(LINEAGE):
+    def _check_ours(self, existing: dict[str, tuple[str, str]]) -> None:
+        if not existing.keys() >= set(LINEAGE):
             raise SinkConflict(
                 f"table {self.place} is not one of ours; it was left untouched",
                 "rename that table, or give the topic another",
@@ -665,11 +669,11 @@ class Target:
             )
 
 
-def _missing(wanted: Sequence[Column], there: dict[str, tuple[str, str]]) -> list[Declared]:
-    """The columns that a table lacks; one of nulls waits for its type."""
+def _missing(wanted: Sequence[Column], existing: dict[str, tuple[str, str]]) -> list[Declared]:
+    """The columns that a table lacks; a column of nulls is added later, with its type."""
     ours = dict(zip(LINEAGE, LINEAGE_TYPES, strict=True))
     return [
         Declared(column.name, ours.get(column.name, column.declared))
         for column in wanted
-        if column.declared and fold(column.name) not in there
+        if column.declared and fold(column.name) not in existing
     ]

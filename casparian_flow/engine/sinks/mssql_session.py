@@ -1,11 +1,11 @@
-"""One connection to SQL Server: statements, transactions, locks, and the transfer of rows.
+"""One connection to SQL Server: statements, transactions, locks, bulk loads, and errors.
 
-    pooling off, autocommit off     a connection is a transaction's own, and ends with it
-    ConnectRetryCount=0             a connection that is lost is never replaced behind our back
-    Encrypt=yes                     unless the configuration says otherwise
+    pooling off, autocommit off     closing the connection ends it, with its transaction and locks
+    ConnectRetryCount=0             the driver never silently replaces a lost connection
+    Encrypt=yes                     unless the configuration sets it otherwise
 
-A bulk load runs on a connection of the driver's own and is not in our transaction: it goes to a
-stage table that nobody else reads. The secrets of a connection are nowhere in what is raised here.
+The driver runs a bulk load on a connection of its own, outside of our transaction; it goes to a
+stage table that no other process reads. Errors raised here never contain a connection's secrets.
 """
 
 from __future__ import annotations
@@ -27,37 +27,35 @@ from casparian_flow.errors import (
     SinkUnavailable,
 )
 
-# What is said when SQL Server refuses: try again, look it up, wait, leave alone, or give up.
+# Classification of errors. The driver reports them in two forms, and drops the server's error
+# number in the first:
 #
-# The driver tells of an error in three ways, and drops the server's number in the first:
+#     a statement, a login    the name of the SQLSTATE (`Serialization failure`), and the message
+#     a bulk load             `Sql Error: 1205: Class 13: ...`, or a message of the driver itself
 #
-#     a statement     the SQLSTATE in words (`Serialization failure`), and the server's message
-#     a bulk load     `Sql Error: 1205: Class 13: ...`, or the words of what the driver itself met
-#     a login         as a statement
-#
-# So an error is known by its number where there is one, else by its SQLSTATE, else by what its
-# message says (a session speaks English: `mssql_statements.begin_session`). Nothing that is exactly
-# once hangs on this: whatever an error is taken for, what comes next begins by looking into the
-# ledger. What is not known is waited for, with the server's own words.
+# So an error is known by its number if it has one, else by its SQLSTATE, else by its message, which
+# is in English (`mssql_statements.begin_session`). Exactly-once does not depend on this: after any
+# error, the next try begins by reading the ledger. An unknown error pauses the sink, and the
+# server's own message is shown.
 
 
 class Kind(Enum):
     """What to do about an error."""
 
     RETRY = auto()
-    """The transaction was rolled back, and may be run again at once: a deadlock."""
+    """The transaction was rolled back and may be run again at once, as after a deadlock."""
     LOST = auto()
-    """The connection is gone, and what became of the transaction with it: look it up."""
+    """The connection is lost, and whether the transaction was committed is unknown."""
     PAUSE = auto()
-    """The server cannot take it now."""
+    """The server cannot accept the rows now."""
     CONFLICT = auto()
-    """What is there is not ours."""
+    """Something that is not ours has the name."""
     REFUSE = auto()
-    """It will never take these rows."""
+    """The server will never accept these rows."""
 
 
 class Fault(NamedTuple):
-    """An error of the server or the driver, in our words."""
+    """An error of the server or the driver, with our message and hint."""
 
     kind: Kind
     words: str
@@ -111,7 +109,7 @@ _NUMBERS = {
     271: _RULE, 273: _RULE,
     511: _WIDE, 1701: _WIDE, 1702: _WIDE, 1708: _WIDE,
 }  # fmt: skip
-"""Error number of the server -> what it means to us."""
+"""Error number of the server -> fault."""
 
 _STATES = {
     "Serialization failure": _DEADLOCK,                              # 40001
@@ -133,7 +131,7 @@ _STATES = {
     "Integrity constraint violation": _RULE,                         # 23000: 515, 547, 2627
     "Base table or view already exists": _TAKEN,                     # 42S01: 2714
 }  # fmt: skip
-"""What the driver calls an SQLSTATE -> what it means to us."""
+"""The driver's name of an SQLSTATE -> fault."""
 
 _SAID = [
     (r"deadlock", _DEADLOCK),
@@ -152,7 +150,7 @@ _SAID = [
      _GONE),
     (r"Usage Error|Type Conversion Error|Cannot map Arrow", _UNFIT),
 ]  # fmt: skip
-"""What a message says -> what it means to us; the first that is found."""
+"""Patterns of messages and their faults; the first match counts."""
 
 _SQL_ERROR = re.compile(r"Sql Error: (\d+): Class \d+: State \d+: (.*?) on \S* in ", re.DOTALL)
 
@@ -160,27 +158,27 @@ UNKNOWN = Fault(Kind.PAUSE, "it cannot take the rows", "the jobs go on by themse
 
 
 def fault_of(error: Exception) -> Fault:
-    """What an error of the driver is; its own words come after ours."""
-    told = said(error)
-    known = _by_number(error) or _STATES.get(getattr(error, "driver_error", "")) or _by_words(told)
-    kind, words, hint = known or UNKNOWN
-    if words == _SLOW.words and re.search(r"[Ll]ock request time ?out", told):
-        kind, words, hint = _LOCKED  # both are HYT00
-    if kind is Kind.REFUSE and LEDGER in told:
-        kind = Kind.RETRY  # another program has published that key just now: look it up
-    return Fault(kind, f"{words}: {told}", hint)
+    """Classify an error of the driver; the server's own message follows ours."""
+    own = said(error)
+    known = _by_number(error) or _STATES.get(getattr(error, "driver_error", "")) or _by_words(own)
+    kind, message, hint = known or UNKNOWN
+    if message == _SLOW.words and re.search(r"[Ll]ock request time ?out", own):
+        kind, message, hint = _LOCKED  # both are HYT00
+    if kind is Kind.REFUSE and LEDGER in own:
+        kind = Kind.RETRY  # another process has just published this key: read the ledger again
+    return Fault(kind, f"{message}: {own}", hint)
 
 
 def unreached(fault: Fault) -> Fault:
-    """The fault of a connection that was never there: nothing was lost with it."""
+    """The fault of a connection that could not be opened: nothing was lost with it."""
     if fault.kind is not Kind.LOST:
         return fault
-    words = fault.words.replace(_GONE.words, "it cannot be reached")
-    return Fault(Kind.PAUSE, words, fault.hint)
+    message = fault.words.replace(_GONE.words, "it cannot be reached")
+    return Fault(Kind.PAUSE, message, fault.hint)
 
 
 def said(error: Exception) -> str:
-    """The words of the server, without what the driver puts before them."""
+    """The server's message, without the driver's prefixes."""
     text = str(getattr(error, "ddbc_error", "")) or str(error)
     if found := _SQL_ERROR.search(text):
         text = found[2]
@@ -188,7 +186,11 @@ def said(error: Exception) -> str:
 
 
 def refusal(fault: Fault, place: str) -> JobError:
-    """The error of a fault that was not mended; `place` is a table, in words."""
+    """The error to report for a fault.
+
+    Args:
+        place: name of the table, for the message.
+    """
     match fault.kind:
         case Kind.REFUSE:
             return OutputRefused(f"{place}: {fault.words}", fault.hint)
@@ -199,17 +201,17 @@ def refusal(fault: Fault, place: str) -> JobError:
 
 
 def _by_number(error: Exception) -> Fault | None:
-    """The first number that is known: one error may come with others that follow from it."""
+    """The fault of the first known number; one message may have several errors in it."""
     numbers = (int(found[1]) for found in _SQL_ERROR.finditer(str(error)))
     return next((_NUMBERS[number] for number in numbers if number in _NUMBERS), None)
 
 
-def _by_words(told: str) -> Fault | None:
-    return next((fault for pattern, fault in _SAID if re.search(pattern, told)), None)
+def _by_words(message: str) -> Fault | None:
+    return next((fault for pattern, fault in _SAID if re.search(pattern, message)), None)
 
 
 LOGIN_SECONDS = 15
-"""How long a connection may take to be made."""
+"""Timeout for opening a connection."""
 
 _BRACED = re.compile(r"\{(?:[^}]|\}\})*\}")
 _ENCRYPTS = re.compile(r"(?:^|;)\s*encrypt\s*=", re.IGNORECASE)
@@ -219,14 +221,14 @@ _GIVEN = {
               "the jobs go on by themselves"),
     -3: Fault(Kind.RETRY, "it chose this transaction as a deadlock's victim"),
 }  # fmt: skip
-"""What `sp_getapplock` answers where it does not give the lock."""
+"""Results of `sp_getapplock` when it does not grant the lock."""
 
 
 class Refused(Exception):
-    """The server or the driver said no.
+    """The server or the driver reported an error.
 
     Args:
-        fault: what it is.
+        fault: the error, classified.
     """
 
     def __init__(self, fault: Fault) -> None:
@@ -235,10 +237,10 @@ class Refused(Exception):
 
 
 def check_configured(settings: MssqlSettings) -> None:
-    """Return if there is a server, and the driver for it.
+    """Check that a server is configured and the driver is installed.
 
     Raises:
-        ConfigError: there is not.
+        ConfigError: one of them is missing.
     """
     if not (settings.connection or settings.server):
         raise ConfigError(
@@ -250,11 +252,11 @@ def check_configured(settings: MssqlSettings) -> None:
 
 
 def connection_string(settings: MssqlSettings) -> str:
-    """What the driver is told, secrets and all."""
+    """The connection string for the driver. It contains the password."""
     if text := settings.connection:
         encrypts = _ENCRYPTS.search(_BRACED.sub("", text))
         return text if encrypts else f"{text.rstrip('; ')};Encrypt=yes"
-    words = {
+    parts = {
         "Server": settings.server,
         "Database": settings.database,
         "UID": settings.user,
@@ -264,19 +266,19 @@ def connection_string(settings: MssqlSettings) -> str:
         "TrustServerCertificate": "yes" if settings.trust_server_certificate else "no",
         "Trusted_Connection": "" if settings.user or settings.authentication else "yes",
     }
-    braced = {key: "{" + word.replace("}", "}}") + "}" for key, word in words.items() if word}
-    return ";".join(f"{key}={word}" for key, word in braced.items())
+    braced = {key: "{" + value.replace("}", "}}") + "}" for key, value in parts.items() if value}
+    return ";".join(f"{key}={value}" for key, value in braced.items())
 
 
 class Session:
-    """A connection; to be closed.
+    """A connection. Must be closed.
 
     Args:
-        settings: where, as whom, and how long to wait.
+        settings: the server, the login and the timeouts.
 
     Raises:
-        SinkUnavailable: nothing is configured, or the driver is not installed.
-        Refused: the server does not let us in.
+        SinkUnavailable: no server is configured, or the driver is not installed.
+        Refused: the server refuses the login, or cannot be reached.
     """
 
     def __init__(self, settings: MssqlSettings) -> None:
@@ -286,15 +288,15 @@ class Session:
             self.execute(statements.begin_session(settings.lock_seconds))
 
     def close(self) -> None:
-        """End it; what is not committed is rolled back, and its locks are given back."""
-        with contextlib.suppress(Exception):  # it may be gone already
+        """Close the connection; the server rolls back and releases its locks."""
+        with contextlib.suppress(Exception):  # it may be lost already
             self._connection.close()
 
     def execute(self, *sent: Statement) -> list[tuple[Any, ...]]:
-        """Send statements one after another; the rows of the last.
+        """Send statements one after another; returns the rows of the last.
 
         Raises:
-            Refused: one was not executed, and those before it are to be rolled back.
+            Refused: one failed; the caller must roll back the earlier ones.
         """
         rows: list[tuple[Any, ...]] = []
         for statement in sent:
@@ -304,7 +306,7 @@ class Session:
         return rows
 
     def change(self, statement: Statement) -> int:
-        """Send one that changes rows; how many.
+        """Send a statement that changes rows; returns their number.
 
         Raises:
             Refused: as `execute`.
@@ -315,20 +317,22 @@ class Session:
 
     @contextlib.contextmanager
     def transaction(self, locks: Sequence[str] = ()) -> Iterator[None]:
-        """Commit what the block sends, or undo it.
+        """Commit what the block sends, or roll back if it raises.
 
         Args:
-            locks: taken first, in one order for all programs, and held until the end.
+            locks: locks to hold until the end. They are taken first and in sorted order, so that
+                two transactions cannot deadlock on them.
 
         Raises:
-            Refused: a statement or a lock was; or LOST: whether it was committed, the ledger knows.
+            Refused: a statement, a lock or the commit failed. After a failed commit its kind is
+                LOST: only the ledger shows whether the transaction was committed.
         """
         try:
             for resource in sorted(set(locks)):
                 self.lock(resource)
             yield
         except BaseException:
-            with contextlib.suppress(Exception):  # the server undoes it when we are gone
+            with contextlib.suppress(Exception):  # the server rolls back a lost connection
                 self._connection.rollback()
             raise
         try:
@@ -338,13 +342,13 @@ class Session:
             raise Refused(refused.fault._replace(kind=Kind.LOST)) from None
 
     def lock(self, resource: str, *, session: bool = False) -> None:
-        """Take a lock that only programs know of.
+        """Take an application lock (`sp_getapplock`).
 
         Args:
-            session: hold it until the connection ends, not the transaction.
+            session: hold it until the connection ends, instead of the transaction.
 
         Raises:
-            Refused: another holds it for too long.
+            Refused: another session held it for longer than `lock_seconds`.
         """
         wait = self._settings.lock_seconds
         ((given,),) = self.execute(statements.lock(resource, wait, session=session))
@@ -353,17 +357,17 @@ class Session:
             raise Refused(_GIVEN.get(given, unknown))
 
     def try_lock(self, resource: str) -> bool:
-        """Take a session's lock if nobody has it."""
+        """Take a session's lock if it is free; returns whether it was taken."""
         ((given,),) = self.execute(statements.lock(resource, 0, session=True))
         return bool(given >= 0)
 
     def load(self, schema: str, table: str, rows: Any) -> int:
-        """Send a pyarrow RecordBatchReader into a table, column by column; how many rows went.
+        """Bulk load a pyarrow RecordBatchReader into a table; returns the number of rows.
 
         Raises:
-            Refused: they did not all go.
+            Refused: not all rows were loaded.
         """
-        # The driver waits as long for its second connection as the cursor does for a statement.
+        # The driver uses the statement timeout for opening its second connection.
         self._connection.timeout = LOGIN_SECONDS
         try:
             with _told(), contextlib.closing(self._connection.cursor()) as cursor:
@@ -378,7 +382,7 @@ class Session:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Turn what the driver raises into our words: its ODBC half its own, its other RuntimeError."""
+    """Turn the driver's errors into Refused; its bulk load raises RuntimeError."""
     try:
         yield
     except (_driver().exceptions.Exception, RuntimeError) as error:
@@ -411,7 +415,7 @@ def _connect(settings: MssqlSettings) -> Any:
     except Refused as refused:
         raise Refused(unreached(refused.fault)) from None
     except (ValueError, driver.ConnectionStringParseError):
-        # Its words may repeat a piece of a password that has a semicolon in it.
+        # Its message may quote a part of a password that has a semicolon in it.
         raise SinkUnavailable(
             "the connection string of SQL Server cannot be read",
             "see docs/sinks_mssql.md; a value with one of ;{}= belongs in braces: PWD={a;b}",

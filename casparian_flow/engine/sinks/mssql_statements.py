@@ -1,13 +1,13 @@
 """Every statement that the SQL Server sink sends, as text and values.
 
-They are put together by SQLAlchemy and compiled for its dialect `mssql+mssqlpython`, which quotes
-names in brackets; values are parameters. What it has no words for (locks, the catalog, new columns)
-is T-SQL here. tests/sinks/mssql_statements.sql shows them all as they are sent.
+SQLAlchemy builds most of them and compiles them for its dialect `mssql+mssqlpython`, which quotes
+names in brackets; values are parameters. Locks, the catalog and new columns are plain T-SQL.
+tests/sinks/mssql_statements.sql shows all statements as they are sent.
 
-    <schema>._cf_outputs               the ledger: a row an output; what stands in it was published
+    <schema>._cf_outputs               the sink's ledger: an entry for each published output
     <schema>.<table>                   the topic's rows
-    <schema>._cf_retracted_<table>     rows that somebody retracted
-    <schema>.casparian_stage_<...>     rows on their way
+    <schema>._cf_retracted_<table>     retracted rows
+    <schema>.casparian_stage_<...>     staged rows
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from sqlalchemy.types import UserDefinedType
 from casparian_flow.engine.sinks.base import LINEAGE
 
 STAGE = "casparian_stage_"
-"""Begins the name of every stage table."""
+"""How the name of every stage table begins."""
 
 LEDGER = "_cf_outputs"
 
 LINEAGE_TYPES = ("bigint", "bigint", "nvarchar(64)", "nvarchar(255)")
-"""Of the lineage columns, in their order: short enough to be compared and indexed."""
+"""Types of the lineage columns, in their order: short enough to be compared and indexed."""
 
 SHOWN, REPLACED, RETRACTED = "shown", "replaced", "retracted"
 """States of an output in the ledger; only the rows of a shown one are in its table."""
@@ -58,16 +58,16 @@ RECORDED = (
     "output_key", "topic", "rows", "digest", "mode", "state", "slot", "ordinal",
     "file_version_id", "job_id", "source_hash", "plugin_version", "facts",
 )  # fmt: skip
-"""What is read of the ledger's row of an output."""
+"""The columns that are read of a ledger entry."""
 
 _BINARY = "Latin1_General_BIN2"
-"""Keys are compared byte by byte, whatever the database's collation."""
+"""The collation of keys: bytes are compared, whatever the database's own collation."""
 
 _DIALECT = MSDialect_mssqlpython(paramstyle="qmark")  # type: ignore[no-untyped-call]
 
 
 class Statement(NamedTuple):
-    """What is sent to the server."""
+    """SQL text and its parameters."""
 
     sql: str
     values: tuple[Any, ...] = ()
@@ -80,12 +80,12 @@ class Declared(NamedTuple):
     type: str
 
 
-_LINEAGE = [Declared(*each) for each in zip(LINEAGE, LINEAGE_TYPES, strict=True)]
+_LINEAGE = [Declared(*column) for column in zip(LINEAGE, LINEAGE_TYPES, strict=True)]
 
 
 def begin_session(lock_seconds: float) -> Statement:
-    """What holds for a whole connection: an error undoes the transaction, statements tell how many
-    rows they changed, messages are in English, and no lock is waited for without end."""
+    """Settings of a connection: errors roll back the transaction, statements report how many rows
+    they changed, messages are in English, and waiting for a lock has a timeout."""
     wait = round(lock_seconds * 1000)
     return Statement(
         f"SET XACT_ABORT ON; SET NOCOUNT OFF; SET LANGUAGE us_english; SET LOCK_TIMEOUT {wait}"
@@ -93,15 +93,15 @@ def begin_session(lock_seconds: float) -> Statement:
 
 
 def default_schema() -> Statement:
-    """The schema of a table that was named without one."""
+    """The login's default schema."""
     return Statement("SELECT SCHEMA_NAME()")
 
 
 def lock(resource: str, wait_seconds: float, *, session: bool = False) -> Statement:
-    """Take a lock that only programs know of; answers 0 or 1 where it was given, else below 0.
+    """Take an application lock; the result is 0 or 1 if it is granted, else negative.
 
     Args:
-        session: hold it until the connection ends, not the transaction.
+        session: hold it until the connection ends, instead of the transaction.
     """
     owner = "Session" if session else "Transaction"
     sql = (
@@ -112,13 +112,13 @@ def lock(resource: str, wait_seconds: float, *, session: bool = False) -> Statem
 
 
 def unlock(resource: str) -> Statement:
-    """Give back a session's lock."""
+    """Release a session's lock."""
     sql = "EXEC sp_releaseapplock @Resource = ?, @LockOwner = 'Session'"
     return Statement(sql, (resource,))
 
 
 def columns(schema: str, table: str) -> Statement:
-    """Name, type, length, precision and scale of a table's columns; no row where it is not."""
+    """Name, type, length, precision and scale of a table's columns; no row if it is missing."""
     sql = (
         "SELECT c.name, TYPE_NAME(c.system_type_id), c.max_length, c.precision, c.scale "
         "FROM sys.columns AS c WHERE c.object_id = OBJECT_ID(?, 'U') ORDER BY c.column_id"
@@ -137,29 +137,29 @@ def stage_tables(schema: str, tag: str) -> Statement:
 
 
 def create(schema: str, table: str, described: Sequence[Declared]) -> list[Statement]:
-    """A table for a topic's rows; found by job, since outputs come and go by it."""
+    """Create a table for a topic's rows, and an index on the job, by which outputs are found."""
     made = _table(schema, table, described)
     return [_compiled(CreateTable(made)), _compiled(CreateIndex(Index("_cf_job", made.c[_JOB])))]
 
 
 def create_stage(schema: str, table: str, described: Sequence[Declared]) -> Statement:
-    """A table for rows on their way."""
+    """Create a stage table."""
     return _compiled(CreateTable(_table(schema, table, described)))
 
 
 def drop(schema: str, table: str) -> Statement:
-    """Remove a stage table, if it is there."""
+    """Drop a stage table if it exists."""
     return _compiled(DropTable(_table(schema, table, []), if_exists=True))
 
 
 def add_columns(schema: str, table: str, described: Sequence[Declared]) -> Statement:
-    """New columns; null in the rows that are there."""
-    added = ", ".join(f"{_quoted(each.name)} {each.type} NULL" for each in described)
+    """Add columns; they are null in existing rows."""
+    added = ", ".join(f"{_quoted(column.name)} {column.type} NULL" for column in described)
     return Statement(f"ALTER TABLE {name(schema, table)} ADD {added}")
 
 
 def retracted_name(table: str) -> str:
-    """The table of what was retracted from a table; it has 128 characters at most."""
+    """The name of the table for a table's retracted rows; at most 128 characters."""
     whole = f"_cf_retracted_{table}"
     digest = hashlib.sha256(table.encode()).hexdigest()[:16]
     return whole if len(whole.encode("utf-16-le")) <= 256 else f"_cf_retracted_{digest}"
@@ -171,11 +171,11 @@ def name(schema: str, table: str) -> str:
 
 
 class Statements:
-    """What is asked of one table, its ledger and its stage tables.
+    """The statements for one table, its ledger and its stage tables.
 
     Args:
-        schema: of all of them.
-        table: of the topic's rows.
+        schema: the schema of all these tables.
+        table: name of the table with the topic's rows.
     """
 
     def __init__(self, schema: str, table: str) -> None:
@@ -184,36 +184,36 @@ class Statements:
         self._ledger = _ledger(schema)
 
     def create_ledger(self) -> list[Statement]:
-        """The ledger, and what it is asked by at every publish besides the output key."""
+        """Create the ledger, with indexes for the other columns that every publish searches."""
         c = self._ledger.c
         found_by = [Index("_cf_slot", c.slot), Index("_cf_table", c.table_name, c.topic)]
         return [_compiled(CreateTable(self._ledger)), *map(_compiled, map(CreateIndex, found_by))]
 
     def recorded(self, key: str) -> Statement:
-        """The ledger's row of an output key: `RECORDED`."""
+        """The `RECORDED` columns of an output key's ledger entry."""
         o = self._ledger.alias("o")
-        return _compiled(select(*(o.c[each] for each in RECORDED)).where(o.c.output_key == key))
+        return _compiled(select(*(o.c[column] for column in RECORDED)).where(o.c.output_key == key))
 
     def in_table(self) -> Statement:
-        """The ledger's rows of all outputs of the table: `RECORDED`."""
+        """The same of all outputs of the table."""
         o = self._ledger.alias("o")
-        chosen = select(*(o.c[each] for each in RECORDED))
+        chosen = select(*(o.c[column] for column in RECORDED))
         return _compiled(chosen.where(o.c.table_name == self.table))
 
     def in_slot(self, slot: str) -> Statement:
-        """The same of a slot's outputs under `replace`."""
+        """The same of a slot's outputs in mode `replace`."""
         o = self._ledger.alias("o")
-        chosen = select(*(o.c[each] for each in RECORDED)).where(o.c.table_name == self.table)
+        chosen = select(*(o.c[column] for column in RECORDED)).where(o.c.table_name == self.table)
         return _compiled(chosen.where(o.c.slot == slot, o.c.mode == "replace"))
 
     def others(self, topic: str) -> Statement:
-        """The topics of outputs in the table that are not this one's."""
+        """Other topics that have outputs in the table."""
         o = self._ledger.alias("o")
         another = o.c.topic.bool_op("<>")(topic)
         return _compiled(select(o.c.topic).where(o.c.table_name == self.table, another))
 
     def record(self, facts: Mapping[str, Any]) -> Statement:
-        """The ledger's row of an output; refused by its primary key if there is one."""
+        """Insert a ledger entry; the primary key refuses a second one for the same output."""
         return _compiled(insert(self._ledger).values(table_name=self.table, **facts))
 
     def mark(self, key: str, state: str) -> Statement:
@@ -222,33 +222,33 @@ class Statements:
         return _compiled(update(ledger).where(ledger.c.output_key == key).values(state=state))
 
     def forget(self, key: str) -> Statement:
-        """Take an output out of the ledger."""
+        """Delete an output's ledger entry."""
         return _compiled(delete(self._ledger).where(self._ledger.c.output_key == key))
 
     def insert_staged(self, stage: str, names: Sequence[str]) -> Statement:
-        """Bring the rows of a stage table into the table."""
+        """Copy the rows of a stage table into the table."""
         return self._copy(stage, self.table, names)
 
     def delete_rows(self, lineage: Sequence[Any]) -> Statement:
-        """Take the rows of an output, known by their lineage, out of the table."""
+        """Delete an output's rows, found by their lineage."""
         return self._delete(self.table, lineage)
 
     def move_out(self, lineage: Sequence[Any], names: Sequence[str]) -> list[Statement]:
-        """Take them to the table of what was retracted."""
+        """Move an output's rows to the table of retracted rows."""
         aside = retracted_name(self.table)
         return [self._copy(self.table, aside, names, lineage), self.delete_rows(lineage)]
 
     def move_back(self, lineage: Sequence[Any], names: Sequence[str]) -> list[Statement]:
-        """Bring them back from there."""
+        """Move an output's rows back from the table of retracted rows."""
         aside = retracted_name(self.table)
         return [self._copy(aside, self.table, names, lineage), self._delete(aside, lineage)]
 
     def delete_retracted(self, lineage: Sequence[Any]) -> Statement:
-        """Throw away what was retracted of an output."""
+        """Delete an output's retracted rows."""
         return self._delete(retracted_name(self.table), lineage)
 
     def counts(self, table: str) -> Statement:
-        """The lineage of each output that has rows in a table, and how many."""
+        """The lineage of each output with rows in a table, and the number of rows."""
         rows = _table(self.schema, table, _LINEAGE).alias("r")
         counted = select(*rows.c, func.count_big(literal_column("*")).label("there"))
         return _compiled(counted.group_by(*rows.c))
@@ -256,8 +256,8 @@ class Statements:
     def _copy(
         self, of: str, to: str, names: Sequence[str], lineage: Sequence[Any] = ()
     ) -> Statement:
-        """Rows of one table to another: all of them, or those of one output."""
-        described = [Declared(each, "") for each in names]
+        """Copy rows from one table to another: all of them, or those of one output."""
+        described = [Declared(column, "") for column in names]
         rows = _table(self.schema, of, described).alias("r")
         chosen = select(*rows.c)
         if lineage:
@@ -270,12 +270,12 @@ class Statements:
 
 
 def _brought(rows: FromClause, lineage: Sequence[Any]) -> list[ColumnElement[bool]]:
-    """Whether a row is one that an output brought."""
+    """The condition for the rows of an output."""
     return [rows.c[name] == value for name, value in zip(LINEAGE, lineage, strict=True)]
 
 
 class _Type(UserDefinedType[Any]):
-    """A type in T-SQL's own words."""
+    """A type written in T-SQL."""
 
     cache_ok = True
 
@@ -287,7 +287,7 @@ class _Type(UserDefinedType[Any]):
 
 
 def _table(schema: str, table: str, described: Sequence[Declared]) -> Table:
-    made = (Column(quoted_name(each.name, True), _Type(each.type)) for each in described)
+    made = (Column(quoted_name(column.name, True), _Type(column.type)) for column in described)
     return Table(
         quoted_name(table, True), MetaData(), *made, schema=quoted_name(schema, True),
         implicit_returning=False,
@@ -329,4 +329,4 @@ def _quoted(word: str) -> str:
 def _compiled(statement: ClauseElement) -> Statement:
     compiled: Any = statement.compile(dialect=_DIALECT, compile_kwargs={"render_postcompile": True})
     order = getattr(compiled, "positiontup", None) or ()
-    return Statement(str(compiled).strip(), tuple(compiled.params[each] for each in order))
+    return Statement(str(compiled).strip(), tuple(compiled.params[name] for name in order))

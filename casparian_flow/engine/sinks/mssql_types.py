@@ -1,10 +1,10 @@
-"""How columns of Arrow become columns of SQL Server, so that no value changes on the way.
+"""How Arrow columns become SQL Server columns without changing a value.
 
     boolean                     bit
     uint8; int8, int16          tinyint; smallint
     uint16, int32               int
     uint32, int64               bigint
-    uint64                      decimal(20,0): above 2**63-1 too
+    uint64                      decimal(20,0), which also holds values above 2**63-1
     float16, float32; float64   real; float; NaN, infinities and subnormals are refused
     decimal of p digits         decimal(p,s); one of more than 38 digits is refused
     date32, date64              date
@@ -14,13 +14,13 @@
     string                      nvarchar(max)
     binary                      varbinary(max)
     list, map, struct           nvarchar(max), JSON as in `columns`
-    null                        (none): such a column is made when its type is known
+    null                        (none): the column is added once its type is known
 
-Dictionaries and extension types are what their values are. Moments have 100 ns: nanoseconds that do
-not fit are refused, and so are dates outside of the years 1 to 9999.
+A dictionary or extension type is stored as its values. SQL Server's times have a resolution of
+100 ns: finer values are refused, and so are dates outside of the years 1 to 9999.
 
-A table that has a column of another type takes its values where each one fits exactly; numbers
-only. `nvarchar(n)` and `varbinary(n)`, which a person made of a column, take what fits into them.
+A number column whose type in the table differs accepts values that fit it exactly. Columns that a
+user narrowed to `nvarchar(n)` or `varbinary(n)` accept what fits into them.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import OutputRefused
 
 COLUMNS_LIMIT = 1024 - len(LINEAGE)
-"""Columns of a table, besides ours."""
+"""The most columns of a table, without the lineage columns."""
 
 NAME_LIMIT = 128
-"""UTF-16 units of a name."""
+"""The most UTF-16 units of a name."""
 
 _CELL_BYTES = (1 << 31) - 1
-"""The longest `max` value; a character takes two bytes or four."""
+"""The most bytes of a `max` value; a character takes two bytes or four."""
 
 _FIRST_SECOND, _LAST_SECOND = -62_135_596_800, 253_402_300_799
-"""Of the years 1 and 9999, from 1970 on."""
+"""First second of the year 1 and last second of 9999, counted from 1970."""
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
@@ -61,35 +61,35 @@ _PLAIN = {
     "time(7)": pa.time64("ns"), "nvarchar(max)": pa.large_string(),
     "varbinary(max)": pa.large_binary(),
 }  # fmt: skip
-"""Declared type -> the Arrow type whose values the driver sends for it."""
+"""Declared type -> the Arrow type in which the driver sends its values."""
 
 _INTEGERS = {"tinyint", "smallint", "int", "bigint"}
 
 _SMALLEST = {pa.float32(): 2.0**-126, pa.float64(): 2.0**-1022}
-"""The least number that is not subnormal; SQL Server's ranges begin there."""
+"""The smallest positive number that is not subnormal; SQL Server does not store subnormals."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column on its way from Arrow to SQL Server."""
+    """The conversion of one column from Arrow to SQL Server."""
 
     name: str
     kind: Any
-    """The Arrow type it has in the output."""
+    """The Arrow type in the output."""
     declared: str
-    """Its type in the table; empty where the output has nothing but nulls."""
+    """The type in the table; empty if the output has only nulls."""
     source: str
-    """Its name in the output: the table may have it in other letters."""
+    """The name in the output; the name in the table may differ in case."""
 
     @property
     def loaded(self) -> str:
-        """Its type in the stage table: the same, as long as can be."""
+        """The type in the stage table: the same, but of maximal length."""
         base = self.declared.partition("(")[0]
         return f"{base}(max)" if base in ("nvarchar", "varbinary") else self.declared
 
     @property
     def plain(self) -> Any:
-        """The Arrow type in which the driver gets it."""
+        """The Arrow type in which the values are given to the driver."""
         if self.declared.startswith("decimal"):
             precision, scale = _digits(self.declared)
             return pa.decimal128(precision, scale)
@@ -99,16 +99,16 @@ class Column:
         return _PLAIN[self.loaded]
 
     def array(self, values: Any) -> Any:
-        """The values as the driver sends them.
+        """Convert an Arrow array for the driver.
 
         Raises:
-            OutputRefused: a value that SQL Server cannot hold as it is.
+            OutputRefused: SQL Server cannot hold a value exactly.
         """
         with self._holding():
             return _exact(_decoded(values), self.plain)
 
     def check(self, values: Any) -> None:
-        """Return if SQL Server can hold every value. Makes no JSON, and raises as `array` does."""
+        """Check that SQL Server can hold every value. As `array`, but writes no JSON."""
         with self._holding():
             if pa.types.is_nested(_unwrapped(self.kind)):
                 columns.check_cells(values)
@@ -117,23 +117,23 @@ class Column:
                 _exact(_decoded(values), self.plain)
 
     def fit(self, declared: str) -> Column:
-        """The column as a table takes it that declares it so.
+        """The column for a table that declares it with another type.
 
         Raises:
-            OutputRefused: its values would change there.
+            OutputRefused: the values would change in the table.
         """
         if not self.declared or declared == self.declared:
             return self
-        here = replace(self, declared=declared)
-        if here.loaded == self.loaded or _are_numbers(declared, self.declared):
-            return here
+        fitted = replace(self, declared=declared)
+        if fitted.loaded == self.loaded or _are_numbers(declared, self.declared):
+            return fitted
         raise self._refused(
             f"is {declared} in the table, not {self.declared}",
             "convert the column in the plugin, or give it another name",
         )
 
     def named(self, name: str) -> Column:
-        """The same column under the name that the table has for it."""
+        """The same column with the table's spelling of its name."""
         return replace(self, name=name)
 
     @contextmanager
@@ -144,19 +144,19 @@ class Column:
             raise self._refused(f"cannot be stored in SQL Server as {self.declared}: {error}",
                                 "convert the column in the plugin") from error  # fmt: skip
 
-    def _refused(self, words: str, hint: str) -> OutputRefused:
-        return OutputRefused(f"column {self.name!r} ({self.kind}) {words}", hint)
+    def _refused(self, message: str, hint: str) -> OutputRefused:
+        return OutputRefused(f"column {self.name!r} ({self.kind}) {message}", hint)
 
 
 def columns_of(schema: Any) -> list[Column]:
-    """What the columns of an Arrow schema become.
+    """The SQL Server columns for an Arrow schema.
 
     Raises:
-        OutputRefused: a type or a name that SQL Server does not have, two names that it takes for
-            one, or too many columns.
+        OutputRefused: SQL Server does not support a type or name, two columns have one name for
+            it, or there are too many columns.
     """
     columns.check_fields(schema, "SQL Server")
-    found = [Column(each.name, each.type, _declared(each), each.name) for each in schema]
+    found = [Column(field.name, field.type, _declared(field), field.name) for field in schema]
     names = Counter(fold(column.name) for column in found)
     for column in found:
         if len(column.name.encode("utf-16-le")) // 2 > NAME_LIMIT:
@@ -175,7 +175,7 @@ def columns_of(schema: Any) -> list[Column]:
 
 
 def check_values(batch: Any) -> None:
-    """Return if SQL Server can hold every column and value of a batch.
+    """Check that SQL Server can hold every column and value of a batch.
 
     Raises:
         OutputRefused: it cannot; the message names the column.
@@ -186,7 +186,7 @@ def check_values(batch: Any) -> None:
 
 
 def check_count(count: int) -> None:
-    """Return if a table can have so many columns besides ours.
+    """Check that a table can have this many columns besides the lineage columns.
 
     Raises:
         OutputRefused: it cannot.
@@ -200,12 +200,12 @@ def check_count(count: int) -> None:
 
 
 def fold(name: str) -> str:
-    """A name as a database compares it that ignores case and width, as most do."""
+    """A name as most databases compare it: without regard to case and width."""
     return unicodedata.normalize("NFKC", name).casefold().rstrip(" ")
 
 
 def declared_as(base: str, max_length: int, precision: int, scale: int) -> str:
-    """A column's type in words, from what the catalog (`sys.columns`) says of it."""
+    """A column's T-SQL type, from its row in the catalog (`sys.columns`)."""
     if base in ("decimal", "numeric"):
         return f"decimal({precision},{scale})"
     if base in ("time", "datetime2", "datetimeoffset"):
@@ -218,7 +218,7 @@ def declared_as(base: str, max_length: int, precision: int, scale: int) -> str:
 
 
 def _declared(field: Any) -> str:
-    """The T-SQL type of an Arrow field; empty for one of nulls."""
+    """The T-SQL type for an Arrow field; empty for a field of nulls."""
     types, kind = pa.types, _unwrapped(field.type)
     if types.is_decimal(kind) and kind.scale >= 0 and kind.precision <= 38:
         return f"decimal({max(kind.precision, kind.scale)},{kind.scale})"
@@ -249,14 +249,14 @@ def _declared(field: Any) -> str:
 
 
 def _unwrapped(kind: Any) -> Any:
-    """The type of the values that a dictionary or an extension type stands for."""
+    """The type of a dictionary's or extension type's values."""
     while columns.is_wrapped(kind):
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind.storage_type
     return kind
 
 
 def _decoded(array: Any) -> Any:
-    """The same values without a dictionary or extension type around them, none of them nested."""
+    """The values without a dictionary or extension type; nested values as JSON texts."""
     while columns.is_wrapped(array.type):
         is_dictionary = pa.types.is_dictionary(array.type)
         array = array.dictionary_decode() if is_dictionary else array.storage
@@ -266,10 +266,10 @@ def _decoded(array: Any) -> Any:
 
 
 def _exact(array: Any, plain: Any) -> Any:
-    """The array cast to a type that the driver takes.
+    """Cast an array to a type that the driver accepts.
 
     Raises:
-        ValueError: a value would change, or is outside of what SQL Server has.
+        ValueError: a value would change, or is outside of SQL Server's range.
     """
     types = pa.types
     if types.is_duration(array.type):
@@ -278,7 +278,8 @@ def _exact(array: Any, plain: Any) -> Any:
         _check_moment(array)
         return array.cast(plain)
     if types.is_integer(array.type) and types.is_decimal(plain):
-        array = array.cast(pa.decimal128(38, plain.scale))  # else Arrow asks for room for any
+        # Arrow refuses a cast to fewer digits than the integer type may have.
+        array = array.cast(pa.decimal128(38, plain.scale))
     cast = array.cast(plain)
     if types.is_floating(plain):
         _check_float(cast)
@@ -301,7 +302,7 @@ def _check_float(array: Any) -> None:
 
 
 def _check_moment(array: Any) -> None:
-    """Return if dates and times are within the calendar, or a day, and are multiples of 100 ns."""
+    """Raise ValueError if a date, time or timestamp is out of range, or finer than 100 ns."""
     types, kind = pa.types, array.type
     short = types.is_date32(kind) or types.is_time32(kind)
     ticks = array.cast(pa.int32() if short else pa.int64()).cast(pa.int64())
@@ -313,7 +314,7 @@ def _check_moment(array: Any) -> None:
     elif unit == "day":
         low, high = _FIRST_SECOND // _DAY, _LAST_SECOND // _DAY
     elif unit == "ns":
-        return  # its 64 bits end in the years 1677 and 2262
+        return  # 64 bits of nanoseconds reach only from 1677 to 2262
     else:
         low = _FIRST_SECOND * _PER_SECOND[unit]
         high = (_LAST_SECOND + 1) * _PER_SECOND[unit] - 1
@@ -322,7 +323,7 @@ def _check_moment(array: Any) -> None:
 
 
 def _are_numbers(one: str, other: str) -> bool:
-    """Whether each may have values that are exactly ones of the other, and we can tell."""
+    """Whether values of one number type can be checked to fit the other exactly."""
     bases = {one.partition("(")[0], other.partition("(")[0]}
     return bases <= _INTEGERS | {"decimal"} or bases <= _INTEGERS | {"real", "float"}
 

@@ -1,16 +1,15 @@
-"""The Parquet sink: `<root>/<topic>/<output key>.parquet`, one file an output.
+"""The Parquet sink: one file for each output, `<root>/<topic>/<output key>.parquet`.
 
 A large output is a folder of files, `<root>/<topic>/<output key>/part-00000.parquet` and so on. A
-file appears by `link`, which shows the whole file or none and refuses a name that exists; a folder
-by one `rename`, which refuses a folder that is not empty. In mode replace the outputs of a slot
-have one name, and a file takes the place of an older one by `rename`, once that one's footer has
-proved it ours and older; so such an output is always one file. `standing.py` says what a name
-means. All of it happens under the sink's lock: nobody of ours is between a look and what follows.
+file is published by `link`, which is atomic and refuses an existing name; a folder by one
+`rename`, which refuses a folder that is not empty. In mode replace all outputs of a slot have one
+name, and a newer file replaces an older one by `rename`, after the older one's footer has been
+checked; such an output is always one file. All of this runs under the sink's lock, so no other
+process of Casparian Flow changes anything between a check and the change that follows.
 
-Readers take the files of a topic with the columns in `_common_metadata` beside them; the columns
-of outputs differ by a rule (`topic_schema.py`). A Worker writes what the rule asks for. Where
-another output was quicker and the topic's columns have changed since, what was staged is written
-again with them before it is published.
+Readers use the columns in the topic's `_common_metadata`. A Worker writes an output with the
+topic's columns, united by the rule in `topic_schema.py`. If the topic's columns have changed by
+the time of publishing, the staged file is rewritten with the new ones first.
 """
 
 from __future__ import annotations
@@ -57,14 +56,14 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
 
 
 class _Move(NamedTuple):
-    """An output that may be shown, and how."""
+    """An output that has passed the checks for publishing."""
 
     path: Path
-    """What is shown: what was staged, or a copy of it with the topic's columns."""
+    """What to publish: the staged output, or a copy of it with the topic's columns."""
     columns: Any
-    """The topic's columns with it; None where they stay as they are."""
+    """The topic's new columns; None if they do not change."""
     losers: list[Standing]
-    """What it takes the place of."""
+    """The outputs that it replaces."""
 
 
 class ParquetSink:
@@ -78,7 +77,7 @@ class ParquetSink:
         self.root = root
         self.stage_folder = root / durable.STATE_FOLDER / "stage"
         self._known: dict[str, Any] = {}
-        """Columns of topics, as their `_common_metadata` says while we hold the lock."""
+        """The columns in each topic's `_common_metadata`; valid while the lock is held."""
 
     def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
         """See `Sink.open_stage`."""
@@ -98,7 +97,7 @@ class ParquetSink:
         )  # fmt: skip
 
     def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
-        """See `Sink.publish`. Each topic's folder is made durable once for all its outputs."""
+        """See `Sink.publish`. Each topic's folder is synced once for all its outputs."""
         jobs: dict[int, list[StagedOutput]] = {}
         for output in outputs:
             jobs.setdefault(output.job_id, []).append(output)
@@ -131,21 +130,21 @@ class ParquetSink:
         return [f"{target}: {fault}" for target, fault in faults if fault]
 
     def inventory(self, known: Container[str]) -> Iterator[Found]:
-        """See `Sink.inventory`. A file is read if it is new."""
+        """See `Sink.inventory`. Only files that the ledger may not know are read."""
         try:
             yield from list_published(self.root, known)
         except OSError as error:
             raise unavailable(error, self.root) from error
 
     def withdraw(self, claim: Claim) -> None:
-        """See `Sink.withdraw`. We remove no file: what is there may be a person's work."""
+        """See `Sink.withdraw`. Never removes a file, because a user may have altered it."""
         if os.path.lexists(claim.target):
             raise SinkConflict(
                 f"{claim.target} is there, and was altered", "move it elsewhere, then restore again"
             )
 
     def retract(self, claim: Claim) -> None:
-        """See `Sink.retract`. The file or folder moves to where no reader looks."""
+        """See `Sink.retract`. The file or folder moves to the hidden folder."""
         self._change(hide_published, claim)
 
     def reinstate(self, claim: Claim) -> None:
@@ -164,44 +163,44 @@ class ParquetSink:
         return durable.exclusive(self.root / durable.STATE_FOLDER / "parquet.lock")
 
     def _publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
-        """All outputs of one job, or none but those that need no showing; under the lock."""
-        looked: list[Published | _Move] = []
+        """Publish all outputs of one job or, after an error, only those that `_settled` knows."""
+        prepared: list[Published | _Move] = []
         output = outputs[0]
         try:
             for output in outputs:
-                looked.append(self._settled(output) or self._prepared(output))
+                prepared.append(self._settled(output) or self._prepared(output))
             outcomes: list[Published | JobError] = []
-            for output, found in zip(outputs, looked, strict=True):
+            for output, found in zip(outputs, prepared, strict=True):
                 shown = found if isinstance(found, Published) else self._show(output, found)
                 outcomes.append(shown)
             return outcomes
         except (JobError, OSError, pa.ArrowException, IndexError) as error:
             fault = error if isinstance(error, JobError) else self._fault(error, output)
         finally:
-            for output, found in zip(outputs, looked, strict=False):
+            for output, found in zip(outputs, prepared, strict=False):
                 if isinstance(found, _Move) and str(found.path) != output.stage:
                     with contextlib.suppress(OSError):
                         durable.remove(found.path)
         return [self._settled_in_spite_of(fault, output) for output in outputs]
 
     def _settled_in_spite_of(self, fault: JobError, output: StagedOutput) -> Published | JobError:
-        """What another output's fault does not touch: it was published before, or just now."""
+        """The outcome of an output in a job that failed: it may be published already."""
         try:
             return self._settled(output) or fault
         except (JobError, OSError):
             return fault
 
     def _settled(self, output: StagedOutput) -> Published | None:
-        """What stands for an output that was published before, or comes too late.
+        """The outcome of an output that is published already, or is older than what is shown.
 
         Raises:
-            SinkConflict: what has its name is not it, and it cannot take that place.
+            SinkConflict: something else has its name and must not be replaced.
             OSError, SinkUnavailable: the disk refused.
         """
-        there = self._there(output)
-        if not there:
+        existing = self._there(output)
+        if not existing:
             return None
-        first, *losers = there
+        first, *losers = existing
         target = self.root / output.topic / first.path.name
         if first.output_key == output.output_key and first.told.rows == output.rows:
             if output.mode == "replace":
@@ -226,7 +225,7 @@ class ParquetSink:
         return published_under(self.root, output.topic, file_name(output))
 
     def _columns(self, topic: str) -> Any:
-        """A topic's columns so far. Raises SinkConflict and OSError as `topic_folder.columns`."""
+        """A topic's columns so far. Raises SinkConflict and OSError as `parts.topic_columns`."""
         if topic not in self._known:
             columns = parts.topic_columns(self.root / topic)
             if not parts.has_topic_columns(self.root / topic):
@@ -235,14 +234,14 @@ class ParquetSink:
         return self._known[topic]
 
     def _prepared(self, output: StagedOutput) -> _Move:
-        """Look whether everything is as it must be, before anything is changed.
+        """Make all checks before anything is changed.
 
         Raises:
-            OutputRefused: its values are not exactly ones of the topic's columns.
-            SinkConflict: what tells the topic's columns, or what mode error finds, is not ours.
-            JobError: what was staged is damaged.
+            OutputRefused: its values do not fit the types of the topic's columns exactly.
+            SinkConflict: `_common_metadata`, or in mode error a file of the topic, is not ours.
+            JobError: the staged file is damaged.
             OSError, SinkUnavailable: the disk refused.
-            pa.ArrowException, IndexError: what was staged is damaged.
+            pa.ArrowException, IndexError: the staged file is damaged.
         """
         stage, folder = Path(output.stage), self.root / output.topic
         if (size := parts.size(stage)) != output.size_bytes:
@@ -262,13 +261,13 @@ class ParquetSink:
         return _Move(shown, None if stays else wanted, losers)
 
     def _widened(self, output: StagedOutput, columns: Any, staged: Any) -> Any:
-        """The topic's columns, those of numbers as wide as an output needs them to be.
+        """The topic's columns, with number columns widened as the output needs them.
 
-        Whole numbers become doubles only where they all are exact. Else the column stays as it is,
-        and the output will be refused.
+        A column of integers becomes double only if all its values stay exact. Otherwise it keeps
+        its type, and the output will be refused.
 
         Raises:
-            OSError, pa.ArrowException: the disk refused, or what was staged is damaged.
+            OSError, pa.ArrowException: the disk refused, or the staged file is damaged.
         """
         for number, field in enumerate(columns):
             if field.name not in staged.names:
@@ -283,10 +282,10 @@ class ParquetSink:
         return columns
 
     def _show(self, output: StagedOutput, move: _Move) -> Published:
-        """Give an output its name among the topic's, and what it replaces none any more.
+        """Give an output its name in the topic's folder, and remove what it replaces.
 
         Raises:
-            SinkConflict: somebody was quicker who is not of ours.
+            SinkConflict: another program has created something of that name meanwhile.
             OSError, SinkUnavailable: the disk refused.
         """
         path = move.path
@@ -313,7 +312,7 @@ class ParquetSink:
         return Published(target=str(target), rows=output.rows, digest=digest, adopted=False)
 
     def _fault(self, error: Exception, output: StagedOutput) -> JobError:
-        """What the disk or Arrow said while an output was published, in our words."""
+        """The error to report for one of the disk or Arrow while an output was published."""
         if not os.path.lexists(output.stage):
             return lost(output, "it is gone")
         if not is_disk_fault(error):
@@ -327,7 +326,7 @@ class ParquetSink:
 
 
 def _linked(path: Path, target: Path) -> bool:
-    """Give a file its name; False where something has it."""
+    """Link a file to its name; False if the name exists."""
     try:
         os.link(path, target)
     except FileExistsError:
@@ -337,7 +336,7 @@ def _linked(path: Path, target: Path) -> bool:
 
 
 def _check_all_ours(folder: Path) -> None:
-    """Raises SinkConflict where a topic's folder has what is not an output of ours."""
+    """Raise SinkConflict if a topic's folder has a file that is not an output of ours."""
     for path in sorted(folder.iterdir()):
         if not path.name.startswith((".", "_")) and not is_ours(path):
             raise SinkConflict(
@@ -355,21 +354,19 @@ def _sync(folder: Path) -> SinkUnavailable | None:
     return None
 
 
-# Where the outputs of a Parquet sink stand: shown, or kept where no reader looks.
+# Published outputs in a Parquet sink:
 #
 #     <root>/<topic>/<name>[.parquet]                        shown
 #     <root>/.casparian/hidden/<topic>/<name>[.parquet]      retracted
 #
-# The name is the first digits of the output key; in mode replace, of the slot, so that the outputs
-# of a slot have one name and what is there is the greatest of them: an output that is smaller comes
-# too late, and what it finds says so. A retracted output keeps its place in that order.
-#
-# Between its names an output moves by one rename. After a crash two outputs of a slot may be there,
-# one of them hidden: the greater one counts, the other is removed when somebody comes by.
+# The name is the first digits of the output key; in mode replace of the slot, so the outputs of a
+# slot share one name, and the file is the greatest of them, shown or retracted. An output moves
+# between the two folders by one rename. After a crash both may hold an output of the slot: the
+# greater one counts, and the next output that is published there removes the other.
 
 
 class Standing(NamedTuple):
-    """An output of ours that is there."""
+    """A published output."""
 
     path: Path
     told: parts.Footer
@@ -381,26 +378,26 @@ class Standing(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int]:
-        """Its version's ordinal and its job's id: in mode replace the greatest has the place."""
+        """Its version's ordinal and its job's id: in mode replace the greatest is shown."""
         return int(self.told.facts.get("ordinal", 0)), int(self.told.facts["job_id"])
 
     @property
     def name(self) -> str:
-        """What its files say that its own should be, without an ending."""
+        """The name that its footer gives it, without an ending."""
         facts = self.told.facts
         return facts["slot" if facts.get("mode") == "replace" else "output_key"][:KEY_DIGITS]
 
 
 def file_name(output: StagedOutput) -> str:
-    """What its file or folder is to be called, without an ending."""
+    """The name of an output's file or folder, without an ending."""
     return (output.slot if output.mode == "replace" else output.output_key)[:KEY_DIGITS]
 
 
 def published_under(root: Path, topic: str, name: str) -> list[Standing]:
-    """What has a name, the one that counts first.
+    """The published outputs of a name; the one that counts is the first.
 
     Raises:
-        SinkConflict: something has it that is not ours.
+        SinkConflict: something else has the name.
         SinkUnavailable: the disk refused to read it.
     """
     standing = []
@@ -410,13 +407,13 @@ def published_under(root: Path, topic: str, name: str) -> list[Standing]:
                 standing.append(_read(path, hidden))
                 if standing[-1].name != name:
                     raise _foreign(path)
-    if any(each.told.facts.get("mode") == "replace" for each in standing):
-        standing.sort(key=lambda each: each.order, reverse=True)
+    if any(output.told.facts.get("mode") == "replace" for output in standing):
+        standing.sort(key=lambda output: output.order, reverse=True)
     return standing
 
 
 def is_ours(path: Path) -> bool:
-    """Whether it is an output under the name that its files say.
+    """Whether a path is an output that has the name its footer gives.
 
     Raises:
         SinkUnavailable: the disk refused to read it.
@@ -428,7 +425,7 @@ def is_ours(path: Path) -> bool:
 
 
 def fault_of(path: Path, claim: Claim) -> str:
-    """What is wrong with a claimed output; empty where nothing is."""
+    """What is wrong with a claimed output; empty if nothing is."""
     try:
         if parts.digest(path) != claim.digest:
             return "its bytes have changed since it was published"
@@ -445,7 +442,7 @@ def fault_of(path: Path, claim: Claim) -> str:
 
 
 def hide_published(root: Path, claim: Claim) -> None:
-    """Take an output out of sight; see `Sink.retract`. The caller holds the sink's lock.
+    """Hide an output; see `Sink.retract`. The caller holds the sink's lock.
 
     Raises:
         SinkConflict, OSError: as there.
@@ -453,35 +450,35 @@ def hide_published(root: Path, claim: Claim) -> None:
     shown, hidden = _places(root, claim)
     if not os.path.lexists(shown):
         return
-    if words := fault_of(shown, claim):
+    if fault := fault_of(shown, claim):
         if _is_replaced(shown, claim):
             return
         raise SinkConflict(
-            f"{shown} cannot be retracted: {words}", "casparian verify tells what is wrong"
+            f"{shown} cannot be retracted: {fault}", "casparian verify tells what is wrong"
         )
     durable.make_folder(hidden.parent)
     _move(shown, hidden)
 
 
 def show_again(root: Path, claim: Claim) -> None:
-    """Undo `hide`; see `Sink.reinstate`. The caller holds the sink's lock.
+    """Undo `hide_published`; see `Sink.reinstate`. The caller holds the sink's lock.
 
     Raises:
         SinkConflict, OSError: as there.
     """
     shown, hidden = _places(root, claim)
     if os.path.lexists(shown):
-        if (words := fault_of(shown, claim)) and not _is_replaced(shown, claim):
+        if (fault := fault_of(shown, claim)) and not _is_replaced(shown, claim):
             raise SinkConflict(
-                f"{shown} is in the place of what was retracted, and was left untouched: {words}",
+                f"{shown} is in the place of what was retracted, and was left untouched: {fault}",
                 "move it elsewhere",
             )
         return
-    if words := fault_of(hidden, claim):
+    if fault := fault_of(hidden, claim):
         if _is_replaced(hidden, claim):
             return
         raise SinkConflict(
-            f"{shown} cannot be reinstated from {hidden}: {words}",
+            f"{shown} cannot be reinstated from {hidden}: {fault}",
             "put that file back, or have its job run again: casparian outputs restore",
         )
     durable.make_folder(shown.parent)
@@ -489,34 +486,33 @@ def show_again(root: Path, claim: Claim) -> None:
 
 
 def list_published(root: Path, known: Container[str]) -> Iterator[Found]:
-    """What is there of ours under other output keys than those known, and what is hidden; see
-    `Sink.inventory`."""
+    """See `Sink.inventory`."""
     for path, hidden in unknown_outputs(root, known):
         with contextlib.suppress(SinkConflict, ValueError, KeyError, FileNotFoundError):
-            each = _read(path, hidden)
+            output = _read(path, hidden)
             topic = path.parent.name
-            named = each.told.facts["topic"], each.name
+            named = output.told.facts["topic"], output.name
             mine = named == (topic, path.name.removesuffix(".parquet"))
-            if mine and (hidden or each.output_key[:KEY_DIGITS] not in known):
+            if mine and (hidden or output.output_key[:KEY_DIGITS] not in known):
                 target, digest = str(root / topic / path.name), parts.digest(path)
-                yield found(target, each.told.rows, digest, each.told.facts, retracted=hidden)
+                yield found(target, output.told.rows, digest, output.told.facts, retracted=hidden)
 
 
 def remove_published(standings: Sequence[Standing]) -> None:
-    """Remove what lost its place.
+    """Remove outputs that were replaced.
 
     Raises:
-        OSError: something is left.
+        OSError: one is left.
     """
-    for each in standings:
-        durable.remove(each.path)
+    for output in standings:
+        durable.remove(output.path)
         crashpoint("parquet.loser_removed")
 
 
 def _read(path: Path, hidden: bool) -> Standing:
     try:
         standing = Standing(path, parts.read_footer(path), hidden)
-        if standing.name and standing.order:  # it says both, or it is not ours
+        if standing.name and standing.order:  # both need facts that only our footers have
             return standing
         raise ValueError("it says no name")
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -533,13 +529,13 @@ def _foreign(path: Path) -> SinkConflict:
 
 
 def _places(root: Path, claim: Claim) -> tuple[Path, Path]:
-    """Where a claimed output stands when it is shown, and when it is hidden."""
+    """The paths of a claimed output while it is shown, and while it is hidden."""
     name = Path(claim.target).name
     return root / claim.topic / name, hidden_folder(root, claim.topic) / name
 
 
 def _is_replaced(path: Path, claim: Claim) -> bool:
-    """Whether another output of the claimed one's slot has its place by now."""
+    """Whether the file is now another output of the claimed one's slot."""
     try:
         standing = _read(path, hidden=False)
     except SinkConflict:
@@ -549,7 +545,7 @@ def _is_replaced(path: Path, claim: Claim) -> bool:
 
 
 def _move(path: Path, target: Path) -> None:
-    """Give an output another place, durably. A file may take that of one that has lost it."""
+    """Rename an output durably. It may replace a file that lost its slot."""
     os.rename(path, target)
     crashpoint("parquet.moved")
     durable.fsync_path(target.parent)

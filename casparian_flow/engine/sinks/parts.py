@@ -1,9 +1,9 @@
-"""An output on disk: one Parquet file; or, where it is large, a folder of parts.
+"""The files of an output: one Parquet file or, for a large output, a folder of parts.
 
-A part is closed when it has reached a limit, so it is larger than that by a row group at the most.
-The parts of an output are `part-00000.parquet` and so on, in the order of its rows. The footer of
-each has the facts of the output, its `part` says which it is; the last one's `parts`, `rows` and
-`batches` speak of the whole output, as does the only file of one that is not split.
+A part is closed once it reaches the limit, so it exceeds the limit by one row group at most. The
+parts are `part-00000.parquet` and so on, in the order of the rows. Each footer has the facts of the
+output and its own number, `part`. The last footer (or the only one) also has `parts`, `rows` and
+`batches` of the whole output.
 """
 
 from __future__ import annotations
@@ -40,21 +40,22 @@ _OURS = b"casparian."
 
 
 class Footer(NamedTuple):
-    """What an output's files say of it."""
+    """The facts in the footers of an output's files."""
 
     facts: dict[str, str]
     rows: int
 
 
 class Parts:
-    """The file or files of one output, while it is written.
+    """The file or files of one output while it is written.
 
     Args:
-        path: of the file; it must not exist. `path` names a folder once there are several.
-        limit: bytes of a part after which another is begun; 0: there is one file, however large.
+        path: path of the file; it must not exist. The attribute `path` names a folder from the
+            second part on.
+        limit: size in bytes at which a part is closed; 0: everything goes into one file.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
 
     def __init__(self, path: Path, limit: int) -> None:
@@ -66,33 +67,34 @@ class Parts:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
         crashpoint("stage.made")
         try:
-            # Arrow's own file: a Python one would be called back for every few bytes.
+            # Arrow's own file object: Arrow calls back into a Python one for every few bytes.
             self._file = pa.OSFile(str(path), "wb")
         except OSError:
-            path.unlink()  # nobody else knows it
+            path.unlink()  # no caller knows the file yet
             raise
 
     @property
     def begun(self) -> bool:
-        """Whether it has columns."""
+        """Whether `begin` was called."""
         return self._writer is not None
 
     @property
     def open(self) -> bool:
-        """Whether rows may still come."""
+        """Whether rows can still be written."""
         return self.begun and bool(self._writer.is_open)
 
     def begin(self, schema: Any) -> None:
-        """Say its columns; the schema's metadata are the facts of every footer.
+        """Set the columns; the schema's metadata becomes the facts in every footer.
 
         Raises:
-            OSError, pa.ArrowException: they cannot be stored, or the disk refused; as below.
+            OSError, pa.ArrowException: they cannot be stored, or the disk refused. So do `write`
+                and `close`.
         """
         self._schema = schema
         self._writer = pq.ParquetWriter(self._file, schema, compression="zstd", compression_level=1)
 
     def write(self, table: Any) -> None:
-        """Append rows; they are on disk afterwards, though not durable."""
+        """Append rows to the file; they are not durable yet."""
         if self._full:
             self._turn()
         self._writer.write_table(table, row_group_size=GROUP_ROWS)
@@ -100,14 +102,14 @@ class Parts:
         crashpoint("stage.written")
 
     def close(self, figures: Mapping[str, object]) -> None:
-        """Write the last footer, with these facts besides."""
+        """Write the last footer, with these additional facts."""
         if self._count:
             figures = {**figures, "part": self._count, "parts": self._count + 1}
         self._end(figures)
         crashpoint("stage.finished")
 
     def discard(self) -> None:
-        """Remove what there is; at any time, and as often as one likes."""
+        """Remove the files. May be called at any time, and more than once."""
         if self.open:
             with contextlib.suppress(OSError, pa.ArrowException):
                 self._writer.close()
@@ -118,13 +120,13 @@ class Parts:
             durable.remove(self.path)
 
     def _end(self, facts: Mapping[str, object]) -> None:
-        words = {f"casparian.{fact}": str(value) for fact, value in facts.items()}
-        self._writer.add_key_value_metadata(words)
+        metadata = {f"casparian.{fact}": str(value) for fact, value in facts.items()}
+        self._writer.add_key_value_metadata(metadata)
         self._writer.close()
         self._file.close()
 
     def _turn(self) -> None:
-        """Begin another part; the first one moves into a folder then."""
+        """Begin another part. The first one is moved into a new folder."""
         self._end({"part": self._count})
         if not self._count:
             file, self.path = self.path, self.path.with_name(f"{self.path.name}s")
@@ -140,22 +142,22 @@ def files(path: Path) -> list[Path]:
     """The files of an output, in the order of its rows.
 
     Raises:
-        OSError: it is gone, or cannot be looked at.
+        OSError: the output is gone, or cannot be read.
     """
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
 def size(path: Path) -> int:
-    """Bytes of an output's files. Raises OSError as `files`."""
+    """Size of an output's files in bytes. Raises OSError as `files`."""
     return sum(file.stat().st_size for file in files(path))
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of an output, hexadecimal: of its file's bytes; of a folder, over the SHA-256
-    (32 bytes each) of its files, in the order of their names.
+    """SHA-256 of an output, hexadecimal: of a file's bytes, or of the SHA-256 digests (32 bytes
+    each) of a folder's files in the order of their names.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the output cannot be read.
     """
     if not path.is_dir():
         with path.open("rb") as file:
@@ -164,7 +166,7 @@ def digest(path: Path) -> str:
 
 
 def make_durable(path: Path) -> None:
-    """Make the data of an output's files, and their names in its folder, survive a power cut.
+    """Fsync an output's files, and its folder if it has one.
 
     Raises:
         OSError: the disk refused, and the data may be lost.
@@ -178,15 +180,15 @@ def make_durable(path: Path) -> None:
 
 
 def read_footer(path: Path) -> Footer:
-    """What the files of a finished output say of it.
+    """Read the facts of a finished output.
 
     Raises:
-        ValueError, pa.ArrowException: they are not the files of one output of ours.
-        OSError: it is gone, or cannot be read.
+        ValueError, pa.ArrowException: these are not the files of one output of ours.
+        OSError: the output is gone, or cannot be read.
     """
     footers = []
     for file in files(path):
-        with file.open("rb") as opened:  # by its name Arrow would say less about a fault
+        with file.open("rb") as opened:  # given a path, Arrow's errors lack the errno
             footers.append(pq.read_metadata(opened))
     facts = [facts_of(footer.metadata or {}) for footer in footers]
     if path.is_dir() and (
@@ -199,17 +201,17 @@ def read_footer(path: Path) -> Footer:
 
 
 def rewritten(path: Path, topic: str, columns: Any) -> Path:
-    """A copy of a finished output with other columns, durable, beside it; the same facts.
+    """Write a durable copy of a finished output beside it, with other columns and the same facts.
 
     Args:
-        columns: every one of the output's, and perhaps more; with the lineage columns.
+        columns: all columns of the output, the lineage columns, and perhaps more.
 
     Raises:
-        OutputRefused: a value would not be the same in them.
+        OutputRefused: a value would change in the new type of its column.
         OSError: the disk refused.
     """
     copy = path.with_name(f"{path.name}.fitted")
-    durable.remove(copy)  # of somebody who died on the way; nobody reads it
+    durable.remove(copy)  # left by a process that crashed
     if path.is_dir():
         copy.mkdir()
     for file in files(path):
@@ -230,10 +232,10 @@ def rewritten(path: Path, topic: str, columns: Any) -> Path:
 
 
 def are_exact(path: Path, name: str, kind: Any) -> bool:
-    """Whether a finished output's column of numbers has values of another type only.
+    """Whether every value in a number column of a finished output fits another type exactly.
 
     Raises:
-        OSError, pa.ArrowException: it cannot be read.
+        OSError, pa.ArrowException: the output cannot be read.
     """
     for file in files(path):
         with file.open("rb") as opened, pq.ParquetFile(opened) as source:
@@ -246,12 +248,12 @@ def are_exact(path: Path, name: str, kind: Any) -> bool:
 
 
 def is_within_double(path: Path, name: str) -> bool:
-    """Whether a double holds every value of a finished output's column of whole numbers.
+    """Whether a double holds every value in an integer column of a finished output.
 
-    The files' statistics tell; without them it counts as not.
+    Reads the statistics of the files; without them the answer is False.
 
     Raises:
-        OSError, pa.ArrowException: it cannot be read.
+        OSError, pa.ArrowException: the output cannot be read.
     """
     for file in files(path):
         with file.open("rb") as opened, pq.ParquetFile(opened) as source:
@@ -260,18 +262,17 @@ def is_within_double(path: Path, name: str) -> bool:
                 continue
             for group in range(source.num_row_groups):
                 column = source.metadata.row_group(group).column(number)
-                told = column.statistics if column.is_stats_set else None
-                if told is None or not told.has_min_max:
-                    if told is None or told.null_count != column.num_values:
+                stats = column.statistics if column.is_stats_set else None
+                if stats is None or not stats.has_min_max:
+                    if stats is None or stats.null_count != column.num_values:
                         return False
-                elif not -EXACT_IN_DOUBLE <= told.min <= told.max <= EXACT_IN_DOUBLE:
+                elif not -EXACT_IN_DOUBLE <= stats.min <= stats.max <= EXACT_IN_DOUBLE:
                     return False
     return True
 
 
 def _leaf(source: Any, name: str) -> int | None:
-    """The number of a column of whole numbers or floating point among a file's; None where it has
-    none of that name."""
+    """The index of a file's column of integers or floating point; None if it has no such column."""
     schema = source.schema_arrow
     if name not in schema.names:
         return None
@@ -286,22 +287,20 @@ def _part(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05}.parquet"
 
 
-# A topic's folder in a Parquet sink: its outputs, and `_common_metadata`, the columns of them all.
-#
-# `_common_metadata` is a Parquet file without rows. Its columns are those of every output of the
-# topic, with the lineage columns last, as `topic_schema` unites them; it is written before the
-# first file that has them, so that no file is there which it does not cover. Where it is not there
-# (an earlier release wrote none, or somebody deleted it) the outputs' own footers give the same.
+# `_common_metadata` in a topic's folder is a Parquet file without rows. It has the columns of all
+# outputs of the topic, united by `topic_schema`, and the lineage columns last. It is written before
+# the first file with new columns, so it covers every file. If it is missing (an earlier release
+# wrote none, or a user deleted it), the outputs' footers give the same columns.
 
 
 COLUMNS_FILE = "_common_metadata"
-"""The name that Parquet readers know for a file with the columns of the files beside it."""
+"""Parquet readers look for the common columns of a folder's files under this name."""
 
 _OUR_TOPIC = b"casparian.topic"
 
 
 def has_topic_columns(folder: Path) -> bool:
-    """Whether the topic's columns need not be asked of its outputs."""
+    """Whether the folder has a `_common_metadata`."""
     return os.path.lexists(folder / COLUMNS_FILE)
 
 
@@ -309,7 +308,7 @@ def topic_columns(folder: Path) -> Any:
     """A topic's columns so far, as an Arrow schema without the lineage columns.
 
     Raises:
-        SinkConflict: what has the name of our file is not our file.
+        SinkConflict: `_common_metadata` is not ours.
         OSError: the disk refused to read it.
     """
     try:
@@ -327,7 +326,7 @@ def topic_columns(folder: Path) -> Any:
 
 
 def set_topic_columns(folder: Path, schema: Any) -> None:
-    """Say what the topic's columns are from now on; durable when this returns.
+    """Replace the topic's columns; durable when this returns.
 
     Args:
         schema: without the lineage columns.
@@ -343,11 +342,12 @@ def set_topic_columns(folder: Path, schema: Any) -> None:
 
 
 def topic_is_within_double(root: Path, topic: str, name: str) -> bool:
-    """Whether a double holds each value of a column of whole numbers in all outputs of a topic,
-    also in those that are retracted. What cannot be read as Parquet may have any.
+    """Whether a double holds every value of an integer column in all outputs of a topic.
+
+    Retracted outputs count too. False if a file cannot be read as Parquet.
 
     Raises:
-        OSError: the disk refused to read one.
+        OSError: the disk refused to read a file.
     """
     folders = (root / topic, base.hidden_folder(root, topic))
     every = (output for folder in folders for output in base.list_outputs(folder))
@@ -360,7 +360,7 @@ def topic_is_within_double(root: Path, topic: str, name: str) -> bool:
 
 
 def _columns_of_outputs(folder: Path) -> Any:
-    """What the outputs' footers say, the one of the first job first."""
+    """The columns in the outputs' footers, united in the order of their jobs."""
     found = []
     for output in base.list_outputs(folder):
         try:

@@ -1,9 +1,8 @@
-"""Committed outputs as tables of DuckDB, for one question that only reads.
+"""Run one read-only SQL query over committed outputs, in DuckDB.
 
-A topic is a view over its Parquet files; what a SQLite sink holds of it is copied into DuckDB
-first, in batches. Only the topics that the question names are opened, and DuckDB can open no file
-but those of their folders: what is asked must only read (`questions`), and where that fails the
-connection itself refuses.
+A topic is a view over its Parquet files; rows in a SQLite sink are first copied into DuckDB, in
+batches. Only the topics that the query names are opened. The query is checked to be read-only
+(`reading`), and the connection itself can open no files but those of these topics' folders.
 """
 
 from __future__ import annotations
@@ -31,24 +30,24 @@ BATCH_ROWS = 16 << 10
 HISTORY = "_history"
 
 COPIES = "copies"
-"""A schema of its own, so that SHOW TABLES has the topics and nothing else."""
+"""The schema of the copied tables, so that SHOW TABLES lists only topics."""
 
 Output = Mapping[str, Any]
-"""A committed output: topic, location, target, output_key, latest."""
+"""A committed output; its keys are topic, location, target, output_key and latest."""
 
 _TYPES = {"INTEGER": pa.int64(), "REAL": pa.float64(), "TEXT": pa.string(), "BLOB": pa.binary()}
 
 
 @contextlib.contextmanager
 def answer(question: str, outputs: Sequence[Output]) -> Iterator[Any]:
-    """Ask one SELECT; its rows as a pyarrow RecordBatchReader, valid inside the block.
+    """Run one SELECT. Yields its rows as a pyarrow RecordBatchReader, valid inside the block.
 
-    Each topic is a table with what the latest version of each location gave; `<topic>_history`
-    has what every version gave.
+    Each topic is a table with the rows of the latest version of each file; `<topic>_history` has
+    the rows of all versions.
 
     Raises:
-        NotFound: no table has that name; the message lists the topics.
-        CasparianError: DuckDB is not installed, or the question is wrong.
+        NotFound: the query names a table that does not exist; the message lists the topics.
+        CasparianError: DuckDB is not installed, or the query is wrong or not read-only.
     """
     try:
         import duckdb
@@ -82,7 +81,7 @@ def answer(question: str, outputs: Sequence[Output]) -> Iterator[Any]:
                     f"the query failed: {_first_line(error)}",
                     "a query sees the topics that it names, and no other file",
                 ) from error
-            except BrokenPipeError:  # of whoever prints the rows
+            except BrokenPipeError:  # raised by the caller's printing in the block
                 raise
             except (duckdb.Error, pa.ArrowException, sqlite3.Error, OSError) as error:
                 raise CasparianError(
@@ -92,10 +91,10 @@ def answer(question: str, outputs: Sequence[Output]) -> Iterator[Any]:
 
 
 def _tables(outputs: Sequence[Output]) -> dict[str, tuple[list[Output], bool]]:
-    """Name in small letters -> outputs that give a table its columns; whether it has their rows.
+    """Lower-case table name -> the outputs that define its columns, and whether it has their rows.
 
-    A topic whose latest versions gave nothing has the columns of its history and no row. A topic
-    that is itself named like another one's history wins.
+    A topic whose latest versions have no outputs gets the columns of its history and no rows. A
+    topic with the name of another topic's history hides that history.
     """
     history: dict[str, list[Output]] = defaultdict(list)
     for output in outputs:
@@ -108,9 +107,9 @@ def _tables(outputs: Sequence[Output]) -> dict[str, tuple[list[Output], bool]]:
 
 
 def _define(database: Any, question: str, outputs: Sequence[Output]) -> set[str]:
-    """Create the tables that the question may ask for; the folders that they read from.
+    """Create the tables that the query may use; returns the folders that they read.
 
-    For a question about the tables themselves those that it does not name are there without rows.
+    If the query asks for the catalog, the tables that it does not name are created without rows.
     """
     folders: set[str] = set()
     for lowered, (wanted, shown) in _tables(outputs).items():
@@ -126,8 +125,9 @@ def _define(database: Any, question: str, outputs: Sequence[Output]) -> set[str]
 
 
 def _lock(database: Any, folders: set[str]) -> None:
-    """From here on nothing but these folders can be opened, and no setting can be changed."""
-    allowed = ", ".join(_text(each) for folder in folders for each in (folder, glob.escape(folder)))
+    """Restrict the connection to these folders, and forbid further changes of its settings."""
+    paths = (path for folder in folders for path in (folder, glob.escape(folder)))
+    allowed = ", ".join(map(_text, paths))
     database.execute(f"SET allowed_directories = [{allowed}]")
     database.execute("SET enable_external_access = false")
     database.execute("SET lock_configuration = true")
@@ -138,18 +138,18 @@ def _on_server(output: Output) -> bool:
 
 
 def _names(question: str, table: str) -> bool:
-    """Whether the question may name the table; too often is harmless."""
+    """Whether the query may name the table. A false positive is harmless."""
     return re.search(rf"(?<!\w){re.escape(table)}(?!\w)", question, re.IGNORECASE) is not None
 
 
 def _create(database: Any, name: str, outputs: Sequence[Output], shown: bool) -> set[str]:
-    """One view over the files and the copied tables, their columns united by name.
+    """Create a view over the outputs' files and copied rows, with columns united by name.
 
     Args:
-        shown: whether it has their rows.
+        shown: whether the view has rows.
 
     Returns:
-        The folders that its files are in.
+        The folders of its files.
     """
     for output in outputs:
         if _on_server(output):
@@ -180,7 +180,7 @@ def _create(database: Any, name: str, outputs: Sequence[Output], shown: bool) ->
 
 
 def _files(target: str) -> str:
-    """A pattern for the files of an output; a large one is a folder of parts."""
+    """A glob for the files of an output; a large output is a folder of parts."""
     return glob.escape(target) + ("" if target.endswith(".parquet") else "/*.parquet")
 
 
@@ -195,12 +195,12 @@ def _databases(outputs: Sequence[Output]) -> dict[str, list[str]]:
 
 @contextlib.contextmanager
 def _table_rows(path: Path, topic: str, keys: Sequence[str]) -> Iterator[Any]:
-    """The rows of these outputs, as a RecordBatchReader.
+    """The rows of these outputs in a SQLite sink, as a RecordBatchReader.
 
-    They are found by output key: an adopted output carries the job id of an earlier ledger.
+    They are found by output key, because an adopted output has the job id of an earlier ledger.
     """
     uri = f"{path.as_uri()}?mode=ro"
-    # DuckDB pulls the rows from threads of its own, one at a time.
+    # DuckDB reads the rows from its own threads, one thread at a time.
     opened = sqlite3.connect(uri, uri=True, check_same_thread=False)
     with contextlib.closing(opened) as connection:
         columns = list(sqlite_tables.column_types(connection, topic).items())
@@ -208,7 +208,7 @@ def _table_rows(path: Path, topic: str, keys: Sequence[str]) -> Iterator[Any]:
             schema = pa.schema([(name, pa.string()) for name in LINEAGE])
             yield pa.RecordBatchReader.from_batches(schema, [])
             return
-        # A column without a type may hold a mixture, which Arrow has no type for.
+        # A column without a type may hold values of several types, so it is read as text.
         chosen = ", ".join(
             _quote(name) if kind in _TYPES else f"CAST({_quote(name)} AS TEXT)"
             for name, kind in columns
@@ -237,7 +237,7 @@ _OF_THESE = "topic = ? AND output_key IN (SELECT value FROM json_each(?))"
 
 
 def _rows_promised(connection: sqlite3.Connection, topic: str, keys: Sequence[str]) -> int:
-    """How many rows the sink's ledger has of these outputs; empty ones alone make no table."""
+    """How many rows these outputs have in the sink's ledger. Empty outputs create no table."""
     query = f"SELECT total(rows) FROM _cf_outputs WHERE {_OF_THESE}"  # noqa: S608
     return int(connection.execute(query, [topic, json.dumps(keys)]).fetchone()[0])
 
@@ -254,15 +254,16 @@ def _text(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
-# What `casparian query` runs: one statement that reads, told from all that does more.
+# The check that a query is one read-only statement.
 #
 # The type of a statement is not enough: DuckDB 2.0 runs `COPY` and `INSERT` inside a SELECT's
-# `WITH`, `EXPLAIN ANALYZE` runs the statement behind it, and some table functions run other SQL or
-# write files. So the syntax tree is looked through, and what is not known to read is refused.
+# `WITH`, `EXPLAIN ANALYZE` runs the statement it explains, and some table functions run other SQL
+# or write files. So the syntax tree is searched, and everything not known to be read-only is
+# refused.
 
 
 _READING_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
-"""Every kind of query that a SELECT may have in it and that changes nothing."""
+"""The read-only kinds of queries that a SELECT may contain."""
 
 _TABLE_FUNCTIONS = re.compile(
     r"range|generate_series|unnest|repeat|repeat_row|json_each|json_tree|summary|histogram"
@@ -271,8 +272,8 @@ _TABLE_FUNCTIONS = re.compile(
     r"|read_(?:parquet|csv|csv_auto|json|json_auto|json_objects|json_objects_auto"
     r"|ndjson|ndjson_auto|ndjson_objects|text|blob)"
 )
-"""They only read, and of files only those that the connection allows. `query` and
-`json_execute_serialized_sql` are not among them: they run SQL that nobody has looked through."""
+"""Read-only table functions; they open only files that the connection allows. `query` and
+`json_execute_serialized_sql` are missing, because they run SQL that is not checked."""
 
 _GAP = r"(?:\s|--[^\n]*(?:\n|$)|/\*(?:[^*]|\*(?!/))*\*/)*"
 _OPTION = r"(?:ANALYZE|FORMAT\s+\w+)"
@@ -289,15 +290,15 @@ _CATALOG = re.compile(
 
 
 def reading(duckdb: Any, database: Any, question: str) -> str:
-    """The question as it is to be run, if it is one statement that only reads.
+    """Check that a query is one read-only statement; returns the SQL to run.
 
     Args:
         duckdb: the module.
-        database: a connection of it, which parses.
+        database: a connection, used for parsing.
 
     Raises:
-        CasparianError: it is anything else.
-        duckdb.Error: it is no SQL.
+        CasparianError: the query is not read-only, or not one statement.
+        duckdb.Error: the query is not SQL.
     """
     statements = duckdb.extract_statements(question)
     if len(statements) != 1:
@@ -311,7 +312,7 @@ def reading(duckdb: Any, database: Any, question: str) -> str:
     explained = _EXPLAIN.fullmatch(question)
     if kind != duckdb.StatementType.EXPLAIN or not explained:
         raise _refused(f"this is {str(kind).rpartition('.')[2]}")
-    # What is run is put together from what was looked through, so no reading of ours can differ.
+    # The SQL to run is built from the parts that were checked, so the two cannot differ.
     rest = explained["rest"]
     inner = duckdb.extract_statements(rest)
     if len(inner) != 1 or inner[0].type != duckdb.StatementType.SELECT:
@@ -321,20 +322,17 @@ def reading(duckdb: Any, database: Any, question: str) -> str:
 
 
 def asks_for_names(question: str) -> bool:
-    """Whether it is `SHOW TABLES`, which is answered without opening anything."""
+    """Whether the query is `SHOW TABLES`, which needs no file to be opened."""
     return _SHOW_TABLES.fullmatch(question) is not None
 
 
 def asks_catalog(question: str) -> bool:
-    """Whether it may ask which tables or columns there are."""
+    """Whether the query may ask for the catalog: which tables or columns there are."""
     return _CATALOG.search(question) is not None
 
 
 def _check_tree(database: Any, question: str) -> None:
-    """
-    Raises:
-        CasparianError: some part of the statement is not known to read only.
-    """
+    """Raise CasparianError if a part of the statement is not known to be read-only."""
     serialized = database.execute("SELECT json_serialize_sql(?::VARCHAR)", [question]).fetchone()
     tree = json.loads(serialized[0])
     if tree.get("error"):
@@ -350,7 +348,7 @@ def _check_tree(database: Any, question: str) -> None:
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    """Every object in a JSON document; without recursion, for SQL nests deeply."""
+    """Every object in a JSON document. Not recursive, because SQL may nest deeply."""
     waiting = [tree]
     while waiting:
         node = waiting.pop()

@@ -1,12 +1,9 @@
-"""The SQLite sink: a table a topic, and the ledger `_cf_outputs` that makes it exactly once.
+"""The SQLite sink: a table for each topic, and the sink's ledger `_cf_outputs`.
 
-What is published together is one transaction of the database: the rows of every output, their rows
-in the ledger, and what they replace. Each job has a savepoint in it, so that one that is refused
-takes back nothing but itself. `sqlite_tables.py` knows the topics' tables, `columns.py` says how
-values are kept.
-
-An output is `shown`, `replaced` or `retracted` by the ledger's word. A file with more columns adds
-them to the table; a column whose type would change is refused.
+One call of `publish` is one transaction: the rows of every output, their entries in the sink's
+ledger, and the removal of what they replace. Each job has a savepoint in it, so a job that is
+refused undoes only its own changes. The ledger has the state of each output: `shown`, `replaced` or
+`retracted`. `sqlite_tables.py` has the topics' tables, `columns.py` the conversion of values.
 """
 
 from __future__ import annotations
@@ -40,14 +37,14 @@ from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUna
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput
 
 BUSY_SECONDS = 5.0
-"""How long another program's lock is waited for, before the sink counts as unavailable."""
+"""How long to wait for another program's lock before the sink counts as unavailable."""
 
 _PASSING = {
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PERM,
     sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_PROTOCOL,
 }  # fmt: skip
-"""Result codes of a database that may take the same rows later."""
+"""Result codes after which the same rows may be accepted later."""
 
 
 class SqliteSink:
@@ -70,7 +67,7 @@ class SqliteSink:
         )  # fmt: skip
 
     def _names(self, topic: str) -> list[str]:
-        """The columns of a topic's table; none where it cannot be asked just now."""
+        """The columns of a topic's table; none if the database cannot be read now."""
         try:
             with self._reading() as connection:
                 return list(declared(connection, topic))
@@ -87,7 +84,7 @@ class SqliteSink:
                 ended = {job: iter(self._publish(connection, of)) for job, of in jobs.items()}
                 outcomes = [next(ended[output.job_id]) for output in outputs]
                 if not any(isinstance(outcome, Published) for outcome in outcomes):
-                    connection.rollback()  # not even a ledger is left where nothing was taken
+                    connection.rollback()  # if nothing was published, no ledger is created either
         except (OSError, sqlite3.Error) as error:
             return [self._refusal(error)] * len(outputs)
         for output, outcome in zip(outputs, outcomes, strict=True):
@@ -110,7 +107,7 @@ class SqliteSink:
         return faults
 
     def inventory(self, known: Container[str]) -> Iterator[Found]:
-        """See `Sink.inventory`. The ledger in the database says it all."""
+        """See `Sink.inventory`. Reads the ledger in the database."""
         if not self.path.exists():
             return
         try:
@@ -125,7 +122,7 @@ class SqliteSink:
                 raise self._refusal(error) from error
 
     def withdraw(self, claim: Claim) -> None:
-        """See `Sink.withdraw`. What a person left of its rows goes with the ledger's row."""
+        """See `Sink.withdraw`. Deletes the output's ledger entry and the rows left of it."""
         if not self.path.exists():
             return
         with self._changing(claim) as (connection, record):
@@ -134,7 +131,7 @@ class SqliteSink:
             tables.delete_rows(connection, claim.topic, rows._replace(number=-1))
 
     def retract(self, claim: Claim) -> None:
-        """See `Sink.retract`. The rows move to another table with the ledger's word for it."""
+        """See `Sink.retract`. The rows move to another table as the ledger entry changes."""
         if not self.path.exists():
             return
         with self._changing(claim) as (connection, record):
@@ -156,7 +153,7 @@ class SqliteSink:
 
     @contextlib.contextmanager
     def _changing(self, claim: Claim) -> Iterator[tuple[sqlite3.Connection, dict[str, Any] | None]]:
-        """A transaction that changes where an output is, and the ledger's row of it."""
+        """A transaction that changes an output's state; yields its ledger entry too."""
         try:
             with self._writing() as connection:
                 yield connection, ledger_row(connection, claim.output_key)
@@ -175,8 +172,7 @@ class SqliteSink:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction with our ledger in it: committed when the block ends, else as if nothing
-        had been."""
+        """A transaction in a database that has our ledger; rolled back if the block raises."""
         with self._open() as connection, connection:
             connection.row_factory = sqlite3.Row
             connection.execute("BEGIN IMMEDIATE")
@@ -189,10 +185,10 @@ class SqliteSink:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection for writing.
+        """A connection for writing, under a lock that all our processes take.
 
-        All our processes take turns, until the connection is closed: SQLite before 3.51.3 may
-        corrupt a WAL database when two connections write or checkpoint at once.
+        SQLite before 3.51.3 may corrupt a WAL database when two connections write or checkpoint
+        at the same time.
         """
         folder, name = self.path.parent, self.path.name
         durable.own(folder, glob.escape(name) + "*")
@@ -202,7 +198,7 @@ class SqliteSink:
                 sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             ) as connection,
         ):
-            if not self.path.stat().st_size:  # ours to choose: readers never block the writer
+            if not self.path.stat().st_size:  # new: in WAL mode readers never block the writer
                 connection.execute("PRAGMA journal_mode = WAL")
                 crashpoint("sqlite.created")
             connection.execute("PRAGMA synchronous = FULL")
@@ -211,24 +207,24 @@ class SqliteSink:
     def _publish(
         self, connection: sqlite3.Connection, outputs: Sequence[StagedOutput]
     ) -> list[Published | JobError]:
-        """All outputs of one job, or none but those that are there already."""
+        """Publish all outputs of one job; after an error none but those already published."""
         connection.execute("SAVEPOINT job")
         try:
             outcomes: list[Published | JobError] = []
             for output in outputs:
                 outcomes.append(self._adopted(connection, output) or self._add(connection, output))
         except (JobError, sqlite3.Error) as error:
-            if not connection.in_transaction:  # SQLite itself took everything back
+            if not connection.in_transaction:  # SQLite has rolled back the whole transaction
                 raise
             connection.execute("ROLLBACK TO job")
             fault = error if isinstance(error, JobError) else self._refusal(error, output.topic)
-            outcomes = [self._adopted(connection, each) or fault for each in outputs]
+            outcomes = [self._adopted(connection, output) or fault for output in outputs]
         connection.execute("RELEASE job")
         crashpoint("sqlite.job_written")
         return outcomes
 
     def _adopted(self, connection: sqlite3.Connection, output: StagedOutput) -> Published | None:
-        """What the ledger says of the output key, if anything."""
+        """The outcome of an output that the ledger already has."""
         known = ledger_row(connection, output.output_key)
         if known is None:
             return None
@@ -236,7 +232,7 @@ class SqliteSink:
         return self._published(output, known["rows"], known["digest"], True, retracted)
 
     def _add(self, connection: sqlite3.Connection, output: StagedOutput) -> Published:
-        """The ledger's row, then the table's, in place of those they replace."""
+        """Write the ledger entry, then the rows; delete the rows that they replace."""
         place = {"slot": output.slot, "ordinal": output.ordinal, "job_id": output.job_id}
         replaces = output.mode == "replace"
         is_late = replaces and is_late_output(connection, place)
@@ -265,7 +261,7 @@ class SqliteSink:
         return self._published(output, output.rows, output.digest, False, False)
 
     def _replace(self, connection: sqlite3.Connection, output: StagedOutput) -> None:
-        """Take away what is shown in the output's slot; what is retracted stays where it is."""
+        """Delete the rows shown in the output's slot; retracted rows stay."""
         earlier = connection.execute(
             "UPDATE _cf_outputs SET state = 'replaced' WHERE slot = ? AND mode = 'replace' "
             "AND state = 'shown' RETURNING *",
@@ -284,7 +280,7 @@ class SqliteSink:
         )  # fmt: skip
 
     def _refusal(self, error: OSError | sqlite3.Error, topic: str = "") -> JobError:
-        """Say it in our words: wait, leave alone, or give up."""
+        """The error to report for one of the disk or SQLite."""
         if isinstance(error, OSError):
             return unavailable(error, self.path)
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
@@ -304,7 +300,7 @@ class SqliteSink:
                 for row in connection.execute("SELECT * FROM _cf_outputs WHERE topic = ?", [topic])
             }
             has_rows = any(r["rows"] and r["state"] == "shown" for r in ledger.values())
-            there = tables.count_rows(connection, topic) if has_rows else {}
+            counted = tables.count_rows(connection, topic) if has_rows else {}
         promised: Counter[int] = Counter()
         for record in ledger.values():
             promised[record["job_id"]] += record["rows"] * (record["state"] == "shown")
@@ -314,14 +310,14 @@ class SqliteSink:
                 yield f"{claim.target}: its ledger does not have the output of job {claim.job_id}"
             elif record["state"] != "shown":
                 yield f"{claim.target}: its ledger has job {claim.job_id} as {record['state']}"
-            elif there.get(record["job_id"], 0) != promised[record["job_id"]]:
+            elif counted.get(record["job_id"], 0) != promised[record["job_id"]]:
                 yield (
-                    f"{claim.target}: {there.get(record['job_id'], 0)} rows of job "
+                    f"{claim.target}: {counted.get(record['job_id'], 0)} rows of job "
                     f"{record['job_id']}, where {promised[record['job_id']]} were published"
                 )
 
 
-# The ledger in a SQLite sink, `_cf_outputs`: a row for each output that was published there.
+# The sink's ledger, `_cf_outputs`: an entry for each published output.
 
 
 _LEDGER = """
@@ -338,11 +334,11 @@ _LATER = {
     "mode": "TEXT NOT NULL DEFAULT 'append'",
     "state": "TEXT NOT NULL DEFAULT 'shown'",
 }
-"""Columns that later releases gave the ledger, with what they say of an output from before."""
+"""Columns that later releases added to the ledger, and their values for older entries."""
 
 
 def make_ledger(connection: sqlite3.Connection) -> None:
-    """Have the ledger in this transaction, in today's form."""
+    """Create the ledger, or add the columns that it lacks."""
     connection.execute(_LEDGER)
     for name in _LATER.keys() - declared(connection, "_cf_outputs").keys():
         connection.execute(f"ALTER TABLE _cf_outputs ADD COLUMN {name} {_LATER[name]}")
@@ -350,7 +346,7 @@ def make_ledger(connection: sqlite3.Connection) -> None:
 
 
 def found_as(row: dict[str, Any], target: str) -> Found:
-    """A row of the ledger, in whatever form, as an inventory gives it."""
+    """A ledger entry of any release as a `Found`."""
     columns = {name: str(value) for name, value in row.items()}
     facts = {**columns, **json.loads(columns.get("facts") or "{}")}
     retracted = row.get("state") == "retracted"
@@ -358,7 +354,7 @@ def found_as(row: dict[str, Any], target: str) -> Found:
 
 
 def ledger_row(connection: sqlite3.Connection, output_key: str) -> dict[str, Any] | None:
-    """The ledger's row of an output."""
+    """The ledger entry of an output."""
     row = connection.execute(
         "SELECT * FROM _cf_outputs WHERE output_key = ?", [output_key]
     ).fetchone()
@@ -374,7 +370,7 @@ def rows_of(record: dict[str, Any]) -> Rows:
 
 
 def is_late_output(connection: sqlite3.Connection, place: dict[str, Any]) -> bool:
-    """Whether a greater output has the slot."""
+    """Whether the slot already has a greater output."""
     greater = connection.execute(
         "SELECT 1 FROM _cf_outputs WHERE slot = :slot AND mode = 'replace' "
         "AND (ordinal, job_id) > (:ordinal, :job_id)",
@@ -384,7 +380,7 @@ def is_late_output(connection: sqlite3.Connection, place: dict[str, Any]) -> boo
 
 
 def shown_outputs(connection: sqlite3.Connection, topic: str) -> dict[int, int]:
-    """How many rows of each job the ledger promises in a topic's table."""
+    """Job id -> how many rows of it a topic's table must have, according to the ledger."""
     promised = connection.execute(
         "SELECT job_id, SUM(rows) AS n FROM _cf_outputs "
         "WHERE topic = ? AND state = 'shown' GROUP BY 1 HAVING n > 0",
@@ -399,10 +395,10 @@ def move_output(
     state: str,
     take: Callable[[sqlite3.Connection, str, Rows], int],
 ) -> None:
-    """Take an output's rows to where they belong from now on, and write it down.
+    """Change an output's state: move or delete its rows with `take`, and update its ledger entry.
 
     Raises:
-        SinkConflict: they are not those that were published.
+        SinkConflict: their number is not the number that was published.
     """
     moved = take(connection, record["topic"], rows_of(record))
     if moved != record["rows"]:

@@ -1,8 +1,8 @@
-"""The tables of the SQLite sink: a topic's own, and the one that keeps what was retracted of it.
+"""The tables of the SQLite sink: each topic's own, and the one for its retracted rows.
 
-The rows of an output are found by their lineage; the first time that rows are taken out of a
-table, it gets an index for that. What is retracted waits in `_cf_retracted_<topic>`, whose columns
-have no types: there every value stays what it is.
+An output's rows are found by their lineage columns; a table gets an index for that when rows are
+first taken out of it. Retracted rows are in `_cf_retracted_<topic>`. Its columns have no types, so
+no value is converted.
 """
 
 from __future__ import annotations
@@ -31,19 +31,17 @@ from casparian_flow.engine.sinks.columns import (
 from casparian_flow.engine.sinks.topic_schema import EXACT_IN_DOUBLE
 from casparian_flow.errors import OutputRefused, SinkConflict
 
-# The types that columns of SQLite tables have today, where the table itself cannot say it.
-#
-# SQLite keeps what a column was declared as. A column that was null everywhere is declared without
-# a type, and gets one with the first values; an INTEGER column that meets a REAL holds both, since
-# in SQLite each value has a type of its own. `_cf_columns` has what such columns are now: a row is
-# made with the first column that needs one, and counts while the column is declared as it was then.
+# SQLite cannot change a column's declared type, but each value has a type of its own. So
+# `_cf_columns` has the current type of columns whose type changed: a column of nulls is declared
+# without a type and gets one with its first values, and an INTEGER column may become REAL. An entry
+# is valid only while the column is still declared as the entry says.
 
 
 BATCH_ROWS = 16 << 10
-"""Rows of a staged file that are looked at at once."""
+"""Rows of a staged file that are checked at once."""
 
 RETRACTED = "_cf_retracted_"
-"""Begins the name of the table that keeps a topic's retracted rows."""
+"""How the name of a table of retracted rows begins; the topic follows."""
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS _cf_columns (
@@ -53,12 +51,12 @@ CREATE TABLE IF NOT EXISTS _cf_columns (
 
 
 def declared(connection: sqlite3.Connection, table: str) -> dict[str, str]:
-    """Name -> declared type; empty where there is no such table."""
+    """Name -> declared type of a table's columns; empty if there is no such table."""
     return dict(connection.execute("SELECT name, type FROM pragma_table_info(?)", [table]))
 
 
 def column_types(connection: sqlite3.Connection, topic: str) -> dict[str, str]:
-    """Name -> type that a topic's column has today; empty where it has none yet, or any."""
+    """Name -> current type of a topic's columns; empty for one without a type."""
     found = declared(connection, topic)
     if not declared(connection, "_cf_columns"):
         return found
@@ -71,11 +69,11 @@ def fitted(
     connection: sqlite3.Connection, topic: str, staged: Any, incoming: Sequence[Column],
     settles: str,
 ) -> list[Column]:  # fmt: skip
-    """An output's columns as the topic's table takes them, which has them all.
+    """Fit an output's columns to the topic's table, which must have all of them.
 
     Args:
         staged: the output's file (`pyarrow.parquet.ParquetFile`).
-        settles: what to type where a column is refused.
+        settles: the command to suggest if a column is refused.
 
     Raises:
         OutputRefused: a column has another type in the table.
@@ -94,17 +92,17 @@ def fitted(
 
 
 def _settle(connection: sqlite3.Connection, topic: str, column: Column) -> None:
-    """Give a column without a type that of its first values; one that has others stays open."""
+    """Give a column without a type the output's, unless the table has values of another type."""
     storage = column.declared.lower()
     if not any(_has(connection, topic, column.name, f"typeof({{}}) NOT IN ('null', '{storage}')")):
         _note_type(connection, topic, column.name, column.declared)
 
 
 def _widen(connection: sqlite3.Connection, topic: str, column: Column, settles: str) -> None:
-    """Have an INTEGER column take REALs.
+    """Let an INTEGER column accept REALs.
 
     Raises:
-        OutputRefused: it has a whole number that no REAL is exactly.
+        OutputRefused: it has a whole number that a REAL cannot hold exactly.
     """
     beyond = f"{{0}} > {EXACT_IN_DOUBLE} OR {{0}} < -{EXACT_IN_DOUBLE}"
     if any(_has(connection, topic, column.name, beyond)):
@@ -117,7 +115,7 @@ def _widen(connection: sqlite3.Connection, topic: str, column: Column, settles: 
 
 
 def _is_whole(column: Column, staged: Any) -> bool:
-    """Whether all numbers of a staged column are whole ones of 64 bits."""
+    """Whether all numbers of a staged column are integers of 64 bits."""
     whole = replace(column, plain=pa.int64())
     try:
         for batch in staged.iter_batches(BATCH_ROWS, columns=[column.name]):
@@ -128,17 +126,16 @@ def _is_whole(column: Column, staged: Any) -> bool:
 
 
 def _has(connection: sqlite3.Connection, topic: str, name: str, condition: str) -> Iterator[bool]:
-    """Whether a value is so, of those that are shown, and of those that were retracted."""
+    """Whether some value fulfils a condition: among the shown rows, then among the retracted."""
     for table in (topic, RETRACTED + topic):
-        if fold(name) in {fold(each) for each in declared(connection, table)}:
+        if fold(name) in {fold(column) for column in declared(connection, table)}:
             chosen = condition.format(quote(name))
             query = f"SELECT 1 FROM {quote(table)} WHERE {chosen} LIMIT 1"  # noqa: S608
             yield connection.execute(query).fetchone() is not None
 
 
 def _note_type(connection: sqlite3.Connection, topic: str, name: str, kind: str) -> None:
-    """Write down what a column's type is from now on."""
-    before = {fold(each): kind for each, kind in declared(connection, topic).items()}
+    before = {fold(column): kind for column, kind in declared(connection, topic).items()}
     connection.execute(_TABLE)
     connection.execute(
         "INSERT OR REPLACE INTO _cf_columns VALUES (?, ?, ?, ?)",
@@ -147,28 +144,28 @@ def _note_type(connection: sqlite3.Connection, topic: str, name: str, kind: str)
 
 
 def quote(name: str) -> str:
-    """A name as a statement has it."""
+    """A name quoted for a statement."""
     return '"' + name.replace('"', '""') + '"'
 
 
 INSERT_ROWS = 16 << 10
-"""Rows converted to Python values at once, at most."""
+"""The most rows that are converted to Python values at once."""
 
 
 class Rows(NamedTuple):
-    """Rows of an output: their lineage, and how many there should be.
+    """Selects the rows of an output by their lineage, up to a number.
 
-    Two ledgers that share a table may give the same ids to the same content. Then their rows are
-    alike, and each ledger takes as many as are its own.
+    Two ledgers that share a table may have given the same ids to the same content. Their rows are
+    equal then, and each ledger selects as many as it has published.
     """
 
     job_id: int
     file_version_id: int = 0
-    """0, as what follows where it is empty: not known."""
+    """0: not known, as are empty values of the next two."""
     source_hash: str = ""
     plugin_version: str = ""
     number: int = -1
-    """No more than so many; -1 for all."""
+    """The most rows to select; -1: all."""
 
 
 _THESE = """
@@ -180,28 +177,28 @@ AND _cf_plugin_version = coalesce(nullif(:plugin_version, ''), _cf_plugin_versio
 
 
 def is_ours(connection: sqlite3.Connection, table: str) -> bool:
-    """Whether there is such a table, and it has the lineage columns."""
+    """Whether the table exists and has the lineage columns."""
     return declared(connection, table).keys() >= set(LINEAGE)
 
 
 def count_rows(connection: sqlite3.Connection, topic: str) -> dict[int, int]:
-    """How many rows of each job a topic's table holds.
+    """Job id -> how many rows of it a topic's table has.
 
     Raises:
-        sqlite3.OperationalError: there is no such table, or it is not one of ours.
+        sqlite3.OperationalError: there is no such table, or it lacks the lineage columns.
     """
     query = f"SELECT _cf_job_id, COUNT(*) FROM {quote(topic)} GROUP BY 1"  # noqa: S608
     return dict(map(tuple, connection.execute(query)))
 
 
 def insert_rows(connection: sqlite3.Connection, topic: str, staged: Any) -> None:
-    """Add the rows of a staged file (`pyarrow.parquet.ParquetFile`).
+    """Insert the rows of a staged file (`pyarrow.parquet.ParquetFile`).
 
-    An empty output of mode replace has no columns but the lineage ones, and needs no table.
+    An empty output of mode replace has only the lineage columns, and needs no table.
 
     Raises:
         SinkConflict: the topic's table is not one of ours.
-        OutputRefused: the columns are not those of the table, or a value would change in it.
+        OutputRefused: a column's type differs from the table's, or a value would change in it.
     """
     incoming = columns_of(staged.schema_arrow)
     if len(incoming) == len(LINEAGE):
@@ -221,13 +218,13 @@ def insert_rows(connection: sqlite3.Connection, topic: str, staged: Any) -> None
 
 
 def create_table(connection: sqlite3.Connection, topic: str, incoming: Sequence[Column]) -> None:
-    """Make a topic's table."""
+    """Create a topic's table."""
     described = ", ".join(f"{quote(column.name)} {column.declared}" for column in incoming)
     connection.execute(f"CREATE TABLE {quote(topic)} ({described})")
 
 
 def delete_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
-    """Take an output's rows out of a topic's table; how many there were."""
+    """Delete an output's rows from a topic's table; returns their number."""
     if not is_ours(connection, topic):
         return 0
     chosen = _chosen(connection, topic)
@@ -235,7 +232,7 @@ def delete_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
 
 
 def retract_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
-    """Move an output's rows to where nobody looks for them; how many there were."""
+    """Move an output's rows to the table of retracted rows; returns their number."""
     if not is_ours(connection, topic):
         return 0
     kept = RETRACTED + topic
@@ -251,7 +248,7 @@ def retract_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
 
 
 def reinstate_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
-    """Move an output's rows back; how many there were.
+    """Move an output's rows back to the topic's table; returns their number.
 
     Raises:
         SinkConflict: the topic's table is gone, or lacks a column that the rows have.
@@ -259,8 +256,8 @@ def reinstate_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> in
     kept = RETRACTED + topic
     if not is_ours(connection, kept):
         return 0
-    there = {fold(name) for name in declared(connection, topic)}
-    if lost := [name for name in declared(connection, kept) if fold(name) not in there]:
+    existing = {fold(name) for name in declared(connection, topic)}
+    if lost := [name for name in declared(connection, kept) if fold(name) not in existing]:
         raise SinkConflict(
             f"table {topic!r} has no column {lost[0]!r}, which rows retracted from it have",
             f"put that column back; the rows wait in the table {kept!r}",
@@ -269,18 +266,18 @@ def reinstate_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> in
 
 
 def forget_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
-    """Delete an output's rows from where `retract` has put them; how many there were."""
+    """Delete an output's retracted rows; returns their number."""
     return delete_rows(connection, RETRACTED + topic, rows)
 
 
 def check_all_ours(connection: sqlite3.Connection, topic: str, promised: dict[int, int]) -> None:
-    """Return if a topic's table is not there, or every row of it is accounted for.
+    """Check that a topic's table, if it exists, has only rows that we published.
 
     Args:
-        promised: job -> how many rows of it there should be.
+        promised: job id -> how many rows of it there must be.
 
     Raises:
-        SinkConflict: it holds what is not ours.
+        SinkConflict: it has other rows.
     """
     if not declared(connection, topic):
         return
@@ -307,7 +304,7 @@ def _move(
 
 
 def _chosen(connection: sqlite3.Connection, table: str) -> str:
-    """The condition that picks `Rows` in a table, with the index it needs."""
+    """The WHERE clause that selects `Rows` in a table; creates the index for it."""
     index = quote(f"_cf_job_of_{table}")
     connection.execute(f"CREATE INDEX IF NOT EXISTS {index} ON {quote(table)} (_cf_job_id)")
     taken = {fold(name) for name in declared(connection, table)}
@@ -321,7 +318,7 @@ def _chosen(connection: sqlite3.Connection, table: str) -> str:
 def _fit_table(
     connection: sqlite3.Connection, topic: str, staged: Any, incoming: Sequence[Column]
 ) -> list[Column]:
-    """Create the topic's table, or add the columns it lacks; the columns as the table has them.
+    """Create the topic's table, or add the columns it lacks; returns the columns fitted to it.
 
     Raises:
         SinkConflict: the table is not one of ours.
@@ -346,22 +343,20 @@ def _fit_table(
     return fitted(connection, topic, staged, incoming, settles)
 
 
-# What no database of SQLite can hold, found while an output is staged: SQLite itself is asked.
-#
-# An empty database in memory gets the topic's table, so that a name it reserves, columns it does
-# not tell apart or has no room for are refused before anything is decided. Whether a database that
-# is there has room for more columns, its own transaction finds.
+# Checks while an output is staged, before its job is decided: the topic's table is created in an
+# empty database in memory, where SQLite refuses reserved names, equal names and too many columns.
+# Whether an existing table has room for more columns is only found when it is published.
 
 
 CELL_BYTES = 1_000_000_000
-"""SQLite's limit of a value, and of a row (SQLITE_MAX_LENGTH), as every distribution builds it."""
+"""SQLite's default limit of a value and of a row (SQLITE_MAX_LENGTH), which distributions keep."""
 
 
 def check_table(topic: str, schema: Any) -> None:
-    """Return if SQLite can have a table of these columns and ours.
+    """Check that SQLite can have a table of these columns and the lineage columns.
 
     Raises:
-        OutputRefused: it cannot; the message names the column where one is to blame.
+        OutputRefused: it cannot; the message names a column if one is the reason.
     """
     ours = [Column(name, pa.null(), pa.null(), "") for name in LINEAGE]
     columns = [*columns_of(schema), *ours]
@@ -384,7 +379,7 @@ def check_table(topic: str, schema: Any) -> None:
 
 
 def check_values(batch: Any) -> None:
-    """Return if SQLite can hold every value of a batch.
+    """Check that SQLite can hold every value of a batch.
 
     Raises:
         OutputRefused: it cannot; the message names the column.

@@ -1,9 +1,9 @@
-"""An output on its way: Parquet in the sink's stage folder, where no reader looks.
+"""Staging: an attempt's output is written to Parquet in the sink's stage folder.
 
-All sinks stage alike. The file has the plugin's columns, then the lineage columns; its footer
-names the output (`casparian.output_key` and others) and counts its rows. Row groups have 128k
-rows, however small the batches came, and zstd level 1: as fast as no compression, at a fifth of
-the size. `parts.py` says when it is a folder of several files.
+All sinks use it. The file has the plugin's columns, then the lineage columns; its footer names the
+output (`casparian.output_key` and others) and counts its rows. Row groups have 128k rows, whatever
+the size of the batches, and zstd level 1, which measured as fast as no compression, at a fifth of
+the size. A large output is a folder of several files (`parts.py`).
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from casparian_flow.errors import OutputRefused
 from casparian_flow.protocol import MODES, OutputPlan, StagedOutput
 
 GROUP_BYTES = 64 << 20
-"""Bytes of Arrow data held in memory before they are written, where rows are wide."""
+"""Arrow data held in memory before it is written, if rows are too wide for a full row group."""
 
 
 def seal(stages: Sequence[Stage]) -> list[StagedOutput]:
-    """Make staged outputs whole and durable: each file, then each folder once.
+    """Finish staged outputs and make them durable: each file, then each folder once.
 
     Raises:
         OutputRefused: rows still in memory cannot be stored (not after `Stage.finish`).
-        SinkUnavailable: the disk refused. An fsync that failed is never tried again, since the
-            kernel may have dropped the data: discard the stages, and run the attempts again.
+        SinkUnavailable: the disk refused. A failed fsync is never repeated, because the kernel may
+            have dropped the data: discard the stages, and run the attempts again.
     """
     sealed = [stage.seal() for stage in stages]
     for folder in {stage.path.parent for stage in stages}:
@@ -56,24 +56,25 @@ def seal(stages: Sequence[Stage]) -> list[StagedOutput]:
 
 
 class Stage:
-    """One output being written by a Worker.
+    """One output while a Worker writes it.
 
-    One that is finished without a batch is *empty*: it has the lineage columns and no row.
+    An output without a batch is *empty*: its file has the lineage columns and no row.
 
     Args:
-        folder: the sink's stage folder; created when absent.
+        folder: the sink's stage folder; created if absent.
         plan: topic, sink, mode and output key.
         lineage: the values of the lineage columns.
-        attempt: a name no other attempt has.
-        admit: called with the first batch's schema; raises OutputRefused where the sink could
-            not hold its columns, so that the job fails before anything is decided.
-        check: called with each batch; raises OutputRefused where the sink could not hold a value.
-        unite: called with the first schema, for the columns to write, where files must agree.
-        split_bytes: size of a part, where the sink takes a folder of them; 0: it takes one file.
-        known: asks the sink for the names of the topic's columns so far.
+        attempt: the attempt's unique name.
+        admit: called with the first batch's schema; raises OutputRefused if the sink cannot hold
+            its columns, so that the job fails before it is decided.
+        check: called with each batch; raises OutputRefused if the sink cannot hold a value.
+        unite: called with the first schema; returns the columns to write, for sinks whose files
+            must agree.
+        split_bytes: size of a part, for sinks that take a folder of parts; 0: one file.
+        known: returns the names of the topic's columns so far, as the sink has them.
 
     Raises:
-        OutputRefused: the topic's name or mode is not one sinks have.
+        OutputRefused: no sink has such a topic name or mode.
         SinkUnavailable: the folder cannot be created or written.
     """
 
@@ -100,7 +101,7 @@ class Stage:
         self._settles = own_topic(plan.topic, plan.facts)
         self._counted: list[str] = []
         self.note = ""
-        """What is to be said of the output in its attempt's log."""
+        """A line about the output for the attempt's log."""
         self._pending: list[Any] = []
         self._pending_rows = self._pending_bytes = self._rows = self._batches = 0
         path = folder / f"{attempt}-{plan.output_key[:32]}.parquet.part"
@@ -113,14 +114,14 @@ class Stage:
 
     @property
     def path(self) -> Path:
-        """Where it is: a file, or a folder from the second part on."""
+        """Path of the file, or of the folder from the second part on."""
         return self._parts.path
 
     def write(self, batch: Any) -> None:
-        """Append a pyarrow RecordBatch, validated by the caller.
+        """Append a pyarrow RecordBatch that the caller has validated.
 
         Raises:
-            OutputRefused: its columns cannot be stored, or use a reserved name.
+            OutputRefused: the columns cannot be stored, or use a reserved name.
             SinkUnavailable: the disk is full or read-only.
         """
         batch = topic_schema.may_be_null(batch)
@@ -137,7 +138,7 @@ class Stage:
                 self._flush()
 
     def finish(self) -> None:
-        """Write what is still in memory; to be called when the topic has ended.
+        """Write the rows still in memory and the footer. Call it after the last `write`.
 
         Raises:
             OutputRefused: the rows cannot be stored.
@@ -152,7 +153,7 @@ class Stage:
                 self._parts.close(figures)
 
     def seal(self) -> StagedOutput:
-        """Make the data durable; the module's `seal` makes its name so.
+        """Make the data durable. The module's `seal` also makes the file's name durable.
 
         Raises:
             OutputRefused, SinkUnavailable: as `finish`.
@@ -175,7 +176,7 @@ class Stage:
         )
 
     def discard(self) -> None:
-        """Remove what was staged; may be called at any time, and twice."""
+        """Remove the staged files. May be called at any time, and more than once."""
         topic_schema.forget_family(self._plan.location, self._plan.topic, self._counted)
         self._counted = []
         self._parts.discard()
@@ -193,11 +194,11 @@ class Stage:
         try:
             self._check(batch)
         except OutputRefused as error:
-            words = f"topic {self._plan.topic!r}: {error.message}"
-            raise OutputRefused(words, error.hint) from error
+            message = f"topic {self._plan.topic!r}: {error.message}"
+            raise OutputRefused(message, error.hint) from error
 
     def _open(self, given: Any) -> None:
-        # Only our own words go to the footer: what a plugin put there might pass for them.
+        # Metadata of the plugin's must not reach the footer, where it could pass for our facts.
         self._given = given.remove_metadata()
         plan = self._plan
         facts: dict[str, object] = {
@@ -232,7 +233,7 @@ class Stage:
 
     @contextlib.contextmanager
     def _storing(self, columns: Any) -> Iterator[None]:
-        """Turn what Arrow and the disk raise into our errors; `columns` were being stored."""
+        """Turn errors of Arrow and the disk, raised while storing `columns`, into ours."""
         try:
             yield
         except (OSError, pa.ArrowException) as error:
@@ -243,10 +244,10 @@ class Stage:
 
 @contextlib.contextmanager
 def reading(output: StagedOutput) -> Iterator[Any]:
-    """The staged Parquet file of an output, for the Committer.
+    """Open the staged Parquet file of an output, for the Committer.
 
     Raises:
-        JobError: it is gone, damaged, or another one.
+        JobError: the file is gone, damaged, or another one.
         SinkUnavailable: the disk refused to read it.
     """
     try:
@@ -263,8 +264,10 @@ def reading(output: StagedOutput) -> Iterator[Any]:
 
 
 def _pieces(batch: Any) -> Iterator[tuple[Any, int]]:
-    """The batch in pieces of at most GROUP_BYTES where its rows allow, each with what it unfolds
-    to: writing null values takes room, though they have none of their own."""
+    """Split a batch into pieces of at most GROUP_BYTES, or of one row; each with its size.
+
+    The size counts VALUE_BYTES for each value: nulls take room when written, though not in Arrow.
+    """
     values = sum(map(values_in, batch.columns))
     size = max(batch.nbytes, VALUE_BYTES * values)
     if size <= GROUP_BYTES or batch.num_rows < 2:
@@ -288,7 +291,7 @@ def _check_plan(plan: OutputPlan) -> None:
 
 
 def _check_names(topic: str, names: list[str]) -> None:
-    """Names that every sink can hold, each once, and none that is reserved to us."""
+    """Refuse names that some sink cannot hold, repeated names and reserved ones."""
     seen: set[str] = set()
     for name in names:
         fault = (
@@ -309,7 +312,7 @@ def _check_names(topic: str, names: list[str]) -> None:
 
 
 def _refusal(topic: str, columns: Any, error: Exception) -> OutputRefused:
-    """Name the column that Parquet cannot hold: the one that fails when written alone."""
+    """The error that names the column Parquet cannot hold: it also fails when written alone."""
     for number, field in enumerate(columns.schema):
         try:
             pq.write_table(columns.select([number]), pa.MockOutputStream())
@@ -321,16 +324,15 @@ def _refusal(topic: str, columns: Any, error: Exception) -> OutputRefused:
     return OutputRefused(f"topic {topic!r}: the rows cannot be stored: {error}")
 
 
-# Dates of 64 bits that Parquet would wrap: it keeps days in 32, and Arrow casts without a look.
-#
-# `date64` is milliseconds; one beyond the year 5,881,580 came back as a day of 1970.
+# `date64` counts milliseconds; Parquet stores days in 32 bits, and Arrow casts without a check: a
+# date beyond the year 5,881,580 came back as a day of 1970.
 
 
 def check_dates(topic: str, batch: Any) -> None:
-    """Return if every date of a batch stays the same.
+    """Check that Parquet can hold every `date64` of a batch.
 
     Raises:
-        OutputRefused: one does not; the message names its column.
+        OutputRefused: it cannot hold one; the message names the column.
     """
     for field, column in zip(batch.schema, batch.columns, strict=True):
         for dates in _dates(column):
@@ -345,7 +347,7 @@ def check_dates(topic: str, batch: Any) -> None:
 
 
 def _dates(array: Any) -> Iterator[Any]:
-    """The arrays of `date64` that an array consists of."""
+    """The arrays of `date64` in an array, at any depth."""
     types, kind = pa.types, array.type
     if types.is_date64(kind):
         yield array

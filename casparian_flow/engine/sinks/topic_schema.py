@@ -1,30 +1,28 @@
-"""The columns of a topic: one rule for outputs that have others than those before.
+"""The columns of a topic, and the rule for outputs whose columns differ.
 
-Columns are united by name, in the order in which they came. A column has one type in a topic, the
-first that was published; a later output's values are cast to it where that is exact for every one
-of them, bit for bit. Where it is not, a column of numbers becomes *wider*, if all its values so far
-are exactly ones of the wider type; else the output is refused. A new column is null in earlier
-rows, and one that an output lacks is null in its rows. What may be cast to each other:
+Columns are united by name, in the order of their first appearance. A column has one type in a
+topic, the first that was published. A later output's values are cast to it if the cast is exact for
+each of them, bit for bit. If not, a number column becomes *wider* if all its values so far fit the
+wider type exactly; else the output is refused. A new column is null in earlier rows, and a column
+that an output lacks is null in its rows. Types that may be cast to each other:
 
-    integers, floating point           where the value is the same, -0.0 and NaN included
-    decimals                           where no digit is lost
+    integers, floating point           if the value is the same, including -0.0 and NaN
+    decimals                           if no digit is lost
     text                               string, large_string, string_view
-    binary                             of whatever offsets; of a fixed length where all have it
-    dates; times; durations            between units, where nothing is cut off
+    binary                             of any offset size; of a fixed length if all have it
+    dates; times; durations            between units, if nothing is cut off
     timestamps without a zone          the same
-    timestamps with a zone             the same; the topic's zone shows the same moments
-    lists; maps                        of whatever offsets, their items by this rule
-    structs                            of the same fields in the same order, those by this rule
+    timestamps with a zone             the same; the topic's zone shows the same points in time
+    lists; maps                        of any offset size; their items by this rule
+    structs                            with the same fields in the same order, each by this rule
 
-Anything else is another kind of value and refused: text is not parsed, a number is not written out,
-a boolean is no number, an extension type is only itself. A dictionary counts as its values (inside
-a nested type it is only itself). Null is no type yet: a column, or something inside it, that was
-null everywhere takes the first type that comes.
+All else is refused: text is not parsed, a number does not become text, a boolean is not a number,
+an extension type matches only itself. A dictionary counts as its values (inside a nested type it
+matches only itself). Null is not a type yet: a column, or a part of it, that was null everywhere
+takes the first type that comes.
 
-Wider than an integer is one of the same sign with more bits, and double (`EXACT_IN_DOUBLE`); wider
-than float is double.
-
-Pure functions on Arrow schemas and tables; no sink's names are in them.
+Wider than an integer type are those of the same sign with more bits, and double
+(`EXACT_IN_DOUBLE`); wider than float is double.
 """
 
 from __future__ import annotations
@@ -44,24 +42,24 @@ LINEAGE_FIELDS: tuple[Any, ...] = tuple(
     pa.field(name, kind)
     for name, kind in zip(LINEAGE, (pa.int64(), pa.int64(), pa.string(), pa.string()), strict=True)
 )
-"""The lineage columns; the last ones of every output, and no part of a topic's own."""
+"""The lineage columns: the last ones of every output. A topic's own columns do not include them."""
 
 
 def own_columns(schema: Any) -> Any:
-    """The columns of a staged or published file that came from the plugin, without metadata."""
+    """A file's columns without the lineage columns and without metadata."""
     return pa.schema([field for field in schema if field.name not in LINEAGE])
 
 
 EXACT_IN_DOUBLE = 1 << 53
-"""Whole numbers up to this, and down to its negative, are all exactly ones of a double."""
+"""A double holds every whole number from minus this to this exactly."""
 
 
 def unite(known: Any, columns: Any) -> Any:
-    """A topic's columns once an output is added.
+    """A topic's columns after an output is added.
 
     Args:
         known: the topic's columns so far; an empty schema for a new topic.
-        columns: those of the output, without the lineage columns.
+        columns: the output's columns, without the lineage columns.
     """
     kinds = {field.name: type_that_may(field.type) for field in known}
     for field in columns:
@@ -73,14 +71,14 @@ def unite(known: Any, columns: Any) -> Any:
 
 
 def wider(kind: Any, other: Any) -> Any:
-    """The type of numbers that a topic's column may become for the sake of another type.
+    """The wider number type that a topic's column may become for an output.
 
     Args:
         kind: the column's type in the topic.
-        other: that of an output.
+        other: its type in the output.
 
     Returns:
-        None where `kind` is wide enough, or nothing is wide enough for both.
+        None if `kind` is wide enough, or no type is wide enough for both.
     """
     numbers = (pa.types.is_integer, pa.types.is_float32, pa.types.is_float64)
     if kind == other or not all(any(test(each) for test in numbers) for each in (kind, other)):
@@ -93,7 +91,7 @@ def wider(kind: Any, other: Any) -> Any:
 
 
 def widened(known: Any, columns: Any) -> Any:
-    """As `unite`, with columns of numbers as wide as what the outputs have."""
+    """As `unite`, but with number columns widened to the output's types."""
     united = unite(known, columns)
     for number, field in enumerate(united):
         if field.name in columns.names:
@@ -103,7 +101,7 @@ def widened(known: Any, columns: Any) -> Any:
 
 
 def as_staged(known: Any, columns: Any) -> Any:
-    """As `unite`, but numbers that may widen a column keep their type: the values decide later."""
+    """As `unite`, but numbers that may widen a column keep their type until it is published."""
     united = unite(known, columns)
     for number, field in enumerate(united):
         if field.name in columns.names:
@@ -114,7 +112,7 @@ def as_staged(known: Any, columns: Any) -> Any:
 
 
 def is_exact(column: Any, kind: Any) -> bool:
-    """Whether every value of a column of numbers is exactly one of a type."""
+    """Whether every value of a number column fits a type exactly."""
     try:
         return all(len(_exact(chunk, kind)) == len(chunk) for chunk in column.chunks)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -122,15 +120,15 @@ def is_exact(column: Any, kind: Any) -> bool:
 
 
 def fit(topic: str, table: Any, columns: Any, settles: str = "") -> Any:
-    """A table with exactly these columns: cast, in their order, null where it has none.
+    """Cast a table to exactly these columns, in their order; missing columns are null.
 
     Args:
-        table: of columns that are all among `columns`.
-        columns: what `unite` gave, with or without the lineage columns.
-        settles: what to type where the output is refused.
+        table: its columns are all among `columns`.
+        columns: the result of `unite`, with or without the lineage columns.
+        settles: the command to suggest if the output is refused.
 
     Raises:
-        OutputRefused: a column's values are not exactly values of its type in the topic.
+        OutputRefused: a column's values do not fit its type in the topic exactly.
     """
     given = dict(zip(table.column_names, table.columns, strict=True))
     arrays = [
@@ -164,22 +162,23 @@ def _cast(topic: str, field: Any, column: Any, settles: str) -> Any:
 
 
 def _exact(array: Any, kind: Any) -> Any:
-    """The array as another type.
+    """Cast an array to another type.
 
     Raises:
-        pa.ArrowInvalid, pa.ArrowNotImplementedError: a value would not be the same.
+        pa.ArrowInvalid, pa.ArrowNotImplementedError: a value would change.
     """
-    # Arrow takes no integer beyond 2**53 for a float, though many are; comparing tells which.
-    there = array.cast(kind, safe=not pa.types.is_floating(kind))
-    there.validate()  # of nulls in lists, pyarrow 26 makes too few at times
-    for new, old in zip(_leaves(there), _leaves(array), strict=True):
+    # Arrow's safe cast refuses every integer beyond 2**53 for a float, though many are exact: so
+    # cast without it, and compare.
+    cast = array.cast(kind, safe=not pa.types.is_floating(kind))
+    cast.validate()  # pyarrow 26 sometimes returns too few nulls in lists
+    for new, old in zip(_leaves(cast), _leaves(array), strict=True):
         if not (pa.types.is_null(old.type) or _bits(new.cast(old.type)).equals(_bits(old))):
             raise pa.ArrowInvalid("the values differ")
-    return there
+    return cast
 
 
 def _leaves(array: Any) -> Iterator[Any]:
-    """The arrays without any nesting that an array consists of."""
+    """The arrays without nesting that an array consists of."""
     if pa.types.is_map(array.type):
         array = as_list(array)
     kind = array.type
@@ -208,13 +207,13 @@ def _decoded(array: Any) -> Any:
 
 
 def _is_open(kind: Any) -> bool:
-    """Whether something in the type is null, and so has no type yet."""
+    """Whether the type is null, or has a part that is."""
     inside = (kind.field(n).type for n in range(kind.num_fields))
     return bool(pa.types.is_null(kind)) or any(map(_is_open, inside))
 
 
 def _are_kin(kind: Any, other: Any) -> bool:
-    """Whether values of one type may be values of the other, as the module says."""
+    """Whether values of one type may be cast to the other, by the module's rule."""
     if kind == other or pa.types.is_null(kind):
         return True
     if _family(kind) != _family(other) or kind.num_fields != other.num_fields:
@@ -256,16 +255,14 @@ _FAMILIES: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-# Columns and fields that may be null, whatever their plugin declared of them.
-#
-# A plugin may declare that a field is never null. Arrow holds no values to that, and its Parquet
-# writer believes it: of a list or a struct that is null there it makes an empty one, without a
-# word, and of lists of a fixed size in a struct that is null a file that nobody can read. So no
-# field is declared so in what we stage: a null stays a null.
+# A plugin may declare a field as not nullable. Arrow does not check the values, and its Parquet
+# writer trusts the declaration: it silently writes a null list or struct as an empty one, and lists
+# of a fixed size in a null struct as a file that cannot be read. So staged files declare every
+# field as nullable.
 
 
 def may_be_null(batch: Any) -> Any:
-    """The same values in a batch all of whose columns, and fields in them, may be null."""
+    """The same batch with every column, and every field in them, declared as nullable."""
     if all(map(_may, batch.schema)):
         return batch
     columns = [_array(column, type_that_may(column.type)) for column in batch.columns]
@@ -273,7 +270,7 @@ def may_be_null(batch: Any) -> Any:
 
 
 def type_that_may(kind: Any) -> Any:
-    """The same type, with every field in it nullable but the keys of maps, which never are."""
+    """The same type with every field in it nullable, except the keys of maps, which never are."""
     types = pa.types
     if types.is_struct(kind):
         return pa.struct(list(map(_field, kind)))
@@ -300,8 +297,8 @@ def _may(field: Any) -> bool:
 
 
 def _array(array: Any, kind: Any) -> Any:
-    """The array as one of this type: of its own buffers, for Arrow's casts of nested types lose
-    nulls (see `columns.Column`)."""
+    """The array's buffers under this type. Arrow's casts of nested types lose nulls (see
+    `columns.Column`)."""
     if array.type == kind:
         return array
     if array.offset:
@@ -318,37 +315,35 @@ def _array(array: Any, kind: Any) -> Any:
     return pa.Array.from_buffers(kind, len(array), array.buffers()[:own], children=children)
 
 
-# Files of another kind: an output whose columns share no name with those its topic has.
-#
-# Such rows are stored, since nothing of them is wrong; that they are probably another table is said
-# in the attempt's log, in a line that begins with `NOTE`. Outputs that this process has staged
-# count as the topic's too: files of several kinds are often worked at once, before any is
-# published.
+# An output that shares no column name with its topic is probably another table. Its rows are
+# stored, and a line in the attempt's log says so. Columns that this process has staged count as the
+# topic's too, because files of several kinds are often processed together, before any is published.
 
 
 FAMILY_NOTE = "families: "
-"""Begins the line."""
+"""How the line in the log begins."""
 
 _TOPICS = 1000
 _NAMES_SHOWN = 8
 _lock = threading.Lock()
 _staged: OrderedDict[tuple[str, str], Counter[str]] = OrderedDict()
-"""Location and topic -> folded names of the columns that this process has staged for it, and how
-often; of the topics that came last."""
+"""Location and topic -> how often this process has staged each column (by case-folded name); for
+the most recent topics."""
 
 
 def note_family(
     location: str, topic: str, names: Sequence[str], known: Callable[[], Collection[str]],
     settles: str,
 ) -> str:  # fmt: skip
-    """Count an output's columns as its topic's, and say whether they are of another kind.
+    """Count an output's columns as its topic's, and note if it shares none with the topic.
 
     Args:
-        known: asks the sink for the topic's columns; only called where no other word is enough.
-        settles: what to type so that such files get a topic of their own.
+        known: returns the topic's columns in the sink; called only if the columns staged by this
+            process do not answer the question.
+        settles: the command that gives such files a topic of their own.
 
     Returns:
-        A line for the log; empty where there is nothing to say.
+        A line for the log; empty if the output shares a column.
     """
     mine = {name.casefold() for name in names}
     with _lock:
@@ -360,18 +355,18 @@ def note_family(
             _staged.popitem(last=False)
     if not mine.isdisjoint(before):
         return ""
-    there = [name for name in known() if name not in LINEAGE]
-    if not mine.isdisjoint(name.casefold() for name in there) or not (there or before):
+    existing = [name for name in known() if name not in LINEAGE]
+    if not mine.isdisjoint(name.casefold() for name in existing) or not (existing or before):
         return ""
-    words = f"; for a topic of their own: {settles}" if settles else ""
+    hint = f"; for a topic of their own: {settles}" if settles else ""
     return (
-        f"{FAMILY_NOTE}topic {topic!r} has the columns {_some(there or before)}; "
-        f"this file has none of them, but {_some(names)}{words}"
+        f"{FAMILY_NOTE}topic {topic!r} has the columns {_some(existing or before)}; "
+        f"this file has none of them, but {_some(names)}{hint}"
     )
 
 
 def forget_family(location: str, topic: str, names: Sequence[str]) -> None:
-    """Take back what `note` counted, of an output that came to nothing."""
+    """Undo `note_family` for an output that was discarded."""
     with _lock:
         counts = _staged.get((location, topic), Counter())
         counts.subtract({name.casefold() for name in names})
