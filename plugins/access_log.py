@@ -4,24 +4,25 @@
 # ///
 """Web server access logs and syslog become rows of topics `access_log` and `syslog`; also gzipped.
 
-Each line is judged by itself: it is a row with every field in its place, or it goes to topic
+Each line is read on its own: it becomes a row with all its fields, or it goes to topic
 `access_log_rejects` with its number (from 1), the reason and its text. Blank lines are skipped. A
 damaged gzip file fails the job, and so does a file whose first bytes are those of another kind.
 
-Access log: common and combined format. Before the client may stand a virtual host; before or after
-it, or in its place, the addresses of `X-Forwarded-For`. These are kept whole in `forwarded_for`;
-where they stand in the client's place, `client` is the first of them. What a server adds at the
-end is `extra`; where that begins with a quoted list of addresses right after the user agent, as
-nginx writes it, `forwarded_for` has them too. A client is an IP address, a host name, `unix:` or
-`-`. Syslog: RFC 5424, RFC 3164, and rsyslog's and systemd's forms with an ISO timestamp, with or
-without a priority. A date and words are a syslog line only where a program is named, or the host in
-lines before it, or where the words are those of a syslog daemon.
+Access log: common and combined format. A virtual host may precede the client; the addresses of
+`X-Forwarded-For` may be before the client, after it, or in its place. They are kept whole in
+`forwarded_for`; if they are in the client's place, `client` is the first of them. Further text at
+the end of a line is `extra`; if it begins with a quoted list of addresses right after the user
+agent, as nginx writes it, `forwarded_for` has that list too. A client is an IP address, a host
+name, `unix:` or `-`.
+Syslog: RFC 5424, RFC 3164, and the forms of rsyslog and systemd with an ISO timestamp, with or
+without a priority. A date followed by text is a syslog line only if it names a program, if lines
+before it have the same host, or if the text is one that syslog daemons write.
 
-Text stays as the server wrote it, with its escapes; only `-` is null. It is read as UTF-8; other
-bytes are shown as `\\xNN`. NUL bytes before a line's text, which a crash leaves, are skipped; NUL
-bytes inside a line make it a reject. `time` is UTC. RFC 3164 times say neither year nor zone, so
-theirs is null: `time_text` has what was written. A request that is not method, target and protocol
-keeps its text in `request` alone.
+Text stays as the server wrote it, with its escapes; only `-` is null. It is read as UTF-8; invalid
+bytes become `\\xNN`. NUL bytes before a line's text, which a crash may leave, are skipped; a line
+with NUL bytes in its text is rejected. `time` is UTC. It is null for RFC 3164, whose times have
+neither year nor zone; `time_text` has the time as it was written. A request that is not method,
+target and protocol is only in `request`.
 """
 
 from __future__ import annotations
@@ -60,22 +61,22 @@ MANIFEST = PluginMetadata(
 )
 
 LINE_LIMIT = 1 << 20
-"""Bytes; no server writes a longer line, and it must fit into memory."""
+"""Bytes. No server writes a longer line, and a line must fit into memory."""
 
 SHOWN = 1000
-"""Characters of a line that is longer than that which its reject keeps."""
+"""Bytes of a longer line that its reject keeps."""
 
 CLF_TIME = r"\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d(?:\.\d{1,6})? [+-]\d{4}"
 CLF = re.compile(
     r"(\d\d)/([A-Z][a-z]{2})/(\d{4}):(\d\d):(\d\d):(\d\d)(\.\d{1,6})? ([+-])(\d\d)(\d\d)", re.ASCII
 )
 TIME = re.compile(rf' \[(?P<time_text>{CLF_TIME})\] (?=")', re.ASCII)
-"""The first one is the line's: a server escapes a quote in what a client sends."""
+"""The first match is the line's time, because servers escape quotes that a client sends."""
 ANY_TIME = re.compile(r" \[(?P<time_text>[^\]\"]{1,100})\] (?=\")")
-"""Where the time of an access log would stand; used to say what is wrong with it."""
+"""Finds an invalid time in its usual place, for the reject's reason."""
 
-# Nothing below can be read in two ways (`++` and `*+` give nothing back), so that no line, however
-# long or hostile, takes more than one pass.
+# The patterns below use possessive quantifiers (`++` and `*+`), which never backtrack, so that even
+# a hostile line is matched in linear time.
 QUOTED = r'(?:[^"\\]++|\\.)*+'
 AFTER_TIME = re.compile(
     rf'"(?P<request>{QUOTED})" (?P<status>\d{{3}}|-) (?P<bytes>0|[1-9]\d{{0,17}}|-)'
@@ -84,7 +85,7 @@ AFTER_TIME = re.compile(
     re.ASCII,
 )
 EXTRA = re.compile(rf'(?:[^"]++|(?<![^\s=:,;\[({{])"{QUOTED}"(?![^\s,;\])}}]))*+')
-"""Words, and quoted strings that begin and end where words do: no quote is left over."""
+"""Words, and quoted strings that begin and end at word boundaries: every quote has its partner."""
 LISTED = re.compile(r'"(?P<list>[^"\\]+)"(?: .*)?', re.ASCII)
 REQUEST = re.compile(
     r"(?P<method>[!#$%&'*+.^_`|~0-9A-Za-z-]+) (?P<target>\S+) (?P<protocol>[A-Za-z]+/\d[\w.]*)",
@@ -115,19 +116,19 @@ MONTHS = {
     "Jan": 1, "Feb": 2, "Mar": 3, "Apr": 4, "May": 5, "Jun": 6,
     "Jul": 7, "Aug": 8, "Sep": 9, "Oct": 10, "Nov": 11, "Dec": 12,
 }  # fmt: skip
-"""In English, whatever the locale: servers write no other."""
+"""Servers write English names, whatever the locale."""
 LEVELS = frozenset(
     ("TRACE", "DEBUG", "INFO", "NOTICE", "WARN", "WARNING", "ERROR", "ERR", "FATAL", "CRITICAL")
 )
-"""What stands in a host's place where a program's own log begins with an ISO time."""
+"""Log levels: in the host's place they show that the line is from a program's own log."""
 
 IDENTITY = re.compile(r"[^\s:,|\[\]]+")
 UNNAMED = re.compile(
     r"(?:-{2,} )?(?:last )?message repeated |-- MARK --|exiting on signal|\S+ [0-9.]+: "
 )
-"""What syslog daemons write themselves without a program's name."""
+"""Texts that syslog daemons write themselves, without a program's name."""
 HOSTS = 1000
-"""Names of one file that are remembered."""
+"""The most host names of a file that are remembered."""
 LABELS = re.compile(r"(?:[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*+"
                     r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?")  # fmt: skip
 
@@ -149,7 +150,7 @@ SYSLOG_SCHEMA = pa.schema(
 REJECTS = pa.schema([("line", pa.int64()), ("reason", pa.string()), ("raw", pa.string())])
 SCHEMAS = (ACCESS_SCHEMA, SYSLOG_SCHEMA, REJECTS)
 ACCESS, SYSLOG, REJECT = range(3)
-"""Positions in `SCHEMAS` and in the MANIFEST's topics, whatever these are called."""
+"""Kinds of lines: indexes of `SCHEMAS` and of the MANIFEST's topics."""
 
 Row = dict[str, Any]
 
@@ -177,13 +178,13 @@ class Line(NamedTuple):
     number: int
     text: str
     fault: str = ""
-    """Why it cannot be read, whatever it says."""
+    """The reason to reject it without reading it."""
     ended: bool = True
     """Whether a newline ends it."""
 
 
 class Judged(NamedTuple):
-    """What became of a line."""
+    """A line as a row or a reject."""
 
     kind: int
     row: Row
@@ -194,7 +195,7 @@ def read_lines(file: io.BufferedIOBase, notes: Counter[str]) -> Iterator[Line]:
     """The lines that are not blank, as text.
 
     Raises:
-        ValueError: the first bytes are those of another kind of file.
+        ValueError: the file is of another kind.
     """
     refuse_other_kinds(file.peek(4096)[:4096])  # type: ignore[attr-defined]
     data = file.readline(LINE_LIMIT).removeprefix(b"\xef\xbb\xbf")
@@ -220,10 +221,10 @@ def read_lines(file: io.BufferedIOBase, notes: Counter[str]) -> Iterator[Line]:
 
 
 def refuse_other_kinds(start: bytes) -> None:
-    """Return if a file that begins like this may be a log.
+    """Check the first bytes of a file.
 
     Raises:
-        ValueError: it is of another kind.
+        ValueError: they are those of another kind of file.
     """
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("this is UTF-16 text; logs are read as UTF-8: convert it with iconv")
@@ -232,7 +233,7 @@ def refuse_other_kinds(start: bytes) -> None:
 
 
 def after_nulls(data: bytes, file: io.BufferedIOBase) -> bytes:
-    """The text after NUL bytes, of which there may be any number, to the end of its line."""
+    """The rest of a line after any number of NUL bytes."""
     text = data.lstrip(b"\0")
     while not text and (data := file.readline(LINE_LIMIT)):
         text = data.lstrip(b"\0")
@@ -242,7 +243,7 @@ def after_nulls(data: bytes, file: io.BufferedIOBase) -> bytes:
 
 
 def judge_all(lines: Iterator[Line], notes: Counter[str]) -> Iterator[Judged]:
-    """Each line's place. A last line without a newline must have what those before it had."""
+    """Make each line a row or a reject, in view of the lines before it."""
     combined = False
     hosts: set[str] = set()
     for line in lines:
@@ -264,13 +265,13 @@ def judge_all(lines: Iterator[Line], notes: Counter[str]) -> Iterator[Judged]:
 
 
 def named_by_others(row: Row, hosts: set[str]) -> bool:
-    """Whether a syslog line without a program's name is one: a date and words are not enough."""
+    """Whether a line without a program's name is a syslog line: a date and text are not enough."""
     known = row["facility"] is not None or row["host"] in hosts
     return known or UNNAMED.match(row["message"]) is not None
 
 
 def judge(line: str, notes: Counter[str]) -> tuple[int, Row]:
-    """What kind of line it is, and its row; `-` where the line has it."""
+    """The kind of a line, and its row. `-` is not replaced yet."""
     try:
         for pattern in SYSLOGS:
             if match := pattern.fullmatch(line):
@@ -287,10 +288,10 @@ def judge(line: str, notes: Counter[str]) -> tuple[int, Row]:
 
 
 def access_row(line: str, time: re.Match[str], notes: Counter[str]) -> Row:
-    """The fields of a line that has a time where an access log has it.
+    """The fields of an access log line.
 
     Raises:
-        ValueError: some field is not what stands in its place.
+        ValueError: a field is invalid.
     """
     moment = clf_moment(time["time_text"])
     match = AFTER_TIME.fullmatch(line, time.end())
@@ -318,10 +319,10 @@ def access_row(line: str, time: re.Match[str], notes: Counter[str]) -> Row:
 
 @lru_cache(1024)
 def clf_moment(text: str) -> datetime:
-    """The time of an access log in UTC.
+    """The time of an access log line in UTC.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the time is invalid.
     """
     match = CLF.fullmatch(text)
     if not match or match[2] not in MONTHS or int(match[10]) > 59:
@@ -338,7 +339,7 @@ def clf_moment(text: str) -> datetime:
 
 
 def forwarded_at_the_end(extra: str | None) -> str | None:
-    """The addresses of `X-Forwarded-For` where they follow the user agent, quoted, as in nginx."""
+    """The quoted addresses of `X-Forwarded-For` after the user agent, as nginx writes them."""
     match = LISTED.fullmatch(extra or "")
     if match and all(kind(item.strip()) == "a" for item in match["list"].split(",")):
         return match["list"]
@@ -356,8 +357,8 @@ READINGS = [
         ("[anh-]", "C"), ("l", "L"),
     )
 ]  # fmt: skip
-"""What may stand before identity and user, by the kinds of the first words (see `kind`): virtual
-host, client, X-Forwarded-For, or that List in the client's place."""
+"""Kinds of the first words of a line (see `kind`) -> their roles: [V]irtual host, [C]lient,
+[X]-Forwarded-For, or that [L]ist in the client's place."""
 ROLES = {"V": "virtual_host", "C": "client", "X": "forwarded_for", "L": "forwarded_for"}
 TWO_ADDRESSES = (
     "guessed: of two addresses before the user the first is the client, the second X-Forwarded-For"
@@ -366,12 +367,12 @@ HOST_SECOND = "guessed: a host name between client and user is the virtual host,
 
 
 def read_head(words: list[str], notes: Counter[str]) -> Row:
-    """What stands before the time: [virtual host] client [forwarded for] identity user.
+    """The fields before the time: [virtual host] client [forwarded for] identity user.
 
-    A user's name may have spaces in it; nothing else has, but a list of addresses.
+    Only the user's name and a list of addresses may contain spaces.
 
     Raises:
-        ValueError: the words cannot be told apart, or the client is none.
+        ValueError: the fields cannot be told apart, or the client is invalid.
     """
     row: Row = dict.fromkeys(("virtual_host", "client", "forwarded_for"))
     groups, ends = grouped(words)
@@ -402,7 +403,7 @@ def read_head(words: list[str], notes: Counter[str]) -> Row:
 
 
 def grouped(words: list[str]) -> tuple[list[str], list[int]]:
-    """The first four words, with what a comma joins as one; and where each ends."""
+    """The first four words, where words joined by commas count as one; and the end of each."""
     groups: list[str] = []
     ends: list[int] = []
     end = 0
@@ -417,8 +418,8 @@ def grouped(words: list[str]) -> tuple[list[str], list[int]]:
 
 
 def kind(word: str) -> str:
-    """What a word may be: IP [a]ddress, [l]ist of addresses, [n]ame with a dot, [h]ost name without
-    one, [p]ort after a name, [s]ame after an address, `-`, or [x] none of these."""
+    """The kind of a word: IP [a]ddress, [l]ist of addresses, [n]ame with a dot, [h]ost name without
+    one, name with a [p]ort, addre[s]s with a port, `-`, or [x] for none of these."""
     if "," in word:
         items = [item.strip() for item in word.split(",")]
         return "l" if all(kind_of_one(item[:300]) in "anhs-" for item in items) else "x"
@@ -430,7 +431,7 @@ def kind_of_one(word: str) -> str:
     if word == "-":
         return "-"
     if word in ("_", "*"):
-        return "p"  # the server that takes what names no other
+        return "p"  # names of a default server
     if word == "unix:" or is_address(word) or (word[:1] + word[-1:] == "[]" and ":" in word):
         return "a" if word == "unix:" or is_address(word.strip("[]")) else "x"
     if is_name(word):
@@ -442,7 +443,7 @@ def kind_of_one(word: str) -> str:
 
 
 def without_port(word: str) -> str:
-    """The host of `host:port`, `[address]:port` and `[address]`; else the word as it is."""
+    """The host of `host:port`, `[address]:port` and `[address]`; else the whole word."""
     if match := re.fullmatch(r"\[([0-9A-Fa-f:.%\w]+)\](?::\d{1,5})?|([^:]+):\d{1,5}", word):
         return match[1] or match[2]
     return word
@@ -457,8 +458,8 @@ def is_address(word: str) -> bool:
 
 
 def is_name(word: str) -> bool:
-    """Whether it is a host name: what ends in a number is an address or nothing, and what has no
-    letter is a number or a date."""
+    """Whether a word is a host name. One that ends in a number may be an address but not a name;
+    one without a letter is a number or a date."""
     last = word.rstrip(".").rpartition(".")[2]
     return (
         len(word) <= 253
@@ -469,11 +470,10 @@ def is_name(word: str) -> bool:
 
 
 def syslog_row(match: re.Match[str]) -> Row:
-    """The fields of a syslog line: its priority taken apart, its time where year and zone are
-    known.
+    """The fields of a syslog line. The time is null unless year and zone are known.
 
     Raises:
-        ValueError: time, priority or host is none.
+        ValueError: time, priority or host is invalid.
     """
     row: Row = match.groupdict()
     text = row["time_text"]
@@ -494,7 +494,7 @@ def syslog_row(match: re.Match[str]) -> Row:
         raise ValueError(f"{row['host']!r} in the host's place: a program's own log, not syslog")
     facility, severity = (None, None) if priority is None else divmod(int(priority), 8)
     if row["message"] is not None:
-        row["message"] = row["message"].removeprefix("\ufeff")  # RFC 5424: what follows is UTF-8
+        row["message"] = row["message"].removeprefix("\ufeff")  # RFC 5424: marks UTF-8
     return {
         **row,
         "time": moment.astimezone(UTC) if moment and moment.tzinfo else None,

@@ -2,49 +2,49 @@
 # requires-python = ">=3.11"
 # dependencies = ["chardet>=7.7", "pyarrow>=23.0.1"]
 # ///
-"""Delimited text (CSV, TSV and their like; any encoding; also gzipped) becomes a table of text.
+"""Delimited text (CSV, TSV and similar; any encoding; also gzipped) becomes a table of text.
 
-The first record of the table is the header; every later one is a row of the first topic or of the
-second, the rejects, never neither. Values stay the text they are: no type is guessed, an empty
-field is an empty string. Lines without a single character are no records, as for `csv.reader`.
+The first record of the table is the header. Every later record becomes either a row of the first
+topic or a reject in the second. Values stay as they are: no type is guessed, and an empty field is
+an empty string. Empty lines are not records, as in `csv.reader`.
 
-What is found by itself, each of which an option settles (`casparian publish delimited
---option NAME=VALUE`). The log of the job says `guessed: ` with what was found and why, wherever
-more than one answer was possible. Where two answers are equally good the job fails, and says which
-option settles it.
-- `encoding`: what the byte order mark says; UTF-16 or UTF-32 where the bytes and the text that they
-  give both say so; UTF-8 where most of what is not ASCII is valid UTF-8; else what chardet finds,
-  or Windows-1252 where the evidence is weak.
-- `delimiter`: a character or several, or `tab`, `space`, `\\x01`; `none` for one column. Found
-  in a sample of the whole file: of the delimiters under which all records have one width above 1,
-  the one that the file's name suggests, then the most frequent; where none fits, a sign such as `§`
-  that every line has equally often, twice or more. A first line `sep=;` settles it.
-- `quote`: a character or `none`. Found: `"`; in tabbed text also none.
-- `escape`: `none`, a character that takes its meaning from a delimiter, quote, line end or itself
-  after it, or `in_quotes`: a backslash that does so between quotes only. Found: the backslash,
-  only where quotes do not close without it, and then only before a quote or itself.
-- `blanks`: `skip` or `keep` blanks between a delimiter and a quote. Found: skipped only where
-  quotes close by that.
-- `skip_lines`: how many lines stand above the table and are no part of it.
-- `header_line`: the line where the header is, or `none` (columns `column_1` and so on).
-  Found: where the records of one width begin.
-- `comment`: lines that begin with it are skipped, or `none`. Found: `#`, above the table; and in
-  the table lines of another width, where such lines stand above it.
+Each of these is detected unless the option is set (`casparian publish delimited --option
+NAME=VALUE`). The job's log explains every choice among several possible answers in a line that
+begins with `guessed: `. If two answers are equally good, the job fails with a message that names
+the option to set.
+- `encoding`: from the byte order mark; UTF-16 or UTF-32 if both the bytes and the decoded text
+  agree; UTF-8 if most of the bytes that are not ASCII are valid UTF-8; else chardet's answer, or
+  Windows-1252 if the evidence is weak.
+- `delimiter`: one or more characters, or `tab`, `space`, `\\x01`; `none` for one column. Detected
+  in a sample of the whole file. Of the delimiters that give all records the same width above 1, the
+  one that the file's name suggests is taken, then the most frequent. If none fits, a sign such as
+  `§` counts if every line has it equally often, twice or more. A first line `sep=;` decides.
+- `quote`: a character or `none`. Detected: `"`; in tab-separated text also none.
+- `escape`: `none`; or a character that escapes a delimiter, quote, line end or itself; or
+  `in_quotes`: a backslash that does so between quotes only. Detected: a backslash, only if quotes
+  do not close without it, and then only before a quote or itself.
+- `blanks`: `skip` or `keep` blanks between a delimiter and a quote. Detected: skipped only if
+  quotes do not close otherwise.
+- `skip_lines`: the number of lines above the table to leave out.
+- `header_line`: the line of the header, or `none` (columns are named `column_1` and so on).
+  Detected: the first record of those with the same width.
+- `comment`: lines that begin with it are skipped; or `none`. Detected: `#` above the table; if such
+  lines are there, lines in the table that begin with it and have another width too.
 
-A record is rejected (line, record, reason, raw) when it has another number of fields than the
-header, when its quotes do not close or are followed by more text, when it repeats the header (case
-and white space do not count), when it has more than 16 Mi characters, or when it holds a NUL or
-bytes that the file's encoding does not know. Where a quote does not close, its line is rejected and
-reading goes on after it. Where every record ends with one more delimiter than the header, that is
-no field. U+FEFF at the start of a record is no text. `line` is the physical line where the record
-starts, `record` counts records, both from 1 with the header as record 1; `raw` is its text (at most
-1 Mi characters of it), with `\\x00` for NUL and `\\udcNN` for an undecodable byte NN.
+A record is rejected (line, record, reason, raw) if its number of fields differs from the header's,
+if its quotes do not close or are followed by more text, if it repeats the header (ignoring case and
+white space), if it has more than 16 Mi characters, or if it has a NUL or bytes that are invalid in
+the file's encoding. If a quote does not close, its line is rejected, and reading continues on the
+next line. If every record ends with one more delimiter than the header, that delimiter begins no
+field. U+FEFF at the start of a record is removed. `line` is the physical line where the record
+starts, `record` counts records; both count from 1, and the header is record 1. `raw` is the
+record's text, at most 1 Mi characters, with `\\x00` for NUL and `\\udcNN` for an invalid byte NN.
 
-A file that is something else inside fails with what it is, and so does text without a delimiter,
-but in a `.csv` or `.tsv`, which may have one column. An empty file publishes nothing.
-Columns: white space in a header cell is folded, an empty one becomes `column_3` (its position),
-a repeated one `name_2` (case does not count), `_cf_x` becomes `x_cf_x`, and 100 characters are
-kept.
+A file of another kind fails; the message names the kind. So does text without a delimiter, except
+in a `.csv` or `.tsv`, which may have one column. An empty file publishes nothing.
+Column names: runs of white space become one space, an empty header cell becomes `column_3` (its
+position), a repeated one `name_2` (case is ignored), `_cf_x` becomes `x_cf_x`, and names are cut to
+100 characters.
 """
 
 from __future__ import annotations
@@ -106,19 +106,19 @@ RECORD_CHARACTERS = 16 << 20
 RAW_CHARACTERS = 1 << 20
 CHUNK_BYTES = 256 << 10
 WEAK_EVIDENCE = 0.015
-"""Below this confidence chardet names rare codecs for Western text with two or three accents."""
+"""Below this confidence chardet guesses rare encodings for Western text with few accents."""
 NEIGHBOURS = ("Windows-1250", "Windows-1254", "Windows-1257")
-"""For a few accents chardet finds these as likely as the far commoner Windows-1252."""
+"""With only a few accents, chardet rates these as high as the far more common Windows-1252."""
 SYMBOLS = re.compile(
     "[\u00b0\u20ac\u2030\u00d7\u00f7\u00b1\u00a9\u00ae\u2122\u2013\u2014\u2026\u00ab\u00bb\u201c\u201d"
     "\u201e\u2022\u2018\u2019\u201a\u00a7\u00b5\u00b7]"
     "|(?<![A-Za-z])[\u00a3\u00bd\u00bc\u00be](?![A-Za-z])|(?<=m)[\u00b2\u00b3](?![A-Za-z])"
 )
-"""What stands in Western text without accents: degrees, quotes, dashes, prices, square metres."""
+"""Non-ASCII signs of Western text without accents: degrees, quotes, dashes, prices, m²."""
 
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16, whose mark it starts with
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16, because its mark starts with UTF-16's
     codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
@@ -127,7 +127,7 @@ MARK = "\ufeff"
 NO_DELIMITER = "\ufdd1"
 NOWHERE = "\ufdd0\ufdd0"
 WEAK = (":", " ")
-"""Delimiters that plain text is full of: they count only where no other one fits."""
+"""Delimiters that are frequent in plain text: they count only if no other one fits."""
 DELIMITERS = (",", ";", "\t", "|", "^", "~", "\x01", "\x1f", *WEAK)
 DELIMITER_NAMES = {
     "comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " ", "colon": ":",
@@ -150,19 +150,19 @@ REJECTS = pa.schema(
 log = logging.getLogger("delimited")
 
 Record = tuple[int, list[str], str, str]
-"""A record: its line, its fields, the reason why it has none, and its text."""
+"""A record: its line, its fields, the reason if it cannot be read, and its text."""
 
 
 class Dialect(NamedTuple):
-    """How the fields of a line are told apart."""
+    """How a line is split into fields."""
 
     delimiter: str
     quote: str = '"'
     escape: str = ""
     inside: str = ""
-    """The characters whose meaning the escape takes between quotes."""
+    """The characters that can be escaped between quotes."""
     outside: str = ""
-    """The same outside of quotes."""
+    """The characters that can be escaped outside of quotes."""
     blanks: bool = False
     """Whether blanks before a quote are skipped."""
 
@@ -181,7 +181,7 @@ class Reject(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Text of the whole file: the lines it begins with, and pieces from further on."""
+    """Text from all of the file: its first lines, and pieces from later parts."""
 
     head: str
     first_line: int
@@ -190,28 +190,28 @@ class Sample(NamedTuple):
     comments: list[str]
     """Comment lines above the head."""
     comment: str
-    """What comment lines begin with; empty where there are none."""
+    """The prefix of comment lines; empty if there are none."""
 
 
 class Fit(NamedTuple):
-    """What a dialect makes of the sample."""
+    """The result of reading the sample in a dialect."""
 
     dialect: Dialect
     records: list[Record]
-    """Of the head, without those that cannot be read."""
+    """The records of the head."""
     widths: Counter[int]
-    """Of all records of the sample, from the table's first on."""
+    """Numbers of fields of the sample's readable records, from the table's first on."""
     errors: int
     total: int
-    """How many records the sample has, read or not."""
+    """Number of records in the sample, readable or not."""
     width: int
-    """The commonest number of fields above 1; 0 where there is none."""
+    """The most common number of fields above 1; 0 if there is none."""
     start: int
     """The index of the record where the table begins."""
     trailing: bool
     """Whether every record but the header ends with one more delimiter."""
     cells: int
-    """How many delimiters that makes."""
+    """Number of delimiters in the records of this width."""
 
     @property
     def delimiter(self) -> str:
@@ -232,7 +232,7 @@ class Fit(NamedTuple):
 
     @property
     def body(self) -> float:
-        """The share of one width from the table's first record on."""
+        """The share of records of this width, from the table's first record on."""
         return self.widths[self.width] / max(1, self.total - self.start)
 
     @property
@@ -241,7 +241,7 @@ class Fit(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the table is and how it is read."""
+    """Where the table begins and how it is read."""
 
     dialect: Dialect
     line: int
@@ -250,11 +250,11 @@ class Layout(NamedTuple):
     width: int
     trailing: bool
     comment: str
-    """What lines of another width begin with that are skipped; empty for nothing."""
+    """The prefix of comment lines to skip; empty: none are skipped."""
     every_comment: bool
-    """Whether such lines are skipped whatever their width."""
+    """Whether to skip all of them, not only those with another number of fields."""
     commented: bool = False
-    """Whether the header is a comment above the table."""
+    """Whether the header is a comment line above the table."""
 
 
 class Handler(BasePlugin):
@@ -281,7 +281,7 @@ class Handler(BasePlugin):
             self.publish_table(lines, layout)
 
     def publish_table(self, lines: Lines, layout: Layout) -> None:
-        """The table's rows and rejects, in batches."""
+        """Publish the table's rows and rejects, in batches."""
         table = Table(lines, layout)
         schema = pa.schema([(name, pa.string()) for name in table.names()])
         topic, rejects_topic = MANIFEST.topic
@@ -300,7 +300,7 @@ class Handler(BasePlugin):
 
 
 class Options:
-    """What the publisher chose, and what had to be guessed beside it."""
+    """The options of one file, and the guesses made for those that are not set."""
 
     def __init__(self, path: str) -> None:
         self.name = PurePath(path).name
@@ -318,7 +318,7 @@ class Options:
         return DELIMITER_OF_SUFFIX.get(self.suffix, "")
 
     def check(self) -> None:
-        """Raise ValueError where a chosen value means nothing."""
+        """Raise ValueError if an option has an invalid value."""
         quote, escape = self.character("quote"), self["escape"]
         wrong = {
             "quote": len(quote) > 1 and quote != "none",
@@ -336,7 +336,7 @@ class Options:
             raise ValueError(f"option {name} is {self[name]!r}, which means nothing to this plugin")
 
     def character(self, name: str) -> str:
-        """An option that names a delimiter, a quote or an escape; empty where it is not chosen."""
+        """The character that an option names; empty if the option is not set."""
         chosen = self[name]
         if chosen.lower() in DELIMITER_NAMES:
             return DELIMITER_NAMES[chosen.lower()]
@@ -345,7 +345,7 @@ class Options:
 
     @property
     def header_line(self) -> int:
-        """The chosen line, from 1; 0 where none is chosen."""
+        """The chosen line, from 1; 0 if none is chosen."""
         return 0 if self["header_line"] in ("", "none") else int(self["header_line"])
 
     def guess(self, text: str) -> None:
@@ -353,13 +353,13 @@ class Options:
             self.guesses.append(text)
 
     def refuse(self, what: str, *choices: str) -> ValueError:
-        """The error that says what is not clear, and the command that settles it."""
+        """The error for a file that is not clear, with the command that settles it."""
         command = own_publish("delimited", self.name, *choices)
         return ValueError(f"{self.name}: {what}; to settle it: {command}")
 
 
 class Lines:
-    """The lines of a text, numbered from 1; some are given back and read again."""
+    """The lines of a text, numbered from 1; lines can be put back and read again."""
 
     def __init__(self, text: io.TextIOBase, number: int = 0) -> None:
         self._text = text
@@ -369,7 +369,7 @@ class Lines:
         self.size = 0
 
     def take(self) -> str:
-        """The next line with its end; empty at the end. What is too long is cut."""
+        """The next line with its line end; empty at the end of the text. A long line is cut."""
         if self._again:
             line = self._again.popleft()
         else:
@@ -390,7 +390,7 @@ class Lines:
         return self
 
     def __next__(self) -> str:
-        """The next line of a record that may have several."""
+        """The next line of a record that may have several lines."""
         line = self.take()
         if not line:
             raise StopIteration
@@ -402,8 +402,8 @@ class Lines:
 
 
 class Splitter:
-    """Reads what csv.reader cannot: long delimiters, blanks before quotes, an escape that leaves
-    other characters alone."""
+    """Splits records that csv.reader cannot: with delimiters of several characters, blanks before
+    quotes, or an escape that applies to some characters only."""
 
     def __init__(self, lines: Lines, dialect: Dialect) -> None:
         quote, escape = re.escape(dialect.quote), re.escape(dialect.escape)
@@ -449,7 +449,7 @@ class Splitter:
         return position
 
     def _quoted(self, line: str, position: int) -> tuple[str, str, int]:
-        """The text up to the closing quote, the line that has it, and what is after it."""
+        """The text up to the closing quote, the line with that quote, and the position after it."""
         parts: list[str] = []
         while True:
             found = self._inside.match(line, position)
@@ -480,7 +480,7 @@ class Splitter:
 
 
 class Reader:
-    """Every record of some lines; after one that it cannot read it goes on."""
+    """Reads records from lines, and continues after one that cannot be read."""
 
     def __init__(self, lines: Lines, dialect: Dialect, width: int = 0) -> None:
         self._lines, self._dialect, self._width = lines, dialect, width
@@ -493,7 +493,7 @@ class Reader:
             f"(?:{blanks}{quote}(?:[^{quote}{escape}]|{quote}{quote}{escaped})*+{quote}{blanks}"
             f"|(?:(?!{delimiter})[^{quote}\r\n])*+)"
         )
-        # Whether quotes stand around fields only. Where one does not close, they may not.
+        # Matches a record whose quotes only enclose fields.
         self._tidy = re.compile(f"{field}(?:{delimiter}{field})*+[\r\n]*") if quote else None
         ordinary = len(dialect.delimiter) == 1 and not dialect.escape and not dialect.blanks
         self._ordinary = ordinary and len(dialect.quote) == 1
@@ -506,7 +506,7 @@ class Reader:
         return csv.reader(lines, delimiter=self._dialect.delimiter, quotechar=quote, strict=True)
 
     def records(self, comment: str = "") -> Iterator[Record]:
-        """All records; a line that begins with `comment` has neither fields nor a reason."""
+        """All records. A line that begins with `comment` has neither fields nor a reason."""
         lines, delimiter = self._lines, self._dialect.delimiter
         quote = self._dialect.quote or NOWHERE
         escape = self._dialect.escape or NOWHERE
@@ -524,7 +524,8 @@ class Reader:
                 yield number, text.split(delimiter), "", line
 
     def _hard(self, line: str) -> tuple[list[str], str, str]:
-        """The fields of a record that may have several lines, the reason why not, its text."""
+        """Read a record that may have several lines: its fields, the reason if it cannot be read,
+        and its text."""
         lines = self._lines
         number = lines.number
         lines.again([line])
@@ -542,7 +543,7 @@ class Reader:
         if len(taken) > 1:
             odd = self._width and (len(fields) != self._width or not self.is_tidy(raw))
             if reason or (odd and self._records_inside(taken[1:])):
-                # The quote of the first line is a stray one: what follows are records.
+                # The quote in the first line is a stray one: the lines after it are records.
                 lines.again(taken[1:])
                 self._doubt = max(self._doubt, number + len(taken) - 1)
                 last = " before the end" if reason == "unexpected end of data" else ""
@@ -554,7 +555,7 @@ class Reader:
         return fields, reason, raw
 
     def _records_inside(self, lines: list[str]) -> bool:
-        """Whether lines that a quote seems to enclose are records of the table."""
+        """Whether lines between two quotes are records of the table."""
         count = sum(self._alone(line) for line in lines)
         return count == len(lines) or (self._width > 2 and 2 * count > len(lines))
 
@@ -572,7 +573,7 @@ class Reader:
 
 @contextmanager
 def open_text(path: str, encoding: str) -> Iterator[io.TextIOWrapper]:
-    """The file's text with its line ends as they are, undecodable bytes as lone surrogates."""
+    """Open the file as text, keeping its line ends; invalid bytes become lone surrogates."""
     with open_bytes(path) as file:
         yield io.TextIOWrapper(file, encoding, "keep-bytes", newline="")  # type: ignore[arg-type]
 
@@ -589,13 +590,13 @@ csv.field_size_limit(RECORD_CHARACTERS)
 
 
 def find_encoding(path: str, options: Options) -> tuple[str, list[bytes]]:
-    """The encoding, from every byte of the file, and some pieces of the file after its start.
+    """Read the whole file, to find its encoding and take pieces of it for the sample.
 
     Returns:
-        no encoding for an empty file.
+        the encoding, which is empty for an empty file, and the pieces.
 
     Raises:
-        ValueError: the file is no text, or a damaged gzip file.
+        ValueError: the file is not text, or a damaged gzip file.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     evidence, pieces, stride, empty = b"", [], 1, True
@@ -629,7 +630,12 @@ def find_encoding(path: str, options: Options) -> tuple[str, list[bytes]]:
 
 
 def found_encoding(start: bytes, evidence: bytes, options: Options) -> str:
-    """The encoding of a file without a mark. `evidence` is its first piece that is not UTF-8."""
+    """The encoding of a file without a byte order mark.
+
+    Args:
+        start: the first bytes of the file.
+        evidence: the first chunk of it that is not valid UTF-8; empty if there is none.
+    """
     if 0 in start and (wide := wide_encoding(start, bool(evidence))):
         options.guess(f"encoding {wide}: it decodes without an error, and to plausible text")
         return wide
@@ -637,7 +643,7 @@ def found_encoding(start: bytes, evidence: bytes, options: Options) -> str:
 
 
 def json_kind(start: bytes) -> str:
-    """`JSON` where the text is that; a header in brackets is none."""
+    """`JSON` if the text is JSON, and not just a header in brackets; else empty."""
     text = start[:8192].decode("utf-8-sig", "replace").lstrip()
     if not re.match(r'\{\s*"|\[\s*[\[{"\d]|[\[{]\s*\n', text):
         return ""
@@ -651,8 +657,8 @@ def json_kind(start: bytes) -> str:
 
 
 def wide_encoding(start: bytes, not_utf8: bool) -> str:
-    """UTF-16 or UTF-32 without a mark, where the bytes and the text both say so."""
-    # As bytes, letters beyond Latin-1 are control characters: 0x04 for Cyrillic.
+    """UTF-16 or UTF-32 without a byte order mark, if the bytes and the decoded text agree."""
+    # The high bytes of letters beyond Latin-1 are control characters: 0x04 for Cyrillic.
     odd = sum(byte < 32 and byte not in (0, 9, 10, 13) for byte in start) > len(start) / 20
     for name, unit in (("utf-32-le", 4), ("utf-32-be", 4), ("utf-16-le", 2), ("utf-16-be", 2)):
         try:
@@ -672,7 +678,7 @@ def wide_encoding(start: bytes, not_utf8: bool) -> str:
 
 
 def guess_encoding(evidence: bytes, options: Options) -> str:
-    """The likeliest encoding of bytes that are not all UTF-8."""
+    """The most likely encoding of bytes that are not all valid UTF-8."""
     kept = evidence.decode("utf-8", "surrogateescape")
     broken = len(UNDECODABLE.findall(kept))
     if sum(not character.isascii() for character in kept) > 2 * broken:
@@ -706,7 +712,7 @@ def guess_encoding(evidence: bytes, options: Options) -> str:
 def take_sample(
     text: io.TextIOBase, pieces: list[bytes], encoding: str, options: Options
 ) -> Sample | None:
-    """The sample, without the lines that stand above the table for sure; None without a record."""
+    """The sample, without lines that are certainly above the table; None if it has no record."""
     head = last = text.read(SAMPLE_CHARACTERS)
     while last and head.count("\n") + head.count("\r") < SAMPLE_LINES and len(head) < 4 << 20:
         head += (last := text.read(SAMPLE_CHARACTERS))
@@ -733,10 +739,10 @@ def take_sample(
         elif line.strip("\r\n"):
             break
         begin += 1
-    if begin == len(lines):  # nothing but comments: then they are the table
+    if begin == len(lines):  # only comments: they are the table
         begin, comments = above, []
     parts = []
-    if encoding not in ("utf-16", "utf-32"):  # which want their mark
+    if encoding not in ("utf-16", "utf-32"):  # these need the mark at the start of the file
         for piece in pieces:
             found = io.StringIO(piece.decode(encoding, "keep-bytes"), newline="").readlines()
             parts.append("".join(found[1:-1]))
@@ -747,10 +753,10 @@ def take_sample(
 
 
 def find_layout(sample: Sample, options: Options) -> Layout:
-    """Where the table is in the sample, and how its fields are told apart.
+    """Find the table and its dialect in the sample.
 
     Raises:
-        ValueError: it is not clear, with the options that settle it.
+        ValueError: they are not clear; the message names the options that settle it.
     """
     fits = [best_fit(delimiter, sample, options) for delimiter in candidates(sample, options)]
     fit = choose(fits, sample, options)
@@ -781,7 +787,7 @@ def find_layout(sample: Sample, options: Options) -> Layout:
 
 
 def candidates(sample: Sample, options: Options) -> list[str]:
-    """The delimiters to try: the chosen one, or all that occur."""
+    """The delimiters to try: the chosen one, or all that occur in the sample."""
     chosen = options.character("delimiter")
     if chosen:
         return [NO_DELIMITER if chosen == "none" else chosen]
@@ -789,7 +795,7 @@ def candidates(sample: Sample, options: Options) -> list[str]:
     runs = Counter(run for line in lines for run in set(RUN.findall(line)))
     found = [
         run for run, count in runs.most_common(3)
-        if 4 * count > len(lines) and (count > 1 or len(set(run)) == 1)  # a cell may have lines
+        if 4 * count > len(lines) and (count > 1 or len(set(run)) == 1)  # cells may have line ends
     ]  # fmt: skip
     odd = [sign for sign in dict.fromkeys(ODD.findall(lines[0] if lines else ""))
            if len({line.count(sign) for line in lines if line}) == 1]  # fmt: skip
@@ -797,7 +803,7 @@ def candidates(sample: Sample, options: Options) -> list[str]:
 
 
 def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
-    """The sample under a delimiter, with the simplest quoting that reads it."""
+    """Read the sample with a delimiter and the simplest quoting that works."""
     chosen = {name: options.character(name) for name in ("quote", "escape", "blanks")}
     quote = {"none": "", "": '"'}.get(chosen["quote"], chosen["quote"])
     dialect = Dialect(delimiter, quote, blanks=chosen["blanks"] == "skip")
@@ -821,7 +827,7 @@ def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
                   for simple in tried for inside, outside in pairs]  # fmt: skip
     for other in tried[1:]:
         found = read_sample(other, sample)
-        # An escape is for quotes that do not close without it, and for nothing else.
+        # An escape is accepted only if quotes do not close without it.
         widths_close = found.quality > best.quality and (found.quality[0] or not other.escape)
         if found.errors < best.errors or (found.errors == best.errors and widths_close):
             best = found
@@ -834,7 +840,7 @@ def best_fit(delimiter: str, sample: Sample, options: Options) -> Fit:
 
 
 def tabbed(found: Fit, chosen: dict[str, str]) -> bool:
-    """Whether quotes in tabbed text may be text: more do not close than enclose a field."""
+    """Whether quotes in tab-separated text may be text: fewer enclose a field than do not."""
     if chosen["quote"] or found.delimiter != "\t":
         return False
     reader = Reader(Lines(io.StringIO()), found.dialect)
@@ -848,9 +854,9 @@ def tabbed(found: Fit, chosen: dict[str, str]) -> bool:
 
 
 def escapes(head: str, quote: str) -> list[tuple[str, str]]:
-    """What a backslash may escape between quotes and outside, the likelier pair first.
+    """What a backslash may escape between quotes and outside of them; the likelier pair is first.
 
-    A writer that leaves a backslash alone somewhere does not double any.
+    If the text has a single backslash somewhere, its writer does not double backslashes there.
     """
     lone = re.compile(rf"(?<!\\)(?:\\\\)*\\(?![\\{quote}])")
     parts = re.split(rf"({quote}(?:[^{quote}\\]|\\.|{quote}{quote})*{quote})", head)
@@ -868,7 +874,7 @@ def read_sample(dialect: Dialect, sample: Sample) -> Fit:
     reader = Reader(Lines(io.StringIO(sample.head, newline=""), sample.first_line - 1), dialect)
     for record in reader.records(comment):
         if record[2].endswith("before the end") and not sample.whole:
-            break  # the sample ends here, not the file
+            break  # cut by the end of the sample
         if record[1] or record[2]:
             records.append(record)
             errors += bool(record[2])
@@ -880,7 +886,7 @@ def read_sample(dialect: Dialect, sample: Sample) -> Fit:
             found = list(Reader(Lines(io.StringIO(text, newline="")), dialect).records(comment))
             tries.append((sum(bool(reason) for *_, reason, _ in found), len(tries), found))
         pieces += [fields for _, fields, reason, _ in min(tries)[2] if not reason and fields]
-    # The first and last record of a piece may be cut; one piece of sixteen cannot decide.
+    # The first and the last record of a piece may be cut; one piece of sixteen cannot decide.
     counts = Counter(len(fields) for _, fields, reason, _ in records if not reason)
     counts.update(len(fields) for fields in pieces)
     width, start = table_width([len(fields) for _, fields, *_ in records], counts, len(pieces))
@@ -897,10 +903,11 @@ def read_sample(dialect: Dialect, sample: Sample) -> Fit:
 
 
 def table_width(widths: list[int], counts: Counter[int], more: int) -> tuple[int, int]:
-    """The commonest width above 1, or the one that begins later and then holds; where it begins.
+    """The most common width above 1, or one that begins later and then holds; and its start.
 
     Args:
-        counts: of the widths, and of those in `more` records from further on in the file.
+        widths: numbers of fields of the head's records.
+        counts: how often each number occurs, in the head and in `more` records from later parts.
     """
     held: list[tuple[bool, int, int, int]] = []
     for width, count in counts.items():
@@ -914,7 +921,8 @@ def table_width(widths: list[int], counts: Counter[int], more: int) -> tuple[int
 
 
 def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
-    """The delimiter: all records have one width above 1, then the name, then the most frequent."""
+    """Choose a delimiter: first one that gives all records the same width above 1; among several
+    the one that the file's name suggests, then the most frequent."""
     if options["delimiter"]:
         return fits[0] if fits else read_sample(Dialect(options.character("delimiter")), sample)
 
@@ -930,7 +938,7 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
         if len(whole) > 1 or whole[-1].delimiter != options.usual:
             note_delimiter(whole, options)
         return whole[-1]
-    # In prose, half of the lines may well have one comma.
+    # In prose, half of the lines may have one comma.
     least = {True: 0.5, False: 0.6}
     ragged = [
         fit for fit in strong
@@ -950,7 +958,7 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
 
 
 def strong_fits(fits: list[Fit], sample: Sample, options: Options) -> list[Fit]:
-    """The fits whose delimiter is neither weak nor a part of a longer one that fits."""
+    """The fits whose delimiter is not weak, and neither part nor repetition of another one."""
     strong = [fit for fit in fits if not is_weak(fit.delimiter) and not ends_only(fit, options)]
     parts = {
         part for fit in strong for part in fit.delimiter
@@ -958,7 +966,7 @@ def strong_fits(fits: list[Fit], sample: Sample, options: Options) -> list[Fit]:
         and part not in sample.head.replace(fit.delimiter, "")
     }  # fmt: skip
     strong = [fit for fit in strong if fit.delimiter not in parts]
-    # An empty column makes `a||b` of a single `|`: then others of them stand alone.
+    # An empty column turns a single `|` into `||`; then there are single ones elsewhere.
     single = {fit.delimiter: fit.width - 1 for fit in strong if fit.clean}
     return [
         fit for fit in strong
@@ -970,7 +978,7 @@ def strong_fits(fits: list[Fit], sample: Sample, options: Options) -> list[Fit]:
 
 
 def is_weak(delimiter: str) -> bool:
-    """Whether a delimiter counts only where no other one fits."""
+    """Whether a delimiter counts only if no other one fits."""
     return delimiter in WEAK or (len(delimiter) == 1 and bool(ODD.fullmatch(delimiter)))
 
 
@@ -993,7 +1001,7 @@ def note_delimiter(found: list[Fit], options: Options) -> None:
 
 
 def choose_weak(fits: list[Fit], strong: list[Fit], sample: Sample, options: Options) -> Fit:
-    """Where nothing usual fits: blanks or colons, one column, or neither."""
+    """Choose among blanks, colons, unusual signs and one column if no strong delimiter fits."""
     for fit in fits:
         name = fit.delimiter
         plain = all(kind_of(raw) for *_, raw in fit.records[1:])
@@ -1029,7 +1037,7 @@ def choose_weak(fits: list[Fit], strong: list[Fit], sample: Sample, options: Opt
 
 
 def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
-    """The header among the first records; what stands above the table is told."""
+    """Find the header among the first records. Records above it are logged."""
     width = found.width or 1
     start = found.start
     if start:
@@ -1085,7 +1093,7 @@ def log_skipped(above: list[Record], line: int, sample: Sample, options: Options
 
 
 def check_below(found: Fit, start: int, below: list[list[str]], options: Options) -> None:
-    """Tell of a record below the header that may be the header as well, or refuse to choose."""
+    """Log, or refuse, a record below the header that may be the header too."""
     names = list(map(folded, found.records[start][1]))
     later = next(
         (
@@ -1110,7 +1118,7 @@ def check_below(found: Fit, start: int, below: list[list[str]], options: Options
 
 
 def check_above(found: Fit, sample: Sample, options: Options) -> None:
-    """Refuse to skip lines above the table that may be a part of it."""
+    """Refuse to skip lines above the table that may belong to it."""
     line = found.records[found.start][0]
     above = found.records[: found.start]
     clear = all(
@@ -1134,7 +1142,7 @@ def check_above(found: Fit, sample: Sample, options: Options) -> None:
 
 
 def other_quoting(found: Fit, sample: Sample, options: Options) -> list[str]:
-    """Options that would make one width of all records, where the widths differ."""
+    """Options under which all records would have one width."""
     choices = []
     for name, value in (("quote", "'"), ("escape", "backslash")):
         if not options[name]:
@@ -1146,7 +1154,7 @@ def other_quoting(found: Fit, sample: Sample, options: Options) -> list[str]:
 
 
 def names_above(rows: list[list[str]], place: int) -> bool:
-    """Whether a record has nothing but names, and columns below it have numbers or dates."""
+    """Whether a record has only names, and a column below it has numbers or dates."""
     cells = filled(rows[place])
     if len(cells) < 2 or any(kind_of(cell) or cell.lower() in MISSING for cell in cells):
         return False
@@ -1154,14 +1162,14 @@ def names_above(rows: list[list[str]], place: int) -> bool:
 
 
 def blank_above(found: Fit, start: int, sample: Sample) -> bool:
-    """Whether an empty line, or a comment, parts a record from what stands above it."""
+    """Whether the line above a record is empty or a comment."""
     line = found.records[start][0] - sample.first_line
     above = io.StringIO(sample.head, newline="").readlines()[line - 1]
     return above.startswith(COMMENTS) or not above.strip(found.delimiter + " \t\r\n")
 
 
 def below_title(found: Fit, start: int, width: int) -> int:
-    """The index of the header where lines above it are filled up with delimiters."""
+    """The index of the header if the title lines above it are filled up with delimiters."""
     if width < 2:
         return start
     records = [fields for _, fields, _, _ in found.records]
@@ -1193,7 +1201,7 @@ def filled(cells: Iterable[str]) -> list[str]:
 
 
 def commented_names(sample: Sample, dialect: Dialect, width: int) -> list[str] | None:
-    """The last comment above the table where it may be the header: `#id,name`."""
+    """The fields of the last comment above the table if it may be the header: `#id,name`."""
     if not sample.comments or (width == 1 and len(sample.comments) > 1):
         return None
     lines = Lines(io.StringIO(sample.comments[-1].lstrip(MARK), newline=""))
@@ -1203,7 +1211,7 @@ def commented_names(sample: Sample, dialect: Dialect, width: int) -> list[str] |
 
 
 def kind_of(cell: str) -> str:
-    """`number`, `date`, or nothing for text."""
+    """`number`, `date`, or an empty string for text."""
     cell = cell.strip()
     if DATE.fullmatch(cell):
         return "date"
@@ -1211,7 +1219,7 @@ def kind_of(cell: str) -> str:
 
 
 def kind_of_column(cells: Iterable[str]) -> str:
-    """The kind of nearly all cells that are not empty."""
+    """The kind of at least 90 % of the cells that have a value."""
     kinds = Counter(kind_of(cell) for cell in cells if cell.strip().lower() not in MISSING)
     if not kinds:
         return ""
@@ -1220,15 +1228,15 @@ def kind_of_column(cells: Iterable[str]) -> str:
 
 
 def judge_header(first: list[str], below: list[list[str]]) -> tuple[str, str]:
-    """Whether the first record is a header, and why where that is a guess.
+    """Judge whether the first record is a header.
 
     Returns:
-        `evident` where the columns below differ from it, `header` where nothing speaks against
-        one, `none`, or `unclear`.
+        the verdict: `evident` if the columns below differ from it, `header` if nothing speaks
+        against it, `none`, or `unclear`; and the reason, if the verdict is a guess.
     """
     rows = below[: max(1, min(200, 20_000 // len(first)))]
     kinds = [kind_of(cell) for cell in first]
-    other = [row for row in rows if row != first]  # a header may come again
+    other = [row for row in rows if row != first]  # a header may be repeated
     columns = [kind_of_column(cells) for cells in zip(*other, strict=True)] or [""] * len(first)
     against = [
         kind != column
@@ -1262,14 +1270,14 @@ def judge_header(first: list[str], below: list[list[str]]) -> tuple[str, str]:
 
 
 def alike(cell: str, below: list[str]) -> int:
-    """How much a cell is like those below it, and unlike the name of a column."""
+    """0 to 2: how much a cell looks like those below it, and not like a column's name."""
     cell, kind, cells = cell.strip(), kind_of(cell), filled(below)
     if not cell or not cells:
         return 0
     if kind == "date":
         return 2
     if cell.isdecimal() and cells[:2] == [str(int(cell) + 1), str(int(cell) + 2)]:
-        return 2  # it counts on
+        return 2  # the cells below count on from it
     if kind:
         digits = [len(re.sub(r"\D", "", text.partition(".")[0])) for text in (cell, *cells)]
         return int(min(digits[1:]) - 1 <= digits[0] <= max(digits[1:]) + 1)
@@ -1279,17 +1287,17 @@ def alike(cell: str, below: list[str]) -> int:
 
 
 def folded(cell: str) -> str:
-    """The cell as names are compared: without regard to case and white space."""
+    """The cell without regard to case and white space, for comparing names."""
     return " ".join(cell.split()).casefold()
 
 
 def shape_of(cell: str) -> str:
-    """The text with every letter and every digit the same."""
+    """The text with every letter as `a` and every digit as `9`."""
     return re.sub(r"[^\W\d_]", "a", re.sub(r"\d", "9", cell))
 
 
 def repeated(first: list[str], rows: list[list[str]]) -> str:
-    """Say that text of the first record comes again in its columns, as a name hardly does."""
+    """A note if cells of the first record are repeated in their columns, as names rarely are."""
     again = sum(
         bool(cell.strip()) and any(row[place] == cell for row in rows if row != first)
         for place, cell in enumerate(first)
@@ -1298,7 +1306,7 @@ def repeated(first: list[str], rows: list[list[str]]) -> str:
 
 
 def is_series(cells: list[str]) -> bool:
-    """Whether cells are years in order, count from 0 or 1, or go up by equal steps."""
+    """Whether cells are ordered years, count from 0 or 1, or rise in equal steps."""
     if not all(re.fullmatch(r"\d{1,8}(\.\d{1,4})?", cell, re.ASCII) for cell in cells):
         return False
     numbers = [float(cell) for cell in cells]
@@ -1311,7 +1319,7 @@ def is_series(cells: list[str]) -> bool:
 
 
 def years_only(typed: list[str], rows: list[list[str]]) -> bool:
-    """Whether a whole record of years stands above other numbers."""
+    """Whether a record of years is above rows without years."""
     return len(typed) > 1 and len(typed[0]) == 4 and not any(
         re.fullmatch(r"1[7-9]\d\d|2[01]\d\d", cell.strip()) for row in rows for cell in row
     )  # fmt: skip
@@ -1330,7 +1338,7 @@ class Table:
         return column_names([""] * self._layout.width if header is None else header)
 
     def records(self) -> Iterator[tuple[list[str] | Reject, str]]:
-        """Every record below the header with its text."""
+        """Every record below the header, as a row or a reject, with its text."""
         layout = self._layout
         width, trailing = layout.width, layout.trailing
         header = layout.header if len(filled(layout.header or ())) > 1 else None
@@ -1362,7 +1370,7 @@ class Table:
                 yield fields, raw
 
     def _fault(self, fields: list[str], raw: str) -> str:
-        """Why a record is no row of the table, if it is none."""
+        """The reason to reject a record; empty if it is a row."""
         if "\0" in raw:
             return "a NUL character"
         if len(fields) != self._layout.width:

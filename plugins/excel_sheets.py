@@ -4,32 +4,31 @@
 # ///
 """Workbooks (XLSX, XLSM, XLSB, XLS, ODS) become rows of topic `excel`: every row of every sheet.
 
-What a file is shows in its bytes, not in its name. The columns of the topic are `sheet`, `row` (as
-the sheet numbers it, from 1) and the headers of all sheets together, in the order they first
-appear; a row is null where its sheet has no such column. Wholly empty rows, and columns that have
+The kind of a file is found from its bytes, not from its name. The topic's columns are `sheet`,
+`row` (its number on the sheet, from 1) and the headers of all sheets, in the order of their first
+appearance. A column that a sheet does not have is null in its rows. Empty rows, and columns with
 neither a header nor a cell, are left out. Hidden sheets are read; charts and macro sheets are not.
 
-The header is where the table begins: the first row of names under which the cells of the rows
-below it lie. Narrow rows above it are titles; each is told in the log, as is every guess. Header
-cells that are merged over rows or columns give one name. A sheet on which the header is not clear
-becomes rejects, and the log says what to type; where no sheet is clear the job fails.
-`--option header_row=4` says where the header is, 0 that there is none, and
-`--option sheets="Data,20*"` which sheets are read.
+The header is the first row of names above the table: the rows below it have cells only in its
+columns. Narrow rows above it are titles. Titles and guesses are logged. Header cells merged over
+rows or columns give one name. If a sheet's header is not clear, its rows become rejects, and the
+log has the command that settles it; if no sheet's header is clear, the job fails.
+`--option header_row=4` sets the header's row, 0 means no header, and `--option sheets="Data,20*"`
+selects sheets.
 
-Cells are text, as they are stored rather than as they are shown: a number exactly (`5`, `0.1`,
-`10000000000000000`), a date or time in ISO format (without a time of day where its format shows
-none), a duration as `26:00:00`, `true` and `false`, a formula's stored value, an error as `#N/A`;
-an empty cell is null. A number that is formatted as a date and is none (60 would be 29 February
-1900) stays the number.
+Cells become text as they are stored, not as they are displayed: numbers exactly (`5`, `0.1`,
+`10000000000000000`), dates and times in ISO format (without the time of day if the cell's format
+shows none), durations as `26:00:00`, `true` and `false`, the stored values of formulas, errors as
+`#N/A`. An empty cell is null. A number with a date format that is not a date stays a number (60
+would be 29 February 1900).
 
-Topic `excel_rejects` has the rows that cannot be read, with the cells, the reason and the whole row
-as JSON: a formula without a stored value (`--option formulas=empty` makes it null), a number that
-is none, a header that comes again. A workbook that is damaged, protected by a password, or no
-workbook fails the job, and so does a sheet that is nearly all empty between cells far apart. An
-empty file publishes nothing.
-Columns: white space in a header cell is folded, an empty one becomes `column_3` (its position),
-one repeated within its sheet `name_2` (case does not count), `_cf_x` becomes `x_cf_x`, and 100
-characters are kept; a header `sheet` or `row` becomes `sheet_2` or `row_2`.
+Topic `excel_rejects` has rows that cannot be read, with the cells, the reason and the whole row as
+JSON: a formula without a stored value (`--option formulas=empty` makes it null), an invalid number,
+a repeated header. The job fails if the file is damaged, protected by a password, or not a workbook,
+and if a sheet is almost empty between cells that are far apart. An empty file publishes nothing.
+Column names: runs of white space become one space, an empty header cell becomes `column_3` (its
+position), one that is repeated on its sheet `name_2` (case is ignored), `_cf_x` becomes `x_cf_x`,
+and names are cut to 100 characters; a header `sheet` or `row` becomes `sheet_2` or `row_2`.
 """
 
 from __future__ import annotations
@@ -69,9 +68,9 @@ MANIFEST = PluginMetadata(
     topic=["excel", "excel_rejects"],
     version="1.1.0",
     options={
-        "header_row": -1,  # -1: find it; 0: there is none; N: it is row N of every sheet
-        "sheets": "",  # names or globs, with commas between them; all where it is empty
-        "formulas": "reject",  # or "empty": what a formula without a stored value becomes
+        "header_row": -1,  # -1: detect; 0: there is none; N: row N of every sheet
+        "sheets": "",  # names or globs, separated by commas; empty: all sheets
+        "formulas": "reject",  # or "empty": for formulas without a stored value
     },
 )
 
@@ -84,15 +83,15 @@ REJECTS = pa.schema(
         ("raw", pa.string()),
     ]
 )
-HEAD_ROWS = 50  # where a header may be
+HEAD_ROWS = 50  # rows in which the header is searched
 TITLE_ROWS = 20
-KEPT_CELLS = 1_500_000  # of workbooks that are not too large, so that they are not read twice
-PATTERNS = 20_000  # of filled cells, that are counted
+KEPT_CELLS = 1_500_000  # a sheet with fewer cells is kept in memory instead of being read twice
+PATTERNS = 20_000  # different patterns of filled cells that are counted
 STRINGS_BYTES = 384 << 20
 CELL_CHARACTERS = 4 << 20  # Excel's own limit is 32,767
 UNPACKED_BYTES = 4 << 30
 SPARSE_CELLS = 10_000_000
-COLUMNS, ROWS = 16_384, 1_048_576  # of the largest sheet there can be
+COLUMNS, ROWS = 16_384, 1_048_576  # of the largest possible sheet
 CHUNK = 1 << 16
 
 HOW = "open the workbook in a spreadsheet program and save it, or --option formulas=empty"
@@ -110,17 +109,17 @@ class Row(NamedTuple):
     cells: dict[int, str]
     """By column, from 0."""
     filled: int
-    """The columns with a cell or a fault, as bits."""
+    """Bit mask of the columns with a cell or a fault."""
     typed: int
-    """Those whose cell is no text, as bits."""
+    """Bit mask of the columns whose cell is not text."""
     bad: dict[int, str]
-    """Cells that cannot be read, and why."""
+    """Column -> why its cell cannot be read."""
     zeros: tuple[int, ...]
-    """Formulas whose stored value is 0."""
+    """Columns of formulas whose stored value is 0."""
 
 
 class Sheet:
-    """A worksheet. What is counted is known when its rows have been read once."""
+    """A worksheet. Its counts and merges are complete once its rows have been read."""
 
     def __init__(self, name: str, read: Callable[[Sheet], Iterator[Row]]) -> None:
         self.name = name
@@ -137,7 +136,7 @@ class Sheet:
         self.formulas = 0
         self.zeros = 0
         self.noted: dict[str, list[str]] = {}
-        """What the log tells: cells by what they are."""
+        """Notes for the log: what is noted -> the cells; all but the first five are empty."""
 
     def note(self, what: str, row: int, column: int, text: str) -> None:
         cells = self.noted.setdefault(what, [])
@@ -151,7 +150,7 @@ class Sheet:
 
 
 class Book:
-    """A workbook: its sheets, and whether it asks to be calculated before it is believed."""
+    """A workbook: its sheets, and whether it asks for a recalculation when it is opened."""
 
     def __init__(self, sheets: list[Sheet]) -> None:
         self.sheets = sheets
@@ -159,15 +158,15 @@ class Book:
 
 
 class Shape:
-    """What one reading of a sheet says of its shape."""
+    """What the search for the header needs of a sheet, collected while reading it once."""
 
     def __init__(self) -> None:
         self.head: list[Row] = []
         self.kept: list[Row] | None = []
         self.patterns: Counter[tuple[int, int]] = Counter()
-        """Rows by the columns that are filled and those that are no text."""
+        """(`filled`, `typed`) of rows -> how many rows have this pattern."""
         self.rest = 0
-        """The columns of rows whose pattern was one too many to count."""
+        """Bit mask of the columns filled in rows whose pattern is not counted."""
         self.rows = 0
         self.cells = 0
         self.last = 0
@@ -177,19 +176,19 @@ class Header(NamedTuple):
     """Where a sheet's table begins, and its columns."""
 
     last: int
-    """The last row that is no data; 0 where there is no header."""
+    """The last row of the header; 0 if there is no header."""
     places: list[int]
     names: list[str]
     cells: dict[int, str]
-    """The last header row as it stands; it may come again."""
+    """The cells of the last header row, to recognise a repetition."""
     unnamed: list[int]
 
 
 class Unclear(Exception):
-    """Where the header is cannot be said.
+    """The header cannot be determined.
 
     Args:
-        rows: those that it may be.
+        rows: numbers of the rows that may be the header.
     """
 
     def __init__(self, text: str, *rows: int) -> None:
@@ -208,7 +207,7 @@ DAMAGE = (
     NotImplementedError,
     UnicodeDecodeError,
 )
-"""What reading damaged bytes raises."""
+"""Errors that reading a damaged file may raise."""
 
 
 class Handler(BasePlugin):
@@ -270,7 +269,7 @@ class Handler(BasePlugin):
         columns: dict[str, str],
         schema: pa.Schema,
     ) -> None:
-        """The rows, with each column taken from its place on the sheet, or null."""
+        """Publish a sheet's rows; topic columns that the sheet does not have are null."""
         own: dict[str, int] = {}
         if isinstance(header, Header):
             own = {n.casefold(): p for n, p in zip(header.names, header.places, strict=True)}
@@ -304,7 +303,7 @@ def reject(sheet: str, row: Row, reason: str) -> dict[str, Any]:
 
 
 def judged(rows: Iterable[Row], header: Header | str, never: bool) -> Iterator[tuple[Row, str]]:
-    """The rows below the header, each with why it is a reject, or ''."""
+    """The rows below the header, each with the reason to reject it, or an empty string."""
     empty = MANIFEST.options["formulas"] == "empty"
     for row in rows:
         if isinstance(header, str):
@@ -353,10 +352,10 @@ def place(row: int, column: int) -> str:
 
 
 def read_shape(sheet: Sheet, file: str) -> Shape:
-    """Read a sheet once, to know its shape.
+    """Read a sheet once, to learn its shape.
 
     Raises:
-        ValueError: its cells are so far apart that it is no table.
+        ValueError: its cells are too far apart to be a table.
     """
     shape = Shape()
     low = high = 0
@@ -389,10 +388,10 @@ def read_shape(sheet: Sheet, file: str) -> Shape:
 
 
 def header_of(sheet: Sheet, shape: Shape) -> Header:
-    """Where the table begins and what its columns are called; guesses are told in the log.
+    """Find where a sheet's table begins and name its columns; guesses are logged.
 
     Raises:
-        Unclear: more than one row may be the header, or none is.
+        Unclear: several rows may be the header, or no row looks like one.
     """
     chosen = int(MANIFEST.options["header_row"])
     if chosen == 0:
@@ -423,7 +422,7 @@ def header_of(sheet: Sheet, shape: Shape) -> Header:
 
 
 def find_header(sheet: Sheet, shape: Shape) -> tuple[int, str]:
-    """The place among the first rows of the one that is the header, and how it was guessed."""
+    """The index of the header among the first rows, and the reason if it is a guess."""
     if len(shape.head) == 1 and header_like(shape, 0):
         return 0, ""
     start, why = candidate(sheet, shape)
@@ -459,7 +458,8 @@ def find_header(sheet: Sheet, shape: Shape) -> tuple[int, str]:
 
 
 def candidate(sheet: Sheet, shape: Shape) -> tuple[int | None, str]:
-    """The first row of names under which all rows lie, or else the first that is wide enough."""
+    """The first row of names whose columns contain all cells below it, or else the first row of
+    names that is wide enough; and the reason if it is the second."""
     whole, wide = None, None
     half = middle_width(shape) / 2
     for i, row in enumerate(shape.head[: TITLE_ROWS + 1]):
@@ -482,7 +482,7 @@ def candidate(sheet: Sheet, shape: Shape) -> tuple[int | None, str]:
 
 
 def middle_width(shape: Shape) -> int:
-    """The number of cells of the row in the middle, if rows are put in that order."""
+    """The median number of cells of a row."""
     widths = Counter[int]()
     for (filled, _), count in shape.patterns.items():
         widths[filled.bit_count()] += count
@@ -503,7 +503,8 @@ YEARISH = re.compile(r"(19|20)\d\d|\d{4}-\d\d-\d\d(T00:00:00)?|Q[1-4]")
 
 
 def header_like(shape: Shape, i: int) -> bool:
-    """Whether a row holds names: no numbers, but years and dates that the next row has not."""
+    """Whether a row has only names. Years and dates count as names unless the next row has one
+    in the same column."""
     row = shape.head[i]
     follows = shape.head[i + 1] if i + 1 < len(shape.head) else None
     if row.bad:
@@ -519,7 +520,7 @@ def header_like(shape: Shape, i: int) -> bool:
 
 
 def covers(sheet: Sheet, row: Row) -> int:
-    """The columns that a header row names, as bits: with those its merged cells reach over."""
+    """Bit mask of the columns that a header row names, including those of its merged cells."""
     bits = row.filled
     if len(row.cells) > 1:
         for top, left, _, right in sheet.merges:
@@ -533,14 +534,14 @@ def below(shape: Shape, i: int) -> int:
 
 
 def fits(sheet: Sheet, shape: Shape, i: int) -> int:
-    """How many of the rows below have all their cells in the columns that the row names."""
+    """How many of the rows below a row have cells only in the columns that it names."""
     outside = ~covers(sheet, shape.head[i])
     count = sum(n for (filled, _), n in shape.patterns.items() if not filled & outside)
     return count - sum(not row.filled & outside for row in shape.head[: i + 1])
 
 
 def contrast(shape: Shape, start: int) -> bool:
-    """Whether a column whose header is text has mostly numbers, dates or the like below it."""
+    """Whether a column with a text header has mostly numbers, dates or similar below it."""
     header = shape.head[start]
     for column in header.cells:
         if header.typed >> column & 1:
@@ -557,7 +558,7 @@ def contrast(shape: Shape, start: int) -> bool:
 
 
 def apart(sheet: Sheet, shape: Shape, start: int, width: int) -> bool:
-    """Whether rows above the header are set off from it: by a gap, by a merge, or by width."""
+    """Whether rows above the header are separated from it by a gap, a merge, or their width."""
     above = shape.head[:start]
     if shape.head[start].number - above[-1].number > 1:
         return True
@@ -570,7 +571,7 @@ def apart(sheet: Sheet, shape: Shape, start: int, width: int) -> bool:
 
 
 def group_start(sheet: Sheet, shape: Shape, start: int) -> int:
-    """The first row directly above the header whose merged cells name a few columns each."""
+    """The first of the rows directly above the header whose merged cells group its columns."""
     whole = covers(sheet, shape.head[start])
     while start and any(
         top == bottom == shape.head[start - 1].number == shape.head[start].number - 1
@@ -584,7 +585,7 @@ def group_start(sheet: Sheet, shape: Shape, start: int) -> int:
 
 
 def header_end(sheet: Sheet, shape: Shape, start: int) -> int:
-    """The place of the last row of a header whose merged cells reach over more than one row."""
+    """The index of the header's last row; merged cells may extend it over several rows."""
     row = shape.head[start]
     if len(row.cells) < 2:
         return start
@@ -607,7 +608,7 @@ def header_end(sheet: Sheet, shape: Shape, start: int) -> int:
 
 
 def columns_of(sheet: Sheet, shape: Shape, rows: list[Row]) -> Header:
-    """The columns that have a name in the header's rows, or a cell in or below them."""
+    """The columns that have a name in the header's rows, or a cell below them."""
     last = rows[-1].number if rows else 0
     patterns = Counter(shape.patterns)
     patterns.subtract((row.filled, row.typed) for row in shape.head if row.number <= last)
@@ -625,7 +626,7 @@ def columns_of(sheet: Sheet, shape: Shape, rows: list[Row]) -> Header:
 
 
 def header_texts(sheet: Sheet, shape: Shape, rows: list[Row]) -> dict[int, str]:
-    """The text of each column's header; the text of a merged cell counts wherever it reaches."""
+    """The header text of each column; a merged cell's text counts in all its rows and columns."""
     grid = {row.number: dict(row.cells) for row in rows}
     anchors = {row.number: row.cells for row in shape.head}
     for top, left, bottom, right in sheet.merges:
@@ -641,14 +642,14 @@ def header_texts(sheet: Sheet, shape: Shape, rows: list[Row]) -> dict[int, str]:
     return {column: " ".join(filter(None, lines)) for column, lines in texts.items()}
 
 
-# What a cell holds
+# Cell values
 
 
 def number_text(raw: str) -> str:
-    """A stored number as text: a whole one in digits, a fraction as short as it is exact.
+    """A stored number as text: whole numbers in digits, fractions in the shortest exact form.
 
     Raises:
-        ValueError: it is no number that a workbook can hold.
+        ValueError: the text is not a number, or not one that a workbook can hold.
     """
     if raw.isascii() and raw.isdigit() and len(raw) < 300:
         return raw.lstrip("0") or "0"
@@ -670,7 +671,7 @@ def number_text(raw: str) -> str:
 
 @cache
 def format_kind(code: str) -> str:
-    """What a number format shows: '', 'date', 'time', 'datetime' or 'duration'."""
+    """The kind of a number format: 'date', 'time', 'datetime', 'duration', or '' for others."""
     code = re.sub(r'"[^"]*"|\\.|_.|\*.', "", code).split(";")[0].lower()
     if re.search(r"\[(h+|m+|s+)\]", code):
         return "duration"
@@ -691,7 +692,7 @@ BUILT_IN = {
 
 
 def moment_text(raw: str, kind: str, base_1904: bool) -> str | None:
-    """A stored number as the date, time or duration it is; None where it is none."""
+    """A stored number as the date, time or duration that its format shows; None if out of range."""
     days = float(raw)
     micros = round_moment(Decimal(raw), days)
     if kind == "duration":
@@ -712,9 +713,10 @@ def moment_text(raw: str, kind: str, base_1904: bool) -> str | None:
 
 
 def round_moment(stored: Decimal, days: float) -> int:
-    """Days as microseconds: the roundest that the stored digits allow, since 1/86400 has no end.
+    """Days as microseconds: whole seconds or milliseconds if the stored digits allow it, because
+    1/86400 has no finite decimal form.
 
-    Programs write at least 15 digits, without the zeros at their end.
+    Programs write at least 15 digits, without trailing zeros.
     """
     exact = stored * 86_400_000_000
     digits = min(max(-int(stored.as_tuple().exponent), 14 - stored.adjusted()), 30)
@@ -735,7 +737,7 @@ def duration_text(micros: int) -> str:
 
 
 class Formats:
-    """The cell formats of a workbook: what the number under each of them is."""
+    """The cell formats of a workbook."""
 
     def __init__(self) -> None:
         self.codes: dict[int, str] = {}
@@ -752,7 +754,7 @@ class Formats:
 
 
 class Cells:
-    """Puts together one row of a sheet after another."""
+    """Collects the cells of one row after another."""
 
     def __init__(self, sheet: Sheet, formats: Formats) -> None:
         self.sheet = sheet
@@ -769,7 +771,7 @@ class Cells:
         self.zeros: list[int] = []
 
     def row(self) -> Row | None:
-        """The row as it is now, or None where it is empty."""
+        """The current row, or None if it is empty."""
         if not self.cells and not self.bad:
             return None
         filled = 0
@@ -824,14 +826,14 @@ class Cells:
             )
 
 
-# What the file is
+# Opening a workbook
 
 
 def open_book(file: IO[bytes]) -> Book:
-    """Open a workbook of any kind, by its bytes.
+    """Open a workbook of any format, which is recognised by its bytes.
 
     Raises:
-        ValueError: it is none, or cannot be read; the message says what it is.
+        ValueError: the file is not a workbook, or cannot be read; the message says what it is.
     """
     start = file.read(4096)
     file.seek(0)
@@ -895,7 +897,7 @@ class Parts:
         return self.pack.open(info)
 
     def links(self, name: str) -> dict[str, tuple[str, str]]:
-        """The parts that one part names: by id, the kind and the target, in small letters."""
+        """A part's relationships: id -> kind and target part, both in lower case."""
         folder, _, base = name.rpartition("/")
         found: dict[str, tuple[str, str]] = {}
 
@@ -915,7 +917,7 @@ class Parts:
 
 
 def part_name(folder: str, target: str) -> str:
-    """The name of a part that is named from a folder, or from the root."""
+    """Resolve a part's name, which is relative to a folder or starts at the root."""
     parts: list[str] = []
     for part in target.split("/") if target.startswith("/") else f"{folder}/{target}".split("/"):
         if part == "..":
@@ -926,7 +928,7 @@ def part_name(folder: str, target: str) -> str:
 
 
 class LocalNames(dict[str, str]):
-    """XML names without their namespace."""
+    """Caches XML names without their namespace."""
 
     def __missing__(self, name: str) -> str:
         local = self[name] = name.rpartition("|")[2]
@@ -955,7 +957,7 @@ def pieces(
     end: Callable[[str], None] | None = None,
     text: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """Parse XML a piece at a time. Names come with their namespace: LOCAL has them without."""
+    """Parse XML in pieces. Handlers get names with their namespace; LOCAL removes it."""
     LOCAL.clear()
     parser = expat.ParserCreate(namespace_separator="|")
     parser.buffer_text = True
@@ -1038,7 +1040,7 @@ ESCAPE = re.compile(r"_x([0-9A-Fa-f]{4})_")
 
 
 def unescaped(text: str) -> str:
-    """Text in which characters that XML cannot hold are written `_x0007_`."""
+    """Decode characters that XML cannot hold and that are written as `_x0007_`."""
     if "_x" not in text:
         return text
     text = ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
@@ -1106,7 +1108,7 @@ def xlsx_rows(
 
 
 class XlsxSheet:
-    """What an XML parser meets in a worksheet becomes rows."""
+    """Handlers for an XML parser that turn a worksheet into rows."""
 
     def __init__(self, cells: Cells, strings: list[str]) -> None:
         self.cells = cells
@@ -1228,7 +1230,7 @@ class Records:
 
 
 def wide(data: bytes, at: int) -> tuple[str, int]:
-    """A text with its length before it, and where it ends."""
+    """Read a text that is preceded by its length; returns it and the position after it."""
     (size,) = struct.unpack_from("<I", data, at)
     if size == 0xFFFFFFFF:
         return "", at + 4
@@ -1289,7 +1291,7 @@ def error_name(code: int) -> str:
 
 
 def rk_number(data: bytes) -> str:
-    """A number in the four bytes that short ones take."""
+    """A number in the four bytes of the RK format."""
     (bits,) = struct.unpack("<i", data)
     if bits & 2:
         number: float = bits >> 2
@@ -1322,7 +1324,7 @@ def xlsb_rows(
 def xlsb_cell(
     cells: Cells, kind: int, column: int, style: int, data: bytes, strings: list[str]
 ) -> None:
-    """One cell, or formula with its value."""
+    """Read one cell, or a formula's stored value."""
     if kind == 2:
         cells.number_of(column, rk_number(data[8:12]), style)
     elif kind in (3, 11):
@@ -1345,7 +1347,7 @@ def xlsb_cell(
 
 
 def open_xls(file: IO[bytes]) -> Book:
-    """Open a workbook of Excel 97 or older; it is read into memory."""
+    """Open a workbook of Excel 97 or older, in memory."""
     data = file.read()
     for stream, what in (
         ("EncryptedPackage", "the workbook is protected by a password"),
@@ -1366,7 +1368,7 @@ def open_xls(file: IO[bytes]) -> Book:
         sources = [book.sheet_by_index(index) for index in range(book.nsheets)]
     except MemoryError:
         raise
-    except Exception as error:  # it raises anything for bytes that are damaged
+    except Exception as error:  # for damaged files xlrd raises any exception
         if "encrypted" in str(error).lower():
             raise ValueError("the workbook is protected by a password") from error
         raise damaged(error) from error
@@ -1383,9 +1385,10 @@ def open_xls(file: IO[bytes]) -> Book:
 
 
 def never_calculated(book: Any) -> list[set[tuple[int, int]]]:
-    """The formulas of each sheet, where 0 or nothing is stored for each one of the workbook.
+    """(row, column) of each sheet's formulas if 0 or nothing is stored for all in the workbook.
 
-    A program that cannot calculate writes such, and no record of what calculated it (RECALCID).
+    Programs that cannot calculate write such files, and without a RECALCID record, which names the
+    program that calculated.
     """
     sheets: list[set[tuple[int, int]]] = [set() for _ in range(book.nsheets)]
     for index, start in enumerate(book._sh_abs_posn if book.biff_version >= 50 else ()):
@@ -1476,14 +1479,14 @@ OUTSIDE = {
     "annotation", "frame", "custom-shape", "rect", "line", "circle", "ellipse", "polygon",
     "polyline", "path", "g", "control", "object", "ruby-text", "table", "shapes", "detective",
 }  # fmt: skip
-"""Elements in a cell that are not its text: notes and drawings."""
+"""Elements in a cell that are not part of its text: notes and drawings."""
 
 
 ODS_ERROR = re.compile(r"#[A-Z0-9/]+[!?]?|Err:\d+")
 
 
 class OdsSheet:
-    """What an XML parser meets in `content.xml` becomes the rows of one of its sheets."""
+    """Handlers for an XML parser that turn one sheet of `content.xml` into rows."""
 
     def __init__(self, sheet: Sheet | None, index: int) -> None:
         self.cells = Cells(sheet or Sheet("", lambda _: iter(())), Formats())
@@ -1492,7 +1495,7 @@ class OdsSheet:
         self.rows: list[tuple[Row, int]] = []
         self.over = False
         self.inside = 0
-        """How many tables deep; only the first level are sheets."""
+        """Depth of nested tables; only the first level are sheets."""
         self.next = 1
         self.times = 1
         self.column = 0
@@ -1530,7 +1533,7 @@ class OdsSheet:
             self.column = 0
 
     def mark(self, tag: str, attrs: dict[str, str]) -> None:
-        """An element within a cell's text."""
+        """Handle an element in a cell's text."""
         if tag in ("p", "h"):
             if self.paragraphs:
                 self.parts.append("\n")
@@ -1577,7 +1580,7 @@ class OdsSheet:
         self.column += times
 
     def put_one(self, column: int, cell: dict[str, str], text: str) -> bool:
-        """One cell, or one of those that it is repeated as; whether it holds anything."""
+        """Put a cell into one of the columns that it fills; returns whether it has a value."""
         cells, kind = self.cells, cell.get("value-type", "")
         if cell.get("calc:value-type") == "error" or (
             "formula" in cell and ODS_ERROR.fullmatch(text)
@@ -1610,7 +1613,7 @@ def repeats(attrs: dict[str, str], name: str) -> int:
 
 
 def ods_date(raw: str) -> str:
-    """A date as it is stored, with six digits of a second where it has any; '' where it is none."""
+    """A stored date in ISO format, with six digits of a fraction if it has one; '' if invalid."""
     match = re.fullmatch(r"(-?\d{4,}-\d\d-\d\d)(T\d\d:\d\d:\d\d)?(?:\.(\d+))?Z?", raw)
     if not match:
         return ""
@@ -1619,7 +1622,7 @@ def ods_date(raw: str) -> str:
 
 
 def ods_time(raw: str) -> str:
-    """A duration such as PT26H00M00S as `26:00:00`; '' where it is none."""
+    """A duration such as PT26H00M00S as `26:00:00`; '' if invalid."""
     match = re.fullmatch(
         r"(-?)P(?:(\d{1,9})D)?(?:T(?:(\d{1,9})H)?(?:(\d{1,9})M)?(?:(\d{1,9})(?:[.,](\d+))?S)?)?",
         raw,

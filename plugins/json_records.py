@@ -4,52 +4,52 @@
 # ///
 """JSON documents, JSON lines and GeoJSON become rows of topic `json`; gzip is unpacked.
 
-**Which records.** A `.json` or `.geojson` file is one document, held in memory. An array that has
-an object among its elements is a row for each element; an empty array is no row. An object with
-exactly one member that is such an array is a page: the elements are the rows, and its other members
-are repeated on each as `document_<name>`. A page whose array is empty is no row; an empty array
-tells a page only by a usual name (`items`, `results`, ...) or where it is the only member. Any
-other document is one row. The log says what was guessed; option `records` says it instead: the
-member's name, or `.` for the document itself.
-A `.json` file whose first line is a whole value and not its last is read as JSON lines, and a
-`.jsonl` file whose first line is only `{` or `[` as a document. Objects one after another, without
-lines between them, are a row each. A document that is not JSON fails the job, with the line and
-column; so does HTML, XML, a ZIP or anything else that its first bytes tell. A file of 0 bytes
-publishes nothing.
+**Records.** A `.json` or `.geojson` file is one document, which is read into memory. An array with
+an object among its elements gives a row for each element; an empty array gives none. An object with
+exactly one member that is such an array is a page: the array's elements are the rows, and the
+object's other members are repeated on each as `document_<name>`. A page with an empty array gives
+no row; an object counts as one only if the empty array has a usual name (`items`, `results`, ...)
+or is the only member. Any other document is one row. Guesses are logged; option `records` replaces
+them: the member's name, or `.` for the document itself.
+A `.json` file is read as JSON lines if its first line is a whole value and other lines follow. A
+`.jsonl` file is read as a document if its first line is only `{` or `[`. Objects that follow one
+another without line ends are a row each. A document that is not JSON fails the job with the line
+and column; so does a file whose first bytes are those of HTML, XML, a ZIP or another known kind. A
+file of 0 bytes publishes nothing.
 
-`.jsonl`, `.ndjson` and `.geojsonl` are read line by line, twice: first for the columns, then for
-the rows. Blank lines are skipped, a line that is an array with objects is a row for each element.
-What cannot be a row goes to topic `json_rejects` with its line (from 1; null in a document), the
-reason and the raw text (undecodable bytes as `\\xNN`): a line that is not JSON, not in the file's
-encoding or repeats a key within an object; a record with NaN or Infinity, which JSON does not have;
-a record with a number that neither a double nor a decimal of 38 digits holds.
+`.jsonl`, `.ndjson` and `.geojsonl` files are read line by line, twice: first for the columns, then
+for the rows. Blank lines are skipped; a line that is an array with objects gives a row for each
+element. Rejects go to topic `json_rejects` with the line (from 1; null in a document), the reason
+and the raw text (invalid bytes as `\\xNN`). Rejected are lines that are not JSON, are not in the
+file's encoding or repeat a key in an object; records with NaN or Infinity, which JSON does not
+have; and records with a number that fits neither a double nor a decimal of 38 digits.
 
-A GeoJSON feature is a row of its properties, with its other members as `feature_<name>`. What is
-not an object is a row with the one column `value`.
+A GeoJSON feature is a row of its properties, with its other members as `feature_<name>`. A value
+that is not an object is a row with the one column `value`.
 
-**Which columns.** Each top-level key is one. Its type holds for all of the file:
+**Columns.** Each top-level key is a column. Its type depends on all of its values in the file:
 
-    nothing but null      null: no type yet
+    only null             null, which is not a type yet
     true and false        boolean
     text                  text
     whole numbers         int64
-    numbers               double, where the shortest text of the double nearest to each of them has
-                          its value: 0.1 and 1e3, not 12345678901234567.89
-    numbers otherwise     decimal(38, 18), or of as many digits after the point as there are:
+    numbers               double, if the shortest text of the double nearest to each number has the
+                          number's value: 0.1 and 1e3, but not 12345678901234567.89
+    other numbers         decimal(38, 18), or with more digits after the point if they need them:
                           whole numbers beyond 64 bits, numbers of 17 digits and more
-    what has no room      JSON text, which the log says: whole numbers of more than 38 digits
+    numbers too long      JSON text, with a note in the log: whole numbers of more than 38 digits
     anything else         JSON text: arrays, objects, columns of mixed kinds
 
-Numbers within JSON text stay as they were written. A missing key and `null` are both null. A lone
-surrogate in a text stays the escape it was (`\\udNNN`). A file with more than 1000 keys, or none,
-has the one column `value`, JSON text of each row. Names: white space is folded, an empty key
-becomes `column_3` (its position), keys that differ in case only `name_2`, `_cf_x` becomes
-`x_cf_x`; 100 characters are kept.
+Numbers in JSON text stay as they were written. A missing key and `null` are both null. A lone
+surrogate in a text stays an escape (`\\udNNN`). A file with more than 1000 keys, or none, has the
+one column `value`, the JSON text of each row. Column names: runs of white space become one space,
+an empty key becomes `column_3` (its position), keys that differ only in case `name_2`, `_cf_x`
+becomes `x_cf_x`, and names are cut to 100 characters.
 
-**Option `types`** settles columns whose types differ from file to file. `text` makes every column
-text: texts as they are, all else as JSON text. `double` takes the nearest double for every number
-that is not an int64. `id:text,lat:double,sum:decimal` says it of some columns, by their keys; there
-`decimal` is decimal(38, 18), and a record with another value is a reject.
+**Option `types`** sets the types of columns that differ from file to file. `text` makes every
+column text: texts stay as they are, other values become JSON text. `double` makes every number that
+is not an int64 the nearest double. `id:text,lat:double,sum:decimal` sets single columns by their
+keys; `decimal` is decimal(38, 18), and a record with another value is rejected.
 """
 
 from __future__ import annotations
@@ -91,19 +91,19 @@ PAGES = {
     "entries", "hits", "documents", "docs", "list", "objects", "elements", "content", "nodes",
     "edges", "events", "members", "messages",
 }  # fmt: skip
-"""Names of a member whose array, when it is empty, still says that the document is a page."""
+"""Names of members that make a document a page even if their array is empty."""
 MAX_COLUMNS = 1000
 BLOCK = 1 << 16
 LOOK = 10
-"""Lines that tell lines from a document printed over many."""
+"""Lines to read for telling JSON lines from a document with line breaks."""
 DIGITS = 38
 SCALE = 18
-"""Digits after the point of most decimals: outputs of one topic should agree."""
+"""The usual number of digits after the point of decimals, so that a topic's outputs agree."""
 PLAIN, ONE = Context(prec=100), Decimal(1)
 REJECTS = pa.schema([("line", pa.int64()), ("reason", pa.string()), ("raw", pa.string())])
 BLANKS = " \t\r\n"
 MARKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"
-"""What may stand around a brace, in any encoding of JSON."""
+"""Bytes that may surround a brace in any encoding of JSON."""
 NUMBERS = {"int", "long", "big", "huge", "float", "decimal"}
 ANY = NUMBERS | {"none"}
 
@@ -112,15 +112,15 @@ Kinds = dict[str, set[str]]
 
 
 class Number(str):
-    """The text of a number that Python would write otherwise."""
+    """The text of a number that Python would write differently."""
 
 
 class Constant(str):
-    """NaN, Infinity or -Infinity, which are in some files and not in JSON."""
+    """NaN, Infinity or -Infinity: some files have them, though JSON does not."""
 
 
 class Entry(NamedTuple):
-    """A row and about how many bytes it has, or what is no row and the reason why."""
+    """A row with its approximate size in bytes, or a reject with its reason and text."""
 
     row: dict[str, Any]
     size: int
@@ -130,11 +130,11 @@ class Entry(NamedTuple):
 
 
 class Column(NamedTuple):
-    """What a column is in all of a file."""
+    """A column's type in a file."""
 
     type: Any
     values: Callable[[Any], Any]
-    """Makes a value that is not null one that Arrow takes for the type."""
+    """Converts a value that is not null to one that Arrow accepts for the type."""
 
 
 class Handler(BasePlugin):
@@ -168,11 +168,11 @@ class Handler(BasePlugin):
 
 
 class Reader:
-    """Reads one file: twice where it is lines.
+    """Reads the records of one file.
 
     Args:
-        start: the first bytes of its text.
-        options: those of the MANIFEST.
+        start: the first bytes of the file, unpacked.
+        options: the MANIFEST's options.
     """
 
     def __init__(self, start: bytes, options: Mapping[str, Any]) -> None:
@@ -184,19 +184,19 @@ class Reader:
         self.forced, self.every = forced_types(str(options.get("types", "")))
         self.records = str(options.get("records", ""))
         self._constants = False
-        """Whether what was parsed last has a Constant in it."""
+        """Whether the value parsed last has a Constant in it."""
         self._numbers = False
-        """Whether a Number was ever parsed."""
+        """Whether any parsed value had a Number in it."""
         self._decoder = json.JSONDecoder(
             object_pairs_hook=unique, parse_float=self._fraction, parse_int=self._whole,
             parse_constant=self._constant,
         )  # fmt: skip
 
     def entries(self, path: str) -> Callable[[], Iterator[Entry]]:
-        """What reads the file from its beginning, as often as it is called.
+        """Return a function that reads the file's entries from the beginning at each call.
 
         Raises:
-            ValueError: it is a document that is not JSON.
+            ValueError: the file is a document that is not JSON.
         """
         with open_bytes(path) as file:
             found = islice((line for line in self._split(file) if self._is_text(line)), LOOK)
@@ -209,7 +209,7 @@ class Reader:
         try:
             return partial(iter, self.document(path))
         except ValueError:
-            # Of damaged lines the first may be cut to a brace.
+            # The first of damaged JSON lines may have been cut to a brace.
             if named and any(map(self._is_value, later)):
                 return partial(self.lines, path)
             raise
@@ -225,7 +225,7 @@ class Reader:
         """The rows of a file that is one JSON document.
 
         Raises:
-            ValueError: it is not JSON; the message says where.
+            ValueError: the file is not JSON; the message has the line and column.
         """
         with open_bytes(path) as file:
             data = file.read()
@@ -248,7 +248,7 @@ class Reader:
         ]  # fmt: skip
 
     def survey(self, entries: Iterable[Entry], kinds: Kinds) -> None:
-        """Add the kinds of the entries' values."""
+        """Add the kinds of the entries' values to `kinds`."""
         for entry in entries:
             for name, value in entry.row.items() if not entry.reason else ():
                 seen = kinds.setdefault(name, set())
@@ -256,7 +256,7 @@ class Reader:
                     seen.add(kind(value))
 
     def columns(self, kinds: Kinds, entries: Callable[[], Iterator[Entry]]) -> dict[str, Column]:
-        """The columns that all of the file agrees on."""
+        """The column for each key, with a type that fits all of its values."""
         found = {name: self._column(name, seen) for name, seen in kinds.items()}
         missing = [name for name, column in found.items() if column is None]
         rooms = dict.fromkeys(missing, (0, 0))
@@ -276,7 +276,7 @@ class Reader:
         return {name: column or self.json_text() for name, column in found.items()}
 
     def json_text(self) -> Column:
-        """A column of anything."""
+        """A column that accepts every value."""
         return Column(pa.string(), self.dumps)
 
     def dumps(self, value: Any) -> str:
@@ -289,7 +289,7 @@ class Reader:
         return written(value)
 
     def _column(self, name: str, seen: set[str]) -> Column | None:
-        """None: it is a decimal, if there is room."""
+        """The column for a key; None if it needs a decimal, whose digits are not counted yet."""
         forced = self.forced.get(name, self.every)
         if forced == "text":
             return Column(pa.string(), lambda v: v if type(v) is str else self.dumps(v))
@@ -330,7 +330,7 @@ class Reader:
                 yield Entry(row, size)
 
     def _records_of(self, document: Any) -> tuple[list[Any], dict[str, Any]]:
-        """The records of a document, and the members that stand beside them."""
+        """The records of a document, and the members beside their array."""
         if self.records == ".":
             return [document], {}
         if self.records:
@@ -363,7 +363,7 @@ class Reader:
         return rows, document
 
     def _reason(self, row: Mapping[str, Any]) -> str:
-        """Why it cannot be a row; empty where it can."""
+        """The reason to reject a record; empty if it can be a row."""
         if self._constants and (constant := constant_in(list(row.values()))):
             name = next(name for name, value in row.items() if constant_in([value]))
             return f"{constant} is no number of JSON: {name!r}"
@@ -402,13 +402,13 @@ class Reader:
             raise ValueError(message) from error
 
     def _is_text(self, data: bytes) -> bool:
-        """Whether there is more than white space."""
+        """Whether the bytes have more than white space."""
         if self.encoding != "utf-8":
             return bool(data.decode(self.encoding, "replace").strip(BLANKS + "\ufeff"))
         return bool(data.removeprefix(b"\xef\xbb\xbf").strip())
 
     def _values(self, text: str) -> list[Any]:
-        """The JSON value in a text; or all of them, where they are objects one after another.
+        """The JSON value in a text, or several if they are objects one after another.
 
         Raises:
             ValueError: as `_parse`.
@@ -436,7 +436,7 @@ class Reader:
         """The JSON value in a text.
 
         Raises:
-            ValueError: not JSON, or an object with a key twice.
+            ValueError: the text is not JSON, or an object has a key twice.
         """
         self._constants = False
         try:
@@ -447,7 +447,7 @@ class Reader:
             raise ValueError("nested too deeply") from error
 
     def _split(self, file: Any) -> Iterator[bytes]:
-        """The lines of a file, each with its end."""
+        """The lines of a file, each with its line end."""
         if self.newline == b"\n":
             yield from file
             return
@@ -457,7 +457,7 @@ class Reader:
             start, at = 0, max(len(rest) - width, 0)
             rest += block
             while (at := rest.find(self.newline, at)) >= 0:
-                if at % width:  # half of one character and half of the next
+                if at % width:  # a match across two characters
                     at += 1
                     continue
                 at += width
@@ -492,10 +492,10 @@ KIND_NAMES = {
 
 
 def forced_types(option: str) -> tuple[dict[str, str], str]:
-    """What option `types` says of columns by their keys, and of every other.
+    """Parse option `types`: the types by key, and the type for all other columns.
 
     Raises:
-        ValueError: it says something else.
+        ValueError: the option is invalid.
     """
     forced: dict[str, str] = {}
     every = ""
@@ -515,14 +515,14 @@ def forced_types(option: str) -> tuple[dict[str, str], str]:
 
 
 def encoding_of(start: bytes) -> str:
-    """The encoding of JSON, by its byte order mark, or by zeros beside its first character.
+    """The encoding of JSON, from its byte order mark or from zeros beside its first character.
 
-    Zeros alone prove nothing: without a mark the start must be plausible text in that encoding.
+    Without a mark, the start must also be plausible text in that encoding.
     """
     found = json.detect_encoding(start[:4])
     if found in ("utf-8", "utf-8-sig"):
         return "utf-8"
-    if found in ("utf-16", "utf-32"):  # there is a mark, which says the order
+    if found in ("utf-16", "utf-32"):  # there is a mark, which gives the byte order
         return found + ("-le" if start[:1] == b"\xff" else "-be")
     try:
         text = codecs.getincrementaldecoder(found)().decode(start)
@@ -534,7 +534,7 @@ def encoding_of(start: bytes) -> str:
 
 
 def is_records(value: Any) -> bool:
-    """A list that has an object among its elements."""
+    """Whether a value is a list with an object among its elements."""
     return isinstance(value, list) and any(isinstance(item, dict) for item in value)
 
 
@@ -549,7 +549,7 @@ def row_of(value: Any) -> dict[str, Any]:
 
 
 def beside(row: dict[str, Any], prefix: str, others: dict[str, Any]) -> dict[str, Any]:
-    """The row and the others, whose names get the prefix until they are free."""
+    """Add other members to a row, with the prefix (repeated if a name is taken)."""
     whole = dict(row)
     for key, value in others.items():
         name = prefix + key
@@ -569,7 +569,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def constant_in(values: list[Any]) -> str:
-    """A Constant among values or within them; empty where there is none."""
+    """A Constant in values, at any depth; empty if there is none."""
     todo = list(values)
     while todo:
         value = todo.pop()
@@ -583,7 +583,7 @@ def constant_in(values: list[Any]) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value other than null is, for the type of its column."""
+    """The kind of a value that is not null, from which its column's type is chosen."""
     if isinstance(value, Number):
         return kind_of_number(value)
     if isinstance(value, bool | float | str):
@@ -599,8 +599,8 @@ def kind(value: Any) -> str:
 
 
 def kind_of_number(text: Number) -> str:
-    """`float` where the shortest text of the nearest double has the same value; `none` where no
-    type of number holds it."""
+    """The kind of a number: `float` if the shortest text of the nearest double has the same value,
+    `none` if no number type holds it."""
     if text.lstrip("-").isdigit():
         return "big" if len(text.lstrip("-")) <= DIGITS else "huge"
     try:
@@ -614,19 +614,19 @@ def kind_of_number(text: Number) -> str:
 
 
 def decimal(value: Any) -> Decimal:
-    """A number as the decimal that it is written as."""
+    """A number as the decimal with the same digits."""
     return Decimal(repr(value) if isinstance(value, float) else value)
 
 
 def plain_decimal(value: Any) -> Decimal:
-    """The same without an exponent and without zeros at its end, as Arrow wants it."""
+    """A number as a decimal without exponent and trailing zeros, as Arrow requires."""
     exact = PLAIN.normalize(decimal(value))
     exponent = exact.as_tuple().exponent
     return exact if isinstance(exponent, int) and exponent <= 0 else PLAIN.quantize(exact, ONE)
 
 
 def room(value: Decimal) -> tuple[int, int]:
-    """Digits that it needs before the point, and after it."""
+    """How many digits a number needs before the point, and after it."""
     _, digits, exponent = value.as_tuple()
     if not any(digits) or not isinstance(exponent, int):
         return 0, 0
@@ -653,7 +653,7 @@ def is_double(value: Any) -> bool:
 
 
 def written(value: Any) -> str:
-    """JSON text in which Numbers and Constants are as they were, of any depth."""
+    """JSON text with Numbers and Constants as they were written; values may nest deeply."""
     out: list[str] = []
     todo = [value]
     while todo:
@@ -668,7 +668,7 @@ def written(value: Any) -> str:
 
 
 def pieces(value: dict[str, Any] | list[Any]) -> Iterator[Any]:
-    """The members of an object or an array, and as Number what stands around them."""
+    """The members of an object or array; the punctuation between them as Number."""
     comma = ""
     if isinstance(value, dict):
         yield Number("{")
@@ -696,7 +696,7 @@ def table(rows: list[dict[str, Any]], columns: Mapping[str, Column]) -> Any:
 
 
 def texts(values: Iterable[str | None]) -> Any:
-    """Texts as Arrow has them; a lone surrogate, which it has not, as its escape."""
+    """An Arrow array of texts; lone surrogates, which Arrow cannot hold, become escapes."""
     values = list(values)
     try:
         return pa.array(values, pa.string())

@@ -2,21 +2,21 @@
 # requires-python = ">=3.11"
 # dependencies = ["evtx>=0.14", "pyarrow>=23.0.1"]
 # ///
-"""Windows event logs (EVTX) become rows of topic `windows_events`: one an event record.
+"""Windows event logs (EVTX) become rows of topic `windows_events`, one for each event record.
 
-`record_id` and `timestamp` (UTC, microseconds) are those of the record's header; `event_id`,
-`level`, `provider`, `channel` and `computer` are those of its System element, null where it has
-none. `event_data` is the EventData, UserData or whatever else the event holds besides System, as
-JSON text; `system` is the whole System element as JSON text, so that nothing is left out.
+`record_id` and `timestamp` (UTC, microseconds) are from the record's header; `event_id`, `level`,
+`provider`, `channel` and `computer` from its System element, null if it lacks them. `event_data` is
+the EventData, UserData or any other content of the event, as JSON text; `system` is the whole
+System element as JSON text, so that nothing is lost.
 
-A log is made of chunks of 64 KiB, which number their records. What is there becomes rows, also in
-a chunk that is cut or damaged. What cannot be read, or is not there although the chunks around it
-or the header of the log say so, goes to topic `windows_event_rejects`: the chunk (from 0), its
-place in the file, the first and the last record, how many they are (null where nobody can know),
-and the reason. A reject of 0 records says that the rows of a chunk may be wrong, since its checksum
-is. Chunks of zeros after the last one are what Windows keeps free. Record numbers that are missing
-between whole chunks are told in the log: a log that was exported or cleared lacks some.
-A file that is not an event log at all fails the job; an empty one publishes nothing.
+A log consists of chunks of 64 KiB, and the records in them are numbered. All readable records
+become rows, also those of chunks that are cut or damaged. Records that cannot be read, or are
+missing although other chunks or the log's header count them, go to topic `windows_event_rejects`:
+the chunk (from 0), its offset in the file, the first and the last record, their number (null if it
+cannot be known), and the reason. A reject of 0 records means that the rows of a chunk may be wrong,
+because its checksum is. Chunks of zeros at the end are space that Windows reserves. Record numbers
+missing between intact chunks are only logged, because logs that were exported or cleared lack some.
+A file that is not an event log fails the job; an empty file publishes nothing.
 """
 
 from __future__ import annotations
@@ -67,27 +67,27 @@ REJECTS = pa.schema(
     ]
 )
 
-HEADER, CHUNK, FIRST = 4096, 65536, 512  # bytes of the log's header, of a chunk, of its own header
-LOG_HEADER = 128  # bytes of the log's header that say something
+HEADER, CHUNK, FIRST = 4096, 65536, 512  # bytes: log's header, a chunk, a chunk's header
+LOG_HEADER = 128  # bytes of the log's header that are used
 SMALLEST = 28  # bytes of a record without an event
-GAP = (1 << 64) - 1  # the number of a record that stands for bytes that are none
-MOST = (CHUNK - FIRST) // SMALLEST  # records that a chunk can hold
+GAP = (1 << 64) - 1  # number of a record that fills bytes between records
+MOST = (CHUNK - FIRST) // SMALLEST  # the most records of a chunk
 
 Row = dict[str, Any]
 
 
 class LogHeader(NamedTuple):
-    """What the header of the log says of its chunks."""
+    """The header of the log."""
 
     first_chunk: int
     chunks: int
     next_record: int
     current: bool
-    """Whether it can be believed: it is whole, and the log was closed when it was copied."""
+    """Whether it is intact, and the log was closed when it was copied."""
 
 
 class Chunk:
-    """64 KiB of the log, or as much of them as there is."""
+    """64 KiB of the log, or less if the file ends in it."""
 
     def __init__(self, index: int, data: bytes) -> None:
         self.index = index
@@ -96,25 +96,25 @@ class Chunk:
         self.offset = HEADER + index * CHUNK
         self.magic = data.startswith(b"ElfChnk\0") and self.size >= FIRST
         self.whole = self.magic and zlib.crc32(data[:120] + data[128:FIRST]) == number_at(data, 124)
-        """Whether its header can be believed."""
+        """Whether its header is intact."""
         self.empty = not data.strip(b"\0")
         self.free = number_at(data, 48) if self.whole else CHUNK
         self.first = self.last = self.shift = self.first_id = self.last_id = 0
-        """The numbers of its first and last record by its header, counted from 1 in a log, and what
-        their `record_id` is more."""
+        """`first` and `last`: numbers of its first and last record, counted from 1 in the log;
+        `first_id` and `last_id`: their `record_id`; `shift`: the difference of the two."""
         self.dense = False
-        """Whether that is the same for all of its records; it is not in a log exported in part."""
+        """Whether the shift is the same for all records; it differs in logs exported in part."""
         if self.whole and FIRST < self.free <= CHUNK:
             first, last, self.first_id, self.last_id = struct.unpack_from("<QQQQ", data, 8)
             if 0 < first <= last < GAP >> 1 > self.last_id and last - first < MOST:
                 self.first, self.last, self.shift = first, last, self.first_id - first
                 self.dense = self.last_id - last == self.shift
         self.found: list[tuple[int, int, int]] = []
-        """The records that are there: where, how long and which `record_id`."""
+        """Offset, size and `record_id` of the records found in it."""
 
     @property
     def numbered(self) -> bool:
-        """Whether it says which records it has."""
+        """Whether its header has the numbers of its records."""
         return self.whole and self.last > 0
 
     @property
@@ -182,7 +182,7 @@ def read_records(file: IO[bytes]) -> Iterator[Row]:
         if chunk.empty and chunk.index >= header.chunks:
             free.append(chunk)
         else:
-            for ready in (*free, chunk):  # zeros before another chunk are not what was kept free
+            for ready in (*free, chunk):  # zeros before another chunk are not reserved space
                 find_records(ready)
                 yield from read_chunk(ready)
                 ready.data = b""  # its bytes are no longer needed
@@ -198,7 +198,7 @@ def read_records(file: IO[bytes]) -> Iterator[Row]:
 
 
 def read_header(data: bytes) -> LogHeader:
-    """What the header says, or as little as is certain."""
+    """Read the log's header; a damaged one counts as empty."""
     if not data.startswith(b"ElfFile\0") or zlib.crc32(data[:120]) != number_at(data, 124):
         print("the header of the log is damaged: how many records there were is not known")
         return LogHeader(0, 0, 0, False)
@@ -209,14 +209,14 @@ def read_header(data: bytes) -> LogHeader:
 
 
 def find_records(chunk: Chunk) -> None:
-    """Find the records of a chunk by their form, also behind bytes that are none."""
+    """Find the records of a chunk by their structure, also after damaged bytes."""
     data, at, last = chunk.data, FIRST, -1
     if not chunk.magic and chunk.empty:
         return
     while at < len(data):
         size, number = number_at(data, at + 4), number_at(data, at + 8, 8)
         fits = SMALLEST <= size <= len(data) - at and number_at(data, at + size - 4) == size
-        # What lies in the free part of a chunk is old, unless it goes on where the header stops.
+        # Records in the free part of a chunk are old, unless they continue its last record.
         if at >= chunk.free:
             follows = number == last + 1
         elif chunk.numbered:
@@ -235,7 +235,7 @@ def find_records(chunk: Chunk) -> None:
 
 
 def read_chunk(chunk: Chunk) -> Iterator[Row]:
-    """The records that are there: rows, or a reject each."""
+    """The records found in a chunk, each as a row or a reject."""
     if not chunk.found:
         return
     left = {number for _, _, number in chunk.found}
@@ -276,7 +276,7 @@ def read_chunk(chunk: Chunk) -> Iterator[Row]:
 
 
 def repaired(chunk: Chunk) -> bytes:
-    """A log of the one chunk, in which a record stands wherever the bytes are none."""
+    """A log of one chunk, in which filler records replace the bytes between its records."""
     data = bytearray(chunk.data.ljust(CHUNK, b"\0"))
     at = FIRST
     for place, size, _ in chunk.found:
@@ -294,7 +294,7 @@ def repaired(chunk: Chunk) -> bytes:
 
 
 def missing_records(header: LogHeader, chunks: list[Chunk]) -> Iterator[Row]:
-    """Rejects for the records that are not there, by what the chunks and the header say."""
+    """Rejects for records that are missing according to the chunks and the log's header."""
     for chunk in chunks:
         if chunk.numbered:
             yield from missing(chunk.state, [chunk], chunk.first, chunk.last, [chunk])
@@ -328,7 +328,7 @@ def missing_records(header: LogHeader, chunks: list[Chunk]) -> Iterator[Row]:
 
 
 def in_order(header: LogHeader, chunks: list[Chunk]) -> list[Chunk]:
-    """The chunks from the oldest on: a log that is full goes on at its beginning."""
+    """The chunks from the oldest on: a full log continues at its beginning."""
     numbered = [chunk for chunk in chunks if chunk.numbered]
     start = header.first_chunk if header.current and header.first_chunk < len(chunks) else 0
     if not header.current and numbered:
@@ -340,7 +340,7 @@ def in_order(header: LogHeader, chunks: list[Chunk]) -> list[Chunk]:
 def lost(
     unread: list[Chunk], first: int | None, last: int | None, sides: list[Chunk]
 ) -> Iterator[Row]:
-    """Rejects for chunks whose own header says nothing, between others that have one."""
+    """Rejects for chunks without a usable header, between chunks (`sides`) that have one."""
     what = "; ".join(chunk.state for chunk in unread[:3])
     if first is None or last is None:
         here = sum(len(chunk.found) for chunk in unread)
@@ -353,7 +353,7 @@ def lost(
 def missing(
     what: str, chunks: list[Chunk], first: int, last: int, sides: list[Chunk]
 ) -> Iterator[Row]:
-    """Rejects for the records with these numbers that are not in the chunks."""
+    """Rejects for the records of a range of numbers that were not found in the chunks."""
     found = {number for chunk in chunks for _, _, number in chunk.found}
     shifts = {chunk.shift for chunk in sides}
     if len(shifts) > 1 or not all(chunk.dense for chunk in sides):
@@ -376,7 +376,7 @@ def row_of(record: dict[str, Any]) -> dict[str, Any]:
     """One row of `windows_events`.
 
     Raises:
-        ValueError: a value is not what an event has in its place.
+        ValueError: a value of the event is invalid.
     """
     event = json.loads(record["data"])["Event"]
     system = event.get("System") or {}
@@ -395,6 +395,6 @@ def row_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def number(value: Any) -> int | None:
-    """An element that is a number, a text, or a text with attributes."""
+    """The number in an element that is a number, a text, or a text with attributes."""
     text = value.get("#text") if isinstance(value, dict) else value
     return None if text is None else int(text)
