@@ -1,6 +1,6 @@
-"""Measured comparisons with the plain script or the known tool that a person would use instead.
+"""Benchmarks against the plain script or the common tool that does the same work.
 
     python -m benchmarks [NAME ...] [--rounds N] [--quick] [--scratch DIR]
 
-`catalogue.py` says what is compared, `ours/` and `peers/` hold the programs of the two sides.
+`catalogue.py` defines the comparisons; `ours/` and `peers/` have the programs of the two sides.
 """

@@ -1,4 +1,4 @@
-"""Run benchmarks and write RESULTS.md; a run of some of them replaces their sections only."""
+"""Run benchmarks and write their sections of RESULTS.md; other sections stay as they are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--rounds", type=int, default=5, help="measured runs of each side (5)")

@@ -1,4 +1,4 @@
-"""What is compared with what. Each function makes its input and returns the comparison."""
+"""The benchmarks. Each function creates its input and returns the comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIND_THEN_IMPORT = 'find "$1" -type f -printf "$2" && "$3" -c "import sqlalchemy
 
 PARQUET = ("write_table", "peers/parquet_write.py", "parquet://out")
 SQLITE = ("executemany", "peers/sqlite_insert.py", "sqlite:///tables.sqlite3")
-"""A sink's peer: its name, its script; and the sink."""
+"""Name of the peer, script of the peer, and URI of our sink."""
 LOAD = "`load` leaves out Python's start and imports."
 BEFORE = "The whole process contains the version before. "
 
@@ -106,7 +106,7 @@ def scan_100k(inputs: Path, quick: bool) -> Benchmark:
 
 
 def snapshots(inputs: Path, quick: bool) -> Benchmark:
-    """What it costs to keep the bytes of recorded versions."""
+    """The cost of keeping the bytes of recorded versions."""
     source = csv_files(inputs / "source", 200 if quick else 5_000)
     none = _home(inputs, source)
     kept = inputs / "kept"
@@ -128,7 +128,7 @@ def snapshots(inputs: Path, quick: bool) -> Benchmark:
 
 
 def help(inputs: Path, quick: bool) -> Benchmark:
-    """How fast the front door opens."""
+    """How fast the command line starts."""
     text = (
         "`casparian --help`, against a Python that imports typer and does nothing. Neither "
         "writes anything."
@@ -140,7 +140,7 @@ def help(inputs: Path, quick: bool) -> Benchmark:
 
 
 def oneshot(inputs: Path, quick: bool) -> Benchmark:
-    """What cron starts every minute."""
+    """A scan without changes as a whole process, as cron may start it every minute."""
     files = 1_000 if quick else 10_000
     source = tiny_files(inputs / "source", files)
     known = _scanned(inputs, _home(inputs, source))
@@ -170,7 +170,7 @@ def sink_parquet(inputs: Path, quick: bool) -> Benchmark:
 
 
 def sink_parquet_replace(inputs: Path, quick: bool) -> Benchmark:
-    """Rows into the Parquet sink, in the place of as many."""
+    """Rows into the Parquet sink that replace as many."""
     rows = _rows(inputs, quick)
     text = (
         f"{rows:,} rows of 10 columns from an Arrow file, in the place of as many of the version "
@@ -196,7 +196,7 @@ def sink_sqlite(inputs: Path, quick: bool) -> Benchmark:
 
 
 def sink_sqlite_replace(inputs: Path, quick: bool) -> Benchmark:
-    """Rows into the SQLite sink, in the place of as many."""
+    """Rows into the SQLite sink that replace as many."""
     rows = _rows(inputs, quick)
     text = (
         f"{rows:,} rows of 10 columns from an Arrow file, in the place of as many of the version "
@@ -208,14 +208,14 @@ def sink_sqlite_replace(inputs: Path, quick: bool) -> Benchmark:
 
 
 def _rows(inputs: Path, quick: bool) -> int:
-    """Write the Arrow file that the sinks are fed with; how many rows it has."""
+    """Write the Arrow file that the sinks read; returns its number of rows."""
     rows = 50_000 if quick else 1_000_000
     execute(_python("ours/rows.py", inputs / "rows.arrow", rows, SEED), inputs)
     return rows
 
 
 def stream(inputs: Path, quick: bool) -> Benchmark:
-    """Arrow batches from a guest to the host."""
+    """Arrow batches from a guest process to the host."""
     mib = 64 if quick else 1_024
     text = (
         f"{mib:,} MiB of Arrow batches of 1 MiB from a guest process to the host, against a "
@@ -231,7 +231,7 @@ def stream(inputs: Path, quick: bool) -> Benchmark:
 
 
 def _sides(inputs: Path, peer: str, script: str, uri: str, mode: str, rounds: int) -> list[Side]:
-    """The rows through a sink of ours, after the same through the script that does without."""
+    """The peer's script, and our sink with the same rows."""
     source = inputs / "rows.arrow"
     ours = _python("ours/sink.py", source, uri, mode, rounds)
     return [
@@ -245,12 +245,12 @@ def _python(script: str, *arguments: object) -> list[str]:
 
 
 def _alone(command: Command) -> Callable[[Path], Command]:
-    """A command that starts from nothing."""
+    """A command that starts in an empty folder."""
     return lambda folder: command
 
 
 def _in_copy(home: Path, command: Command) -> Callable[[Path], Command]:
-    """A command that starts from a copy of a configuration's folder, the same in each round."""
+    """A command that starts in a copy of a configuration's folder, the same in each round."""
 
     def prepare(folder: Path) -> Command:
         shutil.copytree(home, folder, dirs_exist_ok=True)
@@ -260,7 +260,7 @@ def _in_copy(home: Path, command: Command) -> Callable[[Path], Command]:
 
 
 def _home(inputs: Path, source: Path, plugin: str = "") -> Path:
-    """A configuration's folder: a ledger with one source root, and a plugin deployed."""
+    """A configuration's folder with a ledger, one source root, and a published plugin."""
     home = inputs / "home"
     home.mkdir()
     plugins = [HERE / "plugins" / plugin] if plugin else []
@@ -269,7 +269,8 @@ def _home(inputs: Path, source: Path, plugin: str = "") -> Path:
 
 
 def _scanned(inputs: Path, home: Path) -> Path:
-    """A copy of it that knows every file; the second scan settles stamps that were too young."""
+    """A copy of the folder after a scan. The second scan covers files whose modification times were
+    too recent for the first."""
     known = inputs / "known"
     shutil.copytree(home, known)
     for _ in range(2):

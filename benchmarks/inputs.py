@@ -1,4 +1,4 @@
-"""What the benchmarks read: files and folders made from one seed."""
+"""The benchmarks' input: files and folders generated from one seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SEED = 20_260_101
 
 
 def csv_files(folder: Path, count: int) -> Path:
-    """Files of 8.1 KB: 100 rows of 8 random numbers, all different."""
+    """Write `count` different files of 8.1 KB: 100 rows of 8 random numbers."""
     numbers = random.Random(SEED)
     folder.mkdir()
     header = ",".join(f"column_{n}" for n in range(8))
@@ -20,7 +20,7 @@ def csv_files(folder: Path, count: int) -> Path:
 
 
 def tiny_files(folder: Path, count: int) -> Path:
-    """Files of a few bytes, all different, a hundred to a folder."""
+    """Write `count` different files of a few bytes, a hundred to a folder."""
     for file in range(count):
         parent = folder / f"folder-{file // 100:04}"
         if file % 100 == 0:

@@ -1,8 +1,8 @@
-"""Whole processes, measured in turn: A B C, A B C, so that a slow minute of the machine hits all.
+"""Measure whole processes in turn (A B C, A B C), so that a slow minute affects all sides.
 
-Each side runs once unmeasured, to fill caches and write byte code. Before every run all dirty
-pages are flushed: nobody's fsync pays for what another has written. This module and all that
-imports it stay light, because a child's peak memory begins with that of its parent.
+Each side runs once unmeasured, to fill caches and write byte code. Before every run all dirty pages
+are flushed, so that no fsync writes another side's data. This module and those that import it stay
+light, because a child's peak memory includes its parent's at the fork.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from typing import NamedTuple
 Command = Sequence[str | Path]
 
 WHOLE = "whole process"
-"""The figure every run has: start of the process to its end, seconds."""
+"""The figure of every run: seconds from the start of the process to its end."""
 
 FIGURES = "figures.json"
-"""What a program leaves in its working directory: further figures, name -> seconds."""
+"""A file that a program may leave in its working directory: further figures, name -> seconds."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to do the work: a program, started anew in each round."""
+    """One program that does the work, started anew in each round."""
 
     name: str
     prepare: Callable[[Path], Command]
-    """Makes what a run needs in a fresh folder, off the clock; returns the command line, which
-    is run with that folder as its working directory."""
+    """Prepares a run in a new folder, unmeasured, and returns the command to run there."""
     peers: tuple[str, ...] = ()
-    """The sides this one is compared with; none where it is a peer itself."""
+    """Names of the sides it is compared with; a peer has none."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +46,24 @@ class Benchmark:
     """What is compared, and what is durable on each side when the clock stops."""
     sides: Sequence[Side]
     rows: int = 0
-    """What a figure other than the whole process is a rate of; 0 where it is none of rows."""
+    """Number of rows, for rates of figures other than the whole process; 0: no rates."""
 
 
 class Run(NamedTuple):
-    """One measured run of a side."""
+    """The measurements of one run."""
 
     seconds: dict[str, float]
     cpu_seconds: float
-    """User and system time of the process and all it waited for."""
+    """User and system time of the process and the children it waited for."""
     peak_mib: float
     """Peak resident memory of its largest process."""
 
 
 def measure(sides: Sequence[Side], rounds: int, scratch: Path) -> dict[str, list[Run]]:
-    """Every side once a round; the runs by the side's name.
+    """Run every side once a round; returns the runs by the side's name.
 
     Raises:
-        RuntimeError: a side failed; the message ends with what it printed.
+        RuntimeError: a side failed; the message ends with its output.
     """
     runs: dict[str, list[Run]] = {side.name: [] for side in sides}
     for number in range(rounds + 1):
@@ -76,10 +75,10 @@ def measure(sides: Sequence[Side], rounds: int, scratch: Path) -> dict[str, list
 
 
 def execute(command: Command, folder: Path) -> Run:
-    """Run a program to its end with this working directory.
+    """Run a program to its end in a folder.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the program failed.
     """
     with (folder / "errors.txt").open("w+b") as errors:
         started = time.perf_counter()
@@ -92,13 +91,13 @@ def execute(command: Command, folder: Path) -> Run:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             errors.seek(0)
-            words = errors.read().decode(errors="replace")
-            raise RuntimeError(f"{command} ended with {process.returncode}:\n{words}")
+            output = errors.read().decode(errors="replace")
+            raise RuntimeError(f"{command} ended with {process.returncode}:\n{output}")
     figures = folder / FIGURES
     further = {}
     if figures.exists():
         further = json.loads(figures.read_text())
-        figures.unlink()  # else a copy of the folder would begin with it
+        figures.unlink()  # a copy of the folder must not have it
     cpu = usage.ru_utime + usage.ru_stime
     return Run({WHOLE: wall, **further}, cpu, usage.ru_maxrss / 1024)
 
@@ -114,7 +113,7 @@ def _run(side: Side, scratch: Path) -> Run:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Ours, without what changes Python (byte code off, say), and with signing keys of its own."""
+    """Our environment without settings of Python and Casparian Flow, with its own signing keys."""
     kept = {
         name: value
         for name, value in os.environ.items()

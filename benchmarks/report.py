@@ -1,4 +1,4 @@
-"""RESULTS.md: one section a benchmark, each saying when and where it was measured."""
+"""Write RESULTS.md: a section for each benchmark, with the time and machine of its run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLUMNS = "| what | median s | min | max | n | CPU s | peak RSS MiB | ratio to p
 
 
 def machine(scratch: Path) -> str:
-    """When and where we measure, and how busy the machine is; no names of hosts or folders."""
+    """Time, machine, load and versions of a run; no names of hosts or folders."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     kind = subprocess.run(
         ["df", "--output=fstype", scratch], capture_output=True, text=True, check=True
@@ -51,7 +51,7 @@ def machine(scratch: Path) -> str:
 
 
 def section(name: str, benchmark: Benchmark, runs: Mapping[str, Sequence[Run]], facts: str) -> str:
-    """A benchmark's part of the page."""
+    """A benchmark's section of the page."""
     rows = [
         _row(
             side.name, figure, runs[side.name], {peer: runs[peer] for peer in side.peers},
@@ -66,7 +66,7 @@ def section(name: str, benchmark: Benchmark, runs: Mapping[str, Sequence[Run]], 
 
 
 def save(page: Path, name: str, text: str, order: Sequence[str]) -> None:
-    """Put a section into the page, in the place of its last one; the others stay as they are."""
+    """Replace a benchmark's section of the page; the others stay as they are."""
     parts = page.read_text("utf-8").split("\n\n## ")[1:] if page.exists() else []
     sections = {part.partition("\n")[0]: f"## {part.strip()}" for part in parts} | {name: text}
     kept = [sections[known] for known in order if known in sections]

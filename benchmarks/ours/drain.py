@@ -1,4 +1,4 @@
-"""Be the daemon until every job is COMPLETED, two workers; with --scan, scan first."""
+"""Run the daemon with two workers until every job is COMPLETED; with --scan, scan first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOOK_SECONDS = 0.1
 
 
 def queue_by_scan(settings: Settings) -> float:
-    """Seconds to find, hash, record and queue everything."""
+    """Seconds that the first scan takes: find, hash, record and queue every file."""
     with open_ledger(settings.database) as ledger:
         started = time.perf_counter()
         for root in scout.roots(ledger):
@@ -28,7 +28,7 @@ def queue_by_scan(settings: Settings) -> float:
 
 
 async def run_jobs(settings: Settings) -> float:
-    """Seconds from the daemon's being up to the last job's end."""
+    """Seconds from the start of the running daemon to the end of the last job."""
     async with main.running(settings, "benchmark", workers=2, watch=False) as daemon:
         started = time.perf_counter()
         while (tally := await daemon.ledger.read_soon(jobs.counts)).keys() & set(jobs.UNFINISHED):

@@ -28,7 +28,7 @@ def main(source: str, *plugins: str) -> None:
             keys = config.keys_folder()
             signed = architect.sign(ledger, file, code, lock, manifest.name, "1.0.0", keys)
             architect.deploy(ledger, settings, signed)
-            # Built here, so that no run pays for what a machine does once.
+            # Built here, so that no measured run builds the environment.
             limit = settings.guest.environments_bytes
             EnvironmentStore(config.cache_folder() / "envs", limit).lease(lock).release()
 

@@ -1,4 +1,4 @@
-"""Scan the source roots of the configuration in the working directory, once, as a script would."""
+"""Scan the source roots of the configuration in the working directory once, as a script does."""
 
 from __future__ import annotations
 

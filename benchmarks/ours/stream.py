@@ -1,4 +1,4 @@
-"""Batches of 1 MiB from a guest, checked and dropped: stream.py MIB"""
+"""Batches of 1 MiB from a guest process, validated and dropped: stream.py MIB"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The script somebody would write: CSV files to Parquet on two processes: pandas_pool.py SOURCE
+"""A script that a user would write, CSV files to Parquet on two processes: pandas_pool.py SOURCE
 
-Durable as ours is: each file is fsynced, renamed, and its folder fsynced.
+As durable as ours: each file is fsynced and renamed, and its folder fsynced.
 """
 
 from __future__ import annotations

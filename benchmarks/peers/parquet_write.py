@@ -1,7 +1,7 @@
 """Rows of an Arrow file into a Parquet file: parquet_write.py FILE ROUNDS
 
-The last round is measured; those before it leave a file to be replaced. Durable as ours is: the
-file is fsynced, renamed, and its folder fsynced. Row groups and compression are ours as well.
+The last round is measured; earlier rounds leave a file to replace. As durable as ours: the
+file is fsynced and renamed, and its folder fsynced. Row groups and compression equal ours.
 """
 
 from __future__ import annotations

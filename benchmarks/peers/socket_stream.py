@@ -14,7 +14,7 @@ import pyarrow as pa
 
 READ_BUFFER = 1 << 20
 WRITE_BUFFER = 1 << 16
-"""Bytes; a column is larger and goes out uncopied. The fastest pair of those tried."""
+"""Bytes; columns are larger, and are sent without a copy. The fastest pair of those measured."""
 
 
 def send(wire: socket.socket, batch: pa.RecordBatch, mib: int) -> None:

@@ -1,6 +1,6 @@
 """Rows of an Arrow file into a SQLite table, in one transaction: sqlite_insert.py FILE ROUNDS
 
-The last round is measured; those before it leave rows, which it deletes in its transaction.
+The last round is measured; it deletes the rows of earlier rounds in its transaction.
 """
 
 from __future__ import annotations
