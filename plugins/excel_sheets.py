@@ -899,18 +899,13 @@ class Parts:
     def links(self, name: str) -> dict[str, tuple[str, str]]:
         """A part's relationships: id -> kind and target part, both in lower case."""
         folder, _, base = name.rpartition("/")
-        found: dict[str, tuple[str, str]] = {}
-
-        def start(name: str, attrs: dict[str, str]) -> None:
-            tag = LOCAL[name]
+        rels = part_name(folder, f"_rels/{base}.rels").lower()
+        links: dict[str, tuple[str, str]] = {}
+        for tag, attrs in elements(self.open(rels)) if rels in self.entries else ():
             if tag == "Relationship" and attrs.get("TargetMode") != "External":
                 path = part_name(folder, attrs.get("Target", "").replace("\\", "/"))
-                found[attrs.get("Id", "")] = (attrs.get("Type", "").lower(), path.lower())
-
-        rels = part_name(folder, f"_rels/{base}.rels").lower()
-        if rels in self.entries:
-            parse(self.open(rels), start)
-        return found
+                links[attrs.get("Id", "")] = (attrs.get("Type", "").lower(), path.lower())
+        return links
 
     def related(self, name: str, kind: str) -> list[str]:
         return [path for link, path in self.links(name).values() if link.endswith(kind)]
@@ -938,23 +933,22 @@ class LocalNames(dict[str, str]):
 LOCAL = LocalNames()
 
 
-Start = Callable[[str, dict[str, str]], None]
-
-
-def parse(
-    stream: IO[bytes],
-    start: Start,
-    end: Callable[[str], None] | None = None,
-    text: Callable[[str], None] | None = None,
-) -> None:
-    for _ in pieces(stream, start, end, text):
-        pass
+def elements(stream: IO[bytes]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The elements of an XML part: tag and attributes at the start, `/tag` at the end."""
+    found: list[tuple[str, dict[str, str]]] = []
+    for _ in pieces(
+        stream,
+        lambda name, attrs: found.append((LOCAL[name], attrs)),
+        lambda name: found.append((f"/{LOCAL[name]}", {})),
+    ):
+        yield from found
+        found.clear()
 
 
 def pieces(
     stream: IO[bytes],
-    start: Start,
-    end: Callable[[str], None] | None = None,
+    start: Callable[[str, dict[str, str]], None],
+    end: Callable[[str], None],
     text: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
     """Parse XML in pieces. Handlers get names with their namespace; LOCAL removes it."""
@@ -985,27 +979,22 @@ def refuse_doctype(*_: Any) -> None:
 
 
 def open_xlsx(parts: Parts, name: str) -> Book:
-    formats, found = Formats(), list[tuple[str, str]]()
-    links = parts.links(name)
-    book = Book([])
-
-    def start(name: str, attrs: dict[str, str]) -> None:
-        tag = LOCAL[name]
+    formats, links, book = Formats(), parts.links(name), Book([])
+    sheets: list[tuple[str, str]] = []
+    for tag, attrs in elements(parts.open(name)):
         if tag == "workbookPr":
             formats.base_1904 = attrs.get("date1904") in ("1", "true")
         elif tag == "calcPr":
             book.recalculate = attrs.get("fullCalcOnLoad") in ("1", "true")
         elif tag == "sheet":
             link = next((attrs[key] for key in attrs if key.endswith("|id")), "")
-            found.append((attrs.get("name", ""), link))
-
-    parse(parts.open(name), start)
+            sheets.append((attrs.get("name", ""), link))
     for style in parts.related(name, "/styles"):
         read_styles(parts.open(style), formats)
     strings: list[str] = []
     for shared in parts.related(name, "/sharedstrings"):
         strings = shared_strings(parts.open(shared))
-    for title, link in found:
+    for title, link in sheets:
         kind, path = links.get(link, ("", ""))
         if not kind:
             raise damaged(f"it has no part for its sheet {title!r}")
@@ -1016,24 +1005,14 @@ def open_xlsx(parts: Parts, name: str) -> Book:
 
 def read_styles(stream: IO[bytes], formats: Formats) -> None:
     inside = False
-
-    def start(name: str, attrs: dict[str, str]) -> None:
-        tag = LOCAL[name]
-        nonlocal inside
-        if tag == "numFmt" and attrs.get("numFmtId", "").isdigit():
+    for tag, attrs in elements(stream):
+        if tag in ("cellXfs", "/cellXfs"):
+            inside = tag == "cellXfs"
+        elif tag == "numFmt" and attrs.get("numFmtId", "").isdigit():
             formats.codes.setdefault(int(attrs["numFmtId"]), attrs.get("formatCode", ""))
-        elif tag == "cellXfs":
-            inside = True
         elif tag == "xf" and inside:
             number = attrs.get("numFmtId", "")
             formats.cells.append(int(number) if number.isdigit() else 0)
-
-    def end(name: str) -> None:
-        tag = LOCAL[name]
-        nonlocal inside
-        inside = inside and tag != "cellXfs"
-
-    parse(stream, start, end)
 
 
 ESCAPE = re.compile(r"_x([0-9A-Fa-f]{4})_")
@@ -1086,7 +1065,8 @@ def shared_strings(stream: IO[bytes]) -> list[str]:
             if size > STRINGS_BYTES:
                 raise too_many_strings()
 
-    parse(stream, start, end, text)
+    for _ in pieces(stream, start, end, text):
+        pass
     return strings
 
 
