@@ -89,6 +89,12 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def own_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of the test's own: it may rotate them."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "me"))
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A filesystem with room for next to nothing."""
     with in_memory(tmp_path / "small", "64k") as folder:

@@ -44,6 +44,9 @@ ROWS = plugin(
     """,
 )
 
+OTHER = ROWS.replace("*.txt", "*.text")
+"""Another artifact of the same plugin."""
+
 QUIET = ROWS.replace("        self.publish", "        if lines:\n            self.publish")
 """Publishes nothing where the file has no line."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -16,11 +15,10 @@ __all__ = ["azure", "certificates", "clock", "private_keys", "unused"]
 
 
 @pytest.fixture(autouse=True)
-def tenant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Publishers sign in, with keys that are nobody else's."""
+def tenant(own_keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publishers sign in."""
     monkeypatch.setenv("AZURE_TENANT_ID", TENANT)
     monkeypatch.setenv("AZURE_CLIENT_ID", CLIENT)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "me"))
 
 
 def test_a_publisher_signs_in_and_is_recorded(casparian: Casparian, azure: StandIn) -> None:

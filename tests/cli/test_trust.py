@@ -14,15 +14,9 @@ from casparian_flow.db.access import open_ledger
 from casparian_flow.services import architect
 from tests.commands import Casparian
 from tests.daemons import said
-from tests.plugs import ROWS, signed
+from tests.plugs import OTHER, ROWS, signed
 
-
-@pytest.fixture(autouse=True)
-def own_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Keys that are nobody else's."""
-    folder = tmp_path / "me"
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder))
-    return folder
+pytestmark = pytest.mark.usefixtures("own_keys")
 
 
 @contextlib.contextmanager
@@ -53,7 +47,7 @@ def altered(casparian: Casparian, statement: str) -> None:
 
 
 def test_every_step_of_a_publish_is_seen_and_a_dry_run_deploys_nothing(
-    casparian: Casparian, own_keys: Path
+    casparian: Casparian,
 ) -> None:
     file = casparian.plugin("rows", ROWS)
     done = casparian.run("publish", file, "--version", "1.0.0", "--dry-run")
@@ -113,7 +107,7 @@ def test_a_second_publisher_is_trusted_first(casparian: Casparian, tmp_path: Pat
 
 def test_versions_are_shown_compared_disabled_and_brought_back(casparian: Casparian) -> None:
     deploy(casparian, "1.0.0")
-    deploy(casparian, "2.0.0", ROWS.replace("*.txt", "*.text"))
+    deploy(casparian, "2.0.0", OTHER)
     assert '+MANIFEST = PluginMetadata(pattern="*.text"' in casparian.out(
         "plugins", "diff", "rows", "1.0.0", "2.0.0"
     )

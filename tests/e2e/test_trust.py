@@ -27,11 +27,7 @@ from tests.daemons import all_done, outcomes, work_off
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
 
-
-@pytest.fixture(autouse=True)
-def own_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rotation here must not touch the key of other tests."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+pytestmark = pytest.mark.usefixtures("own_keys")
 
 
 @pytest.fixture

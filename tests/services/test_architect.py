@@ -25,9 +25,7 @@ from casparian_flow.security.signing import AzureAuth
 from casparian_flow.services import architect
 from casparian_flow.services import keys as key_service
 from tests.conftest import write_config
-from tests.plugs import LOCK, ROWS, signed
-
-OTHER = ROWS.replace("*.txt", "*.text")
+from tests.plugs import LOCK, OTHER, ROWS, signed
 
 
 @pytest.fixture

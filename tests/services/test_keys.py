@@ -23,9 +23,7 @@ from casparian_flow.security import keys as files
 from casparian_flow.security.signing import RotateKey, key_id, written
 from casparian_flow.services import architect, keys, plugins
 from tests.conftest import write_config
-from tests.plugs import LOCK, ROWS, signed
-
-OTHER = ROWS.replace("*.txt", "*.text")
+from tests.plugs import LOCK, OTHER, ROWS, signed
 
 
 @pytest.fixture

@@ -119,12 +119,16 @@ def test_a_ring_finds_new_roots_and_what_the_watcher_missed(
     asyncio.run(story())
 
 
-def test_lost_events_lead_to_a_full_scan(
-    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watcher takes no event."""
+    monkeypatch.setattr("casparian_flow.services.watch.EventHandler.dispatch", lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_events")
+def test_lost_events_lead_to_a_full_scan(ledger: Ledger, source: Path) -> None:
     add_root(ledger, source)
     route_everything(ledger)
-    monkeypatch.setattr("casparian_flow.services.watch.EventHandler.dispatch", lambda *_: None)
 
     async def story() -> None:
         async with watching(ledger) as (watch, queued):
@@ -138,12 +142,10 @@ def test_lost_events_lead_to_a_full_scan(
     asyncio.run(story())
 
 
-def test_the_schedule_finds_what_no_event_told(
-    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("no_events")
+def test_the_schedule_finds_what_no_event_told(ledger: Ledger, source: Path) -> None:
     add_root(ledger, source)
     route_everything(ledger)
-    monkeypatch.setattr("casparian_flow.services.watch.EventHandler.dispatch", lambda *_: None)
 
     async def story() -> None:
         async with watching(ledger, rescan_seconds=0.1) as (_, queued):
