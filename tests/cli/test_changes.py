@@ -277,6 +277,7 @@ NUMBERS = plugin(
 )
 
 
+@pytest.mark.slow
 def test_what_one_sink_has_no_value_for_no_other_sink_gets(
     casparian: Casparian, source: Path
 ) -> None:

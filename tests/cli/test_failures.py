@@ -96,6 +96,7 @@ def test_a_new_version_that_fails_where_the_old_one_had_not_is_open_until_it_is_
     state(behaves, opened=0)
 
 
+@pytest.mark.slow
 def test_what_is_deleted_is_gone_unread_until_it_is_dismissed(
     behaves: Casparian, source: Path
 ) -> None:

@@ -65,6 +65,7 @@ def test_seals_are_asked_for_by_name(many: Casparian) -> None:
     assert "seal" in {row["action"] for row in many.json("audit", "show", "--all", "--seals")}
 
 
+@pytest.mark.slow
 def test_a_status_says_how_many_reasons_it_leaves_out(casparian: Casparian, source: Path) -> None:
     fails = ROWS.replace(
         'self.publish("lines"', 'raise ValueError(lines[0])\n        self.publish("lines"'

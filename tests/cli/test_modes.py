@@ -92,6 +92,7 @@ def test_a_file_is_retracted_and_comes_back(casparian: Casparian, source: Path) 
     holds(casparian)
 
 
+@pytest.mark.slow
 def test_what_was_appended_stays_when_a_topic_is_switched_to_replace(
     casparian: Casparian, source: Path
 ) -> None:
@@ -115,7 +116,6 @@ def test_what_was_appended_stays_when_a_topic_is_switched_to_replace(
     )
 
 
-@pytest.mark.slow
 def test_a_lost_ledger_does_not_show_again_what_was_retracted_or_replaced(
     replacing: Casparian, source: Path
 ) -> None:
@@ -166,6 +166,7 @@ def test_a_crash_between_the_ledger_and_the_sink_is_rolled_forward(
     holds(replacing)
 
 
+@pytest.mark.slow
 def test_nothing_is_retracted_while_a_job_of_the_file_is_at_work(
     replacing: Casparian, source: Path
 ) -> None:

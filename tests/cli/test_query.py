@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import COMMAND, Casparian, add_source
+from tests.commands import COMMAND, Casparian, add_source, initialized
 from tests.plugs import plugin
 
 TWO_SINKS = plugin(
@@ -27,8 +27,10 @@ TWO_SINKS = plugin(
 )
 
 
-@pytest.fixture
-def asked(casparian: Casparian) -> Casparian:
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Casparian:
+    """To be asked only."""
+    casparian = initialized(tmp_path_factory.mktemp("asked") / "flow")
     source = add_source(casparian)
     (source / "a.txt").write_text("one\ntwo\n")
     (source / "b.txt").write_text("esc \x1b[31m bidi \u202e bell \x07\n")

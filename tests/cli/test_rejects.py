@@ -74,6 +74,7 @@ def test_a_person_may_allow_that_nothing_but_rejects_comes(shouts: Casparian, so
     holds(shouts)
 
 
+@pytest.mark.slow
 def test_whatever_else_fails_an_attempt_its_rejects_are_in_its_log(
     shouts: Casparian, source: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_rows_and_rejects_are_counted_and_versions_with_many_are_named(
     shouts.run("status", "--check")
 
 
+@pytest.mark.slow
 def test_a_version_that_was_mended_is_named_no_more(shouts: Casparian, source: Path) -> None:
     (source / "a.txt").write_text("yes\n!no\n")
     shouts.run("scan", "--drain")

@@ -56,6 +56,7 @@ def test_every_reading_command_is_one_json_document(shown: Casparian) -> None:
     assert [p["version"] for p in shown.json("plugins")] == ["1.0.0"]
 
 
+@pytest.mark.slow
 def test_publishing_twice_changes_nothing(filled: Casparian) -> None:
     file = filled.folder / "rows.py"
     assert "already" in filled.out("publish", file, "--version", "1.0.0")

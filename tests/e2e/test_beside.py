@@ -52,6 +52,7 @@ def test_scans_from_cron_beside_a_daemon_lose_and_double_nothing(
     casparian.process("verify")
 
 
+@pytest.mark.slow
 def test_a_second_start_says_who_holds_the_database(ledger: Ledger, settings: Settings) -> None:
     with started(settings):
         second = Casparian(settings.home).process("start", code=75)

@@ -132,7 +132,7 @@ def test_yesterdays_ledger_over_todays_outputs(flow: Flow, tmp_path: Path) -> No
         assert actions.count("adopt") == 1
 
 
-@pytest.mark.slow_but("parquet")
+@pytest.mark.slow
 def test_a_lost_ledger_finds_what_it_had_published(flow: Flow) -> None:
     with open_ledger(flow.settings.database) as ledger:
         root = flow.publish(ledger)

@@ -221,6 +221,7 @@ def test_no_process_to_be_had_costs_no_attempt(
     assert tuple(ledger.read(lambda c: c.execute(counted).one())) == (1, 4)
 
 
+@pytest.mark.slow
 def test_want_of_memory_in_the_host_ends_the_job_and_not_the_daemon(
     ledger: Ledger, settings: Settings, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

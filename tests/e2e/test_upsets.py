@@ -123,6 +123,7 @@ def full(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow
 def test_a_full_folder_for_temporary_files_stops_no_job(
     settings: Settings, source: Path, full: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
