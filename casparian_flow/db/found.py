@@ -245,6 +245,7 @@ LACKS_VERSIONS = f"""EXISTS (
 JOB_IDS_WITHOUT_JOB = """(
     SELECT json_group_array(DISTINCT job_id) FROM cf_found_output f
     WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue WHERE id = f.job_id))"""
+"""Ids that the old jobs of found outputs get when they are queued, as JSON."""
 
 COMMITTED = f"""
 WITH active AS (

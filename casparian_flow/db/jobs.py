@@ -351,8 +351,8 @@ def _insert(
 ) -> list[int]:
     """Run an INSERT for each pair; the ids of the jobs it made.
 
-    The driver returns no ids from many statements at once. New ids are above the last one, or were
-    an adopted output's without a job.
+    The driver returns no ids from many statements at once. A new id is above the last one, or is
+    the old id that a found output names.
     """
     before = _run(
         connection,

@@ -199,7 +199,7 @@ def record(
         if s.content_hash and (s.path in lacking or s.content_hash != current[s.path].content_hash)
     ]
     version_ids = _add_versions(connection, changed, current, lacking, now)
-    _save_looks(connection, fresh, current, version_ids)
+    _save_stats(connection, fresh, current, version_ids)
     confirmed = [
         state.version_id
         for s, state in ((s, current[s.path]) for s in fresh)
@@ -290,7 +290,7 @@ def _add_versions(
     return ids
 
 
-def _save_looks(
+def _save_stats(
     connection: Connection,
     sightings: Sequence[Sighting],
     current: dict[bytes, LocationState],

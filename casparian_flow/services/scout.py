@@ -231,14 +231,14 @@ class _Scrub:
             self._record(target, content_hash)
 
     def _at_rest(self, name: bytes, folder: int, target: ScrubTarget) -> str | None:
-        """The hash of the file if its bytes differ from the version's; None while they change.
+        """The file's hash, where its bytes differ from the version's and stay the same; else None.
 
         The timestamps do not show whether the file is still being written, so it is read until two
         readings, a settle window apart, agree.
         """
         last = target.content_hash
         for _ in range(LOOKS):
-            _forget_cached(name, folder)
+            _drop_cached(name, folder)
             content = hash_file(name, folder, self.stop, self._pace)
             if content is None or content[1] != target.stat or content[0] == target.content_hash:
                 return None
@@ -274,7 +274,7 @@ class _Scrub:
         return f"{self.root.name}/{versions.display(target.path)}"
 
 
-def _forget_cached(name: bytes, folder: int) -> None:
+def _drop_cached(name: bytes, folder: int) -> None:
     """Drop a file's clean pages from the cache, so that the disk is read."""
     if not hasattr(os, "posix_fadvise"):
         return
