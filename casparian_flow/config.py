@@ -1,8 +1,8 @@
-"""Settings: one TOML file, checked as a whole; `sections` has its tables with every default.
+"""Settings from one TOML file: every key with its unit and default.
 
-The file is found as `--config`, else `$CASPARIAN_CONFIG`, else the nearest `global_config.toml`
-upward from the current directory. Relative paths in it are relative to its folder. This module
-is the only reader of the environment.
+The file is that of `--config`, else of `$CASPARIAN_CONFIG`, else the nearest `global_config.toml`
+in the current directory or above it. Relative paths in it are relative to its folder. Only this
+module reads environment variables. docs/configuration.md explains the keys to users.
 """
 
 from __future__ import annotations
@@ -24,12 +24,6 @@ from casparian_flow.errors import ConfigError
 if TYPE_CHECKING:
     settings: Settings
 
-
-# The tables of the configuration file: every setting, its unit, its default and why.
-#
-# `config` reads the file and puts these together; docs/configuration.md is written from them.
-
-
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -41,46 +35,47 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class ScanSettings(Section, frozen=True):
-    """How often the daemon looks at everything, whatever the watcher said."""
+    """How often the daemon scans."""
 
     rescan_seconds: Positive = 60.0
-    """Pause between full scans of a source root; events only hasten what a scan would find."""
+    """Pause between full scans of a source root; file events only make scans sooner."""
 
     poll_seconds: Positive = 10.0
-    """The same where no watcher hears of all that changes: it is polled, or its watcher is ill."""
+    """The same for a root without reliable events: a network filesystem, or a failed watcher."""
 
     scrub_days: Annotated[float, msgspec.Meta(ge=0)] = 7.0
-    """Every file is read again this often, whatever its stamps say; 0 never does."""
+    """Every file is read again this often, even if its size and times did not change; 0: never."""
 
     scrub_bytes_per_second: Count = 20 << 20
-    """How much of it may be read in a second."""
+    """Limit of bytes read for that, per second."""
 
 
 class SnapshotSettings(Section, frozen=True):
-    """What is kept of the bytes of recorded versions; docs/snapshots.md says what each costs."""
+    """Which versions' bytes are kept; docs/snapshots.md says what each mode costs."""
 
     mode: Literal["off", "reflink", "copy"] = "reflink"
-    """`reflink` shares a file's blocks where the filesystem can, which costs no disk, and keeps
-    nothing elsewhere; `copy` copies there; `off` keeps nothing anywhere."""
+    """`reflink` shares a file's blocks if the filesystem can, which needs no space, and keeps
+    nothing otherwise; `copy` copies then; `off` keeps nothing."""
 
     copy_limit_bytes: Count = 256 << 20
-    """A larger file is never copied; its blocks are shared, or it has no snapshot."""
+    """A larger file is never copied: it has a snapshot only if blocks can be shared."""
 
     keep_bytes: Count = 32 << 30
-    """Size of the store. What no unfinished job needs makes room, the longest unseen first."""
+    """Size of the store. Contents without an unfinished job are evicted, longest unseen first."""
 
 
 class WorkerSettings(Section, frozen=True):
     """The pool of workers inside the daemon."""
 
     count: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
-    """Workers to run; 0 means one a core, at most 8."""
+    """Number of Workers; 0: one per core, at most 8."""
 
     guests: Count = 4
-    """Warm guests a worker keeps; a guest serves one plugin version."""
+    """Warm guests per Worker; a guest serves one plugin version."""
 
     @property
     def effective(self) -> int:
+        """The number of Workers to run."""
         return self.count or min(os.cpu_count() or 1, 8)
 
 
@@ -95,7 +90,7 @@ class JobSettings(Section, frozen=True):
 
     retry_seconds: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     """Longest pause before the second attempt; four times as long before each further one, at
-    most 15 minutes. How long it really is, is drawn anew each time."""
+    most 15 minutes. The actual pause is random, up to that."""
 
     drain_seconds: Positive = 20.0
     """How long running jobs may finish after SIGTERM before they are released."""
@@ -105,17 +100,17 @@ class GuestSettings(Section, frozen=True):
     """Limits of the processes that run plugin code; a plugin's MANIFEST may only lower them."""
 
     sandbox: Literal["required", "best-effort", "off"] = "required"
-    """`required` runs no plugin where the sandbox is not whole; `best-effort` takes what the
-    platform has; `off` takes nothing. What a job ran under stands in its attempt."""
+    """`required`: run no plugin if a layer is missing; `best-effort`: use the layers that the
+    platform has; `off`: no sandbox. Each attempt records its layers."""
 
     memory_bytes: Count = 4 << 30
-    """Address space of a guest; what its allocators reserve counts, not only what they use."""
+    """Address space of a guest, including what its allocators reserve but do not use."""
 
     cpu_seconds: Positive = 3600.0
     """Processor time of one attempt, all threads together."""
 
     scratch_bytes: Annotated[int, msgspec.Meta(ge=0)] = 1 << 30
-    """Scratch space a plugin may have that asks for it in its MANIFEST; else it has none."""
+    """Largest scratch folder of a plugin that asks for one in its MANIFEST."""
 
     network: bool = False
     """Whether plugins that declare it in their MANIFEST may use the network."""
@@ -124,113 +119,114 @@ class GuestSettings(Section, frozen=True):
     """Arrow bytes that one attempt may publish."""
 
     environments_bytes: Count = 20 << 30
-    """Plugins' environments kept on this machine; beyond it the least recently used ones go."""
+    """Size of all plugins' environments; the least recently used are removed beyond it."""
 
     environment_limit_bytes: Count = 12 << 30
-    """What one plugin's environment may have, unpacked; a larger one is not built."""
+    """Size of one environment, unpacked; a larger one is not built."""
 
     copy_limit_bytes: Count = 1 << 30
-    """A larger file is not copied to the inbox: it is hashed in place before and after the run."""
+    """A larger file is not copied to the inbox, but hashed in place before and after the run."""
 
     batch_limit_bytes: Count = 256 << 20
-    """A guest that sends a larger batch is stopped before the batch is read."""
+    """Size of one batch; a guest that sends a larger one is killed before it is read."""
 
     recycle_jobs: Count = 1000
-    """Jobs after which a guest is replaced by a fresh one."""
+    """Jobs after which a guest is replaced by a new one."""
 
 
 class OutputSettings(Section, frozen=True):
-    """Where topics go that nobody placed."""
+    """Default sink, and limits of sinks."""
 
     default_uri: str = "parquet://output"
-    """Sink of a topic that neither the MANIFEST nor `casparian topics set` names."""
+    """Sink of a topic for which neither the MANIFEST nor `casparian topics set` names one."""
 
     split_bytes: Annotated[int, msgspec.Meta(ge=0)] = 2 << 30
-    """A Parquet output beyond this becomes a folder of parts, each about so large; 0 never splits.
-    So large that few outputs are, and so small that a part is copied and read at a time."""
+    """A larger Parquet output becomes a folder of parts of about this size; 0: never split. Few
+    outputs are larger, and a part can be copied and read at once."""
 
     roots: list[str] = msgspec.field(default_factory=lambda: ["."])
-    """Folders that a MANIFEST's sinks must lie in; a person's own word is not restricted."""
+    """Folders that a MANIFEST's sinks must lie in; `casparian topics set` is not restricted."""
 
     env: list[str] = []
     """Environment variables that a sink's URI may use, as in `parquet://${TEAM_DIR}/out`."""
 
 
 class MssqlSettings(Section, frozen=True):
-    """The SQL Server that `mssql://` sinks are tables of (docs/sinks_mssql.md).
-
-    What is secret is never shown: not by `repr`, so not in a traceback either.
-    """
+    """The SQL Server of `mssql://` sinks (docs/sinks_mssql.md). `repr` shows no secrets."""
 
     connection: str = ""
-    """The whole ODBC connection string; the other keys but the last two are then not read.
-    `CASPARIAN_MSSQL` wins."""
+    """The whole ODBC connection string; it replaces the other keys except the last two.
+    `CASPARIAN_MSSQL` takes precedence."""
 
     server: str = ""
-    """Host, `host,port` or `host\\instance`; empty: there is no server."""
+    """Host, `host,port` or `host\\instance`; empty: no server."""
 
     database: str = ""
-    """Empty: the login's own."""
+    """Empty: the login's default."""
 
     user: str = ""
-    """A SQL login; empty with `authentication` or the machine's own credentials (Kerberos)."""
+    """A SQL login; empty with `authentication` or Kerberos."""
 
     password: str = ""
-    """Better in the environment: `CASPARIAN_MSSQL_PASSWORD` wins."""
+    """`CASPARIAN_MSSQL_PASSWORD` takes precedence, and is the better place."""
 
     authentication: str = ""
-    """Such as `ActiveDirectoryServicePrincipal`, in the driver's words."""
+    """The driver's authentication mode, such as `ActiveDirectoryServicePrincipal`."""
 
     encrypt: Literal["yes", "strict", "no"] = "yes"
-    """`yes` and `strict` (TDS 8) refuse a server that does not; `no` is for tests."""
+    """`yes` and `strict` (TDS 8) refuse a server without encryption; `no` is for tests."""
 
     trust_server_certificate: bool = False
-    """Whether a certificate that nobody vouches for will do."""
+    """Accept any certificate of the server."""
 
     lock_seconds: Positive = 30.0
-    """How long another program's lock is waited for, before the sink is paused."""
+    """Longest wait for another program's lock; then the sink is paused."""
 
     timeout_seconds: Annotated[int, msgspec.Meta(ge=1)] = 3600
-    """How long one statement or the transfer of one output may take, before the sink is paused."""
+    """Longest time of a statement, or of the transfer of an output; then the sink is paused."""
 
     def __repr__(self) -> str:
         return f"MssqlSettings(server={self.server!r}, database={self.database!r}, ...)"
 
 
 class GatekeeperSettings(Section, frozen=True):
-    """What the Gatekeeper lets pass, besides its ruleset; docs/security.md has the rules."""
+    """Changes of the Gatekeeper's rules; docs/security.md lists them."""
 
     allow: list[str] = []
-    """Exceptions, such as `import:os` or `name:getattr`."""
+    """Exceptions from the rules, such as `import:os` or `name:getattr`."""
 
     forbid: list[str] = []
-    """What is refused besides, such as `import:requests`; it wins over `allow`."""
+    """Additional prohibitions, such as `import:requests`; they take precedence over `allow`."""
 
 
 class AzureSettings(Section, frozen=True):
-    """Azure AD, where publishers must sign in to it; both ids empty: local keys alone."""
+    """Azure AD, if publishers must sign in to it; both ids empty: local keys only."""
 
     tenant_id: str = ""
-    """GUID of the tenant; `AZURE_TENANT_ID` wins."""
+    """GUID of the tenant; `AZURE_TENANT_ID` takes precedence."""
 
     client_id: str = ""
-    """GUID of the application; `AZURE_CLIENT_ID` wins."""
+    """GUID of the application; `AZURE_CLIENT_ID` takes precedence."""
 
     publishers: list[str] = []
-    """Object ids of those who may publish; empty: everyone whom the tenant gives a token."""
+    """Object ids of the people who may publish; empty: everyone in the tenant with a token."""
 
     def __post_init__(self) -> None:
-        """Tokens name GUIDs in lower case; `common` and `organizations` would be any tenant."""
+        """Require GUIDs, since `common` and `organizations` would mean any tenant.
+
+        Tokens have them in lower case.
+        """
         checked = {
             "tenant_id": self.tenant_id and _guid("tenant id", self.tenant_id),
             "client_id": self.client_id and _guid("client id", self.client_id),
-            "publishers": [_guid("publisher", each) for each in self.publishers],
+            "publishers": [_guid("publisher", object_id) for object_id in self.publishers],
         }
         for name, value in checked.items():
             msgspec.structs.force_setattr(self, name, value)
 
     @property
     def required(self) -> bool:
+        """Whether publishers must sign in."""
         return bool(self.tenant_id and self.client_id)
 
 
@@ -248,7 +244,7 @@ class ListenSettings(Section, frozen=True):
     """The socket of `python -m casparian_flow.main`."""
 
     endpoint: str = "tcp://127.0.0.1:5555"
-    """Where workers in other processes connect; the loopback interface only."""
+    """Address for Workers in other processes; on the loopback interface only."""
 
 
 FILE_NAME = "global_config.toml"
@@ -257,78 +253,73 @@ _LOOPBACK = re.compile(r"https://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]{1,5})?"
 
 
 class DatabaseSettings(Section, frozen=True):
-    """Where the ledger lives."""
+    """The ledger's database."""
 
     db_location: str = "casparian_flow.sqlite3"
-    """Path of the SQLite database; created and brought up to date on first use."""
+    """Path of the SQLite database; created and migrated on first use."""
 
     snapshots: SnapshotSettings = SnapshotSettings()
-    """The table `[snapshots]` (not a key of this one): a scan knows the database and no more."""
+    """The table `[snapshots]` (not a key of this one), since a scan gets only this object."""
 
     mssql: MssqlSettings = MssqlSettings()
-    """The table `[mssql]`, for the same reason: a scan asks the sinks what they hold."""
+    """The table `[mssql]`, for the same reason."""
 
     @property
     def path(self) -> Path:
+        """Path of the database."""
         return Path(self.db_location)
 
     @property
     def state_folder(self) -> Path:
-        """Locks and guests' folders live beside the database they belong to.
-
-        Two configurations that name one database therefore meet the same locks.
-        """
+        """Folder of locks and guests, beside the database: all its configurations share it."""
         return self.path.parent / STATE_FOLDER
 
     @property
     def gate(self) -> Path:
-        """The file whose lock every writing transaction of every process holds."""
+        """Lock file that every write transaction of every process holds."""
         return self.state_folder / f"{self.path.name}.gate"
 
     @property
     def daemon_lock(self) -> Path:
-        """The file whose lock the one process that claims jobs holds."""
+        """Lock file of the one process that claims jobs."""
         return self.state_folder / f"{self.path.name}.daemon"
 
     @property
     def guests_folder(self) -> Path:
-        """One folder a running guest, with the guest's inbox in it.
-
-        This database's own: its daemon empties it at the start, while another one's guests run.
-        """
+        """Folder with a folder for each running guest; the daemon empties it when it starts."""
         return self.state_folder / f"{self.path.name}.guests"
 
     @property
     def stage_folder(self) -> Path:
-        """Outputs on their way to a sink that has no folder."""
+        """Staged outputs for sinks without a folder."""
         return self.state_folder / f"{self.path.name}.stage"
 
     @property
     def snapshots_folder(self) -> Path:
-        """The store of this database's snapshots; `services.snapshots` says what is in it."""
+        """This database's snapshot store (`services.snapshots`)."""
         return self.state_folder / "snapshots" / self.path.name
 
     def snapshot(self, content_hash: str) -> Path:
-        """Where the store has this content, if it has it."""
+        """Path of a content in the snapshot store."""
         return self.snapshots_folder / content_hash[:2] / content_hash
 
     @property
     def control_socket(self) -> Path:
-        """The daemon's local socket; in a short folder, since a socket path has 108 bytes."""
+        """The daemon's local socket, in a short folder: a socket's path has at most 108 bytes."""
         digest = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:24]
         return runtime_folder() / f"{digest}.sock"
 
     @property
     def control_endpoint(self) -> str:
-        """The same as a ZeroMQ address."""
+        """The local socket as a ZeroMQ address."""
         return f"ipc://{self.control_socket}"
 
 
 class Settings(Section, frozen=True):
-    """The whole configuration; `[database] db_location` alone is complete."""
+    """The whole configuration; every key has a default."""
 
     home: Path = Path()
-    """Folder of the configuration file (not a key of it): relative paths start here."""
+    """Folder of the configuration file (not a key): base of relative paths."""
 
     database: DatabaseSettings = DatabaseSettings()
     scan: ScanSettings = ScanSettings()
@@ -344,7 +335,7 @@ class Settings(Section, frozen=True):
 
 
 def __getattr__(name: str) -> Any:
-    """`casparian_flow.config.settings`, read when it is asked for and not before."""
+    """Load `casparian_flow.config.settings` on first access."""
     if name == "settings":
         return load()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -354,10 +345,10 @@ def load(path: str | None = None) -> Settings:
     """Read and check the configuration.
 
     Args:
-        path: the file `--config` named; None searches as the module's docstring says.
+        path: the file of `--config`; None searches as in the module's docstring.
 
     Raises:
-        ConfigError: no file, a file that is not TOML, a key nobody knows or a value out of range.
+        ConfigError: no file, invalid TOML, an unknown key or an invalid value.
     """
     file = find(path)
     try:
@@ -375,7 +366,7 @@ def load(path: str | None = None) -> Settings:
     except msgspec.ValidationError as error:
         raise ConfigError(f"{file}: {error}", "docs/configuration.md lists every key") from error
     home = file.parent
-    # Resolved: its locks lie beside the one file, however many names lead to it.
+    # Resolved, so that all names of the database share its locks.
     location = os.path.realpath(home / checked.database.path)
     try:
         location.encode()
@@ -392,7 +383,7 @@ def load(path: str | None = None) -> Settings:
 
 
 def _mssql(written: MssqlSettings) -> MssqlSettings:
-    """What the file says of SQL Server, under what the environment says."""
+    """`[mssql]`, overridden by the environment."""
     return msgspec.structs.replace(
         written,
         connection=os.environ.get("CASPARIAN_MSSQL") or written.connection,
@@ -401,7 +392,7 @@ def _mssql(written: MssqlSettings) -> MssqlSettings:
 
 
 def _azure(written: AzureSettings, file: Path) -> AzureSettings:
-    """What the file says of Azure, under what the environment says."""
+    """`[azure]`, overridden by the environment."""
     effective = msgspec.structs.replace(
         written,
         tenant_id=os.environ.get("AZURE_TENANT_ID") or written.tenant_id,
@@ -416,28 +407,27 @@ def _azure(written: AzureSettings, file: Path) -> AzureSettings:
 
 
 def variable(name: str) -> str | None:
-    """A variable that the configuration lets a sink's URI use; None where it is not set."""
+    """An environment variable in a sink's URI, which `[output] env` allows; None if not set."""
     return os.environ.get(name)
 
 
 class Authority(NamedTuple):
-    """Where identities come from, in place of Azure AD."""
+    """An authority that replaces Azure AD in tests."""
 
     url: str
-    """`https://` and a host of this machine, perhaps a port; no slash at the end."""
+    """`https://`, a host of this machine, and maybe a port; no slash at the end."""
 
     ca: Path
-    """The certificate that signed the authority's own, in PEM."""
+    """The CA certificate of the authority, in PEM."""
 
 
 def test_authority() -> Authority | None:
-    """What `CASPARIAN_TEST_AUTHORITY` and `CASPARIAN_TEST_AUTHORITY_CA` name; None: Azure AD.
+    """The authority of `CASPARIAN_TEST_AUTHORITY`, with its `..._CA` file; None: Azure AD.
 
-    A test stands in for Azure AD with it. Only this machine can be named, over TLS, and whoever
-    uses it says so each time.
+    Tests replace Azure AD with it. It must be on this machine and use TLS; each use is logged.
 
     Raises:
-        ConfigError: it is not such an address, or its CA file is not there.
+        ConfigError: the address is not of that kind, or the CA file does not exist.
     """
     url = os.environ.get("CASPARIAN_TEST_AUTHORITY")
     if not url:
@@ -459,13 +449,13 @@ def test_authority() -> Authority | None:
 
 
 def arm_crashpoints() -> None:
-    """Have this process die at the crash point that `CASPARIAN_CRASH_AT` names (`name[:n]`).
+    """Kill this process at the crash point of `CASPARIAN_CRASH_AT` (`name[:n]`).
 
-    `CASPARIAN_CRASH_LOG` names a file that gets a line for each one it comes to. Without either,
-    nothing happens.
+    `CASPARIAN_CRASH_LOG` is a file that gets a line for each crash point reached. Does nothing if
+    neither is set.
 
     Raises:
-        ConfigError: there is no crash point of that name, or the log cannot be written.
+        ConfigError: there is no such crash point, or the log cannot be written.
     """
     at, log = os.environ.get("CASPARIAN_CRASH_AT", ""), os.environ.get("CASPARIAN_CRASH_LOG", "")
     if at or log:
@@ -473,44 +463,44 @@ def arm_crashpoints() -> None:
 
 
 def uv_environment() -> dict[str, str]:
-    """The environment of uv: index and secrets are this person's, programs are the system's.
+    """The environment of uv: the user's variables, but only the system's programs.
 
-    A file beside a plugin can make uv start programs that it finds on the path, such as
-    `nvidia-smi` (`torch-backend = "auto"`), and the path may lead to the plugin's own folder. A
-    lock takes nothing from git, so git opens no connection, for which it would run helpers.
+    A file beside a plugin can make uv run programs from PATH, such as `nvidia-smi`
+    (`torch-backend = "auto"`), and PATH may contain the plugin's own folder. A lock needs nothing
+    from git, so git may not connect: it would run helper programs.
     """
     return dict(os.environ) | {"PATH": os.defpath, "GIT_ALLOW_PROTOCOL": "none"}
 
 
 def find(path: str | None = None) -> Path:
-    """The configuration file in force, absolute.
+    """The absolute path of the configuration file.
 
     Raises:
-        ConfigError: there is none; the message lists the places tried.
+        ConfigError: there is none; the message lists where it was searched.
     """
     if file := named(path):
         if not file.is_file():
             raise ConfigError(f"no configuration at {file}", "casparian init")
         return file
-    here = Path.cwd()
-    for folder in (here, *here.parents):
+    current = Path.cwd()
+    for folder in (current, *current.parents):
         if (folder / FILE_NAME).is_file():
             return folder / FILE_NAME
     raise ConfigError(
         f"no configuration: tried --config, $CASPARIAN_CONFIG (both unset) and {FILE_NAME} "
-        f"in {here} and every folder above it",
+        f"in {current} and every folder above it",
         "casparian init   (makes one here)",
     )
 
 
 def named(path: str | None = None) -> Path | None:
-    """The file that `--config` or `$CASPARIAN_CONFIG` names, absolute; None where neither does."""
+    """The absolute path of `--config` or `$CASPARIAN_CONFIG`; None if neither is given."""
     chosen = path or os.environ.get("CASPARIAN_CONFIG")
     return Path(os.path.abspath(chosen)) if chosen else None
 
 
 def runtime_folder() -> Path:
-    """A short, private folder for sockets and their keys; `engine.wire` sees to it that it is."""
+    """Folder for sockets and key files, with a short path; `engine.wire` keeps it private."""
     named = os.environ.get("XDG_RUNTIME_DIR")
     if named:
         return Path(named) / "casparian"
@@ -518,12 +508,12 @@ def runtime_folder() -> Path:
 
 
 def keys_folder() -> Path:
-    """Where this person's signing keys live."""
+    """Folder of the user's signing keys."""
     return _base("XDG_CONFIG_HOME", ".config") / "casparian" / "keys"
 
 
 def cache_folder() -> Path:
-    """Where plugin environments and the guest's files live; it may be deleted at any time."""
+    """Folder of plugin environments and the guest's files; it may be deleted at any time."""
     return _base("XDG_CACHE_HOME", ".cache") / "casparian"
 
 
