@@ -164,20 +164,20 @@ class ParquetSink:
 
     def _publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
         """Publish all outputs of one job or, after an error, only those that `_settled` knows."""
-        prepared: list[Published | _Move] = []
+        looked: list[Published | _Move] = []
         output = outputs[0]
         try:
             for output in outputs:
-                prepared.append(self._settled(output) or self._prepared(output))
+                looked.append(self._settled(output) or self._prepared(output))
             outcomes: list[Published | JobError] = []
-            for output, found in zip(outputs, prepared, strict=True):
+            for output, found in zip(outputs, looked, strict=True):
                 shown = found if isinstance(found, Published) else self._show(output, found)
                 outcomes.append(shown)
             return outcomes
         except (JobError, OSError, pa.ArrowException, IndexError) as error:
             fault = error if isinstance(error, JobError) else self._fault(error, output)
         finally:
-            for output, found in zip(outputs, prepared, strict=False):
+            for output, found in zip(outputs, looked, strict=False):
                 if isinstance(found, _Move) and str(found.path) != output.stage:
                     with contextlib.suppress(OSError):
                         durable.remove(found.path)
