@@ -149,8 +149,15 @@ REJECTS = pa.schema(
 
 log = logging.getLogger("delimited")
 
-Record = tuple[int, list[str], str, str]
-"""A record: its line, its fields, the reason if it cannot be read, and its text."""
+
+class Record(NamedTuple):
+    """A record of the sample."""
+
+    line: int
+    fields: list[str]
+    reason: str
+    """Why it cannot be read; empty if it can."""
+    raw: str
 
 
 class Dialect(NamedTuple):
@@ -401,6 +408,10 @@ class Lines:
         return line
 
 
+def lines_of(text: str, number: int = 0) -> Lines:
+    return Lines(io.StringIO(text, newline=""), number)
+
+
 class Splitter:
     """Splits records that csv.reader cannot: with delimiters of several characters, blanks before
     quotes, or an escape that applies to some characters only."""
@@ -409,18 +420,15 @@ class Splitter:
         quote, escape = re.escape(dialect.quote), re.escape(dialect.escape)
         delimiter = re.escape(dialect.delimiter)
         self._lines, self._dialect = lines, dialect
-        inside = f"|{escape}(?:\r\n|[{re.escape(dialect.inside)}])?" if escape else ""
+        inside, outside = re.escape(dialect.inside), re.escape(dialect.outside)
         plain = f"[^{quote}{escape}]++" if quote else ""
-        self._inside = re.compile(f"(?:{plain}|{quote}{quote}{inside})*+")
-        outside = f"|{escape}(?:\r\n|[{re.escape(dialect.outside)}])?+" if dialect.outside else ""
-        bare = f"(?!{delimiter})[^{escape if dialect.outside else ''}\r\n]"
-        self._bare = re.compile(f"(?:{bare}{outside})*+")
-        self._unescape = {
-            chars: re.compile(f"{escape}(\r\n|[{re.escape(chars)}])") if escape and chars else None
-            for chars in {dialect.inside, dialect.outside}
-        }
-        self._doubled = re.compile(f"{quote}{quote}|{escape}(?:\r\n|[{re.escape(dialect.inside)}])"
-                                   if escape else f"{quote}{quote}")  # fmt: skip
+        escaped = f"|{escape}(?:\r\n|[{inside}])" if escape else ""
+        self._inside = re.compile(f"(?:{plain}|{quote}{quote}{escaped and escaped + '?'})*+")
+        self._doubled = re.compile(f"{quote}{quote}{escaped}")
+        escaped = f"|{escape}(?:\r\n|[{outside}])?+" if outside else ""
+        bare = f"(?!{delimiter})[^{escape if outside else ''}\r\n]"
+        self._bare = re.compile(f"(?:{bare}{escaped})*+")
+        self._escaped = re.compile(f"{escape}(\r\n|[{outside}])") if outside else None
 
     def __next__(self) -> list[str]:
         fields: list[str] = []
@@ -450,33 +458,31 @@ class Splitter:
 
     def _quoted(self, line: str, position: int) -> tuple[str, str, int]:
         """The text up to the closing quote, the line with that quote, and the position after it."""
-        parts: list[str] = []
-        while True:
-            found = self._inside.match(line, position)
-            assert found
-            parts.append(found[0])
-            if found.end() < len(line):
-                text = self._doubled.sub(lambda pair: pair[0][1:], "".join(parts))
-                return text, line, found.end() + len(self._dialect.quote)
-            try:
-                line, position = next(self._lines), 0
-            except StopIteration:
-                raise csv.Error("unexpected end of data") from None
+        text, line, end = self._match(self._inside, line, position, quoted=True)
+        text = self._doubled.sub(lambda pair: pair[0][1:], text)
+        return text, line, end + len(self._dialect.quote)
 
     def _unquoted(self, line: str, position: int) -> tuple[str, str, int]:
+        text, line, end = self._match(self._bare, line, position, quoted=False)
+        return (self._escaped.sub(r"\1", text) if self._escaped else text), line, end
+
+    def _match(
+        self, pattern: re.Pattern[str], line: str, position: int, *, quoted: bool
+    ) -> tuple[str, str, int]:
+        """Match a pattern, also over line ends: the text, the last line and the end in it."""
         parts: list[str] = []
         while True:
-            found = self._bare.match(line, position)
+            found = pattern.match(line, position)
             assert found
             parts.append(found[0])
-            if found.end() < len(line) or not found[0].endswith(("\n", "\r")):
-                break
+            if found.end() < len(line) or not (quoted or found[0].endswith(("\n", "\r"))):
+                return "".join(parts), line, found.end()
             try:
                 line, position = next(self._lines), 0
             except StopIteration:
-                break
-        text, pattern = "".join(parts), self._unescape[self._dialect.outside]
-        return (pattern.sub(r"\1", text) if pattern else text), line, found.end()
+                if quoted:
+                    raise csv.Error("unexpected end of data") from None
+                return "".join(parts), line, found.end()
 
 
 class Reader:
@@ -505,8 +511,11 @@ class Reader:
         quote = self._dialect.quote
         return csv.reader(lines, delimiter=self._dialect.delimiter, quotechar=quote, strict=True)
 
-    def records(self, comment: str = "") -> Iterator[Record]:
-        """All records. A line that begins with `comment` has neither fields nor a reason."""
+    def records(self, comment: str = "") -> Iterator[tuple[int, list[str], str, str]]:
+        """All records, as `Record` has them; a tuple costs less for each row.
+
+        A line that begins with `comment` has neither fields nor a reason.
+        """
         lines, delimiter = self._lines, self._dialect.delimiter
         quote = self._dialect.quote or NOWHERE
         escape = self._dialect.escape or NOWHERE
@@ -562,7 +571,7 @@ class Reader:
     def _alone(self, line: str) -> bool:
         """Whether a line is a record of the right width, without a stray quote."""
         try:
-            fields = next(self._splitter(Lines(io.StringIO(line, newline=""))))
+            fields = next(self._splitter(lines_of(line)))
         except (csv.Error, StopIteration):
             return False
         return len(fields) == self._width and self.is_tidy(line)
@@ -770,7 +779,7 @@ def find_layout(sample: Sample, options: Options) -> Layout:
     if dialect.blanks and not options["blanks"]:
         options.guess("blanks before a quote are skipped: quotes do not close otherwise")
     if fit.trailing:
-        line = fit.records[fit.start][0]
+        line = fit.records[fit.start].line
         options.guess(f"the delimiter that ends every record below line {line} begins no field")
     comment, every = sample.comment, options["comment"] not in ("", "none")
     if not fit.records:
@@ -843,10 +852,10 @@ def tabbed(found: Fit, chosen: dict[str, str]) -> bool:
     """Whether quotes in tab-separated text may be text: fewer enclose a field than do not."""
     if chosen["quote"] or found.delimiter != "\t":
         return False
-    reader = Reader(Lines(io.StringIO()), found.dialect)
-    if not found.errors and all(reader.is_tidy(raw) for *_, raw in found.records):
+    reader = Reader(lines_of(""), found.dialect)
+    if not found.errors and all(reader.is_tidy(record.raw) for record in found.records):
         return False
-    text = "".join(raw for *_, raw in found.records)
+    text = "".join(record.raw for record in found.records)
     enclosing = re.findall(r'(?:^|\t)"(?:[^"\t\r\n]|"")*"(?=[\t\r\n]|\Z)', text, re.MULTILINE)
     stray = re.findall(r'(?:^|\t)[^"\t\r\n]+"|(?:^|\t)"(?:[^"\r\n]|"")*"[^"\t\r\n]',
                        text, re.MULTILINE)  # fmt: skip
@@ -869,37 +878,55 @@ def escapes(head: str, quote: str) -> list[tuple[str, str]]:
 
 def read_sample(dialect: Dialect, sample: Sample) -> Fit:
     """Read the sample in a dialect."""
-    comment = sample.comment
-    records, errors = [], 0
-    reader = Reader(Lines(io.StringIO(sample.head, newline=""), sample.first_line - 1), dialect)
-    for record in reader.records(comment):
-        if record[2].endswith("before the end") and not sample.whole:
-            break  # cut by the end of the sample
-        if record[1] or record[2]:
-            records.append(record)
-            errors += bool(record[2])
-    pieces: list[list[str]] = []
-    for piece in sample.pieces:
-        tries: list[tuple[int, int, list[Record]]] = []
-        # A piece may begin within quotes.
-        for text in (piece, dialect.quote + piece) if dialect.quote in piece else (piece,):
-            found = list(Reader(Lines(io.StringIO(text, newline="")), dialect).records(comment))
-            tries.append((sum(bool(reason) for *_, reason, _ in found), len(tries), found))
-        pieces += [fields for _, fields, reason, _ in min(tries)[2] if not reason and fields]
+    records = read_head(dialect, sample)
+    pieces = [
+        fields for piece in sample.pieces for fields in read_piece(dialect, piece, sample.comment)
+    ]
     # The first and the last record of a piece may be cut; one piece of sixteen cannot decide.
-    counts = Counter(len(fields) for _, fields, reason, _ in records if not reason)
-    counts.update(len(fields) for fields in pieces)
-    width, start = table_width([len(fields) for _, fields, *_ in records], counts, len(pieces))
-    rows = [fields for _, fields, _, _ in records[start:] if len(fields) == width]
-    rows += [fields for fields in pieces if len(fields) == width]
+    counts = count_widths(records, pieces)
+    width, start = table_width([len(record.fields) for record in records], counts, len(pieces))
+    table = [record.fields for record in records[start:]] + pieces
     trailing = bool(
-        width and start and len(records[start - 1][1]) == width - 1
-        and all(not fields[-1] for fields in rows)
+        width and start and len(records[start - 1].fields) == width - 1
+        and all(not fields[-1] for fields in table if len(fields) == width)
     )  # fmt: skip
-    widths = Counter(len(fields) for _, fields, reason, _ in records[start:] if not reason)
-    widths.update(len(fields) for fields in pieces)
-    return Fit(dialect, records, widths, errors, len(records) + len(pieces), width,
-               start - trailing, trailing, (width - 1) * counts[width])  # fmt: skip
+    return Fit(
+        dialect=dialect,
+        records=records,
+        widths=count_widths(records[start:], pieces),
+        errors=sum(bool(record.reason) for record in records),
+        total=len(records) + len(pieces),
+        width=width,
+        start=start - trailing,
+        trailing=trailing,
+        cells=(width - 1) * counts[width],
+    )
+
+
+def read_head(dialect: Dialect, sample: Sample) -> list[Record]:
+    records = []
+    reader = Reader(lines_of(sample.head, sample.first_line - 1), dialect)
+    for record in map(Record._make, reader.records(sample.comment)):
+        if record.reason.endswith("before the end") and not sample.whole:
+            break  # cut by the end of the sample
+        if record.fields or record.reason:
+            records.append(record)
+    return records
+
+
+def read_piece(dialect: Dialect, piece: str, comment: str) -> list[list[str]]:
+    """The fields of a piece's readable records. The piece may begin within quotes."""
+    texts = (piece, dialect.quote + piece) if dialect.quote in piece else (piece,)
+    tries = [list(Reader(lines_of(text), dialect).records(comment)) for text in texts]
+    best = min(tries, key=lambda records: sum(bool(reason) for *_, reason, _ in records))
+    return [fields for _, fields, reason, _ in best if fields and not reason]
+
+
+def count_widths(records: list[Record], pieces: list[list[str]]) -> Counter[int]:
+    """Number of fields -> how many readable records have it."""
+    widths = Counter(len(record.fields) for record in records if not record.reason)
+    widths.update(map(len, pieces))
+    return widths
 
 
 def table_width(widths: list[int], counts: Counter[int], more: int) -> tuple[int, int]:
@@ -988,7 +1015,7 @@ def ends_only(found: Fit, options: Options) -> bool:
         found.width == 2
         and len(found.records) > 2
         and found.delimiter != options.usual
-        and not any(any(fields[1:]) for _, fields, *_ in found.records)
+        and not any(any(record.fields[1:]) for record in found.records)
     )
 
 
@@ -1004,7 +1031,7 @@ def choose_weak(fits: list[Fit], strong: list[Fit], sample: Sample, options: Opt
     """Choose among blanks, colons, unusual signs and one column if no strong delimiter fits."""
     for fit in fits:
         name = fit.delimiter
-        plain = all(kind_of(raw) for *_, raw in fit.records[1:])
+        plain = all(kind_of(record.raw) for record in fit.records[1:])
         if name not in WEAK and (not is_weak(name) or ends_only(fit, options)):
             continue
         if fit.clean and not fit.start and len(fit.records) > 2 and not plain:
@@ -1026,7 +1053,7 @@ def choose_weak(fits: list[Fit], strong: list[Fit], sample: Sample, options: Opt
             "one column of text is no table, and no delimiter is found",
             "delimiter=;", "delimiter=none",
         )  # fmt: skip
-    if usual.records and usual.records[0][2]:
+    if usual.records and usual.records[0].reason:
         line, _, reason, _ = usual.records[0]
         raise options.refuse(f"line {line}, the header, cannot be read: {reason}", "quote=none")
     escape = ["escape=backslash"] if "\\" in sample.head else []
@@ -1044,14 +1071,14 @@ def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
         check_above(found, sample, options)
     start = below_title(found, start, width)
     line, first, reason, _ = found.records[start]
-    for bad_line, _, fault, _ in found.records[: start + 1]:
-        if fault:
+    for record in found.records[: start + 1]:
+        if record.reason:
             raise options.refuse(
-                f"line {bad_line}, the header or above it, cannot be read: {fault}",
+                f"line {record.line}, the header or above it, cannot be read: {record.reason}",
                 f"header_line={line + bool(reason)}", "quote=none",
             )  # fmt: skip
     first = [cell.replace("\0", "") for cell in first]
-    below = [fields for _, fields, _, _ in found.records[start + 1 :] if len(fields) == width]
+    below = [record.fields for record in found.records[start + 1 :] if len(record.fields) == width]
     verdict, why = judge_header(first, below)
     names = commented_names(sample, found.dialect, width - found.trailing)
     if names and verdict != "evident":
@@ -1084,8 +1111,9 @@ def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
 def log_skipped(above: list[Record], line: int, sample: Sample, options: Options) -> None:
     if above:
         options.guess(f"the header is in line {line}; what stands above is no part of the table")
-        for number, _, _, raw in above[:20]:
-            log.info("skipped line %d, above the table: %s", number, printable(raw[:200].rstrip()))
+        for record in above[:20]:
+            text = printable(record.raw[:200].rstrip())
+            log.info("skipped line %d, above the table: %s", record.line, text)
         if len(above) > 20:
             log.info("skipped %d more records above the table", len(above) - 20)
     elif sample.first_line > 1:
@@ -1094,18 +1122,14 @@ def log_skipped(above: list[Record], line: int, sample: Sample, options: Options
 
 def check_below(found: Fit, start: int, below: list[list[str]], options: Options) -> None:
     """Log, or refuse, a record below the header that may be the header too."""
-    names = list(map(folded, found.records[start][1]))
-    later = next(
-        (
-            at for at in range(min(10, len(below) - 2))
-            if list(map(folded, below[at])) != names and names_above(below, at)
-        ),
-        -1,
-    )  # fmt: skip
-    if later < 0:
-        return
     line, first, _, _ = found.records[start]
-    number = next(n for n, fields, _, _ in found.records[start + 1 :] if fields is below[later])
+    names = list(map(folded, first))
+    for place, later in enumerate(below[: max(0, min(10, len(below) - 2))]):
+        if list(map(folded, later)) != names and names_above(below, place):
+            break
+    else:
+        return
+    number = next(record.line for record in found.records if record.fields is later)
     if any(kind_of(cell) for cell in first):
         raise options.refuse(
             f"is line {line} the header, or line {number}, which has nothing but names too?",
@@ -1119,25 +1143,26 @@ def check_below(found: Fit, start: int, below: list[list[str]], options: Options
 
 def check_above(found: Fit, sample: Sample, options: Options) -> None:
     """Refuse to skip lines above the table that may belong to it."""
-    line = found.records[found.start][0]
+    line = found.records[found.start].line
     above = found.records[: found.start]
     clear = all(
-        len(filled(fields)) <= max(1, found.width // 2) or raw.startswith(COMMENTS)
-        for _, fields, _, raw in above
+        len(filled(record.fields)) <= max(1, found.width // 2) or record.raw.startswith(COMMENTS)
+        for record in above
     )
-    widths = Counter(len(fields) for _, fields, _, _ in above)
-    table = [fields for _, fields, _, _ in above if len(fields) == max(widths, default=0)]
-    if len(table) > 2 and len(table[0]) > 2 and judge_header(table[0], table[1:])[0] == "evident":
+    widest = max(len(record.fields) for record in above)
+    table = [record.fields for record in above if len(record.fields) == widest]
+    if len(table) > 2 and widest > 2 and judge_header(table[0], table[1:])[0] == "evident":
         raise options.refuse(
             f"the lines above line {line} look like another table; one of them can be read",
-            f"header_line={above[0][0]}", f"header_line={line}",
+            f"header_line={above[0].line}", f"header_line={line}",
         )  # fmt: skip
     if not clear and not blank_above(found, found.start, sample):
+        last = above[-1]
         raise options.refuse(
-            f"line {above[-1][0]} has {len(above[-1][1])} fields, and the lines below have "
+            f"line {last.line} has {len(last.fields)} fields, and the lines below have "
             f"{found.width}: which one is the header?",
             *other_quoting(found, sample, options),
-            f"header_line={above[-1][0]}", f"header_line={line}", "header_line=none",
+            f"header_line={last.line}", f"header_line={line}", "header_line=none",
         )  # fmt: skip
 
 
@@ -1163,7 +1188,7 @@ def names_above(rows: list[list[str]], place: int) -> bool:
 
 def blank_above(found: Fit, start: int, sample: Sample) -> bool:
     """Whether the line above a record is empty or a comment."""
-    line = found.records[start][0] - sample.first_line
+    line = found.records[start].line - sample.first_line
     above = io.StringIO(sample.head, newline="").readlines()[line - 1]
     return above.startswith(COMMENTS) or not above.strip(found.delimiter + " \t\r\n")
 
@@ -1172,7 +1197,7 @@ def below_title(found: Fit, start: int, width: int) -> int:
     """The index of the header if the title lines above it are filled up with delimiters."""
     if width < 2:
         return start
-    records = [fields for _, fields, _, _ in found.records]
+    records = [record.fields for record in found.records]
     index = start
     if len(filled(records[start])) <= width // 2:
         while index < len(records) and is_title(records[index], width):
@@ -1204,8 +1229,8 @@ def commented_names(sample: Sample, dialect: Dialect, width: int) -> list[str] |
     """The fields of the last comment above the table if it may be the header: `#id,name`."""
     if not sample.comments or (width == 1 and len(sample.comments) > 1):
         return None
-    lines = Lines(io.StringIO(sample.comments[-1].lstrip(MARK), newline=""))
-    _, names, reason, raw = next(Reader(lines, dialect).records())
+    reader = Reader(lines_of(sample.comments[-1].lstrip(MARK)), dialect)
+    _, names, reason, raw = next(reader.records())
     blank = width == 1 and not raw[len(sample.comment) :][:1].strip()
     return None if reason or len(names) != width or blank else names
 
