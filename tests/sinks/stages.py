@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks.base import Claim, Lineage, Sink
+from casparian_flow.engine.sinks import Sink
+from casparian_flow.engine.sinks.base import Claim, Lineage
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.errors import JobError
 from casparian_flow.protocol import OutputPlan, Published, StagedOutput

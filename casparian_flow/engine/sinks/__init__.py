@@ -6,6 +6,7 @@
 
 The path is relative to the configuration's folder; one more slash makes it absolute
 (`parquet:///abs`, `sqlite:////abs`). pyarrow is imported only when a sink is opened.
+`Sink` is the contract; tests/sinks/test_contract.py checks every sink against it.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ import re
 import stat
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from casparian_flow import config, sink_uri
 from casparian_flow.config import Settings
 from casparian_flow.durable import STATE_FOLDER
 from casparian_flow.engine.sinks import base
-from casparian_flow.errors import ConfigError
-from casparian_flow.protocol import StagedOutput
+from casparian_flow.errors import ConfigError, JobError
+from casparian_flow.protocol import OutputPlan, Published, StagedOutput
 
 if TYPE_CHECKING:
     from casparian_flow.config import DatabaseSettings
-    from casparian_flow.engine.sinks.base import Found, Sink
+    from casparian_flow.engine.sinks.base import Claim, Found, Lineage
     from casparian_flow.engine.sinks.stage import Stage
 
 
@@ -43,6 +44,95 @@ _ACCEPTED = "write parquet://path/to/output, sqlite:///path/to/db.sqlite3 or mss
 _PART = r"(?:\[((?:[^\]]|\]\])+)\]|([^.\[\]]+))"
 _TABLE = re.compile(rf"(?:{_PART}\.)?{_PART}")
 _NAME_LIMIT = 128
+
+
+class Sink(Protocol):
+    """A place that topics are written to.
+
+    Readers see an output only while it is *shown*. It is not while it is *replaced* (in mode
+    `replace`, a greater output of its slot was published) or *retracted* (by a user). A retracted
+    output still counts in its slot: outputs that it replaced stay invisible.
+    """
+
+    stage_folder: Path
+    """The folder for staged outputs: on the target's filesystem, inside a `.casparian` folder."""
+
+    def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
+        """Start an output.
+
+        Args:
+            plan: topic, sink, mode and output key.
+            lineage: the values of the lineage columns.
+            attempt: the attempt's unique name; the staged file's name begins with it.
+
+        Raises:
+            OutputRefused: this sink does not support the topic's name or mode.
+            SinkUnavailable: the folder cannot be created or written.
+        """
+
+    def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
+        """Make sealed outputs visible and durable; idempotent for each output key.
+
+        An output whose key is already published is adopted: it is not written again, and stays
+        retracted if it is. The staged file of a published output is removed. All outputs of one
+        job that are not adopted are published, or none is. A job that fails changes nothing and
+        does not stop the others.
+
+        Mode `replace`: of a slot's outputs in this mode only the one with the greatest (ordinal,
+        job id) is visible; it replaces the others atomically. A smaller one counts as published,
+        and its rows are invisible.
+
+        Mode `error`: SinkConflict if the target holds rows or files of other programs.
+
+        Returns:
+            an outcome for each of `outputs`, in their order. An error is a SinkConflict (another
+            program's data is in the target), OutputRefused (this sink cannot hold the rows),
+            SinkUnavailable (full, locked, read-only), or a plain JobError (the staged file is
+            gone or damaged).
+        """
+
+    def check(self, claims: Sequence[Claim]) -> list[str]:
+        """Compare claims with the sink's content; one sentence for each claim that fails."""
+
+    def inventory(self, known: Container[str]) -> Iterator[Found]:
+        """List published outputs that the ledger does not know, and all retracted ones.
+
+        An output that cannot be read is left out; publishing to its name reports the fault.
+
+        Args:
+            known: the first `KEY_DIGITS` digits of each output key that the ledger knows.
+
+        Raises:
+            SinkUnavailable: the sink exists and cannot be read.
+        """
+
+    def withdraw(self, claim: Claim) -> None:
+        """Remove what is left of an output, so that it can be published again.
+
+        Raises:
+            SinkConflict: an altered file has its name, and a person must move it away.
+            SinkUnavailable: full, locked, read-only.
+        """
+
+    def retract(self, claim: Claim) -> None:
+        """Hide an output's rows from readers and keep them; idempotent.
+
+        Does nothing if the output is replaced or absent: its rows are already invisible.
+
+        Raises:
+            SinkConflict: the output was altered, or something else has its name.
+            SinkUnavailable: full, locked, read-only.
+        """
+
+    def reinstate(self, claim: Claim) -> None:
+        """Undo `retract`: the same rows are visible again; idempotent.
+
+        If a greater output of its slot was published since, the output becomes replaced.
+
+        Raises:
+            SinkConflict: the retracted rows are gone or altered, or their target is taken.
+            SinkUnavailable: full, locked, read-only.
+        """
 
 
 def resolve(uri: str, home: Path) -> str:
