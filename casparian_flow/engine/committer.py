@@ -75,13 +75,13 @@ class Committer:
         self._limits = limits
         self._on_change = on_change
         self._receipts: asyncio.Queue[_WorkerReceipt | None] = asyncio.Queue()
-        self._sick: dict[str, float] = {}
+        self._paused_until: dict[str, float] = {}
         self._leaving = False
 
     @property
-    def sick(self) -> frozenset[str]:
-        """Stores (`sinks.store`) that are paused."""
-        return frozenset(self._sick)
+    def paused(self) -> frozenset[str]:
+        """Paused stores (`sinks.store`)."""
+        return frozenset(self._paused_until)
 
     def accept(self, worker: str, receipt: Receipt) -> None:
         """Queue a receipt; it is decided with the next group."""
@@ -122,7 +122,7 @@ class Committer:
         """Wait for a receipt or for a paused sink's next try; return all queued receipts."""
         group: list[_WorkerReceipt | None] = []
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PAUSE_SECONDS if self._sick else None):
+            async with asyncio.timeout(PAUSE_SECONDS if self._paused_until else None):
                 group.append(await self._receipts.get())
         while len(group) < GROUP_LIMIT and not self._receipts.empty():
             group.append(self._receipts.get_nowait())
@@ -178,11 +178,13 @@ class Committer:
         pending = [_PendingOutput(*row) for row in await self._read(outputs.unpublished)]
         now = time.monotonic()
         # Also sinks without pending outputs: no job is claimed for a sink while it is paused.
-        self._sick = {store: until for store, until in self._sick.items() if until > now}
+        self._paused_until = {
+            store: until for store, until in self._paused_until.items() if until > now
+        }
         by_store: dict[str, list[_PendingOutput]] = defaultdict(list)
         for output in pending:
             store = sinks.store(output.staged.location)
-            if store not in self._sick:
+            if store not in self._paused_until:
                 by_store[store].append(output)
         done: list[tuple[_PendingOutput, Published]] = []
         refused: list[tuple[_PendingOutput, JobError]] = []
@@ -245,7 +247,7 @@ class Committer:
 
     async def _pause(self, store: str, error: Unavailable, job_ids: list[int]) -> None:
         log.warning("sink %s is paused: %s", store, error.message)
-        self._sick[store] = time.monotonic() + PAUSE_SECONDS
+        self._paused_until[store] = time.monotonic() + PAUSE_SECONDS
         reason = f"{PAUSED}{error.message}"
         await self._write(lambda c: jobs.set_reason(c, job_ids, reason))
 

@@ -46,15 +46,15 @@ class Dispatcher:
         self._tag = ledger_tag(settings.database.path)
 
     def claim(
-        self, connection: Connection, worker: str, limit: int, sick: frozenset[str]
+        self, connection: Connection, worker: str, limit: int, paused: frozenset[str]
     ) -> list[Assignment]:
         """Claim up to `limit` jobs for a Worker, in the caller's write transaction.
 
         Args:
-            sick: paused stores (`sinks.store`); plugins that write there get no jobs.
+            paused: paused stores (`sinks.store`); plugins that write there get no jobs.
         """
         topics = plugins.topics(connection)
-        avoid = self._paused(connection, topics, sick) if sick else []
+        avoid = self._paused_plugins(connection, topics, paused) if paused else []
         job_ids = jobs.claim(connection, worker, self._epoch, limit, avoid)
         crashpoint("dispatch.claim_written")
         assignments = []
@@ -71,19 +71,19 @@ class Dispatcher:
                 audit.append(connection, "sentinel", [event])
         return assignments
 
-    def _paused(
-        self, connection: Connection, topics: dict[str, list[Any]], sick: frozenset[str]
+    def _paused_plugins(
+        self, connection: Connection, topics: dict[str, list[Any]], paused: frozenset[str]
     ) -> list[int]:
         names = {
             name
             for name, rows in topics.items()
-            if any(self._is_sick(row.uri, sick) for row in rows)
+            if any(self._is_paused(row.uri, paused) for row in rows)
         }
         return plugins.ids(connection, names)
 
-    def _is_sick(self, uri: str, sick: frozenset[str]) -> bool:
+    def _is_paused(self, uri: str, paused: frozenset[str]) -> bool:
         try:
-            return sinks.store(sinks.resolve(uri, self._settings.home)) in sick
+            return sinks.store(sinks.resolve(uri, self._settings.home)) in paused
         except CasparianError:
             return False
 

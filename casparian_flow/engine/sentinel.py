@@ -281,7 +281,7 @@ class Sentinel:
 
     async def _assign(self, identity: bytes, peer: Peer) -> None:
         claim = partial(
-            self._dispatcher.claim, worker=peer.name, limit=peer.free, sick=self._committer.sick
+            self._dispatcher.claim, worker=peer.name, limit=peer.free, paused=self._committer.paused
         )
         # Read first: a claim needs a write transaction, and mostly there is nothing to claim.
         ready = await self._ledger.read_soon(jobs.claimable)

@@ -106,12 +106,12 @@ def _check(response: Response, **_: Any) -> None:
 
 
 @contextlib.contextmanager
-def explained(what: str, kept: str) -> Iterator[None]:
+def explained(what: str, unchanged: str) -> Iterator[None]:
     """Turn errors of a request to the authority into an AuthError.
 
     Args:
         what: what could not be done.
-        kept: what was not changed because of it.
+        unchanged: what was not changed because of it, for the message.
 
     Raises:
         AuthError: the request failed.
@@ -122,19 +122,19 @@ def explained(what: str, kept: str) -> Iterator[None]:
         yield
     except requests.exceptions.SSLError as error:
         raise AuthError(
-            f"{what}: its TLS certificate is not to be trusted ({_reason(error)}); {kept}",
+            f"{what}: its TLS certificate is not to be trusted ({_reason(error)}); {unchanged}",
             "behind a proxy that reads TLS: export REQUESTS_CA_BUNDLE=/path/to/its/ca.pem",
         ) from error
     except (requests.ConnectionError, requests.Timeout) as error:
         raise AuthError(
-            f"{what}: it cannot be reached ({_reason(error)}); {kept}",
+            f"{what}: it cannot be reached ({_reason(error)}); {unchanged}",
             "check the network, and HTTPS_PROXY where there is a proxy; then publish again",
         ) from error
     # OSError: other errors of requests, and a missing CA file. msal raises the others when a
     # response lacks a field.
     except (OSError, ValueError, LookupError) as error:
         raise AuthError(
-            f"{what}: {shown(error)}; {kept}",
+            f"{what}: {shown(error)}; {unchanged}",
             "check AZURE_TENANT_ID and REQUESTS_CA_BUNDLE, then publish again",
         ) from error
 

@@ -47,7 +47,7 @@ def test_a_paused_sink_is_tried_again_though_nothing_is_owed_to_it_any_more(
         await assigned(peer)
         await peer.send(Conclude(receipts=[both]))
         await becomes(ledger, job, ("FAILED", 1, 1))
-        await eventually(lambda: not target.sentinel._committer.sick)
+        await eventually(lambda: not target.sentinel._committer.paused)
 
     play(settings, story)
 
