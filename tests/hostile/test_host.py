@@ -65,7 +65,7 @@ RECORDS = [
 @pytest.mark.parametrize("record", RECORDS)
 @pytest.mark.slow
 def test_a_record_that_is_none_ends_the_job(start: Start, kind: str, record: str) -> None:
-    guest = loaded(start, RAW_BATCH + f"wire.sendall(pack(Kind.{kind}, job, {record}))\n")
+    guest = loaded(start, RAW_BATCH + f"wire.sendall(pack(FrameKind.{kind}, job, {record}))\n")
     with pytest.raises(GuestDied, match="broke the protocol"):
         run(guest)
     assert not guest.alive
@@ -74,7 +74,7 @@ def test_a_record_that_is_none_ends_the_job(start: Start, kind: str, record: str
 def test_words_with_control_characters_are_kept_as_words(start: Start) -> None:
     words = "NUL \0, ESC \x1b[2J, bidi \u202e"
     said = json.dumps({"kind": "exception", "message": words, "traceback": words}).encode()
-    guest = loaded(start, RAW_BATCH + f"wire.sendall(pack(Kind.FAILED, job, {said!r}))\n")
+    guest = loaded(start, RAW_BATCH + f"wire.sendall(pack(FrameKind.FAILED, job, {said!r}))\n")
     with pytest.raises(JobError, match="bidi"):
         run(guest)
 
@@ -82,7 +82,7 @@ def test_words_with_control_characters_are_kept_as_words(start: Start) -> None:
 def test_a_flood_of_names_of_modules_costs_nothing(start: Start, tmp_path: Path) -> None:
     body = RAW_BATCH + (
         "name = pa.__file__.rpartition('/pyarrow/')[0] + '/' + 'a/' * 4_000_000\n"
-        "wire.sendall(pack(Kind.DONE, job, json.dumps([name]).encode()))\n"
+        "wire.sendall(pack(FrameKind.DONE, job, json.dumps([name]).encode()))\n"
     )
     guest = loaded(start, body)
     run(guest)
