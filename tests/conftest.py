@@ -12,6 +12,7 @@ import pytest
 from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.engine import control
 from tests.disks import in_memory
 
 
@@ -77,7 +78,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def ledger(settings: Settings) -> Iterator[Ledger]:
-    with open_ledger(settings.database) as ledger:
+    with open_ledger(settings.database, control.wake) as ledger:
         yield ledger
 
 

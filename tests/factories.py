@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection, insert, update
 
-from casparian_flow.db import plugins
+from casparian_flow.db import audit, plugins
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import (
     Directory,
@@ -25,6 +25,11 @@ MANIFEST = (
     ' "subscriptions": [], "sinks": {}, "timeout_seconds": 0}'
 )
 """Of a plugin whose jobs can be given to a worker, and that cannot be run."""
+
+
+def add_audit_row(connection: Connection, subject: str = "something") -> None:
+    """A row of the audit about nothing."""
+    audit.append(connection, "me", [audit.Event("test", subject, {})])
 
 
 def add_root(ledger: Ledger, path: Path, **columns: object) -> Root:

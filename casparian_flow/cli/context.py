@@ -21,7 +21,7 @@ import typer
 from casparian_flow.errors import counted
 
 if TYPE_CHECKING:
-    from casparian_flow.config import Settings
+    from casparian_flow.config import DatabaseSettings, Settings
     from casparian_flow.db.access import Ledger
     from casparian_flow.db.views import Waiting
     from casparian_flow.services.report import Advice
@@ -69,8 +69,18 @@ def opened(ctx: typer.Context) -> Iterator[Here]:
 
     config.arm_crashpoints()
     settings = config.load(ctx.obj)
-    with open_ledger(settings.database) as ledger:
+    with open_ledger(settings.database, _wake) as ledger:
         yield Here(settings, ledger)
+
+
+def _wake(database: DatabaseSettings, scan: bool) -> None:
+    from casparian_flow import durable
+
+    if durable.daemon_lock_holder(database.daemon_lock) is None:
+        return  # most commands run without one: do not load ZeroMQ
+    from casparian_flow.engine import control
+
+    control.wake(database, scan)
 
 
 def say(words: str) -> None:

@@ -200,14 +200,14 @@ def retry(
 
     With a fresh budget of attempts. Superseded ones too, where their version has a snapshot.
     """
-    from casparian_flow.services import changes
+    from casparian_flow.db import jobs
 
     if bool(job_ids) == failed:
         raise typer.BadParameter("name jobs, or say --failed")
     if not failed and (plugin or path):
         raise typer.BadParameter("--plugin and --path choose among the jobs of --failed")
-    with context.opened(ctx) as (settings, ledger):
-        count = changes.retry_jobs(ledger, settings, job_ids or None, plugin=plugin, path=path)
+    with context.opened(ctx) as (_, ledger):
+        count = jobs.retry_jobs(ledger, job_ids or None, plugin=plugin, path=path)
     context.say(f"{counted(count, 'job')} queued")
 
 
@@ -225,12 +225,12 @@ def dismiss(
 
     The audit has who did it. One that is retried and fails again is counted again.
     """
-    from casparian_flow.services import changes
+    from casparian_flow.db import jobs
 
     if bool(job_ids) == all_gone:
         raise typer.BadParameter("name jobs, or say --all-gone")
-    with context.opened(ctx) as (settings, ledger):
-        count = changes.dismiss_jobs(ledger, settings, job_ids or None)
+    with context.opened(ctx) as (_, ledger):
+        count = jobs.dismiss_jobs(ledger, job_ids or None)
     context.say(f"{counted(count, 'failure')} dismissed")
 
 
@@ -241,8 +241,8 @@ def abort(ctx: typer.Context, job_ids: Ids) -> None:
     Nothing will run for them, and what runs is ended within seconds. A job whose output is
     decided (COMMITTING) is refused.
     """
-    from casparian_flow.services import changes
+    from casparian_flow.db import jobs
 
-    with context.opened(ctx) as (settings, ledger):
-        count = changes.abort_jobs(ledger, settings, job_ids)
+    with context.opened(ctx) as (_, ledger):
+        count = jobs.abort_jobs(ledger, job_ids)
     context.say(f"{counted(count, 'job')} aborted")

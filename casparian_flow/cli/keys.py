@@ -19,23 +19,24 @@ def generate(ctx: typer.Context) -> None:
     Where you have one, it stays. Whoever is trusted in a ledger can trust it there.
     """
     from casparian_flow import config
-    from casparian_flow.services import keys
+    from casparian_flow.security import keys
 
-    is_new, public_key = keys.generate(config.keys_folder())
-    made = "made a key in" if is_new else "there is a key already in"
-    context.note(f"{made} {config.keys_folder()}; it stays on this machine. Its public half:")
-    context.say(public_key.hex())
-    context.note(f"  try: casparian keys trust {public_key.hex()} --owner NAME")
+    folder = config.keys_folder()
+    made = "there is a key already in" if keys.has_local_key(folder) else "made a key in"
+    public_key = keys.local_key(folder).verify_key.encode().hex()
+    context.note(f"{made} {folder}; it stays on this machine. Its public half:")
+    context.say(public_key)
+    context.note(f"  try: casparian keys trust {public_key} --owner NAME")
 
 
 @app.command("list")
 def list_(ctx: typer.Context, as_json: AsJson = False) -> None:
     """List the keys this ledger has trusted, and your own."""
     from casparian_flow import config
-    from casparian_flow.services import keys
+    from casparian_flow.db import trust
 
     with context.opened(ctx) as (_, ledger):
-        rows = keys.listing(ledger, config.keys_folder())
+        rows = trust.listing(ledger, config.keys_folder())
     columns = "key_id mine owner plugins standing trusted_at reason"
     empty = (
         "no key is trusted yet: the first that publishes will be\n  try: casparian keys generate"
@@ -60,11 +61,10 @@ def trust(
     Signed by your key. In a ledger that trusts none yet, yours is trusted first.
     """
     from casparian_flow import config
-    from casparian_flow.services import keys
+    from casparian_flow.db.trust import trust_key
 
-    with context.opened(ctx) as (settings, ledger):
-        folder = config.keys_folder()
-        context.say(keys.trust_key(ledger, settings, folder, public_key, owner, plugins))
+    with context.opened(ctx) as (_, ledger):
+        context.say(trust_key(ledger, config.keys_folder(), public_key, owner, plugins))
 
 
 @app.command()
@@ -77,10 +77,10 @@ def revoke(
 ) -> None:
     """Run nothing any more that a key has published."""
     from casparian_flow import config
-    from casparian_flow.services import keys
+    from casparian_flow.db import trust
 
-    with context.opened(ctx) as (settings, ledger):
-        context.say(keys.revoke(ledger, settings, config.keys_folder(), key_id, reason))
+    with context.opened(ctx) as (_, ledger):
+        context.say(trust.revoke(ledger, config.keys_folder(), key_id, reason))
 
 
 @app.command()
@@ -90,7 +90,7 @@ def rotate(ctx: typer.Context) -> None:
     What the old one published stays valid. Run it again for each other ledger that trusts you.
     """
     from casparian_flow import config
-    from casparian_flow.services import keys
+    from casparian_flow.db import trust
 
-    with context.opened(ctx) as (settings, ledger):
-        context.say(keys.rotate(ledger, settings, config.keys_folder()))
+    with context.opened(ctx) as (_, ledger):
+        context.say(trust.rotate(ledger, config.keys_folder()))

@@ -12,7 +12,7 @@ from casparian_flow.cli.context import All, AsJson, Limit
 from casparian_flow.errors import counted
 
 if TYPE_CHECKING:
-    from casparian_flow.services.backfill import Backfilled
+    from casparian_flow.db.backfill import Backfill
 
 
 app = context.group("List, forget and restore outputs.")
@@ -86,10 +86,10 @@ def retract(
     The sinks keep them, and no reader, query or later version brings them back but --undo. The
     audit has who did it.
     """
-    from casparian_flow.services.outputs import retract as ask
+    from casparian_flow.services import outputs
 
-    with context.opened(ctx) as (settings, ledger):
-        done = ask(ledger, settings, name, undo=undo)
+    with context.opened(ctx) as (_, ledger):
+        done = outputs.retract(ledger, name, undo=undo)
     word = "reinstated" if undo else "retracted"
     for row in done:
         rows = counted(row.rows, "row")
@@ -125,17 +125,16 @@ def backfill(
     store. New rows come beside those that are there; in mode replace, in the place of what an
     older version of the file or of the plugin gave.
     """
-    from casparian_flow.services.backfill import backfill as ask
+    from casparian_flow.db.backfill import Choice
+    from casparian_flow.db.backfill import backfill as queue
 
-    with context.opened(ctx) as (settings, ledger):
-        done = ask(
-            ledger, settings, plugin,
-            path=path, since=since.isoformat(" ") if since else None, redo=redo, dry_run=dry_run,
-        )  # fmt: skip
-    _tell(plugin, done, dry_run=dry_run)
+    choice = Choice(plugin, path, since.isoformat(" ") if since else None, redo)
+    with context.opened(ctx) as (_, ledger):
+        done = queue(ledger, choice, dry_run=dry_run)
+    _report(plugin, done, dry_run=dry_run)
 
 
-def _tell(plugin: str, done: Backfilled, *, dry_run: bool) -> None:
+def _report(plugin: str, done: Backfill, *, dry_run: bool) -> None:
     would = "would be " if dry_run else ""
     context.say(f"{plugin} {done.version}: {counted(done.queued, 'job')} {would}queued")
     if not done.routed:
@@ -173,7 +172,7 @@ def _were(number: int) -> str:
     return "was" if number == 1 else "were"
 
 
-def _as_many(done: Backfilled) -> str:
+def _as_many(done: Backfill) -> str:
     if done.again == done.worked:
         return "it" if done.worked == 1 else "them"
     return f"{done.again} of them, whose bytes are there,"

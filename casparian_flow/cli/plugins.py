@@ -66,9 +66,9 @@ def bundled(
 
     `casparian publish NAME` publishes one, from any directory.
     """
-    from casparian_flow.services import plugins
+    from casparian_flow.bundled import describe
 
-    found = plugins.bundled_ones(name)
+    found = describe(name)
     if as_json:
         context.document(found)
         return
@@ -102,7 +102,7 @@ def show(
 
     Who published it, whether it may run, what was signed, its limits, topics and packages.
     """
-    from casparian_flow.services import plugins
+    from casparian_flow.db import plugins
 
     with context.opened(ctx) as (_, ledger):
         found = plugins.show(ledger, name, version)
@@ -144,7 +144,7 @@ def verify(
     Its bytes, its signature, what was signed, and the standing of the key. Ends with 1 if any may
     not run.
     """
-    from casparian_flow.services import plugins
+    from casparian_flow.db import plugins
 
     with context.opened(ctx) as (_, ledger):
         rows = plugins.verify(ledger, name)
@@ -168,11 +168,11 @@ def activate(
     Back to an older one, or one that was disabled.
     """
     from casparian_flow import config
-    from casparian_flow.services import plugins
+    from casparian_flow.services import architect
 
     with context.opened(ctx) as (settings, ledger):
         folder = config.keys_folder()
-        context.say(plugins.activate(ledger, settings, folder, name, version, reason))
+        context.say(architect.activate(ledger, settings, folder, name, version, reason))
 
 
 @app.command()
@@ -189,11 +189,10 @@ def disable(
     Jobs that wait for it fail and say why.
     """
     from casparian_flow import config
-    from casparian_flow.services import plugins
+    from casparian_flow.db import plugins
 
-    with context.opened(ctx) as (settings, ledger):
-        folder = config.keys_folder()
-        context.say(plugins.disable(ledger, settings, folder, name, version, reason))
+    with context.opened(ctx) as (_, ledger):
+        context.say(plugins.disable(ledger, config.keys_folder(), name, version, reason))
 
 
 @app.command()
@@ -207,7 +206,7 @@ def diff(
 
     In the source, and in the packages it is locked to.
     """
-    from casparian_flow.services import plugins
+    from casparian_flow.db import plugins
 
     with context.opened(ctx) as (_, ledger):
         changed = plugins.diff(ledger, name, old, new)
@@ -268,25 +267,30 @@ def publish(
     What --name, --pattern, --topic and --option choose is put into the MANIFEST of what is
     deployed; the file stays as it is. So one file can be several plugins.
     """
-    from casparian_flow import config
-    from casparian_flow.security import signing
     from casparian_flow.security.choices import Choices
-    from casparian_flow.services import architect
 
     choices = Choices(name, pattern or (), topic or (), _options(option or ()))
     with context.opened(ctx) as here:
-        file = _file(plugin)
-        source, lock, name, chosen = _artifact(here, file, choices, version)
-        context.note(f"artifact     sha256 {signing.artifact_hash(source, lock)}")
-        auth, token = _sign_in(here)
-        message = architect.sign(
-            here.ledger, file, source, lock, name, chosen, config.keys_folder(),
-            auth=auth, token=token, dry_run=dry_run,
-        )  # fmt: skip
-        context.note(f"signed       by key {signing.key_id(message.public_key)}")
-        words = _deploy(here, message)
-        context.note("checked      signature, statement, artifact, and what the key may publish")
-        context.say(words)
+        _publish(here, plugin, choices, version, dry_run)
+
+
+def _publish(here: Here, plugin: str, choices: Choices, version: str | None, dry_run: bool) -> None:
+    from casparian_flow import config
+    from casparian_flow.security import signing
+    from casparian_flow.services import architect
+
+    file = _file(plugin)
+    source, lock, name, chosen = _artifact(here, file, choices, version)
+    context.note(f"artifact     sha256 {signing.artifact_hash(source, lock)}")
+    auth, token = _sign_in(here)
+    message = architect.sign(
+        here.ledger, file, source, lock, name, chosen, config.keys_folder(),
+        auth=auth, token=token, dry_run=dry_run,
+    )  # fmt: skip
+    context.note(f"signed       by key {signing.key_id(message.public_key)}")
+    words = _deploy(here, message)
+    context.note("checked      signature, statement, artifact, and what the key may publish")
+    context.say(words)
 
 
 def _file(plugin: str) -> Path:

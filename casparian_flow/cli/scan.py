@@ -65,7 +65,7 @@ def scan(
     """
     import asyncio
 
-    from casparian_flow.services import changes, inventory
+    from casparian_flow.services import inventory
 
     with context.opened(ctx) as here, context.line(quiet=quiet) as line:
         for words in inventory.take(here.settings, here.ledger):
@@ -77,7 +77,7 @@ def scan(
             _print(report, quiet)
         for scrubbed in scrubs:
             _print_scrub(scrubbed, quiet)
-        changes.ring(here.settings)
+        here.ledger.wake()
         reason = ""
         if drain:
             # A daemon may have found our files before us: its jobs for them are ours to await.

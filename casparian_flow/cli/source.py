@@ -57,11 +57,11 @@ def add_source(
 
     One that was removed before comes back with all that is known of it.
     """
-    from casparian_flow.services import changes
+    from casparian_flow.services import sources
 
-    options = changes.SourceOptions(ignore or None, settle, done_file, min_age)
-    with context.opened(ctx) as (settings, ledger):
-        added = changes.add_source(ledger, settings, folder, name=name, options=options)
+    options = sources.SourceOptions(ignore or None, settle, done_file, min_age)
+    with context.opened(ctx) as (_, ledger):
+        added = sources.add_source(ledger, folder, name=name, options=options)
     context.say(f"source root {added} added")
 
 
@@ -78,11 +78,11 @@ def set_source(
 
     What is not named stays. `--ignore` replaces the patterns there are; `--ignore ''` clears them.
     """
-    from casparian_flow.services import changes
+    from casparian_flow.services import sources
 
-    options = changes.SourceOptions(ignore or None, settle, done_file, min_age)
-    with context.opened(ctx) as (settings, ledger):
-        changed = changes.set_source(ledger, settings, name, options)
+    options = sources.SourceOptions(ignore or None, settle, done_file, min_age)
+    with context.opened(ctx) as (_, ledger):
+        changed = sources.set_source(ledger, name, options)
     context.say(f"source root {name}: {', '.join(changed)} changed")
 
 
@@ -130,10 +130,10 @@ def remove_source(
 
     Its files, versions, jobs and rows stay.
     """
-    from casparian_flow.services import changes
+    from casparian_flow.services import sources
 
-    with context.opened(ctx) as (settings, ledger):
-        changes.remove_source(ledger, settings, name)
+    with context.opened(ctx) as (_, ledger):
+        sources.remove_source(ledger, name)
     context.say(f"source root {name} removed; what is known of it stays")
 
 
@@ -178,12 +178,10 @@ def add_rule(
 
     Jobs that follow from it are queued at once.
     """
-    from casparian_flow.services import changes
+    from casparian_flow.services import sources
 
-    with context.opened(ctx) as (settings, ledger):
-        rule_id, queued = changes.add_rule(
-            ledger, settings, pattern, tag, priority, any_case=not exact_case
-        )
+    with context.opened(ctx) as (_, ledger):
+        rule_id, queued = sources.add_rule(ledger, pattern, tag, priority, any_case=not exact_case)
     some = counted(queued, "job")
     context.say(f"rule {rule_id} added; {some} queued for files already known")
 
@@ -194,10 +192,10 @@ def remove_rule(
     rule_id: Annotated[int, typer.Argument(metavar="ID", help="As in `casparian rules list`.")],
 ) -> None:
     """Remove a rule; jobs it has queued stay."""
-    from casparian_flow.services import changes
+    from casparian_flow.services import sources
 
-    with context.opened(ctx) as (settings, ledger):
-        words = changes.remove_rule(ledger, settings, rule_id)
+    with context.opened(ctx) as (_, ledger):
+        words = sources.remove_rule(ledger, rule_id)
     context.say(f"rule {rule_id} removed: {words}")
 
 

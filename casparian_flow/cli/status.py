@@ -187,7 +187,7 @@ def versions(
         rows = ledger.read(
             lambda c: [
                 row
-                for root, below, shown in routing.meant(c, path)
+                for root, below, shown in routing.resolve_argument(c, path)
                 for row in views.versions(c, root.id, below, shown)
             ]
         )

@@ -18,7 +18,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -29,11 +29,14 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import schema, seals
+from casparian_flow.db.audit import Event, actor, append
 from casparian_flow.db.schema import LedgerConnection, check_place, identity
 from casparian_flow.errors import LedgerError, LedgerLost
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
+Wake = Callable[[DatabaseSettings, bool], None]
+"""Tells the daemon of a database, if one runs, that the ledger has changed; True: and to scan."""
 
 GROUP_LIMIT = 500
 """Requests in one transaction, at most, so that the first need not wait for ever."""
@@ -123,10 +126,15 @@ class Ledger:
     """Reads on the caller's thread, writes on one thread of its own.
 
     Use it as a context manager, or call `close`.
+
+    Args:
+        wake: what `wake` and `change` call. It comes from outside, because this layer knows no
+            daemon. None: nobody is told, as in the daemon itself.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, wake: Wake | None = None) -> None:
         self.engine = engine
+        self._wake = wake
         self._path = Path(str(engine.url.database))
         self._place = identity(self._path)
         self._requests: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = (
@@ -216,6 +224,44 @@ class Ledger:
             LedgerError: the database refused (full, read-only, damaged); nothing was written.
         """
         return self._submit(work).result()
+
+    def change(
+        self, work: Work[T], audit: Callable[[T], Iterable[Event]], *, scan: bool = False
+    ) -> T:
+        """Run `work` in a writing transaction as a change that a person makes.
+
+        Its audit rows are written in the same transaction, in the name of this process's user
+        where an event names nobody else. Then the daemon, if one runs, is woken.
+
+        Args:
+            audit: the events of the audit, from the result of `work`. No event means that nothing
+                was changed: the daemon is not woken.
+            scan: the daemon is to scan its source roots as well.
+
+        Raises:
+            LedgerError: the database refused; nothing was written. What `work` raises undoes the
+                change too.
+        """
+
+        def audited(connection: Connection) -> tuple[T, bool]:
+            result = work(connection)
+            events = list(audit(result))
+            append(connection, actor(), events)
+            return result, bool(events)
+
+        result, is_changed = self.write(audited)
+        if is_changed:
+            self.wake(scan=scan)
+        return result
+
+    def wake(self, *, scan: bool = False) -> None:
+        """Tell the daemon, if one runs, that there may be new jobs.
+
+        Args:
+            scan: ask it for a full scan as well.
+        """
+        if self._wake is not None:
+            self._wake(self.database, scan)
 
     async def write_soon(self, work: Work[T]) -> T:
         """`write`, for coroutines."""
@@ -324,15 +370,18 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def open_ledger(database: DatabaseSettings) -> Iterator[Ledger]:
+def open_ledger(database: DatabaseSettings, wake: Wake | None = None) -> Iterator[Ledger]:
     """The ledger, for as long as the block runs.
+
+    Args:
+        wake: see `Ledger`.
 
     Raises:
         LedgerError: the database cannot be used; nothing was changed.
     """
     engine = get_engine(database)
     try:
-        with Ledger(engine) as ledger:
+        with Ledger(engine, wake) as ledger:
             yield ledger
     finally:
         engine.dispose()

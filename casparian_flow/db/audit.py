@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import sqlite3
 from collections.abc import Iterable
+from typing import cast
 
 from sqlalchemy import Connection, insert, select
 
 from casparian_flow.db import seals
-from casparian_flow.db.access import driver
 from casparian_flow.db.models import AuditEntry
 from casparian_flow.db.seals import GENESIS, Event, Head, holds, link
+from casparian_flow.errors import CasparianError
 
-__all__ = ["GENESIS", "Event", "Head", "append", "head", "lost", "problems"]
+__all__ = ["GENESIS", "Event", "Head", "actor", "append", "check_text", "head", "lost", "problems"]
+
+TEXT_LIMIT = 200
+"""Characters of an owner's name or of a reason."""
+
+
+def actor() -> str:
+    """This process's user, as the audit names them."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return f"uid {os.getuid()}"
+
+
+def check_text(what: str, text: str) -> None:
+    """Return if a text of a person can be kept for ever and shown to anybody.
+
+    Args:
+        what: what it is, for the message.
+
+    Raises:
+        CasparianError: it is empty or too long, or would move a terminal's cursor.
+    """
+    if not text.strip() or not text.isprintable() or len(text) > TEXT_LIMIT:
+        raise CasparianError(
+            f"{text[:80]!r} cannot be the {what}", f"use 1 to {TEXT_LIMIT} printable characters"
+        )
 
 
 def head(connection: Connection) -> Head:
@@ -22,7 +52,13 @@ def head(connection: Connection) -> Head:
 
 
 def append(connection: Connection, actor: str, events: Iterable[Event]) -> None:
-    """Add rows in the caller's transaction, which must be a writing one."""
+    """Add rows in the caller's transaction, which must be a writing one.
+
+    What a person does is not appended here but by `Ledger.change`.
+
+    Args:
+        actor: who did it, where an event does not name them.
+    """
     rows = link(head(connection), actor, events)
     if rows:
         connection.execute(insert(AuditEntry), rows)
@@ -42,7 +78,7 @@ def problems(connection: Connection) -> Iterable[str]:
     """One sentence for each break in the chain."""
     expected, previous = 1, GENESIS
     query = "SELECT seq, at, actor, action, subject, detail, previous, hash FROM cf_audit"
-    with seals.exact(driver(connection)):
+    with seals.exact(cast(sqlite3.Connection, connection.connection.dbapi_connection)):
         for found in connection.exec_driver_sql(f"{query} ORDER BY seq").mappings():
             row = dict(found)
             is_next = row["seq"] == expected

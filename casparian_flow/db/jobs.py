@@ -24,15 +24,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, CursorResult, text
 
-from casparian_flow.db import found
-from casparian_flow.db.access import execute_many
+from casparian_flow.db import audit, found
+from casparian_flow.db.access import Ledger, execute_many
 from casparian_flow.db.models import JobStatus, utcnow
 from casparian_flow.db.routing import JobRequest
+from casparian_flow.errors import CasparianError, NotFound
 from casparian_flow.protocol import Pair
 
 UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)
@@ -643,3 +645,96 @@ def dismiss(connection: Connection, job_ids: Sequence[int]) -> list[int]:
         job_ids=job_ids,
         now=_now(),
     )
+
+
+# What people decide about jobs.
+
+
+CHANGE_CHUNK = 10_000
+"""Jobs changed in one transaction."""
+
+
+def retry_jobs(
+    ledger: Ledger,
+    job_ids: Sequence[int] | None,
+    *,
+    plugin: str | None = None,
+    path: str | None = None,
+) -> int:
+    """Queue failed or aborted jobs again, with a fresh budget of attempts; how many.
+
+    Superseded ones too, where the snapshot store has their version's bytes.
+
+    Args:
+        job_ids: None means every FAILED one whose failure is open.
+        plugin: of those, only this plugin's.
+        path: of those, only the ones of files whose path matches this glob.
+
+    Raises:
+        NotFound: no job has one of these ids.
+        CasparianError: some are neither, and have no snapshot; the others were queued.
+    """
+    if job_ids is None:
+        job_ids = ledger.read(lambda c: failed_job_ids(c, OPEN_FAILURE, plugin, path))
+    wanted = "FAILED or ABORTED, or SUPERSEDED with a snapshot of the version,"
+    return _change(ledger, "retry", retry, job_ids, f"{wanted} can be retried")
+
+
+def dismiss_jobs(ledger: Ledger, job_ids: Sequence[int] | None) -> int:
+    """Accept failures, so that nobody counts them any more; how many.
+
+    Args:
+        job_ids: None means every one whose file is gone.
+
+    Raises:
+        NotFound: no job has one of these ids.
+        CasparianError: some are not FAILED; the others were dismissed.
+    """
+    if job_ids is None:
+        job_ids = ledger.read(lambda c: failed_job_ids(c, GONE_UNREAD))
+    return _change(ledger, "dismiss", dismiss, job_ids, "FAILED can be dismissed")
+
+
+def abort_jobs(ledger: Ledger, job_ids: Sequence[int]) -> int:
+    """End queued and running jobs; how many. The guest of a running one is killed.
+
+    Raises:
+        NotFound: no job has one of these ids.
+        CasparianError: some have ended, or are decided; the others were aborted.
+    """
+    change = partial(abort, who=audit.actor())
+    return _change(ledger, "abort", change, job_ids, "QUEUED or RUNNING can be aborted")
+
+
+def _change(
+    ledger: Ledger,
+    verb: str,
+    change: Callable[[Connection, Sequence[int]], list[int]],
+    job_ids: Sequence[int],
+    which: str,
+) -> int:
+    def events(changed: Sequence[int]) -> list[audit.Event]:
+        return [audit.Event(verb, f"job {job_id}", {}) for job_id in sorted(changed)]
+
+    def work(connection: Connection, chunk: Sequence[int]) -> list[int]:
+        return change(connection, chunk)
+
+    changed: list[int] = []
+    for start in range(0, len(job_ids), CHANGE_CHUNK):
+        chunk = job_ids[start : start + CHANGE_CHUNK]
+        done = ledger.change(partial(work, chunk=chunk), events)
+        changed += done
+    for job_id in sorted(set(job_ids).difference(changed)):
+        status = ledger.read(partial(_status, job_id=job_id))
+        if status is None:
+            raise NotFound(f"there is no job {job_id}", "casparian jobs")
+        show = f"casparian jobs show {job_id}"
+        if verb == "abort" and status == JobStatus.COMMITTING:
+            raise CasparianError(f"job {job_id} is decided already: its output will appear", show)
+        raise CasparianError(f"job {job_id} is {status}; only jobs that are {which}", show)
+    return len(changed)
+
+
+def _status(connection: Connection, job_id: int) -> str | None:
+    statement = "SELECT status FROM cf_processing_queue WHERE id = :job_id"
+    return _run(connection, statement, job_id=job_id).scalar()

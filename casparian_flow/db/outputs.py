@@ -6,19 +6,16 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, text, update
+from sqlalchemy import Connection, bindparam, select, text, update
 
 from casparian_flow.db.access import Page, execute_many, page
 from casparian_flow.db.found import INVISIBLE, REPLACED, RETRACTED, note_retracted
 from casparian_flow.db.models import (
     FileVersion,
-    ForgottenOutput,
     JobStatus,
     Output,
     OutputState,
     ProcessingJob,
-    RetractedOutput,
-    Retraction,
     utcnow,
 )
 from casparian_flow.protocol import Published, StagedOutput
@@ -200,12 +197,6 @@ WHERE f.output_key NOT IN (SELECT output_key FROM cf_output WHERE state = 'PUBLI
 """Everything that stands in the sinks; what no job of this ledger has taken over has no status."""
 
 
-def named(connection: Connection, name: str) -> list[Any]:
-    """Published outputs by their target, or all those of a job by its id."""
-    query = f"SELECT * FROM ({NAMED}) WHERE target = :name OR CAST(job_id AS TEXT) = :name"  # noqa: S608
-    return list(connection.execute(text(query), {"name": name}))
-
-
 def listed(connection: Connection, limit: int | None, topic: str | None) -> Page:
     """Published outputs, the newest first, as people and programs look at them."""
     query = f"""
@@ -216,100 +207,6 @@ def listed(connection: Connection, limit: int | None, topic: str | None) -> Page
         FROM ({NAMED}) WHERE :topic IS NULL OR topic = :topic ORDER BY job_id DESC
         """  # noqa: S608
     return page(connection, query, limit, topic=topic)
-
-
-def forget(connection: Connection, keys: Sequence[str]) -> None:
-    """Claim these outputs no more."""
-    if keys:
-        connection.execute(insert(ForgottenOutput), [{"output_key": key} for key in keys])
-
-
-def unpublish(connection: Connection, keys: Sequence[str]) -> None:
-    """Owe these outputs again: they are not in their sinks, and their jobs are queued."""
-    connection.execute(delete(ForgottenOutput).where(ForgottenOutput.output_key.in_(keys)))
-    connection.execute(
-        update(Output)
-        .where(Output.output_key.in_(keys))
-        .values(state=OutputState.PLANNED, published_at=None, target="")
-    )
-
-
-# Which outputs a person takes back: chosen, decided in one transaction, and settled when their
-# sinks have done it.
-
-
-def outputs_of_version(connection: Connection, version_id: int) -> list[Any]:
-    """Everything that stands in the sinks of one version."""
-    query = f"SELECT * FROM ({NAMED}) WHERE version_id = :id ORDER BY output_key"  # noqa: S608
-    return list(connection.execute(text(query), {"id": version_id}))
-
-
-def outputs_of_location(
-    connection: Connection, source: str, path: bytes, rel_path: str
-) -> list[Any]:
-    """Everything that stands in the sinks of all versions of one location.
-
-    Args:
-        path: as the filesystem has it.
-        rel_path: as we show it, for names that are not UTF-8.
-    """
-    query = f"""
-        SELECT * FROM ({NAMED}) WHERE source = :source AND (path = :path OR rel_path = :rel_path)
-        ORDER BY output_key
-        """  # noqa: S608
-    given = {"source": source, "path": path, "rel_path": rel_path}
-    return list(connection.execute(text(query), given))
-
-
-def job_at_work(connection: Connection, output_keys: Sequence[str]) -> int | None:
-    """A job of one of the locations of these outputs that runs or is being published; None: none
-    is."""
-    return connection.execute(
-        text(
-            f"""
-            SELECT min(j.id) FROM cf_processing_queue j
-            JOIN cf_file_version v ON v.id = j.file_version_id
-            JOIN cf_file_location l ON l.id = v.location_id
-            JOIN cf_source_root r ON r.id = l.source_root_id
-            WHERE j.status IN ('RUNNING', 'COMMITTING') AND (r.name, l.path) IN
-                (SELECT source, path FROM ({NAMED}) WHERE output_key IN :keys)
-            """  # noqa: S608
-        ).bindparams(bindparam("keys", expanding=True)),
-        {"keys": list(output_keys)},
-    ).scalar()
-
-
-def begin_retract(connection: Connection, keys: Sequence[str]) -> None:
-    """Decide that nobody is to see these outputs; their sinks are asked next."""
-    rows = [{"output_key": key, "state": Retraction.RETRACTING} for key in keys]
-    connection.execute(insert(RetractedOutput), rows)
-
-
-def begin_reinstate(connection: Connection, keys: Sequence[str]) -> None:
-    """Decide that these outputs are to be seen again; their sinks are asked next."""
-    connection.execute(
-        update(RetractedOutput)
-        .where(RetractedOutput.output_key.in_(keys))
-        .values(state=Retraction.REINSTATING)
-    )
-
-
-def pending_retractions(connection: Connection) -> list[Any]:
-    """Outputs whose sinks may not have been asked yet, with what is to be done."""
-    query = f"""
-        SELECT n.*, t.state FROM ({NAMED}) n JOIN cf_retracted_output t USING (output_key)
-        WHERE t.state <> 'RETRACTED' ORDER BY output_key
-        """  # noqa: S608
-    return list(connection.execute(text(query)))
-
-
-def settle_retraction(connection: Connection, key: str) -> None:
-    """Write down that the sink has done what was decided about an output."""
-    this = RetractedOutput.output_key == key
-    connection.execute(
-        delete(RetractedOutput).where(this, RetractedOutput.state == Retraction.REINSTATING)
-    )
-    connection.execute(update(RetractedOutput).where(this).values(state=Retraction.RETRACTED))
 
 
 # How many rows and rejects came of versions, by what the host counted of each output.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 from packaging.version import Version
 from sqlalchemy import Connection, LargeBinary, and_, cast, delete, func, insert, select, update
 
+from casparian_flow.db import audit, trust, views
+from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.models import (
     AuditEntry,
     EmptyTopic,
@@ -22,8 +26,8 @@ from casparian_flow.db.models import (
     TopicConfig,
 )
 from casparian_flow.db.routing import tags_of
-from casparian_flow.errors import ArtifactRefused, CasparianError
-from casparian_flow.security import signing
+from casparian_flow.errors import ArtifactRefused, CasparianError, NotFound
+from casparian_flow.security import keys, signing
 from casparian_flow.security.manifest import Manifest, read_manifest
 from casparian_flow.security.trust import Trust
 
@@ -45,7 +49,7 @@ def versions(connection: Connection, name: str) -> list[Version]:
     )
 
 
-def newest(connection: Connection, name: str, trust: Trust) -> str:
+def newest(connection: Connection, name: str, trusted: Trust) -> str:
     """The newest version, by PEP 440, that nothing bars; empty where there is none.
 
     A version that may not run must not stand in the way of those that come after.
@@ -54,7 +58,7 @@ def newest(connection: Connection, name: str, trust: Trust) -> str:
     rows = connection.execute(
         select(*columns).where(Plugin.name == name, Plugin.statement.is_not(None))
     )
-    fit = [row.version for row in rows if not trust.barred(row.publisher, name, row.version)]
+    fit = [row.version for row in rows if not trusted.barred(row.publisher, name, row.version)]
     return max(fit, key=Version, default="")
 
 
@@ -63,24 +67,6 @@ def active(connection: Connection, name: str) -> str | None:
     return connection.execute(
         select(PluginConfig.active_version).where(PluginConfig.plugin_name == name)
     ).scalar()
-
-
-def deactivate(connection: Connection, trust: Trust) -> list[str]:
-    """Route nothing more to versions that are barred now; those, as `name version`."""
-    rows = connection.execute(
-        select(Plugin.name, Plugin.version, Plugin.publisher).join(
-            PluginConfig,
-            and_(
-                PluginConfig.plugin_name == Plugin.name,
-                PluginConfig.active_version == Plugin.version,
-            ),
-        )
-    ).all()
-    barred = [row for row in rows if trust.barred(row.publisher, row.name, row.version)]
-    names = [row.name for row in barred]
-    statement = update(PluginConfig).where(PluginConfig.plugin_name.in_(names))
-    connection.execute(statement.values(active_version=None))
-    return [f"{row.name} {row.version}" for row in barred]
 
 
 def add(connection: Connection, **columns: Any) -> int:
@@ -254,14 +240,14 @@ def manifest_of(text: str | bytes) -> Manifest:
         raise ArtifactRefused(f"its stored MANIFEST is damaged: {error}") from error
 
 
-def fault(plugin: Stored, trust: Trust) -> str:
+def fault(plugin: Stored, trusted: Trust) -> str:
     """Why an artifact is not what a trusted key signed; empty where it is.
 
     Everything is checked anew: the bytes against their hash, the signature over the stored
     statement, the statement against the row, and the signer against the trust log.
     """
     try:
-        _check(plugin, trust)
+        _check(plugin, trusted)
     except CasparianError as error:
         return error.message
     return ""
@@ -299,9 +285,9 @@ def in_earlier_form(connection: Connection) -> list[Any]:
     return list(connection.execute(query.where(Plugin.statement.is_(None)).order_by(Plugin.name)))
 
 
-def _check(plugin: Stored, trust: Trust) -> None:
-    if trust.broken:
-        raise ArtifactRefused(trust.broken)
+def _check(plugin: Stored, trusted: Trust) -> None:
+    if trusted.broken:
+        raise ArtifactRefused(trusted.broken)
     if plugin.statement is None:
         raise ArtifactRefused(EARLIER_FORM)
     if signing.artifact_hash(plugin.source, plugin.lock) != plugin.artifact_hash:
@@ -310,14 +296,14 @@ def _check(plugin: Stored, trust: Trust) -> None:
         signing.Publish, plugin.statement, plugin.signature, plugin.public_key
     )
     signing.check_published(
-        statement, trust.ledger_id, plugin.name, plugin.version, plugin.source, plugin.lock,
+        statement, trusted.ledger_id, plugin.name, plugin.version, plugin.source, plugin.lock,
         plugin.public_key,
     )  # fmt: skip
     if plugin.publisher != statement.publisher_key_id:
         raise ArtifactRefused("its publisher is not the key that signed it")
     if manifest_of(plugin.manifest) != _manifest_in(plugin.source, plugin.name):
         raise ArtifactRefused("its stored MANIFEST is not the one in its source")
-    if words := trust.unfit(plugin.publisher, plugin.name):
+    if words := trusted.unfit(plugin.publisher, plugin.name):
         raise ArtifactRefused(words)
 
 
@@ -327,9 +313,157 @@ def _manifest_in(source: bytes, name: str) -> Manifest:
     return read_manifest(source, f"{name}.py")
 
 
-def refusal(plugin: Stored, trust: Trust) -> str:
+def refusal(plugin: Stored, trusted: Trust) -> str:
     """Why an artifact may not be run; empty where it may."""
-    stopped = trust.stopped(plugin.publisher, plugin.name, plugin.version)
-    if words := fault(plugin, trust) or stopped:
+    stopped = trusted.stopped(plugin.publisher, plugin.name, plugin.version)
+    if words := fault(plugin, trusted) or stopped:
         return f"plugin {plugin.name} {plugin.version} may not run: {words}"
     return ""
+
+
+# What people ask and change: `casparian plugins`.
+
+
+def verify(ledger: Ledger, name: str | None) -> list[Row]:
+    """Check every version's bytes, signature and key anew: name, version, why it may not run.
+
+    Raises:
+        NotFound: no plugin has that name.
+    """
+
+    def work(connection: Connection) -> list[Row]:
+        trusted = trust.read(connection)
+        which = [] if name is None else [Plugin.name == name]
+        return [
+            {"name": p.name, "version": p.version, "refusal": refusal(p, trusted)}
+            for p in stored(connection, *which)
+        ]
+
+    found = ledger.read(work)
+    if name is not None and not found:
+        raise _unknown(name)
+    return found
+
+
+def show(ledger: Ledger, name: str, version: str | None) -> Row:
+    """A version in full: who published it, whether it may run, limits, topics, lock and source.
+
+    Args:
+        version: None takes the active one, else the newest.
+
+    Raises:
+        NotFound: there is none.
+    """
+
+    def work(connection: Connection) -> Row:
+        plugin = choose(connection, name, version)
+        trusted = trust.read(connection)
+        key = trusted.keys.get(plugin.publisher)
+        topics = [row for row in views.topics(connection) if row["plugin"] == name]
+        return {
+            "name": plugin.name,
+            "version": plugin.version,
+            "active": active(connection, name) == plugin.version,
+            "refusal": refusal(plugin, trusted),
+            "artifact": plugin.artifact_hash,
+            "publisher": plugin.publisher,
+            "owner": key.owner if key else "",
+            "standing": str(key.standing) if key else "unknown here",
+            "statement": _json(plugin.statement),
+            "verdict": _json(plugin.verdict.encode()),
+            "manifest": _json(plugin.manifest.encode()),
+            "topics": {row["topic"]: row["uri"] for row in topics},
+            "lock": pins(plugin.lock),
+            "source": plugin.source.decode("utf-8", "backslashreplace"),
+        }
+
+    return ledger.read(work)
+
+
+def diff(ledger: Ledger, name: str, old: str, new: str) -> str:
+    """What changed between two versions: their sources, then the packages they are locked to.
+
+    Raises:
+        NotFound: there is no such version.
+    """
+    before, after = ledger.read(lambda c: [choose(c, name, version) for version in (old, new)])
+    return "\n".join(
+        [
+            *_diff(f"{name}.py", old, new, _lines(before), _lines(after)),
+            *_diff("lock", old, new, pins(before.lock), pins(after.lock)),
+        ]
+    )
+
+
+def _diff(what: str, old: str, new: str, before: list[str], after: list[str]) -> Iterator[str]:
+    return difflib.unified_diff(before, after, f"{what} {old}", f"{what} {new}", lineterm="")
+
+
+def _lines(plugin: Stored) -> list[str]:
+    return plugin.source.decode("utf-8", "backslashreplace").splitlines()
+
+
+def pins(lock: str) -> list[str]:
+    """The packages a lock pins, without their hashes."""
+    return [
+        line.partition(" --hash=")[0].rstrip(" \\") for line in lock.splitlines() if "==" in line
+    ]
+
+
+def disable(ledger: Ledger, folder: Path, name: str, version: str | None, reason: str) -> str:
+    """Run a version, or every version, no more; what was done, in words.
+
+    Args:
+        folder: where this person's keys are.
+
+    Raises:
+        NotFound: there is no such version.
+        AuthError: this person's key may not do it.
+    """
+    audit.check_text("reason", reason)
+    signer = keys.local_key(folder)
+
+    def work(connection: Connection) -> tuple[list[str], audit.Event]:
+        choose(connection, name, version)
+        trusted = trust.read(connection)
+        statement = signing.Disable(
+            **trusted.link(signer), plugin=name, version=version, reason=reason
+        )
+        trusted, event = trust.append(connection, trusted, signing.written(signer, statement))
+        return trust.deactivate(connection, trusted), event
+
+    stopped, _ = ledger.change(work, lambda done: [done[1]])
+    which = f"{name} {version}" if version else f"every version of {name}"
+    message = f"{which} is disabled: jobs that wait for it will fail, and say why"
+    return f"{message}; no version takes new jobs" if stopped else message
+
+
+def choose(connection: Connection, name: str, version: str | None) -> Stored:
+    """A deployed version; None takes the active one, else the newest.
+
+    Raises:
+        NotFound: there is none.
+    """
+    wanted = version or active(connection, name)
+    found = stored(connection, Plugin.name == name)
+    if not found:
+        raise _unknown(name)
+    if wanted is None:
+        return found[-1]
+    for plugin in found:
+        if plugin.version == wanted:
+            return plugin
+    known = ", ".join(plugin.version for plugin in found)
+    raise NotFound(f"{name} has no version {wanted}; it has {known}", "casparian plugins list")
+
+
+def _unknown(name: str) -> NotFound:
+    return NotFound(f"no plugin is named {name!r}", "casparian plugins list")
+
+
+def _json(text: bytes | None) -> Any:
+    """What is in a column that holds JSON; None where there is nothing, or nothing of that kind."""
+    try:
+        return msgspec.json.decode(text or b"")
+    except msgspec.MsgspecError:
+        return None

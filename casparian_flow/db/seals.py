@@ -40,6 +40,8 @@ class Event(NamedTuple):
     subject: str
     """What it was done to: `job 7`, `plugin sales 1.0.0`."""
     detail: dict[str, Any]
+    actor: str = ""
+    """Who did it, where that is not whoever writes it down."""
 
 
 class Head(NamedTuple):
@@ -62,7 +64,7 @@ def link(head: Head, actor: str, events: Iterable[Event]) -> list[dict[str, Any]
         row = {
             "seq": seq,
             "at": at,
-            "actor": actor,
+            "actor": event.actor or actor,
             "action": event.action,
             "subject": event.subject,
             "detail": json.dumps(event.detail, sort_keys=True),

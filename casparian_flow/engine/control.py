@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import msgspec
@@ -11,6 +12,8 @@ from casparian_flow import durable, protocol
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import wire
 from casparian_flow.errors import ConfigError, DaemonGone, ProtocolError
+
+log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 30.0
 """How long the daemon may take to answer."""
@@ -62,6 +65,18 @@ def ask(
             return _reply(frames)
         refused = key  # try again once: the key may be that of a daemon that died
     return None
+
+
+def wake(database: DatabaseSettings, scan: bool = False) -> None:
+    """Tell the daemon, if one runs, that the ledger has changed.
+
+    Args:
+        scan: ask it for a full scan as well.
+    """
+    try:
+        ask(database, protocol.Ring(scan=scan))
+    except DaemonGone as error:
+        log.warning("%s; it will see the change at its next look", error.message)
 
 
 def refusals(database: DatabaseSettings) -> dict[str, int]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from nacl.signing import SigningKey
 
 
-class Standing(StrEnum):
+class KeyStatus(StrEnum):
     """What a key that is known may do."""
 
     TRUSTED = "trusted"
@@ -56,7 +56,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     plugins: str
     since: str
     """When it was trusted."""
-    standing: Standing = Standing.TRUSTED
+    standing: KeyStatus = KeyStatus.TRUSTED
     reason: str = ""
     """Why it was revoked, or which key took its place."""
 
@@ -113,7 +113,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         found = self.keys.get(signing.key_id(public_key))
         if found is None:
             raise self._unknown(public_key)
-        if found.standing is not Standing.TRUSTED:
+        if found.standing is not KeyStatus.TRUSTED:
             raise AuthError(
                 f"{found} is {found.standing}: {found.reason}",
                 "sign with a key that is trusted: casparian keys list",
@@ -145,7 +145,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
     def stopped(self, key_id: str, plugin: str, version: str) -> str:
         """Why this version was stopped: key revoked or plugin disabled; empty if it was not."""
         key = self.keys.get(key_id)
-        if key and key.standing is Standing.REVOKED:
+        if key and key.standing is KeyStatus.REVOKED:
             return f"{key}, which signed it, was revoked: {key.reason}"
         every = self.disabled.get((plugin, None), "")
         if reason := self.disabled.get((plugin, version), every):
@@ -200,7 +200,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
                 self.authorize(row.public_key, None)
                 if key_id not in self.keys:
                     raise AuthError(f"key {key_id[:16]} was never trusted")
-                return self._with(self.keys[key_id], standing=Standing.REVOKED, reason=reason)
+                return self._with(self.keys[key_id], standing=KeyStatus.REVOKED, reason=reason)
             case RotateKey():
                 return self._rotate(statement, row)
             case Activate(plugin=plugin, version=version):
@@ -229,7 +229,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
             since=statement.issued_at,
         )
         known = self.keys.get(added.key_id)
-        if known and known.standing is not Standing.TRUSTED:
+        if known and known.standing is not KeyStatus.TRUSTED:
             raise AuthError(f"{known} is {known.standing}, and stays so", "trust another key")
         return self._with(added)
 
@@ -247,7 +247,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
             since=statement.issued_at,
         )
         reason = f"key {successor.key_id[:16]} took its place"
-        return self._with(earlier, standing=Standing.RETIRED, reason=reason)._with(successor)
+        return self._with(earlier, standing=KeyStatus.RETIRED, reason=reason)._with(successor)
 
     def _with(self, key: Key, **changes: Any) -> Trust:
         changed = msgspec.structs.replace(key, **changes)

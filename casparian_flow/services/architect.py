@@ -8,12 +8,11 @@ signature over it, and asks the trust log whether the key may publish this plugi
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from packaging.version import Version
@@ -22,12 +21,13 @@ from sqlalchemy import Connection
 from casparian_flow import bundled
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, backfill, plugins, routing, trust, versions
+from casparian_flow.db import audit, backfill, plugins, trust, versions
 from casparian_flow.db.access import Ledger
+from casparian_flow.db.audit import Event
 from casparian_flow.db.models import Plugin
 from casparian_flow.db.routing import Routing
 from casparian_flow.engine.locking import check_lock
-from casparian_flow.errors import AuthError, PluginError, PublishConflict
+from casparian_flow.errors import ArtifactRefused, AuthError, PluginError, PublishConflict
 from casparian_flow.protocol import Deploy, Introduction
 from casparian_flow.security import gatekeeper, keys, signing
 from casparian_flow.security.choices import NOTHING, Choices, choose
@@ -37,9 +37,6 @@ from casparian_flow.security.signing import AzureAuth, LocalAuth, Publish, Row, 
 from casparian_flow.security.trust import Key, Trust, introduction
 from casparian_flow.services import inventory, scan, scout, topics
 from casparian_flow.services.topics import Place
-
-FIRST = "{} is the first of this ledger: it is trusted with every plugin and every key\n"
-"""Said when a key was trusted because nobody else was."""
 
 
 def next_version(ledger: Ledger, name: str) -> str:
@@ -103,7 +100,7 @@ def sign(
     trusted = ledger.read(trust.read)
     statement = signing.publishing(trusted.ledger_id, name, version, source, lock, public_key, auth)
     payload, signature = signing.sign(key, statement)
-    first = None if trusted.seq else introduction(key, trusted.ledger_id, person())
+    first = None if trusted.seq else introduction(key, trusted.ledger_id, trust.person())
     return Deploy(
         file_name=file.name,
         source=source,
@@ -115,11 +112,6 @@ def sign(
         token=token,
         dry_run=dry_run,
     )
-
-
-def person() -> str:
-    """Who we are, for a key that nobody else has named."""
-    return f"{routing.actor()}@{socket.gethostname()}"
 
 
 @dataclass(frozen=True)
@@ -135,6 +127,14 @@ class _Candidate:
     """Where its topics go, unless somebody has placed them."""
     signed_in: dict[str, str]
     """Who signed in to publish it; empty where the key alone says who it is."""
+
+
+class _Recorded(NamedTuple):
+    """What a deployment did."""
+
+    messages: list[str]
+    """What was done, then what else there is to say; a sentence each."""
+    events: list[Event]
 
 
 class _DryRun(Exception):
@@ -158,15 +158,15 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
         settings, message, ledger.read(trust.ledger_id), ledger.read(versions.active_paths)
     )
 
-    def work(connection: Connection) -> list[str]:
-        words = _record(connection, settings, candidate)
+    def work(connection: Connection) -> _Recorded:
+        done = _record(connection, settings, candidate)
         if message.dry_run:
-            raise _DryRun("\n".join(words))
+            raise _DryRun("\n".join(done.messages))
         crashpoint("architect.deployment_written")
-        return words
+        return done
 
     try:
-        deed, *stays = ledger.write(work)
+        deed, *stays = ledger.change(work, lambda done: done.events).messages
     except _DryRun as undone:
         return f"a dry run: nothing was changed; without --dry-run it is:\n{undone}"
     crashpoint("architect.deployed")
@@ -202,10 +202,51 @@ def _counted(number: int, noun: str) -> str:
 def queue_missing(ledger: Ledger) -> int:
     """Route every present file again, after a change of plugins or rules; returns new jobs."""
     routing = ledger.read(Routing)
-    return sum(len(scan.route_root(ledger, root.id, routing)) for root in scout.roots(ledger))
+    queued = sum(len(scan.route_root(ledger, root.id, routing)) for root in scout.roots(ledger))
+    if queued:
+        ledger.wake()
+    return queued
 
 
-def wire(
+def activate(
+    ledger: Ledger, settings: Settings, folder: Path, name: str, version: str, reason: str
+) -> str:
+    """Make a version the one that takes new jobs, though it was disabled or is older; in words.
+
+    Args:
+        folder: where this person's keys are.
+
+    Raises:
+        NotFound: there is no such version.
+        AuthError: this person's key may not do it.
+        ArtifactRefused: the version may not run for another reason.
+        ConfigError: one of its sinks cannot be opened, or a plugin may not write there.
+    """
+    audit.check_text("reason", reason)
+    signer = keys.local_key(folder)
+
+    def work(connection: Connection) -> _Recorded:
+        plugin = plugins.choose(connection, name, version)
+        trusted = trust.read(connection)
+        statement = signing.Activate(
+            **trusted.link(signer),
+            plugin=name, version=version, artifact_sha256=plugin.artifact_hash, reason=reason,
+        )  # fmt: skip
+        trusted, event = trust.append(connection, trusted, signing.written(signer, statement))
+        if refusal := plugins.refusal(plugin, trusted):
+            raise ArtifactRefused(refusal, f"casparian plugins show {name} {version}")
+        manifest = plugins.manifest_of(plugin.manifest)
+        placed = topics.of_manifest(settings, manifest, versions.active_paths(connection))
+        messages = make_active(connection, settings, name, version, manifest, placed)
+        return _Recorded(messages, [event])
+
+    stays = ledger.change(work, lambda done: done.events).messages
+    queued = queue_missing(ledger)
+    message = f"{name} {version} takes new jobs; {queued} queued for files already known"
+    return "\n".join([message, *stays])
+
+
+def make_active(
     connection: Connection,
     settings: Settings,
     name: str,
@@ -295,42 +336,41 @@ def _authenticate(settings: Settings, message: Deploy, statement: Publish) -> di
     return {"object_id": publisher.object_id, "tenant": publisher.tenant, "name": publisher.name}
 
 
-def _record(connection: Connection, settings: Settings, candidate: _Candidate) -> list[str]:
-    """One transaction: first key, artifact, rules, subscription, topics, audit; the deed in words,
-    then what else there is to say."""
-    introduced = _introduce(connection, candidate)
+def _record(connection: Connection, settings: Settings, candidate: _Candidate) -> _Recorded:
+    """One transaction: first key, artifact, rules, subscription, topics."""
     name, version = candidate.manifest.name, candidate.statement.version
-    trusted = trust.read(connection)
+    trusted, events = _introduce(connection, candidate)
+    introduced = trust.FIRST.format(*trusted.keys.values()) if events else ""
     key = trusted.authorize(candidate.message.public_key, name)
     stopped = trusted.stopped(key.key_id, name, version)
     if _is_there(connection, candidate):
         words = f"{name} {version} is deployed already, with the same bytes"
         if stopped:
-            return [f"{words}, and {stopped}"]
+            return _Recorded([f"{words}, and {stopped}"], events)
         _require_fit(connection, trusted, name, version)
-        return [words]
-    _add(connection, candidate, key)
+        return _Recorded([words], events)
+    events.append(_add(connection, candidate, key))
     words = f"{introduced}deployed {name} {version}"
     words += f" (artifact {candidate.statement.artifact_sha256[:12]})"
     if stopped:
-        return [f"{words}, which takes no jobs: {stopped}"]
+        return _Recorded([f"{words}, which takes no jobs: {stopped}"], events)
     newest = plugins.newest(connection, name, trusted)
     if newest != version:
-        return [f"{words}, which takes no jobs: {newest} is newer"]
-    stays = wire(connection, settings, name, version, candidate.manifest, candidate.places)
-    return [words, *stays]
+        return _Recorded([f"{words}, which takes no jobs: {newest} is newer"], events)
+    stays = make_active(connection, settings, name, version, candidate.manifest, candidate.places)
+    return _Recorded([words, *stays], events)
 
 
-def _introduce(connection: Connection, candidate: _Candidate) -> str:
+def _introduce(connection: Connection, candidate: _Candidate) -> tuple[Trust, list[Event]]:
     """Where no key is trusted, trust the publisher's: whoever can write this ledger owns it."""
     message = candidate.message
-    if message.introduction is None or trust.read(connection).seq:
-        return ""
+    trusted = trust.read(connection)
+    if message.introduction is None or trusted.seq:
+        return trusted, []
     offered = message.introduction
     row = Row(1, TrustKey.kind, offered.payload, message.public_key, offered.signature, b"")
-    actor = candidate.signed_in.get("name") or routing.actor()
-    (key,) = trust.append(connection, row, actor).keys.values()
-    return FIRST.format(key)
+    trusted, event = trust.append(connection, trusted, row)
+    return trusted, [event._replace(actor=candidate.signed_in.get("name", ""))]
 
 
 def _is_there(connection: Connection, candidate: _Candidate) -> bool:
@@ -372,7 +412,8 @@ def _require_fit(connection: Connection, trusted: Trust, name: str, version: str
         )
 
 
-def _add(connection: Connection, candidate: _Candidate, key: Key) -> None:
+def _add(connection: Connection, candidate: _Candidate, key: Key) -> Event:
+    """Insert the artifact; the event of it."""
     message, statement, manifest = candidate.message, candidate.statement, candidate.manifest
     plugins.add(
         connection,
@@ -396,8 +437,8 @@ def _add(connection: Connection, candidate: _Candidate, key: Key) -> None:
         "gatekeeper": candidate.verdict,
         **({"azure": candidate.signed_in} if candidate.signed_in else {}),
     }
-    event = audit.Event("publish", f"plugin {manifest.name} {statement.version}", detail)
-    audit.append(connection, candidate.signed_in.get("name") or key.owner, [event])
+    actor = candidate.signed_in.get("name") or key.owner
+    return Event("publish", f"plugin {manifest.name} {statement.version}", detail, actor)
 
 
 def _after(version: Version) -> str:

@@ -1,6 +1,7 @@
-"""What a person does about an output that is gone or altered: forget it, or have it made again.
+"""What a person changes about published outputs: forget, restore, retract and reinstate.
 
-An output that its sink holds whole is left alone by both: first comes the deletion, then the word.
+`forget` and `restore` are for an output that was deleted or altered in its sink. Neither touches
+one that the sink holds whole.
 """
 
 from __future__ import annotations
@@ -13,24 +14,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, bindparam, delete, insert, text, update
 
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import jobs, outputs, routing
+from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import JobStatus, Retraction
+from casparian_flow.db.audit import Event
+from casparian_flow.db.models import (
+    ForgottenOutput,
+    JobStatus,
+    Output,
+    OutputState,
+    RetractedOutput,
+    Retraction,
+)
+from casparian_flow.db.outputs import NAMED
+from casparian_flow.db.routing import resolve_argument
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim
 from casparian_flow.errors import CasparianError, NotFound
-from casparian_flow.services.changes import ring
 
 log = logging.getLogger(__name__)
 
 
 def forget(ledger: Ledger, name: str) -> list[str]:
-    """Claim outputs no more that are gone or altered: `verify` is content, and queries pass them
-    over. What the sink still has of them is left as it is. Their targets.
+    """Stop tracking outputs that were deleted or altered in their sink; their targets.
+
+    `verify` passes then, and queries leave them out. What the sink still has of them stays.
 
     Args:
         name: a job's id, or an output's target as `casparian outputs list` shows it, or as a path
@@ -43,18 +54,22 @@ def forget(ledger: Ledger, name: str) -> list[str]:
     broken = [row for row in _broken(ledger, _named(ledger, name), name) if not row.forgotten]
 
     def work(connection: Connection) -> None:
-        outputs.forget(connection, [row.output_key for row in broken])
-        for row in broken:
-            routing.note(
-                connection, "forget", [f"output {row.target}"], job=row.job_id, rows=row.rows
-            )
+        if broken:
+            rows = [{"output_key": row.output_key} for row in broken]
+            connection.execute(insert(ForgottenOutput), rows)
 
-    ledger.write(work)
+    def events(_: None) -> list[Event]:
+        return [
+            Event("forget", f"output {row.target}", {"job": row.job_id, "rows": row.rows})
+            for row in broken
+        ]
+
+    ledger.change(work, events)
     return [row.target for row in broken]
 
 
 def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
-    """Have outputs that are gone or altered made again from their versions; the jobs queued.
+    """Make outputs that were deleted or altered again from their versions; the jobs queued.
 
     Args:
         name: as for `forget`; what was forgotten may be restored.
@@ -74,25 +89,34 @@ def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
 
     def work(connection: Connection) -> list[int]:
         queued = jobs.remake(connection, sorted({row.job_id for row in broken}))
-        remade = [row for row in broken if row.job_id in queued]
-        outputs.unpublish(connection, [row.output_key for row in remade])
-        for row in remade:
-            routing.note(connection, "restore", [f"output {row.target}"], job=row.job_id)
+        keys = [row.output_key for row in broken if row.job_id in queued]
+        forgotten = ForgottenOutput.output_key.in_(keys)
+        connection.execute(delete(ForgottenOutput).where(forgotten))
+        owed = update(Output).where(Output.output_key.in_(keys))
+        planned = {"state": OutputState.PLANNED, "published_at": None, "target": ""}
+        connection.execute(owed.values(planned))
         return queued
 
-    queued = ledger.write(work)
-    ring(settings)
-    return queued
+    def events(queued: list[int]) -> list[Event]:
+        return [
+            Event("restore", f"output {row.target}", {"job": row.job_id})
+            for row in broken
+            if row.job_id in queued
+        ]
+
+    return ledger.change(work, events)
 
 
 def _named(ledger: Ledger, name: str) -> list[Any]:
-    """The published outputs that a person means.
+    """The published outputs that a person names.
 
     Raises:
         NotFound: there are none.
-        CasparianError: nobody is to see them: they are retracted or replaced.
+        CasparianError: they are retracted or replaced.
     """
-    rows = ledger.read(lambda c: outputs.named(c, name) or outputs.named(c, os.path.abspath(name)))
+    which = "target = :name OR CAST(job_id AS TEXT) = :name"
+    rows = _select(ledger, which, name=name)
+    rows = rows or _select(ledger, which, name=os.path.abspath(name))
     if not rows:
         raise NotFound(f"no published output is named {name}", "casparian outputs list")
     if all(row.retracted for row in rows):
@@ -169,13 +193,13 @@ def _digest(path: bytes | Path) -> str:
         return ""
 
 
-# Taking one file's rows out of readers' sight, and bringing them back.
+# `casparian retract`: hide a file's rows in every sink, and show them again.
 #
-#     decide      the ledger says what is to become of each output, with its audit row
-#     ask         each sink moves the rows; asking twice is asking once
-#     settle      the ledger says that it is done
+#     decide    the ledger says what is to become of each output, with its audit row
+#     ask       each sink does it; asking twice is asking once
+#     settle    the ledger says that it is done
 #
-# From the first step on no query and no `verify` claims the rows. A crash after it is rolled
+# From the first step on no query and no `verify` expects the rows. A crash after it is rolled
 # forward by the next `casparian retract`, and by the daemon when it starts.
 
 
@@ -185,12 +209,12 @@ _LACK = {
 }
 
 
-def retract(ledger: Ledger, settings: Settings, name: str, *, undo: bool = False) -> list[Any]:
-    """Take back what a location's versions, or one version, gave; the outputs that it concerned.
+def retract(ledger: Ledger, name: str, *, undo: bool = False) -> list[Any]:
+    """Hide the rows of a location's versions, or of one version; the outputs that it concerned.
 
     Args:
         name: a version's id, or a location: a path from here, or `source/rel_path`.
-        undo: bring back what was taken back.
+        undo: show again what was hidden.
 
     Raises:
         NotFound: no such location or version, or nothing of it is to be seen (`undo`: retracted).
@@ -200,7 +224,7 @@ def retract(ledger: Ledger, settings: Settings, name: str, *, undo: bool = False
             call, or when the daemon starts.
     """
     done = {row.output_key: row for row in roll_forward(ledger)}
-    named = _named_version(ledger, name)
+    named = _of_file(ledger, name)
     ledger.read(lambda c: _check_idle(c, named))
     chosen = _chosen(named, undo=undo)
     if not chosen:
@@ -215,33 +239,53 @@ def retract(ledger: Ledger, settings: Settings, name: str, *, undo: bool = False
 
     def work(connection: Connection) -> None:
         _check_idle(connection, named)
-        (outputs.begin_reinstate if undo else outputs.begin_retract)(connection, keys)
-        for row in chosen:
-            routing.note(
-                connection, "reinstate" if undo else "retract", [f"output {row.target}"],
-                job=row.job_id, version=row.version_id, rows=row.rows, key=row.output_key,
-            )  # fmt: skip
+        if undo:
+            these = update(RetractedOutput).where(RetractedOutput.output_key.in_(keys))
+            connection.execute(these.values(state=Retraction.REINSTATING))
+        else:
+            rows = [{"output_key": key, "state": Retraction.RETRACTING} for key in keys]
+            connection.execute(insert(RetractedOutput), rows)
 
-    ledger.write(work)
+    def events(_: None) -> list[Event]:
+        action = "reinstate" if undo else "retract"
+        return [Event(action, f"output {row.target}", _detail(row)) for row in chosen]
+
+    ledger.change(work, events)
     crashpoint("retract.decided")
-    for row in ledger.read(outputs.pending_retractions):
+    for row in _pending(ledger):
         if row.output_key in keys:
             _carry_out(ledger, row)
-    ring(settings)
     return chosen
 
 
+def _detail(row: Any) -> dict[str, Any]:
+    return {
+        "job": row.job_id, "version": row.version_id, "rows": row.rows, "key": row.output_key,
+    }  # fmt: skip
+
+
 def roll_forward(ledger: Ledger) -> list[Any]:
-    """Finish what was decided before a crash, and say what that was. What a sink cannot do now
-    stays decided."""
+    """Finish what was decided before a crash; the outputs it finished.
+
+    What a sink cannot do now stays decided.
+    """
     done = []
-    for row in ledger.read(outputs.pending_retractions):
+    for row in _pending(ledger):
         try:
             _carry_out(ledger, row)
             done.append(row)
         except CasparianError as error:
             log.warning("%s is still %s: %s", row.target, row.state, error.message)
     return done
+
+
+def _pending(ledger: Ledger) -> list[Any]:
+    """Outputs whose sinks may not have been asked yet, with what is to be done."""
+    query = f"""
+        SELECT n.*, t.state FROM ({NAMED}) n JOIN cf_retracted_output t USING (output_key)
+        WHERE t.state <> 'RETRACTED' ORDER BY output_key
+        """  # noqa: S608
+    return ledger.read(lambda c: list(c.execute(text(query))))
 
 
 def _carry_out(ledger: Ledger, row: Any) -> None:
@@ -251,26 +295,32 @@ def _carry_out(ledger: Ledger, row: Any) -> None:
     else:
         sink.reinstate(claim(row))
     crashpoint("retract.done")
-    ledger.write(lambda c: outputs.settle_retraction(c, row.output_key))
+
+    def settle(connection: Connection) -> None:
+        this = RetractedOutput.output_key == row.output_key
+        shown = delete(RetractedOutput).where(this, RetractedOutput.state == Retraction.REINSTATING)
+        connection.execute(shown)
+        connection.execute(update(RetractedOutput).where(this).values(state=Retraction.RETRACTED))
+
+    ledger.write(settle)
     crashpoint("retract.settled")
 
 
-def _named_version(ledger: Ledger, name: str) -> list[Any]:
-    """Every output of what a person means.
+def _of_file(ledger: Ledger, name: str) -> list[Any]:
+    """Every output of the version or the location that a person names.
 
     Raises:
         NotFound: there is none.
     """
     if name.isdecimal():
-        rows = ledger.read(lambda c: outputs.outputs_of_version(c, int(name)))
+        rows = _select(ledger, "version_id = :id ORDER BY output_key", id=int(name))
     else:
-        rows = ledger.read(
-            lambda c: [
-                row
-                for root, path, shown in routing.meant(c, name)
-                for row in outputs.outputs_of_location(c, root.name, path, shown)
-            ]
-        )
+        which = "source = :source AND (path = :path OR rel_path = :rel_path) ORDER BY output_key"
+        rows = [
+            row
+            for root, path, shown in ledger.read(lambda c: list(resolve_argument(c, name)))
+            for row in _select(ledger, which, source=root.name, path=path, rel_path=shown)
+        ]
     if not rows:
         raise NotFound(
             f"nothing was published of {name}", "casparian outputs list   (casparian versions PATH)"
@@ -278,13 +328,30 @@ def _named_version(ledger: Ledger, name: str) -> list[Any]:
     return rows
 
 
+def _select(ledger: Ledger, which: str, **values: Any) -> list[Any]:
+    """The published outputs for which a condition over the columns of `NAMED` holds."""
+    query = f"SELECT * FROM ({NAMED}) WHERE {which}"  # noqa: S608
+    return ledger.read(lambda c: list(c.execute(text(query), values)))
+
+
 def _check_idle(connection: Connection, rows: Sequence[Any]) -> None:
-    """Return if no job of these outputs' locations is about to publish.
+    """Return if no job of these outputs' locations runs or is being published.
 
     Raises:
         CasparianError: one is.
     """
-    if job := outputs.job_at_work(connection, [row.output_key for row in rows]):
+    query = text(
+        f"""
+        SELECT min(j.id) FROM cf_processing_queue j
+        JOIN cf_file_version v ON v.id = j.file_version_id
+        JOIN cf_file_location l ON l.id = v.location_id
+        JOIN cf_source_root r ON r.id = l.source_root_id
+        WHERE j.status IN ('RUNNING', 'COMMITTING') AND (r.name, l.path) IN
+            (SELECT source, path FROM ({NAMED}) WHERE output_key IN :keys)
+        """  # noqa: S608
+    ).bindparams(bindparam("keys", expanding=True))
+    keys = [row.output_key for row in rows]
+    if job := connection.execute(query, {"keys": keys}).scalar():
         raise CasparianError(
             f"job {job} of {rows[0].rel_path} is at work; nothing was changed",
             f"casparian wait, or: casparian jobs show {job}; then again",

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import routing, versions
+from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
+from casparian_flow.db.audit import Event
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import LocationState, PresentLocation, Sighting, Stat
 from casparian_flow.services import walk
@@ -122,7 +123,9 @@ class _Scan:
             os.close(descriptor)
         if not self.stop.is_set():  # what is missing is known only at the end
             report = self.report
-            report.gone, report.held, report.passed_over = self._write(self.vanished.settle)
+            report.gone, report.held, report.passed_over = self.ledger.change(
+                self.vanished.settle, self.vanished.events
+            )
             crashpoint("scan.vanished")
             self._note_writing(full=only is None)
         if only is None and not self.stop.is_set():
@@ -550,10 +553,14 @@ class Vanished:
             versions.drop_digests(connection, root_id, folder)
         versions.save_directories(connection, root_id, self._digests)
         versions.keep_invalidated(connection, root_id, [path for path, _ in self._digests])
-        if self.believe and marked:
-            subject = f"source {self._root.name}"
-            routing.note(connection, "believe-deletions", [subject], gone=marked)
         return marked, 0, passed
+
+    def events(self, settled: tuple[int, int, int]) -> list[Event]:
+        """What the audit is to say of what `settle` returned: that a person believed deletions."""
+        gone = settled[0]
+        if not (self.believe and gone):
+            return []
+        return [Event("believe-deletions", f"source {self._root.name}", {"gone": gone})]
 
     def _held_since(self, connection: Connection) -> float:
         """Since when the missing files are held, seconds since the epoch; 0: they are not."""

@@ -10,13 +10,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, delete, func, insert, select, text
 
 from casparian_flow import config, durable, sink_uri
 from casparian_flow.config import Settings
-from casparian_flow.db import plugins, routing, versions
+from casparian_flow.db import plugins, versions
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.routing import Standing
+from casparian_flow.db.audit import Event
+from casparian_flow.db.found import INVISIBLE
+from casparian_flow.db.models import EmptyTopic, Output, OutputState, ProcessingJob, TopicConfig
 from casparian_flow.engine import sinks
 from casparian_flow.errors import ConfigError, NotFound
 from casparian_flow.protocol import MODES, data_topics, reject_topics
@@ -238,11 +240,18 @@ def set_topic(
     def work(connection: Connection) -> Placed:
         newest = plugins.find(connection, plugin, str(known[-1]))
         declared = plugins.topics_of(connection, newest)
-        routing.set_topic(connection, plugin, topic, [(p.uri, p.mode) for p in placed])
-        standing = routing.standing(connection, plugin, topic)
-        return Placed(placed, declared, list(_stays(placed, standing)))
+        this = (TopicConfig.plugin_name == plugin, TopicConfig.topic_name == topic)
+        connection.execute(delete(TopicConfig).where(*this))
+        rows = [
+            {"plugin_name": plugin, "topic_name": topic, "uri": p.uri, "mode": p.mode}
+            for p in placed
+        ]
+        connection.execute(insert(TopicConfig), rows)
+        usage = _usage(connection, plugin, topic)
+        return Placed(placed, declared, list(_stays(placed, usage)))
 
-    done = ledger.write(work)
+    detail = {"sinks": [str(place) for place in placed]}
+    done = ledger.change(work, lambda _: [Event("set-topic", f"topic {plugin} {topic}", detail)])
     inventory.take(settings, ledger)
     return done
 
@@ -278,7 +287,15 @@ def allow_empty(ledger: Ledger, plugin: str, topic: str, allow: bool) -> list[st
             f"{topic} is a topic of rejects: it is empty where a file has none",
             f"casparian topics set {plugin} {data[0]} --allow-empty",
         )
-    ledger.write(lambda c: routing.allow_empty(c, plugin, topic, allow))
+
+    def work(connection: Connection) -> None:
+        this = (EmptyTopic.plugin_name == plugin, EmptyTopic.topic_name == topic)
+        connection.execute(delete(EmptyTopic).where(*this))
+        if allow:
+            connection.execute(insert(EmptyTopic).values(plugin_name=plugin, topic_name=topic))
+
+    detail = {"allow_empty": allow}
+    ledger.change(work, lambda _: [Event("set-topic", f"topic {plugin} {topic}", detail)])
     if not allow:
         return [f"{plugin}: a file that gives rejects and no row of {topic} is FAILED"]
     return [
@@ -289,7 +306,9 @@ def allow_empty(ledger: Ledger, plugin: str, topic: str, allow: bool) -> list[st
 
 
 def _only_plugin(ledger: Ledger, topic: str) -> str:
-    found = ledger.read(lambda c: routing.plugins_with(c, topic))
+    query = select(TopicConfig.plugin_name).where(TopicConfig.topic_name == topic).distinct()
+    query = query.order_by(TopicConfig.plugin_name)
+    found = ledger.read(lambda c: c.execute(query).scalars().all())
     if not found:
         raise NotFound(f"no plugin has a topic {topic!r}", "casparian topics")
     if len(found) > 1:
@@ -300,9 +319,35 @@ def _only_plugin(ledger: Ledger, topic: str) -> str:
     return found[0]
 
 
-def _stays(placed: Sequence[Place], standing: Sequence[Standing]) -> Iterator[str]:
+class TopicUsage(NamedTuple):
+    """What a topic has published to one sink in one mode."""
+
+    uri: str
+    mode: str
+    outputs: int
+    rows: int
+
+
+def _usage(connection: Connection, plugin: str, topic: str) -> list[TopicUsage]:
+    """What readers see of a plugin's topic, sink by sink."""
+    query = (
+        select(Output.uri, Output.mode, func.count(), func.sum(Output.rows))
+        .join(ProcessingJob, ProcessingJob.id == Output.job_id)
+        .where(
+            ProcessingJob.plugin_name == plugin,
+            Output.topic == topic,
+            Output.state == OutputState.PUBLISHED,
+            Output.output_key.not_in(text(f"({INVISIBLE})")),
+        )
+        .group_by(Output.uri, Output.mode)
+        .order_by(Output.uri, Output.mode)
+    )
+    return [TopicUsage(*row) for row in connection.execute(query)]
+
+
+def _stays(placed: Sequence[Place], usage: Sequence[TopicUsage]) -> Iterator[str]:
     modes = {place.uri: place.mode for place in placed}
-    for uri, mode, outputs, rows in standing:
+    for uri, mode, outputs, rows in usage:
         now = modes.get(uri)
         if now == mode:
             continue

@@ -121,7 +121,7 @@ def _serve() -> None:
 
     from casparian_flow import cli, main  # noqa: F401
     from casparian_flow.engine.sinks import parquet, sqlite  # noqa: F401
-    from casparian_flow.services import changes, report, verify  # noqa: F401
+    from casparian_flow.services import report, sources, verify  # noqa: F401
 
     answers = os.dup(1)
     while line := sys.stdin.buffer.readline():

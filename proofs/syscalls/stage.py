@@ -32,7 +32,7 @@ from casparian_flow.db.models import JobStatus
 from casparian_flow.engine import committer, sinks
 from casparian_flow.engine.sinks import parquet, sqlite  # noqa: F401
 from casparian_flow.errors import ExitCode
-from casparian_flow.services import changes, report, scout  # noqa: F401
+from casparian_flow.services import report, scout, sources  # noqa: F401
 from casparian_flow.services.verify import verify
 from proofs import sink_reader
 from proofs.environment import private_process

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, insert, select, text
 
+from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.db import audit
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.models import AuditEntry, RoutingRule
+from casparian_flow.errors import CasparianError
 
 
 def problems(ledger: Ledger) -> list[str]:
@@ -75,3 +78,72 @@ def test_an_end_that_was_cut_off_is_seen_by_who_noted_it(ledger: Ledger) -> None
     assert lost(ledger, noted) == [
         "audit: row 10 has another hash than was noted: it was written anew"
     ]
+
+
+# What a person changes.
+
+
+class Watched:
+    """A ledger's `wake`, which remembers with what it was called and what the audit had then."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.calls: list[tuple[bool, int]] = []
+        self._settings = settings
+
+    def __call__(self, database: DatabaseSettings, scan: bool) -> None:
+        assert database == self._settings.database
+        with open_ledger(database) as other:
+            self.calls.append((scan, other.read(audit.head).seq))
+
+
+def add_rule(connection: Connection) -> int:
+    statement = insert(RoutingRule).values(pattern="*.csv", tag="t", priority=0)
+    return connection.execute(statement.returning(RoutingRule.id)).scalar_one()
+
+
+def test_a_change_is_audited_in_its_transaction_and_then_wakes_the_daemon(
+    settings: Settings,
+) -> None:
+    wake = Watched(settings)
+    with open_ledger(settings.database, wake) as ledger:
+
+        def events(rule_id: int) -> list[audit.Event]:
+            ours = audit.Event("add-rule", f"rule {rule_id}", {"tag": "t"})
+            return [ours, ours._replace(actor="Ada")]
+
+        assert ledger.change(add_rule, events, scan=True) == 1
+        rows = select(AuditEntry.actor, AuditEntry.action, AuditEntry.subject, AuditEntry.detail)
+        found = [tuple(row) for row in ledger.read(lambda c: c.execute(rows).all())]
+        row = ("add-rule", "rule 1", '{"tag": "t"}')
+        assert found == [(audit.actor(), *row), ("Ada", *row)]
+        assert problems(ledger) == []
+    assert wake.calls == [(True, 2)], "both rows were there when it was told"
+
+
+@pytest.mark.parametrize("fault", ["work", "audit"])
+def test_a_change_that_fails_leaves_nothing_and_wakes_nobody(
+    settings: Settings, fault: str
+) -> None:
+    wake = Watched(settings)
+
+    def work(connection: Connection) -> None:
+        add_rule(connection)
+        if fault == "work":
+            raise CasparianError("no")
+
+    def events(_: None) -> list[audit.Event]:
+        raise CasparianError("no")
+
+    with open_ledger(settings.database, wake) as ledger:
+        with pytest.raises(CasparianError, match="no"):
+            ledger.change(work, events)
+        assert ledger.read(lambda c: c.execute(select(RoutingRule.id)).first()) is None
+        assert ledger.read(audit.head) == (0, audit.GENESIS)
+    assert wake.calls == []
+
+
+def test_what_needs_no_audit_row_was_no_change(settings: Settings) -> None:
+    wake = Watched(settings)
+    with open_ledger(settings.database, wake) as ledger:
+        assert ledger.change(lambda _: "as before", lambda _: []) == "as before"
+    assert wake.calls == []

@@ -19,16 +19,15 @@ from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.db import integrity, jobs, schema
 from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.models import JobStatus
-from casparian_flow.db.routing import note
 from casparian_flow.errors import LedgerError, LedgerLost, first_error
 from casparian_flow.services import report
 from tests.disks import fill, in_memory, remount
 from tests.eventually import PATIENCE
-from tests.factories import add_job
+from tests.factories import add_audit_row, add_job
 
 
 def write(ledger: Ledger) -> None:
-    ledger.write(lambda c: note(c, "test", ["something"]))
+    ledger.write(add_audit_row)
 
 
 @pytest.mark.parametrize("end", ["", "-wal"])
@@ -125,7 +124,7 @@ def test_a_full_disk_under_the_ledger_writes_nothing_and_reads_on(disk: Path) ->
         ballast = fill(disk)
         with pytest.raises(LedgerError, match="could not be written"):
             for _ in range(200):
-                ledger.write(lambda c: note(c, "test", ["x" * 4000]))
+                ledger.write(lambda c: add_audit_row(c, "x" * 4000))
         assert ledger.read(jobs.counts) == {"QUEUED": 1}
         ballast.unlink()
         assert ledger.write(lambda c: jobs.abort(c, [job_id], "me")) == [job_id]

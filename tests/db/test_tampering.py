@@ -11,13 +11,13 @@ from nacl.signing import SigningKey
 from sqlalchemy import Connection, text
 
 from casparian_flow.config import Settings
-from casparian_flow.db import plugins as rows_of_plugins
+from casparian_flow.db import plugins, trust
 from casparian_flow.db.access import Ledger
 from casparian_flow.engine.dispatch import artifact
 from casparian_flow.errors import CasparianError
-from casparian_flow.security import signing
+from casparian_flow.security import keys, signing
 from casparian_flow.security.manifest import read_manifest
-from casparian_flow.services import architect, keys, plugins
+from casparian_flow.services import architect
 from casparian_flow.services.verify import verify
 from tests.plugs import ROWS, signed
 
@@ -38,12 +38,12 @@ def deployed(ledger: Ledger, settings: Settings, folder: Path) -> Ledger:
     """A plugin, and a trust log with every kind of statement in it."""
     architect.deploy(ledger, settings, signed(ledger, folder))
     friend = SigningKey.generate().verify_key.encode().hex()
-    keys.trust_key(ledger, settings, folder, friend, "Ada", "sales*")
-    keys.rotate(ledger, settings, folder)
-    plugins.disable(ledger, settings, folder, "rows", None, "a test")
-    plugins.activate(ledger, settings, folder, "rows", "1.0.0", "a test")
-    (ada,) = (row["key_id"] for row in keys.listing(ledger, folder) if row["owner"] == "Ada")
-    keys.revoke(ledger, settings, folder, ada, "a test")
+    trust.trust_key(ledger, folder, friend, "Ada", "sales*")
+    trust.rotate(ledger, folder)
+    plugins.disable(ledger, folder, "rows", None, "a test")
+    architect.activate(ledger, settings, folder, "rows", "1.0.0", "a test")
+    (ada,) = (row["key_id"] for row in trust.listing(ledger, folder) if row["owner"] == "Ada")
+    trust.revoke(ledger, folder, ada, "a test")
 
     def drop(connection: Connection) -> None:
         for table in ("cf_plugin", "cf_trust_statement", "cf_audit", "cf_ledger_identity"):
@@ -168,11 +168,11 @@ def test_a_broken_trust_log_takes_no_change_and_no_plugin(
     deployed.write(lambda c: c.execute(text("DELETE FROM cf_trust_statement")) and None)
     for attempt in (
         lambda: architect.deploy(deployed, settings, signed(deployed, tmp_path / "new")),
-        lambda: keys.trust_key(deployed, settings, folder, "ab" * 32, "Ada", "*"),
-        lambda: keys.rotate(deployed, settings, folder),
-        lambda: keys.listing(deployed, folder),
-        lambda: plugins.activate(deployed, settings, folder, "rows", "1.0.0", "why not"),
-        lambda: plugins.disable(deployed, settings, folder, "rows", None, "why not"),
+        lambda: trust.trust_key(deployed, folder, "ab" * 32, "Ada", "*"),
+        lambda: trust.rotate(deployed, folder),
+        lambda: trust.listing(deployed, folder),
+        lambda: architect.activate(deployed, settings, folder, "rows", "1.0.0", "why not"),
+        lambda: plugins.disable(deployed, folder, "rows", None, "why not"),
     ):
         with pytest.raises(CasparianError, match="row 1 of the trust log"):
             attempt()
@@ -183,7 +183,7 @@ def test_a_broken_trust_log_takes_no_change_and_no_plugin(
 def test_verify_names_what_was_altered_and_not_what_was_disabled(
     deployed: Ledger, settings: Settings, folder: Path
 ) -> None:
-    plugins.disable(deployed, settings, folder, "rows", "1.0.0", "a test")
+    plugins.disable(deployed, folder, "rows", "1.0.0", "a test")
     assert verify(settings, deployed).problems == []
     (row,) = plugins.verify(deployed, "rows")
     assert row["refusal"] == "plugin rows 1.0.0 may not run: it was disabled: a test"
@@ -198,7 +198,7 @@ def smuggled(ledger: Ledger, keys_of: Path, name: str) -> str:
     message = signed(ledger, keys_of, source, "1.0.0", name)
 
     def work(connection: Connection) -> None:
-        plugin_id = rows_of_plugins.add(
+        plugin_id = plugins.add(
             connection,
             name=name,
             version="1.0.0",
@@ -225,7 +225,7 @@ def test_a_plugin_that_was_not_deployed_by_us_runs_only_if_we_would_have(
     assert smuggled(ledger, folder, "another") == ""
     scoped = tmp_path / "scoped"
     assert "was never trusted" in smuggled(ledger, scoped, "sales")
-    public = keys.generate(scoped)[1].hex()
-    keys.trust_key(ledger, settings, folder, public, "Ada", "sales*")
+    public = keys.local_key(scoped).verify_key.encode().hex()
+    trust.trust_key(ledger, folder, public, "Ada", "sales*")
     assert smuggled(ledger, scoped, "sales") == ""
     assert "with plugins sales* only" in smuggled(ledger, scoped, "hr")

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import insert, update
 
-from casparian_flow.db import routing, views
+from casparian_flow.db import views
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileVersion, FoundOutput, SourceRoot, utcnow
 from casparian_flow.db.views import CHOICES, Rules, literals
-from casparian_flow.services import architect
+from casparian_flow.services import sources
 from casparian_flow.services.scan import scan
 from tests.factories import add_plugin, add_root
 from tests.services.test_scan import OLD, put
@@ -28,17 +28,16 @@ def test_what_nobody_wants_is_counted_and_listed(ledger: Ledger, source: Path) -
         put(source / name, name, OLD)
     root = add_root(ledger, source)
     add_plugin(ledger, "reader", subscriptions="csv")
-    ledger.write(lambda c: routing.add_rule(c, "*.csv", "csv", 0))
+    sources.add_rule(ledger, "*.csv", "csv")
     scan(ledger, root)
     assert names(ledger) == ["b.tsv", "deep/c.txt"]
     assert len(ledger.read(lambda c: views.unrouted_files(c, 1))) == 1
     assert ledger.read(lambda c: views.count_unrouted(c, "other")) == 0
     # A rule that comes later takes them; what it has queued stays wanted without it.
-    rule_id = ledger.write(lambda c: routing.add_rule(c, "*.t?*", "csv", 0))
-    assert architect.queue_missing(ledger) == 2
+    rule_id, queued = sources.add_rule(ledger, "*.t?*", "csv")
+    assert queued == 2
     assert names(ledger) == []
-    assert rule_id is not None
-    ledger.write(lambda c: routing.remove_rule(c, rule_id))
+    assert sources.remove_rule(ledger, rule_id) == "*.t?* -> csv"
     assert names(ledger) == []
     # An edit is another version, which nobody wants now; a file that is gone counts no more.
     put(source / "b.tsv", "edited", OLD)
@@ -101,9 +100,7 @@ def test_the_nearest_rule(ledger: Ledger, path: str, nearest: str) -> None:
         if name != "markup":
             add_plugin(ledger, name, subscriptions=name)
         any_case = name != "dbase"
-        ledger.write(
-            lambda c, n=name, p=pattern, a=any_case: routing.add_rule(c, p, n, 0, a)  # type: ignore[misc]
-        )
+        sources.add_rule(ledger, pattern, name, any_case=any_case)
     assert ledger.read(lambda c: Rules(c).nearest(path)) == nearest
 
 

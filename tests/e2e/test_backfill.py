@@ -10,12 +10,12 @@ from sqlalchemy import select
 
 from casparian_flow import config, main
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, snapshots, views
+from casparian_flow.db import jobs, plugins, snapshots, views
 from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.backfill import Backfill, Choice, backfill
 from casparian_flow.db.models import FileVersion
 from casparian_flow.engine.sinks import query
-from casparian_flow.services import plugins
-from casparian_flow.services.backfill import Backfilled, backfill
+from casparian_flow.services import architect
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.commands import Casparian
@@ -58,7 +58,7 @@ def test_a_plugin_works_older_versions_on_a_word_and_redoes_on_another(
     with open_ledger(settings.database) as ledger:
         publish(ledger, settings, "sees", SEES, "1.0.0")
         assert work_off(settings) == {"COMPLETED": 1}
-        assert backfill(ledger, settings, "sees", path="b*", dry_run=True).queued == 1
+        assert backfill(ledger, Choice("sees", path="b*"), dry_run=True).queued == 1
         assert "3 jobs would be queued" in cli.out("backfill", "sees", "--dry-run")
         assert ledger.read(jobs.counts) == {"COMPLETED": 1}
         said = cli.out("backfill", "sees")
@@ -82,9 +82,11 @@ def test_a_plugin_works_older_versions_on_a_word_and_redoes_on_another(
         again = [(*row[:2], "1.1.0") for row in first]
         assert rows(ledger, "seen_history") == sorted(first + again)
 
-        plugins.activate(ledger, settings, config.keys_folder(), "sees", "1.0.0", "1.1.0 is wrong")
+        architect.activate(
+            ledger, settings, config.keys_folder(), "sees", "1.0.0", "1.1.0 is wrong"
+        )
         assert rows(ledger) == [first[2], gone]
-        assert backfill(ledger, settings, "sees", redo=True).queued == 0
+        assert backfill(ledger, Choice("sees", redo=True)).queued == 0
         assert verify(settings, ledger).problems == []
         noted = ledger.read(lambda c: views.audit(c, 9, "plugin sees *"))
         asked = [row["subject"] for row in noted if row["action"] == "backfill"]
@@ -99,8 +101,8 @@ def test_what_has_no_bytes_any_more_and_what_waits_is_counted(tmp_path: Path, so
         lost = select(FileVersion.content_hash).where(FileVersion.ordinal == 2)
         ledger.write(lambda c: snapshots.delete(c, c.execute(lost).scalars().all()))
         publish(ledger, settings, "sees", SEES + "\n# better\n", "1.1.0")
-        done = backfill(ledger, settings, "sees", redo=True, dry_run=True)
-        assert done == Backfilled("1.1.0", 2, 4, bytes_gone=1, worked=0, waits=1)
+        done = backfill(ledger, Choice("sees", redo=True), dry_run=True)
+        assert done == Backfill("1.1.0", 2, 4, bytes_gone=1, worked=0, waits=1)
         said = cli.out("backfill", "sees", "--redo")
         assert "sees 1.1.0: 2 jobs queued" in said
         assert "1 version has no bytes any more" in said
@@ -118,13 +120,13 @@ def test_what_was_retracted_is_not_worked_again_before_that_is_undone(
         assert work_off(settings) == {"COMPLETED": 1}
         cli.run("retract", "source/a.txt")
         publish(ledger, settings, "sees", SEES + "\n# better\n", "1.1.0")
-        done = backfill(ledger, settings, "sees", path="a*", redo=True)
+        done = backfill(ledger, Choice("sees", path="a*", redo=True))
         assert (done.queued, done.retracted) == (2, 1)
         work_off(settings)
         assert rows(ledger, "seen_history") == [(*row, "1.1.0") for row in A[:2]]
         assert "1 version was retracted" in cli.out("backfill", "sees", "--path", "a*", "--redo")
         cli.run("retract", "source/a.txt", "--undo")
-        assert backfill(ledger, settings, "sees", path="a*", redo=True).queued == 1
+        assert backfill(ledger, Choice("sees", path="a*", redo=True)).queued == 1
         work_off(settings)
         assert (*A[2], "1.1.0") in rows(ledger)
         assert verify(settings, ledger).problems == []
@@ -139,7 +141,7 @@ def test_a_new_version_says_what_older_ones_have_worked(tmp_path: Path, source: 
         assert "older" not in publish(ledger, settings, "sees", SEES, "1.0.0")
         words = publish(ledger, settings, "sees", SEES + "\n# 2\n", "1.0.1")
         assert "an older version of sees keeps its 1 unfinished job" in words
-        backfill(ledger, settings, "sees")
+        backfill(ledger, Choice("sees"))
         assert work_off(settings) == {"COMPLETED": 4}
         words = publish(ledger, settings, "sees", SEES + "\n# 3\n", "1.1.0")
         assert (
@@ -178,5 +180,5 @@ def test_what_cannot_be_meant_is_said(tmp_path: Path, source: Path) -> None:
         publish(ledger, settings, "sees", SEES, "1.0.0")
         assert "no plugin is named 'sea'" in cli.err("backfill", "sea", code=66)
         assert "is routed to sees" in cli.err("backfill", "sees", "--path", "*.md")
-        plugins.disable(ledger, settings, config.keys_folder(), "sees", None, "wrong")
+        plugins.disable(ledger, config.keys_folder(), "sees", None, "wrong")
         assert "no version of sees takes jobs" in cli.err("backfill", "sees", code=1)

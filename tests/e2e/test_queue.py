@@ -24,7 +24,6 @@ from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, ProcessingJob
 from casparian_flow.engine import dispatch, endings, guest_process, sentinel
 from casparian_flow.engine.sentinel import Sentinel
-from casparian_flow.services import changes
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
@@ -111,7 +110,7 @@ def test_an_aborted_job_is_killed_and_the_next_one_runs(
         async with main.running(settings, "test", workers=1, watch=False) as daemon:
             await at_work(settings)
             (guest,) = guests()
-            await asyncio.to_thread(changes.abort_jobs, ledger, settings, [job])
+            await asyncio.to_thread(jobs.abort_jobs, ledger, [job])
             await eventually(lambda: not psutil.pid_exists(guest.pid))
             (source / "fine.do").write_text("fine")
             await asyncio.to_thread(scan, ledger, root)
@@ -122,8 +121,8 @@ def test_an_aborted_job_is_killed_and_the_next_one_runs(
     assert attempts(ledger) == ["ABORTED", "STAGED"]
     assert verify(settings, ledger).problems == []
     (source / "hang.do").write_text("hang")  # the same bytes: the same version
-    changes.retry_jobs(ledger, settings, [job])
-    assert changes.abort_jobs(ledger, settings, [job]) == 1, "without a daemon too"
+    jobs.retry_jobs(ledger, [job])
+    assert jobs.abort_jobs(ledger, [job]) == 1, "without a daemon too"
 
 
 KILLS = BEHAVES.replace(

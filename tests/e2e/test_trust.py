@@ -12,15 +12,14 @@ from sqlalchemy import Connection, func, select, text
 
 from casparian_flow import config, main
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, jobs, plugins, views
+from casparian_flow.db import audit, jobs, plugins, trust, views
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileVersion, utcnow
 from casparian_flow.db.routing import JobRequest
 from casparian_flow.main import Daemon
 from casparian_flow.security import keys as key_files
 from casparian_flow.security.signing import key_id
-from casparian_flow.services import changes, keys
-from casparian_flow.services import plugins as versions
+from casparian_flow.services import architect
 from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.verify import verify
 from tests.daemons import all_done, outcomes, work_off
@@ -48,13 +47,13 @@ def tamper(ledger: Ledger) -> None:
 
 
 def disable(ledger: Ledger, settings: Settings) -> None:
-    versions.disable(ledger, settings, config.keys_folder(), "rows", "1.0.0", "wrong totals")
+    plugins.disable(ledger, config.keys_folder(), "rows", "1.0.0", "wrong totals")
 
 
 def revoke(ledger: Ledger, settings: Settings) -> None:
     old = own_key()
-    keys.rotate(ledger, settings, config.keys_folder())
-    keys.revoke(ledger, settings, config.keys_folder(), old, "laptop stolen")
+    trust.rotate(ledger, config.keys_folder())
+    trust.revoke(ledger, config.keys_folder(), old, "laptop stolen")
 
 
 @pytest.mark.parametrize(
@@ -105,25 +104,23 @@ def test_a_warm_guest_runs_nothing_more_once_its_version_is_disabled(
         await asyncio.to_thread(scan, ledger, root)
 
     async def work(daemon: Daemon) -> dict[str, int]:
-        await asyncio.to_thread(changes.ring, settings)
+        await asyncio.to_thread(ledger.wake)
         return await all_done(daemon)
 
     async def story() -> None:
         async with main.running(settings, "test", workers=1, watch=False) as daemon:
             await look("a.txt")
             assert await work(daemon) == {"COMPLETED": 1}
-            await asyncio.to_thread(
-                versions.disable, ledger, settings, folder, "rows", None, "wrong totals"
-            )
+            await asyncio.to_thread(plugins.disable, ledger, folder, "rows", None, "wrong totals")
             await look("b.txt")
             assert await work(daemon) == {"COMPLETED": 1}  # nothing is routed to it
             await ledger.write_soon(queue)
             assert await work(daemon) == {"COMPLETED": 1, "FAILED": 1}
             assert "it was disabled: wrong totals" in outcomes(ledger)["b.txt"][1]
             await asyncio.to_thread(
-                versions.activate, ledger, settings, folder, "rows", "1.0.0", "was right"
+                architect.activate, ledger, settings, folder, "rows", "1.0.0", "was right"
             )
-            await asyncio.to_thread(changes.retry_jobs, ledger, settings, None)
+            await asyncio.to_thread(jobs.retry_jobs, ledger, None)
             assert await work(daemon) == {"COMPLETED": 2}
 
     asyncio.run(story())
@@ -137,11 +134,11 @@ def test_files_that_came_while_nothing_was_active_get_their_jobs_afterwards(
     publish(ledger, settings, "rows", ROWS, "1.0.0")
     publish(ledger, settings, "rows", ROWS + "\n", "2.0.0")
     folder = config.keys_folder()
-    versions.disable(ledger, settings, folder, "rows", "2.0.0", "wrong totals")
+    plugins.disable(ledger, folder, "rows", "2.0.0", "wrong totals")
     (source / "a.txt").write_text("one\n")
     scan(ledger, root)
     assert ledger.read(jobs.counts) == {}
-    said = versions.activate(ledger, settings, folder, "rows", "1.0.0", "back")
+    said = architect.activate(ledger, settings, folder, "rows", "1.0.0", "back")
     assert said == "rows 1.0.0 takes new jobs; 1 queued for files already known"
     assert work_off(settings) == {"COMPLETED": 1}
     (job,) = ledger.read(lambda c: views.jobs(c, 9))

@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from casparian_flow import main, protocol
 from casparian_flow.config import Settings
-from casparian_flow.db import audit
+from casparian_flow.db import audit, jobs
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, AuditEntry, JobStatus, ProcessingJob
 from casparian_flow.engine import dispatch, sentinel, worker_client
@@ -22,7 +22,6 @@ from casparian_flow.engine.dispatch import Dispatcher
 from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.errors import CasparianError
 from casparian_flow.protocol import Assignment, Conclude, Granted, Outcome, Receipt, StagedOutput
-from casparian_flow.services import changes
 from tests.engine.wires import Attacked, Peer, attacked
 from tests.eventually import PATIENCE, eventually
 from tests.factories import add_job
@@ -121,7 +120,7 @@ def test_a_worker_that_wakes_while_its_jobs_are_taken_back_gets_none_that_nobody
     ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sentinel, "LEASE_SECONDS", 3.0)  # time to be given a job
-    jobs = {add_job(ledger, fence=0, attempts=0) for _ in range(2)}
+    job_ids = {add_job(ledger, fence=0, attempts=0) for _ in range(2)}
     writing, write = threading.Event(), threading.Event()
     real = dispatch.lose
 
@@ -150,7 +149,7 @@ def test_a_worker_that_wakes_while_its_jobs_are_taken_back_gets_none_that_nobody
             await peer.send(protocol.Hello(worker="sleeper"))
             message = await peer.hear()
             assert isinstance(message, protocol.Unknown | protocol.Welcome)
-        assert {each.job_id for each in await assigned(peer)} == jobs
+        assert {each.job_id for each in await assigned(peer)} == job_ids
 
     play(settings, story)
 
@@ -264,7 +263,7 @@ def test_an_aborted_job_is_taken_from_its_worker_and_its_result_refused(
     async def story(target: Attacked) -> None:
         peer = await joined(target, "busy")
         await assigned(peer)
-        assert await asyncio.to_thread(changes.abort_jobs, ledger, settings, [job]) == 1
+        assert await asyncio.to_thread(jobs.abort_jobs, ledger, [job]) == 1
         assert await peer.hear() == Granted(jobs=[(kept, 1)])
         stage = tmp_path / "stage"
         await peer.send(Conclude(receipts=[staged(job, 1, stage, tmp_path)]))
@@ -285,7 +284,7 @@ def test_an_aborted_job_is_taken_from_its_worker_and_its_result_refused(
 def test_a_decided_job_is_not_aborted(ledger: Ledger, settings: Settings) -> None:
     decided, queued = add_job(ledger, JobStatus.COMMITTING), add_job(ledger)
     with pytest.raises(CasparianError, match="decided already: its output will appear"):
-        changes.abort_jobs(ledger, settings, [decided, queued])
+        jobs.abort_jobs(ledger, [decided, queued])
     assert state(ledger, decided)[0] == JobStatus.COMMITTING
     assert state(ledger, queued)[0] == JobStatus.ABORTED
 

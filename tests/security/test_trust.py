@@ -23,7 +23,7 @@ from casparian_flow.security.signing import (
     key_id,
     written,
 )
-from casparian_flow.security.trust import Standing, Trust, introduction, replay
+from casparian_flow.security.trust import KeyStatus, Trust, introduction, replay
 
 LEDGER = "ab" * 16
 ROOT, SALES, HR, NEW = (SigningKey(bytes([n]) * 32) for n in range(1, 5))
@@ -143,7 +143,7 @@ def test_a_rotated_key_hands_on_what_it_had(log: Log) -> None:
     trust = log.rotate(SALES, NEW)
     assert trust.authorize(NEW.verify_key.encode(), "sales").plugins == "sales*"
     assert trust.keys[name(NEW)].owner == "o"
-    assert trust.keys[name(SALES)].standing is Standing.RETIRED
+    assert trust.keys[name(SALES)].standing is KeyStatus.RETIRED
     assert trust.stopped(name(SALES), "sales", "1") == ""
     assert trust.unfit(name(SALES), "sales") == ""
     with pytest.raises(AuthError, match=f"key {name(NEW)[:16]} took its place"):

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from casparian_flow.config import AzureSettings, Settings
-from casparian_flow.db import audit, plugins, views
+from casparian_flow.db import audit, plugins, trust, views
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.errors import AuthError, CasparianError, PluginError, PublishConflict
 from casparian_flow.protocol import Deploy
@@ -23,7 +23,6 @@ from casparian_flow.security import keys as key_files
 from casparian_flow.security import signing
 from casparian_flow.security.signing import AzureAuth
 from casparian_flow.services import architect
-from casparian_flow.services import keys as key_service
 from tests.conftest import write_config
 from tests.plugs import LOCK, OTHER, ROWS, signed
 
@@ -72,12 +71,12 @@ def test_the_first_key_is_trusted_said_aloud_and_audited(
 ) -> None:
     words = architect.deploy(ledger, settings, signed(ledger, keys))
     key = signing.key_id(key_files.local_key(keys).verify_key.encode())
-    assert f"key {key[:16]} of {architect.person()} is the first of this ledger" in words
+    assert f"key {key[:16]} of {trust.person()} is the first of this ledger" in words
     newest, first = ledger.read(lambda c: views.audit(c, 9, None))
     assert (first["action"], first["subject"]) == ("trust-key", f"key {key}")
-    assert (newest["action"], newest["actor"]) == ("publish", architect.person())
+    assert (newest["action"], newest["actor"]) == ("publish", trust.person())
     assert json.loads(newest["detail"])["key"] == key
-    assert json.loads(newest["detail"])["owner"] == architect.person()
+    assert json.loads(newest["detail"])["owner"] == trust.person()
     again = architect.deploy(ledger, settings, signed(ledger, keys, OTHER, "2.0.0"))
     assert "first" not in again
     assert rows(ledger) == {"1.0.0": False, "2.0.0": True}
@@ -135,14 +134,14 @@ def test_an_unknown_key_is_refused(
         assert error.exit_code == 77
         public = key_files.local_key(stranger).verify_key.encode().hex()
         assert f"casparian keys trust {public} --owner NAME" in error.hint
-    key_service.trust_key(ledger, settings, keys, public, "Ada", "other*")
+    trust.trust_key(ledger, keys, public, "Ada", "other*")
     refused(ledger, settings, signed(ledger, stranger, OTHER, "2.0.0"), "and not with rows")
-    key_service.trust_key(ledger, settings, keys, public, "Ada", "row?")
+    trust.trust_key(ledger, keys, public, "Ada", "row?")
     architect.deploy(ledger, settings, signed(ledger, stranger, OTHER, "2.0.0"))
     published = ledger.read(lambda c: views.audit(c, 1, None))[0]
     assert (published["actor"], published["action"]) == ("Ada", "publish")
-    owners = {row["owner"]: row["mine"] for row in key_service.listing(ledger, stranger)}
-    assert owners == {architect.person(): False, "Ada": True}
+    owners = {row["owner"]: row["mine"] for row in trust.listing(ledger, stranger)}
+    assert owners == {trust.person(): False, "Ada": True}
 
 
 def test_retired_and_revoked_keys_publish_nothing_more(
@@ -150,12 +149,12 @@ def test_retired_and_revoked_keys_publish_nothing_more(
 ) -> None:
     architect.deploy(ledger, settings, signed(ledger, keys))
     by_old = signed(ledger, keys, OTHER, "2.0.0")
-    key_service.rotate(ledger, settings, keys)
+    trust.rotate(ledger, keys)
     refused(ledger, settings, by_old, "is retired: key .* took its place")
     by_new = signed(ledger, keys, OTHER, "2.0.0")
     architect.deploy(ledger, settings, by_new)
     old = signing.key_id(by_old.public_key)
-    key_service.revoke(ledger, settings, keys, old[:6], "lost")
+    trust.revoke(ledger, keys, old[:6], "lost")
     refused(ledger, settings, by_old, "is revoked: lost")
 
 

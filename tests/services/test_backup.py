@@ -25,7 +25,7 @@ from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
 from tests.daemons import all_done
-from tests.factories import add_root
+from tests.factories import add_audit_row, add_root
 from tests.plugs import ROWS, publish
 
 
@@ -133,7 +133,7 @@ def test_a_copy_is_made_while_a_writer_holds_the_gate(
     """It holds what was committed before, and the writer waits for nothing."""
 
     def work(connection: Connection) -> backup.Backup:
-        audit.append(connection, "me", [audit.Event("test", "something", {})])
+        add_audit_row(connection)
         return backup.make(settings, ledger, str(tmp_path / "copy"))
 
     made = ledger.write(work)
@@ -142,7 +142,7 @@ def test_a_copy_is_made_while_a_writer_holds_the_gate(
 
 
 def test_it_says_what_it_holds(settings: Settings, ledger: Ledger, tmp_path: Path) -> None:
-    ledger.write(lambda c: audit.append(c, "me", [audit.Event("test", "something", {})]))
+    ledger.write(add_audit_row)
     made = backup.make(settings, ledger, str(tmp_path / "copy"))
     assert made.head == str(ledger.read(audit.head))
     assert made.holds["audit rows"] == 1
@@ -175,7 +175,7 @@ def test_the_ledger_is_never_its_own_backup(settings: Settings, ledger: Ledger, 
 def test_a_ledger_that_does_not_hold_gives_no_backup(
     settings: Settings, ledger: Ledger, tmp_path: Path
 ) -> None:
-    ledger.write(lambda c: audit.append(c, "me", [audit.Event("test", "something", {})]))
+    ledger.write(add_audit_row)
     ledger.write(lambda c: c.execute(text("DROP TRIGGER cf_audit_no_update")).rowcount)
     ledger.write(lambda c: c.execute(text("UPDATE cf_audit SET actor = 'nobody'")).rowcount)
     with pytest.raises(LedgerError, match=r"row 1 was altered.*no backup was made"):

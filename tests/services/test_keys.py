@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from nacl.signing import SigningKey
+from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
-from casparian_flow.db import trust, views
+from casparian_flow.db import audit, plugins, trust, views
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.errors import (
     ArtifactRefused,
@@ -21,7 +22,7 @@ from casparian_flow.errors import (
 )
 from casparian_flow.security import keys as files
 from casparian_flow.security.signing import RotateKey, key_id, written
-from casparian_flow.services import architect, keys, plugins
+from casparian_flow.services import architect
 from tests.conftest import write_config
 from tests.plugs import LOCK, OTHER, ROWS, signed
 
@@ -49,7 +50,7 @@ def own_id(folder: Path) -> str:
 
 def standing(ledger: Ledger, folder: Path) -> dict[str, str]:
     """Key id -> standing."""
-    return {row["key_id"]: row["standing"] for row in keys.listing(ledger, folder)}
+    return {row["key_id"]: row["standing"] for row in trust.listing(ledger, folder)}
 
 
 def active(ledger: Ledger) -> list[str]:
@@ -66,39 +67,36 @@ def last_audit(ledger: Ledger) -> dict[str, Any]:
 
 
 def test_a_key_is_made_once_and_shown_again(folder: Path) -> None:
-    is_new, public_key = keys.generate(folder)
-    assert is_new
-    assert keys.generate(folder) == (False, public_key)
+    assert not files.has_local_key(folder)
+    key = files.local_key(folder)
+    assert files.has_local_key(folder)
+    assert files.local_key(folder) == key
 
 
 def test_listing_an_unknown_own_key_says_so_and_makes_none(ledger: Ledger, folder: Path) -> None:
-    assert keys.listing(ledger, folder) == []
+    assert trust.listing(ledger, folder) == []
     assert not folder.exists()
-    _, public_key = keys.generate(folder)
-    (row,) = keys.listing(ledger, folder)
-    assert (row["key_id"], row["standing"], row["mine"]) == (
-        key_id(public_key), "unknown here", True,
-    )  # fmt: skip
+    own = own_id(folder)
+    (row,) = trust.listing(ledger, folder)
+    assert (row["key_id"], row["standing"], row["mine"]) == (own, "unknown here", True)
 
 
-def test_trusting_in_an_empty_ledger_trusts_our_own_key_first(
-    ledger: Ledger, settings: Settings, folder: Path
-) -> None:
-    words = keys.trust_key(ledger, settings, folder, new_key(), "Ada", "sales*")
+def test_trusting_in_an_empty_ledger_trusts_our_own_key_first(ledger: Ledger, folder: Path) -> None:
+    words = trust.trust_key(ledger, folder, new_key(), "Ada", "sales*")
     assert "is the first of this ledger" in words
     assert "of Ada is trusted with plugins sales*" in words
-    rows = {row["owner"]: row["plugins"] for row in keys.listing(ledger, folder)}
-    assert rows == {architect.person(): "*", "Ada": "sales*"}
+    rows = {row["owner"]: row["plugins"] for row in trust.listing(ledger, folder)}
+    assert rows == {trust.person(): "*", "Ada": "sales*"}
 
 
 def test_trusting_our_own_key_in_an_empty_ledger_is_one_statement(
-    ledger: Ledger, settings: Settings, folder: Path
+    ledger: Ledger, folder: Path
 ) -> None:
     public = files.local_key(folder).verify_key.encode().hex()
     with pytest.raises(CasparianError, match="no key would be left"):
-        keys.trust_key(ledger, settings, folder, public, "Grace", "sales*")
-    keys.trust_key(ledger, settings, folder, public, "Grace", "*")
-    (row,) = keys.listing(ledger, folder)
+        trust.trust_key(ledger, folder, public, "Grace", "sales*")
+    trust.trust_key(ledger, folder, public, "Grace", "*")
+    (row,) = trust.listing(ledger, folder)
     assert (row["owner"], row["plugins"]) == ("Grace", "*")
 
 
@@ -107,37 +105,37 @@ def test_owners_globs_and_reasons_are_words(
     here: Ledger, settings: Settings, folder: Path, words: str
 ) -> None:
     for attempt in (
-        lambda: keys.trust_key(here, settings, folder, new_key(), words, "*"),
-        lambda: keys.trust_key(here, settings, folder, new_key(), "Ada", words),
-        lambda: keys.revoke(here, settings, folder, own_id(folder), words),
-        lambda: plugins.disable(here, settings, folder, "rows", None, words),
-        lambda: plugins.activate(here, settings, folder, "rows", "1.0.0", words),
+        lambda: trust.trust_key(here, folder, new_key(), words, "*"),
+        lambda: trust.trust_key(here, folder, new_key(), "Ada", words),
+        lambda: trust.revoke(here, folder, own_id(folder), words),
+        lambda: plugins.disable(here, folder, "rows", None, words),
+        lambda: architect.activate(here, settings, folder, "rows", "1.0.0", words),
     ):
         with pytest.raises(CasparianError, match="cannot be the"):
             attempt()
 
 
-def test_what_is_no_public_key_is_refused(here: Ledger, settings: Settings, folder: Path) -> None:
+def test_what_is_no_public_key_is_refused(here: Ledger, folder: Path) -> None:
     for text in ("", "ab", "AB" * 32, own_id(folder)[:-1] + "z"):
         with pytest.raises(AuthError, match="not a public key"):
-            keys.trust_key(here, settings, folder, text, "Ada", "*")
+            trust.trust_key(here, folder, text, "Ada", "*")
 
 
 def test_revoking_stops_what_the_key_published(
     here: Ledger, settings: Settings, folder: Path
 ) -> None:
     old = own_id(folder)
-    keys.rotate(here, settings, folder)
-    words = keys.revoke(here, settings, folder, old[:8], "laptop stolen")
+    trust.rotate(here, folder)
+    words = trust.revoke(here, folder, old[:8], "laptop stolen")
     assert "rows 2.0.0" in words
     assert active(here) == []
     assert all("laptop stolen" in row["refusal"] for row in plugins.verify(here, None))
     assert last_audit(here)["action"] == "revoke-key"
     assert last_audit(here)["subject"] == f"key {old}"
     assert last_audit(here)["detail"]["reason"] == "laptop stolen"
-    assert "revoked already" in keys.revoke(here, settings, folder, old, "again")
+    assert "revoked already" in trust.revoke(here, folder, old, "again")
     with pytest.raises(ArtifactRefused, match="laptop stolen"):
-        plugins.activate(here, settings, folder, "rows", "1.0.0", "please")
+        architect.activate(here, settings, folder, "rows", "1.0.0", "please")
     # A revoked key's 2.0.0 must not stand above what comes after it.
     architect.deploy(here, settings, signed(here, folder, ROWS, "1.1.0"))
     assert active(here) == ["1.1.0"]
@@ -147,8 +145,8 @@ def test_bytes_of_a_revoked_key_are_not_taken_for_published_again(
     here: Ledger, settings: Settings, folder: Path
 ) -> None:
     old = own_id(folder)
-    keys.rotate(here, settings, folder)
-    assert "publish a new version" in keys.revoke(here, settings, folder, old, "laptop stolen")
+    trust.rotate(here, folder)
+    assert "publish a new version" in trust.revoke(here, folder, old, "laptop stolen")
     with pytest.raises(PublishConflict, match="laptop stolen") as refused:
         architect.deploy(here, settings, signed(here, folder, OTHER, "2.0.0"))
     assert "--version 2.0.1" in refused.value.hint
@@ -160,64 +158,59 @@ def test_a_key_that_is_trusted_with_less_takes_its_versions_out_of_the_way(
 ) -> None:
     other, public = tmp_path / "other", files.local_key(folder).verify_key.encode().hex()
     theirs = files.local_key(other).verify_key.encode().hex()
-    keys.trust_key(here, settings, folder, theirs, "Bob", "*")
-    words = keys.trust_key(here, settings, other, public, "Ada", "sales*")
+    trust.trust_key(here, folder, theirs, "Bob", "*")
+    words = trust.trust_key(here, other, public, "Ada", "sales*")
     assert "no longer active: rows 2.0.0" in words
     assert active(here) == []
     architect.deploy(here, settings, signed(here, other, ROWS, "1.5.0"))
     assert active(here) == ["1.5.0"]
 
 
-def test_the_last_key_that_may_change_keys_stays(
-    here: Ledger, settings: Settings, folder: Path
-) -> None:
-    keys.trust_key(here, settings, folder, new_key(), "Ada", "sales*")
+def test_the_last_key_that_may_change_keys_stays(here: Ledger, folder: Path) -> None:
+    trust.trust_key(here, folder, new_key(), "Ada", "sales*")
     with pytest.raises(CasparianError, match="no key would be left") as refused:
-        keys.revoke(here, settings, folder, own_id(folder), "why not")
+        trust.revoke(here, folder, own_id(folder), "why not")
     assert "casparian keys rotate" in refused.value.hint
     public = files.local_key(folder).verify_key.encode().hex()
     with pytest.raises(CasparianError, match="no key would be left"):
-        keys.trust_key(here, settings, folder, public, "me", "rows")
+        trust.trust_key(here, folder, public, "me", "rows")
     assert standing(here, folder)[own_id(folder)] == "trusted"
 
 
-def test_a_key_is_found_by_the_beginning_of_its_id(
-    here: Ledger, settings: Settings, folder: Path
-) -> None:
+def test_a_key_is_found_by_the_beginning_of_its_id(here: Ledger, folder: Path) -> None:
     for _ in range(17):  # two of them begin with the same digit
-        keys.trust_key(here, settings, folder, new_key(), "Ada", "sales*")
+        trust.trust_key(here, folder, new_key(), "Ada", "sales*")
     ids = list(standing(here, folder))
     twice = next(i[0] for n, i in enumerate(ids) if i[0] in {other[0] for other in ids[:n]})
     with pytest.raises(NotFound, match="keys have ids that begin"):
-        keys.revoke(here, settings, folder, twice, "r")
+        trust.revoke(here, folder, twice, "r")
     for prefix in ("", "x"):
         with pytest.raises(NotFound, match="no key has an id"):
-            keys.revoke(here, settings, folder, prefix, "r")
+            trust.revoke(here, folder, prefix, "r")
 
 
 def test_a_rotated_key_signs_and_the_old_ones_plugins_still_run(
     here: Ledger, settings: Settings, folder: Path
 ) -> None:
     old = own_id(folder)
-    keys.rotate(here, settings, folder)
+    trust.rotate(here, folder)
     assert standing(here, folder) == {old: "retired", own_id(folder): "trusted"}
     assert not any(row["refusal"] for row in plugins.verify(here, None))
     architect.deploy(here, settings, signed(here, folder, ROWS, "3.0.0"))
     assert last_audit(here)["detail"]["key"] == own_id(folder)
 
 
-def test_a_rotation_interrupted_before_the_files_is_finished(
-    here: Ledger, settings: Settings, folder: Path
-) -> None:
+def test_a_rotation_interrupted_before_the_files_is_finished(here: Ledger, folder: Path) -> None:
     old, new = files.local_key(folder), files.next_key(folder)
 
-    def first_half(connection: Any) -> None:
-        link = trust.read(connection).link(old)
-        statement = RotateKey(**link, public_key=new.verify_key.encode().hex())
-        trust.append(connection, written(old, statement, new), "me")
+    def first_half(connection: Connection) -> audit.Event:
+        before = trust.read(connection)
+        public_key = new.verify_key.encode().hex()
+        statement = RotateKey(**before.link(old), public_key=public_key)
+        return trust.append(connection, before, written(old, statement, new))[1]
 
-    here.write(first_half)
-    keys.rotate(here, settings, folder)
+    here.change(first_half, lambda event: [event])
+    trust.rotate(here, folder)
     assert files.local_key(folder) == new
     assert standing(here, folder)[own_id(folder)] == "trusted"
     assert len(standing(here, folder)) == 2
@@ -225,17 +218,17 @@ def test_a_rotation_interrupted_before_the_files_is_finished(
 
 @pytest.mark.slow
 def test_a_key_of_several_ledgers_is_rotated_in_each(
-    here: Ledger, settings: Settings, folder: Path, tmp_path: Path
+    here: Ledger, folder: Path, tmp_path: Path
 ) -> None:
     elsewhere = write_config(tmp_path / "elsewhere")
     with open_ledger(elsewhere.database) as other:
         architect.deploy(other, elsewhere, signed(other, folder))
         old = own_id(folder)
-        keys.rotate(here, settings, folder)
+        trust.rotate(here, folder)
         with pytest.raises(AuthError, match="not trusted"):
             architect.deploy(other, elsewhere, signed(other, folder, OTHER, "2.0.0"))
         new = own_id(folder)
-        keys.rotate(other, elsewhere, folder)
+        trust.rotate(other, folder)
         assert own_id(folder) == new
         assert standing(other, folder) == {old: "retired", new: "trusted"}
         architect.deploy(other, elsewhere, signed(other, folder, OTHER, "2.0.0"))
@@ -244,11 +237,11 @@ def test_a_key_of_several_ledgers_is_rotated_in_each(
 def test_a_stranger_changes_nothing(here: Ledger, settings: Settings, tmp_path: Path) -> None:
     theirs = tmp_path / "stranger"
     for attempt in (
-        lambda: keys.trust_key(here, settings, theirs, new_key(), "Ada", "*"),
-        lambda: keys.revoke(here, settings, theirs, next(iter(standing(here, theirs))), "r"),
-        lambda: keys.rotate(here, settings, theirs),
-        lambda: plugins.disable(here, settings, theirs, "rows", None, "r"),
-        lambda: plugins.activate(here, settings, theirs, "rows", "1.0.0", "r"),
+        lambda: trust.trust_key(here, theirs, new_key(), "Ada", "*"),
+        lambda: trust.revoke(here, theirs, next(iter(standing(here, theirs))), "r"),
+        lambda: trust.rotate(here, theirs),
+        lambda: plugins.disable(here, theirs, "rows", None, "r"),
+        lambda: architect.activate(here, settings, theirs, "rows", "1.0.0", "r"),
     ):
         with pytest.raises(AuthError, match="is not trusted in this ledger"):
             attempt()
@@ -259,7 +252,7 @@ def test_activating_goes_back_with_the_older_ones_rules(
     here: Ledger, settings: Settings, folder: Path
 ) -> None:
     assert patterns(here) == ["*.text"]
-    plugins.activate(here, settings, folder, "rows", "1.0.0", "2.0.0 loses lines")
+    architect.activate(here, settings, folder, "rows", "1.0.0", "2.0.0 loses lines")
     assert active(here) == ["1.0.0"]
     assert patterns(here) == ["*.txt"]
     said = last_audit(here)
@@ -271,15 +264,15 @@ def test_activating_goes_back_with_the_older_ones_rules(
 def test_a_disabled_version_takes_no_jobs_until_it_is_activated(
     here: Ledger, settings: Settings, folder: Path
 ) -> None:
-    plugins.disable(here, settings, folder, "rows", "1.0.0", "old")
+    plugins.disable(here, folder, "rows", "1.0.0", "old")
     assert active(here) == ["2.0.0"]
-    assert "no version takes" in plugins.disable(here, settings, folder, "rows", "2.0.0", "wrong")
+    assert "no version takes" in plugins.disable(here, folder, "rows", "2.0.0", "wrong")
     assert active(here) == []
     reasons = [row["refusal"].rpartition(": ")[2] for row in plugins.verify(here, "rows")]
     assert reasons == ["old", "wrong"]
     same = architect.deploy(here, settings, signed(here, folder, OTHER, "2.0.0"))
     assert "it was disabled: wrong" in same
-    plugins.activate(here, settings, folder, "rows", "1.0.0", "better than none")
+    architect.activate(here, settings, folder, "rows", "1.0.0", "better than none")
     assert active(here) == ["1.0.0"]
     architect.deploy(here, settings, signed(here, folder, ROWS, "1.5.0"))
     assert active(here) == ["1.5.0"]
@@ -288,20 +281,20 @@ def test_a_disabled_version_takes_no_jobs_until_it_is_activated(
 def test_a_plugin_disabled_as_a_whole_is_not_brought_back_by_a_new_version(
     here: Ledger, settings: Settings, folder: Path
 ) -> None:
-    plugins.disable(here, settings, folder, "rows", None, "wrong by design")
+    plugins.disable(here, folder, "rows", None, "wrong by design")
     words = architect.deploy(here, settings, signed(here, folder, ROWS, "3.0.0"))
     assert "takes no jobs: it was disabled: wrong by design" in words
     assert active(here) == []
-    plugins.activate(here, settings, folder, "rows", "3.0.0", "mended")
+    architect.activate(here, settings, folder, "rows", "3.0.0", "mended")
     assert active(here) == ["3.0.0"]
     assert [bool(row["refusal"]) for row in plugins.verify(here, "rows")] == [True, True, False]
 
 
 def test_what_is_not_there_is_named(here: Ledger, settings: Settings, folder: Path) -> None:
     with pytest.raises(NotFound, match=r"it has 1\.0\.0, 2\.0\.0"):
-        plugins.activate(here, settings, folder, "rows", "9", "r")
+        architect.activate(here, settings, folder, "rows", "9", "r")
     for attempt in (
-        lambda: plugins.disable(here, settings, folder, "none", None, "r"),
+        lambda: plugins.disable(here, folder, "none", None, "r"),
         lambda: plugins.show(here, "none", None),
         lambda: plugins.verify(here, "none"),
         lambda: plugins.diff(here, "none", "1", "2"),

@@ -11,15 +11,15 @@ import pytest
 from sqlalchemy import Connection, select, update
 
 from casparian_flow import durable
-from casparian_flow.config import DatabaseSettings, Settings
+from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import jobs, routing, versions
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import AuditEntry, FileLocation, JobStatus, ProcessingJob
 from casparian_flow.db.versions import invalidate
-from casparian_flow.services import architect, changes
 from casparian_flow.services import scan as scan_module
-from casparian_flow.services.changes import SourceOptions
+from casparian_flow.services import sources
 from casparian_flow.services.scan import Vanished, scan
+from casparian_flow.services.sources import SourceOptions
 from tests.factories import add_plugin, add_root
 from tests.services.test_scan import OLD, gone, put
 
@@ -39,9 +39,8 @@ def before(
 
 
 def deploy(ledger: Ledger) -> None:
-    ledger.write(lambda c: routing.add_rule(c, "*.csv", "csv", 0))
     add_plugin(ledger, "p", subscriptions="csv")
-    architect.queue_missing(ledger)
+    sources.add_rule(ledger, "*.csv", "csv")
 
 
 def supersede(connection: Connection) -> None:
@@ -157,15 +156,15 @@ def test_a_person_may_say_that_an_empty_folder_on_a_new_device_is_right(
 
 
 def test_a_removed_root_comes_back_under_another_name_of_its_directory(
-    ledger: Ledger, settings: Settings, source: Path
+    ledger: Ledger, source: Path
 ) -> None:
     put(source / "a.csv", "1", OLD)
     options = SourceOptions(settle_seconds=0)
-    changes.add_source(ledger, settings, str(source), name="in", options=options)
-    changes.remove_source(ledger, settings, "in")
+    sources.add_source(ledger, str(source), name="in", options=options)
+    sources.remove_source(ledger, "in")
     alias = source.with_name("alias")
     alias.symlink_to(source)
-    changes.add_source(ledger, settings, str(alias), name="in", options=options)
+    sources.add_source(ledger, str(alias), name="in", options=options)
     assert [root.path for root in ledger.read(routing.every_root)] == [str(source)]
 
 
