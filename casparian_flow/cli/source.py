@@ -11,7 +11,7 @@ from casparian_flow.cli.context import AsJson
 from casparian_flow.errors import counted
 
 if TYPE_CHECKING:
-    from casparian_flow.services.topics import Placed
+    from casparian_flow.services.topics import TopicChange
 
 
 app = context.group("Add, list and remove watched directories.")
@@ -283,11 +283,11 @@ def set_topic(
                 context.note(f"note: {hint}")
 
 
-def _report(plugin: str, topic: str, placed: Placed) -> None:
-    for place in placed.places:
-        context.say(f"{plugin}: topic {topic} goes to {place.uri} (mode {place.mode})")
-    for sentence in placed.stays:
+def _report(plugin: str, topic: str, change: TopicChange) -> None:
+    for sink in change.sinks:
+        context.say(f"{plugin}: topic {topic} goes to {sink.uri} (mode {sink.mode})")
+    for sentence in change.stays:
         context.note(f"note: {sentence}")
-    if topic not in placed.declared:
-        known = ", ".join(placed.declared) or "none"
+    if topic not in change.declared:
+        known = ", ".join(change.declared) or "none"
         context.note(f"note: {plugin} had no topic {topic!r} so far (it has: {known})")

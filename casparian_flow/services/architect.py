@@ -36,7 +36,7 @@ from casparian_flow.security.rules import Policy
 from casparian_flow.security.signing import AzureAuth, LocalAuth, Publish, Row, TrustKey
 from casparian_flow.security.trust import Key, Trust, introduction
 from casparian_flow.services import inventory, scan, scout, topics
-from casparian_flow.services.topics import Place
+from casparian_flow.services.topics import TopicSink
 
 
 def next_version(ledger: Ledger, name: str) -> str:
@@ -123,7 +123,7 @@ class _Candidate:
     manifest: Manifest
     verdict: dict[str, Any]
     """The Gatekeeper's: ruleset, policy and outcome."""
-    places: list[Place]
+    sinks: list[TopicSink]
     """Where its topics go, unless somebody has placed them."""
     signed_in: dict[str, str]
     """Who signed in to publish it; empty where the key alone says who it is."""
@@ -236,8 +236,8 @@ def activate(
         if refusal := plugins.refusal(plugin, trusted):
             raise ArtifactRefused(refusal, f"casparian plugins show {name} {version}")
         manifest = plugins.manifest_of(plugin.manifest)
-        placed = topics.of_manifest(settings, manifest, versions.active_paths(connection))
-        messages = make_active(connection, settings, name, version, manifest, placed)
+        sinks = topics.of_manifest(settings, manifest, versions.active_paths(connection))
+        messages = make_active(connection, settings, name, version, manifest, sinks)
         return _Recorded(messages, [event])
 
     stays = ledger.change(work, lambda done: done.events).messages
@@ -252,7 +252,7 @@ def make_active(
     name: str,
     version: str,
     manifest: Manifest,
-    placed: list[Place],
+    sinks: list[TopicSink],
 ) -> list[str]:
     """Make a deployed version the active one: its rules, subscriptions and topics.
 
@@ -263,7 +263,7 @@ def make_active(
     tag = f"plugin:{name}"
     widened = plugins.replace_rules(connection, tag, manifest.patterns, manifest.priority)
     plugins.subscribe(connection, name, [tag, *manifest.subscriptions], version)
-    plugins.add_topics(connection, name, placed)
+    plugins.add_topics(connection, name, sinks)
     now = plugins.topics(connection).get(name, [])
     words = []
     if widened:
@@ -272,13 +272,13 @@ def make_active(
             "case, and so more files"
         )
     for topic in filter(manifest.sinks_of, manifest.topics):
-        said = [place for place in placed if place.topic == topic]
-        there = [topics.of_row(topic, row.uri, row.mode) for row in now if row.topic_name == topic]
-        if topics.spots(settings, said) != topics.spots(settings, there):
+        declared = [sink for sink in sinks if sink.topic == topic]
+        current = [topics.of_row(topic, r.uri, r.mode) for r in now if r.topic_name == topic]
+        if topics.locations_of(settings, declared) != topics.locations_of(settings, current):
             words.append(
-                f"topic {topic} goes to {', '.join(map(str, there))} as before, whatever the "
+                f"topic {topic} goes to {', '.join(map(str, current))} as before, whatever the "
                 f"MANIFEST says; to follow it: casparian topics set {name} {topic} "
-                f"{' '.join(quote(str(place)) for place in said)}"
+                f"{' '.join(quote(str(sink)) for sink in declared)}"
             )
     return words
 
@@ -299,8 +299,8 @@ def _examine(
     )  # fmt: skip
     check_lock(message.lock, f"the lock of {manifest.name}")
     signed_in = _authenticate(settings, message, statement)
-    placed = topics.of_manifest(settings, manifest, source_roots)
-    return _Candidate(message, statement, manifest, inspection.verdict, placed, signed_in)
+    sinks = topics.of_manifest(settings, manifest, source_roots)
+    return _Candidate(message, statement, manifest, inspection.verdict, sinks, signed_in)
 
 
 def _authenticate(settings: Settings, message: Deploy, statement: Publish) -> dict[str, str]:
@@ -357,7 +357,7 @@ def _record(connection: Connection, settings: Settings, candidate: _Candidate) -
     newest = plugins.newest(connection, name, trusted)
     if newest != version:
         return _Recorded([f"{words}, which takes no jobs: {newest} is newer"], events)
-    stays = make_active(connection, settings, name, version, candidate.manifest, candidate.places)
+    stays = make_active(connection, settings, name, version, candidate.manifest, candidate.sinks)
     return _Recorded([words, *stays], events)
 
 
@@ -433,7 +433,7 @@ def _add(connection: Connection, candidate: _Candidate, key: Key) -> Event:
         "artifact": statement.artifact_sha256,
         "key": key.key_id,
         "owner": key.owner,
-        "declared": sorted(f"{place.topic} -> {place}" for place in candidate.places),
+        "declared": sorted(f"{sink.topic} -> {sink}" for sink in candidate.sinks),
         "gatekeeper": candidate.verdict,
         **({"azure": candidate.signed_in} if candidate.signed_in else {}),
     }

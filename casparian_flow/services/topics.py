@@ -1,4 +1,4 @@
-"""A person says where a topic goes, and is told what stays where it is."""
+"""Where topics go: which sinks a MANIFEST and a person may choose, and the changes of that."""
 
 from __future__ import annotations
 
@@ -25,15 +25,13 @@ from casparian_flow.protocol import MODES, data_topics, reject_topics
 from casparian_flow.security.manifest import Manifest
 from casparian_flow.services import inventory
 
-# Where topics go: what a MANIFEST or a person says of sinks becomes what is configured.
-#
-# A person may send a topic anywhere. A MANIFEST is somebody else's code: it may name places under
+# A person may send a topic anywhere. A MANIFEST is somebody else's code: it may name folders under
 # the configured output roots (`[output] roots`), and use variables that `[output] env` lists. They
 # are expanded here, once, by the process that deploys: what is stored and part of every output key
 # is a path, so that no later change of an environment moves a topic.
 
 
-class Place(NamedTuple):
+class TopicSink(NamedTuple):
     """A sink of a topic, as it is configured."""
 
     topic: str
@@ -45,7 +43,7 @@ class Place(NamedTuple):
         return f"{self.uri}?mode={self.mode}"
 
 
-def of_manifest(settings: Settings, manifest: Manifest, roots: Sequence[str]) -> list[Place]:
+def of_manifest(settings: Settings, manifest: Manifest, roots: Sequence[str]) -> list[TopicSink]:
     """Where each topic of a plugin goes, unless somebody has placed it.
 
     Args:
@@ -54,20 +52,20 @@ def of_manifest(settings: Settings, manifest: Manifest, roots: Sequence[str]) ->
     Raises:
         ConfigError: a sink cannot be opened, or a plugin may not write there.
     """
-    places: list[Place] = []
+    result: list[TopicSink] = []
     for topic in manifest.topics:
         said = manifest.sinks_of(topic)
-        chosen = _places(settings, topic, said or [settings.output.default_uri], "append", roots)
-        for place in chosen if said else []:
-            _check_roots(settings, place)
-        places += chosen
-    _check_twins(places)
-    return places
+        chosen = of_person(settings, topic, said or [settings.output.default_uri], "append", roots)
+        for sink in chosen if said else []:
+            _check_roots(settings, sink)
+        result += chosen
+    _check_unique_tables(result)
+    return result
 
 
 def of_person(
     settings: Settings, topic: str, uris: Sequence[str], mode: str, roots: Sequence[str]
-) -> list[Place]:
+) -> list[TopicSink]:
     """Where a person sends a topic.
 
     Args:
@@ -78,50 +76,44 @@ def of_person(
     Raises:
         ConfigError: a sink or mode is not one we have, or a sink is there twice.
     """
-    return _places(settings, topic, uris, mode, roots)
-
-
-def of_row(topic: str, uri: str, mode: str) -> Place:
-    """Where the ledger's table sends a topic: people write options into it as well."""
-    with contextlib.suppress(ConfigError):
-        uri, said = sink_uri.read(uri)
-        return Place(topic, uri, said or mode)
-    return Place(topic, uri, mode)
-
-
-def spots(settings: Settings, placed: Sequence[Place]) -> set[tuple[str, str]]:
-    """The location and the mode of each, however its URI is spelt."""
-    found = set()
-    for place in placed:
-        location = place.uri
-        with contextlib.suppress(ConfigError):
-            location = sinks.resolve(place.uri, settings.home)
-        found.add((location, place.mode))
-    return found
-
-
-def _places(
-    settings: Settings, topic: str, uris: Sequence[str], mode: str, roots: Sequence[str]
-) -> list[Place]:
     if mode not in MODES:
         raise ConfigError(f"there is no mode {mode!r}", f"use one of {', '.join(MODES)}")
-    places: dict[str, Place] = {}
+    by_location: dict[str, TopicSink] = {}
     for written in uris:
         uri, own_mode = sink_uri.read(written)
-        place = Place(topic, _expanded(settings, topic, uri), own_mode or mode)
-        location = sinks.resolve(place.uri, settings.home)
+        sink = TopicSink(topic, _expanded(settings, topic, uri), own_mode or mode)
+        location = sinks.resolve(sink.uri, settings.home)
         sinks.check_usable(location, settings.database)
         sinks.check_reserved(location, topic, settings)
         sinks.check_reserved_content(location, topic)
-        _check_sources(place, location, roots)
-        if location in places:
+        _check_sources(sink, location, roots)
+        if other := by_location.get(location):
             raise ConfigError(
-                f"topic {topic!r}: {places[location].uri} and {place.uri} are the same sink, which "
+                f"topic {topic!r}: {other.uri} and {sink.uri} are the same sink, which "
                 "would get every row twice",
                 "name it once",
             )
-        places[location] = place
-    return list(places.values())
+        by_location[location] = sink
+    return list(by_location.values())
+
+
+def of_row(topic: str, uri: str, mode: str) -> TopicSink:
+    """A row of `cf_topic_config`; a person may have written options into its URI."""
+    with contextlib.suppress(ConfigError):
+        uri, said = sink_uri.read(uri)
+        return TopicSink(topic, uri, said or mode)
+    return TopicSink(topic, uri, mode)
+
+
+def locations_of(settings: Settings, configured: Sequence[TopicSink]) -> set[tuple[str, str]]:
+    """The location and the mode of each; two spellings of a URI are one location."""
+    found = set()
+    for sink in configured:
+        location = sink.uri
+        with contextlib.suppress(ConfigError):
+            location = sinks.resolve(sink.uri, settings.home)
+        found.add((location, sink.mode))
+    return found
 
 
 def _expanded(settings: Settings, topic: str, uri: str) -> str:
@@ -149,29 +141,28 @@ def _expanded(settings: Settings, topic: str, uri: str) -> str:
     return sink_uri.expanded(uri, value_of)
 
 
-def _check_roots(settings: Settings, place: Place) -> None:
+def _check_roots(settings: Settings, sink: TopicSink) -> None:
     """A MANIFEST's sinks lie under the output roots, whatever symlinks are on the way.
 
     The topic's own folder or database is what counts, and not only the folder it is in.
     """
-    target = sinks.target_of(sinks.resolve(place.uri, settings.home), place.topic)
+    target = sinks.target_of(sinks.resolve(sink.uri, settings.home), sink.topic)
     if target is None:
         return
     allowed = [os.path.realpath(settings.home / root) for root in settings.output.roots]
     if not any(_is_inside(os.path.realpath(target), root) for root in allowed):
         raise ConfigError(
-            f"topic {place.topic!r}: the MANIFEST's sink {place.uri} is outside of where plugins "
+            f"topic {sink.topic!r}: the MANIFEST's sink {sink.uri} is outside of where plugins "
             f"may write ({', '.join(allowed) or 'nowhere'})",
             f"list its folder in {config.FILE_NAME}: [output] roots; or leave the sink out of the "
             "MANIFEST, and after publishing: casparian topics set PLUGIN TOPIC URI",
         )
 
 
-def _check_sources(place: Place, location: str, roots: Sequence[str]) -> None:
-    """Outputs in a source root are passed over by its scans, since their names are marked. That
-    must not hide files that are a person's, and it cannot help where the root itself is the place.
-    """
-    target = sinks.target_of(location, place.topic)
+def _check_sources(sink: TopicSink, location: str, roots: Sequence[str]) -> None:
+    """Scans of a source root leave out outputs in it, by their names. So a topic's folder must not
+    be a person's, whose files would be left out too, nor the root itself."""
+    target = sinks.target_of(location, sink.topic)
     if target is None:
         return
     real = os.path.realpath(target)
@@ -183,13 +174,13 @@ def _check_sources(place: Place, location: str, roots: Sequence[str]) -> None:
         else:
             continue
         raise ConfigError(
-            f"topic {place.topic!r} cannot go to {place.uri}: {fault}", "choose another place"
+            f"topic {sink.topic!r} cannot go to {sink.uri}: {fault}", "choose another place"
         )
 
 
-def _check_twins(places: Sequence[Place]) -> None:
-    """SQL does not tell tables apart whose names differ in case only."""
-    tables = [place for place in places if not place.uri.startswith(sinks.PREFIXES["parquet"])]
+def _check_unique_tables(every: Sequence[TopicSink]) -> None:
+    """SQL takes names of tables that differ in case only for the same."""
+    tables = [sink for sink in every if not sink.uri.startswith(sinks.PREFIXES["parquet"])]
     for one, other in itertools.combinations(tables, 2):
         if one.topic != other.topic and one.topic.lower() == other.topic.lower():
             raise ConfigError(
@@ -209,10 +200,10 @@ def _is_ours(target: Path) -> bool:
     return any(fnmatchcase(target.name, pattern) for pattern in patterns)
 
 
-class Placed(NamedTuple):
+class TopicChange(NamedTuple):
     """Where a topic goes from now on, and what was before."""
 
-    places: list[Place]
+    sinks: list[TopicSink]
     declared: list[str]
     """The topics of the plugin so far: those of its MANIFEST, and what people added."""
     stays: list[str]
@@ -221,7 +212,7 @@ class Placed(NamedTuple):
 
 def set_topic(
     ledger: Ledger, settings: Settings, plugin: str, topic: str, uris: Sequence[str], mode: str
-) -> Placed:
+) -> TopicChange:
     """Send a topic to these sinks, and no others, from now on.
 
     Args:
@@ -235,22 +226,22 @@ def set_topic(
     known = ledger.read(lambda c: plugins.versions(c, plugin))
     if not known:
         raise NotFound(f"no plugin is named {plugin!r}", "casparian plugins")
-    placed = of_person(settings, topic, uris, mode, ledger.read(versions.active_paths))
+    sinks_now = of_person(settings, topic, uris, mode, ledger.read(versions.active_paths))
 
-    def work(connection: Connection) -> Placed:
+    def work(connection: Connection) -> TopicChange:
         newest = plugins.find(connection, plugin, str(known[-1]))
         declared = plugins.topics_of(connection, newest)
         this = (TopicConfig.plugin_name == plugin, TopicConfig.topic_name == topic)
         connection.execute(delete(TopicConfig).where(*this))
         rows = [
             {"plugin_name": plugin, "topic_name": topic, "uri": p.uri, "mode": p.mode}
-            for p in placed
+            for p in sinks_now
         ]
         connection.execute(insert(TopicConfig), rows)
         usage = _usage(connection, plugin, topic)
-        return Placed(placed, declared, list(_stays(placed, usage)))
+        return TopicChange(sinks_now, declared, list(_stays(sinks_now, usage)))
 
-    detail = {"sinks": [str(place) for place in placed]}
+    detail = {"sinks": [str(sink) for sink in sinks_now]}
     done = ledger.change(work, lambda _: [Event("set-topic", f"topic {plugin} {topic}", detail)])
     inventory.take(settings, ledger)
     return done
@@ -345,8 +336,8 @@ def _usage(connection: Connection, plugin: str, topic: str) -> list[TopicUsage]:
     return [TopicUsage(*row) for row in connection.execute(query)]
 
 
-def _stays(placed: Sequence[Place], usage: Sequence[TopicUsage]) -> Iterator[str]:
-    modes = {place.uri: place.mode for place in placed}
+def _stays(sinks_now: Sequence[TopicSink], usage: Sequence[TopicUsage]) -> Iterator[str]:
+    modes = {sink.uri: sink.mode for sink in sinks_now}
     for uri, mode, outputs, rows in usage:
         now = modes.get(uri)
         if now == mode:

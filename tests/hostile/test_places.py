@@ -118,7 +118,7 @@ def filled(text: str, settings: Settings) -> str:
     )  # fmt: skip
 
 
-def declared(settings: Settings, uri: str, topic: str) -> list[topics.Place]:
+def declared(settings: Settings, uri: str, topic: str) -> list[topics.TopicSink]:
     source = ROWS.replace('topic="lines"', f"sinks={{{topic!r}: {uri!r}}}")
     return topics.of_manifest(settings, read_manifest(source.encode(), "rows.py"), [])
 
