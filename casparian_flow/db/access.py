@@ -1,4 +1,4 @@
-"""The engine, and the one thread that writes.
+"""Access to the ledger: a SQLAlchemy engine, and `Ledger`, whose one thread does all writes.
 
 `get_engine` is for users' scripts: a SQLAlchemy engine over the ledger, safe beside a running
 daemon. `Ledger` is for the system: coroutines and threads hand it functions, and all that wait
@@ -123,13 +123,13 @@ def execute_many(
 
 
 class Ledger:
-    """Reads on the caller's thread, writes on one thread of its own.
+    """The ledger: reads on the caller's thread, writes on one thread of its own.
 
     Use it as a context manager, or call `close`.
 
     Args:
         wake: what `wake` and `change` call. It comes from outside, because this layer knows no
-            daemon. None: nobody is told, as in the daemon itself.
+            daemon. None: nothing is woken, as in the daemon itself.
     """
 
     def __init__(self, engine: Engine, wake: Wake | None = None) -> None:

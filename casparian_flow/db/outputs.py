@@ -1,4 +1,7 @@
-"""Outputs: planned when a job is decided, published by the Committer, found again by readers."""
+"""Outputs: planned when a job is decided, marked as published by the Committer, and listed.
+
+What a person changes about them is in `services.outputs`.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ from casparian_flow.protocol import Published, StagedOutput
 
 
 def plan(connection: Connection, decided: Sequence[tuple[int, list[StagedOutput]]]) -> None:
-    """Write down what decided jobs will publish.
+    """Record what decided jobs will publish.
 
-    What an earlier try of a job planned and did not publish is forgotten: its sinks may be others
-    by now. What it did publish stays as it is.
+    What an earlier attempt of a job planned and did not publish is deleted: its sinks may have
+    changed since. What it did publish stays as it is.
     """
     execute_many(
         connection,
@@ -97,7 +100,7 @@ def decided_without_debts(connection: Connection) -> list[int]:
 
 
 def mark_published(connection: Connection, done: Sequence[tuple[int, Published]]) -> None:
-    """Record what stands in the sinks now."""
+    """Record that these outputs are in their sinks."""
     if done:
         connection.execute(
             update(Output)
@@ -123,7 +126,7 @@ def mark_published(connection: Connection, done: Sequence[tuple[int, Published]]
 
 
 def targets(connection: Connection, job_ids: Sequence[int]) -> dict[int, list[str]]:
-    """Where the published outputs of each of these jobs are, with their rows, in words."""
+    """Job id -> a text for each of its published outputs: its target and number of rows."""
     found: dict[int, list[str]] = {job_id: [] for job_id in job_ids}
     rows = connection.execute(
         select(Output.job_id, Output.target, Output.rows)
@@ -194,7 +197,7 @@ SELECT f.output_key, f.topic, f.location, f.target, f.rows, f.digest, f.job_id, 
 FROM cf_found_output f JOIN cf_source_root r ON r.name = f.source
 WHERE f.output_key NOT IN (SELECT output_key FROM cf_output WHERE state = 'PUBLISHED')
 """  # noqa: S608
-"""Everything that stands in the sinks; what no job of this ledger has taken over has no status."""
+"""Every output in the sinks. One that an inventory found, and no job here made, has no status."""
 
 
 def listed(connection: Connection, limit: int | None, topic: str | None) -> Page:

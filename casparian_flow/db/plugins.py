@@ -50,9 +50,9 @@ def versions(connection: Connection, name: str) -> list[Version]:
 
 
 def newest(connection: Connection, name: str, trusted: Trust) -> str:
-    """The newest version, by PEP 440, that nothing bars; empty where there is none.
+    """The newest version, by PEP 440, that may run; empty where there is none.
 
-    A version that may not run must not stand in the way of those that come after.
+    A version that may not run must not keep a later, lower one from being active.
     """
     columns = (Plugin.version, Plugin.publisher)
     rows = connection.execute(
@@ -117,21 +117,21 @@ def replace_rules(
     return [pattern for pattern in patterns if pattern in before]
 
 
-def add_topics(connection: Connection, name: str, places: Iterable[tuple[str, str, str]]) -> None:
-    """Place topics that nobody placed yet; what a person set with `topics set` stays.
+def add_topics(connection: Connection, name: str, sinks: Iterable[tuple[str, str, str]]) -> None:
+    """Send topics that have no sink yet to these; what a person set with `topics set` stays.
 
     Args:
-        places: topic, sink URI and mode.
+        sinks: topic, sink URI and mode.
     """
-    placed = set(
+    configured = set(
         connection.execute(
             select(TopicConfig.topic_name).where(TopicConfig.plugin_name == name)
         ).scalars()
     )
     rows = [
         {"plugin_name": name, "topic_name": topic, "uri": uri, "mode": mode}
-        for topic, uri, mode in places
-        if topic not in placed
+        for topic, uri, mode in sinks
+        if topic not in configured
     ]
     if rows:
         connection.execute(insert(TopicConfig), rows)
@@ -163,7 +163,7 @@ def ids(connection: Connection, names: Iterable[str]) -> list[int]:
 
 
 def may_be_empty(connection: Connection) -> dict[str, list[str]]:
-    """Plugin name -> its topics that a file may give no row while it gives rejects."""
+    """Plugin name -> its topics of data that may stay empty for a file that gives rejects."""
     found: dict[str, list[str]] = {}
     rows = select(EmptyTopic.plugin_name, EmptyTopic.topic_name).order_by(EmptyTopic.topic_name)
     for plugin, topic in connection.execute(rows):
@@ -183,7 +183,7 @@ EARLIER_FORM = (
 
 
 class Stored(NamedTuple):
-    """A deployed plugin as it stands in the ledger, whatever somebody made of it."""
+    """A deployed plugin as the ledger has it, unchecked: somebody may have altered its row."""
 
     id: int
     source: bytes

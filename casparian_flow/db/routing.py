@@ -1,4 +1,4 @@
-"""Which plugins want a file: rules give tags to paths, plugins subscribe to tags.
+"""Which plugins get a file: rules give tags to paths, plugins subscribe to tags.
 
 A pattern without a slash matches the file's name at any depth; with a slash it is anchored at the
 source root, and `**` crosses directories. Capital and small letters are the same, unless the rule
@@ -62,7 +62,7 @@ class _Rule(NamedTuple):
 
 
 class Routing:
-    """The rules and subscriptions of one moment."""
+    """The rules and subscriptions as of one moment."""
 
     def __init__(self, connection: Connection) -> None:
         """Read them.

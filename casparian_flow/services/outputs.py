@@ -134,7 +134,7 @@ def _named(ledger: Ledger, name: str) -> list[Any]:
 
 
 def _broken(ledger: Ledger, rows: Sequence[Any], name: str) -> list[Any]:
-    """Those that their sinks do not hold whole.
+    """The outputs that their sinks do not hold whole.
 
     Raises:
         CasparianError: there are none.
@@ -161,8 +161,7 @@ def claim(row: Any) -> Claim:
 
 
 def _check_bytes(row: Any, settings: Settings) -> None:
-    """Return if the output can be made again from the bytes of its version: its snapshot, which
-    has outlived the file perhaps, or the file.
+    """Return if the bytes of the output's version are still there: in its snapshot or its file.
 
     Raises:
         CasparianError: why not.
@@ -359,14 +358,14 @@ def _check_idle(connection: Connection, rows: Sequence[Any]) -> None:
 
 
 def _chosen(rows: Sequence[Any], *, undo: bool) -> list[Any]:
-    """Those that can be retracted, or reinstated."""
+    """The outputs that can be retracted, or reinstated."""
     if undo:
         return [row for row in rows if row.retracted]
     return [row for row in rows if not (row.retracted or row.replaced or row.forgotten)]
 
 
 def _check_whole(ledger: Ledger, chosen: Sequence[Any]) -> None:
-    """Return if each sink holds what is to be taken back, so that it can be brought back.
+    """Return if each sink holds the outputs whole, so that they can be reinstated later.
 
     Raises:
         CasparianError: it does not.
