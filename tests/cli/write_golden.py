@@ -24,8 +24,8 @@ from unittest import mock
 
 from casparian_flow import config
 from casparian_flow.cli import main
-from casparian_flow.db.routing import actor
-from casparian_flow.services.architect import person
+from casparian_flow.db.audit import actor
+from casparian_flow.db.trust import person
 
 GOLDEN = Path(__file__).parent / "golden.txt"
 
