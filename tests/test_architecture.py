@@ -93,8 +93,6 @@ SQL_BESIDE_SINKS = {
     "services.topics": {"sqlalchemy"},
     "services.sources": {"sqlalchemy"},  # as their scans and routing are in services
     "services.scout": {"sqlalchemy"},  # its contract takes a user's Session
-    "services.backup": {"sqlalchemy", "sqlite3"},
-    "services.verify": {"sqlalchemy", "sqlite3"},
 }
 
 
@@ -113,7 +111,7 @@ def test_sql_lives_in_db_and_sinks() -> None:
             }
             if names == {"Connection"}:
                 used -= {"sqlalchemy"}
-            assert used <= SQL_BESIDE_SINKS.get(name, set()), (name, names)
+            assert used == SQL_BESIDE_SINKS.get(name, set()), (name, names)
 
 
 def test_what_a_person_changes_is_audited_by_the_ledger() -> None:
