@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import sqlite3
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow import config
+from casparian_flow import config, main
 from casparian_flow.db.access import open_ledger
 from casparian_flow.errors import ConfigError
+from casparian_flow.services.watch import Watch
 from tests.commands import COMMAND, Casparian
 from tests.conftest import write_config
+from tests.eventually import PATIENCE
 from tests.factories import add_plugin
 from tests.plugs import ROWS, plugin
 
@@ -292,3 +295,21 @@ def test_what_one_sink_has_no_value_for_no_other_sink_gets(
     assert len(list((casparian.folder / "out").rglob("*.parquet"))) == 1
     found = casparian.json("query", "SELECT n FROM numbers ORDER BY n")
     assert found == [{"n": 1.5}, {"n": 2.5}]
+
+
+def test_a_change_wakes_the_daemon_that_runs(
+    casparian: Casparian, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config.load(str(casparian.folder / config.FILE_NAME))
+    other = source.with_name("other")
+    other.mkdir()
+
+    async def story() -> None:
+        woken = asyncio.Event()
+        monkeypatch.setattr(Watch, "ring", lambda _: woken.set())
+        async with main.running(settings, "test", workers=0, watch=False):
+            await asyncio.to_thread(casparian.process, "source", "add", other)
+            async with asyncio.timeout(PATIENCE):
+                await woken.wait()
+
+    asyncio.run(story())
