@@ -235,7 +235,7 @@ def _guid(what: str, text: str) -> str:
         raise ConfigError(
             f"Azure's {what} {text[:80]!r} is not a GUID, such as "
             "6e74172b-be56-4843-9ff4-e66a39bb12e3",
-            "copy it from the Azure portal; names, `common` and `organizations` will not do",
+            "copy it from the Azure portal; names, `common` and `organizations` are not accepted",
         )
     return text.lower()
 
@@ -356,7 +356,7 @@ def load(path: str | None = None) -> Settings:
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}", "mend that line") from error
+        raise ConfigError(f"{file} is not valid TOML: {error}", "fix that line") from error
     try:
         inner = raw.get("database")
         for table, field in ((raw, "home"), (inner, "snapshots"), (inner, "mssql")):
@@ -372,8 +372,8 @@ def load(path: str | None = None) -> Settings:
         location.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"the database cannot be at {location!r}: a part of that name is not UTF-8",
-            "name a place in another folder as [database] db_location",
+            f"the database cannot be at {location!r}: its name is not UTF-8",
+            "choose another folder in [database] db_location",
         ) from error
     mssql = _mssql(checked.mssql)
     database = DatabaseSettings(db_location=location, snapshots=checked.snapshots, mssql=mssql)
@@ -480,16 +480,16 @@ def find(path: str | None = None) -> Path:
     """
     if file := named(path):
         if not file.is_file():
-            raise ConfigError(f"no configuration at {file}", "casparian init")
+            raise ConfigError(f"no configuration file at {file}", "casparian init")
         return file
     current = Path.cwd()
     for folder in (current, *current.parents):
         if (folder / FILE_NAME).is_file():
             return folder / FILE_NAME
     raise ConfigError(
-        f"no configuration: tried --config, $CASPARIAN_CONFIG (both unset) and {FILE_NAME} "
-        f"in {current} and every folder above it",
-        "casparian init   (makes one here)",
+        f"no configuration: --config and $CASPARIAN_CONFIG are not set, and {current} and the "
+        f"folders above it have no {FILE_NAME}",
+        "casparian init   (creates one here)",
     )
 
 

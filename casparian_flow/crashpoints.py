@@ -70,7 +70,7 @@ class Trap:
         if at and (name not in known() or not (hit or "1").isdecimal()):
             raise ConfigError(
                 f"CASPARIAN_CRASH_AT: there is no crash point {at!r}",
-                "name one of docs/job_lifecycle.md, such as committer.decided:2, or unset it",
+                "use one of docs/job_lifecycle.md, such as committer.decided:2, or unset it",
             )
         self._at = f"{name}:{hit or 1}"
         self._spring = spring

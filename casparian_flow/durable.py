@@ -66,8 +66,8 @@ def make_private(folder: Path) -> bool:
         status = os.fstat(descriptor)
         if status.st_uid != os.geteuid():
             raise Unavailable(
-                f"{folder} belongs to another user (uid {status.st_uid}), and what we run would "
-                "come from there",
+                f"{folder} belongs to another user (uid {status.st_uid}), who could change the "
+                "code that runs from it",
                 "remove it, or set XDG_CACHE_HOME to a folder of your own",
             )
         if status.st_mode & 0o777 == 0o700:
@@ -75,8 +75,9 @@ def make_private(folder: Path) -> bool:
         os.fchmod(descriptor, 0o700)
         if os.fstat(descriptor).st_mode & 0o077:
             raise Unavailable(
-                f"{folder} is open to other users, and its filesystem does not let us close it",
-                "set XDG_CACHE_HOME to a folder on a filesystem that keeps modes",
+                f"{folder} is open to other users, and its filesystem does not allow that to "
+                "be changed",
+                "set XDG_CACHE_HOME to a folder on a filesystem with permissions",
             )
     finally:
         os.close(descriptor)
@@ -212,11 +213,11 @@ def unfit_for_database(path: Path) -> str:
     kind = filesystem_kind(path)
     if kind in _SHARED_FILESYSTEMS:
         return (
-            f"the database {path} lies on a network filesystem ({kind}): locks that keep writers "
-            "apart cannot be trusted there, and a write-ahead log is for one machine"
+            f"the database {path} is on a network filesystem ({kind}): file locks are not "
+            "reliable there, and a write-ahead log works on one machine only"
         )
     if kind in _MEMORY_FILESYSTEMS:
-        return f"the database {path} lies in memory ({kind}): it is gone with the next restart"
+        return f"the database {path} is in memory ({kind}): it will be lost at the next restart"
     return ""
 
 
@@ -279,9 +280,9 @@ def _take_lock(descriptor: int, path: Path) -> None:
             if time.monotonic() > deadline:
                 about = _about_holder(descriptor)
                 raise DaemonRunning(
-                    f"{about.get('role', 'another process')} holds {path} "
-                    f"(process {about.get('pid', '?')} on {about.get('host', '?')}, "
-                    f"since {about.get('since', '?')})",
+                    f"a daemon is already running: {about.get('role', 'another process')} "
+                    f"holds {path} (process {about.get('pid', '?')} on "
+                    f"{about.get('host', '?')}, since {about.get('since', '?')})",
                     "casparian status   (or stop that process first)",
                 ) from None
             time.sleep(0.05)

@@ -42,8 +42,8 @@ import sys
 from collections.abc import Mapping
 from typing import ClassVar, NoReturn
 
-_AGAIN = "the same command again, when the disk is there and has room"
-_RIGHTS = "give yourself the right to read and write it, or name another place"
+_AGAIN = "make sure the disk is mounted and has room, then the same command again"
+_RIGHTS = "give yourself permission to read and write it, or choose another place"
 _OF_THE_MACHINE = {
     **dict.fromkeys(
         (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE,
@@ -69,17 +69,17 @@ class ExitCode(enum.IntEnum):
         code.meaning = meaning
         return code
 
-    DONE = 0, "done, and all is well"
-    FAILED = 1, "a job failed, a check found something, or it cannot be done"
+    DONE = 0, "success"
+    FAILED = 1, "a job failed, a check found a problem, or the request cannot be done"
     USAGE = 2, "wrong usage"
-    PARTIAL = 3, "partly done: scan could not read or believe everything"
+    PARTIAL = 3, "partly done: a scan could not read some files, or did not trust what it saw"
     PLUGIN = 65, "not a plugin, or a plugin version that exists with other bytes"
-    NOT_FOUND = 66, "nothing has that name, or a source root cannot be read"
-    BUG = 70, "a bug in casparian: run it with --debug, and report what it says"
-    IO_ERROR = 74, "the database, or a disk, limit or right of this machine"
-    DAEMON = 75, "another daemon runs, or none, or it does not answer in time"
-    PROTOCOL = 76, "a message of another program"
-    DENIED = 77, "who publishes or signs is not known here, or may not do that"
+    NOT_FOUND = 66, "there is nothing by that name, or a source root cannot be read"
+    BUG = 70, "a bug in casparian: run it with --debug and report the output"
+    IO_ERROR = 74, "the database cannot be used, or a disk, a limit or a permission is in the way"
+    DAEMON = 75, "another daemon runs, no daemon runs, or it does not answer in time"
+    PROTOCOL = 76, "a message that is not from a Casparian Flow program"
+    DENIED = 77, "the publisher or key is not trusted, or may not do this"
     CONFIG = 78, "the configuration, a rule, a sink or the sandbox cannot be used"
     INTERRUPTED = 130, "interrupted"
 

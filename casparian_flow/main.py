@@ -128,8 +128,8 @@ async def _begin(settings: Settings, ledger: Ledger) -> tuple[int, list[str]]:
     """
     if damage := await ledger.read_soon(integrity.damage):
         raise LedgerLost(
-            f"{settings.database.path} is damaged: {damage}; nothing was changed",
-            "put a backup in its place, then: casparian verify   (docs/disaster.md)",
+            f"the database {settings.database.path} is damaged: {damage}; nothing was changed",
+            "restore a backup, then: casparian verify   (docs/disaster.md)",
         )
     adopted = await asyncio.to_thread(inventory.take, settings, ledger)
     await asyncio.to_thread(retract.roll_forward, ledger)
@@ -236,9 +236,9 @@ async def listen(settings: Settings) -> None:
     async with running(
         settings, "casparian_flow.main", workers=0, watch=True, endpoints=[endpoint]
     ):
-        log.info("Sentinel waits for workers at %s", endpoint)
+        log.info("waiting for workers at %s", endpoint)
         await stop.wait()
-        log.info("stopping: workers may finish what they run")
+        log.info("stopping: waiting for running jobs to finish")
 
 
 def main() -> None:

@@ -330,11 +330,11 @@ def decode(frames: list[bytes]) -> AnyMessage:
         ProtocolError: wrong version, wrong number of frames, or an invalid body.
     """
     if len(frames) != 2 or frames[0] != VERSION:
-        raise ProtocolError(f"not a message of ours: {len(frames)} frames")
+        raise ProtocolError(f"not a Casparian Flow message: {len(frames)} frames")
     try:
         message: AnyMessage = _decoder.decode(frames[1])
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise ProtocolError(f"a message that does not fit: {error}") from error
+        raise ProtocolError(f"a malformed message: {error}") from error
     return message
 
 

@@ -61,7 +61,7 @@ _MAGIC = (
     (b"UNB+", "EDIFACT"),
     (b"BEGIN:VCALENDAR", "an iCalendar file"),
     (b"BEGIN:VCARD", "a vCard file"),
-    (b"version https://git-lfs.github.com/", "a Git LFS pointer, whose content is elsewhere"),
+    (b"version https://git-lfs.github.com/", "a Git LFS pointer, not the file's content"),
 )
 _HTML = re.compile(
     r"(?:<!--.*?-->\s*)*<(?:!doctype\s+html|(?:html|head|body|table|title|meta|div|script)\b[^>]*>"
@@ -158,7 +158,7 @@ class BasePlugin:
         Args:
             file_path: path of the file's bytes; the file has its original name.
         """
-        raise TypeError(f"{type(self).__name__} has no execute(self, file_path)")
+        raise TypeError(f"{type(self).__name__} has no method execute(self, file_path)")
 
     def publish(self, topic: str, data: Any) -> None:
         """Send rows to a topic. May be called many times; the columns must stay the same.

@@ -52,7 +52,7 @@ def read(written: str) -> SinkUri:
             allowed = ", ".join(OPTIONS)
             raise _refused(uri, f"has no option {name[:40]!r}; there is: {allowed}")
         if name in said:
-            raise _refused(uri, f"says {name} twice")
+            raise _refused(uri, f"gives {name} twice")
         if value not in OPTIONS[name]:
             allowed = ", ".join(OPTIONS[name])
             raise _refused(uri, f"has no {name} {value[:40]!r}; there are: {allowed}")

@@ -51,7 +51,7 @@ def clear_away(folder: str | os.PathLike[str]) -> bool:
     except FileNotFoundError:
         return True
     except Exception as error:  # noqa: BLE001  the content is arbitrary
-        log.warning("the folder %s cannot be removed, and stays: %s", os.fspath(folder), error)
+        log.warning("cannot remove the folder %s: %s", os.fspath(folder), error)
         return False
     return True
 

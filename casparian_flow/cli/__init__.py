@@ -29,7 +29,7 @@ from casparian_flow.errors import CasparianError, ExitCode, first_error
 EXIT_CODES = "\n".join(["\b", "Exit codes:", *(f"{code:5}  {code.meaning}" for code in ExitCode)])
 
 app = context.group(
-    "Files dropped into directories become tables, with proof of every row.",
+    "Turn files dropped into directories into tables, and trace every row to its file.",
     epilog=EXIT_CODES,
     add_completion=True,
 )
@@ -72,12 +72,12 @@ def options(
         str | None,
         typer.Option(
             metavar="PATH",
-            help="The configuration file; else $CASPARIAN_CONFIG, else the nearest "
-            "global_config.toml upward from here.",
+            help="The configuration file; default: $CASPARIAN_CONFIG, else the nearest "
+            "global_config.toml in this directory or above it.",
         ),
     ] = None,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Log everything; show tracebacks.")
+        bool, typer.Option("--debug", help="Log everything, and show tracebacks.")
     ] = False,
     _: Annotated[
         bool,
@@ -85,7 +85,7 @@ def options(
             "--version",
             is_eager=True,
             callback=_show_version,
-            help="Show the name, the version and Python's, and exit.",
+            help="Print the name, the version and Python's version, and exit.",
         ),
     ] = False,
 ) -> None:
@@ -113,15 +113,15 @@ def _misuse(error: BaseException) -> str:
     """What no ledger, and no directory, can take; empty where it is something else."""
     match error:
         case FileNotFoundError(filename=None):
-            return "the current directory is gone\n  try: cd to another one"
+            return "the current directory was deleted\n  try: cd to another one"
         case OverflowError():
-            return "a number is too large: there is nothing under it"
+            return "number out of range"
         case UnicodeEncodeError(encoding="utf-8"):
             return f"{error.object!a} is not UTF-8"
         case UnicodeEncodeError():
             return (
-                f"the output takes {error.encoding} only, and {error.object[error.start]!a} is not"
-                "\n  try: PYTHONIOENCODING=utf-8 before the command"
+                f"the output's encoding {error.encoding} has no {error.object[error.start]!a}\n"
+                "  try: PYTHONIOENCODING=utf-8 casparian ..."
             )
     return ""
 
@@ -143,7 +143,9 @@ def _explain(error: BaseException) -> int:
     if fault := _misuse(error):
         context.note(f"error: {fault}")
         return ExitCode.USAGE
-    context.note(f"error: this is a bug in casparian: {type(error).__name__}: {error}")
+    context.note(f"error: a bug in casparian: {type(error).__name__}: {error}")
     if not debug:
-        context.note("  try: the same command as `casparian --debug ...`, and report what it says")
+        context.note(
+            "  try: casparian --debug ...   (the same command; then report what it prints)"
+        )
     return ExitCode.BUG

@@ -27,20 +27,31 @@ if TYPE_CHECKING:
     from casparian_flow.services.report import Advice
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document, for programs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 LIMIT = 50
 """Rows of a list that are shown where nobody says how many."""
 
-Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Rows at the most; else 50.")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="At most N rows; default: 50.")]
 
-All = Annotated[bool, typer.Option("--all", help="Every row.")]
+All = Annotated[bool, typer.Option("--all", help="All rows.")]
+
+
+LEGEND = {
+    "waiting": "files that wait for their done file or minimum age",
+    "held": "files that disappeared at once and are not marked deleted yet",
+    "missed": "changes that a full scan found and no file event announced",
+    "hidden": "changes that kept the file's size and timestamps",
+}
+"""Column -> what its numbers count, where the name alone does not say."""
+
+USUALLY_EMPTY = {*LEGEND, "unreadable", "unsettled", "done_file", "min_age_seconds", "problem"}
 
 
 def wanted(limit: int | None, every: bool) -> int | None:
     """How many rows of a list are asked for by `--limit` and `--all`; None for all of them."""
     if every and limit is not None:
-        raise typer.BadParameter("--limit or --all, not both")
+        raise typer.BadParameter("use --limit or --all, not both")
     return None if every else limit or LIMIT
 
 
@@ -130,7 +141,8 @@ def plain(value: Any) -> Any:
 def listing(rows: Sequence[Mapping[str, Any]], as_json: bool, columns: str, empty: str) -> None:
     """Rows as a table of these columns, or all of them as JSON.
 
-    Where they are only the first of more (`db.access.Page`), it says so, beside JSON as well.
+    Columns of USUALLY_EMPTY appear only where a row has something in them. Where the rows are the
+    first of more (`db.access.Page`), it says so, beside JSON as well.
 
     Args:
         columns: names, separated by spaces.
@@ -139,8 +151,15 @@ def listing(rows: Sequence[Mapping[str, Any]], as_json: bool, columns: str, empt
     if as_json:
         document(list(rows))
     elif rows:
-        names = columns.split()
+        names = [
+            name
+            for name in columns.split()
+            if name not in USUALLY_EMPTY or any(row[name] for row in rows)
+        ]
         table(names, ([_short(name, row[name]) for name in names] for row in rows))
+        for name in names:
+            if name in LEGEND:
+                note(f"{name}: {LEGEND[name]}")
     else:
         note(empty)
     left_out(len(rows), getattr(rows, "total", len(rows)))
@@ -300,6 +319,7 @@ def line(chatty: bool = False, quiet: bool = False) -> Iterator[Line]:
 
 
 def waiting(jobs: Waiting) -> str:
-    """The unfinished jobs in words."""
-    words = f"{jobs.queued} queued, {jobs.running} running, {jobs.committing} committing"
-    return f"{words}; {jobs.reason}" if jobs.reason else words
+    """The unfinished jobs in words: `3 queued, 1 running`, and why they wait."""
+    states = ("queued", "running", "committing")
+    some = (f"{number:,} {state}" for state in states if (number := getattr(jobs, state)))
+    return "; ".join(filter(None, [", ".join(some), jobs.reason]))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from casparian_flow.cli import context
-from casparian_flow.errors import CasparianError
+from casparian_flow.errors import CasparianError, counted
 
 if TYPE_CHECKING:
     from casparian_flow.cli.context import Line
@@ -46,13 +46,14 @@ REJECTS = (
 def demo(
     folder: Annotated[
         str | None,
-        typer.Argument(metavar="DIR", help="Absent or empty; else a new scratch directory."),
+        typer.Argument(
+            metavar="DIR", help="A directory that is new or empty; default: a temporary one."
+        ),
     ] = None,
 ) -> None:
-    """See it work on messy files that we made.
+    """Try it on generated sample files.
 
-    In a directory of its own, which stays there to be looked at. Fails if anything it shows is
-    not as it should be.
+    Runs in a directory of its own and leaves it there. Fails if a result is not as expected.
     """
     import time
 
@@ -61,15 +62,15 @@ def demo(
     began = time.monotonic()
     home = prepare(folder)
     with contextlib.chdir(home):
-        _say("A directory of messy files, watched")
+        _say("A watched directory of messy files")
         context.say(f"$ cd {shlex.quote(str(home))}")
         _casparian("init")
         _casparian("source", "add", INBOX, "--settle", str(SETTLE_SECONDS))
-        _say("The plugins that read them: locked, signed, each with an environment of its own")
+        _say("The plugins that read them: each one locked, signed, and with its own environment")
         for plugin in PLUGINS:
             _casparian("publish", plugin)
         _run_daemon(home)
-        _say("What became of the files: edited, two versions; touched, still one")
+        _say("The files: the edited one has two versions, the touched one still has one")
         _casparian("versions", f"{INBOX}/{EDITED}")
         _casparian("versions", f"{INBOX}/{TOUCHED}")
         _casparian("jobs")
@@ -77,7 +78,7 @@ def demo(
         _show_tables()
         settings = config.load(str(home / config.FILE_NAME))
         _prove(settings)
-    context.say(f"All of it held, in {time.monotonic() - began:.0f} s. It is left in {home}")
+    context.say(f"All checks passed, in {time.monotonic() - began:.0f} s. The files are in {home}")
     _look_further(home)
 
 
@@ -98,7 +99,7 @@ def _casparian(*words: str) -> None:
     context.say(f"$ {shown}")
     arguments = ["--config", config.FILE_NAME, *words]
     if code := app(arguments, prog_name="casparian", standalone_mode=False):
-        raise CasparianError(f"{shown} ended with {code}, in {Path.cwd()}", "see what it said")
+        raise CasparianError(f"{shown} ended with {code}, in {Path.cwd()}", "read its output above")
     context.say("")
 
 
@@ -108,7 +109,7 @@ def _run_daemon(home: Path) -> None:
 
     from casparian_flow import config
 
-    _say("The daemon, and two changes under it")
+    _say("The daemon, and two changed files")
     context.say(f"$ casparian start --workers {WORKERS}    (here, in this process)")
     settings = config.load(str(home / config.FILE_NAME))
     with context.line(chatty=True) as line:
@@ -121,9 +122,9 @@ async def _watch_and_edit(settings: Settings, home: Path, line: Line) -> None:
 
     async with main.running(settings, "casparian demo", workers=WORKERS, watch=True) as daemon:
         await _until_idle(daemon, line)
-        context.say(f"{EDITED} is edited in place: order 1004 gets its missing field")
+        context.say(f"editing {EDITED} in place: order 1004 gets its missing field")
         edit(home)
-        context.say(f"{TOUCHED} is touched: new times, the same bytes\n")
+        context.say(f"touching {TOUCHED}: new timestamps, same content\n")
         touch(home)
         await _until_idle(daemon, line)
 
@@ -155,10 +156,10 @@ def _show_tables() -> None:
     if not find_spec("duckdb"):
         context.note("(to see the tables: pip install 'casparian-flow[query]')")
         return
-    _say("The tables: what the latest version of each file gave")
+    _say("The tables: rows of each file's latest version")
     for question in TABLES:
         _casparian("query", question, "--limit", "3")
-    _say("What no row could be made of: with line, reason and text; nothing is dropped silently")
+    _say("The rejects: what could not become a row, with line, reason and text")
     for question in REJECTS:
         _casparian("query", question)
 
@@ -166,15 +167,16 @@ def _show_tables() -> None:
 def _prove(settings: Settings) -> None:
     from casparian_flow.db.access import open_ledger
 
-    _say("One row, traced to the bytes it came from")
+    _say("One row, traced back to the file's content")
     with open_ledger(settings.database) as ledger:
         if broken := broken_promises(ledger):
             raise CasparianError(
-                "\n  ".join(["not as the demo promises:", *broken]), "casparian jobs show ID"
+                "\n  ".join(["the demo's results are not as expected:", *broken]),
+                "casparian jobs show ID",
             )
         context.facts(trace(ledger))
         context.say("")
-    _say("And every other claim")
+    _say("A check of the whole ledger")
     _casparian("verify")
 
 
@@ -226,7 +228,7 @@ def prepare(folder: str | None) -> Path:
     try:
         if home.exists() and any(home.iterdir()):
             raise CasparianError(
-                f"{home} is not empty", "casparian demo   (makes a directory of its own)"
+                f"{home} is not empty", "casparian demo   (makes a temporary directory)"
             )
         # Not copytree: an installed package may be read-only, and the edit must not be refused.
         (home / INBOX).mkdir(parents=True)
@@ -235,7 +237,8 @@ def prepare(folder: str | None) -> Path:
                 shutil.copyfile(file, home / INBOX / file.name)
     except OSError as error:
         raise CasparianError(
-            f"cannot use {home}: {error.strerror}", "name an empty directory of your own"
+            f"cannot use {home}: {error.strerror}",
+            "choose an empty directory that you can write to",
         ) from error
     return home
 
@@ -266,7 +269,7 @@ def broken_promises(ledger: Ledger) -> list[str]:
     for name in sorted(versions):
         wanted = 2 if name == EDITED else 1
         if versions[name] != wanted:
-            found.append(f"{name} has {versions[name]} versions instead of {wanted}")
+            found.append(f"{name} has {counted(versions[name], 'version')} instead of {wanted}")
     return found
 
 
@@ -306,9 +309,9 @@ def trace(ledger: Ledger) -> dict[str, Any]:
     }
     for name, value in links.items():
         if row[name] != value:
-            raise CasparianError(f"the row says {name} {row[name]}, the ledger {value}")
+            raise CasparianError(f"{name} is {row[name]} in the row and {value} in the ledger")
     if hashed != job["content_hash"]:
-        raise CasparianError(f"{path} hashes to {hashed}, not to {job['content_hash']}")
+        raise CasparianError(f"{path} has the hash {hashed}, not {job['content_hash']}")
     return {
         "output file": output["target"],
         "row": f"{number} of {len(rows)}",
@@ -321,5 +324,5 @@ def trace(ledger: Ledger) -> dict[str, Any]:
         "signed by key": plugin["key_id"],
         "hash in row": row["_cf_source_hash"],
         "hash in ledger": job["content_hash"],
-        "hash on disk": f"{hashed}   (hashlib, just now: equal)",
+        "hash on disk": f"{hashed}   (computed just now: equal)",
     }

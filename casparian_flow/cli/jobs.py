@@ -25,29 +25,28 @@ def jobs(
     ctx: typer.Context,
     status: Annotated[
         str | None,
-        typer.Option(metavar="STATUS", help="Only these: QUEUED, FAILED, GONE-UNREAD, ..."),
+        typer.Option(metavar="STATUS", help="Only this status: QUEUED, FAILED, GONE-UNREAD, ..."),
     ] = None,
-    plugin: Annotated[
-        str | None, typer.Option(metavar="PLUGIN", help="Only this plugin's.")
-    ] = None,
+    plugin: Annotated[str | None, typer.Option(metavar="PLUGIN", help="Only this plugin.")] = None,
     path: Annotated[
         str | None,
-        typer.Option(metavar="GLOB", help="Only of files whose path matches; * crosses /."),
+        typer.Option(metavar="GLOB", help="Only files whose path matches; * also matches /."),
     ] = None,
     rejects: Annotated[
         bool,
         typer.Option(
             "--rejects",
-            help="Only those that worked a file's last version, and more than 1 % was rejected.",
+            help="Only jobs of a file's latest version with more than 1 % rejects.",
         ),
     ] = False,
     limit: Limit = None,
     every: All = False,
     as_json: AsJson = False,
 ) -> None:
-    """List jobs, the newest first.
+    """List jobs, newest first.
 
-    A job that failed is FAILED while its failure is open; later MENDED, GONE UNREAD or DISMISSED.
+    A failed job is listed as FAILED while somebody must act, later as MENDED, GONE UNREAD or
+    DISMISSED.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -67,7 +66,7 @@ def jobs(
         "id status plugin plugin_version source rel_path version attempts rows rejects "
         "finished_at reason"
     )
-    context.listing(rows, as_json, columns, "no such jobs\n  try: casparian status")
+    context.listing(rows, as_json, columns, "no matching jobs\n  try: casparian status")
 
 
 def _statuses(asked: str | None) -> tuple[str | None, str | None]:
@@ -83,7 +82,7 @@ def _statuses(asked: str | None) -> tuple[str | None, str | None]:
         return JobStatus.FAILED, closed[words]
     if words not in list(JobStatus):
         known = ", ".join([*JobStatus, *closed])
-        raise typer.BadParameter(f"{asked!r}; there are {known}")
+        raise typer.BadParameter(f"{asked!r} is no status; use {known}")
     return words, jobs.OPEN_FAILURE if words == JobStatus.FAILED else None
 
 
@@ -117,7 +116,7 @@ def show(
 ) -> None:
     """Show a job in full.
 
-    Its file, its attempts with their logs, and its outputs.
+    With its file, its attempts and their logs, and its outputs.
     """
     from casparian_flow.db import views
     from casparian_flow.errors import NotFound
@@ -125,7 +124,7 @@ def show(
     with context.opened(ctx) as (_, ledger):
         job = ledger.read(lambda c: views.job(c, job_id))
     if job is None:
-        raise NotFound(f"there is no job {job_id}", "casparian jobs")
+        raise NotFound(f"job {job_id} does not exist", "casparian jobs")
     if as_json:
         context.document(job)
     else:
@@ -157,6 +156,8 @@ def _show(job: dict[str, Any]) -> None:
 
 
 def _received(attempt: dict[str, Any]) -> str:
+    if not attempt["batches"]:
+        return ""
     batches = counted(attempt["batches"], "batch", "batches")
     return f"{batches}, {counted(attempt['rows'], 'row')}"
 
@@ -186,26 +187,26 @@ def retry(
     ] = None,
     failed: Annotated[bool, typer.Option("--failed", help="Every FAILED job.")] = False,
     plugin: Annotated[
-        str | None, typer.Option(metavar="PLUGIN", help="With --failed: only this plugin's.")
+        str | None, typer.Option(metavar="PLUGIN", help="With --failed: only this plugin.")
     ] = None,
     path: Annotated[
         str | None,
         typer.Option(
             metavar="GLOB",
-            help="With --failed: only of files whose path matches; * crosses /.",
+            help="With --failed: only files whose path matches; * also matches /.",
         ),
     ] = None,
 ) -> None:
     """Queue failed or aborted jobs again.
 
-    With a fresh budget of attempts. Superseded ones too, where their version has a snapshot.
+    Their attempts start from zero again. Superseded jobs too, if their version has a snapshot.
     """
     from casparian_flow.db import jobs
 
     if bool(job_ids) == failed:
-        raise typer.BadParameter("name jobs, or say --failed")
+        raise typer.BadParameter("give job ids, or --failed")
     if not failed and (plugin or path):
-        raise typer.BadParameter("--plugin and --path choose among the jobs of --failed")
+        raise typer.BadParameter("--plugin and --path need --failed")
     with context.opened(ctx) as (_, ledger):
         count = jobs.retry_jobs(ledger, job_ids or None, plugin=plugin, path=path)
     context.say(f"{counted(count, 'job')} queued")
@@ -218,17 +219,20 @@ def dismiss(
         list[int] | None, typer.Argument(metavar="ID", help="As in `casparian jobs`.")
     ] = None,
     all_gone: Annotated[
-        bool, typer.Option("--all-gone", help="Every one whose file was deleted unread.")
+        bool,
+        typer.Option(
+            "--all-gone", help="Every failure whose file was deleted before it could be processed."
+        ),
     ] = False,
 ) -> None:
-    """Accept failures: they are counted no more.
+    """Accept failures, so that they are no longer counted.
 
-    The audit has who did it. One that is retried and fails again is counted again.
+    The audit records who did it. A job that is retried and fails again is counted again.
     """
     from casparian_flow.db import jobs
 
     if bool(job_ids) == all_gone:
-        raise typer.BadParameter("name jobs, or say --all-gone")
+        raise typer.BadParameter("give job ids, or --all-gone")
     with context.opened(ctx) as (_, ledger):
         count = jobs.dismiss_jobs(ledger, job_ids or None)
     context.say(f"{counted(count, 'failure')} dismissed")
@@ -236,10 +240,9 @@ def dismiss(
 
 @app.command()
 def abort(ctx: typer.Context, job_ids: Ids) -> None:
-    """End queued and running jobs.
+    """Abort queued and running jobs.
 
-    Nothing will run for them, and what runs is ended within seconds. A job whose output is
-    decided (COMMITTING) is refused.
+    A running job ends within seconds. A job that is COMMITTING cannot be aborted.
     """
     from casparian_flow.db import jobs
 

@@ -25,26 +25,30 @@ def query(
     as_csv: Annotated[
         bool,
         typer.Option(
-            "--csv", help="Comma separated, with a header; as it is, but on a terminal escaped."
+            "--csv", help="Print CSV with a header. On a terminal, control characters are escaped."
         ),
     ] = False,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Rows at the most; a table shows 50, else all."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="At most N rows; default: 50 in a table, all with --json or --csv.",
+        ),
     ] = None,
     every: All = False,
 ) -> None:
-    """Ask a question of the committed outputs.
+    """Run SQL over the committed outputs.
 
-    Each topic is a table of what the latest version of each file gave; <topic>_history has what
-    every version gave. SHOW TABLES lists them, DESCRIBE <topic> its columns. It reads only, and of
-    files only those of the topics.
+    Each topic is a table with the rows of each file's latest version; <topic>_history has the rows
+    of every version. SHOW TABLES lists the tables, DESCRIBE <topic> shows the columns. A query only
+    reads, and reads no files but the outputs.
     """
     from casparian_flow.db import views
     from casparian_flow.engine.sinks.query import answer
 
     if as_json and as_csv:
-        raise typer.BadParameter("--json or --csv, not both")
+        raise typer.BadParameter("use --json or --csv, not both")
     most = context.wanted(limit, every or (limit is None and (as_json or as_csv)))
     with context.opened(ctx) as (_, ledger):
         outputs = ledger.read(views.committed)

@@ -38,30 +38,32 @@ the Sentinel's slow poll."""
 def scan(
     ctx: typer.Context,
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="Source roots; else all.")
+        list[str] | None, typer.Argument(metavar="NAME", help="Source roots; default: all.")
     ] = None,
     drain: Annotated[
         bool,
-        typer.Option("--drain", help="See the jobs through as well: work them, or wait for them."),
+        typer.Option("--drain", help="Also run the jobs, or wait for the daemon to run them."),
     ] = False,
     scrub: Annotated[
         bool,
-        typer.Option("--scrub", help="Read every file again: its stamps do not show every change."),
+        typer.Option(
+            "--scrub",
+            help="Also read every file again, to find changes that its size and timestamps do "
+            "not show.",
+        ),
     ] = False,
     believe: Annotated[
         bool,
         typer.Option(
-            "--believe-deletions", help="Mark what is missing as deleted, however much it is."
+            "--believe-deletions", help="Mark missing files as deleted, however many they are."
         ),
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say only what is wrong; nothing if all is well.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only what is wrong.")] = False,
 ) -> None:
-    """Look once for what changed and queue its jobs.
+    """Scan once for changed files and queue their jobs.
 
-    For cron, and beside a running daemon. With --drain it ends with 1 if a job failed that it
-    queued or saw through; failures of earlier runs do not count.
+    For cron; it may also run beside a daemon. With --drain it exits with 1 if a job of this run
+    failed; failures of earlier runs do not count.
     """
     import asyncio
 
@@ -126,13 +128,14 @@ def _print(report: ScanReport, quiet: bool) -> None:
         context.note(f"  {counted(report.waiting, 'file')} {wait} done file or minimum age")
     if report.passed_over:
         context.note(
-            f"  {counted(report.passed_over, 'known file')} passed over from now on, not deleted; "
-            f"the rows stay\n    try: casparian source show {report.source}"
+            f"  {counted(report.passed_over, 'known file')} now ignored; the rows stay\n    "
+            f"try: casparian source show {report.source}"
         )
     if report.held:
         context.note(
-            f"  {counted(report.held, 'file')} vanished at once; not marked deleted yet"
-            f"\n    try: casparian scan {report.source} --believe-deletions   (if that is right)"
+            f"  {counted(report.held, 'file')} disappeared at once; not marked deleted yet\n"
+            f"    try: casparian scan {report.source} --believe-deletions   (if they were "
+            "deleted)"
         )
 
 
@@ -140,9 +143,9 @@ def _found(report: ScanReport) -> str:
     """What a scan found; what it found none of is left out."""
     words = [
         (len(report.job_ids), f"{counted(len(report.job_ids), 'job')} queued"),
-        (report.gone, f"{report.gone:,} gone"),
+        (report.gone, f"{report.gone:,} deleted"),
         (len(report.unreadable), f"{len(report.unreadable):,} unreadable"),
-        (len(report.unsettled), f"{len(report.unsettled):,} unsettled"),
+        (len(report.unsettled), f"{len(report.unsettled):,} still being written"),
     ]
     found = [counted(report.files, "file")]
     if report.versions:
@@ -159,12 +162,12 @@ def _print_written(report: ScanReport) -> None:
     now = time.time()
     for path, since in sorted(report.writing.items(), key=lambda item: item[1])[:SHOWN]:
         context.note(
-            f"  {report.source}/{display(path)}: still being written, "
-            f"{context.age(now - since)} since first seen"
+            f"  {report.source}/{display(path)}: still being written, first seen "
+            f"{context.age(now - since)} ago"
         )
     if len(report.writing) > SHOWN:
-        context.note(f"  and {len(report.writing) - SHOWN:,} more that are still being written")
-    context.note("  unsettled: the next scan looks at them again")
+        context.note(f"  and {len(report.writing) - SHOWN:,} more still being written")
+    context.note("  the next scan checks them again")
 
 
 def _name(what: str, all_of_them: Sequence[str], more: str) -> None:
@@ -179,11 +182,11 @@ def _print_scrub(report: ScrubReport, quiet: bool) -> None:
     if not quiet:
         words = [f"{counted(report.files, 'file')} read again"]
         if report.hidden:
-            words.append(f"{len(report.hidden):,} with changes that their stamps did not show")
+            words.append(f"{len(report.hidden):,} changed with the same size and timestamps")
         if report.unreadable:
             words.append(f"{len(report.unreadable):,} unreadable")
         context.say(f"{report.source}: {', '.join(words)}")
-    _name("changed", report.hidden, "casparian jobs   (each has a new version)")
+    _name("changed", report.hidden, "casparian jobs   (each file has a new version)")
     _name("unreadable", report.unreadable, f"casparian files --source {report.source} --unreadable")
 
 
@@ -204,7 +207,9 @@ def _verdict(
     context.advise(each for each in advice if each.wrong or not quiet)
     for report in reports:
         if report.problem:
-            raise SourceError(report.problem, "nothing is inferred from that; mount or restore it")
+            raise SourceError(
+                report.problem, "mount or restore it; until then its files count as unchanged"
+            )
     if failed or reason:
         return ExitCode.INTERRUPTED if reason == _STOPPED else ExitCode.FAILED
     partial = any(r.unreadable or r.unsettled or r.held for r in reports)
@@ -221,7 +226,7 @@ def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> 
     if not quiet:
         context.say(_became(here, wanted))
     if reason:
-        context.note(f"error: not all of them are done: {reason}\n  try: casparian status")
+        context.note(f"error: not all jobs are done: {reason}\n  try: casparian status")
     named = here.ledger.read(lambda c: outputs.reject_counts(c, SHOWN, wanted))
     for row in named:
         context.note(f"  rejects: {context.rejected(row)}")
@@ -231,7 +236,7 @@ def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> 
     failed = sorted(set(opened).intersection(wanted))
     _print_failed(here, failed)
     if earlier := len(opened) - len(failed):
-        words = f"{counted(earlier, 'job')} of earlier runs failed"
+        words = f"{counted(earlier, 'job')} failed in earlier runs"
         context.note(f"{words}\n  try: casparian jobs --status FAILED")
     return bool(failed)
 
@@ -261,7 +266,7 @@ def _print_failed(here: Here, failed: Sequence[int]) -> None:
         context.note(f"  and {len(failed) - SHOWN:,} more: casparian jobs --status FAILED")
 
 
-_STOPPED = "interrupted; what is left stays queued"
+_STOPPED = "interrupted; unfinished jobs stay queued"
 
 
 async def _see_through(here: Here, wanted: Sequence[int], line: Line) -> str:

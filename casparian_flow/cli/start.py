@@ -28,12 +28,12 @@ def start(
     ctx: typer.Context,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, max=64, metavar="N", help="Workers; else as configured."),
+        typer.Option(min=1, max=64, metavar="N", help="Number of workers; default: as configured."),
     ] = None,
 ) -> None:
-    """Watch the source roots and work their jobs.
+    """Watch the source roots and run their jobs.
 
-    Until Ctrl-C or SIGTERM; then running jobs may finish.
+    Runs until Ctrl-C or SIGTERM; running jobs may then finish.
     """
     import asyncio
 
@@ -67,7 +67,7 @@ async def _run(here: Here, workers: int, line: Line, tally: _Tally) -> None:
                 async with asyncio.timeout(TICK_SECONDS):
                     await stop.wait()
         grace = here.settings.jobs.drain_seconds
-        line.write(f"stopping: running jobs may finish, for at most {grace:g} s\n")
+        line.write(f"stopping: waiting up to {grace:g} s for running jobs to finish\n")
 
 
 def _watched(here: Here) -> str:
@@ -143,7 +143,7 @@ def _state(here: Here, daemon: Daemon, tally: _Tally) -> str:
     workers = counted(daemon.sentinel.workers, "worker")
     paused = here.ledger.read(lambda c: views.waiting(c, PAUSED)).reason
     refused = str(daemon.sentinel.refused)
-    wire = f"wire refused: {refused}" if refused else ""
+    wire = f"network refused: {refused}" if refused else ""
     words = [counted(files, "file"), tally.words(), workers, paused, wire]
     return " | ".join(filter(None, words))
 
@@ -160,19 +160,20 @@ def _counts(here: Here) -> str:
 def wait(
     ctx: typer.Context,
     idle: Annotated[
-        bool, typer.Option("--idle", help="Until everything is scanned and done.")
+        bool, typer.Option("--idle", help="Until all files are scanned and all jobs are done.")
     ] = False,
     timeout: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="How long at the most.")
+        float | None,
+        typer.Option(min=0, metavar="SECONDS", help="Give up after this time; default: never."),
     ] = None,
 ) -> None:
-    """Wait until the daemon has seen and done everything.
+    """Wait until the daemon has scanned everything and is idle.
 
-    That is: a full scan begun after this call has finished, all files were at rest, and no job
-    is queued, running or committing.
+    That is: a full scan begun after this call has finished, no file is still being written, and no
+    job is queued, running or committing.
     """
     if not idle:
-        raise typer.BadParameter("say what to wait for: --idle")
+        raise typer.BadParameter("give --idle")
     from casparian_flow.services.idle import wait_until_idle
 
     with context.opened(ctx) as (settings, ledger):
@@ -185,19 +186,19 @@ def wait(
 def init(
     ctx: typer.Context,
     folder: Annotated[
-        str | None, typer.Argument(metavar="DIR", help="Where; else the current directory.")
+        str | None, typer.Argument(metavar="DIR", help="The directory; default: the current one.")
     ] = None,
 ) -> None:
-    """Make a configuration and its database here.
+    """Create a configuration file and its database.
 
-    What is there already is kept.
+    Existing files are kept.
     """
     from casparian_flow import config
 
     file = Path(folder).absolute() / config.FILE_NAME if folder else config.named(ctx.obj)
     file = file or Path.cwd() / config.FILE_NAME
     if file.exists():
-        context.say(f"{file} is there already")
+        context.say(f"{file} already exists")
     else:
         _write(file)
         context.say(f"wrote {file}")
@@ -206,8 +207,8 @@ def init(
         context.say(f"the database is {settings.database.path}")
     context.note(
         "next:\n  casparian source add DIR        the directory to watch"
-        "\n  casparian publish PLUGIN        what makes rows of its files"
-        "\n  casparian start                 watch and work"
+        "\n  casparian publish PLUGIN        the code that turns its files into rows"
+        "\n  casparian start                 watch the directory and run jobs"
     )
 
 
@@ -224,7 +225,7 @@ def _write(file: Path) -> None:
         durable.write_once(file, _text().encode())
     except OSError as error:
         raise ConfigError(
-            f"cannot write {file}: {error.strerror}", "choose a folder that you can write to"
+            f"cannot write {file}: {error.strerror}", "choose a directory that you can write to"
         ) from error
 
 
@@ -240,7 +241,7 @@ def _text() -> str:
         "[database]",
         f"db_location = {json.dumps(defaults['database']['db_location'])}",
         "",
-        "# What follows are the defaults; docs/configuration.md says what each one means.",
+        "# The defaults follow; docs/configuration.md explains each key.",
     ]
     for section, values in defaults.items():
         if section not in ("home", "database"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -10,21 +10,18 @@ from casparian_flow.cli import context
 from casparian_flow.cli.context import All, AsJson, Limit
 from casparian_flow.errors import ExitCode, counted, tallied
 
-if TYPE_CHECKING:
-    pass
-
 
 def status(
     ctx: typer.Context,
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Say only what is wrong; end with 1 if anything is, else with 0."
+            "--check", help="Print only what is wrong; exit with 1 if anything is, else with 0."
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show how things stand, and what is missing."""
+    """Show the state of everything, and what to do next."""
     from casparian_flow.services import report
 
     with context.opened(ctx) as (settings, ledger):
@@ -52,7 +49,7 @@ def _print_status(found: dict[str, Any]) -> None:
     context.say(f"daemon    {_who(found['daemon'])}")
     context.say(f"sandbox   {_sandbox(found['sandbox'], found['held_by'])}")
     if found["refused"]:
-        context.say(f"wire      refused: {_counted(found['refused'])}")
+        context.say(f"network   refused: {_counted(found['refused'])}")
     context.say(f"snapshots {_snapshots(found['snapshots'])}")
     counts = ", ".join(f"{n:,} {s}" for s, n in sorted(found["jobs"].items()))
     context.say(f"jobs      {counts or 'none'}")
@@ -89,25 +86,37 @@ def _who(daemon: dict[str, Any] | None) -> str:
 
 def _sandbox(mode: str, held_by: str) -> str:
     if mode == "required":
-        return f"{mode} (the last guest was held by {held_by})" if held_by else mode
-    return f"{mode.upper()}: plugins may do what the missing layers would forbid ({held_by or '?'})"
+        return f"{mode} (the last plugin ran under {held_by})" if held_by else mode
+    return (
+        f"{mode.upper()}: layers that this machine lacks do not confine plugins (the last "
+        f"plugin ran under {held_by or 'nothing yet'})"
+    )
 
 
 def _snapshots(store: dict[str, Any]) -> str:
-    """What is in force, for which sources, and what the store holds."""
-    held = f"{store['snapshots']} kept, {store['bytes']:,} of {store['keep_bytes']:,} bytes"
-    words = [f"{store['mode']} ({held})"]
-    if store["mode"] != "off":
-        otherwise = "copied" if store["mode"] == "copy" else "not kept, since blocks are not shared"
-        kinds = {True: "blocks shared", False: otherwise, None: "not tried: unreadable"}
-        sources = store["sources"] or {"this filesystem": store["shares"]}
-        for shares, kind in kinds.items():
-            if names := ", ".join(name for name, found in sources.items() if found is shares):
-                words.append(f"{kind}: {names}")
-    if store["unprotected_jobs"]:
-        without = counted(store["unprotected_jobs"], "unfinished job")
-        words.append(f"{without} without one")
+    """The mode, what the store holds, and the sources whose contents are not kept."""
+    words = [store["mode"]]
+    if number := store["snapshots"]:
+        size = f"{store['bytes']:,} of {store['keep_bytes']:,} bytes"
+        words.append(f"{counted(number, 'content')} kept ({size})")
+    if number := store["unprotected_jobs"]:
+        words.append(f"{counted(number, 'unfinished job')} without a snapshot")
+    sources = store["sources"] or {"this filesystem": store["shares"]}
+    for shares, said in _KEPT.get(store["mode"], {}).items():
+        if names := ", ".join(name for name, found in sources.items() if found is shares):
+            words.append(said.format(names))
     return "; ".join(words)
+
+
+_KEPT: dict[str, dict[bool | None, str]] = {
+    "reflink": {
+        False: "off for {} (filesystem has no reflinks)"
+        ' - set mode = "copy" in [snapshots] to keep contents',
+        None: "unknown for {} (no file there can be read)",
+    },
+    "copy": {None: "unknown for {} (no file there can be read)"},
+}
+"""Mode -> whether a filesystem has reflinks -> what to say of its sources."""
 
 
 def _counted(refused: dict[str, int]) -> str:
@@ -123,38 +132,40 @@ def _section(title: str, rows: list[dict[str, Any]], columns: str) -> None:
 def files(
     ctx: typer.Context,
     source: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only of this source root.")
+        str | None, typer.Option(metavar="NAME", help="Only this source root.")
     ] = None,
     gone: Annotated[
-        bool, typer.Option("--gone", help="Those that were deleted, instead of those there.")
+        bool, typer.Option("--gone", help="Deleted files instead of existing ones.")
     ] = False,
     unreadable: Annotated[
-        bool, typer.Option("--unreadable", help="Only those that could not be read.")
+        bool, typer.Option("--unreadable", help="Only files that could not be read.")
     ] = False,
     no_plugin: Annotated[
         bool,
-        typer.Option("--unrouted", help="Only those that no plugin wants, with the nearest rule."),
+        typer.Option(
+            "--unrouted", help="Only files that match no plugin, each with the nearest rule."
+        ),
     ] = False,
     limit: Limit = None,
     every: All = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the files that are known.
+    """List the known files.
 
-    Each with its current version and the jobs of it.
+    Each with its current version and that version's jobs.
     """
     from casparian_flow.db import views
 
     most = context.wanted(limit, every)
     if no_plugin:
         if gone or unreadable:
-            raise typer.BadParameter("--unrouted goes with neither --gone nor --unreadable")
+            raise typer.BadParameter("--unrouted cannot be combined with --gone or --unreadable")
         _unrouted(ctx, source, most, as_json)
         return
     with context.opened(ctx) as (_, ledger):
         rows = ledger.read(lambda c: views.files(c, most, source, gone, unreadable))
     columns = "source rel_path size_bytes versions content_hash detected_at jobs problem"
-    context.listing(rows, as_json, columns, "no such files\n  try: casparian status")
+    context.listing(rows, as_json, columns, "no matching files\n  try: casparian status")
 
 
 def _unrouted(ctx: typer.Context, source: str | None, limit: int | None, as_json: bool) -> None:
@@ -163,22 +174,20 @@ def _unrouted(ctx: typer.Context, source: str | None, limit: int | None, as_json
     with context.opened(ctx) as (_, ledger):
         rows = ledger.read(lambda c: views.unrouted_files(c, limit, source))
     columns = "source rel_path size_bytes detected_at nearest"
-    context.listing(rows, as_json, columns, "every file is wanted by some plugin")
+    context.listing(rows, as_json, columns, "every file matches a plugin")
 
 
 def versions(
     ctx: typer.Context,
     path: Annotated[
         str,
-        typer.Argument(
-            metavar="PATH", help="Under its source root, as NAME/path, or as a path from here."
-        ),
+        typer.Argument(metavar="PATH", help="The file, as SOURCE/path or as a path from here."),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """List every content a file has had.
+    """List every version of a file.
 
-    Each with its jobs.
+    A version is one content that the file has had. Each is listed with its jobs.
     """
     from casparian_flow.db import routing, views
     from casparian_flow.errors import NotFound
@@ -192,17 +201,17 @@ def versions(
             ]
         )
     if not rows:
-        raise NotFound(f"no file {path} is known", "casparian files   (or: casparian scan)")
+        raise NotFound(f"no file is known as {path}", "casparian files   (or: casparian scan)")
     columns = "source rel_path version current content_hash size_bytes detected_at jobs"
     context.listing(rows, as_json, columns, "")
 
 
 def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """Check every claim of the ledger.
+    """Check the ledger, and every output and snapshot in it.
 
-    Against itself, its audit and the seals in it, the signatures of plugins, every output in its
-    sink, and every snapshot. A row that was altered, added or removed by other hands is named.
-    Ends with 1 if anything is wrong.
+    Checks the ledger against its audit, the signatures of plugins, every output in its sink, and
+    every snapshot. Names each row that was changed, inserted or deleted outside Casparian Flow.
+    Exits with 1 if anything is wrong.
     """
     from dataclasses import asdict
 
@@ -219,7 +228,7 @@ def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
         for note in verdict.notes:
             context.say(f"note: {note}")
         found = counted(len(verdict.problems), "problem")
-        context.say(found if verdict.problems else "everything holds")
+        context.say(found if verdict.problems else "no problems found")
     raise typer.Exit(ExitCode.FAILED if verdict.problems else ExitCode.DONE)
 
 
@@ -233,16 +242,17 @@ audit_app = context.group("Show and check the audit.")
 def show_audit(
     ctx: typer.Context,
     subject: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Only about this: 'plugin sales*'.")
+        str | None,
+        typer.Option(metavar="GLOB", help="Only rows about this, such as 'plugin sales*'."),
     ] = None,
     seals: Annotated[
-        bool, typer.Option("--seals", help="The seals too, which say what each transaction wrote.")
+        bool, typer.Option("--seals", help="Also the seals: hashes of what each transaction wrote.")
     ] = False,
     limit: Limit = None,
     every: All = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what people did and what was committed, the newest first."""
+    """Show what people did and what was committed, newest first."""
     from casparian_flow.db import views
 
     most = context.wanted(limit, every)
@@ -252,7 +262,7 @@ def show_audit(
         for row in rows:
             row["detail"] = _in_short(row)
     context.listing(
-        rows, as_json, "seq recorded_at actor action subject detail", "no such audit rows"
+        rows, as_json, "seq recorded_at actor action subject detail", "no matching audit rows"
     )
 
 
@@ -268,14 +278,16 @@ def verify_audit(
     ctx: typer.Context,
     head: Annotated[
         str | None,
-        typer.Option(metavar="SEQ:HASH", help="A head noted earlier; proves it is still there."),
+        typer.Option(
+            metavar="SEQ:HASH", help="A head printed earlier; check that it is still in the audit."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that no row of the audit was altered or removed.
+    """Check that no row of the audit was changed or deleted.
 
-    Prints its head. Note that elsewhere: rows cut off at the end, or all of them written anew, can
-    only be seen by whoever has an earlier head. Ends with 1 if anything is wrong.
+    Prints the audit's head. Keep a copy elsewhere: only an earlier head shows that the last rows
+    were cut off, or that all of them were rewritten. Exits with 1 if anything is wrong.
     """
     from casparian_flow.db import audit
 
@@ -297,7 +309,7 @@ def verify_audit(
 def _parse_head(text: str) -> tuple[int, str]:
     seq, _, digest = text.partition(":")
     if not seq.isdecimal() or len(digest) != 64:
-        raise typer.BadParameter(f"{text!r} is not a head, such as `casparian audit verify` prints")
+        raise typer.BadParameter(f"{text!r} is not a head; `casparian audit verify` prints one")
     return int(seq), digest
 
 
@@ -307,14 +319,12 @@ def _parse_head(text: str) -> tuple[int, str]:
 def backup(
     ctx: typer.Context,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The file to write.")],
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the file if it is there.")
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Copy the ledger to a file, while work goes on.
+    """Copy the ledger to a file, while the daemon may run.
 
-    The copy is checked before it gets its name. Outputs are not in it: they are in their sinks.
+    The copy is checked before it gets its name. It has no outputs in it: they are in their sinks.
     """
     from casparian_flow.services import backup as service
 

@@ -209,7 +209,7 @@ class Ledger:
         except (DBAPIError, OSError) as error:
             raise _damage(error) or LedgerError(
                 f"the ledger could not be read: {getattr(error, 'orig', error)}",
-                "see that its disk is there and has room, then: casparian verify",
+                "make sure its disk is mounted and has room, then: casparian verify",
             ) from error
         finally:
             if self._closed:
@@ -297,7 +297,9 @@ class Ledger:
         future.set_running_or_notify_cancel()
         with self._lock:  # a request behind the None that ends the thread would get no answer
             if self._closed:
-                future.set_exception(LedgerError("the ledger is closed: we are stopping"))
+                future.set_exception(
+                    LedgerError("the ledger is closed, since the daemon is stopping")
+                )
             else:
                 self._requests.put((work, future))
         return future
@@ -406,7 +408,7 @@ def _damage(error: BaseException) -> LedgerLost | None:
         return None
     return LedgerLost(
         f"the ledger is damaged: {cause}",
-        "keep the file, put a backup in its place, then: casparian verify   (docs/disaster.md)",
+        "keep the file aside, restore a backup, then: casparian verify   (docs/disaster.md)",
     )
 
 
@@ -414,7 +416,7 @@ def _refusal(error: Exception) -> Exception:
     if isinstance(error, DBAPIError | sqlite3.Error | OSError):
         refusal = _damage(error) or LedgerError(
             f"the ledger could not be written: {getattr(error, 'orig', error)}",
-            "nothing of this step was recorded; free space or permissions, then try again",
+            "free disk space or fix permissions, then try again; this step was not recorded",
         )
         refusal.__cause__ = error
         return refusal

@@ -69,9 +69,9 @@ def lost(connection: Connection, noted: Head) -> Iterable[str]:
     query = select(AuditEntry.hash).where(AuditEntry.seq == noted.seq)
     found = connection.execute(query).scalar() or (GENESIS if noted.seq == 0 else None)
     if found is None:
-        yield f"audit: row {noted.seq}, whose hash was noted, is missing: the end was cut off"
+        yield f"audit row {noted.seq}, the given head, is missing: the end of the audit was cut off"
     elif found != noted.hash:
-        yield f"audit: row {noted.seq} has another hash than was noted: it was written anew"
+        yield f"audit row {noted.seq} has another hash than the given head: the audit was rewritten"
 
 
 def problems(connection: Connection) -> Iterable[str]:
@@ -83,7 +83,7 @@ def problems(connection: Connection) -> Iterable[str]:
             row = dict(found)
             is_next = row["seq"] == expected
             if not is_next:
-                yield f"audit: row {expected} is missing"
+                yield f"audit row {expected} is missing"
             if not holds(row) or (is_next and row["previous"] != previous):
-                yield f"audit: row {row['seq']} was altered"
+                yield f"audit row {row['seq']} was changed"
             expected, previous = row["seq"] + 1, row["hash"]

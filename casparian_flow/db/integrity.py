@@ -68,7 +68,7 @@ def report_damage(what: str, problems: Iterable[str]) -> Iterator[str]:
         yield from problems
     except (DBAPIError, sqlite3.Error, ValueError, TypeError) as error:
         cause = getattr(error, "orig", error)
-        yield f"{what} cannot be read to the end, the database is damaged: {cause}"
+        yield f"{what} cannot be read to the end; the database is damaged: {cause}"
 
 
 def seal_problems(connection: Connection) -> Iterator[str]:
@@ -92,8 +92,8 @@ def since(connection: Connection) -> str:
     if first is None:
         return ""
     return (
-        f"rows of an earlier release were sealed as they stood on {at[:19]}Z (audit, rows {first} "
-        f"to {last}): what was altered before that is not seen"
+        f"rows of an earlier release were sealed on {at[:19]}Z (audit rows {first} to {last}); "
+        "changes made to them before that cannot be detected"
     )
 
 
@@ -125,7 +125,7 @@ def _read(connection: Connection, scratch: sqlite3.Connection) -> Iterator[str]:
                 for row_id, entry in _entries(seq, part, int(subject == EARLIER))
             ]
         except (msgspec.MsgspecError, ValueError) as error:
-            yield f"audit: row {seq} is a seal that cannot be read: {error}"
+            yield f"audit row {seq} is a seal that cannot be read: {error}"
             continue
         scratch.executemany("INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", entries)
 
@@ -196,7 +196,7 @@ def _judge(
 ) -> Iterator[str]:
     """What is wrong with one row, given its entries in the order of the seals."""
     if not entries:
-        yield "was added by other hands: it is in no seal"
+        yield "was inserted outside Casparian Flow: it has no audit record"
         return
     moves = [entry for entry in entries if entry.kind == "move"]
     born = [entry for entry in entries if entry.kind == "born"]
@@ -204,28 +204,28 @@ def _judge(
     if not table.state:
         state: str | None = None
         if len(born) > 1:
-            yield f"was sealed twice, in rows {born[0].seq} and {born[1].seq} of the audit"
+            yield f"was created twice, by audit rows {born[0].seq} and {born[1].seq}"
     else:
         yield from _wrong_moves(table, moves)
         state = moves[-1].now if moves else ""
     if row is None:
         if state != "":
-            yield f"is missing, and row {entries[-1].seq} of the audit has it"
+            yield f"was deleted outside Casparian Flow: audit row {entries[-1].seq} has it"
         return
     if state == "":
-        yield "was added by other hands: by the audit it was deleted"
+        yield "was inserted outside Casparian Flow: the audit has it as deleted"
         return
     values = dict(zip(columns.names, row, strict=True))
     if state is not None:
         yield from _unsealed_move(table, moves[-1], values)
     fixed = [values[name] for name in table.fixed] or list(row)
     if not born or not _matches(born[-1], fixed, columns.defaults):
-        yield "was altered"
+        yield "was changed outside Casparian Flow"
     elif state in table.whole:
         if not whole or whole[-1].seq != moves[-1].seq:
-            yield f"was not sealed when it became {state}"
+            yield f"has no audit record of becoming {state}"
         elif not _matches(whole[-1], list(row), columns.defaults):
-            yield f"was altered since it became {state}"
+            yield f"was changed outside Casparian Flow since it became {state}"
 
 
 def _wrong_moves(table: SealedTable, moves: Sequence[_Entry]) -> Iterator[str]:
@@ -233,26 +233,29 @@ def _wrong_moves(table: SealedTable, moves: Sequence[_Entry]) -> Iterator[str]:
     not greater."""
     state, fence = "", 0
     for move in moves:
-        place = f"row {move.seq} of the audit"
+        place = f"audit row {move.seq}"
         if move.was != state:
-            yield f"leaves {move.was or 'nothing'} in {place}, and was {state or 'not there'}"
+            yield (
+                f"is moved from {move.was or 'nothing'} by {place}, but was "
+                f"{state or 'not there'} before it"
+            )
         elif not move.earlier and move.now not in table.arrows.get(move.was, ()):
             arrow = f"from {move.was or 'nothing'} to {move.now or 'nothing'}"
-            yield f"went {arrow} in {place}, and there is no such move"
+            yield f"is moved {arrow} by {place}, which is not an allowed move"
         claimed = table.fence != "0" and move.now == "RUNNING"
         if move.was and move.fence < fence + claimed:
-            yield f"became {move.now} under fence {move.fence} in {place}, after fence {fence}"
+            yield f"is moved to {move.now} with fence {move.fence} by {place}, after fence {fence}"
         state, fence = move.now, move.fence
 
 
 def _unsealed_move(table: SealedTable, last: _Entry, values: dict[str, Any]) -> Iterator[str]:
     if values[table.state] != last.now:
         yield (
-            f"is {values[table.state]!s}, and row {last.seq} of the audit has it {last.now}: it "
-            "was moved by other hands"
+            f"is {values[table.state]!s}, but audit row {last.seq} has it {last.now}: it was "
+            "changed outside Casparian Flow"
         )
     elif table.fence in values and values[table.fence] != last.fence:
-        yield f"has fence {values[table.fence]!s}, and row {last.seq} of the audit {last.fence}"
+        yield f"has fence {values[table.fence]!s}, but audit row {last.seq} has {last.fence}"
 
 
 def _matches(entry: _Entry, values: list[Any], defaults: Sequence[Any]) -> bool:
@@ -274,24 +277,24 @@ _INVARIANTS = {
                           WHERE f.source = r.name AND f.path = l.path)
         GROUP BY l.id HAVING min(v.ordinal) <> 1 OR max(v.ordinal) <> count(*)
         """,
-    "location {0} ({1}): its current version is not its last one": """
+    "location {0} ({1}): its current version is not its latest one": """
         SELECT l.id, l.rel_path FROM cf_file_location l
         WHERE l.current_version_id IS NOT (
             SELECT v.id FROM cf_file_version v WHERE v.location_id = l.id
             ORDER BY v.ordinal DESC LIMIT 1)
         """,
-    "job {0} is COMPLETED, and its output {1} is {2}": """
+    "job {0} is COMPLETED, but its output {1} is {2}": """
         SELECT j.id, o.topic, o.state FROM cf_processing_queue j
         JOIN cf_output o ON o.job_id = j.id
         WHERE j.status = 'COMPLETED' AND o.state <> 'PUBLISHED'
         """,
-    "job {0} is {1}, and no attempt of it staged its output": """
+    "job {0} is {1}, but none of its attempts staged an output": """
         SELECT j.id, j.status FROM cf_processing_queue j
         WHERE j.status IN ('COMPLETED', 'COMMITTING') AND NOT EXISTS (
             SELECT 1 FROM cf_attempt a
             WHERE a.job_id = j.id AND a.fence = j.fence AND a.outcome = 'STAGED')
         """,
-    "job {0} has an attempt {1}, which it never claimed": """
+    "job {0} has an attempt {1}, but was never claimed for it": """
         SELECT j.id, a.fence FROM cf_processing_queue j JOIN cf_attempt a ON a.job_id = j.id
         WHERE a.fence > j.fence
         """,
@@ -299,18 +302,18 @@ _INVARIANTS = {
         SELECT id, status FROM cf_processing_queue
         WHERE status IN ('FAILED', 'SUPERSEDED') AND reason = ''
         """,
-    "job {0} is FAILED, and neither an attempt nor the audit says so": """
+    "job {0} is FAILED, but no attempt and no audit row records that": """
         SELECT j.id FROM cf_processing_queue j
         WHERE j.status = 'FAILED'
         AND NOT EXISTS (SELECT 1 FROM cf_attempt a WHERE a.job_id = j.id AND a.fence = j.fence)
         AND 'job ' || j.id NOT IN (SELECT subject FROM cf_audit WHERE action IN ('fail', 'refuse'))
         """,
-    "job {0} is COMPLETED, and the audit has no commit of it": """
+    "job {0} is COMPLETED, but the audit has no commit of it": """
         SELECT substr(subject, 5) FROM (
             SELECT 'job ' || id AS subject FROM cf_processing_queue WHERE status = 'COMPLETED'
             EXCEPT SELECT subject FROM cf_audit WHERE action = 'commit')
         """,
-    "row {1} of {0} points to a row of {2} that is not there": "PRAGMA foreign_key_check",
+    "row {1} of {0} refers to a missing row of {2}": "PRAGMA foreign_key_check",
 }
 
 
@@ -338,7 +341,10 @@ def running_jobs(connection: Connection) -> Iterator[str]:
     """A sentence for each RUNNING job; call it only while no daemon runs."""
     query = text("SELECT id FROM cf_processing_queue WHERE status = 'RUNNING'")
     for job_id in connection.execute(query).scalars():
-        yield f"job {job_id} is RUNNING, and no daemon runs (casparian start puts it right)"
+        yield (
+            f"job {job_id} is RUNNING, but no daemon runs (casparian start puts it back "
+            "into the queue)"
+        )
 
 
 def sizes(connection: Connection) -> dict[str, int]:

@@ -177,9 +177,7 @@ def topics_of(connection: Connection, plugin: Any) -> list[str]:
     return list(dict.fromkeys([*manifest_of(plugin.manifest).topics, *placed]))
 
 
-EARLIER_FORM = (
-    "an earlier release signed it in a form that proves less: publish it again under a new version"
-)
+EARLIER_FORM = "an earlier release signed it in a weaker form: publish it again under a new version"
 
 
 class Stored(NamedTuple):
@@ -291,7 +289,7 @@ def _check(plugin: Stored, trusted: Trust) -> None:
     if plugin.statement is None:
         raise ArtifactRefused(EARLIER_FORM)
     if signing.artifact_hash(plugin.source, plugin.lock) != plugin.artifact_hash:
-        raise ArtifactRefused("its source or lock is not what its artifact hash names")
+        raise ArtifactRefused("its source or lock does not match its artifact hash")
     statement = signing.verify(
         signing.Publish, plugin.statement, plugin.signature, plugin.public_key
     )

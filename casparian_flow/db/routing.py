@@ -38,7 +38,7 @@ def compile_pattern(pattern: str, *, any_case: bool = True) -> re.Pattern[str]:
     try:
         wanted, _ = glob.translate(anchored, flags=_FLAGS | case)
     except Exception as error:
-        raise ValueError(f"{pattern[:80]!r} stands for too many patterns: {error}") from error
+        raise ValueError(f"{pattern[:80]!r} expands to too many patterns: {error}") from error
     return re.compile("|".join(f"(?:{part})" for part in wanted))
 
 

@@ -59,9 +59,9 @@ def check_place(path: Path, opened: tuple[int, int] | None) -> None:
     current = identity(path)
     if current != opened:
         raise LedgerLost(
-            f"{path} was {'replaced' if current else 'deleted'} while it was in use; nothing was "
-            "written since",
-            "put the file or a backup in its place, then: casparian verify   (docs/disaster.md)",
+            f"{path} was {'replaced' if current else 'deleted'} while in use; nothing was "
+            "written to it since",
+            "restore the file or a backup, then: casparian verify   (docs/disaster.md)",
         )
 
 
@@ -132,7 +132,7 @@ class LedgerConnection(sqlite3.Connection):
                 self._checkpoint_if_due()
         except sqlite3.Error as error:
             # The commit holds; the log is only copied later.
-            log.warning("the write-ahead log could not be copied: %s", error)
+            log.warning("the write-ahead log could not be copied into the database: %s", error)
         finally:
             self._leave()
 
@@ -218,9 +218,9 @@ def bring_up_to_date(database: DatabaseSettings) -> None:
     """
     if sqlite3.sqlite_version_info < NEEDED:
         raise LedgerError(
-            f"this Python comes with SQLite {sqlite3.sqlite_version}; "
-            f"{'.'.join(map(str, NEEDED))} or newer is needed",
-            "use another build of Python; nothing was touched",
+            f"this Python has SQLite {sqlite3.sqlite_version}; {'.'.join(map(str, NEEDED))} or "
+            "newer is needed",
+            "use another build of Python; nothing was changed",
         )
     try:
         durable.make_folder(database.path.parent)
@@ -241,8 +241,8 @@ def bring_up_to_date(database: DatabaseSettings) -> None:
             raise LedgerLost(
                 f"{database.path} is not a SQLite database, or is damaged: {error}; it was not "
                 "touched",
-                "put a backup in its place (docs/disaster.md), or name another file in "
-                "[database] db_location",
+                "restore a backup (docs/disaster.md), or name another file in [database] "
+                "db_location",
             ) from error
         raise LedgerError(
             f"cannot use the database {database.path}: {error}",
@@ -264,7 +264,7 @@ def _version(connection: sqlite3.Connection, database: DatabaseSettings) -> int:
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if tables and application != APPLICATION_ID:
         raise LedgerError(
-            f"{database.path} is a database of another program",
+            f"{database.path} is the database of another program",
             "name another file in [database] db_location; this one was not touched",
         )
     if version > len(migrations()):

@@ -37,7 +37,10 @@ from casparian_flow.security.trust import Key, KeyStatus, Trust, introduction, r
 if TYPE_CHECKING:
     from nacl.signing import SigningKey
 
-FIRST = "{} is the first of this ledger: it is trusted with every plugin and every key\n"
+FIRST = (
+    "{} is the first key in this ledger: it is now trusted with every plugin and with "
+    "managing keys\n"
+)
 """Said of a key that is trusted because no other was."""
 
 # As bytes: what somebody wrote into a row need not be text, and must be refused in words.

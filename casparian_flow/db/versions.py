@@ -416,7 +416,9 @@ def drop_digests(connection: Connection, root_id: int, directory: bytes) -> None
     )
 
 
-PASSED_OVER = "not deleted: scans pass it over, by an ignore pattern or since it is ours"
+PASSED_OVER = (
+    "not deleted: scans now ignore it (an ignore pattern, or one of Casparian Flow's own files)"
+)
 """The `problem` of a location that is still on the disk and that scans pass over."""
 
 

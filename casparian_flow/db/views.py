@@ -471,7 +471,7 @@ class Rules:
                 continue
             fault = "" if row["plugins"] else f"no plugin subscribes to tag {row['tag']}"
             if row["plugins"] and row["case"] == "exact":
-                fault = "it matches in its own case only"
+                fault = "this rule matches only its exact case"
             shown = f"{row['plugins'] or row['tag']} {row['pattern']}"
             matcher = _RuleMatcher(shown, pattern, literals(row["pattern"].lower()), fault)
             self._rules.append(matcher)

@@ -39,7 +39,7 @@ TRACEBACK_LIMIT = 1 << 16
 UNFOLDED_BYTES = 16 * BATCH_BYTES
 """Largest unfolded size of a batch of several rows: the host writes its values one by one."""
 ACCEPTED = (
-    "publish takes a pandas DataFrame, a pyarrow Table, RecordBatch or RecordBatchReader, "
+    "publish accepts a pandas DataFrame, a pyarrow Table, RecordBatch or RecordBatchReader, "
     "anything with __arrow_c_stream__ (polars, DuckDB), or an iterator of these"
 )
 
@@ -164,14 +164,14 @@ class PluginRun:
                 return data
             return pa.RecordBatchReader.from_stream(data)
         except (pa.ArrowException, TypeError, ValueError) as error:
-            what = f"topic {topic!r}: this {type(data).__name__} is not a table: {error}"
+            what = f"topic {topic!r}: a {type(data).__name__} is not a table: {error}"
             raise self._refuse(TypeError(what)) from error
 
     def _publish_stream(self, topic: str, reader: pa.RecordBatchReader) -> None:
         empty = True
         for batch in reader:
             if batch.num_rows and not batch.num_columns:
-                what = f"topic {topic!r} was given {batch.num_rows} rows without any column"
+                what = f"topic {topic!r} was given {batch.num_rows} rows without columns"
                 raise self._refuse(ValueError(what))
             for piece in pieces(batch):
                 self._publish_batch(topic, piece)
@@ -323,7 +323,7 @@ def plain(batch: pa.RecordBatch) -> pa.RecordBatch:
         try:
             columns.append(_plain(column) if _is_shared(column.type) else column)
         except (pa.ArrowException, NotImplementedError) as error:
-            message = f"column {field.name!r} ({field.type}) cannot be written out: {error}"
+            message = f"column {field.name!r} ({field.type}) cannot be written as Arrow: {error}"
             raise NotImplementedError(message) from error
     fields = [f.with_type(c.type) for f, c in zip(batch.schema, columns, strict=True)]
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))

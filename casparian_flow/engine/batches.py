@@ -79,12 +79,12 @@ def read_batch(data: pa.Buffer, limit_bytes: int) -> tuple[pa.RecordBatch, int]:
         if not size.columns or size.rows > BATCH_ROWS:
             raise ProtocolError(f"a batch of {size.rows} rows, {size.columns} columns")
         if size.unfolded_bytes > limit_bytes:
-            message = f"a batch that unfolds to {size.unfolded_bytes} bytes"
+            message = f"a batch of {size.unfolded_bytes} bytes when unpacked"
             raise ProtocolError(f"{message}; the limit is {limit_bytes}")
         with pa.ipc.open_stream(data) as reader:
             batch = reader.read_next_batch()
         if (batch.num_rows, batch.num_columns) != (size.rows, size.columns):
-            raise ProtocolError("a batch that is not what its metadata say")
+            raise ProtocolError("a batch that does not match its metadata")
         batch.validate(full=True)
         list(_names(pa.struct(batch.schema)))  # raises for names that are not UTF-8
     except (pa.ArrowException, OSError, ValueError, StopIteration, struct.error) as error:
@@ -155,8 +155,7 @@ class Rejects:
         number = counted(sum(self._rejects.values()), "reject")
         names = ", ".join(sorted(strict))
         raise OnlyRejects(
-            f"nothing but rejects came of the file: {number}, and no row for {names}; "
-            f"the first: {self._first[0]}"
+            f"the file gave {number} and no row for {names}; first reject: {self._first[0]}"
         )
 
     def log(self) -> str:

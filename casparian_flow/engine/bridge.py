@@ -158,7 +158,7 @@ class Guest:
                 if kind == FrameKind.FAILED:
                     raise self._failure(length)
                 if kind != FrameKind.READY:
-                    raise ProtocolError(f"{kind.name} where READY was due")
+                    raise ProtocolError(f"got {kind.name} instead of READY")
                 self.compiled_anew = self._record(length, list[str])
         except JobError:
             self.kill()
@@ -212,13 +212,13 @@ class Guest:
         """Read the guest's report on its sandbox; only our code has run in it so far."""
         kind, length = self._header(job=0)
         if kind != FrameKind.LOCKED:
-            raise ProtocolError(f"{kind.name} where LOCKED was due")
+            raise ProtocolError(f"got {kind.name} instead of LOCKED")
         report = self._record(length, Locked)
         self.sandbox = ", ".join(report.layers) or "off"
         lacking = {name: why for name, why in report.missing.items() if name in LAYERS}
         if lacking and self._limits.sandbox == "required":
             reasons = "; ".join(f"no {name}: {why}" for name, why in lacking.items())
-            raise Unavailable(f"the guest sandbox is not whole: {reasons}")
+            raise Unavailable(f"the sandbox is incomplete on this machine: {reasons}")
 
     @property
     def alive(self) -> bool:
@@ -293,12 +293,14 @@ class Guest:
             by_itself = self._meter.has_ended()
             self.kill()
             if self._crowded:
-                what = f"the guest of {self._who} started more than {THREADS} threads"
-                raise GuestDied(f"{what} and was killed", "start fewer in the plugin") from error
+                what = f"{self._who} started more than {THREADS} threads"
+                raise GuestDied(
+                    f"{what} and was killed", "start fewer threads in the plugin"
+                ) from error
             raise self._meter.cause(self._who, by_itself) from error
         except ProtocolError as error:
             self.kill()
-            what = f"the guest of {self._who} broke the protocol: {error}"
+            what = f"the process of {self._who} sent an invalid message: {error}"
             raise GuestDied(what, "see the job's log for what the plugin printed") from error
         except BaseException:
             self.kill()
@@ -331,7 +333,7 @@ class Guest:
                 self._within_output(received_bytes + length)
                 topic, data = self._batch(length)
                 if topic in ends or topic not in self._artifact.topics:
-                    raise ProtocolError(f"a batch for topic {topic!r}, which is not open to it")
+                    raise ProtocolError(f"a batch for topic {topic!r}, which is not declared")
                 counts = received.setdefault(topic, ReceivedTopic(topic))
                 batch, unfolded = counts.add(data, self._limits.batch_limit_bytes)
                 received_bytes += max(length, unfolded)
@@ -341,7 +343,9 @@ class Guest:
             elif kind == FrameKind.END:
                 end = self._record(length, TopicEnd)
                 if end.topic not in received or end != received[end.topic].end():
-                    raise ProtocolError(f"the END of topic {end.topic!r} is not what was received")
+                    raise ProtocolError(
+                        f"the END of topic {end.topic!r} does not match what was received"
+                    )
                 ends[end.topic] = end
             elif kind == FrameKind.FAILED:
                 raise self._failure(length)
@@ -350,7 +354,7 @@ class Guest:
                     self.compiled_anew = self._record(length, list[str])
                 return ends
             else:
-                raise ProtocolError(f"{kind.name} where it was not due")
+                raise ProtocolError(f"an unexpected {kind.name}")
 
     def _within_output(self, received_bytes: int) -> None:
         """Kill the guest if its output, unfolded, exceeds the limit."""
@@ -394,7 +398,7 @@ class Guest:
         try:
             return msgspec.json.decode(self._read(length), type=kind)
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
-            raise ProtocolError(f"a {kind.__name__} that does not fit: {error}") from error
+            raise ProtocolError(f"a malformed {kind.__name__}: {error}") from error
 
     def _header(self, job: int) -> tuple[FrameKind, int]:
         # _read checks the deadline only when it waits, and data read ahead needs no wait.
@@ -418,7 +422,7 @@ class Guest:
             self._await_wire()
             data = self._wire.recv(READ_AHEAD)
             if not data:
-                raise ConnectionResetError("the guest closed the wire")
+                raise ConnectionResetError("the plugin's process closed the connection")
             self._ahead += data
         buffer = pa.allocate_buffer(length)
         rest = memoryview(buffer).cast("B")
@@ -430,7 +434,7 @@ class Guest:
             self._await_wire()
             count = self._wire.recv_into(rest)
             if not count:
-                raise ConnectionResetError("the guest closed the wire")
+                raise ConnectionResetError("the plugin's process closed the connection")
             rest = rest[count:]
         return buffer
 
@@ -476,9 +480,11 @@ class Failure(Record, frozen=True):
         if len(message) > MESSAGE_LIMIT:
             message = f"{message[:MESSAGE_LIMIT]}... ({len(message)} characters)"
         if self.kind == "refused":
-            return OutputRefused(f"{who}: {message}", "mend the plugin, publish it")
+            return OutputRefused(
+                f"{who}: {message}", "fix the plugin and publish it under a new version"
+            )
         if "MemoryError" in message.partition(":")[0]:
-            limit = f"it may have {memory_bytes >> 20} MiB (memory_bytes under [guest])"
+            limit = f"the limit is {memory_bytes >> 20} MiB (memory_bytes under [guest])"
             return OutOfMemory(f"{who} ran out of memory: {message}; {limit}")
         return PluginFailed(f"{who}: {message}", "the traceback is in the job's log")
 
@@ -499,7 +505,7 @@ def outspent(who: str, seconds: float) -> PluginTimeout:
 def outran(who: str, seconds: float, loading: bool) -> PluginTimeout:
     if loading:
         what = f"{who} took longer than {seconds:g} s to be imported and was killed"
-        return PluginTimeout(what, "have its module do less while it is imported")
+        return PluginTimeout(what, "move work from the module's top level into execute")
     what = f"{who} ran longer than {seconds:g} s and was killed"
     return PluginTimeout(what, "raise timeout_seconds under [jobs]")
 

@@ -76,7 +76,7 @@ def compile_modules(
             umask=0o077,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        log.warning("byte code for %s was not cached: %s", site_packages, error)
+        log.warning("cannot cache byte code for %s: %s", site_packages, error)
         return
     if done.returncode:
         log.warning("caching byte code for %s ended early (%d)", site_packages, done.returncode)

@@ -25,8 +25,8 @@ from casparian_flow.trees import clear_away
 log = logging.getLogger(__name__)
 
 HINT = (
-    'run on Linux 5.13 or newer, x86-64, with Landlock, or set [guest] sandbox = "best-effort" '
-    "(plugins can then do what the missing layers would forbid; docs/security.md)"
+    'use Linux 5.13 or newer on x86-64 with Landlock, or set [guest] sandbox = "best-effort" '
+    "(missing layers then do not confine plugins; docs/security.md)"
 )
 
 ATTEMPTS = """
@@ -82,14 +82,14 @@ def check(limits: GuestSettings, cache: Path) -> str:
         return _check(limits, cache)
     except OSError as error:
         raise Unavailable(
-            f"the guest's files in {cache} cannot be used: {error.strerror or error}",
-            "see that the folder can be written ($XDG_CACHE_HOME says where it is)",
+            f"cannot use the files for plugin processes in {cache}: {error.strerror or error}",
+            "make the folder writable, or set XDG_CACHE_HOME to another one",
         ) from error
 
 
 def _check(limits: GuestSettings, cache: Path) -> str:
     if limits.sandbox == "off":
-        log.warning("[guest] sandbox is off: plugins run with all your rights")
+        log.warning("[guest] sandbox is off: plugins run with all your permissions")
         return "off"
     with _canary_folder(cache) as (folder, port):
         source = f"SECRET = {str(folder / 'secret')!r}\nPORT = {port}\n{ATTEMPTS}".encode()
@@ -104,7 +104,7 @@ def _check(limits: GuestSettings, cache: Path) -> str:
                 guest.load()
             except JobError as error:
                 escaped = isinstance(error, PluginFailed)
-                prefix = "the guest sandbox does not hold: " if escaped else ""
+                prefix = "the sandbox does not confine plugins on this machine: " if escaped else ""
                 message = f"{prefix}{error.message}"
                 if limits.sandbox == "required":
                     raise SandboxUnavailable(f"{message}; no plugin was run", HINT) from error

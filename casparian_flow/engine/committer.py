@@ -151,7 +151,9 @@ class Committer:
         crashpoint("committer.decision_written")
         late = [end for _, end in group if (end.job_id, end.fence) not in moved]
         for end in late:
-            log.warning("job %d: a result under fence %d came too late", end.job_id, end.fence)
+            log.warning(
+                "job %d: ignored the result of fence %d, which came too late", end.job_id, end.fence
+            )
         # Keep the stages of unpublished outputs: the repeated receipt of a decided attempt names
         # them too. A decided receipt may also name stages whose output was published before.
         ended = [*late, *decided]
@@ -210,7 +212,7 @@ class Committer:
             return sinks.open_sink(location, self._ledger.database).publish(staged)
         except Exception as error:
             # A bug in one sink must not end the daemon, nor lose a decided output.
-            log.exception("sink %s failed in a way we did not expect", location)
+            log.exception("sink %s failed unexpectedly", location)
             return [SinkUnavailable(f"{type(error).__name__}: {error}")] * len(staged)
 
     async def _complete(

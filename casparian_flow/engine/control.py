@@ -27,7 +27,7 @@ DEPLOY_SECONDS = 120.0
 STATS_SECONDS = 2.0
 """How long the daemon may take to answer GetStats, which `status` can do without."""
 
-_AS_WHOM = "run this as the daemon's user, with the same XDG_RUNTIME_DIR"
+_AS_WHOM = "run this as the daemon's user and with the same XDG_RUNTIME_DIR"
 
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _FAILED |= zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
@@ -59,7 +59,7 @@ def ask(
                 return None
             raise DaemonGone(
                 f"the daemon (process {about.get('pid', '?')}) does not answer",
-                "look at it, or stop it: what is in the ledger is safe",
+                "wait, or stop that process: the ledger is safe",
             ) from error
         if frames is not None:
             return _reply(frames)
@@ -95,12 +95,16 @@ def _key(endpoint: str, refused: wire.CurveKeys | None, patience: float) -> wire
     try:
         while (key := wire.read_key(endpoint)) is None:
             if time.monotonic() > deadline:
-                raise DaemonGone(f"the daemon left no key for us: there is no {file}", _AS_WHOM)
+                raise DaemonGone(
+                    f"cannot connect to the daemon: its key file {file} does not exist", _AS_WHOM
+                )
             time.sleep(0.05)
     except ConfigError as error:
         raise DaemonGone(error.message, error.hint) from error
     if key == refused:
-        raise DaemonGone(f"the daemon refused us: its key is not the one in {file}", _AS_WHOM)
+        raise DaemonGone(
+            f"the daemon refused the connection: its key is not the one in {file}", _AS_WHOM
+        )
     return key
 
 
@@ -136,5 +140,5 @@ def _exchange(
 def _reply(frames: list[bytes]) -> protocol.Reply:
     message = protocol.decode(frames)
     if not isinstance(message, protocol.Reply):
-        raise ProtocolError(f"the daemon answered with a {type(message).__name__}")
+        raise ProtocolError(f"the daemon sent an unexpected answer ({type(message).__name__})")
     return message

@@ -153,7 +153,7 @@ def artifact(connection: Connection, plugin_id: int) -> Artifact:
     """
     rows = plugins.stored(connection, Plugin.id == plugin_id)
     if not rows:
-        return _refused(plugin_id, f"there is no plugin {plugin_id}")
+        return _refused(plugin_id, f"plugin {plugin_id} does not exist")
     plugin = rows[0]
     if refusal := plugins.refusal(plugin, trust.read(connection)):
         return _refused(plugin_id, refusal)
@@ -291,11 +291,11 @@ def begin_epoch(
     hands = endings.read_held(guests_folder)
     for job in jobs.orphans(connection, epoch):
         if _lives(job.worker):
-            _give_back(connection, job, "the daemon ended, and its worker lives")
+            _give_back(connection, job, "the daemon ended, but its worker still runs")
         elif ending.machine or (job.id, job.fence) in hands:
             _suspect(connection, job, limits, ending)
         else:
-            _give_back(connection, job, "the daemon ended before it began")
+            _give_back(connection, job, "the daemon ended before the job began")
         crashpoint("retries.job_taken_back")
     return epoch
 
@@ -360,12 +360,13 @@ def _count(connection: Connection, job: Any, limits: JobSettings, why: str) -> N
 def _suspect(connection: Connection, job: Any, limits: JobSettings, ending: Ending) -> None:
     """A job that was in hand when the daemon ended; no attempt of it counts for that."""
     deaths = job.crashes + 1
-    reason = f"the daemon ended while it ran, {deaths} times"
+    times = "once" if deaths == 1 else f"{deaths} times"
+    reason = f"the daemon ended {times} while this job ran"
     poison = deaths >= (POISON_AFTER if ending.traced else POISON_AFTER_KILLS)
     if poison:
-        reason = f"POISON: {reason}, the last time alone; it is not tried again"
+        reason = f"POISON: {reason}, the last time with no other job; it is not retried"
     elif deaths >= jobs.ALONE_AFTER:
-        reason += "; it will run alone"
+        reason += "; it will run alone next time"
     add_attempts(
         connection, job.epoch, [AttemptResult(job.id, job.fence, job.worker, "LOST", reason)]
     )

@@ -63,7 +63,7 @@ def begin_ending(guests_folder: Path) -> None:
     try:
         _begin_ending(guests_folder)
     except OSError as error:
-        log.warning("how this daemon ends will not be told from what it leaves: %s", error)
+        log.warning("cannot record how this daemon ends: %s", error)
 
 
 def _begin_ending(guests_folder: Path) -> None:

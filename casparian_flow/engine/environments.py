@@ -94,8 +94,8 @@ class EnvironmentStore:
                 undo.pop_all()
         except OSError as error:
             raise Unavailable(
-                f"the environments in {self._root} cannot be used: {error}",
-                "see that the folder can be written and its disk has room",
+                f"cannot use the environments in {self._root}: {error}",
+                "make sure the folder is writable and its disk has room",
             ) from error
         return Lease(folder, descriptor)
 
@@ -167,8 +167,8 @@ def build(
     def failed(output: str) -> EnvironmentFailed:
         return EnvironmentFailed(
             f"the plugin's environment cannot be built in {folder}: {output}",
-            "see that the package index can be reached from here: uv is told which one by its "
-            "variables or by the uv.toml of this user, not by files beside a plugin",
+            "check that the package index can be reached from here; uv's variables or your "
+            "uv.toml name the index, files beside a plugin do not",
         )
 
     try:
@@ -200,18 +200,21 @@ def build(
 
 def too_large(limit_bytes: int) -> EnvironmentFailed:
     return EnvironmentFailed(
-        f"the plugin's environment has more than {limit_bytes} bytes when it is unpacked "
-        "([guest] environment_limit_bytes)",
-        "depend on less, or raise the limit; uv keeps what it unpacked until: uv cache clean",
+        f"the plugin's environment has more than {limit_bytes} bytes when unpacked ([guest] "
+        "environment_limit_bytes)",
+        "use fewer packages, or raise the limit; `uv cache clean` removes what uv has unpacked",
     )
 
 
 def distrust(root: Path) -> None:
     """Remove all environments of a folder that other users could write to."""
-    log.warning("%s could be written by other users: its environments are built again", root)
+    log.warning("other users could write to %s: its environments are built again", root)
     for folder in root.iterdir():
         if folder.is_dir() and not remove(folder):
-            log.warning("%s is in use and stays; stop what runs, and delete it", folder)
+            log.warning(
+                "%s is in use and was not deleted; stop the processes that use it, then delete it",
+                folder,
+            )
 
 
 def size_bytes(folder: Path) -> int:
@@ -307,7 +310,7 @@ def bundle(cache: Path) -> Path:
     files = _files(folder)
     if os.path.lexists(folder):
         if fault := _fault(folder, files):
-            log.warning("%s was changed (%s): it is made anew", folder, fault)
+            log.warning("%s was changed (%s): building it again", folder, fault)
         else:
             return folder
     temporary = Path(tempfile.mkdtemp(prefix=f".{name[:8]}.", dir=folder.parent))
@@ -398,9 +401,9 @@ def _faults(folder: Path, files: Mapping[str, bytes]) -> Iterator[str]:
             if path in folders and entry.is_dir(follow_symlinks=False):
                 waiting.append(path)
             elif path not in files or not entry.is_file(follow_symlinks=False):
-                yield f"{path!r} is not ours"
+                yield f"{path!r} is an unknown file"
             elif not _holds(entry, files[path]):
-                yield f"{path!r} has other bytes"
+                yield f"{path!r} has other content"
             else:
                 intact.add(path)
     yield from (f"{path!r} is missing" for path in sorted(set(files) - intact))

@@ -68,7 +68,7 @@ def die_with_host(wire: socket.socket) -> None:
     poll = select.poll()
     poll.register(wire, 0)
     if poll.poll(0):  # closed: the host ended before PR_SET_PDEATHSIG
-        sys.exit("the host is gone")
+        sys.exit("the host process ended")
 
 
 def serve(wire: socket.socket, site_packages: str) -> None:

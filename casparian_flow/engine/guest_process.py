@@ -150,16 +150,18 @@ class Meter:
             by_itself: it had ended before the host killed it.
         """
         code = self._process.returncode
-        ending = exit_words(code) if by_itself else "closed the wire, and we killed it"
+        ending = exit_words(code) if by_itself else "closed its connection and was killed"
         hint = "see the job's log for what the plugin printed"
         if not by_itself or code not in _FROM_ELSEWHERE:
-            return GuestDied(f"the guest of {who} {ending}", hint)
+            return GuestDied(f"the process of {who} {ending}", hint)
         if code != -signal.SIGKILL:
-            return GuestKilled(f"the guest of {who} {ending}", hint)
+            return GuestKilled(f"the process of {who} {ending}", hint)
         if oom_kills() == self._oom_kills:
-            return GuestKilled(f"the guest of {who} {ending}, and not by us", hint)
-        what = f"the machine had no memory left, and it held {self._rss() >> 20} MiB"
-        return OutOfMemory(f"the guest of {who} {ending}: {what}", "give the plugin smaller files")
+            return GuestKilled(f"the process of {who} {ending}, sent by another program", hint)
+        what = f"the machine ran out of memory while it used {self._rss() >> 20} MiB"
+        return OutOfMemory(
+            f"the process of {who} {ending}: {what}", "give the plugin smaller files"
+        )
 
     def evidence(self, batches: int, rows: int) -> Evidence:
         """Measurements of the attempt that began at `start`."""

@@ -87,7 +87,7 @@ def hash_opened(source: FileIO, path: bytes) -> str:
         before = stamp(source)
         digest = hashlib.file_digest(source, "sha256").hexdigest()
         if stamp(source) != before:
-            raise gone(path, "it changed while it was read")
+            raise gone(path, "it changed while being read")
         return digest
 
 
@@ -103,7 +103,7 @@ def opened(path: bytes) -> Iterator[FileIO]:
             raise gone(path, error.strerror or str(error)) from error
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise gone(path, "it is not a regular file any more")
+            raise gone(path, "it is no longer a regular file")
         yield file
 
 
@@ -171,8 +171,8 @@ def stamp(file: FileIO) -> tuple[int, int, int]:
 def gone(path: bytes, why: str) -> Superseded:
     """The error for a version whose bytes do not exist any more."""
     return Superseded(
-        f"the bytes of this version are gone: {os.fsdecode(path)!r}: {why}",
-        "nothing to do: what the file holds now is a version of its own after the next scan",
+        f"the content of this version is gone: {os.fsdecode(path)!r}: {why}",
+        "nothing to do: the next scan records the file's new content as a version of its own",
     )
 
 

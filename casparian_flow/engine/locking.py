@@ -102,8 +102,8 @@ def check_lock(lock: str, what: str) -> list[Pin]:
     """
     if len(lock) > LOCK_LIMIT:
         raise PluginError(
-            f"{what} has {len(lock)} bytes; a lock may have {LOCK_LIMIT}",
-            "depend on fewer packages: some three hundred fit",
+            f"{what} has {len(lock)} bytes; the limit is {LOCK_LIMIT}",
+            "use fewer packages: about three hundred fit",
         )
     pins = []
     number = 1
@@ -120,7 +120,7 @@ def read_pin(requirement: str, where: str) -> Pin:
     """Parse one requirement of a lock; its lines end in a backslash, except the last."""
     text = re.sub(r" \\\n +", " ", requirement)
     match = PIN.fullmatch(text)
-    hint = "depend on versions that a package index has as wheels, and publish the plugin again"
+    hint = "use versions that the package index has as wheels, and publish the plugin again"
     if not match:
         shown = HASH.sub("", text)[:80]
         raise PluginError(f"{where}: {shown!a} is not a pinned package with its hashes", hint)
@@ -191,7 +191,7 @@ def cannot_lock(plugin: Path) -> Callable[[str], PluginError]:
     """Makes the error for a failed resolution from uv's output."""
     return lambda output: PluginError(
         f"the dependencies of {plugin} cannot be locked: {output}",
-        "only packages that have wheels can be used; mend the plugin's dependencies",
+        "only packages with wheels can be used; fix the plugin's dependencies",
     )
 
 
@@ -225,11 +225,12 @@ def run_uv(
 
     def check() -> None:
         if given_up():
-            raise Unavailable("uv was stopped: nobody waits for it any more")
+            raise Unavailable("uv was stopped, since its job was aborted")
         if _written(process.pid) > write_limit_bytes:
             raise TooMuchWritten(
-                f"the packages unpack to more than {write_limit_bytes} bytes, and uv was stopped",
-                "depend on less; uv cache clean   (removes what was unpacked)",
+                f"uv was stopped: the packages have more than {write_limit_bytes} bytes when "
+                "unpacked",
+                "use fewer packages; uv cache clean   (removes what was unpacked)",
             )
 
     with subprocess.Popen(
@@ -276,7 +277,7 @@ def script_block(plugin: Path) -> dict[str, object] | None:
     if not blocks:
         return None
     if len(blocks) > 1:
-        raise PluginError(f"{plugin} has {len(blocks)} `# /// script` blocks", "keep one")
+        raise PluginError(f"{plugin} has {len(blocks)} `# /// script` blocks", "keep one of them")
     lines = [line[2:] for line in blocks[0].splitlines()]
     return parse_toml(plugin, "\n".join(lines))
 
@@ -286,7 +287,7 @@ def parse_toml(file: Path, text: str) -> dict[str, object]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise PluginError(f"the metadata in {file} is not TOML: {error}", "mend it") from error
+        raise PluginError(f"the metadata in {file} is not TOML: {error}", "fix it") from error
 
 
 def check_python(file: Path, requires: object) -> None:
@@ -300,7 +301,7 @@ def check_python(file: Path, requires: object) -> None:
         raise PluginError(f"{file}: requires-python {requires!r} is not a version range") from error
     if not fits:
         raise PluginError(
-            f"{file} requires Python {requires}, and plugins run on {ours} here",
+            f"{file} requires Python {requires}, but plugins run on {ours} here",
             "relax requires-python, or run casparian with a Python that fits",
         )
 
@@ -336,12 +337,12 @@ def check_imports(plugin: Path, source: bytes, site_packages: Path) -> list[str]
     if missing:
         listed = ", ".join(f"line {line} imports {name}" for line, name in missing)
         raise PluginError(
-            f"{plugin.name} {listed}, which its environment does not have",
+            f"{plugin.name} {listed}, but its environment does not have it",
             advice(plugin, missing[0].name),
         )
     return [
-        f"{plugin.name} line {line} imports {name}, which is there only because another package "
-        "needs it; declare it too, so that it stays"
+        f"{plugin.name} line {line} imports {name}, which is installed only because another "
+        "package needs it; declare it too"
         for line, name in indirect
     ]
 

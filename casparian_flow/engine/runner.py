@@ -73,7 +73,7 @@ class _Seat:
             try:
                 self.lease.compile(modules, self.guest.seconds_left)
             except Exception:  # the names come from the guest
-                log.exception("byte code of %s was not cached", self.lease.site_packages)
+                log.exception("cannot cache the byte code of %s", self.lease.site_packages)
 
     def leave(self) -> None:
         """Close the guest, remove its folder, release its lease; errors are only logged."""
@@ -81,7 +81,7 @@ class _Seat:
             try:
                 step()
             except Exception:  # a plugin may leave anything in its folder
-                log.exception("a guest's leavings in %s were not cleared", self.folder)
+                log.exception("cannot delete a plugin's temporary files in %s", self.folder)
 
 
 @dataclass
@@ -236,11 +236,11 @@ class Runner:
         try:
             return self._run_placed(job, artifact)
         except BadSnapshot as fault:
-            log.warning("job %d is not run on a snapshot: %s", job.job_id, fault)
+            log.warning("job %d cannot use its snapshot: %s", job.job_id, fault)
             try:
                 return self._run_placed(msgspec.structs.replace(job, snapshot=""), artifact)
             except Superseded as error:
-                message = f"{error.message}; its snapshot cannot be used: {fault}"
+                message = f"{error.message}; its snapshot cannot be used either: {fault}"
                 raise Superseded(message, error.hint) from error
 
     def _run_placed(self, job: Assignment, artifact: Artifact) -> list[Stage]:
@@ -354,7 +354,7 @@ class Runner:
                 (folder / "tmp").mkdir()
                 crashpoint("runner.guest_housed")
             except OSError as error:
-                raise Unavailable(f"cannot make a guest's folder in {parent}: {error}") from error
+                raise Unavailable(f"cannot create a working folder in {parent}: {error}") from error
             guest = Guest(
                 lease.python, lease.site_packages, artifact,
                 folder=folder, bundle=bundle(self._cache), limits=self._limits, in_place=file,
@@ -382,9 +382,9 @@ def _job_error(fault: Exception) -> JobError:
         return fault
     if isinstance(fault, OSError):
         return Unavailable(f"{fault.strerror or fault}: {fault.filename or 'this machine'}")
-    log.exception("an attempt failed in a way we did not expect", exc_info=fault)
-    message = f"a bug in casparian, or a guest that found one: {type(fault).__name__}: {fault}"
-    return JobError(message, "the daemon's log has the traceback; please report it")
+    log.exception("an attempt failed unexpectedly", exc_info=fault)
+    message = f"a bug in casparian, or a plugin that triggers one: {type(fault).__name__}: {fault}"
+    return JobError(message, "report the traceback in the daemon's log")
 
 
 def _discard(stages: Sequence[Stage]) -> None:
@@ -393,7 +393,7 @@ def _discard(stages: Sequence[Stage]) -> None:
         try:
             stage.discard()
         except Exception:
-            log.exception("what was staged in %s was not removed", stage.path)
+            log.exception("cannot delete the staged files in %s", stage.path)
 
 
 def _staged(ran: _Ran, sealed: Iterator[StagedOutput]) -> Receipt:

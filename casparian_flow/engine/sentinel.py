@@ -30,7 +30,7 @@ from casparian_flow.engine import dispatch, endings, wire
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import Dispatcher, artifact
 from casparian_flow.engine.wire import Handshake, Refusal, Refusals
-from casparian_flow.errors import CasparianError, ExitCode, LedgerError, ProtocolError
+from casparian_flow.errors import CasparianError, ExitCode, LedgerError, ProtocolError, counted
 from casparian_flow.protocol import AnyMessage, Conclude, Receipt, Reply
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class Sentinel:
         except zmq.ZMQError as error:
             raise CasparianError(
                 f"cannot listen on {endpoint}: {error.strerror}",
-                "another program may use that address; see [listen] in the configuration",
+                "another program may be using that address; see [listen] in the configuration",
             ) from error
 
     async def run(self) -> None:
@@ -176,13 +176,15 @@ class Sentinel:
             try:
                 await self._hear(identity.bytes, connection, message)
             except LedgerError as error:
-                log.error("a %s was not answered: %s", type(message).__name__, error.message)
+                log.error(
+                    "could not answer a %s message: %s", type(message).__name__, error.message
+                )
 
     def _read(self, identity: bytes, connection: str, frames: list[zmq.Frame]) -> AnyMessage | None:
         """Decode the frames; None if the message is refused."""
         peer = self._peers.get(identity)
         if not _is_generated(identity) or (peer and peer.connection != connection):
-            self.refused.refuse(Refusal.IDENTITY, f"a message under routing id {identity!r}")
+            self.refused.refuse(Refusal.IDENTITY, f"a message with the routing id {identity!r}")
         elif len(frames) > _PARTS_LIMIT:
             self.refused.refuse(Refusal.PARTS, f"a message of {len(frames)} parts")
         else:
@@ -216,7 +218,9 @@ class Sentinel:
         peer = self._peers.get(identity)
         if peer is None:
             kind = type(message).__name__
-            self.refused.refuse(Refusal.UNADMITTED, f"a {kind} of a peer that has not said Hello")
+            self.refused.refuse(
+                Refusal.UNADMITTED, f"a {kind} message from a peer that sent no Hello before"
+            )
             await self._send(identity, protocol.Unknown())
             return
         peer.seen = time.monotonic()
@@ -245,7 +249,7 @@ class Sentinel:
                 peer.held = self._peers.pop(other).held
         self._peers[identity] = peer
         self._empty.clear()
-        log.info("worker %s is here", peer.name)
+        log.info("worker %s connected", peer.name)
         await self._welcome(identity, peer)
         if self._draining:  # `drain` did not know this Worker
             await self._send(identity, protocol.Drain(grace_seconds=0.0))
@@ -274,7 +278,7 @@ class Sentinel:
                         if peer.free and not self._draining and identity in self._peers:
                             await self._assign(identity, peer)
             except LedgerError as error:
-                log.error("no jobs are claimed: %s", error.message)
+                log.error("cannot claim jobs: %s", error.message)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_SECONDS):
                     await self._claimable.wait()
@@ -315,12 +319,13 @@ class Sentinel:
             try:
                 rows = await self._ledger.read_soon(partial(jobs.running, attempts=held))
             except LedgerError as error:
-                log.error("whether a job was aborted is not known: %s", error.message)
+                log.error("cannot read which jobs were aborted: %s", error.message)
                 continue
             ended = held - {(row.id, row.fence) for row in rows}
             for identity, peer in list(self._peers.items()):
                 if taken := ended & peer.held.items():
-                    log.info("worker %s ends %d jobs that run no more", peer.name, len(taken))
+                    some = counted(len(taken), "job")
+                    log.info("worker %s ends %s that it no longer holds", peer.name, some)
                     for job_id, _ in taken:
                         del peer.held[job_id]
                     await self._tell(identity, peer)
@@ -340,7 +345,7 @@ class Sentinel:
                 try:
                     await self._lose(identity, f"was silent for {LEASE_SECONDS:g} s", silent=True)
                 except LedgerError as error:
-                    log.error("the jobs of a lost worker wait: %s", error.message)
+                    log.error("cannot requeue the jobs of a lost worker yet: %s", error.message)
 
     async def _lose(self, identity: bytes, why: str, *, silent: bool = False) -> None:
         """Remove a Worker and put its jobs back into the queue.
@@ -364,7 +369,7 @@ class Sentinel:
 
     async def _take_back(self, peer: Peer, why: str, silent: bool) -> None:
         held = list(peer.held.items())
-        log.warning("%s; %d jobs go back to the queue", why, len(held))
+        log.warning("%s; back in the queue: %s", why, counted(len(held), "job"))
         work = partial(dispatch.release, pairs=held, why=why)
         folder = self._settings.database.guests_folder
         if silent:
@@ -382,7 +387,7 @@ class Sentinel:
             frames = [identity, *protocol.encode(message)]
             await self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            log.debug("a peer is gone, or does not read: %s", error)
+            log.debug("a peer does not receive messages: %s", error)
 
 
 def _is_generated(identity: bytes) -> bool:
@@ -415,10 +420,10 @@ async def reply_to(work: Awaitable[str]) -> Reply:
     except CasparianError as error:
         return Reply(ok=False, text=error.message, hint=error.hint, exit_code=error.exit_code)
     except Exception as error:
-        log.exception("a command's work failed in a way we did not expect")
+        log.exception("a command failed unexpectedly")
         return Reply(
             ok=False,
-            text=f"the daemon failed in a way we did not expect: {type(error).__name__}: {error}",
-            hint="its log has the traceback; report what it says",
+            text=f"the daemon failed unexpectedly: {type(error).__name__}: {error}",
+            hint="report the traceback in its log",
             exit_code=ExitCode.BUG,
         )

@@ -83,7 +83,7 @@ def measure(stream: memoryview) -> Size:
     while at + 8 <= len(stream):
         mark, length = struct.unpack_from("<Ii", stream, at)
         if mark != _CONTINUATION:
-            raise Unfit("a message that does not begin as one")
+            raise Unfit("a message with an invalid beginning")
         if length == 0:
             break
         if not 8 <= length <= SCHEMA_LIMIT:
@@ -102,13 +102,13 @@ def measure(stream: memoryview) -> Size:
         elif kind == _DICTIONARY:
             raise Unfit("a dictionary")
         else:
-            raise Unfit("a message that is not due")
+            raise Unfit("an unexpected message")
         body = _scalar(data, message, 3, "<q")
         if body < 0:
             raise Unfit(f"a body of {body} bytes")
         at += 8 + length + body
     if batches != 1 or size is None:
-        raise Unfit(f"a stream of {batches} batches where one was due")
+        raise Unfit(f"a stream of {batches} batches instead of one")
     return size
 
 
@@ -134,14 +134,12 @@ class _Texts:
             key, key_end = self.add(_member(self._data, pair, 0))
             value, value_end = self.add(_member(self._data, pair, 1))
             if value_end - value > EXTENSION_LIMIT and self._data[key:key_end] == _EXTENSION_TEXT:
-                raise Unfit(
-                    f"an extension type that takes more than {EXTENSION_LIMIT} bytes to say"
-                )
+                raise Unfit(f"an extension type with more than {EXTENSION_LIMIT} bytes of metadata")
 
     def _take(self, count: int) -> None:
         self._room -= count
         if self._room < 0:
-            raise Unfit("metadata in which many texts share one place")
+            raise Unfit("metadata in which several texts overlap")
 
 
 def _layout(data: memoryview, schema: int, texts: _Texts) -> tuple[int, bytes]:
@@ -162,7 +160,7 @@ def _layout(data: memoryview, schema: int, texts: _Texts) -> tuple[int, bytes]:
         _check_type(data, field, kind, texts)
         children = _elements(data, _member(data, field, _FIELD_CHILDREN))
         if depth > DEPTH_LIMIT or (children and kind not in _NESTED):
-            raise Unfit(f"a column nested {depth} levels deep, or where none can be")
+            raise Unfit(f"a column nested {depth} levels deep, or in a place where none is allowed")
         if len(kinds) + len(waiting) + len(children) >= FIELDS_LIMIT:
             raise Unfit(f"more than {FIELDS_LIMIT} columns and fields")
         kinds.append(kind)
@@ -179,7 +177,7 @@ def _check_type(data: memoryview, field: int, kind: int, texts: _Texts) -> None:
     if kind == _TIMESTAMP:
         texts.add(_member(data, table, 1))  # its time zone
     elif kind == _INTERVAL and _scalar(data, table, 0, "<h") != _MONTH_DAY_NANO:
-        raise Unfit("an interval of another kind than month_day_nano_interval")
+        raise Unfit("an interval other than month_day_nano_interval")
     elif kind == _FIXED_LIST and _scalar(data, table, 0, "<i") < 1:
         raise Unfit("a column of lists of the fixed size 0")
 
@@ -190,9 +188,9 @@ def _batch(data: memoryview, batch: int, columns: int, kinds: bytes) -> Size:
     nodes = _pairs(data, _member(data, batch, _BATCH_NODES))
     buffers = _pairs(data, _member(data, batch, _BATCH_BUFFERS))
     if len(nodes) != 2 * len(kinds) or len(buffers) != 2 * sum(_BUFFERS[kind] for kind in kinds):
-        raise Unfit("a batch that has not the arrays of its schema")
+        raise Unfit("a batch whose arrays do not match its schema")
     if min(nodes, default=0) < 0 or min(buffers, default=0) < 0:
-        raise Unfit("a batch with a length below nothing")
+        raise Unfit("a batch with a negative length")
     total, start = 0, 0
     for number, kind in enumerate(kinds):
         end = start + 2 * _BUFFERS[kind]
@@ -224,7 +222,7 @@ def _vector(data: memoryview, position: int, width: int) -> tuple[int, int]:
     start = _follow(data, position)
     count: int = struct.unpack_from("<I", data, start)[0]
     if start + 4 + width * count > len(data):
-        raise Unfit("metadata that lead out of themselves")
+        raise Unfit("metadata that point outside of themselves")
     return start + 4, count
 
 
@@ -243,7 +241,7 @@ def _member(data: memoryview, table: int, number: int) -> int:
     """Position of a member of a flatbuffer table; 0 if it is absent."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     if vtable < 0:
-        raise Unfit("metadata that lead out of themselves")
+        raise Unfit("metadata that point outside of themselves")
     slot = 4 + 2 * number
     if slot >= struct.unpack_from("<H", data, vtable)[0]:
         return 0

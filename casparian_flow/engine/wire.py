@@ -69,8 +69,8 @@ def require_zmq() -> None:
     if version < _LIBZMQ or not zmq.has("curve"):
         needed = ".".join(map(str, _LIBZMQ))
         raise CasparianError(
-            f"libzmq {'.'.join(map(str, version))} cannot keep strangers out: it must be {needed} "
-            "or newer and have CurveZMQ",
+            f"libzmq {'.'.join(map(str, version))} cannot authenticate connections: {needed} "
+            "or newer with CurveZMQ is needed",
             "pip install --upgrade --force-reinstall --only-binary pyzmq pyzmq",
         )
 
@@ -107,8 +107,8 @@ def loopback(endpoint: str, hint: str) -> str:
     hosts = _addresses(match[1].strip("[]")) if match else []
     if not match or not 0 < int(match[2]) < 1 << 16 or not _all_loopback(hosts):
         raise ConfigError(
-            f"{endpoint} is not a TCP port of this machine's loopback interface, and others are "
-            "not used: authenticated remote workers come with scale-out",
+            f"{endpoint} is not a TCP port of this machine's loopback interface; other "
+            "addresses are not supported",
             hint,
         )
     host = min(hosts, key=lambda host: host.version)
@@ -167,7 +167,9 @@ def read_key(endpoint: str) -> CurveKeys | None:
             "run this as the Sentinel's user",
         ) from error
     if [len(key) for key in keys] != [40, 40]:
-        raise ConfigError(f"{file} is not a key", f"rm {shlex.quote(str(file))}, and restart it")
+        raise ConfigError(
+            f"{file} is not a key", f"rm {shlex.quote(str(file))}, then restart the daemon"
+        )
     return CurveKeys(*keys)
 
 
@@ -187,13 +189,13 @@ def private_folder() -> None:
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
         raise ConfigError(
             f"{folder} is not a folder of user {os.geteuid()} (its owner is {info.st_uid}); "
-            "what another user put there is not trusted",
+            "files of another user are not trusted",
             f"remove it, {elsewhere}",
         )
     if info.st_mode & 0o077:
         raise ConfigError(
-            f"{folder} is open to other users (mode {info.st_mode & 0o777:o}); "
-            "what they put there is not trusted",
+            f"{folder} is open to other users (mode {info.st_mode & 0o777:o}); their files are "
+            "not trusted",
             f"chmod 700 {shlex.quote(str(folder))}, {elsewhere}",
         )
 
@@ -244,7 +246,7 @@ class Refusals(Counter[str]):
         self[kind] += 1
         count = self[kind]
         if str(count).strip("0") == "1":
-            log.warning("the wire refused %s (%s: %d so far)", why, kind, count)
+            log.warning("refused %s (%s: %d so far)", why, kind, count)
 
     def __str__(self) -> str:
         """Such as `stranger 3, garbage 17`."""
@@ -337,9 +339,9 @@ class Handshake:
             self._heard.discard(descriptor)
         elif self._strangers:
             self._strangers -= 1
-            self._refused.refuse(Refusal.STRANGER, "a connection that does not have our key")
+            self._refused.refuse(Refusal.STRANGER, "a connection with an unknown key")
         elif self._silent:
             self._silent.pop()
-            self._refused.refuse(Refusal.UNHEARD, "a connection of which no message came through")
+            self._refused.refuse(Refusal.UNHEARD, "a connection that sent no message in time")
         else:
-            self._refused.refuse(Refusal.GARBAGE, "a connection that did not speak as ours do")
+            self._refused.refuse(Refusal.GARBAGE, "a connection that does not speak the protocol")

@@ -280,8 +280,8 @@ class Worker:
             closing = self._thread.run(self._runner.close)
             done, _ = await asyncio.wait([closing], timeout=CLOSE_SECONDS)
             if not done:
-                log.error("worker %s hangs in a call; it is left behind, and its jobs go back to "
-                          "the queue", self._name)  # fmt: skip
+                log.error("worker %s hangs in a call and is abandoned; its jobs go back to the "
+                    "queue", self._name)  # fmt: skip
                 self._thread.leave_behind()
         self._thread.stop()
         with contextlib.suppress(zmq.ZMQError):
@@ -319,7 +319,7 @@ class Worker:
             case protocol.Drain(grace_seconds=grace):
                 self.stop(grace)
             case _:
-                log.warning("worker %s cannot use a %s", self._name, type(message).__name__)
+                log.warning("worker %s ignored a %s message", self._name, type(message).__name__)
 
     async def _begin(self, welcome: protocol.Welcome) -> None:
         """Serve the Sentinel of a Welcome; a later one from the next batch on."""
@@ -422,7 +422,9 @@ class Worker:
         """End all attempts, since the lease could not be renewed; their receipts are RELEASED."""
         running = self._holdings.running()
         if running and self._runner:
-            log.warning("worker %s lost touch with the Sentinel; its jobs are ended", self._name)
+            log.warning(
+                "worker %s lost the connection to the Sentinel and ends its jobs", self._name
+            )
             self._runner.revoke(running)
 
     async def _follow(self) -> None:
@@ -432,7 +434,7 @@ class Worker:
         while True:
             key = wire.read_key(self._endpoint)
             if key and used and key != used:
-                log.info("worker %s: another Sentinel is there", self._name)
+                log.info("worker %s: a new Sentinel has started", self._name)
                 self._socket.disconnect(self._endpoint)
                 wire.connect(self._socket, self._endpoint, key)
                 await self._send(protocol.Hello(worker=self._name))
@@ -454,8 +456,8 @@ def _check_shared(welcome: protocol.Welcome) -> None:
         shared = False
     if not shared:
         raise DaemonGone(
-            f"this worker does not share the Sentinel's files: {folder} is another folder here",
-            "run it on the Sentinel's machine, as its user, with that folder in reach",
+            f"this worker does not see the Sentinel's files: {folder} is a different folder here",
+            "run it on the Sentinel's machine, as its user, with access to that folder",
         )
 
 
@@ -471,8 +473,8 @@ async def serve(endpoint: str, cache: Path) -> None:
     endpoint = wire.loopback(endpoint, "--connect tcp://localhost:5555")
     if wire.read_key(endpoint) is None:
         log.warning(
-            "no Sentinel of this user listens at %s: none has left its key in %s. Waiting for one "
-            "(python -m casparian_flow.main, as this user and with the same XDG_RUNTIME_DIR)",
+            "waiting for a Sentinel at %s: there is no key in %s yet (start python -m "
+            "casparian_flow.main as this user and with the same XDG_RUNTIME_DIR)",
             endpoint, wire.key_file(endpoint),
         )  # fmt: skip
     with zmq.asyncio.Context() as context:
@@ -480,9 +482,9 @@ async def serve(endpoint: str, cache: Path) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, worker.stop, 20.0)
-        log.info("worker waits for jobs from %s", endpoint)
+        log.info("worker is waiting for jobs from %s", endpoint)
         await worker.run()
-        log.info("worker left")
+        log.info("worker stopped")
 
 
 def main() -> None:

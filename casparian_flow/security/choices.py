@@ -74,7 +74,7 @@ def choose(source: bytes, file_name: str, choices: Choices) -> Chosen:
     notes: list[str] = []
     if choices.name is not None:
         if not choices.name:
-            raise PluginError("the name that was chosen is empty", "write it like --name orders")
+            raise PluginError("the name in --name is empty", "write it like --name orders")
         writer.field(fields, "name", choices.name)
     if choices.patterns:
         several = len(choices.patterns) > 1 or not isinstance(fields.get("pattern", ""), str)
@@ -89,8 +89,8 @@ def choose(source: bytes, file_name: str, choices: Choices) -> Chosen:
     changed = writer.edited()
     if read_manifest(changed, file_name) != of_fields(fields, file_name):
         raise PluginError(
-            f"the MANIFEST of {file_name} cannot be rewritten: it would not read back as chosen",
-            "edit the file itself, and publish it without choices",
+            f"cannot put your choices into the MANIFEST of {file_name}",
+            "edit the file, and publish it without --name, --pattern, --topic and --option",
         )
     return Chosen(changed, notes)
 
@@ -205,12 +205,12 @@ def _renamed(fields: dict[str, Any], file_name: str, chosen: Sequence[str]) -> d
         raise PluginError(
             f"{len(chosen)} topic{'' if len(chosen) == 1 else 's'} chosen, and the MANIFEST of "
             f"{file_name} has {len(known)}: {listed}",
-            "name them all, in that order: "
+            "give them all, in that order: "
             + (" ".join(f"--topic {name}" for name in known) or "leave --topic out"),
         )
     if twice := next((name for name in chosen if list(chosen).count(name) > 1), None):
         raise PluginError(
-            f"topic {twice[:80]!r} is chosen twice", "give each topic a name of its own"
+            f"topic {twice[:80]!r} is given twice", "give each topic a name of its own"
         )
     return dict(zip(known, chosen, strict=True))
 
@@ -229,15 +229,15 @@ def _mentions(
         topic = _published_to(node)
         if topic is not None and topic.value in old:
             raise PluginError(
-                f"{file_name} line {topic.lineno} publishes to the topic {topic.value!r} by this "
-                "name, so it cannot get another",
+                f"{file_name} line {topic.lineno} publishes to the topic {topic.value!r} by "
+                "name, so --topic cannot rename it",
                 "write MANIFEST.topic there, or MANIFEST.topic[0] where it is a list",
             )
     for node in ast.walk(tree):
         if id(node) not in in_manifest and isinstance(node, ast.Constant) and node.value in old:
             yield (
-                f"{file_name} line {node.lineno} has the text {node.value!r}, which was a topic's "
-                f"name and is {renamed[str(node.value)]!r} now; a plugin that publishes to it fails"
+                f"{file_name} line {node.lineno} has the text {node.value!r}, the old name of "
+                f"the topic {renamed[str(node.value)]!r}; publishing to the old name fails"
             )
 
 
@@ -261,7 +261,7 @@ def _option_value(
         known = ", ".join(f"{name}={_literal(value)}" for name, value in declared.items())
         raise PluginError(
             f"{file_name} has no option {option[:60]!r}; "
-            + (f"it has, with their values now: {known}" if known else "it has no options"),
+            + (f"its options and their values are: {known}" if known else "it has no options"),
             "choose one of these" if known else "leave --option out",
         )
     default = declared[option]

@@ -73,7 +73,7 @@ class Inspection(msgspec.Struct, frozen=True):
         raise PolicyRefused(
             f"{self.file_name} has {count}{more} mention{'' if count == 1 else 's'} that the "
             "policy forbids:\n" + "\n".join(lines),
-            "mend these lines"
+            "change these lines"
             + (f", or set [gatekeeper] allow = {json.dumps(allow)}" if allow else ""),
         )
 
@@ -94,15 +94,16 @@ def inspect(source: bytes, file_name: str, policy: Policy) -> Inspection:
         answer = _ask(Request(file_name, policy), source)
     except OSError as error:
         raise PluginError(
-            f"{file_name} was not read: no process or temporary file for it: {error.strerror}",
+            f"cannot check {file_name}: no process or temporary file can be created: "
+            f"{error.strerror}",
             "free memory or disk space, and try again",
         ) from error
     if answer is None:
         raise PluginError(
-            f"{file_name} could not be read within {CPU_SECONDS} s of processor time, "
-            f"{WALL_SECONDS:.0f} s in all and {MEMORY_MIB} MiB of memory",
-            "make it shorter: move data out of the source, and code into a package that it "
-            "depends on; on a busy machine, try again",
+            f"checking {file_name} took more than {CPU_SECONDS} s of processor time, "
+            f"{WALL_SECONDS:.0f} s in all or {MEMORY_MIB} MiB of memory",
+            "try again if the machine is busy; otherwise move data out of the source, and code "
+            "into a package",
         )
     if answer.manifest is None:
         raise PluginError(*answer.error or ())
@@ -126,14 +127,14 @@ def _ask(request: Request, source: bytes) -> Answer | None:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            log.debug("the reader of %s was killed by its time limit", request.file_name)
+            log.debug("the check of %s was stopped by its time limit", request.file_name)
             return None
-        log.debug("the reader of %s ended with status %d", request.file_name, done.returncode)
+        log.debug("the check of %s ended with status %d", request.file_name, done.returncode)
         if done.returncode:
             return None
         answered.seek(0)
         try:
             return msgspec.convert(json.loads(answered.read(ANSWER_LIMIT)), Answer)
         except (ValueError, RecursionError):
-            log.debug("the reader of %s wrote no answer", request.file_name)
+            log.debug("the check of %s gave no result", request.file_name)
             return None

@@ -68,7 +68,7 @@ def needed() -> Iterator[None]:
         yield
     except ImportError as error:
         raise AuthError(
-            f"publishers sign in to Azure AD here, but {error.name} is not installed",
+            f"publishers must sign in to Azure AD here, but {error.name} is not installed",
             "pip install 'casparian-flow[azure]'",
         ) from error
 
@@ -100,7 +100,7 @@ def _check(response: Response, **_: Any) -> None:
     except ValueError:
         body = None
     if not isinstance(body, dict) or not (status == 200 or 400 <= status < 429):
-        raise HTTPError(f"it answered HTTP {status}, with nothing of use")
+        raise HTTPError(f"it answered HTTP {status} without an explanation")
     if response.request.method == "GET" and status != 200:
         raise HTTPError(f"it answered HTTP {status}, {first_line(body)}")
 
@@ -122,7 +122,7 @@ def explained(what: str, unchanged: str) -> Iterator[None]:
         yield
     except requests.exceptions.SSLError as error:
         raise AuthError(
-            f"{what}: its TLS certificate is not to be trusted ({_reason(error)}); {unchanged}",
+            f"{what}: its TLS certificate is not trusted ({_reason(error)}); {unchanged}",
             "behind a proxy that reads TLS: export REQUESTS_CA_BUNDLE=/path/to/its/ca.pem",
         ) from error
     except (requests.ConnectionError, requests.Timeout) as error:
@@ -286,7 +286,7 @@ def validate(azure: AzureSettings, token: str) -> AzureUser:
         import jwt
     if not token:
         raise AuthError(
-            "publishers sign in to Azure AD here, and this one did not; nothing was deployed",
+            "publishers must sign in to Azure AD here, and you did not; nothing was deployed",
             f"export AZURE_TENANT_ID={azure.tenant_id} AZURE_CLIENT_ID={azure.client_id}, "
             "and publish again",
         )
@@ -324,7 +324,7 @@ def validate(azure: AzureSettings, token: str) -> AzureUser:
 
 
 def _invalid(fault: str, hint: str) -> AuthError:
-    return AuthError(f"the sign-in to Azure AD does not hold: {fault}; nothing was deployed", hint)
+    return AuthError(f"the sign-in to Azure AD is not valid: {fault}; nothing was deployed", hint)
 
 
 _FAULTS = {
@@ -333,11 +333,11 @@ _FAULTS = {
     "InvalidAlgorithmError": ("it is not signed with RS256", "publish again"),
     "InvalidSignatureError": ("its signature is not the tenant's", "publish again"),
     "InvalidAudienceError": (
-        "it was given for another application",
+        "it is for another application",
         "publish with the AZURE_CLIENT_ID that the daemon has",
     ),
     "InvalidIssuerError": (
-        "it was given by another tenant, or in the format of version 1",
+        "it is from another tenant, or in the version 1 format",
         "publish with the daemon's AZURE_TENANT_ID; in the application's manifest set "
         '"requestedAccessTokenVersion": 2',
     ),
@@ -369,8 +369,8 @@ def _conditions(azure: AzureSettings, claims: dict[str, Any]) -> Iterator[tuple[
     )
     yield (
         not azure.publishers or claims["oid"] in azure.publishers,
-        f"object id {shown(claims['oid'])} is not among those who may publish",
-        "ask whoever keeps the daemon's configuration to add it to [azure] publishers",
+        f"object id {shown(claims['oid'])} may not publish here",
+        "ask the owner of the daemon's configuration to add it to [azure] publishers",
     )
 
 
@@ -379,7 +379,7 @@ _DECLINED = (
     "publish again; if you did not decline it, somebody else had the code",
 )
 _EXPIRED = (
-    "the code expired before anybody signed in with it",
+    "the code expired before it was used",
     "publish again, and enter the new code in time",
 )
 _REFUSALS = {
@@ -388,7 +388,7 @@ _REFUSALS = {
     "expired_token": _EXPIRED,
     "authorization_pending": _EXPIRED,  # the last response before msal stopped polling
     "slow_down": _EXPIRED,
-    "bad_verification_code": ("Azure AD does not know the code any more", "publish again"),
+    "bad_verification_code": ("Azure AD no longer knows the code", "publish again"),
     "invalid_client": (
         "Azure AD does not let this application sign in with a code",
         "in its registration, under Authentication, allow public client flows",

@@ -121,7 +121,7 @@ def install_landlock(read: Sequence[str | int], write: Sequence[str], network: b
     """
     version = landlock_abi()
     if not version:
-        raise OSError(errno.ENOSYS, "this kernel has none, or it is not active", "landlock")
+        raise OSError(errno.ENOSYS, "this kernel does not have it, or it is not active", "landlock")
     files = (1 << _FILE_RIGHTS[min(version, max(_FILE_RIGHTS))]) - 1
     tcp = (_BIND_TCP if network else _BIND_TCP | _CONNECT_TCP) if version >= 4 else 0
     scopes = _SCOPES if version >= 6 else 0

@@ -39,8 +39,8 @@ def parse(source: bytes, file_name: str) -> ast.Module:
     """
     if len(source) > SOURCE_LIMIT:
         raise PluginError(
-            f"{file_name} has {len(source)} bytes; a plugin may have {SOURCE_LIMIT}",
-            "move data out of the source, and code into a package that it depends on",
+            f"{file_name} has {len(source)} bytes; the limit for a plugin is {SOURCE_LIMIT}",
+            "move data out of the source, and code into a package",
         )
     if b"\0" in source:
         raise PluginError(f"{file_name} has NUL bytes: it is not Python source", "publish a .py")
@@ -59,11 +59,11 @@ def parse(source: bytes, file_name: str) -> ast.Module:
         raise PluginError(
             f"{file_name}{f' line {line}' if line else ''}: {getattr(error, 'msg', error)}"
             + (f": {text}" if text else ""),
-            "mend that line, and save the file as UTF-8",
+            "fix that line, and save the file as UTF-8",
         ) from error
     except (RecursionError, MemoryError) as error:
         raise PluginError(
-            f"{file_name} nests expressions too deeply to be read", "split the deepest one"
+            f"{file_name} nests expressions too deeply", "split the deepest one"
         ) from error
 
 
@@ -185,7 +185,7 @@ class Module:
                     f"did you mean {near[0]}?" if near else "remove it",
                 )
             if field in fields:
-                raise self._error(keyword, f"MANIFEST says {field} twice", "keep one of them")
+                raise self._error(keyword, f"MANIFEST has {field} twice", "keep one of them")
             accepts, wanted = _FIELDS[field]
             value = self._literal(keyword.value)
             if value is None:
@@ -217,7 +217,7 @@ class Module:
         if not assignments:
             raise PluginError(f"{self.file_name} has no MANIFEST", f"add {EXAMPLE}")
         if len(assignments) > 1:
-            raise self._error(assignments[1], "MANIFEST is there twice", "keep one of them")
+            raise self._error(assignments[1], "MANIFEST is defined twice", "keep one of them")
         value = getattr(assignments[0], "value", assignments[0])
         if not isinstance(value, ast.Call) or self._name(value.func) != "PluginMetadata":
             raise self._computed(value)
@@ -385,7 +385,7 @@ def _faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
                 'write it like topic="sales_data"',
             )
     if not manifest.patterns:
-        yield "MANIFEST has no pattern, so it would never get a file", 'add pattern="*.csv"'
+        yield "MANIFEST has no pattern, so the plugin would never get a file", 'add pattern="*.csv"'
     for pattern in manifest.patterns:
         if pattern.startswith("/") or ".." in pattern.split("/"):
             yield (
@@ -394,7 +394,7 @@ def _faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
             )
     for tag in manifest.subscriptions:
         if "," in tag:
-            yield f"subscription {tag[:80]!r} has a comma in it", "make two subscriptions of it"
+            yield f"subscription {tag[:80]!r} has a comma in it", "write it as two subscriptions"
     yield from _faults_of_sinks(manifest)
     yield from _faults_of_options(manifest)
     texts = {
@@ -426,7 +426,10 @@ def _faults_of_sinks(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for topic in manifest.sinks:
         named = manifest.sinks_of(topic)
         if not named:
-            yield f"topic {topic!r} has an empty list of sinks", "name one, or leave the topic out"
+            yield (
+                f"topic {topic!r} has an empty list of sinks",
+                ("name a sink, or leave the topic out"),
+            )
         for sink in filter(None, named):
             try:
                 sink_uri.read(sink)

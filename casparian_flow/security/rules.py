@@ -66,8 +66,8 @@ class Policy(msgspec.Struct, frozen=True):
                 kind, _, what = entry.partition(":")
                 if kind not in KINDS or not what:
                     raise ConfigError(
-                        f"[gatekeeper] {key} has {entry[:80]!r}, which is no kind of mention, a "
-                        f"colon and what is mentioned; the kinds are {', '.join(KINDS)}",
+                        f"[gatekeeper] {key} has {entry[:80]!r}, which is not of the form "
+                        f"KIND:NAME; the kinds are {', '.join(KINDS)}",
                         f'write it like {key} = ["import:os", "name:getattr"]',
                     )
         return cls(frozenset(settings.allow), frozenset(settings.forbid))
@@ -208,7 +208,7 @@ _DUNDER = re.compile(r"__[^\W_]\w*?__")
 
 KINDS = {
     "import": "docs/security.md lists the modules that a plugin may import",
-    "name": "write what it would do; give a variable of your own another name",
+    "name": "write out what it does; give your own variable another name",
     "attribute": 'use what the plugin imports itself; write a column of that name as row["..."]',
     "keyword": "leave it out, and store such data as Parquet or Arrow",
     "dunder": "use the public function or operator for it",
@@ -223,15 +223,15 @@ INSTEAD = {
     "import:multiprocessing": "files run in parallel by themselves; threads are allowed",
     "import:pickle": "it runs code from data: store such data as Parquet, Arrow or JSON",
     "import:shutil": "copy with open and read; archives open with zipfile or tarfile",
-    "import:glob": "a plugin sees its one file; give MANIFEST the pattern",
-    "import:inspect": "name what you use; the plugin's own code is known to you",
+    "import:glob": "a plugin sees only its one file; put the pattern into MANIFEST",
+    "import:inspect": "name what you use directly",
     "import:gc": "read the file in pieces and publish each",
     "import:casparian_flow.engine": "a plugin needs casparian_flow.sdk only",
     "name:eval": "for literals use ast.literal_eval or json.loads",
     "name:getattr": "write the attribute itself, or keep the choices in a dict",
     "name:setattr": "write the assignment itself, or keep the values in a dict",
     "name:compile": "for patterns write re.compile",
-    "name:input": "nobody sits before a plugin: open(file_path)",
+    "name:input": "a plugin has no terminal: use open(file_path)",
     "name:breakpoint": "use print; `casparian jobs show ID` has what a job printed",
     "attribute:eval": 'compute with columns: table["a"] + table["b"]',
     "attribute:attrgetter": "write lambda row: row.name",
@@ -240,7 +240,7 @@ INSTEAD = {
     "dunder:__dict__": "use dataclasses.asdict, or vars of your own in a dict",
     "dunder:__del__": "use with, or try and finally",
     "dunder:__import__": "import it at the top of the file",
-    "dunder:__file__": "a plugin is one file, nothing lies beside it: put the data into it",
+    "dunder:__file__": "a plugin is one file without others beside it: put the data into it",
 }
 """Mention -> advice, for common mistakes."""
 

@@ -97,9 +97,9 @@ def lock_down(allowed: Confinement) -> Level:
     with _layer(level, "limits"):
         _limit(allowed)
     if sys.platform != "linux":
-        level.missing |= dict.fromkeys(LAYERS[1:], f"{sys.platform} has no such thing")
+        level.missing |= dict.fromkeys(LAYERS[1:], f"{sys.platform} does not have it")
     elif not kernel.seccomp_available():
-        reason = f"only x86-64 is supported, and this is {os.uname().machine}"
+        reason = f"only x86-64 is supported, not {os.uname().machine}"
         level.missing |= dict.fromkeys(LAYERS[1:], reason)
     else:
         _confine(allowed, level)
@@ -145,7 +145,7 @@ def _open_checked(path: str, device: int, inode: int) -> int:
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     status = os.fstat(descriptor)
     if (status.st_dev, status.st_ino) != (device, inode):
-        sys.exit(f"{path!r} is not the file any more that was to be read")
+        sys.exit(f"{path!r} was replaced by another file")
     return descriptor
 
 

@@ -128,9 +128,9 @@ def verify(kind: type[S], payload: bytes, signature: bytes, public_key: bytes) -
         # Encoding it again finds a repeated key, a missing field or a space.
         canonical = _canonical(statement) == payload
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise AuthError(f"what was signed is not a {kind.kind} statement: {error}") from error
+        raise AuthError(f"the signed data is not a {kind.kind} statement: {error}") from error
     if not canonical:
-        raise AuthError(f"what was signed is a {kind.kind} statement, but not in canonical form")
+        raise AuthError(f"the signed {kind.kind} statement is not in canonical form")
     return statement
 
 
@@ -190,8 +190,8 @@ def check_published(
     ]
     if differing:
         raise PluginError(
-            f"the signed statement is about something else: {', '.join(differing)} of what is "
-            f"here differs from what key {key_id(public_key)[:16]} signed",
+            f"the signed statement does not match: {', '.join(differing)} differ from what key "
+            f"{key_id(public_key)[:16]} signed",
             "publish it again",
         )
 

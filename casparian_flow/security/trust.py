@@ -96,13 +96,13 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         key = self._trusted(public_key)
         if plugin is None and key.plugins != EVERYTHING:
             raise AuthError(
-                f"{key} is trusted with plugins {key.plugins}, and not with keys",
-                f"somebody trusted with {EVERYTHING!r} must do this: casparian keys list",
+                f"{key} is trusted with plugins {key.plugins}, but not with managing keys",
+                f"only a key trusted with {EVERYTHING!r} can do this: casparian keys list",
             )
         if plugin is not None and not key.covers(plugin):
             raise AuthError(
-                f"{key} is trusted with plugins {key.plugins}, and not with {plugin}",
-                f"somebody trusted with {EVERYTHING!r} runs: casparian keys trust "
+                f"{key} is trusted with plugins {key.plugins}, but not with {plugin}",
+                f"somebody whose key is trusted with {EVERYTHING!r} runs: casparian keys trust "
                 f"{key.public_key} --owner NAME --plugins GLOB",
             )
         return key
@@ -124,8 +124,8 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         name = signing.key_id(public_key)[:16]
         if not self.keys:
             return AuthError(
-                f"this ledger trusts no key yet, so not key {name}",
-                "casparian publish PLUGIN   (its key becomes the first)",
+                "this ledger trusts no key yet",
+                "casparian publish PLUGIN   (your key becomes the first)",
             )
         return AuthError(
             f"key {name} is not trusted in this ledger",
@@ -139,7 +139,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         if key is None:
             return f"key {key_id[:16]}, which signed it, was never trusted in this ledger"
         if not key.covers(plugin):
-            return f"{key}, which signed it, is trusted with plugins {key.plugins} only"
+            return f"{key}, which signed it, is trusted only with plugins {key.plugins}"
         return ""
 
     def stopped(self, key_id: str, plugin: str, version: str) -> str:
@@ -184,7 +184,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         if statement.ledger_id != self.ledger_id:
             raise AuthError("the statement is for another ledger")
         if (statement.seq, statement.previous) != (row.seq, self.head):
-            raise AuthError("the statement does not follow the row before it")
+            raise AuthError("the statement does not follow the one before it")
         if statement.signer_key_id != signing.key_id(row.public_key):
             raise AuthError("the statement names another key than the one that signed it")
         if row.countersignature and not isinstance(statement, RotateKey):
@@ -213,7 +213,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
             case Disable(plugin=plugin, version=version, reason=reason):
                 self.authorize(row.public_key, plugin)
                 return self._with_disabled({**self.disabled, (plugin, version): reason})
-        raise AuthError(f"nobody knows what a {statement.kind} does")
+        raise AuthError(f"{statement.kind} is an unknown kind of statement")
 
     def _trust(self, statement: TrustKey, row: Row) -> Trust:
         if not self.keys:
@@ -230,7 +230,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         )
         known = self.keys.get(added.key_id)
         if known and known.standing is not KeyStatus.TRUSTED:
-            raise AuthError(f"{known} is {known.standing}, and stays so", "trust another key")
+            raise AuthError(f"{known} is already {known.standing}", "trust another key")
         return self._with(added)
 
     def _rotate(self, statement: RotateKey, row: Row) -> Trust:
@@ -239,7 +239,7 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
         new = public_bytes(statement.public_key)
         signing.check_signature(statement.kind, row.payload, row.countersignature, new)
         if known := self.keys.get(signing.key_id(new)):
-            raise AuthError(f"{known} is known already: a rotation needs a new key")
+            raise AuthError(f"{known} is already known: a rotation needs a new key")
         successor = msgspec.structs.replace(
             earlier,
             key_id=signing.key_id(new),
@@ -276,12 +276,12 @@ def replay(ledger_id: str, rows: tuple[Row, ...], audited: tuple[str, ...]) -> T
         for row in rows:
             trust = trust.after(row)
     except AuthError as error:
-        fault = f"row {trust.seq + 1} of the trust log does not hold: {error.message}"
+        fault = f"row {trust.seq + 1} of the trust log is not valid: {error.message}"
         return msgspec.structs.replace(trust, broken=fault)
     digests = [row.digest for row in rows]
     for number, pair in enumerate(itertools.zip_longest(digests, audited), 1):
         if pair[0] != pair[1]:
-            fault = "is missing, and the audit has it" if pair[0] is None else "is not in the audit"
+            fault = "is missing, but the audit has it" if pair[0] is None else "is not in the audit"
             fault = f"row {number} of the trust log {fault}"
             return msgspec.structs.replace(trust, broken=fault)
     return trust

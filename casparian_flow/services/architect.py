@@ -27,7 +27,13 @@ from casparian_flow.db.audit import Event
 from casparian_flow.db.models import Plugin
 from casparian_flow.db.routing import Routing
 from casparian_flow.engine.locking import check_lock
-from casparian_flow.errors import ArtifactRefused, AuthError, PluginError, PublishConflict
+from casparian_flow.errors import (
+    ArtifactRefused,
+    AuthError,
+    PluginError,
+    PublishConflict,
+    counted,
+)
 from casparian_flow.protocol import Deploy, Introduction
 from casparian_flow.security import gatekeeper, keys, signing
 from casparian_flow.security.choices import NOTHING, Choices, choose
@@ -168,11 +174,12 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
     try:
         deed, *stays = ledger.change(work, lambda done: done.events).messages
     except _DryRun as undone:
-        return f"a dry run: nothing was changed; without --dry-run it is:\n{undone}"
+        return f"dry run, nothing was changed; without --dry-run:\n{undone}"
     crashpoint("architect.deployed")
     adopted = inventory.take(settings, ledger)  # its sinks may hold what a lost ledger published
     queued = queue_missing(ledger)
-    deed += f"; {_counted(queued, 'job')} queued for files already known"
+    if queued:
+        deed += f"; {counted(queued, 'job')} queued for known files"
     older = _older_work(ledger, candidate.manifest.name, candidate.statement.version)
     return "\n".join([deed, *stays, *older, *adopted])
 
@@ -184,19 +191,19 @@ def _older_work(ledger: Ledger, name: str, version: str) -> Iterator[str]:
     done = ledger.read(lambda c: backfill.of_others(c, name, version))
     redo = f"casparian backfill {name} --redo"
     if done.worked:
-        words = f"older versions of {name} have worked {_counted(done.worked, 'file version')}"
+        words = f"older versions of {name} have processed {counted(done.worked, 'file version')}"
         if done.again == done.worked:
-            yield f"{words}; to have {version} work them too: {redo}"
+            yield f"{words}; to process them with {version} too: {redo}"
         elif done.again:
-            yield f"{words}; to have {version} work the {done.again} whose bytes are there: {redo}"
+            yield (
+                f"{words}; to process the {done.again} whose content is still there with "
+                f"{version} too: {redo}"
+            )
         else:
-            yield f"{words}, whose bytes are gone: {version} cannot work them"
+            yield f"{words}, whose content is gone: {version} cannot process them"
     if done.waits:
-        yield f"an older version of {name} keeps its {_counted(done.waits, 'unfinished job')}"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+        some = counted(done.waits, "unfinished job")
+        yield f"an older version of {name} still has {some}"
 
 
 def queue_missing(ledger: Ledger) -> int:
@@ -268,16 +275,16 @@ def make_active(
     words = []
     if widened:
         words.append(
-            f"{', '.join(widened)} matched in this case only; from now on they match in any "
-            "case, and so more files"
+            f"{', '.join(widened)} matched only this case; from now on they match any case, "
+            "and so more files"
         )
     for topic in filter(manifest.sinks_of, manifest.topics):
         declared = [sink for sink in sinks if sink.topic == topic]
         current = [topics.of_row(topic, r.uri, r.mode) for r in now if r.topic_name == topic]
         if topics.locations_of(settings, declared) != topics.locations_of(settings, current):
             words.append(
-                f"topic {topic} goes to {', '.join(map(str, current))} as before, whatever the "
-                f"MANIFEST says; to follow it: casparian topics set {name} {topic} "
+                f"topic {topic} still goes to {', '.join(map(str, current))}, not to the "
+                f"MANIFEST's sink; to use that: casparian topics set {name} {topic} "
                 f"{' '.join(quote(str(sink)) for sink in declared)}"
             )
     return words
@@ -312,14 +319,14 @@ def _authenticate(settings: Settings, message: Deploy, statement: Publish) -> di
     if not settings.azure.required:
         if isinstance(statement.auth, AzureAuth):
             raise AuthError(
-                "the plugin was signed for a publisher who signed in to Azure, and this "
-                "configuration knows no Azure",
+                "the plugin was signed for a publisher who signed in to Azure, but Azure is "
+                "not configured here",
                 "set AZURE_TENANT_ID and AZURE_CLIENT_ID for the daemon as well",
             )
         return {}
     if not message.token:
         raise AuthError(
-            "publishers must sign in to Azure here, and nobody has",
+            "publishers must sign in to Azure here, but nobody did",
             "set AZURE_TENANT_ID and AZURE_CLIENT_ID, then: casparian publish PLUGIN",
         )
     from casparian_flow.security import identity
@@ -344,7 +351,7 @@ def _record(connection: Connection, settings: Settings, candidate: _Candidate) -
     key = trusted.authorize(candidate.message.public_key, name)
     stopped = trusted.stopped(key.key_id, name, version)
     if _is_there(connection, candidate):
-        words = f"{name} {version} is deployed already, with the same bytes"
+        words = f"{name} {version} is already deployed, with the same content"
         if stopped:
             return _Recorded([f"{words}, and {stopped}"], events)
         _require_fit(connection, trusted, name, version)
@@ -353,10 +360,10 @@ def _record(connection: Connection, settings: Settings, candidate: _Candidate) -
     words = f"{introduced}deployed {name} {version}"
     words += f" (artifact {candidate.statement.artifact_sha256[:12]})"
     if stopped:
-        return _Recorded([f"{words}, which takes no jobs: {stopped}"], events)
+        return _Recorded([f"{words}, but not active: {stopped}"], events)
     newest = plugins.newest(connection, name, trusted)
     if newest != version:
-        return _Recorded([f"{words}, which takes no jobs: {newest} is newer"], events)
+        return _Recorded([f"{words}, but not active: {newest} is newer"], events)
     stays = make_active(connection, settings, name, version, candidate.manifest, candidate.sinks)
     return _Recorded([words, *stays], events)
 
@@ -390,8 +397,8 @@ def _is_there(connection: Connection, candidate: _Candidate) -> bool:
     which = there[there.index(Version(version))]
     other = plugins.find(connection, name, str(which))
     raise PublishConflict(
-        f"{name} {which} exists already with other bytes "
-        f"(artifact {other.artifact_hash[:12]}, this one {artifact[:12]})",
+        f"{name} {which} already exists with other content (artifact "
+        f"{other.artifact_hash[:12]}, this one {artifact[:12]})",
         f"a published version never changes: publish with --version {_after(there[-1])}",
     )
 
@@ -406,7 +413,7 @@ def _require_fit(connection: Connection, trusted: Trust, name: str, version: str
     (known,) = plugins.stored(connection, *which)
     if refusal := plugins.refusal(known, trusted):
         raise PublishConflict(
-            f"{name} {version} is deployed already: {refusal}",
+            f"{name} {version} is already deployed: {refusal}",
             "a published version never changes: publish with --version "
             f"{_after(plugins.versions(connection, name)[-1])}",
         )

@@ -47,7 +47,9 @@ def wait_until_idle(
             )
         _refuse_frozen(behind)
         if durable.daemon_lock_holder(settings.database.daemon_lock) is None:
-            raise DaemonGone(f"the daemon ended: {_why(behind, jobs)}", "casparian start")
+            raise DaemonGone(
+                f"the daemon ended before all was done: {_why(behind, jobs)}", "casparian start"
+            )
         if any(_due(root, rung) for root in behind):
             rung = _ring(settings)
         time.sleep(POLL_SECONDS)
@@ -62,7 +64,7 @@ def _ring(settings: Settings) -> float:
     """Ask for a full scan; when that was, seconds since the epoch."""
     now = time.time()
     if control.ask(settings.database, Ring(scan=True)) is None:
-        raise DaemonGone("no daemon runs, so nothing would become idle", "casparian start")
+        raise DaemonGone("no daemon is running", "casparian start")
     return now
 
 
@@ -90,7 +92,10 @@ def _is_there(path: str) -> bool:
 
 
 def _why(behind: list[Any], jobs: Waiting) -> str:
-    scans = [f"source root {root.name} is not scanned or not settled" for root in behind]
-    queued = counted(jobs.queued, "job")
-    work = f"{queued} queued, {jobs.running} running, {jobs.committing} committing"
-    return "; ".join([*scans, work, *filter(None, [jobs.reason])])
+    scans = [
+        f"source root {root.name} is still being scanned, or files in it are still being written"
+        for root in behind
+    ]
+    states = ("queued", "running", "committing")
+    work = [f"{counted(n, 'job')} {state}" for state in states if (n := getattr(jobs, state))]
+    return "; ".join([*scans, *work, *filter(None, [jobs.reason])])

@@ -24,7 +24,7 @@ from casparian_flow.db import audit, found
 from casparian_flow.db.access import Ledger
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import KEY_DIGITS, Found
-from casparian_flow.errors import CasparianError
+from casparian_flow.errors import CasparianError, counted
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def _take(database: DatabaseSettings, ledger: Ledger, locations: list[str]) -> l
         try:
             new = list(sinks.inventory(location, database, known))
         except CasparianError as error:
-            log.warning("the sink %s could not be inventoried: %s", location, error.message)
+            log.warning("cannot list the outputs in sink %s: %s", location, error.message)
             continue
         if new:
             messages += _adopt(ledger, location, new)
@@ -90,8 +90,9 @@ def _adopt(ledger: Ledger, location: str, new: list[Found]) -> list[str]:
     if not count:
         return []
     return [
-        f"{location} holds {count} output{'' if count == 1 else 's'} that this ledger did not "
-        "know (it was lost, or is older than its sinks): they are adopted, and not made again"
+        f"{location} holds {counted(count, 'output')} that this ledger did not "
+        "know (it was lost, or is older than its sinks): adopted, so that they are not made "
+        "twice"
     ]
 
 
@@ -115,7 +116,7 @@ def _locations(uris: Iterable[str], home: Path) -> list[str]:
         try:
             locations.append(sinks.resolve(uri, home))
         except CasparianError as error:
-            log.warning("the sink %s is not inventoried: %s", uri, error.message)
+            log.warning("cannot list the outputs in sink %s: %s", uri, error.message)
     return locations
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from casparian_flow import bundled, durable
-from casparian_flow.config import Settings
+from casparian_flow.config import ScanSettings, Settings
 from casparian_flow.db import jobs, outputs, snapshots, versions, views
 from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.models import PAUSED, JobStatus
@@ -115,7 +115,7 @@ def source(settings: Settings, ledger: Ledger, name: str) -> Row:
 def _scrub(settings: Settings) -> str:
     scan = settings.scan
     if not scan.scrub_days:
-        return "OFF: a change that leaves a file's stamps as they were is never found"
+        return "OFF: a change that keeps a file's size and timestamps is never found"
     rate = scan.scrub_bytes_per_second / (1 << 20)
     return f"every {scan.scrub_days:g} days, {rate:.3g} MiB a second"
 
@@ -153,23 +153,23 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
     daemon = durable.daemon_lock_holder(settings.database.daemon_lock)
     found = [*_dangers(settings)]
     if not roots:
-        found.append(Advice("no source root: nothing is looked at", "casparian source add DIR"))
+        found.append(Advice("no source root: nothing is scanned", "casparian source add DIR"))
     if not plugins:
         found.append(
             Advice(
-                "no plugin is published: files are recorded, and nothing is made of them",
+                "no plugin is published: files are recorded but not processed",
                 "casparian publish PLUGIN   (casparian plugins bundled lists some)",
             )
         )
     active = {plugin["name"] for plugin in plugins if plugin["active"]}
     for name in sorted({plugin["name"] for plugin in plugins} - active):
-        words = f"no version of plugin {name} takes new jobs"
+        words = f"no version of plugin {name} is active"
         found.append(Advice(words, f"casparian plugins verify {name}"))
     for name, version in ledger.read(in_earlier_form):
         words = f"plugin {name} {version} may not run: {EARLIER_FORM}"
         found.append(Advice(words, f"casparian publish {bundled.argument(name)}"))
     for root in roots:
-        found += _advise_on(root, daemon is not None)
+        found += _advise_on(root, settings.scan, daemon is not None)
     for rule in ledger.read(views.rules):
         if fault := rule_fault(rule["pattern"]):
             words = f"rule {rule['id']} matches nothing: {fault}"
@@ -185,7 +185,7 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
 def unrouted(ledger: Ledger) -> list[Advice]:
     """That there are files of which nothing is made, where there are."""
     count = ledger.read(views.count_unrouted)
-    words = f"{counted(count, 'file')} that no plugin wants"
+    words = f"{counted(count, 'file')} {'matches' if count == 1 else 'match'} no plugin"
     return [Advice(words, "casparian files --unrouted", wrong=False)] if count else []
 
 
@@ -193,12 +193,12 @@ def _advise_jobs(ledger: Ledger, tally: dict[str, int], worked: bool) -> Iterato
     """What keeps jobs from their end, and which have come to a bad one."""
     queued, failed, gone = (tally.get(s, 0) for s in ("QUEUED", "FAILED", jobs.GONE_UNREAD))
     if queued and not worked:
-        words = f"{counted(queued, 'job')} {_be(queued)} queued and no daemon works them"
+        words = f"{counted(queued, 'job')} {_be(queued)} queued and no daemon is running"
         yield Advice(words, "casparian start   (or: casparian scan --drain)")
     waits = ledger.read(lambda c: views.waiting(c, PAUSED))
     if waits.paused:
         words = f"{counted(waits.paused, 'job')} {_be(waits.paused)} {waits.reason}"
-        yield Advice(words, "mend that; they are tried again every few seconds")
+        yield Advice(words, "fix that; the jobs are retried every few seconds")
     if failed:
         command = "casparian jobs --status FAILED   (then: casparian jobs retry, or dismiss)"
         yield Advice(f"{counted(failed, 'job')} failed", command)
@@ -213,20 +213,26 @@ def _be(number: int) -> str:
     return "is" if number == 1 else "are"
 
 
-def _advise_on(root: Row, watched: bool) -> list[Advice]:
+def _advise_on(root: Row, scan: ScanSettings, watched: bool) -> list[Advice]:
     """What keeps a source root from being seen, or believed."""
     name = root["name"]
     found = []
     if root["held"]:
         words = (
-            f"source root {name}: {counted(root['held'], 'file')} vanished at once, first missed "
-            f"at {root['held_since_at'][:19]}Z; none is marked deleted before a day has passed"
+            f"source root {name}: {counted(root['held'], 'file')} disappeared at once, first "
+            f"noticed at {root['held_since_at'][:19]}Z; not marked deleted for a day"
         )
         command = f"mount or restore them, or: casparian scan {name} --believe-deletions"
         found.append(Advice(words, command))
     if root["watch"].startswith("degraded"):
-        words = f"the watcher of source root {name} is {root['watch']}; it is armed again and again"
-        found.append(Advice(words, "casparian status   (it is scanned more often meanwhile)"))
+        pause = min(scan.poll_seconds, scan.rescan_seconds)
+        words = (
+            f"file events for source root {name} are unreliable ({root['watch']}); reconnecting, "
+            f"and scanning every {pause:g} s meanwhile"
+        )
+        found.append(
+            Advice(words, "casparian status   (nothing is missed; changes are found later)")
+        )
     if root["unreadable"]:
         words = f"source root {name}: {counted(root['unreadable'], 'file')} cannot be read"
         found.append(Advice(words, f"casparian files --source {name} --unreadable"))
@@ -247,19 +253,26 @@ def _dangers(settings: Settings) -> Iterator[Advice]:
     size = wal.stat().st_size if wal.exists() else 0
     if size > WAL_LIMIT_BYTES:
         words = (
-            f"the write-ahead log has {size >> 20} MiB: some program has been reading the database "
-            "for long, and it cannot shrink; work goes on"
+            f"the database's write-ahead log has grown to {size >> 20} MiB: another program "
+            "keeps the database open for reading, so it cannot shrink; jobs go on"
         )
-        yield Advice(words, f"fuser {path}   (names the programs; close the foreign one)")
+        yield Advice(
+            words, f"fuser {path}   (lists the programs; close the one that is not casparian)"
+        )
 
 
 def _advise_snapshots(settings: Settings, ledger: Ledger, superseded: int) -> Iterator[Advice]:
     if fault := ledger.read(snapshots.fault):
-        words = f"{counted(fault.files, 'content')} recorded without a snapshot: {fault.words}"
-        yield Advice(words, "make room for it   (docs/snapshots.md)")
+        words = f"{counted(fault.files, 'version')} recorded without a snapshot: {fault.words}"
+        yield Advice(words, "free some disk space   (docs/snapshots.md)")
     if superseded and settings.snapshots.mode != "copy":
-        words = f"{counted(superseded, 'job')} superseded: the file changed or went before it ran"
-        command = 'mode = "copy" in [snapshots] keeps such bytes   (docs/snapshots.md)'
+        words = (
+            f"{counted(superseded, 'job')} superseded: the file changed or was deleted "
+            "before the job ran"
+        )
+        command = (
+            'mode = "copy" in [snapshots] keeps the content of such files   (docs/snapshots.md)'
+        )
         yield Advice(words, command, wrong=False)
 
 

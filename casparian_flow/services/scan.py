@@ -102,7 +102,7 @@ class _Scan:
         try:
             self.ignore = Ignore(self.root.ignore, self.root.done_file)
         except ValueError as error:
-            return self._freeze(f"has an ignore pattern that is none ({error})")
+            return self._freeze(f"has an invalid ignore pattern ({error})")
         try:
             descriptor = os.open(self.root.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:

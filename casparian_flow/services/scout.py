@@ -71,7 +71,9 @@ class Scout:
             report = scan_until_settled(ledger, known)
         self._db.expire_all()
         if report.problem:
-            raise SourceError(report.problem, "nothing was changed; mount or restore it, then scan")
+            raise SourceError(
+                report.problem, "mount or restore it, then scan again; nothing was changed"
+            )
         return report
 
 
@@ -112,7 +114,8 @@ def roots(ledger: Ledger, names: Sequence[str] = ()) -> list[Root]:
     if unknown:
         known = ", ".join(root.name for root in active) or "none"
         raise SourceError(
-            f"no active source root named {', '.join(sorted(unknown))} (there are: {known})",
+            f"no active source root is named {', '.join(sorted(unknown))}; the active ones "
+            f"are: {known}",
             "casparian source list",
         )
     return [root for root in active if not names or root.name in names]
@@ -306,7 +309,7 @@ class Scrubber:
                 for root in await asyncio.to_thread(self._due):
                     await self._scrub(root)
             except LedgerError as error:
-                log.error("no scrub: %s", error.message)
+                log.error("cannot read files again to find hidden changes: %s", error.message)
             await asyncio.sleep(LOOK_SECONDS)
 
     async def _scrub(self, root: Root) -> None:
@@ -314,9 +317,9 @@ class Scrubber:
         work = partial(scrub, self._ledger, root, self._stop, bytes_per_second=pace)
         report = await run_in_thread(self._stop, work)
         for path in report.hidden:
-            log.warning("%s changed, and its stamps did not show it", path)
+            log.warning("%s changed, but its size and timestamps did not", path)
         for problem in report.unreadable:
-            log.warning("scrub: %s", problem)
+            log.warning("reading files again: %s", problem)
         if report.job_ids:
             self._on_jobs()
 

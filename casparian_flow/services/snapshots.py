@@ -39,7 +39,7 @@ from casparian_flow.db.access import Ledger
 from casparian_flow.db.snapshots import StoredContent
 from casparian_flow.durable import exclusive, fsync_path, make_folder
 from casparian_flow.engine import inbox
-from casparian_flow.errors import LedgerError
+from casparian_flow.errors import LedgerError, counted
 from casparian_flow.security import kernel
 from casparian_flow.trees import clear_away, remove_tree
 
@@ -277,7 +277,10 @@ class PendingSnapshots:
         evictions = references.add(connection, self._placed, self._limit)
         self.evicted = evictions.evicted
         if evictions.refused:
-            fault = f"unfinished jobs need all of its {self._limit} bytes ([snapshots] keep_bytes)"
+            fault = (
+                f"the store is full ({self._limit} bytes, [snapshots] keep_bytes), and "
+                "unfinished jobs need all of it"
+            )
             missed += evictions.refused
         references.set_fault(connection, fault, missed)
 
@@ -371,7 +374,7 @@ def sweep(ledger: Ledger) -> None:
         for content_hash in existing.keys() - referenced:
             existing[content_hash].unlink()
         if lost := sorted(referenced - existing.keys()):
-            log.warning("%d snapshots are not in %s any more", len(lost), folder)
+            log.warning("%s missing in %s", counted(len(lost), "snapshot"), folder)
             ledger.write(partial(references.delete, hashes=lost))
 
 
@@ -388,8 +391,8 @@ def problems(ledger: Ledger) -> Iterator[str]:
         # A content that was evicted meanwhile is not missing.
         if fault and ledger.read(partial(references.is_referenced, content_hash=content_hash)):
             yield (
-                f"snapshot {file} {fault}; jobs of that content need its file instead "
-                "(remove the snapshot, and start the daemon)"
+                f"snapshot {file} {fault}; jobs of that version read the file itself (delete "
+                "the snapshot, then start the daemon)"
             )
 
 
@@ -424,7 +427,9 @@ def report(ledger: Ledger) -> dict[str, Any]:
         "bytes": size,
         "keep_bytes": ledger.database.snapshots.keep_bytes,
         "unprotected_jobs": ledger.read(references.unprotected),
-        "fault": f"{fault.files} contents since {fault.since[:16]}: {fault.words}" if fault else "",
+        "fault": f"{counted(fault.files, 'version')} since {fault.since[:16]}: {fault.words}"
+        if fault
+        else "",
     }
 
 

@@ -38,7 +38,7 @@ from casparian_flow import durable
 from casparian_flow.config import ScanSettings
 from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
-from casparian_flow.errors import LedgerError
+from casparian_flow.errors import LedgerError, counted
 from casparian_flow.services.scan import Heard, Root, ScanReport, scan
 from casparian_flow.services.scout import roots, run_in_thread
 
@@ -123,7 +123,7 @@ class Watch:
                 await self._count_missed(active)
                 await self._save_states(active)
             except LedgerError as error:
-                log.error("no source root is scanned: %s", error.message)
+                log.error("cannot scan the source roots: %s", error.message)
                 await asyncio.sleep(self._settings.rescan_seconds)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._pause()):
@@ -156,7 +156,7 @@ class Watch:
             return
         before = self.last.get(root.name)
         if report.problem and (before is None or before.problem != report.problem):
-            log.warning("%s; nothing is inferred from that", report.problem)
+            log.warning("%s; its files count as unchanged until it is back", report.problem)
         self.last[root.name] = report
         self._began[root.id] = began
         now = time.monotonic()
@@ -201,7 +201,8 @@ class Watch:
             if self._watchers[root.id].busy:
                 continue
             if missed := self._hints.missed(root.id):
-                log.warning("%s: the watcher announced %d files too few", root.name, missed)
+                some = counted(missed, "change")
+                log.warning("%s: %s found by a full scan, not by file events", root.name, some)
                 work = partial(versions.count_up, root_id=root.id, missed=missed)
                 await self._ledger.write_soon(work)
 
@@ -233,7 +234,7 @@ def _overflows(react: Callable[[], None]) -> Iterator[None]:
 
     class _Overflow(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            log.warning("the watcher lost events (%s): scanning everything", record.getMessage())
+            log.warning("file events were lost (%s): scanning everything", record.getMessage())
             react()
 
     handler = _Overflow(logging.WARNING)
@@ -388,14 +389,14 @@ class Watcher:
 
     @property
     def state(self) -> str:
-        """`watching`, `polling: why`, `degraded: why`, or `watching, but not` what."""
+        """`watching`, `polling: why`, `degraded: why`, or `watching, except` what."""
         if self._network:
-            return f"polling: {self._network} tells of no changes that others make"
+            return f"polling: {self._network} sends no events for changes made on other machines"
         if self._trouble:
             return f"degraded: {self._trouble}"
         if self._too_deep:
-            folders = "1 folder" if self._too_deep == 1 else f"{self._too_deep} folders"
-            return f"{WATCHING}, but not {folders} whose path is too long for that"
+            folders = counted(self._too_deep, "folder")
+            return f"{WATCHING}, except {folders} with too long a path"
         return WATCHING
 
     @property
@@ -446,7 +447,7 @@ class Watcher:
         self._doubted = still
         self._too_deep = too_deep
         if lost:
-            self._fail(f"{len(lost)} folders are not watched{_limit(self.root.path)}")
+            self._fail(f"{counted(len(lost), 'folder')} not watched{_limit(self.root.path)}")
         elif not still and self._observer is not None:
             self._trouble = ""
             if time.monotonic() - self._armed > STEADY_SECONDS:
@@ -465,9 +466,9 @@ class Watcher:
     def _fault(self) -> str:
         """What is wrong with its threads or its root; empty where nothing is."""
         if not all(thread.is_alive() for thread in self._threads):
-            return "a thread of the watcher ended"
+            return "a watcher thread ended"
         if self._identity != _identity(self.root.path):
-            return "the directory is not there, or not the one that was watched"
+            return "the directory was deleted or replaced"
         return ""
 
     def _fail(self, why: str) -> None:

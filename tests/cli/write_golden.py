@@ -72,7 +72,7 @@ PLAIN = [  # what differs from run to run and from machine to machine
     (r"\b\d+(\.\d+)? (s|MiB)\b(?= on | at most|$|;)", r"N \2"),
     (r"(?<= on )\d+-\d+(?=, TIME)", "WORKER"),
     (r"sandbox: .*", "sandbox: LAYERS"),
-    (r"\(the last guest[^)]*\)", "(LAYERS)"),
+    (r"(?<=the last plugin ran under )[^)]*", "LAYERS"),
     (r"\b\d[\d,.]*( \w+)? of \d[\d,.]*(?= (bytes|GiB))", "N of N"),
     (r"\([\d,]+ bytes\)", "(N bytes)"),
     (r"(?<=artifact_size)( *)\d+|(?<=PUBLISHED)( *\d+ *)\d+(?= +/)", r"\1\2N"),
@@ -212,7 +212,7 @@ def publish(scene: Scene) -> None:
     scene.run("topics")
     scene.run("keys", "list")
     scene.run("publish", "orders")
-    scene.run("publish", scene.plugin("absent.py", "") + "x.py")
+    scene.run("publish", "./absent.py")
     scene.run("publish", scene.plugin("forbidden.py", FORBIDDEN))
     scene.run("publish", scene.plugin("no_handler.py", NO_HANDLER))
     orders = scene.plugin("orders.py", ORDERS)
@@ -391,7 +391,7 @@ def tamper(scene: Scene) -> None:
         found = database.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")
         for (name,) in found.fetchall():
             database.execute(f"DROP TRIGGER {name}")
-        database.execute("UPDATE cf_processing_queue SET status = 'ABORTED' WHERE id = 2")
+        database.execute("UPDATE cf_processing_queue SET status = 'ABORTED' WHERE id = 1")
         database.execute("UPDATE cf_processing_queue SET fence = fence + 1 WHERE id = 3")
         database.execute("UPDATE cf_file_version SET size_bytes = 1 WHERE id = 1")
         database.execute("DELETE FROM cf_audit WHERE seq = 2")

@@ -165,14 +165,15 @@ def resolve(uri: str, home: Path) -> str:
         raise ConfigError(f"sink {uri!r} has a NUL character", _ACCEPTED)
     if "${" in path:
         raise ConfigError(
-            f"sink {uri!r} has a variable in it, which is expanded in a MANIFEST and by "
-            "`casparian topics set` only",
+            f"sink {uri!r} contains a variable; variables are expanded only in a MANIFEST and "
+            "by `casparian topics set`",
             "write the path itself",
         )
     path = os.path.abspath(home / path)
     if STATE_FOLDER in path.split(os.sep):
         raise ConfigError(
-            f"sink {uri!r} lies in a folder {STATE_FOLDER}, which is for our own state",
+            f"sink {uri!r} is in a folder {STATE_FOLDER}, which is reserved for Casparian "
+            "Flow's state",
             "choose another folder",
         )
     return prefix + path
@@ -223,14 +224,16 @@ def table_of(uri: str) -> tuple[str, str]:
                   ((bracketed_schema, schema), (bracketed_table, table)))  # fmt: skip
     for name in filter(None, names):
         fault = (
-            "has characters that cannot be shown" if not name.isprintable()
+            "has unprintable characters" if not name.isprintable()
             else f"is longer than {_NAME_LIMIT} characters" if _units(name) > _NAME_LIMIT
-            else "is not of a table that stays" if name.startswith("#")
-            else "is reserved to us" if name.lower().startswith(("_cf_", "casparian_stage_"))
+            else "names a temporary table" if name.startswith("#")
+            else "is a reserved name" if name.lower().startswith(("_cf_", "casparian_stage_"))
             else ""
         )  # fmt: skip
         if fault:
-            raise ConfigError(f"sink {uri!r}: the name {name[:40]!r} {fault}", "choose another")
+            raise ConfigError(
+                f"sink {uri!r}: the name {name[:40]!r} {fault}", "choose another name"
+            )
     return names[0], names[1]
 
 
@@ -373,7 +376,7 @@ def check_reserved_content(location: str, topic: str) -> None:
     except OSError:
         return  # it is absent, or opening the sink will report the error
     raise ConfigError(
-        f"topic {topic!r} cannot go to {target}: that is something else, and no SQLite database",
+        f"topic {topic!r} cannot go to {target}: it exists and is not a SQLite database",
         _ELSEWHERE,
     )
 
@@ -401,20 +404,20 @@ def _names(path: str) -> Iterator[str]:
 def _fault_of_name(path: str, is_file: bool, database: Path, home: Path) -> str:
     """The faults that the path alone shows, without a look at the disk; empty if there is none."""
     if path.startswith(_NO_FILES) and not path.startswith(_SHARED_MEMORY):
-        return f"what is below {path[: path.index('/', 1)]} are no files that stay"
+        return f"{path[: path.index('/', 1)]} does not keep files"
     ours = _ours(database, home)
     if is_file and path.casefold().endswith(SIDE_FILES):
-        return f"SQLite takes a file whose name ends in {', '.join(SIDE_FILES)} for its own"
+        return f"SQLite uses file names that end in {', '.join(SIDE_FILES)} itself"
     if os.path.basename(path).casefold() == config.FILE_NAME:
-        return f"a file of the name {config.FILE_NAME} is a configuration"
+        return f"a file named {config.FILE_NAME} is a configuration"
     if STATE_FOLDER in path.casefold().split(os.sep):
-        return f"a folder {STATE_FOLDER} is for our own state"
+        return f"a folder {STATE_FOLDER} is reserved for Casparian Flow's state"
     for folder in (path, *map(str, Path(path).parents)):
         if what := ours.get(folder.casefold()):
             return f"{folder} is {what}"
     for inner, what in ours.items():
         if not is_file and inner.startswith(path.casefold().rstrip("/") + "/"):
-            return f"{what} is in it"
+            return f"it contains {what}"
     return ""
 
 
@@ -434,7 +437,7 @@ def _ours(database: Path, home: Path) -> dict[str, str]:
         **{Path(f"{database}{suffix}"): "a side file of the ledger" for suffix in SIDE_FILES},
         home / config.FILE_NAME: "the configuration",
         **({named: "the configuration"} if named else {}),
-        config.keys_folder(): "where the keys are",
+        config.keys_folder(): "the folder of keys",
         config.cache_folder(): "a cache, which may be deleted at any time",
         config.runtime_folder(): "the folder of sockets",
     }

@@ -126,10 +126,13 @@ def otherwise(settles: str, column: str) -> str:
     same = "let the plugin publish the column as text"
     if settles.startswith("casparian publish json_records ") and not re.search("[:,]", column):
         option = shlex.quote(f"types={column}:text")
-        same = f"give them all such a topic, with a --pattern of all of them and --option {option}"
+        same = (
+            "publish them all to such a topic, with a --pattern that matches all of them "
+            f"and --option {option}"
+        )
     return (
-        f". Files of another kind get a topic of their own: {settles}. Where they are of one kind, "
-        f"{same}"
+        f". If the files are of another kind, give them their own topic: {settles}. If they "
+        f"are of the same kind, {same}"
     )
 
 
@@ -169,10 +172,13 @@ def found(
 
 
 _DISK_ERRORS = {
-    errno.ENOSPC: ("the disk is full", "free some space; the jobs go on by themselves"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space; the jobs go on by themselves"),
-    errno.EROFS: ("the filesystem is read-only", "mount it writable"),
-    errno.EACCES: ("permission denied", "give the user that runs casparian the right to write"),
+    errno.ENOSPC: ("the disk is full", "free some space; the jobs then continue by themselves"),
+    errno.EDQUOT: (
+        "the disk quota is used up",
+        "free some space; the jobs then continue by themselves",
+    ),
+    errno.EROFS: ("the filesystem is read-only", "mount it read-write"),
+    errno.EACCES: ("permission denied", "give the user that runs casparian write permission"),
     errno.EMFILE: ("too many open files", "raise the limit: ulimit -n"),
 }
 
@@ -192,7 +198,7 @@ def lost(output: StagedOutput, reason: object) -> JobError:
     """The error to report for a sealed file that is gone or damaged; the job must run again."""
     return JobError(
         f"the staged file {output.stage} of topic {output.topic!r} cannot be read: {reason}",
-        "retry the job: its plugin will write the output again",
+        "casparian jobs retry ID   (the plugin then writes the output again)",
     )
 
 

@@ -100,7 +100,8 @@ def columns_of(schema: Any) -> list[Column]:
     for column in columns:
         if names[fold(column.name)] > 1:
             raise OutputRefused(
-                f"SQLite does not tell column {column.name!r} from another: case is ignored",
+                f"column {column.name!r} has the same name as another one in SQLite, which "
+                "ignores case",
                 "rename the column in the plugin",
             )
     return columns
@@ -198,7 +199,7 @@ def check_inside(array: Any, *, in_json: bool) -> None:
         array.cast(pa.duration("ns"))
     elif types.is_temporal(kind):
         if pc.any(pc.starts_with(_plain_texts(array), "<")).as_py():
-            raise ValueError("a date or time is out of the range of calendars")
+            raise ValueError("a date or time is out of range")
     elif types.is_floating(kind) and len(array.drop_null()):
         if in_json and not pc.all(pc.is_finite(array)).as_py():
             raise ValueError("JSON has no NaN and no infinity; publish null instead")
@@ -293,7 +294,7 @@ def check_cells(array: Any) -> None:
     if values_in(array) <= CELL_VALUES:
         return
     if len(array) == 1:
-        raise ValueError(f"one value of it has more than {CELL_VALUES} values in it")
+        raise ValueError(f"one of its values contains more than {CELL_VALUES} values")
     half = len(array) // 2
     for part in (array.slice(0, half), array.slice(half)):
         check_cells(part)

@@ -99,7 +99,7 @@ class MssqlSink:
                 ledger = target.in_table() if target.has_ledger() else []
                 counted = target.counts() if any(record.rows for record in ledger) else {}
         except SinkUnavailable as error:
-            return [f"{claim.target}: it cannot be read: {error.message}" for claim in claims]
+            return [f"{claim.target} cannot be read: {error.message}" for claim in claims]
         known = {record.output_key: record for record in ledger}
         return [f"{c.target}: {fault}" for c in claims if (fault := _fault(c, known, counted))]
 
@@ -140,7 +140,9 @@ class MssqlSink:
         """See `Sink.reinstate`."""
         with self._changing(claim, aside=True) as (target, record):
             if record is None:
-                raise SinkConflict(f"{claim.target}: its ledger does not have the output")
+                raise SinkConflict(
+                    f"{claim.target}: its table _cf_outputs does not list the output"
+                )
             if record.state == RETRACTED and target.is_late(record):
                 _move(target, record, REPLACED, [target.ask.delete_retracted(record.lineage)])
             elif record.state == RETRACTED:
@@ -204,8 +206,8 @@ def _move(target: Target, record: Recorded, state: str, moves: Sequence[Statemen
     for moved in map(target.session.change, moves):
         if moved != record.rows:
             raise SinkConflict(
-                f"{target.place} has {moved} rows of job {record.job_id}, where {record.rows} "
-                "were published; nothing was changed",
+                f"{target.place} has {moved} rows of job {record.job_id} instead of the "
+                f"{record.rows} published; nothing was changed",
                 f"casparian outputs restore {record.job_id}",
             )
     target.session.execute(target.ask.mark(record.output_key, state))
@@ -215,11 +217,11 @@ def _fault(claim: Claim, ledger: dict[str, Recorded], counted: dict[Any, int]) -
     """What is wrong with a claimed output; empty if nothing is."""
     record = ledger.get(claim.output_key)
     if record is None or (record.rows, record.digest) != (claim.rows, claim.digest):
-        return f"its ledger does not have the output of job {claim.job_id}"
+        return f"its table _cf_outputs does not list the output of job {claim.job_id}"
     if record.state != SHOWN:
-        return f"its ledger has job {claim.job_id} as {record.state}"
+        return f"its table _cf_outputs has the output of job {claim.job_id} as {record.state}"
     if (rows := counted.get(record.lineage, 0)) != record.rows:
-        return f"{rows} rows of job {record.job_id}, where {record.rows} were published"
+        return f"{rows} rows of job {record.job_id} instead of the {record.rows} published"
     return ""
 
 
@@ -490,8 +492,8 @@ def _check_all_ours(target: Target) -> None:
     shown = {record.lineage: record.rows for record in records if record.state == SHOWN}
     if target.counts() != {lineage: rows for lineage, rows in shown.items() if rows}:
         raise SinkConflict(
-            f"table {target.place} holds rows that are not ours, and the topic's mode is error; "
-            "it was left untouched",
+            f"table {target.place} has rows that Casparian Flow did not write, and the topic's "
+            "mode is error; it was left untouched",
             "rename that table, or: casparian topics set ... --mode append",
         )
 
@@ -657,8 +659,8 @@ class Target:
     def _check_ours(self, existing: dict[str, tuple[str, str]]) -> None:
         if not existing.keys() >= set(LINEAGE):
             raise SinkConflict(
-                f"table {self.place} is not one of ours; it was left untouched",
-                "rename that table, or give the topic another",
+                f"table {self.place} was not made by Casparian Flow; it was left untouched",
+                "rename that table, or give the topic another table",
             )
 
     def _check_topic(self, topic: str) -> None:

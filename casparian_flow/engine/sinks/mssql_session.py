@@ -62,29 +62,33 @@ class Fault(NamedTuple):
     hint: str = ""
 
 
-_SPACE = "free some space on the server, or let it grow; the jobs go on by themselves"
-_RIGHTS = "docs/sinks_mssql.md lists what the login needs; the jobs go on by themselves"
+_SPACE = "free some space on the server, or let it grow; the jobs then continue by themselves"
+_RIGHTS = (
+    "docs/sinks_mssql.md lists the permissions that the login needs; the jobs then "
+    "continue by themselves"
+)
 _LOGIN = "see [mssql] in the configuration, CASPARIAN_MSSQL and CASPARIAN_MSSQL_PASSWORD"
 _CONVERT = "convert the column in the plugin, or widen it in the table"
 
-_DEADLOCK = Fault(Kind.RETRY, "it chose this transaction as a deadlock's victim")
+_DEADLOCK = Fault(Kind.RETRY, "it cancelled this transaction because of a deadlock")
 _LOCKED = Fault(Kind.PAUSE, "another program holds a lock for too long",
-                "see who does (sys.dm_tran_locks); the jobs go on by themselves")  # fmt: skip
+                "find it (sys.dm_tran_locks); the jobs then continue by themselves")  # fmt: skip
 _FULL = Fault(Kind.PAUSE, "its disk or its transaction log is full", _SPACE)
-_DENIED = Fault(Kind.PAUSE, "the login may not do that", _RIGHTS)
-_NO_LOGIN = Fault(Kind.PAUSE, "it does not let this login in", _LOGIN)
-_AWAY = Fault(Kind.PAUSE, "the database cannot be written now",
-              "see that it is online and writable; the jobs go on by themselves")  # fmt: skip
+_DENIED = Fault(Kind.PAUSE, "the login lacks the permission", _RIGHTS)
+_NO_LOGIN = Fault(Kind.PAUSE, "it refuses this login", _LOGIN)
+_AWAY = Fault(Kind.PAUSE, "the database is not writable now",
+              "make it online and writable; the jobs then continue by themselves")  # fmt: skip
 _GONE = Fault(Kind.LOST, "the connection is lost",
-              "see that the server can be reached; the jobs go on by themselves")  # fmt: skip
-_SLOW = Fault(Kind.PAUSE, "it took too long", "see what it waits for, or raise "
-              "mssql.timeout_seconds; the jobs go on by themselves")  # fmt: skip
-_TAKEN = Fault(Kind.CONFLICT, "something else has that name; it was left untouched",
+              "make sure it can be reached; the jobs then continue by themselves")  # fmt: skip
+_SLOW = Fault(Kind.PAUSE, "it took too long",
+              "find out what it waits for, or raise mssql.timeout_seconds; the jobs then continue "
+              "by themselves")  # fmt: skip
+_TAKEN = Fault(Kind.CONFLICT, "another object has that name; it was left untouched",
                "rename it, or give the topic another table")  # fmt: skip
 _UNFIT = Fault(Kind.REFUSE, "the rows do not fit into the table", _CONVERT)
-_RULE = Fault(Kind.REFUSE, "a rule of the table forbids the rows",
-              "its constraints and triggers are obeyed: mend them, or the plugin")  # fmt: skip
-_WIDE = Fault(Kind.REFUSE, "a row is wider than the 8060 bytes that a page has",
+_RULE = Fault(Kind.REFUSE, "a constraint of the table forbids the rows",
+              "change the table's constraints and triggers, or the plugin")  # fmt: skip
+_WIDE = Fault(Kind.REFUSE, "a row has more than the 8060 bytes of a page",
               "publish fewer columns, or a column of lists")  # fmt: skip
 
 _NUMBERS = {
@@ -154,7 +158,7 @@ _SAID = [
 
 _SQL_ERROR = re.compile(r"Sql Error: (\d+): Class \d+: State \d+: (.*?) on \S* in ", re.DOTALL)
 
-UNKNOWN = Fault(Kind.PAUSE, "it cannot take the rows", "the jobs go on by themselves")
+UNKNOWN = Fault(Kind.PAUSE, "it cannot take the rows", "the jobs then continue by themselves")
 
 
 def fault_of(error: Exception) -> Fault:
@@ -217,9 +221,9 @@ _BRACED = re.compile(r"\{(?:[^}]|\}\})*\}")
 _ENCRYPTS = re.compile(r"(?:^|;)\s*encrypt\s*=", re.IGNORECASE)
 
 _GIVEN = {
-    -1: Fault(Kind.PAUSE, "another program publishes the same for too long",
-              "the jobs go on by themselves"),
-    -3: Fault(Kind.RETRY, "it chose this transaction as a deadlock's victim"),
+    -1: Fault(Kind.PAUSE, "another program has been publishing the same for too long",
+              "the jobs then continue by themselves"),
+    -3: Fault(Kind.RETRY, "it cancelled this transaction because of a deadlock"),
 }  # fmt: skip
 """Results of `sp_getapplock` when it does not grant the lock."""
 
@@ -353,7 +357,7 @@ class Session:
         wait = self._settings.lock_seconds
         ((given,),) = self.execute(statements.lock(resource, wait, session=session))
         if given < 0:
-            unknown = Fault(Kind.PAUSE, f"a lock is not to be had (sp_getapplock says {given})")
+            unknown = Fault(Kind.PAUSE, f"cannot get a lock (sp_getapplock returned {given})")
             raise Refused(_GIVEN.get(given, unknown))
 
     def try_lock(self, resource: str) -> bool:
@@ -417,8 +421,8 @@ def _connect(settings: MssqlSettings) -> Any:
     except (ValueError, driver.ConnectionStringParseError):
         # Its message may quote a part of a password that has a semicolon in it.
         raise SinkUnavailable(
-            "the connection string of SQL Server cannot be read",
-            "see docs/sinks_mssql.md; a value with one of ;{}= belongs in braces: PWD={a;b}",
+            "the connection string for SQL Server is not valid",
+            "see docs/sinks_mssql.md; put a value with one of ;{}= into braces: PWD={a;b}",
         ) from None
     connection.timeout = settings.timeout_seconds
     return connection

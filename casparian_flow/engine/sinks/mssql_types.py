@@ -166,8 +166,8 @@ def columns_of(schema: Any) -> list[Column]:
             )
         if names[fold(column.name)] > 1:
             raise OutputRefused(
-                f"SQL Server may not tell column {column.name!r} from another: most databases "
-                "ignore case, width and blanks at the end",
+                f"column {column.name!r} may have the same name as another one in SQL Server: "
+                "most databases ignore case, width and trailing blanks",
                 "rename the column in the plugin",
             )
     check_count(len(found) - sum(column.name in LINEAGE for column in found))
@@ -193,8 +193,8 @@ def check_count(count: int) -> None:
     """
     if count > COLUMNS_LIMIT:
         raise OutputRefused(
-            f"{count} columns are too many: a table of SQL Server has {COLUMNS_LIMIT} at most, "
-            "besides ours",
+            f"{count} columns are too many: a table of SQL Server has at most {COLUMNS_LIMIT} "
+            "besides the lineage columns",
             "publish fewer columns, or a column of lists",
         )
 
@@ -288,7 +288,7 @@ def _exact(array: Any, plain: Any) -> Any:
     if (columns.is_text(plain) or columns.is_binary(plain)) and len(cast):
         longest = pc.max(pc.binary_length(cast)).as_py() or 0
         if longest * (2 if columns.is_text(plain) else 1) > _CELL_BYTES:
-            raise ValueError(f"a value has {longest} bytes, which are too many")
+            raise ValueError(f"a value of {longest} bytes is too long")
     return cast
 
 
@@ -308,7 +308,7 @@ def _check_moment(array: Any) -> None:
     ticks = array.cast(pa.int32() if short else pa.int64()).cast(pa.int64())
     unit = "day" if types.is_date32(kind) else "ms" if types.is_date64(kind) else kind.unit
     if unit == "ns" and not pc.multiply(pc.divide(ticks, 100), 100).equals(ticks):
-        raise ValueError("SQL Server has 100 nanoseconds, and there are finer ones")
+        raise ValueError("SQL Server stores times to 100 nanoseconds, and this one is finer")
     if types.is_time(kind):
         low, high = 0, _DAY * _PER_SECOND[unit] - 1
     elif unit == "day":

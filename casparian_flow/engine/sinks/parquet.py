@@ -140,7 +140,8 @@ class ParquetSink:
         """See `Sink.withdraw`. Never removes a file, because a user may have altered it."""
         if os.path.lexists(claim.target):
             raise SinkConflict(
-                f"{claim.target} is there, and was altered", "move it elsewhere, then restore again"
+                f"{claim.target} exists, and was changed outside Casparian Flow",
+                "move it elsewhere, then restore again",
             )
 
     def retract(self, claim: Claim) -> None:
@@ -305,8 +306,8 @@ class ParquetSink:
             if settled := self._settled(output):
                 return settled
             raise SinkUnavailable(
-                f"cannot write {target}: somebody else is changing it",
-                "leave that folder to casparian; the job goes on by itself",
+                f"cannot write {target}: another program is changing it",
+                "let only casparian write to that folder; the job then continues by itself",
             )
         remove_published([each for each in move.losers if each.path != target])
         return Published(target=str(target), rows=output.rows, digest=digest, adopted=False)
@@ -320,7 +321,7 @@ class ParquetSink:
         if error.errno in _NO_LINKS:
             return SinkUnavailable(
                 f"cannot link {output.stage} into {self.root / output.topic}: {error.strerror}",
-                "a sink's folder must lie on one filesystem, one that has hard links",
+                "a sink's folder must be on one filesystem that supports hard links",
             )
         return unavailable(error, self.root / output.topic)
 
@@ -340,7 +341,7 @@ def _check_all_ours(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if not path.name.startswith((".", "_")) and not is_ours(path):
             raise SinkConflict(
-                f"topic {folder.name!r} is in mode error, and {path} is not ours",
+                f"topic {folder.name!r} is in mode error, and Casparian Flow did not write {path}",
                 "move it elsewhere, then retry the job; or choose another mode: casparian topics",
             )
 
@@ -454,7 +455,7 @@ def hide_published(root: Path, claim: Claim) -> None:
         if _is_replaced(shown, claim):
             return
         raise SinkConflict(
-            f"{shown} cannot be retracted: {fault}", "casparian verify tells what is wrong"
+            f"{shown} cannot be retracted: {fault}", "casparian verify   (shows what is wrong)"
         )
     durable.make_folder(hidden.parent)
     _move(shown, hidden)
@@ -470,7 +471,7 @@ def show_again(root: Path, claim: Claim) -> None:
     if os.path.lexists(shown):
         if (fault := fault_of(shown, claim)) and not _is_replaced(shown, claim):
             raise SinkConflict(
-                f"{shown} is in the place of what was retracted, and was left untouched: {fault}",
+                f"{shown} is in the way of the retracted file, and was left untouched: {fault}",
                 "move it elsewhere",
             )
         return
@@ -479,7 +480,7 @@ def show_again(root: Path, claim: Claim) -> None:
             return
         raise SinkConflict(
             f"{shown} cannot be reinstated from {hidden}: {fault}",
-            "put that file back, or have its job run again: casparian outputs restore",
+            "restore that file, or run its job again: casparian outputs restore",
         )
     durable.make_folder(shown.parent)
     _move(hidden, shown)
@@ -514,7 +515,7 @@ def _read(path: Path, hidden: bool) -> Standing:
         standing = Standing(path, parts.read_footer(path), hidden)
         if standing.name and standing.order:  # both need facts that only our footers have
             return standing
-        raise ValueError("it says no name")
+        raise ValueError("its name is missing")
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         if is_disk_fault(error) and not isinstance(error, FileNotFoundError | IsADirectoryError):
             raise unavailable(error, path) from error
@@ -523,7 +524,7 @@ def _read(path: Path, hidden: bool) -> Standing:
 
 def _foreign(path: Path) -> SinkConflict:
     return SinkConflict(
-        f"{path} is not the output that its name says; it was left untouched",
+        f"{path} does not contain the output that its name stands for; it was left untouched",
         "move it elsewhere, then retry the job",
     )
 

@@ -196,7 +196,7 @@ def read_footer(path: Path) -> Footer:
         or len({fact.get("output_key") for fact in facts}) != 1
         or facts[-1].get("parts") != str(len(facts))
     ):
-        raise ValueError("these are not all the parts of one output")
+        raise ValueError("some parts of the output are missing")
     return Footer(facts[-1], sum(footer.num_rows for footer in footers))
 
 
@@ -379,6 +379,6 @@ def _columns_of_outputs(folder: Path) -> Any:
 
 def _foreign(folder: Path) -> SinkConflict:
     return SinkConflict(
-        f"{folder / COLUMNS_FILE} is not one of ours; it was left untouched",
-        "move it elsewhere, then retry the job: the outputs say what it would have in it",
+        f"{folder / COLUMNS_FILE} was not made by Casparian Flow; it was left untouched",
+        "move it elsewhere, then retry the job: the file is made again from the outputs",
     )

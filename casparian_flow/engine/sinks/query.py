@@ -79,14 +79,14 @@ def answer(question: str, outputs: Sequence[Output]) -> Iterator[Any]:
             except duckdb.PermissionException as error:
                 raise CasparianError(
                     f"the query failed: {_first_line(error)}",
-                    "a query sees the topics that it names, and no other file",
+                    "a query can read the topics that it names, but no other files",
                 ) from error
             except BrokenPipeError:  # raised by the caller's printing in the block
                 raise
             except (duckdb.Error, pa.ArrowException, sqlite3.Error, OSError) as error:
                 raise CasparianError(
                     f"the query failed: {_first_line(error)}",
-                    "mend the SQL; casparian verify tells whether outputs are damaged",
+                    "fix the SQL, or: casparian verify   (shows whether outputs are damaged)",
                 ) from error
 
 
@@ -154,8 +154,9 @@ def _create(database: Any, name: str, outputs: Sequence[Output], shown: bool) ->
     for output in outputs:
         if _on_server(output):
             raise CasparianError(
-                f"topic {output['topic']!r} is in SQL Server, where this does not look",
-                f"ask the server itself, for table {output['target'].removeprefix(SERVER)}",
+                f"topic {output['topic']!r} is in SQL Server, which `casparian query` does not "
+                "read",
+                f"query the server itself, table {output['target'].removeprefix(SERVER)}",
             )
     parts = []
     targets = [o["target"] for o in outputs if o["location"].startswith(PREFIXES["parquet"])]
@@ -302,7 +303,7 @@ def reading(duckdb: Any, database: Any, question: str) -> str:
     """
     statements = duckdb.extract_statements(question)
     if len(statements) != 1:
-        raise _refused("these are several statements" if statements else "this is none")
+        raise _refused("these are several statements" if statements else "this is not a statement")
     kind = statements[0].type
     if kind == duckdb.StatementType.MULTI and re.search(r"\bPIVOT", question, re.IGNORECASE):
         raise _refused("a PIVOT must name its values: PIVOT t ON column IN ('a', 'b') USING sum(n)")
@@ -340,11 +341,11 @@ def _check_tree(database: Any, question: str) -> None:
     for node in _nodes(tree):
         kind = node.get("type")
         if isinstance(kind, str) and kind.endswith("_NODE") and kind not in _READING_NODES:
-            raise _refused(f"there is {kind.partition('_')[0]} in it")
+            raise _refused(f"it contains {kind.partition('_')[0]}")
         if kind == "TABLE_FUNCTION":
             name = str(node.get("function", {}).get("function_name")).lower()
             if not _TABLE_FUNCTIONS.fullmatch(name):
-                raise _refused(f"the table function {name[:60]!r} may do more")
+                raise _refused(f"the table function {name[:60]!r} is not allowed")
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
@@ -361,6 +362,6 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 def _refused(what: str) -> CasparianError:
     return CasparianError(
-        f"a query is one SELECT: it reads, and changes nothing; {what}",
+        f"a query must be one SELECT that only reads; {what}",
         'casparian query "SELECT * FROM <topic>"   (casparian query "SHOW TABLES" lists them)',
     )

@@ -103,7 +103,7 @@ class SqliteSink:
             try:
                 faults += self._faults(topic, claimed)
             except sqlite3.Error as error:
-                faults += [f"{claim.target}: it cannot be read: {error}" for claim in claimed]
+                faults += [f"{claim.target} cannot be read: {error}" for claim in claimed]
         return faults
 
     def inventory(self, known: Container[str]) -> Iterator[Found]:
@@ -144,7 +144,9 @@ class SqliteSink:
             raise SinkConflict(f"{claim.target}: the database is gone")
         with self._changing(claim) as (connection, record):
             if record is None:
-                raise SinkConflict(f"{claim.target}: its ledger does not have the output")
+                raise SinkConflict(
+                    f"{claim.target}: its table _cf_outputs does not list the output"
+                )
             if record["state"] == "retracted":
                 if record["mode"] == "replace" and is_late_output(connection, record):
                     move_output(connection, record, "replaced", tables.forget_rows)
@@ -287,11 +289,12 @@ class SqliteSink:
         if code in _PASSING:
             return SinkUnavailable(
                 f"cannot write {self.path}: {error}",
-                "see that it can be written and no program holds it; the jobs go on by themselves",
+                "make it writable, and close programs that lock it; the jobs then continue by "
+                "themselves",
             )
         if code == sqlite3.SQLITE_NOTADB:
             return SinkConflict(f"{self.path} is not a SQLite database; it was left untouched")
-        return OutputRefused(f"topic {topic!r}: {self.path} refuses the rows: {error}")
+        return OutputRefused(f"topic {topic!r}: {self.path} does not accept the rows: {error}")
 
     def _faults(self, topic: str, claims: Sequence[Claim]) -> Iterator[str]:
         with self._reading() as connection:
@@ -307,13 +310,19 @@ class SqliteSink:
         for claim in claims:
             record = ledger.get(claim.output_key, {})
             if [record.get("rows"), record.get("digest")] != [claim.rows, claim.digest]:
-                yield f"{claim.target}: its ledger does not have the output of job {claim.job_id}"
+                yield (
+                    f"{claim.target}: its table _cf_outputs does not list the output of "
+                    f"job {claim.job_id}"
+                )
             elif record["state"] != "shown":
-                yield f"{claim.target}: its ledger has job {claim.job_id} as {record['state']}"
+                yield (
+                    f"{claim.target}: its table _cf_outputs has the output of job "
+                    f"{claim.job_id} as {record['state']}"
+                )
             elif counted.get(record["job_id"], 0) != promised[record["job_id"]]:
                 yield (
                     f"{claim.target}: {counted.get(record['job_id'], 0)} rows of job "
-                    f"{record['job_id']}, where {promised[record['job_id']]} were published"
+                    f"{record['job_id']} instead of the {promised[record['job_id']]} published"
                 )
 
 
@@ -403,8 +412,8 @@ def move_output(
     moved = take(connection, record["topic"], rows_of(record))
     if moved != record["rows"]:
         raise SinkConflict(
-            f"{record['topic']!r} has {moved} rows of job {record['job_id']}, where "
-            f"{record['rows']} were published; nothing was changed",
+            f"{record['topic']!r} has {moved} rows of job {record['job_id']} instead of the "
+            f"{record['rows']} published; nothing was changed",
             f"casparian outputs restore {record['job_id']}",
         )
     connection.execute(

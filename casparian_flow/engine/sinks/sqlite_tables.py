@@ -107,8 +107,8 @@ def _widen(connection: sqlite3.Connection, topic: str, column: Column, settles: 
     beyond = f"{{0}} > {EXACT_IN_DOUBLE} OR {{0}} < -{EXACT_IN_DOUBLE}"
     if any(_has(connection, topic, column.name, beyond)):
         raise OutputRefused(
-            f"column {column.name!r} ({column.kind}) is INTEGER in the table, with whole numbers "
-            f"that no REAL is exactly{otherwise(settles, column.name)}",
+            f"column {column.name!r} ({column.kind}) is INTEGER in the table, and has whole "
+            f"numbers that a REAL cannot hold exactly{otherwise(settles, column.name)}",
             "convert the column in the plugin, or give it another name",
         )
     _note_type(connection, topic, column.name, "REAL")
@@ -259,8 +259,8 @@ def reinstate_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> in
     existing = {fold(name) for name in declared(connection, topic)}
     if lost := [name for name in declared(connection, kept) if fold(name) not in existing]:
         raise SinkConflict(
-            f"table {topic!r} has no column {lost[0]!r}, which rows retracted from it have",
-            f"put that column back; the rows wait in the table {kept!r}",
+            f"table {topic!r} lacks the column {lost[0]!r}, which its retracted rows have",
+            f"add that column again; the rows are kept in the table {kept!r}",
         )
     return _move(connection, kept, topic, declared(connection, kept), rows)
 
@@ -283,8 +283,8 @@ def check_all_ours(connection: sqlite3.Connection, topic: str, promised: dict[in
         return
     if not is_ours(connection, topic) or count_rows(connection, topic) != promised:
         raise SinkConflict(
-            f"table {topic!r} holds rows that are not ours, and the topic's mode is error; it was "
-            "left untouched",
+            f"table {topic!r} has rows that Casparian Flow did not write, and the topic's mode "
+            "is error; it was left untouched",
             "rename that table, or: casparian topics set ... --mode append",
         )
 
@@ -331,7 +331,7 @@ def _fit_table(
         return list(incoming)
     if not existing.keys() >= set(LINEAGE):
         raise SinkConflict(
-            f"table {topic!r} is not one of ours; it was left untouched",
+            f"table {topic!r} was not made by Casparian Flow; it was left untouched",
             "rename that table, or give the topic another sink",
         )
     for column in incoming:
@@ -365,9 +365,9 @@ def check_table(topic: str, schema: Any) -> None:
         if len(columns) > room:
             raise OutputRefused(
                 f"topic {topic!r} has {len(columns) - len(ours)} columns: from column "
-                f"{columns[room - len(ours)].name!r} on a table of SQLite, which has {room} with "
-                "ours, has no room for them",
-                "publish fewer columns, or lists; Parquet has room: casparian topics set",
+                f"{columns[room - len(ours)].name!r} on they do not fit: a table of SQLite has "
+                f"room for {room}, with the lineage columns",
+                "publish fewer columns, or columns of lists; or use Parquet: casparian topics set",
             )
         try:
             create_table(trial, topic, columns)
@@ -400,5 +400,5 @@ def _check_length(column: Column, values: Any) -> None:
         raise OutputRefused(
             f"column {column.name!r} ({column.kind}) has a value of {longest} bytes; SQLite's "
             f"longest has {CELL_BYTES}",
-            "publish it in parts; Parquet has room: casparian topics set",
+            "publish it in parts, or use Parquet: casparian topics set",
         )

@@ -298,7 +298,7 @@ def _check_names(topic: str, names: list[str]) -> None:
             "is empty" if not name
             else "has a NUL character" if "\0" in name
             else "occurs twice" if name in seen
-            else "is reserved: `_cf_` begins our own columns" if name.lower().startswith("_cf_")
+            else "is reserved: `_cf_` begins the lineage columns" if name.lower().startswith("_cf_")
             else ""
         )  # fmt: skip
         if fault:

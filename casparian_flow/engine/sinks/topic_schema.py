@@ -145,9 +145,9 @@ def _cast(topic: str, field: Any, column: Any, settles: str) -> Any:
         return column
     chunks = [_decoded(chunk) for chunk in column.chunks]
     kind = _plain(column.type)
-    wrong = "which is another kind of value"
+    wrong = "which is a different kind of value"
     if _are_kin(kind, field.type):
-        wrong = "with values that are not exactly of that type"
+        wrong = "with values that this type cannot hold exactly"
         try:
             exact = [_exact(chunk, field.type) for chunk in chunks]
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -360,8 +360,8 @@ def note_family(
         return ""
     hint = f"; for a topic of their own: {settles}" if settles else ""
     return (
-        f"{FAMILY_NOTE}topic {topic!r} has the columns {_some(existing or before)}; "
-        f"this file has none of them, but {_some(names)}{hint}"
+        f"{FAMILY_NOTE}topic {topic!r} has the columns {_some(existing or before)}; this file "
+        f"has only others: {_some(names)}{hint}"
     )
 
 
