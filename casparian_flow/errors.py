@@ -1,37 +1,37 @@
-"""Every error this package raises on purpose, and what to do about it.
+"""The errors that this package raises, each with a message, a hint and an exit code.
 
     CasparianError
     ├── ConfigError              the configuration cannot be used
     ├── LedgerError              the database cannot be used
-    │   └── LedgerLost           it is gone, was replaced under us, or is damaged: we stop
+    │   └── LedgerLost           it was deleted, replaced or damaged: the daemon stops
     ├── DaemonRunning            another process holds the database's daemon lock
-    ├── DaemonGone               the daemon we waited for does not answer
+    ├── DaemonGone               the daemon does not run or does not answer
     ├── SourceError              a source root cannot be used
-    ├── NotFound                 nothing by that name
+    ├── NotFound                 there is nothing by that name
     ├── PluginError              a plugin file cannot be published
-    │   ├── PublishConflict      that version exists with other bytes
-    │   └── PolicyRefused        the Gatekeeper found something in its source
-    ├── AuthError                who publishes is not known, or may not
-    ├── SandboxUnavailable       this machine cannot hold plugins as the configuration requires
-    ├── ProtocolError            a message that is not ours
-    ├── MachineRefused           a disk, a limit or a right of this machine refused
+    │   ├── PublishConflict      that version exists with other content
+    │   └── PolicyRefused        its source has something that the policy forbids
+    ├── AuthError                the publisher or key is not trusted for this
+    ├── SandboxUnavailable       this machine lacks a sandbox that the configuration requires
+    ├── ProtocolError            a message that is not valid
+    ├── MachineRefused           a disk, a limit or a permission of this machine is in the way
     └── JobError                 an attempt of a job ended without output
         ├── PluginFailed         the plugin raised (retried)
-        ├── PluginTimeout        the plugin outran its wall clock (retried)
-        ├── GuestDied            the guest process ended under the job (retried)
-        │   └── GuestKilled      a signal from elsewhere ended it (retried)
-        ├── OutOfMemory          it needed more memory than there was (retried once)
+        ├── PluginTimeout        the plugin exceeded its time limit (retried)
+        ├── GuestDied            the guest process ended during the job (retried)
+        │   └── GuestKilled      a signal of another program ended it (retried)
+        ├── OutOfMemory          the plugin needed more memory than it could get (retried once)
         ├── EnvironmentFailed    the plugin's environment cannot be built (retried)
-        ├── ArtifactRefused      the artifact, its signature or its key is not in order (permanent)
-        ├── OutputRefused        what it published cannot be stored (permanent)
-        │   └── SinkConflict     the target is there and is not ours (permanent)
-        ├── OnlyRejects          nothing but rejects came of the file (permanent)
-        ├── Superseded           the version's bytes are gone or changed
-        └── Unavailable          a fault of ours or of the machine (costs no attempt)
+        ├── ArtifactRefused      the artifact, its signature or its key is not valid (permanent)
+        ├── OutputRefused        the plugin's output cannot be stored (permanent)
+        │   └── SinkConflict     the target exists and is not this output (permanent)
+        ├── OnlyRejects          the file gave rejects but no row (permanent)
+        ├── Superseded           the version's content is gone
+        └── Unavailable          a fault of Casparian Flow or the machine (costs no attempt)
             └── SinkUnavailable      disk full, sink locked, output read-only
 
-An error is what happened, to what, and in `hint` what to type next. The command line prints
-both and exits with `exit_code`: one of `ExitCode`.
+A message says what happened, and to which file, plugin or setting; `hint` says what to do or type
+next. The command line prints both and exits with `exit_code`.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ import sys
 from collections.abc import Mapping
 from typing import ClassVar, NoReturn
 
-_AGAIN = "make sure the disk is mounted and has room, then the same command again"
-_RIGHTS = "give yourself permission to read and write it, or choose another place"
-_OF_THE_MACHINE = {
+_RETRY = "make sure the disk is mounted and has room, then the same command again"
+_PERMISSION = "give yourself permission to read and write it, or choose another place"
+_MACHINE_HINTS = {
     **dict.fromkeys(
         (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE,
-         errno.ENOMEM, errno.EINTR), _AGAIN,
+         errno.ENOMEM, errno.EINTR), _RETRY,
     ),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), _RIGHTS),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), _PERMISSION),
 }  # fmt: skip
-"""What a disk, a limit or a right says, whatever the program: no bug of ours. And what to do."""
+"""errno -> hint, for errors that a disk, a limit or a permission of the machine causes."""
 
 
 class ExitCode(enum.IntEnum):
-    """What the programs of this package end with; `casparian --help` and docs/cli.md list them.
+    """The exit codes of all programs here; `casparian --help` and docs/cli.md list them.
 
     Attributes:
-        meaning: what it says, in words.
+        meaning: what the code means, as a phrase.
     """
 
     meaning: str
@@ -85,11 +85,11 @@ class ExitCode(enum.IntEnum):
 
 
 class CasparianError(Exception):
-    """Something went wrong that a person can understand and mend.
+    """An error that a user can understand and fix.
 
     Args:
         message: what happened, and to which file, plugin or setting.
-        hint: what to do or type next; empty where there is nothing better to say.
+        hint: what to do or type next; may be empty.
     """
 
     exit_code: int = ExitCode.FAILED
@@ -113,7 +113,7 @@ class LedgerError(CasparianError):
 
 
 class LedgerLost(LedgerError):
-    """The database was deleted, replaced or damaged under us; to go on would write into nothing."""
+    """The database was deleted, replaced or damaged while in use; the daemon must stop."""
 
 
 class DaemonRunning(CasparianError):
@@ -123,7 +123,7 @@ class DaemonRunning(CasparianError):
 
 
 class DaemonGone(CasparianError):
-    """The daemon did not answer in time."""
+    """The daemon does not run or did not answer in time."""
 
     exit_code = ExitCode.DAEMON
 
@@ -135,7 +135,7 @@ class SourceError(CasparianError):
 
 
 class NotFound(CasparianError):
-    """Nothing in the ledger has that name."""
+    """There is nothing by that name in the ledger."""
 
     exit_code = ExitCode.NOT_FOUND
 
@@ -147,39 +147,39 @@ class PluginError(CasparianError):
 
 
 class PublishConflict(PluginError):
-    """The version exists already with other bytes."""
+    """The version already exists with other content."""
 
 
 class PolicyRefused(PluginError):
-    """The Gatekeeper found something in a plugin's source that the policy forbids."""
+    """A plugin's source has something that the policy forbids."""
 
 
 class AuthError(CasparianError):
-    """Who publishes, trusts or revokes is not known here, or may not do it."""
+    """The publisher or key is not trusted here, or not for this."""
 
     exit_code = ExitCode.DENIED
 
 
 class SandboxUnavailable(CasparianError):
-    """This machine cannot give the sandbox that the configuration requires; nothing was run."""
+    """This machine lacks a sandbox that the configuration requires; no plugin was run."""
 
     exit_code = ExitCode.CONFIG
 
 
 class ProtocolError(CasparianError):
-    """A message that is not one of ours."""
+    """A message that is malformed, or not of this protocol."""
 
     exit_code = ExitCode.PROTOCOL
 
 
 class MachineRefused(CasparianError):
-    """A disk, a limit or a right refused, where nothing else knew what to do about it."""
+    """A disk, a limit or a permission of this machine made an operation fail."""
 
     exit_code = ExitCode.IO_ERROR
 
 
 class JobError(CasparianError):
-    """An attempt of a job ended without output; `retryable` says whether another may succeed."""
+    """An attempt of a job ended without output; `retryable`: whether another may succeed."""
 
     retryable: ClassVar[bool] = True
 
@@ -189,33 +189,33 @@ class PluginFailed(JobError):
 
 
 class PluginTimeout(JobError):
-    """The plugin outran its time limit and was killed."""
+    """The plugin exceeded its time limit and was killed."""
 
 
 class GuestDied(JobError):
-    """The guest process ended, or broke the protocol, while it ran the job."""
+    """The guest process ended, or sent an invalid message, while it ran the job."""
 
 
 class GuestKilled(GuestDied):
-    """A signal that the plugin did not cause ended the guest; who sent it is not known."""
+    """A signal that the plugin did not cause ended the guest."""
 
 
 class OutOfMemory(JobError):
-    """The plugin needed more memory than its guest may have, or than the machine had."""
+    """The plugin needed more memory than its limit, or than the machine had."""
 
 
 class EnvironmentFailed(JobError):
-    """The plugin's locked environment cannot be built here and now."""
+    """The plugin's locked environment cannot be built."""
 
 
 class ArtifactRefused(JobError):
-    """The artifact is not what was signed, or its key or itself was revoked; it was not run."""
+    """The artifact is not what was signed, or it or its key was revoked; it was not run."""
 
     retryable = False
 
 
 class OutputRefused(JobError):
-    """What the plugin published cannot be stored; the same bytes would fail again."""
+    """The plugin's output cannot be stored; the same file would fail again."""
 
     retryable = False
 
@@ -225,42 +225,44 @@ class SinkConflict(OutputRefused):
 
 
 class OnlyRejects(JobError):
-    """Nothing but rejects came of the file; the same bytes would give the same."""
+    """The file gave rejects but no row; the same file would fail again."""
 
     retryable = False
 
 
 class Superseded(JobError):
-    """The bytes of the job's version are gone or have changed."""
+    """The content of the job's version is gone, since its file was changed or deleted."""
 
     retryable = False
 
 
 class Unavailable(JobError):
-    """A fault of ours or of the machine; the job waits and loses no attempt."""
+    """A fault of Casparian Flow or the machine; the job waits, and no attempt is counted."""
 
 
 class SinkUnavailable(Unavailable):
-    """The sink cannot take output now: full, locked, unreachable or read-only."""
+    """The sink cannot be written now: it is full, locked, unreachable or read-only."""
 
 
 def first_error(error: BaseException) -> BaseException:
-    """What a program ended with: of a group of tasks the first error that is one of ours, else the
-    first. What a disk or a limit says is one of ours, too."""
+    """The error to report: of an exception group the first CasparianError, else the first one.
+
+    An OSError of a disk, a limit or a permission becomes a MachineRefused.
+    """
     if isinstance(error, BaseExceptionGroup):
         causes = [first_error(cause) for cause in error.exceptions]
         return next((cause for cause in causes if isinstance(cause, CasparianError)), causes[0])
-    if isinstance(error, OSError) and (hint := _OF_THE_MACHINE.get(error.errno or 0)):
+    if isinstance(error, OSError) and (hint := _MACHINE_HINTS.get(error.errno or 0)):
         what = f"{error.strerror}: {error.filename or 'this machine'}"
         return MachineRefused(what, hint).with_traceback(error.__traceback__)
     return error
 
 
 def leave(error: BaseException) -> NoReturn:
-    """End a daemon of its own: say what went wrong and what to type next, and exit with its code.
+    """Print an error and its hint, and exit with its code.
 
     Raises:
-        BaseException: `error` itself, where it is a bug.
+        BaseException: `error` itself, if it is a bug.
     """
     cause = first_error(error)
     if not isinstance(cause, CasparianError):
@@ -270,14 +272,14 @@ def leave(error: BaseException) -> NoReturn:
     sys.exit(cause.exit_code)
 
 
-# Numbers in sentences.
+# Numbers in messages.
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
     """`1 job`, `3,014 jobs`.
 
     Args:
-        plural: where it is not the noun with an s.
+        plural: the plural; default: the noun with an s.
     """
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
