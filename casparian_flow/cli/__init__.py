@@ -1,4 +1,4 @@
-"""The command line: one verb a function, one group of verbs a file.
+"""The command line: a function for each command, a file for each group.
 
 Only typer is imported before a command runs, so that `casparian --help` is quick.
 """
@@ -89,7 +89,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """What holds for every command."""
+    """Options of every command."""
     ctx.obj = config
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.WARNING,
@@ -99,7 +99,7 @@ def options(
 
 
 def main() -> None:
-    """The entry point: runs a command, and ends with its `ExitCode`."""
+    """The entry point: run a command and exit with its `ExitCode`."""
     try:
         code = app(prog_name="casparian", standalone_mode=False)
     except typer.Abort:
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def _misuse(error: BaseException) -> str:
-    """What no ledger, and no directory, can take; empty where it is something else."""
+    """A message for errors in the user's input or terminal; empty for other errors."""
     match error:
         case FileNotFoundError(filename=None):
             return "the current directory was deleted\n  try: cd to another one"
@@ -127,7 +127,7 @@ def _misuse(error: BaseException) -> str:
 
 
 def _explain(error: BaseException) -> int:
-    """Say what went wrong and what to type next; the exit code."""
+    """Print an error and its hint; returns the exit code."""
     error = first_error(error)
     if show := getattr(error, "show", None):  # typer's own: wrong usage, and it says so itself
         show()

@@ -1,4 +1,4 @@
-"""What every command shares: the ledger it opens, and how it talks.
+"""What every command shares: opening the ledger, and printing.
 
 What a command found or did goes to standard output, everything else to standard error.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 LIMIT = 50
-"""Rows of a list that are shown where nobody says how many."""
+"""Default number of rows in a list."""
 
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="At most N rows; default: 50.")]
 
@@ -49,21 +49,21 @@ USUALLY_EMPTY = {*LEGEND, "unreadable", "unsettled", "done_file", "min_age_secon
 
 
 def wanted(limit: int | None, every: bool) -> int | None:
-    """How many rows of a list are asked for by `--limit` and `--all`; None for all of them."""
+    """The number of rows that `--limit` and `--all` ask for; None for all rows."""
     if every and limit is not None:
         raise typer.BadParameter("use --limit or --all, not both")
     return None if every else limit or LIMIT
 
 
 class Here(NamedTuple):
-    """The configuration in force and its ledger."""
+    """The configuration and its ledger."""
 
     settings: Settings
     ledger: Ledger
 
 
 def group(words: str, **options: Any) -> typer.Typer:
-    """A group of commands, with plain help that looks the same everywhere."""
+    """A group of commands with plain help."""
     return typer.Typer(
         help=words,
         rich_markup_mode=None,
@@ -74,7 +74,7 @@ def group(words: str, **options: Any) -> typer.Typer:
 
 @contextlib.contextmanager
 def opened(ctx: typer.Context) -> Iterator[Here]:
-    """The configuration and ledger of a command, for as long as the block runs."""
+    """The configuration and the open ledger of a command."""
     from casparian_flow import config
     from casparian_flow.db.access import open_ledger
 
@@ -95,29 +95,29 @@ def _wake(database: DatabaseSettings, scan: bool) -> None:
 
 
 def say(words: str) -> None:
-    """A line of what the command found or did."""
+    """Print a result to standard output."""
     typer.echo(printable(words))
 
 
 def note(words: str) -> None:
-    """A line about it, for people only."""
+    """Print a remark to standard error."""
     typer.echo(printable(words), err=True)
 
 
 def advise(advice: Iterable[Advice]) -> None:
-    """What is missing, and what to type next."""
+    """Print each advice and its command."""
     for each in advice:
         note(f"{each.words}\n  try: {each.command}")
 
 
 def amount(rows: int, rejects: int) -> str:
-    """What came of jobs in words; empty where nothing did."""
+    """`3 rows, 1 reject`; zeros are left out."""
     some = [(rows, "row"), (rejects, "reject")]
     return ", ".join(counted(number, noun) for number, noun in some if number)
 
 
 def rejected(row: Mapping[str, Any]) -> str:
-    """A version of which more was rejected than is usual (`db.outputs.reject_counts`), in words."""
+    """A line about a version with many rejects, from a row of `db.outputs.reject_counts`."""
     total = row["rows"] + row["rejects"]
     return (
         f"{row['source']}/{row['rel_path']}, version {row['version']}: {row['rejects']:,} of "
@@ -127,19 +127,19 @@ def rejected(row: Mapping[str, Any]) -> str:
 
 
 def document(data: Any) -> None:
-    """The one JSON document of `--json`."""
+    """Print the JSON document of `--json`."""
     typer.echo(json.dumps(data, indent=2, default=plain))
 
 
 def plain(value: Any) -> Any:
-    """A value that JSON has no form for: times in ISO 8601, bytes in hexadecimal."""
+    """A value that JSON lacks: times in ISO 8601, bytes in hexadecimal."""
     if isinstance(value, date | datetime):
         return value.isoformat()
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def listing(rows: Sequence[Mapping[str, Any]], as_json: bool, columns: str, empty: str) -> None:
-    """Rows as a table of these columns, or all of them as JSON.
+    """Print rows as a table, or as JSON.
 
     Columns of USUALLY_EMPTY appear only where a row has something in them. Where the rows are the
     first of more (`db.access.Page`), it says so, beside JSON as well.
@@ -166,7 +166,7 @@ def listing(rows: Sequence[Mapping[str, Any]], as_json: bool, columns: str, empt
 
 
 def left_out(shown: int, total: int, more: str = "--limit N or --all") -> None:
-    """Say that these are not all there are, where they are not.
+    """Say how many rows are not shown, if any.
 
     Args:
         more: what shows the others.
@@ -176,7 +176,7 @@ def left_out(shown: int, total: int, more: str = "--limit N or --all") -> None:
 
 
 def _short(name: str, value: Any) -> Any:
-    """The beginning of a hash tells it from the others."""
+    """Hashes are shown by their first 12 digits."""
     return value[:12] if value and name in ("content_hash", "artifact", "key_id") else value
 
 
@@ -185,7 +185,7 @@ def table(
     rows: Iterable[Sequence[Any]],
     shown: Callable[[str, Any], str] | None = None,
 ) -> None:
-    """A table for people. What is not a terminal has no width, so nothing is folded there.
+    """Print a table. Only a terminal has a width; elsewhere no cell is folded.
 
     Args:
         shown: a column's name and a value as text; else `cell`, which knows our own columns.
@@ -204,14 +204,14 @@ def table(
 
 
 def facts(row: Mapping[str, Any]) -> None:
-    """One thing, a line a property."""
+    """Print a mapping, one line for each item."""
     width = max(map(len, row))
     for name, value in row.items():
         say(f"{name:<{width}}  {cell(name, value)}".rstrip())
 
 
 def cell(name: str, value: Any) -> str:
-    """A value as people read it."""
+    """A value as text, by its column's name."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -224,7 +224,7 @@ def cell(name: str, value: Any) -> str:
 
 
 def age(seconds: float) -> str:
-    """A time that has passed, as people say it: 40 s, 12 min, 3 h, 2 days."""
+    """A duration: 40 s, 12 min, 3 h, 2 days."""
     for size, name, least in ((86_400, "days", 2), (3600, "h", 1), (60, "min", 1)):
         if seconds >= least * size:
             return f"{seconds // size:.0f} {name}"
@@ -232,7 +232,7 @@ def age(seconds: float) -> str:
 
 
 def printable(words: str, keep: str = "\n\t") -> str:
-    """Text that a terminal only shows: a file's name may hold anything, escape codes too."""
+    """Text with control characters escaped, since file names may contain terminal codes."""
     if words.isprintable():
         return words
     return "".join(
@@ -241,17 +241,17 @@ def printable(words: str, keep: str = "\n\t") -> str:
     )
 
 
-# The live line: what is going on, redrawn in place on a terminal, a line a change elsewhere.
+# The live line: redrawn in place on a terminal; elsewhere one line for each change.
 
 
 QUIET_SECONDS = 1.0
-"""Where it is not redrawn, at most one line in this time."""
+"""Without a terminal, at most one line in this time."""
 
 _ERASE = "\r\x1b[2K"
 
 
 class Line:
-    """Standard error with a last line that changes.
+    """Standard error with a status line at the end.
 
     Args:
         chatty: without a terminal, write a line for each change; else nothing.
@@ -265,7 +265,7 @@ class Line:
         self._last = 0.0
 
     def show(self, words: str) -> None:
-        """Show this now, in place of what the last call showed."""
+        """Replace the status line."""
         words = printable(words)
         if self._live:
             width = shutil.get_terminal_size().columns - 1
@@ -278,22 +278,22 @@ class Line:
         self._shown = words
 
     def write(self, text: str) -> None:
-        """Lines that stay, above the one that changes; what a logging handler calls."""
+        """Print lines above the status line; logging handlers call this."""
         _say(f"{_ERASE}{text}" if self._live else text)
 
     def flush(self) -> None:
-        """See `io.TextIOBase.flush`; what was written is on its way."""
+        """For logging handlers; there is no buffer."""
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Remove the status line."""
         if self._live:
             _say(_ERASE)
 
 
 def _say(text: str) -> None:
-    """Write to standard error; where nobody listens any more, nobody does from now on.
+    """Write to standard error; after an error, such as a broken pipe, print nothing any more.
 
-    A daemon works on when its terminal or the other end of its pipe is gone.
+    A daemon goes on when its terminal or pipe was closed.
     """
     try:
         sys.stderr.write(text)
@@ -306,7 +306,7 @@ def _say(text: str) -> None:
 
 @contextlib.contextmanager
 def line(chatty: bool = False, quiet: bool = False) -> Iterator[Line]:
-    """A live line, with log messages above it, for as long as the block runs."""
+    """A live line with log messages above it."""
     live = Line(chatty, quiet)
     handlers = [h for h in logging.getLogger().handlers if isinstance(h, logging.StreamHandler)]
     streams = [handler.setStream(live) for handler in handlers]

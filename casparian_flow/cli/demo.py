@@ -1,4 +1,4 @@
-"""`casparian demo`: the whole job on messy files, by the commands that a person would type."""
+"""`casparian demo`: runs the commands that a user would type, on messy sample files."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _say(words: str) -> None:
 
 
 def _casparian(*words: str) -> None:
-    """Show a command, and run it.
+    """Print a command and run it.
 
     Raises:
         CasparianError: it ended with an error.
@@ -104,7 +104,7 @@ def _casparian(*words: str) -> None:
 
 
 def _run_daemon(home: Path) -> None:
-    """Run what `casparian start` runs, and change two files under it."""
+    """Run a daemon, and change two files meanwhile."""
     import asyncio
 
     from casparian_flow import config
@@ -181,7 +181,7 @@ def _prove(settings: Settings) -> None:
 
 
 def _look_further(home: Path) -> None:
-    """Commands to paste, whether or not the environment's programs are on the PATH."""
+    """Print commands to paste; they work even if `casparian` is not on the PATH."""
     program = Path(sys.argv[0])
     command = str(program.absolute()) if program.name == "casparian" else "casparian"
     context.say(f"  cd {shlex.quote(str(home))}")
@@ -195,7 +195,7 @@ def _look_further(home: Path) -> None:
         context.say(f"  {shlex.quote(command)} {words}")
 
 
-# What `casparian demo` needs besides the commands it runs: files, an edit, and a proof.
+# The sample files, the edit, and the checks.
 
 
 INBOX = "inbox"
@@ -203,12 +203,12 @@ EDITED = "orders.csv"
 TOUCHED = "stations.tsv"
 
 SETTLE_SECONDS = 0.2
-"""Of the demo's source root: its files are written by nobody but us."""
+"""Settle time of the demo's source root; no other program writes there."""
 
 _SHORT = b"77;59,95\r\n"
 _MENDED = b"77;59,95;04.02.2025\r\n"
 _ROW = ("Auftrag", "1004")
-"""The order that the edit mends: a reject of the first version, a row of the second."""
+"""The order that the edit fixes: a reject of the first version, a row of the second."""
 
 _PACKAGE = Path(__file__).parents[1]
 PLUGINS = ("delimited", "excel_sheets", "json_records", "access_log")
@@ -216,13 +216,13 @@ PLUGINS = ("delimited", "excel_sheets", "json_records", "access_log")
 
 
 def prepare(folder: str | None) -> Path:
-    """A directory with copies of the demo files in its inbox; its absolute path.
+    """Make a directory with the demo files in its inbox; returns its absolute path.
 
     Args:
-        folder: absent or empty; None makes a scratch directory.
+        folder: a new or empty directory; None makes a temporary one.
 
     Raises:
-        CasparianError: there is something in the directory, or it cannot be written.
+        CasparianError: the directory is not empty, or cannot be written.
     """
     home = Path(os.path.realpath(folder or tempfile.mkdtemp(prefix="casparian-demo-")))
     try:
@@ -230,7 +230,7 @@ def prepare(folder: str | None) -> Path:
             raise CasparianError(
                 f"{home} is not empty", "casparian demo   (makes a temporary directory)"
             )
-        # Not copytree: an installed package may be read-only, and the edit must not be refused.
+        # Not copytree: it copies modes, and the files of an installed package may be read-only.
         (home / INBOX).mkdir(parents=True)
         for file in sorted((_PACKAGE / "demo_files").iterdir()):
             if file.suffix != ".md":
@@ -244,7 +244,7 @@ def prepare(folder: str | None) -> Path:
 
 
 def edit(home: Path) -> None:
-    """Mend, in place, the order that lacks a field."""
+    """Add the missing field to an order, in place."""
     with (home / INBOX / EDITED).open("r+b") as file:
         content = file.read()
         file.seek(0)
@@ -252,12 +252,12 @@ def edit(home: Path) -> None:
 
 
 def touch(home: Path) -> None:
-    """Give a file new times and leave its bytes alone."""
+    """Change a file's timestamps but not its content."""
     os.utime(home / INBOX / TOUCHED)
 
 
 def broken_promises(ledger: Ledger) -> list[str]:
-    """What is not as the demo says, a sentence each."""
+    """Results that are not as expected."""
     from casparian_flow.db import views
 
     found = [
@@ -280,10 +280,10 @@ def _files(ledger: Ledger) -> list[Row]:
 
 
 def trace(ledger: Ledger) -> dict[str, Any]:
-    """One row, back to its bytes: read from its Parquet file, looked up, and hashed again.
+    """Trace one row: read it from its Parquet file, look up its job, and hash the file again.
 
     Raises:
-        CasparianError: one of the links does not hold.
+        CasparianError: the row, the ledger and the file differ.
     """
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""`casparian jobs`: what was done, what waits, and why something failed."""
+"""`casparian jobs`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def jobs(
 
 
 def _statuses(asked: str | None) -> tuple[str | None, str | None]:
-    """What the ledger calls the status that a person asks for, and the state of the failure."""
+    """The job status and the state of the failure that `--status` stands for."""
     from casparian_flow.db import jobs
     from casparian_flow.db.models import JobStatus
 
@@ -93,7 +93,7 @@ def _with_rejects(ledger: Ledger) -> list[int]:
 
 
 def _in_words(job: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a job that people read in other words than programs."""
+    """The columns that a table shows differently from `--json`."""
     from casparian_flow.db import jobs
     from casparian_flow.db.outputs import NAMED_PERCENT
 
@@ -163,7 +163,7 @@ def _received(attempt: dict[str, Any]) -> str:
 
 
 def _evidence(attempt: dict[str, Any]) -> str:
-    """What the host saw, as far as there was something to see."""
+    """What was measured of an attempt; zeros are left out."""
     code = attempt["exit_code"]
     facts = {
         "fault": attempt["fault"],

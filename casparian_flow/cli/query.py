@@ -63,20 +63,20 @@ def query(
             _print_json(names, itertools.islice(rows, most))
         else:
             context.table(names, list(itertools.islice(rows, most)), _cell)
-        # A limit that was not reached leaves none, and all of them leave none either.
+        # Count the rows beyond the limit.
         if most is not None and (more := sum(1 for _ in rows)):
             context.left_out(most, most + more)
 
 
 class _Terminal:
-    """Standard output, where a value's characters must not move the cursor or turn the text."""
+    """Standard output of a terminal, with control characters escaped."""
 
     def write(self, text: str) -> None:
         sys.stdout.write(context.printable(text))
 
 
 def _cell(_name: str, value: Any) -> str:
-    """A value of somebody's column, all of it: its name means nothing to us."""
+    """A value of a user's column, unabridged."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -91,7 +91,7 @@ def _rows(reader: Any) -> Iterator[tuple[Any, ...]]:
 
 
 def _print_json(names: list[str], rows: Iterator[tuple[Any, ...]]) -> None:
-    """A row at a time: there may be many."""
+    """Print one row at a time, since there may be many."""
     separator = "[\n"
     for row in rows:
         fields = {name: _jsonable(value) for name, value in zip(names, row, strict=True)}

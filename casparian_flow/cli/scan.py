@@ -1,4 +1,4 @@
-"""`casparian scan`: the one-shot, for cron; with `--drain` it sees its jobs through."""
+"""`casparian scan`: one scan, as for cron; with `--drain` it also runs the jobs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from casparian_flow.services.scout import ScrubReport
 
 SHOWN = 20
-"""Unreadable files, and failed jobs, that are named; the others are counted."""
+"""At most so many files or jobs of a kind are listed; the rest is counted."""
 
 POLL_SECONDS = 0.2
 POLL_SHARE = 10
-"""Looking at a long queue takes a while: at most a tenth of the time is spent on it."""
+"""Reading a long queue is slow: at most a tenth of the time is spent on it."""
 
 PATIENCE_SECONDS = 6.0
-"""A paused job is tried again within the Committer's pause; what still waits then is stuck."""
+"""The Committer retries a paused job within this time; a job that still waits is stuck."""
 
 STUCK_LOOKS = 8
 """Looks that find nothing running before a job that is free to run counts as stuck: more than
@@ -82,7 +82,7 @@ def scan(
         here.ledger.wake()
         reason = ""
         if drain:
-            # A daemon may have found our files before us: its jobs for them are ours to await.
+            # A daemon may have scanned the files first: wait for the jobs that it queued for them.
             wanted.update(_unfinished(here), *(report.job_ids for report in reports))
             wanted.update(*(scrubbed.job_ids for scrubbed in scrubs))
         if wanted:
@@ -140,7 +140,7 @@ def _print(report: ScanReport, quiet: bool) -> None:
 
 
 def _found(report: ScanReport) -> str:
-    """What a scan found; what it found none of is left out."""
+    """The counts of a scan; zeros are left out."""
     words = [
         (len(report.job_ids), f"{counted(len(report.job_ids), 'job')} queued"),
         (report.gone, f"{report.gone:,} deleted"),
@@ -154,7 +154,7 @@ def _found(report: ScanReport) -> str:
 
 
 def _print_written(report: ScanReport) -> None:
-    """Name what was not at rest, the oldest first, with its age."""
+    """List files that are still being written, oldest first."""
     from casparian_flow.db.versions import display
 
     if not report.unsettled:
@@ -171,7 +171,7 @@ def _print_written(report: ScanReport) -> None:
 
 
 def _name(what: str, all_of_them: Sequence[str], more: str) -> None:
-    """Name the first of these, and say how many more there are."""
+    """List the first of these, and count the rest."""
     for words in all_of_them[:SHOWN]:
         context.note(f"  {what}: {words}")
     if len(all_of_them) > SHOWN:
@@ -193,7 +193,7 @@ def _print_scrub(report: ScrubReport, quiet: bool) -> None:
 def _verdict(
     here: Here, reports: Sequence[ScanReport], wanted: Sequence[int], reason: str, quiet: bool
 ) -> ExitCode:
-    """Say how it ended; the exit code.
+    """Print how it ended; returns the exit code.
 
     Raises:
         SourceError: a source root is frozen.
@@ -202,7 +202,7 @@ def _verdict(
     from casparian_flow.services.report import advise
 
     failed = _print_jobs(here, wanted, reason, quiet) if wanted else False
-    # What became of the jobs has been said by then.
+    # The jobs were reported above.
     advice = advise(here.settings, here.ledger, of_jobs=not wanted)
     context.advise(each for each in advice if each.wrong or not quiet)
     for report in reports:
@@ -217,9 +217,9 @@ def _verdict(
 
 
 def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> bool:
-    """Print what became of these jobs; whether the failure of any is open.
+    """Print how these jobs ended; returns whether any has an open failure.
 
-    All of them were unfinished when we began: what has failed did so in this run.
+    All of them were unfinished at the start, so any failure is of this run.
     """
     from casparian_flow.db import jobs, outputs
 
@@ -242,7 +242,7 @@ def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> 
 
 
 def _became(here: Here, wanted: Sequence[int]) -> str:
-    """Jobs by what became of them, rows and rejects; what there is none of is left out."""
+    """Jobs by outcome, rows and rejects; zeros are left out."""
     from casparian_flow.db import jobs, outputs
 
     outcomes = here.ledger.read(lambda c: jobs.counts_of(c, wanted))
@@ -270,7 +270,7 @@ _STOPPED = "interrupted; unfinished jobs stay queued"
 
 
 async def _see_through(here: Here, wanted: Sequence[int], line: Line) -> str:
-    """Work the queue, or wait for the daemon that does; why not all is done, else empty."""
+    """Run the jobs, or wait for the daemon that does; returns why not all are done, or empty."""
     import asyncio
 
     from casparian_flow import durable, main
@@ -283,7 +283,7 @@ async def _see_through(here: Here, wanted: Sequence[int], line: Line) -> str:
     workers = here.settings.workers.effective
     while True:
         if durable.daemon_lock_holder(lock) is None:
-            # Another process may become the daemon first: then that one is waited for.
+            # If another process becomes the daemon first, wait for it.
             with contextlib.suppress(DaemonRunning):
                 async with main.running(
                     here.settings, "casparian scan --drain", workers=workers, watch=False
@@ -341,5 +341,5 @@ async def _done(
 
 
 def _is_stuck(left: Waiting) -> bool:
-    """Whether something is paused, and nothing runs or waits for its own time."""
+    """Whether jobs are paused, none runs, and none has a retry scheduled."""
     return bool(left.paused) and not left.running and not left.later

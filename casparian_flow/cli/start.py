@@ -1,4 +1,4 @@
-"""`casparian start` and `casparian wait`."""
+"""`casparian start`, `casparian wait` and `casparian init`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TICK_SECONDS = 0.5
 
 TICK_SHARE = 20
-"""Counting what is in a large ledger takes a while: a twentieth of the time is spent on it."""
+"""Counting in a large ledger is slow: at most a twentieth of the time is spent on it."""
 
 
 def start(
@@ -71,7 +71,7 @@ async def _run(here: Here, workers: int, line: Line, tally: _Tally) -> None:
 
 
 def _watched(here: Here) -> str:
-    """What is watched, and what is missing."""
+    """The watched source roots, and advice."""
     from casparian_flow.db import views
     from casparian_flow.services.report import advise
 
@@ -85,7 +85,7 @@ def _watched(here: Here) -> str:
 
 
 class _Tally:
-    """Jobs in words, the rows and rejects that came since we began, and who rejected much."""
+    """Counts of jobs, rows and rejects since the start, and versions with many rejects."""
 
     def __init__(self, here: Here) -> None:
         self._here = here
@@ -96,20 +96,20 @@ class _Tally:
         self._seen = self._committed(1 << 62)[1]
 
     def words(self) -> str:
-        """The counts of now. Where that takes a while, they are those of a while ago."""
+        """The counts; not recomputed each time if that is slow."""
         if (began := time.monotonic()) >= self._due:
             self._words = self.fresh_words()
             self._due = began + TICK_SHARE * (time.monotonic() - began)
         return self._words
 
     def fresh_words(self) -> str:
-        """The counts of now."""
+        """The counts, recomputed."""
         self._look()
         came = context.amount(self._rows, self._rejects)
         return ", ".join(filter(None, [_counts(self._here), came]))
 
     def take_named(self) -> list[str]:
-        """A sentence for each version of which more than 1 % was rejected; each is said once."""
+        """A line for each version with more than 1 % rejects; each is returned once."""
         found, self._named = self._named, []
         return found
 
@@ -149,7 +149,7 @@ def _state(here: Here, daemon: Daemon, tally: _Tally) -> str:
 
 
 def _counts(here: Here) -> str:
-    """Jobs by status; what there is none of is left out."""
+    """Jobs by status; zeros are left out."""
     from casparian_flow.services.report import counts
 
     found = counts(here.ledger)
@@ -213,14 +213,14 @@ def init(
 
 
 def _write(file: Path) -> None:
-    """The one required table, and every default as a comment."""
+    """The required table, and every default as a comment."""
     import glob
 
     from casparian_flow import durable
     from casparian_flow.errors import ConfigError
 
     try:
-        # A scan of this folder must not take the configuration for a file dropped there.
+        # A scan of this folder must ignore the configuration.
         durable.own(file.parent, glob.escape(file.name))
         durable.write_once(file, _text().encode())
     except OSError as error:

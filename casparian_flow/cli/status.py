@@ -1,4 +1,4 @@
-"""The commands that only look: status, files, versions, verify."""
+"""Commands that only read: status, files, versions, verify, audit; and backup."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _print_status(found: dict[str, Any]) -> None:
 
 
 def _of_one_status(reasons: list[dict[str, Any]]) -> list[str]:
-    """Options that leave out the jobs that wait for nothing and have not failed."""
+    """The option that selects the jobs of these reasons, if they have one status."""
     found = {row["status"] for row in reasons}
     return ["--status", *found] if len(found) == 1 else []
 
@@ -232,7 +232,7 @@ def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
     raise typer.Exit(ExitCode.FAILED if verdict.problems else ExitCode.DONE)
 
 
-# `casparian audit`: what people did and what was committed, and whether anybody altered it.
+# `casparian audit`.
 
 
 audit_app = context.group("Show and check the audit.")
@@ -267,7 +267,7 @@ def show_audit(
 
 
 def _in_short(row: dict[str, Any]) -> str:
-    """A row's detail; of a seal, how many rows it holds: the digests are for `verify`."""
+    """A row's detail; for a seal only how many rows it covers."""
     from casparian_flow.db import integrity
 
     return integrity.in_short(row["detail"]) if row["action"] == "seal" else str(row["detail"])

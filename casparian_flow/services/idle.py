@@ -1,4 +1,4 @@
-"""Waiting until the daemon has seen everything and done everything."""
+"""Waiting until the daemon has scanned everything and is idle."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def wait_until_idle(
 
 
 def _look(connection: Connection) -> tuple[list[Any], Waiting]:
-    """One snapshot: a scan that has finished has queued its jobs before."""
+    """Scans and jobs in one snapshot, since a finished scan has already queued its jobs."""
     return list(views.scans(connection)), views.waiting(connection, PAUSED)
 
 
 def _ring(settings: Settings) -> float:
-    """Ask for a full scan; when that was, seconds since the epoch."""
+    """Ask for a full scan; returns the time, seconds since the epoch."""
     now = time.time()
     if control.ask(settings.database, Ring(scan=True)) is None:
         raise DaemonGone("no daemon is running", "casparian start")
@@ -69,7 +69,7 @@ def _ring(settings: Settings) -> float:
 
 
 def _due(root: Any, rung: float) -> bool:
-    """A scan since we rang found unsettled files, which could be at rest by now."""
+    """Whether a scan after the last request found unsettled files that may have settled."""
     return bool(
         root.started >= rung
         and root.unsettled

@@ -1,4 +1,4 @@
-"""How things stand, and what is plainly missing."""
+"""The state of everything, and advice on what to do next."""
 
 from __future__ import annotations
 
@@ -19,28 +19,27 @@ from casparian_flow.services import snapshots as snapshot_store
 from casparian_flow.services.walk import BUILT_IN_IGNORES
 
 WRITTEN = 20
-"""Files that are still being written which are named; the others are counted."""
+"""At most so many files that are still being written are listed."""
 
 WAL_LIMIT_BYTES = 64 << 20
-"""A write-ahead log that is larger is held by some reader: ours end in moments."""
+"""Only a reader that stays open makes the write-ahead log larger than this."""
 
 
 SHOWN = 10
-"""Reasons, and versions with many rejects, that are named; the others are counted."""
+"""At most so many reasons, and versions with many rejects, are listed."""
 
 
 class Advice(NamedTuple):
-    """Something that is missing, and what to type next."""
+    """What is wrong or missing, and what to type next."""
 
     words: str
     command: str
     wrong: bool = True
-    """Whether somebody has to do something: then `status --check` fails, and `scan -q` says it."""
+    """Whether somebody must act: then `status --check` fails and `scan -q` prints it."""
 
 
 def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
-    """Daemon, what its wire refused, source roots, jobs, plugins, sinks, why jobs wait or failed,
-    rows and rejects, and advice."""
+    """The document of `casparian status --json`."""
     amount = ledger.read(outputs.rejected_shown)
     reasons = ledger.read(lambda c: views.reasons(c, SHOWN))
     named = ledger.read(lambda c: outputs.reject_counts(c, SHOWN))
@@ -86,7 +85,7 @@ def counts(ledger: Ledger) -> dict[str, int]:
 
 
 def sources(settings: Settings, ledger: Ledger) -> list[Row]:
-    """Every source root with its options, its last scan, and how it is watched right now."""
+    """Every source root with its options, its last scan, and how it is watched."""
     rows = ledger.read(views.roots)
     daemon = durable.daemon_lock_holder(settings.database.daemon_lock)
     for row in rows:
@@ -96,7 +95,7 @@ def sources(settings: Settings, ledger: Ledger) -> list[Row]:
 
 
 def source(settings: Settings, ledger: Ledger, name: str) -> Row:
-    """One source root: as `sources` has it, and what its scans pass over.
+    """One source root as in `sources`, and its ignore patterns.
 
     Raises:
         NotFound: no source root has that name.
@@ -127,7 +126,7 @@ def _refused(settings: Settings) -> dict[str, int]:
 
 
 def _sinks(settings: Settings, topics: list[Row]) -> list[Row]:
-    """Every sink that a topic goes to, with its absolute place or what is wrong with it."""
+    """Every sink of a topic, with its absolute place or its error."""
     found: dict[str, Row] = {}
     for topic in topics:
         uri = topic["uri"]
@@ -142,10 +141,10 @@ def _sinks(settings: Settings, topics: list[Row]) -> list[Row]:
 
 
 def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[Advice]:
-    """What stands between the files and their tables, most fundamental first.
+    """What keeps files from becoming tables, most important first.
 
     Args:
-        of_jobs: also which jobs wait, are paused or have failed.
+        of_jobs: include advice on jobs that wait, are paused or have failed.
     """
     roots = [root for root in sources(settings, ledger) if root["active"]]
     plugins = ledger.read(views.plugins)
@@ -183,14 +182,14 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
 
 
 def unrouted(ledger: Ledger) -> list[Advice]:
-    """That there are files of which nothing is made, where there are."""
+    """Advice on files that match no plugin, if any."""
     count = ledger.read(views.count_unrouted)
     words = f"{counted(count, 'file')} {'matches' if count == 1 else 'match'} no plugin"
     return [Advice(words, "casparian files --unrouted", wrong=False)] if count else []
 
 
 def _advise_jobs(ledger: Ledger, tally: dict[str, int], worked: bool) -> Iterator[Advice]:
-    """What keeps jobs from their end, and which have come to a bad one."""
+    """Advice on jobs that wait, are paused or have failed."""
     queued, failed, gone = (tally.get(s, 0) for s in ("QUEUED", "FAILED", jobs.GONE_UNREAD))
     if queued and not worked:
         words = f"{counted(queued, 'job')} {_be(queued)} queued and no daemon is running"
@@ -214,7 +213,7 @@ def _be(number: int) -> str:
 
 
 def _advise_on(root: Row, scan: ScanSettings, watched: bool) -> list[Advice]:
-    """What keeps a source root from being seen, or believed."""
+    """Advice on a source root."""
     name = root["name"]
     found = []
     if root["held"]:
@@ -245,7 +244,7 @@ def _advise_on(root: Row, scan: ScanSettings, watched: bool) -> list[Advice]:
 
 
 def _dangers(settings: Settings) -> Iterator[Advice]:
-    """What threatens the ledger where it lies."""
+    """Advice on the place of the database."""
     path = settings.database.path
     if words := durable.unfit_for_database(path):
         yield Advice(words, "move it to a local disk: [database] db_location")
@@ -277,7 +276,7 @@ def _advise_snapshots(settings: Settings, ledger: Ledger, superseded: int) -> It
 
 
 def rule_fault(pattern: str) -> str:
-    """Why a rule that was written into the table by other means matches nothing; else empty."""
+    """Why a rule's pattern is invalid, as when written into the table directly; else empty."""
     try:
         compile_pattern(pattern)
     except (ValueError, re.error) as error:
