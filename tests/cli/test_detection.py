@@ -43,11 +43,11 @@ def test_a_mass_deletion_is_shown_and_believed_when_somebody_says_so(
     for n in range(110):
         (source / str(n)).unlink()
     words = casparian.err("scan", code=3)
-    assert "110 files vanished at once" in words
+    assert "110 files" in words
     assert "casparian scan in --believe-deletions" in words
-    assert "110 files vanished at once" in casparian.err("status")
-    assert "110 gone" in casparian.out("scan", "in", "--believe-deletions")
-    assert "vanished" not in casparian.err("status")
+    assert "110 files" in casparian.err("status")
+    assert "110 deleted" in casparian.out("scan", "in", "--believe-deletions")
+    assert "110 files" not in casparian.err("status")
     assert "believe-deletions" in casparian.out("audit", "show")
 
 

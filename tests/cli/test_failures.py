@@ -135,7 +135,7 @@ def test_a_drain_speaks_of_its_own_run(behaves: Casparian, source: Path) -> None
     (source / "c.do").write_text("fine too")
     done = behaves.run("scan", "--drain")
     assert "1 job COMPLETED; 1 row" in done.stdout
-    assert "1 job of earlier runs failed" in done.stderr
+    assert "1 job failed in earlier runs" in done.stderr
     (source / "d.do").write_text("prose")
     done = behaves.run("scan", "--drain", code=1)
     assert "1 job FAILED" in done.stdout
@@ -209,5 +209,5 @@ def test_check_sees_what_else_is_wrong(casparian: Casparian, source: Path) -> No
 
 
 def test_a_paused_sink_is_wrong(blocked: Casparian) -> None:
-    assert "not all of them are done" in blocked.err("scan", "-q", "--drain", code=1)
+    assert "error: not all" in blocked.err("scan", "-q", "--drain", code=1)
     assert "paused: " in blocked.err("status", "--check", code=1)
