@@ -42,13 +42,13 @@ def test_a_chain_that_nobody_touched_is_whole(ledger: Ledger) -> None:
 def test_any_altered_column_is_named(ledger: Ledger, column: str) -> None:
     fill(ledger)
     tamper(ledger, f"UPDATE cf_audit SET {column} = {column} || 'x' WHERE seq = 4")
-    assert "audit: row 4 was altered" in problems(ledger)
+    assert "audit row 4 was changed" in problems(ledger)
 
 
 def test_a_missing_row_is_named(ledger: Ledger) -> None:
     fill(ledger)
     tamper(ledger, "DELETE FROM cf_audit WHERE seq = 7")
-    assert problems(ledger)[0] == "audit: row 7 is missing"
+    assert problems(ledger)[0] == "audit row 7 is missing"
 
 
 def lost(ledger: Ledger, head: audit.Head) -> list[str]:
@@ -71,12 +71,12 @@ def test_an_end_that_was_cut_off_is_seen_by_who_noted_it(ledger: Ledger) -> None
     tamper(ledger, "DELETE FROM cf_audit WHERE seq > 8")
     assert problems(ledger) == []
     assert lost(ledger, noted) == [
-        "audit: row 10, whose hash was noted, is missing: the end was cut off"
+        "audit row 10, the given head, is missing: the end of the audit was cut off"
     ]
     fill(ledger)
     assert problems(ledger) == []
     assert lost(ledger, noted) == [
-        "audit: row 10 has another hash than was noted: it was written anew"
+        "audit row 10 has another hash than the given head: the audit was rewritten"
     ]
 
 

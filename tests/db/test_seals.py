@@ -99,11 +99,11 @@ def test_any_byte_of_any_row_of_the_audit_is_named(altered: Altered) -> None:
             changes = [("CAST(? AS TEXT)", other) for other in others(value, choose)]
             for form, other in [*changes, ("?", value)]:
                 change = (f"UPDATE cf_audit SET {column} = {form} WHERE seq = ?", (other, seq))
-                assert f"audit: row {seq} was altered" in altered.after(change, replayed=False)
+                assert f"audit row {seq} was changed" in altered.after(change, replayed=False)
         words = altered.after(
             f"UPDATE cf_audit SET seq = 100000 + seq WHERE seq = {seq}", replayed=False
         )
-        assert f"audit: row {seq} is missing" in words
+        assert f"audit row {seq} is missing" in words
     assert seq > 10
 
 
@@ -115,7 +115,7 @@ def test_a_row_that_is_gone_added_or_exchanged_is_named(altered: Altered, one: s
     listed = ", ".join(columns)
     for (row_id,) in rows:
         words = altered.after(f"DELETE FROM {table} WHERE id = {row_id}")
-        assert any(w.startswith(f"{one} {row_id} is missing, and row ") for w in words), words
+        assert any(w.startswith(f"{one} {row_id} was deleted outside") for w in words), words
     for forged in (rows[-1][0] + 1, 10**12, -3):
         unique = {"job_id": "job_id + 1000", "location_id": "location_id + 1000"}
         unique["plugin_id"] = "plugin_id + 1000"
@@ -123,7 +123,9 @@ def test_a_row_that_is_gone_added_or_exchanged_is_named(altered: Altered, one: s
         words = altered.after(
             f"INSERT INTO {table} (id, {listed}) SELECT {forged}, {values} FROM {table} LIMIT 1"
         )
-        assert f"{one} {forged} was added by other hands: it is in no seal" in words
+        assert (
+            f"{one} {forged} was inserted outside Casparian Flow: it has no audit record" in words
+        )
     first, second = rows[0][0], rows[1][0]
     words = altered.after(
         *(
@@ -159,15 +161,15 @@ def test_a_second_seal_does_not_make_an_alteration_good(altered: Altered) -> Non
     words = altered.after(
         (f"INSERT INTO cf_audit ({', '.join(row)}) VALUES ({marks})", tuple(row.values()))
     )
-    assert any("was sealed twice" in w for w in words)
-    assert any(w.startswith("job 1 leaves nothing in row ") for w in words)
+    assert any("was created twice" in w for w in words)
+    assert any(w.startswith("job 1 is moved from nothing by audit row ") for w in words)
 
 
 def test_a_seal_that_makes_no_sense_is_named_and_not_believed(altered: Altered) -> None:
     for detail in ("", "[]", '{"versions": {"moves": [[1, 99999999999, "", "", 0]]}}', b"\xff"):
         words = altered.after(("UPDATE cf_audit SET detail = ? WHERE action = 'seal'", (detail,)))
         assert any("is a seal that cannot be read" in w for w in words)
-        assert "version 1 was added by other hands: it is in no seal" in words
+        assert "version 1 was inserted outside Casparian Flow: it has no audit record" in words
 
 
 def test_an_end_that_was_cut_off_leaves_rows_without_a_seal(
@@ -177,7 +179,7 @@ def test_an_end_that_was_cut_off_leaves_rows_without_a_seal(
     with open_ledger(real.database) as ledger:
         noted = ledger.read(audit.head)
     words = altered.after(f"DELETE FROM cf_audit WHERE seq > {noted.seq - 1}")
-    assert any(w.startswith("version ") and w.endswith("it is in no seal") for w in words)
+    assert any(w.startswith("version ") and w.endswith("it has no audit record") for w in words)
 
 
 def test_verify_says_it_in_words_whatever_was_written(
@@ -195,8 +197,9 @@ def test_verify_says_it_in_words_whatever_was_written(
     with open_ledger(settings.database) as ledger:
         words = verify(settings, ledger).problems
     for named in (
-        "output 1 was altered", "output 2 was altered since it became PUBLISHED",
-        "audit: row 3 was altered", "attempt 1 was altered",
+        "output 1 was changed outside Casparian Flow",
+        "output 2 was changed outside Casparian Flow since it became PUBLISHED",
+        "audit row 3 was changed", "attempt 1 was changed outside Casparian Flow",
     ):  # fmt: skip
         assert named in words
     assert any(w.startswith("location 1 (") for w in words)
@@ -218,11 +221,9 @@ def test_a_damaged_page_is_named_and_the_rest_is_checked(
         file.write(random.Random(SEED).randbytes(size))
     with open_ledger(settings.database) as ledger:
         words = verify(settings, ledger).problems
-    assert any(
-        w.startswith("the attempts cannot be read to the end, the database is") for w in words
-    )
+    assert any(w.startswith("the attempts cannot be read to the end") for w in words)
     assert len(set(words)) == len(words)
-    assert "output 1 was altered" in words
+    assert "output 1 was changed outside Casparian Flow" in words
 
 
 def worked_copy(real: Settings, folders: pytest.TempPathFactory) -> Settings:

@@ -177,7 +177,7 @@ def test_a_broken_trust_log_takes_no_change_and_no_plugin(
         with pytest.raises(CasparianError, match="row 1 of the trust log"):
             attempt()
     problems = verify(settings, deployed).problems
-    assert "row 1 of the trust log is missing, and the audit has it" in problems
+    assert "row 1 of the trust log is missing, but the audit has it" in problems
 
 
 def test_verify_names_what_was_altered_and_not_what_was_disabled(
@@ -189,7 +189,7 @@ def test_verify_names_what_was_altered_and_not_what_was_disabled(
     assert row["refusal"] == "plugin rows 1.0.0 may not run: it was disabled: a test"
     deployed.write(setting("cf_plugin", "lock", "another"))
     (problem,) = verify(settings, deployed).problems
-    assert problem == "plugin rows 1.0.0: its source or lock is not what its artifact hash names"
+    assert problem.startswith("plugin rows 1.0.0: its source or lock")
 
 
 def smuggled(ledger: Ledger, keys_of: Path, name: str) -> str:
@@ -228,4 +228,4 @@ def test_a_plugin_that_was_not_deployed_by_us_runs_only_if_we_would_have(
     public = keys.local_key(scoped).verify_key.encode().hex()
     trust.trust_key(ledger, folder, public, "Ada", "sales*")
     assert smuggled(ledger, scoped, "sales") == ""
-    assert "with plugins sales* only" in smuggled(ledger, scoped, "hr")
+    assert "only with plugins sales*" in smuggled(ledger, scoped, "hr")

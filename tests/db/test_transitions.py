@@ -69,7 +69,9 @@ def test_a_move_that_there_is_not_is_named_where_the_database_did_not_refuse_it(
             ledger.write(lambda c, j=job, e=end: moved(e)(c, j) and None)
         else:
             job = add_job(ledger, JobStatus(end))
-        assert f"job {job} went from {start or 'nothing'} to {end} in row " in words(ledger)
+        assert f"job {job} is moved from {start or 'nothing'} to {end} by audit row " in words(
+            ledger
+        )
 
 
 def test_an_attempt_that_lost_its_job_cannot_be_decided_unseen(ledger: Ledger) -> None:
@@ -85,13 +87,13 @@ def test_an_attempt_that_lost_its_job_cannot_be_decided_unseen(ledger: Ledger) -
         attempt(connection, job, 2)
 
     ledger.write(decide)
-    assert f"job {job} is COMMITTING, and no attempt of it staged its output" in words(ledger)
+    assert f"job {job} is COMMITTING, but none of its attempts staged an output" in words(ledger)
 
 
 def test_a_claim_without_a_new_fence_is_named(ledger: Ledger) -> None:
     job = add_job(ledger)
     ledger.write(lambda c: moved("RUNNING")(c, job) and None)
-    assert f"job {job} became RUNNING under fence 1 in row 2 of the audit, after fence 1" in words(
+    assert f"job {job} is moved to RUNNING with fence 1 by audit row 2, after fence 1" in words(
         ledger
     )
 
@@ -100,7 +102,7 @@ def test_a_job_that_failed_without_a_word_is_named(ledger: Ledger) -> None:
     job = add_job(ledger)
     ledger.write(lambda c: jobs.claim(c, "w", 1, 1))
     ledger.write(lambda c: jobs.fail(c, job, 2, "no"))
-    assert f"job {job} is FAILED, and neither an attempt nor the audit says so" in words(ledger)
+    assert f"job {job} is FAILED, but no attempt and no audit row records that" in words(ledger)
 
 
 def test_a_verb_that_leaves_no_record_is_named(
@@ -117,11 +119,14 @@ def test_a_verb_that_leaves_no_record_is_named(
 
     assert ledger.write(forgetful)
     assert words(ledger) == (
-        f"job {job} is QUEUED, and row 2 of the audit has it RUNNING: it was moved by other hands"
+        f"job {job} is QUEUED, but audit row 2 has it RUNNING: "
+        "it was changed outside Casparian Flow"
     )
     monkeypatch.setattr(seals, "seal", lambda connection, marks: None)
     other = add_job(ledger)
-    assert f"job {other} was added by other hands: it is in no seal" in words(ledger)
+    assert f"job {other} was inserted outside Casparian Flow: it has no audit record" in words(
+        ledger
+    )
 
 
 def test_a_request_that_is_undone_is_not_sealed(ledger: Ledger) -> None:
@@ -143,7 +148,7 @@ def test_what_another_connection_writes_is_in_no_seal(ledger: Ledger, settings: 
     with ledger.engine.begin() as connection:
         jobs.abort(connection, [job], "me")
     ledger.write(lambda c: jobs.claim(c, "w", 1, 1))
-    assert "it was moved by other hands" in words(ledger)
+    assert "it was changed outside Casparian Flow" in words(ledger)
     assert words(ledger) in verify(settings, ledger).problems
 
 
@@ -250,8 +255,8 @@ def test_rows_of_an_earlier_release_are_sealed_once_and_said_to_be(
     with open_ledger(settings.database) as ledger:
         assert ledger.read(lambda c: list(integrity.seal_problems(c))) == []
         (note,) = verify(settings, ledger).notes
-        assert note.startswith("rows of an earlier release were sealed as they stood on ")
-        assert note.endswith("(audit, rows 1 to 8): what was altered before that is not seen")
+        assert note.startswith("rows of an earlier release were sealed on ")
+        assert "(audit rows 1 to 8)" in note
         ledger.write(lambda c: jobs.decide(c, [(2, 1)]))
         add_job(ledger)
         assert ledger.read(lambda c: list(integrity.seal_problems(c))) == []
@@ -260,7 +265,8 @@ def test_rows_of_an_earlier_release_are_sealed_once_and_said_to_be(
         other.execute("UPDATE cf_processing_queue SET priority = 9 WHERE id = 1")
     with open_ledger(settings.database) as ledger:
         assert ledger.read(lambda c: list(integrity.seal_problems(c))) == [
-            "version 3 was altered", "job 1 was altered since it became COMPLETED",
+            "version 3 was changed outside Casparian Flow",
+            "job 1 was changed outside Casparian Flow since it became COMPLETED",
         ]  # fmt: skip
 
 
@@ -281,8 +287,10 @@ def test_a_column_that_comes_later_has_its_default_in_rows_sealed_before(
         later.execute("UPDATE cf_file_version SET seen = 0 WHERE id = 2")
         later.execute("UPDATE cf_processing_queue SET falls = 1")
     assert words(ledger).splitlines() == [
-        "version 1 was altered", "version 2 was altered",
-        "job 1 was altered since it became ABORTED", "job 2 was altered since it became ABORTED",
+        "version 1 was changed outside Casparian Flow",
+        "version 2 was changed outside Casparian Flow",
+        "job 1 was changed outside Casparian Flow since it became ABORTED",
+        "job 2 was changed outside Casparian Flow since it became ABORTED",
     ]  # fmt: skip
 
 

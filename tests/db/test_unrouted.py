@@ -87,7 +87,7 @@ def test_a_removed_source_root_and_what_another_ledger_has_made_do_not_count(
         ("letters.docx", ""),
         ("README", ""),
         ("other/feed.dat", "feed in/*.dat"),
-        ("OLD.DBF", "dbase *.dbf (it matches in its own case only)"),
+        ("OLD.DBF", "dbase *.dbf (this rule matches only its exact case)"),
         ("x.xml", "markup *.xml (no plugin subscribes to tag markup)"),
     ],
 )
