@@ -199,13 +199,13 @@ def test_sentinel_and_worker_as_two_processes(ledger: Ledger, tmp_path: Path, so
     for n in range(5):
         (source / f"{n}.txt").write_text(str(n))
     with start(settings, DAEMON) as sentinel:
-        said(sentinel, "Sentinel waits")
+        said(sentinel, "waiting for workers")
         with start(settings, WORKER, "--connect", endpoint) as worker:
-            said(worker, "worker waits")
+            said(worker, "worker is waiting")
             asyncio.run(all_done(Daemon(ledger, None, None)))  # type: ignore[arg-type]
             sentinel.send_signal(signal.SIGTERM)
             assert sentinel.communicate(timeout=PATIENCE)[1] is not None
-            assert "worker left" in worker.communicate(timeout=PATIENCE)[1]
+            assert "worker stopped" in worker.communicate(timeout=PATIENCE)[1]
     assert (sentinel.returncode, worker.returncode) == (0, 0)
     assert {status for status, _ in outcomes(ledger).values()} == {"COMPLETED"}
 
@@ -222,7 +222,7 @@ def test_a_killed_worker_process_costs_nothing_but_time(
     (source / "one.do").write_text("slow 3600")
     scan(ledger, root)
     with start(settings, DAEMON) as sentinel:
-        said(sentinel, "Sentinel waits")
+        said(sentinel, "waiting for workers")
         with start(settings, WORKER, "--connect", endpoint) as worker:
             wait_until(lambda: given(settings), WORK_SECONDS)
             theirs = psutil.Process(worker.pid).children(recursive=True)

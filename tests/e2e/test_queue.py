@@ -157,7 +157,7 @@ def test_a_job_that_crashes_the_daemon_is_isolated_and_the_others_go_on(
     found = outcomes(ledger)
     status, reason = found.pop("05.do")
     assert status == "FAILED"
-    words = f"POISON: the daemon ended while it ran, {dispatch.POISON_AFTER} times"
+    words = f"POISON: the daemon ended {dispatch.POISON_AFTER} times"
     assert reason.startswith(words)
     assert {status for status, _ in found.values()} == {"COMPLETED"}
     assert len(rows(settings)) == 11
@@ -258,7 +258,7 @@ def test_a_worker_that_follows_another_sentinel_takes_its_settings(
 
     with start(before, WORKER, "--connect", endpoint) as worker:
         with start(before, DAEMON) as sentinel:
-            said(sentinel, "is here")
+            said(sentinel, "connected")
             sentinel.kill()
             sentinel.communicate()
         asyncio.run(story(write_config(before.home, '[guest]\nsandbox = "best-effort"\n')))
@@ -295,6 +295,6 @@ def test_a_worker_that_waits_for_an_artifact_can_be_stopped(
 
     with start(settings, WORKER, "--connect", endpoint) as worker:
         asyncio.run(story(worker))
-        assert "worker left" in worker.communicate(timeout=PATIENCE)[1]
+        assert "worker stopped" in worker.communicate(timeout=PATIENCE)[1]
     assert ledger.read(jobs.counts) == {"QUEUED": 1}
     assert attempts(ledger) == ["RELEASED"]

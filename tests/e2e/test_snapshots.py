@@ -90,7 +90,7 @@ def test_a_damaged_snapshot_is_named_and_its_file_used_where_that_has_the_bytes(
         assert len(verify(settings, ledger).problems) == 3
     assert work_off(settings) == {"COMPLETED": 1, "SUPERSEDED": 2}
     assert seen(settings) == [WHOLE[1]]
-    assert caplog.text.count("is not run on a snapshot") == 3
+    assert caplog.text.count("cannot use its snapshot") == 3
     with open_ledger(settings.database) as ledger:
         reasons = [job["reason"] for job in ledger.read(lambda c: views.jobs(c, 9, "SUPERSEDED"))]
     assert all("its snapshot cannot be used" in words and str(store) in words for words in reasons)

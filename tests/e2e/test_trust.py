@@ -61,7 +61,7 @@ def revoke(ledger: Ledger, settings: Settings) -> None:
     [
         (disable, "it was disabled: wrong totals"),
         (revoke, "was revoked: laptop stolen"),
-        (lambda ledger, settings: tamper(ledger), "is not what its artifact hash names"),
+        (lambda ledger, settings: tamper(ledger), "its artifact hash"),
     ],
     ids=["disabled", "revoked", "tampered"],
 )
