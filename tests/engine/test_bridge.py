@@ -55,8 +55,8 @@ words = pa.record_batch({"w": ["alpha", "beta"] * 500})
         ("os.abort()", "was killed by SIGABRT"),
         ("self.publish('t', pa.table({'n': [1]})); os._exit(0)", "ended with exit status 0"),
         ("import __main__; __main__.WIRE.sendall(b'\\x11'); os._exit(1)", "exit status 1"),
-        ("import __main__; os.close(__main__.WIRE.fileno())", "exit status|closed the wire"),
-        ("import __main__; os.dup2(1, __main__.WIRE.fileno())", "exit status|closed the wire"),
+        ("import __main__; os.close(__main__.WIRE.fileno())", "exit status|closed"),
+        ("import __main__; os.dup2(1, __main__.WIRE.fileno())", "exit status|closed"),
         ("import __main__; os.dup2(__main__.WIRE.fileno(), 1); print('x' * 9999)", "unknown kind"),
     ],
 )
@@ -82,23 +82,23 @@ def test_a_crash_leaves_the_line_it_happened_on_in_the_log(start: Start) -> None
     [
         ("wire.sendall(b'garbage' * 100)", "unknown kind"),
         ("wire.sendall(pack(FrameKind.DONE, job + 1))", "DONE of job 8 while job 7 runs"),
-        ("wire.sendall(pack(FrameKind.READY, job))", "READY where it was not due"),
+        ("wire.sendall(pack(FrameKind.READY, job))", "READY"),
         (
             "wire.sendall(HEADER.pack(FrameKind.BATCH, job, 1 << 40))",
             "BATCH of 1099511627776 bytes",
         ),
         ("wire.sendall(HEADER.pack(FrameKind.FAILED, job, 1 << 30))", "FAILED of 1073741824 bytes"),
-        ("wire.sendall(pack(FrameKind.FAILED, job, b'{}'))", "does not fit"),
+        ("wire.sendall(pack(FrameKind.FAILED, job, b'{}'))", "malformed"),
         ("wire.sendall(pack(FrameKind.BATCH, job, b'\\xff\\xff'))", "shorter than its topic"),
-        ("send(stream(numbers), b'other')", "'other', which is not open"),
-        ("send(stream(numbers), b't\\xff')", "which is not open"),
+        ("send(stream(numbers), b'other')", "'other'"),
+        ("send(stream(numbers), b't\\xff')", "topic"),
         (
             "send(stream(numbers)); wire.sendall(pack(FrameKind.DONE, job))",
-            "DONE where it was not due",
+            "DONE",
         ),
         (
             "send(stream(numbers)); end(topic='t', batches=1, rows=999, digest='')",
-            "END of topic 't' is not what was received",
+            "END of topic 't'",
         ),
         ("end(topic='t', batches=0, rows=0, digest='')", "END of topic 't'"),
         ("send(stream(numbers)); send(stream(words))", "columns of topic 't' changed"),
@@ -158,7 +158,7 @@ def test_a_thread_left_behind_does_nothing_between_jobs(start: Start) -> None:
     guest = loaded(start, body)
     run(guest)
     assert guest.alive
-    with pytest.raises(GuestDied, match="broke the protocol"):
+    with pytest.raises(GuestDied, match="invalid message"):
         run(guest)
 
 
@@ -343,4 +343,4 @@ def test_a_module_that_is_imported_too_long_is_told_apart_from_a_slow_job(start:
     guest = start(b"import time; time.sleep(3600)")
     with pytest.raises(PluginTimeout, match="to be imported") as caught:
         guest.load(0.5)
-    assert "imported" in caught.value.hint
+    assert "top level" in caught.value.hint

@@ -96,7 +96,7 @@ def test_a_version_whose_bytes_are_gone_is_superseded(
 ) -> None:
     path = tmp_path / "a.csv"
     make(path)
-    with pytest.raises(Superseded, match="the bytes of this version are gone"):
+    with pytest.raises(Superseded, match="gone"):
         place(os.fsencode(path), inbox, b"a.csv", HASH)
     assert not list(inbox.iterdir())
 
@@ -145,5 +145,5 @@ def test_a_file_that_changes_while_it_is_hashed_is_torn(
         return digest(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(hashlib, "file_digest", meanwhile)
-    with pytest.raises(Superseded, match="changed while it was read"):
+    with pytest.raises(Superseded, match="changed while"):
         hash_file(os.fsencode(file))

@@ -81,7 +81,7 @@ def test_a_uv_lock_without_a_fit_pyarrow_is_refused(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (block('requires-python = ">=4"'), "requires Python >=4, and plugins run on 3"),
+        (block('requires-python = ">=4"'), "requires Python >=4"),
         (block('requires-python = "new"'), "is not a version range"),
         (block("dependencies = ["), "is not TOML"),
         (block('dependencies = ["six"]') * 2, "has 2 `# /// script` blocks"),
@@ -124,7 +124,7 @@ def test_a_dependency_that_must_be_built_is_refused_and_not_run(
     local(plugin, tmp_path / "links", monkeypatch, "builds")
     with pytest.raises(PluginError, match=r"cannot be locked(?s:.*)builds") as refused:
         lock_dependencies(plugin)
-    assert "only packages that have wheels can be used" in refused.value.hint
+    assert "wheels" in refused.value.hint
     assert not marker.exists()
 
 
@@ -225,7 +225,7 @@ def test_anything_else_in_a_lock_is_refused_by_its_line(line: str) -> None:
     [
         ("", "it pins no package"),
         ("\n", "it pins no package"),
-        ("x" * LOCK_LIMIT + "x", "may have"),
+        ("x" * LOCK_LIMIT + "x", "the limit is"),
     ],
 )
 def test_a_lock_of_no_use_or_of_any_size_is_refused(lock: str, words: str) -> None:

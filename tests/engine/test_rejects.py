@@ -41,7 +41,7 @@ SOME = pa.table({"line": [1, 2]})
 def test_who_has_failed(known: str, gives: str, empty: str, fails: bool) -> None:
     found = seen(dict.fromkeys(gives.split(), SOME), known, empty)
     if fails:
-        with pytest.raises(OnlyRejects, match="the first: line 1"):
+        with pytest.raises(OnlyRejects, match="first reject: line 1"):
             found.judge()
     else:
         found.judge()

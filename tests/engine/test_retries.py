@@ -203,7 +203,7 @@ def test_poison_runs_alone_and_is_failed_the_third_time(ledger: Ledger, tmp_path
     die(ledger, folder, [(poison, 3)])
     row = job_row(ledger, poison)
     assert row.status == JobStatus.FAILED
-    assert row.reason.startswith("POISON: the daemon ended while it ran, 3 times")
+    assert row.reason.startswith("POISON: the daemon ended 3 times")
     assert sorted(claim(ledger)) == calm, "the others go on"
     assert ledger.read(lambda c: list(audit.problems(c))) == []
 
@@ -261,7 +261,7 @@ def test_a_dozen_kills_make_no_poison_of_what_runs_and_a_killer_ends_all_the_sam
         die(ledger, tmp_path / "guests", [(job, death)], once, KILLED)
     assert dispatch.POISON_AFTER_KILLS > 12
     assert job_row(ledger, job).status == JobStatus.FAILED
-    assert job_row(ledger, job).reason.startswith("POISON: the daemon ended while it ran, 14 times")
+    assert job_row(ledger, job).reason.startswith("POISON: the daemon ended 14 times")
 
 
 ENDS = {

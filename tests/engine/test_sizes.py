@@ -52,9 +52,9 @@ def test_a_length_that_only_the_metadata_have_counts() -> None:
     many = 1 << 29
     forged = data.replace(node, struct.pack("<qqqq", 1, 0, many, many))
     assert sizes.measure(memoryview(forged)).unfolded_bytes > 2 << 30
-    with pytest.raises(ProtocolError, match="unfolds to 2147483"):
+    with pytest.raises(ProtocolError, match="of 2147483"):
         read_batch(pa.py_buffer(forged), 256 << 20)
-    with pytest.raises(ProtocolError, match="below nothing"):
+    with pytest.raises(ProtocolError, match="negative length"):
         read_batch(pa.py_buffer(data.replace(node, struct.pack("<qqqq", 1, 0, -3, -3))), 1 << 30)
 
 
@@ -114,7 +114,7 @@ def test_fields_that_share_their_children_are_counted_each_time() -> None:
             break
         field = sizes._follow(schema, start)
         struct.pack_into("<I", schema, start + 4, field - start - 4)
-    with pytest.raises(sizes.Unfit, match=r"columns and fields|share one place"):
+    with pytest.raises(sizes.Unfit, match=r"columns and fields|overlap"):
         sizes.measure(memoryview(bytes(data)))
 
 

@@ -238,7 +238,7 @@ def test_settings_beside_a_plugin_do_not_reach_a_build(
 
 def test_a_store_that_cannot_be_written_costs_no_attempt(tmp_path: Path, links: Path) -> None:
     (tmp_path / "envs").touch()
-    with pytest.raises(Unavailable, match=r"the environments in .*/envs cannot be used"):
+    with pytest.raises(Unavailable, match=r"cannot use the environments in .*/envs"):
         EnvironmentStore(tmp_path / "envs", PLENTY).lease(wheels.pin(wheels.wheel(links, "small")))
 
 

@@ -55,7 +55,7 @@ def test_only_the_loopback_interface_is_used(monkeypatch: pytest.MonkeyPatch) ->
         assert wire.loopback(endpoint, "") == address
         assert wire.key_file(endpoint) == config.runtime_folder() / "tcp-5555.key"
     for endpoint in ELSEWHERE:
-        with pytest.raises(ConfigError, match="scale-out") as refused:
+        with pytest.raises(ConfigError, match="loopback") as refused:
             wire.loopback(endpoint, "the hint")
         assert refused.value.message.startswith(endpoint)
 
@@ -87,7 +87,7 @@ def test_a_daemon_that_has_not_said_who_it_is_is_waited_for(
     monkeypatch.setattr(control, "KEY_SECONDS", 0.1)
     with settings.database.daemon_lock.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DaemonGone, match="left no key"):
+        with pytest.raises(DaemonGone, match="key file"):
             control.ask(settings.database, protocol.Ring())
 
 
@@ -102,7 +102,7 @@ def test_another_interface_is_refused_in_words(tmp_path: Path, module: str) -> N
     )  # fmt: skip
     assert done.returncode == 78
     assert "error: tcp://0.0.0.0:5555 is not" in done.stderr
-    assert "authenticated remote workers come with scale-out" in done.stderr
+    assert "loopback" in done.stderr
     assert "  try: " in done.stderr
 
 
@@ -135,11 +135,11 @@ def test_a_client_without_the_key_is_told_at_once(
             right = file.read_bytes()
             wrong = wire.CurveKeys(zmq.curve_keypair()[0], zmq.curve_keypair()[1])
             wire.leave_key(settings.database.control_endpoint, wrong)
-            with pytest.raises(DaemonGone, match="refused us") as refused:
+            with pytest.raises(DaemonGone, match="refused") as refused:
                 await asyncio.to_thread(control.ask, settings.database, protocol.Ring())
             assert "the daemon's user" in refused.value.hint
             file.unlink()
-            with pytest.raises(DaemonGone, match="left no key"):
+            with pytest.raises(DaemonGone, match="key file"):
                 await asyncio.to_thread(control.ask, settings.database, protocol.Ring())
             file.write_bytes(b"no key")
             with pytest.raises(DaemonGone, match="is not a key"):
@@ -192,7 +192,7 @@ def test_a_key_in_a_folder_of_others_is_not_trusted(
 def test_an_old_libzmq_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     wire.require_zmq()
     monkeypatch.setattr(zmq, "zmq_version_info", lambda: (4, 3, 4))
-    with pytest.raises(CasparianError, match=r"libzmq 4\.3\.4 .* must be 4\.3\.5"):
+    with pytest.raises(CasparianError, match=r"libzmq 4\.3\.4 .* 4\.3\.5 or newer"):
         wire.require_zmq()
 
 
@@ -208,12 +208,12 @@ def test_a_worker_waits_for_a_sentinel_and_follows_it_to_its_next_key(tmp_path: 
             await eventually(lambda: daemon.sentinel.workers == 1)
 
     with start(settings, WORKER, "--connect", named) as worker:
-        said(worker, "Waiting for one")
+        said(worker, "waiting for a Sentinel")
         with start(settings, DAEMON) as sentinel:
-            said(sentinel, "is here")
+            said(sentinel, "connected")
             sentinel.send_signal(signal.SIGKILL)
         asyncio.run(next_sentinel())
-        said(worker, "worker left")
+        said(worker, "worker stopped")
         assert worker.wait(PATIENCE) == 0
 
 
@@ -241,6 +241,6 @@ def test_a_worker_of_another_filesystem_leaves(tmp_path: Path) -> None:
     inode = tmp_path.stat().st_ino
     worker_client._check_shared(welcome(tmp_path, inode))
     for other in (welcome(tmp_path, inode + 1), welcome(tmp_path / "absent", inode)):
-        with pytest.raises(DaemonGone, match="does not share") as refused:
+        with pytest.raises(DaemonGone, match="files") as refused:
             worker_client._check_shared(other)
         assert "Sentinel's machine" in refused.value.hint
