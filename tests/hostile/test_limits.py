@@ -88,7 +88,7 @@ def test_memory_ends_at_the_lower_of_both_limits(start: Start) -> None:
     for wants, limit in ((1 << 30, 4 << 30), (8 << 30, 1 << 30)):
         guest = start(plugin(body), wants={"memory_bytes": wants}, memory_bytes=limit)
         guest.load()
-        with pytest.raises(OutOfMemory, match=r"MemoryError; it may have 1024 MiB"):
+        with pytest.raises(OutOfMemory, match=r"MemoryError; the limit is 1024 MiB"):
             run(guest)
         guest.close()
 
@@ -173,7 +173,7 @@ def test_no_foreign_code_runs_where_a_large_file_was_exchanged(
     with pytest.raises(GuestDied):
         guest.load()
     log = guest.take_log()
-    assert "is not the file any more" in log
+    assert "was replaced by another file" in log
     assert "foreign code" not in log
 
 
@@ -231,7 +231,7 @@ canary.check(GuestSettings(), Path("cache"))
 
 
 def test_a_cache_that_cannot_be_used_is_said_in_words() -> None:
-    with pytest.raises(Unavailable, match="/dev/null cannot be used") as refused:
+    with pytest.raises(Unavailable, match=r"cannot use .* /dev/null") as refused:
         canary.check(GuestSettings(), Path("/dev/null"))
     assert "XDG_CACHE_HOME" in refused.value.hint
 
@@ -274,7 +274,7 @@ def test_a_kernel_without_landlock_runs_nothing_where_the_sandbox_is_required(
     held = canary.check(GuestSettings(sandbox="best-effort"), tmp_path)
     assert held == "limits, namespaces, seccomp"
     assert canary.check(GuestSettings(sandbox="off"), tmp_path) == "off"
-    assert "with all your rights" in caplog.text
+    assert "sandbox is off" in caplog.text
 
 
 OLD = """
@@ -325,7 +325,7 @@ def test_a_guest_is_not_run_where_the_sandbox_it_gets_is_not_whole(
             *environment, artifact(source),
             folder=tmp_path / "g", bundle=lame_bundle(tmp_path), limits=GuestSettings(),
         ) as guest,
-        pytest.raises(Unavailable, match="not whole: no landlock"),
+        pytest.raises(Unavailable, match=r"incomplete .*: no landlock"),
     ):  # fmt: skip
         guest.load()
     assert not os.path.exists(tmp_path / "ran")

@@ -101,7 +101,7 @@ def shared_zones() -> bytearray:
 def test_texts_that_share_a_place_are_not_copied_for_each(make: Callable[[], bytearray]) -> None:
     data = make()
     assert len(data) < 2 << 20
-    with pytest.raises(ProtocolError, match="many texts share one place"):
+    with pytest.raises(ProtocolError, match="overlap"):
         read(data)
 
 
@@ -120,7 +120,7 @@ def test_an_extension_type_that_takes_much_to_say_is_refused(name: str) -> None:
     said = {"ARROW:extension:name": name, "ARROW:extension:metadata": '{"shape":' + "[" * 3_000_000}
     schema = pa.schema([pa.field("a", pa.list_(pa.int8(), 1), metadata=said)])
     batch = pa.record_batch([pa.nulls(1, schema[0].type)], schema=schema)
-    with pytest.raises(ProtocolError, match="an extension type that takes more than 4096 bytes"):
+    with pytest.raises(ProtocolError, match="extension type with more than 4096 bytes"):
         read(message(batch))
 
 
@@ -137,7 +137,7 @@ def test_an_interval_that_has_no_form_in_python_is_refused(unit: int) -> None:
     (field,) = sizes._elements(view, sizes._member(view, table, sizes._SCHEMA_FIELDS))
     kind = sizes._follow(view, sizes._member(view, field, sizes._FIELD_TYPE))
     struct.pack_into("<h", view, sizes._member(view, kind, 0), unit)
-    with pytest.raises(ProtocolError, match="an interval of another kind"):
+    with pytest.raises(ProtocolError, match="interval"):
         read(data)
 
 
