@@ -296,7 +296,7 @@ def test_a_plugin_without_options_has_none_to_choose() -> None:
     [
         (["one"], "has 3: rows, rows_rejects, seen"),
         (["a", "b", "c", "d"], "has 3"),
-        (["a", "b", "a"], "'a' is chosen twice"),
+        (["a", "b", "a"], "'a' is given twice"),
         (["a", "b", "not a name"], "not a topic's name"),
     ],
 )

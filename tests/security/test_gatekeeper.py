@@ -247,7 +247,7 @@ def test_a_refusal_lists_every_finding_and_what_would_allow_it() -> None:
     ]
     assert lines[1].endswith("; the configuration forbids it: [gatekeeper] forbid")
     assert caught.value.hint == (
-        "mend these lines, or set [gatekeeper] allow = "
+        "change these lines, or set [gatekeeper] allow = "
         '["import:os", "name:getattr", "dunder:__dict__"]'
     )
     verdict = {
@@ -273,7 +273,7 @@ def test_what_was_found_cannot_steer_a_terminal() -> None:
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        (b"#" * 10_000_000, "has 10000000 bytes; a plugin may have 1048576"),
+        (b"#" * 10_000_000, "has 10000000 bytes"),
         (b"x = " + b"(" * 5000 + b")" * 5000, "too many nested parentheses"),
         (b"x = 1\0", "has NUL bytes"),
         (b"x = " + b"-" * 100_000 + b"1", "nests expressions too deeply"),
@@ -367,7 +367,7 @@ def test_a_child_that_dies_or_babbles(
     child_is(script, tmp_path, monkeypatch)
     with pytest.raises(PluginError) as caught:
         inspect(SOUND.encode(), "p.py", NOTHING)
-    assert "p.py could not be read within 30 s of processor time" in caught.value.message
+    assert "30 s of processor time" in caught.value.message
     assert "2048 MiB" in caught.value.message
     assert caught.value.hint
 
@@ -375,13 +375,13 @@ def test_a_child_that_dies_or_babbles(
 def test_a_child_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child_is("exec sleep 600", tmp_path, monkeypatch)
     monkeypatch.setattr(gatekeeper, "WALL_SECONDS", 0.01)
-    with pytest.raises(PluginError, match="could not be read"):
+    with pytest.raises(PluginError, match="took more than"):
         inspect(SOUND.encode(), "p.py", NOTHING)
 
 
 def test_a_child_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
-    with pytest.raises(PluginError, match=r"p.py was not read: .*: No such file") as caught:
+    with pytest.raises(PluginError, match=r"p.py: .*: No such file") as caught:
         inspect(SOUND.encode(), "p.py", NOTHING)
     assert caught.value.hint
 

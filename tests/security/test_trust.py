@@ -98,12 +98,12 @@ def test_the_first_row_must_be_a_keys_own_and_about_everything() -> None:
 def test_a_scoped_key_publishes_its_plugins_and_nothing_else(log: Log) -> None:
     trust = log.trust
     assert trust.authorize(SALES.verify_key.encode(), "sales_2026")
-    with pytest.raises(AuthError, match=r"plugins sales\*, and not with hr"):
+    with pytest.raises(AuthError, match=r"plugins sales\*, .* hr"):
         trust.authorize(SALES.verify_key.encode(), "hr")
-    with pytest.raises(AuthError, match="and not with keys"):
+    with pytest.raises(AuthError, match="keys"):
         trust.authorize(SALES.verify_key.encode(), None)
     assert trust.unfit(name(SALES), "sales") == ""
-    assert "sales* only" in trust.unfit(name(SALES), "hr")
+    assert "sales*" in trust.unfit(name(SALES), "hr")
 
 
 def test_an_unknown_key_is_told_what_somebody_else_must_type(log: Log) -> None:
@@ -131,7 +131,7 @@ def test_a_revoked_key_signs_nothing_and_what_it_signed_stops(log: Log) -> None:
     assert "revoked: laptop stolen" in trust.stopped(name(SALES), "sales", "1")
     with pytest.raises(AuthError, match="revoked: laptop stolen"):
         trust.authorize(SALES.verify_key.encode(), "sales")
-    with pytest.raises(AuthError, match="stays so"):
+    with pytest.raises(AuthError, match="already"):
         log.admit(SALES, "*")
     with pytest.raises(AuthError, match="known already"):
         log.rotate(ROOT, SALES)
