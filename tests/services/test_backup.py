@@ -178,7 +178,7 @@ def test_a_ledger_that_does_not_hold_gives_no_backup(
     ledger.write(add_audit_row)
     ledger.write(lambda c: c.execute(text("DROP TRIGGER cf_audit_no_update")).rowcount)
     ledger.write(lambda c: c.execute(text("UPDATE cf_audit SET actor = 'nobody'")).rowcount)
-    with pytest.raises(LedgerError, match=r"row 1 was altered.*no backup was made"):
+    with pytest.raises(LedgerError, match=r"row 1 was changed.*no backup was made"):
         backup.make(settings, ledger, str(tmp_path / "copy"))
     assert not list(tmp_path.glob("*copy*"))
 

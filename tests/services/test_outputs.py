@@ -93,7 +93,7 @@ def test_an_altered_file_is_named_and_never_overwritten(flow: Flow) -> None:
         target = Path(ledger.read(views.committed)[0]["target"])
         target.write_bytes(target.read_bytes()[:-1] + b"!")
         assert "its bytes have changed" in problems(flow, ledger)[0]
-        with pytest.raises(SinkConflict, match="was altered"):
+        with pytest.raises(SinkConflict, match="was changed"):
             outputs.restore(ledger, flow.settings, str(target))
         assert target.read_bytes().endswith(b"!")
         assert ledger.read(jobs.counts) == {"COMPLETED": 1}

@@ -199,8 +199,8 @@ def test_a_new_version_that_names_other_sinks_says_that_its_topics_stay(
         assert "topics set" not in deployed(saying(["parquet://a", "sqlite:///b"]), "1.0.0")
         assert "topics set" not in deployed(saying(["sqlite:///b", "parquet://./a/"]), "1.0.1")
         assert deployed(saying(["parquet://a b?mode=replace"]), "1.0.2").splitlines()[1:] == [
-            "topic lines goes to parquet://a?mode=append, sqlite:///b?mode=append as before, "
-            "whatever the MANIFEST says; to follow it: "
+            "topic lines still goes to parquet://a?mode=append, sqlite:///b?mode=append, "
+            "not to the MANIFEST's sink; to use that: "
             "casparian topics set rows lines 'parquet://a b?mode=replace'"
         ]
         assert "topics set" not in deployed(ROWS, "1.0.3")

@@ -98,14 +98,14 @@ def test_folders_beyond_the_longest_path_are_not_blamed_on_a_limit(
             assert report.unheard == set()
             assert 5 < report.too_deep < 30
             assert watcher.confirm(report.unheard, report.too_deep) is False
-        words = f"{WATCHING}, but not {report.too_deep} folders"
+        words = f"{WATCHING}, except {report.too_deep} folders"
         assert watcher.state.startswith(words)
         assert "inotify" not in watcher.state
         assert watcher.look() is False, "arming it anew would be of no use"
         # What is really lost is said as ever, and the limit only where it has been reached.
         watcher.confirm({1})
         assert watcher.confirm({1}) is True
-        assert watcher.state == "degraded: 1 folders are not watched"
+        assert watcher.state == "degraded: 1 folder not watched"
     finally:
         watcher.close()
 

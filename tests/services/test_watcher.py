@@ -69,7 +69,7 @@ def test_a_watcher_whose_thread_dies_is_armed_anew_and_its_root_scanned(
             await eventually(lambda: versions(ledger) == 2)
 
     asyncio.run(story())
-    assert states[:3] == [WATCHING, "degraded: a thread of the watcher ended", WATCHING]
+    assert states[:3] == [WATCHING, "degraded: a watcher thread ended", WATCHING]
 
 
 def test_a_root_that_is_replaced_is_watched_anew(ledger: Ledger, source: Path) -> None:
@@ -163,7 +163,7 @@ def test_what_the_kernels_limits_leave_unwatched_is_noticed(source: Path) -> Non
         pytest.skip(f"no user namespace here, so limits are untested: {done.stderr}")
     assert done.returncode == 0, done.stderr
     limited, lifted, refused = done.stdout.splitlines()
-    assert limited.startswith("51|True|True|degraded: 51 folders are not watched")
+    assert limited.startswith("51|True|True|degraded: 51 folders")
     assert lifted == "0|False|watching"
     assert refused.startswith("False|degraded: it cannot be watched")
 
