@@ -373,13 +373,13 @@ def test_a_folder_without_the_right_to_write(place: Place) -> None:
         rights = "-dac_override,-dac_read_search"
         command = ["setpriv", f"--bounding-set={rights}", f"--inh-caps={rights}", *command]
         if not shutil.which("setpriv"):
-            pytest.skip("NOT PROVEN: what a sink says without the right to write; we are root, and "
+            pytest.skip("NOT PROVEN: what a sink says without write permission; we are root, and "
                         "there is no setpriv to be less")  # fmt: skip
     (place.home / "out").mkdir(mode=0o500)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     message, hint = done.stdout.splitlines() or [done.stderr, ""]
     assert "permission denied" in message
-    assert "right to write" in hint
+    assert "write permission" in hint
 
 
 @pytest.mark.parametrize("fault", ["forgotten", "other rows"])
@@ -568,7 +568,7 @@ def test_in_mode_error_only_our_own_rows_may_be_there(modes: Place) -> None:
     (outcome,) = modes.publish(output)
     assert isinstance(outcome, SinkConflict), outcome
     assert TOPIC in outcome.message
-    assert "not ours" in outcome.message
+    assert "mode" in outcome.message
     assert 3 not in [row.get("id") for row in modes.rows()]
 
 

@@ -90,7 +90,7 @@ def test_the_servers_own_words_are_kept() -> None:
     error = refusal(fault, "mssql://sales")
     assert isinstance(error, SinkUnavailable)
     assert error.message == f"cannot write mssql://sales: {fault.words}"
-    assert "go on by themselves" in error.hint
+    assert "by themselves" in error.hint
 
 
 def test_what_a_job_is_told() -> None:
