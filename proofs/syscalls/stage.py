@@ -84,7 +84,7 @@ WITHIN_SECONDS = 60.0
 CODES = {*ExitCode} - {ExitCode.USAGE, ExitCode.BUG, ExitCode.INTERRUPTED}
 """Exit codes of docs/cli.md that a disk may cause; 70 is a bug of ours."""
 
-_RUNNING = "is RUNNING, and no daemon runs"
+_RUNNING = "is RUNNING, but no daemon runs"
 """What `verify` says of jobs whose daemon is dead: true after a fault, and not a violation."""
 
 
