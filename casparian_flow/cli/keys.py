@@ -14,17 +14,21 @@ app = context.group("Generate, list, trust, revoke and rotate keys.")
 
 @app.command()
 def generate(ctx: typer.Context) -> None:
-    """Make your signing key, and print its public half.
+    """Make your signing key, and print its public key.
 
-    Where you have one, it stays. Whoever is trusted in a ledger can trust it there.
+    An existing key stays as it is. Somebody whose key a ledger trusts can trust yours there.
     """
     from casparian_flow import config
     from casparian_flow.security import keys
 
     folder = config.keys_folder()
-    made = "there is a key already in" if keys.has_local_key(folder) else "made a key in"
+    made = (
+        "there is already a signing key in"
+        if keys.has_local_key(folder)
+        else "made a signing key in"
+    )
     public_key = keys.local_key(folder).verify_key.encode().hex()
-    context.note(f"{made} {folder}; it stays on this machine. Its public half:")
+    context.note(f"{made} {folder}; it stays on this machine. Its public key:")
     context.say(public_key)
     context.note(f"  try: casparian keys trust {public_key} --owner NAME")
 
@@ -39,7 +43,8 @@ def list_(ctx: typer.Context, as_json: AsJson = False) -> None:
         rows = trust.listing(ledger, config.keys_folder())
     columns = "key_id mine owner plugins standing trusted_at reason"
     empty = (
-        "no key is trusted yet: the first that publishes will be\n  try: casparian keys generate"
+        "no key is trusted yet: the first key that publishes becomes trusted\n  try: casparian "
+        "keys generate"
     )
     context.listing(rows, as_json, columns, empty)
 
@@ -49,16 +54,21 @@ def trust(
     ctx: typer.Context,
     public_key: Annotated[
         str,
-        typer.Argument(metavar="PUBLIC_KEY", help="As its owner's `casparian keys generate` says."),
+        typer.Argument(
+            metavar="PUBLIC_KEY", help="As its owner's `casparian keys generate` prints it."
+        ),
     ],
     owner: Annotated[str, typer.Option(metavar="NAME", help="Whose key it is.")],
     plugins: Annotated[
-        str, typer.Option(metavar="GLOB", help="What it may publish; * includes keys.")
+        str,
+        typer.Option(
+            metavar="GLOB", help="Which plugins it may publish; * includes managing keys."
+        ),
     ] = "*",
 ) -> None:
-    """Trust a key with plugins.
+    """Let a key publish plugins.
 
-    Signed by your key. In a ledger that trusts none yet, yours is trusted first.
+    Your key signs this. If the ledger trusts no key yet, it trusts yours first.
     """
     from casparian_flow import config
     from casparian_flow.db.trust import trust_key
@@ -71,11 +81,16 @@ def trust(
 def revoke(
     ctx: typer.Context,
     key_id: Annotated[
-        str, typer.Argument(metavar="KEY_ID", help="As in `casparian keys list`; its beginning.")
+        str,
+        typer.Argument(
+            metavar="KEY_ID", help="The beginning of its id, as in `casparian keys list`."
+        ),
     ],
-    reason: Annotated[str, typer.Option(metavar="WORDS", help="Why; it is signed and kept.")],
+    reason: Annotated[
+        str, typer.Option(metavar="WORDS", help="The reason; it is signed and kept in the audit.")
+    ],
 ) -> None:
-    """Run nothing any more that a key has published."""
+    """Stop everything that a key has published."""
     from casparian_flow import config
     from casparian_flow.db import trust
 
@@ -85,9 +100,9 @@ def revoke(
 
 @app.command()
 def rotate(ctx: typer.Context) -> None:
-    """Put a new key in the place of yours.
+    """Replace your signing key with a new one.
 
-    What the old one published stays valid. Run it again for each other ledger that trusts you.
+    What the old key published stays valid. Run this again for each other ledger that trusts you.
     """
     from casparian_flow import config
     from casparian_flow.db import trust

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from casparian_flow.db.backfill import Backfill
 
 
-app = context.group("List, forget and restore outputs.")
+app = context.group("List, forget and restore published outputs.")
 
 Name = Annotated[str, typer.Argument(metavar="TARGET|JOB", help="As in `casparian outputs list`.")]
 
@@ -23,7 +23,7 @@ Name = Annotated[str, typer.Argument(metavar="TARGET|JOB", help="As in `casparia
 @app.command("list")
 def list_outputs(
     ctx: typer.Context,
-    topic: Annotated[str | None, typer.Option(metavar="TOPIC", help="Only of this topic.")] = None,
+    topic: Annotated[str | None, typer.Option(metavar="TOPIC", help="Only this topic.")] = None,
     limit: Limit = None,
     every: All = False,
     as_json: AsJson = False,
@@ -40,9 +40,9 @@ def list_outputs(
 
 @app.command()
 def forget(ctx: typer.Context, name: Name) -> None:
-    """Claim an output no more that was deleted or altered in its sink.
+    """Stop tracking an output that was deleted or changed in its sink.
 
-    `casparian verify` is content then, and queries pass it over. The audit keeps who said so.
+    `casparian verify` then passes, and queries leave the output out. The audit records who did it.
     """
     from casparian_flow.services import outputs
 
@@ -53,9 +53,9 @@ def forget(ctx: typer.Context, name: Name) -> None:
 
 @app.command()
 def restore(ctx: typer.Context, name: Name) -> None:
-    """Have an output made again that was deleted or altered in its sink.
+    """Make an output again that was deleted or changed in its sink.
 
-    Its job is queued again; the bytes of its version must still be there.
+    Queues its job again. The file or a snapshot must still have the version's content.
     """
     from casparian_flow.services import outputs
 
@@ -73,18 +73,16 @@ def retract(
         str,
         typer.Argument(
             metavar="PATH|VERSION",
-            help="A file, as NAME/path or as a path from here: all its versions. Or the id of one "
-            "version.",
+            help="A file, as SOURCE/path or as a path from here: all its versions. Or the "
+            "id of one version.",
         ),
     ],
-    undo: Annotated[
-        bool, typer.Option("--undo", help="Bring back what was retracted, as it was.")
-    ] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Show the retracted rows again.")] = False,
 ) -> None:
-    """Take a file's rows out of every sink's sight.
+    """Hide a file's rows in every sink (reversible).
 
-    The sinks keep them, and no reader, query or later version brings them back but --undo. The
-    audit has who did it.
+    The sinks keep the rows; readers and queries no longer see them. Only --undo shows them again.
+    The audit records who did it.
     """
     from casparian_flow.services import outputs
 
@@ -104,26 +102,31 @@ def backfill(
     plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="As in `casparian plugins`.")],
     path: Annotated[
         str | None,
-        typer.Option(metavar="GLOB", help="Only of files whose path matches; * crosses /."),
+        typer.Option(metavar="GLOB", help="Only files whose path matches; * also matches /."),
     ] = None,
     since: Annotated[
         datetime | None,
         typer.Option(
-            formats=["%Y-%m-%d"], metavar="DATE", help="Only versions recorded since, UTC."
+            formats=["%Y-%m-%d"],
+            metavar="DATE",
+            help="Only versions recorded since this day (UTC).",
         ),
     ] = None,
     redo: Annotated[
-        bool, typer.Option("--redo", help="Also what another version of the plugin has worked.")
+        bool,
+        typer.Option(
+            "--redo", help="Also versions that another version of the plugin has already processed."
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how many jobs, and queue none.")
+        bool, typer.Option("--dry-run", help="Print how many jobs it would queue, and queue none.")
     ] = False,
 ) -> None:
-    """Have a plugin work versions that were recorded before it.
+    """Queue jobs for versions recorded before the plugin was published.
 
-    Older contents of files too, as far as their bytes are there: in the file, or in the snapshot
-    store. New rows come beside those that are there; in mode replace, in the place of what an
-    older version of the file or of the plugin gave.
+    Includes older versions of files whose content is still there, in the file or as a snapshot. The
+    new rows are added to the existing ones; in mode replace they replace the rows of an older
+    version of the file or of the plugin.
     """
     from casparian_flow.db.backfill import Choice
     from casparian_flow.db.backfill import backfill as queue
@@ -138,41 +141,44 @@ def _report(plugin: str, done: Backfill, *, dry_run: bool) -> None:
     would = "would be " if dry_run else ""
     context.say(f"{plugin} {done.version}: {counted(done.queued, 'job')} {would}queued")
     if not done.routed:
-        context.note(f"no version that was asked for is routed to {plugin}")
+        context.note(f"no matching version is routed to {plugin}")
         context.note("  try: casparian rules list")
     if done.bytes_gone:
-        have = "has" if done.bytes_gone == 1 else "have"
         context.say(
-            f"{counted(done.bytes_gone, 'version')} {have} no bytes any more: the file has changed "
-            "or is gone, and no snapshot was kept (docs/snapshots.md)"
+            f"{counted(done.bytes_gone, 'version')} skipped, since the content is gone: the "
+            "file has changed or was deleted, and no snapshot was kept (docs/snapshots.md)"
         )
     if done.retracted:
         context.say(
-            f"{counted(done.retracted, 'version')} {_were(done.retracted)} retracted and not "
-            "worked again; casparian retract PATH --undo brings the rows back"
+            f"{counted(done.retracted, 'version')} skipped, since retracted; casparian retract "
+            "PATH --undo shows the rows again"
         )
     if done.worked:
         context.say(
-            f"{counted(done.worked, 'version')} {_were(done.worked)} worked by another version of "
-            f"{plugin} (--redo has {done.version} work {_as_many(done)} too)"
+            f"{counted(done.worked, 'version')} already processed by another version of "
+            f"{plugin}{_redo(done)}"
         )
     if done.waits:
         context.say(
-            f"{counted(done.waits, 'version')} with an unfinished job of another version of "
-            f"{plugin}: that job comes first"
+            f"{counted(done.waits, 'version')} skipped: another version of {plugin} has an "
+            f"unfinished job for {_them(done.waits)}"
         )
     if done.queued:
         context.say(
-            "their rows come beside those that are there, with their own _cf_plugin_version, or in "
-            "mode replace in their place; `casparian query` shows each file's latest version once"
+            "the new rows have their own _cf_plugin_version; they are added to the existing "
+            "rows, or replace them in mode replace. `casparian query` shows each file's latest "
+            "version once"
         )
 
 
-def _were(number: int) -> str:
-    return "was" if number == 1 else "were"
+def _them(number: int) -> str:
+    return "it" if number == 1 else "them"
 
 
-def _as_many(done: Backfill) -> str:
-    if done.again == done.worked:
-        return "it" if done.worked == 1 else "them"
-    return f"{done.again} of them, whose bytes are there,"
+def _redo(done: Backfill) -> str:
+    if not done.again:
+        return ""
+    some = _them(done.worked)
+    if done.again < done.worked:
+        some = f"the {done.again} whose content is still there"
+    return f" (--redo processes {some} with {done.version} too)"

@@ -29,7 +29,9 @@ app = context.group(
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The plugin's name.")]
 
-Reason = Annotated[str, typer.Option(metavar="WORDS", help="Why; it is signed and kept.")]
+Reason = Annotated[
+    str, typer.Option(metavar="WORDS", help="The reason; it is signed and kept in the audit.")
+]
 
 
 @app.callback()
@@ -58,7 +60,7 @@ def _list(ctx: typer.Context, as_json: bool) -> None:
 def bundled(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME", help="Only this one, with what each option means."),
+        typer.Argument(metavar="NAME", help="Only this plugin, with what each option means."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -93,12 +95,12 @@ def show(
     ctx: typer.Context,
     name: Name,
     version: Annotated[
-        str | None, typer.Argument(metavar="VERSION", help="Else the active one.")
+        str | None, typer.Argument(metavar="VERSION", help="The version; default: the active one.")
     ] = None,
-    source: Annotated[bool, typer.Option("--source", help="Its source as well.")] = False,
+    source: Annotated[bool, typer.Option("--source", help="Print its source as well.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show a version in full.
+    """Show everything about a plugin version.
 
     Who published it, whether it may run, what was signed, its limits, topics and packages.
     """
@@ -139,10 +141,10 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check every version as it is checked before it runs.
+    """Check every version, as a worker does before it runs one.
 
-    Its bytes, its signature, what was signed, and the standing of the key. Ends with 1 if any may
-    not run.
+    Checks its bytes, its signature, what was signed, and whether the key is trusted. Ends with 1 if
+    any version may not run.
     """
     from casparian_flow.db import plugins
 
@@ -160,12 +162,12 @@ def verify(
 def activate(
     ctx: typer.Context,
     name: Name,
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="A deployed one.")],
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="A deployed version.")],
     reason: Reason,
 ) -> None:
-    """Make a version the one that takes new jobs.
+    """Make a version the one that gets new jobs.
 
-    Back to an older one, or one that was disabled.
+    For going back to an older version, or to one that was disabled.
     """
     from casparian_flow import config
     from casparian_flow.services import architect
@@ -181,12 +183,12 @@ def disable(
     name: Name,
     reason: Reason,
     version: Annotated[
-        str | None, typer.Argument(metavar="VERSION", help="Else every version.")
+        str | None, typer.Argument(metavar="VERSION", help="The version; default: every version.")
     ] = None,
 ) -> None:
-    """Run a version, or a whole plugin, no more.
+    """Stop a version, or a whole plugin.
 
-    Jobs that wait for it fail and say why.
+    Jobs queued for it fail, with the reason.
     """
     from casparian_flow import config
     from casparian_flow.db import plugins
@@ -199,8 +201,8 @@ def disable(
 def diff(
     ctx: typer.Context,
     name: Name,
-    old: Annotated[str, typer.Argument(metavar="OLD", help="A version.")],
-    new: Annotated[str, typer.Argument(metavar="NEW", help="Another one.")],
+    old: Annotated[str, typer.Argument(metavar="OLD", help="The older version.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The newer version.")],
 ) -> None:
     """Show what changed between two versions.
 
@@ -232,20 +234,23 @@ def publish(
     version: Annotated[
         str | None,
         typer.Option(
-            metavar="V", help="Its version; else the MANIFEST's, else the next patch release."
+            metavar="V", help="The version; default: the MANIFEST's, else the next patch release."
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Its name; else the MANIFEST's.")
+        str | None, typer.Option(metavar="NAME", help="The plugin's name; default: the MANIFEST's.")
     ] = None,
     pattern: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Files it gets, in place of the MANIFEST's; repeatable."),
+        typer.Option(
+            metavar="GLOB", help="Files it gets, instead of the MANIFEST's pattern; repeatable."
+        ),
     ] = None,
     topic: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TOPIC", help="Name of a topic; once for each of the MANIFEST's, in its order."
+            metavar="TOPIC",
+            help="Name of a topic; once for each topic of the MANIFEST, in that order.",
         ),
     ] = None,
     option: Annotated[
@@ -257,15 +262,15 @@ def publish(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Do and check everything, but deploy nothing.")
+        bool, typer.Option("--dry-run", help="Lock, sign and check, but deploy nothing.")
     ] = False,
 ) -> None:
     """Lock, sign and deploy a plugin.
 
-    Files that are known already and that it wants are queued. The first key that publishes into a
-    ledger becomes the one that is trusted there; others must be trusted first (casparian keys).
-    What --name, --pattern, --topic and --option choose is put into the MANIFEST of what is
-    deployed; the file stays as it is. So one file can be several plugins.
+    Queues a job for each known file that matches. The first key that publishes into a ledger is
+    trusted there; other keys must be trusted first (casparian keys trust). --name, --pattern,
+    --topic and --option change the MANIFEST of what is deployed; the file stays as it is. So one
+    file can be published as several plugins.
     """
     from casparian_flow.security.choices import Choices
 
@@ -314,9 +319,14 @@ def _file(plugin: str) -> Path:
                 context.note(f"             not the file {mine}: casparian publish ./{mine}")
         return file
     known = ", ".join(bundled.names())
-    hint = f"casparian publish with one of {known}; a file's path has a / or ends in .py"
+    hint = (
+        f"casparian publish NAME, where NAME is one of {known}   (a file's path has a / "
+        "or ends in .py)"
+    )
     if here.is_file():
-        hint = f"casparian publish ./{plugin}   (the file), or one of {known}"
+        hint = (
+            f"casparian publish ./{plugin}   (publishes the file; the bundled plugins are {known})"
+        )
     raise NotFound(f"no bundled plugin is named {plugin!r}", hint)
 
 
@@ -367,7 +377,7 @@ def _options(written: Sequence[str]) -> dict[str, str]:
         if not key or not sign:
             raise typer.BadParameter(f"--option is KEY=VALUE, not {text[:60]!r}")
         if key in options:
-            raise typer.BadParameter(f"--option {key[:60]} is there twice")
+            raise typer.BadParameter(f"--option {key[:60]} is given twice")
         options[key] = value
     return options
 

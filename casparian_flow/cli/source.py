@@ -19,25 +19,25 @@ app = context.group("Add, list and remove watched directories.")
 
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATTERN", help="Pass these over, as in a .gitignore; repeatable."),
+    typer.Option(metavar="PATTERN", help="Ignore these files, as in a .gitignore; repeatable."),
 ]
 Settle = Annotated[
     float | None,
-    typer.Option(metavar="SECONDS", help="How long a file must be at rest; else 2."),
+    typer.Option(
+        metavar="SECONDS", help="How long a file must stay unchanged before it is read; default: 2."
+    ),
 ]
 DoneFile = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Take a file only when this marker is beside it: '{name}.done', '{stem}.ok', or one "
-        "for the whole folder; '' for none.",
+        help="Read a file only when this marker file is beside it: '{name}.done', "
+        "'{stem}.ok', or one name for the whole folder; '' for none.",
     ),
 ]
 MinAge = Annotated[
     float | None,
-    typer.Option(
-        metavar="SECONDS", help="Leave younger files to a later scan, without waiting for them."
-    ),
+    typer.Option(metavar="SECONDS", help="Leave files younger than this to a later scan."),
 ]
 
 
@@ -46,7 +46,7 @@ def add_source(
     ctx: typer.Context,
     folder: Annotated[str, typer.Argument(metavar="DIR", help="The directory.")],
     name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What to call it; else the directory's name.")
+        str | None, typer.Option(metavar="NAME", help="Its name; default: the directory's name.")
     ] = None,
     ignore: Ignore = None,
     settle: Settle = None,
@@ -55,7 +55,7 @@ def add_source(
 ) -> None:
     """Watch a directory.
 
-    One that was removed before comes back with all that is known of it.
+    A directory that was removed earlier comes back with its files, versions and jobs.
     """
     from casparian_flow.services import sources
 
@@ -76,7 +76,8 @@ def set_source(
 ) -> None:
     """Change the options of a source root.
 
-    What is not named stays. `--ignore` replaces the patterns there are; `--ignore ''` clears them.
+    Options that are not given stay as they are. `--ignore` replaces all patterns; `--ignore ''`
+    clears them.
     """
     from casparian_flow.services import sources
 
@@ -88,7 +89,7 @@ def set_source(
 
 @app.command("list")
 def list_sources(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """List every source root, its options and its last scan."""
+    """List the source roots, their options and their last scans."""
     from casparian_flow.services import report
 
     with context.opened(ctx) as (settings, ledger):
@@ -106,9 +107,9 @@ def show_source(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As in `casparian source list`.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show a source root in full, with what is passed over.
+    """Show a source root in full, with its ignore patterns.
 
-    `--ignore '!PATTERN'` takes back what is passed over by default.
+    `--ignore '!PATTERN'` undoes a default ignore pattern.
     """
     from casparian_flow.services import report
 
@@ -134,18 +135,18 @@ def remove_source(
 
     with context.opened(ctx) as (_, ledger):
         sources.remove_source(ledger, name)
-    context.say(f"source root {name} removed; what is known of it stays")
+    context.say(f"source root {name} removed; its files, versions, jobs and rows stay")
 
 
 # `casparian rules`: which files get which tag.
 
 
-rules_app = context.group("Say which files get which tag.")
+rules_app = context.group("List, add and remove the rules that tag files.")
 
 
 @rules_app.command("list")
 def list_rules(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """List every rule and who subscribes to its tag."""
+    """List every rule and the plugins that subscribe to its tag."""
     from casparian_flow.db import views
     from casparian_flow.services.report import rule_fault
 
@@ -162,7 +163,7 @@ def add_rule(
         str,
         typer.Argument(
             metavar="PATTERN",
-            help="A glob: without a slash over the file's name, with one over its path.",
+            help="A glob. Without a slash it matches the file's name, with one its path.",
         ),
     ],
     tag: Annotated[str, typer.Argument(metavar="TAG", help="The tag that plugins subscribe to.")],
@@ -171,19 +172,21 @@ def add_rule(
     ] = 0,
     exact_case: Annotated[
         bool,
-        typer.Option("--exact-case", help="Tell *.csv from *.CSV; else one rule matches both."),
+        typer.Option(
+            "--exact-case", help="Distinguish *.csv from *.CSV; default: one rule matches both."
+        ),
     ] = False,
 ) -> None:
-    """Give a tag to the files that match a pattern.
+    """Tag the files that match a pattern.
 
-    Jobs that follow from it are queued at once.
+    Queues the jobs that follow at once.
     """
     from casparian_flow.services import sources
 
     with context.opened(ctx) as (_, ledger):
         rule_id, queued = sources.add_rule(ledger, pattern, tag, priority, any_case=not exact_case)
-    some = counted(queued, "job")
-    context.say(f"rule {rule_id} added; {some} queued for files already known")
+    some = f"; {counted(queued, 'job')} queued for known files" if queued else ""
+    context.say(f"rule {rule_id} added{some}")
 
 
 @rules_app.command("remove")
@@ -191,7 +194,7 @@ def remove_rule(
     ctx: typer.Context,
     rule_id: Annotated[int, typer.Argument(metavar="ID", help="As in `casparian rules list`.")],
 ) -> None:
-    """Remove a rule; jobs it has queued stay."""
+    """Remove a rule; the jobs it has queued stay."""
     from casparian_flow.services import sources
 
     with context.opened(ctx) as (_, ledger):
@@ -235,7 +238,7 @@ def set_topic(
     plugin: Annotated[
         str,
         typer.Argument(
-            metavar="PLUGIN", help="The plugin's name; with --allow-empty a topic's will do."
+            metavar="PLUGIN", help="The plugin's name. With --allow-empty a topic's name is enough."
         ),
     ],
     topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="One of its topics.")] = None,
@@ -250,28 +253,29 @@ def set_topic(
         str,
         typer.Option(
             metavar="append|replace|error",
-            help="Of URIs without ?mode=. Add each version's rows; or put them in place of the "
-            "file's earlier ones; or add them, and refuse to where the sink has rows of others.",
+            help="Mode of URIs without ?mode=. append: add each version's rows. replace: "
+            "replace the file's earlier rows. error: like append, but refuse a table "
+            "or folder that holds foreign rows.",
         ),
     ] = "append",
     allow_empty: Annotated[
         bool | None,
         typer.Option(
             "--allow-empty/--no-allow-empty",
-            help="Whether a file that gives rejects and no row of TOPIC is COMPLETED, and its "
-            "rejects published; else it is FAILED.",
+            help="A file that gives rejects but no row of TOPIC: complete the job and "
+            "publish the rejects, instead of failing it.",
         ),
     ] = None,
 ) -> None:
-    """Send a topic to these sinks, and no others, from now on.
+    """Set the sinks that a topic goes to from now on.
 
-    What was published before stays where it is. A URI may say its mode itself, as in
-    parquet://output?mode=replace. Without a URI the sinks stay, and --allow-empty is what is set.
+    Outputs published before stay where they are. A URI may contain its mode, as in
+    parquet://output?mode=replace. Without a URI only --allow-empty is set, and the sinks stay.
     """
     from casparian_flow.services import topics
 
     if allow_empty is None and not (topic and uris):
-        raise typer.BadParameter("name a plugin, a topic and its sinks, or say --allow-empty")
+        raise typer.BadParameter("give a plugin, a topic and its sinks, or --allow-empty")
     with context.opened(ctx) as (settings, ledger):
         if topic and uris:
             _report(plugin, topic, topics.set_topic(ledger, settings, plugin, topic, uris, mode))
@@ -290,4 +294,6 @@ def _report(plugin: str, topic: str, change: TopicChange) -> None:
         context.note(f"note: {sentence}")
     if topic not in change.declared:
         known = ", ".join(change.declared) or "none"
-        context.note(f"note: {plugin} had no topic {topic!r} so far (it has: {known})")
+        context.note(
+            f"note: {plugin} declares no topic {topic!r} (it declares: {known}); check the spelling"
+        )

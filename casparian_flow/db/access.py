@@ -286,7 +286,7 @@ class Ledger:
         except (sqlite3.Error, DBAPIError) as error:
             raise LedgerError(
                 f"the ledger could not be copied to {target.parent}: {error}",
-                "name a file on a disk that has room, and that you may write",
+                "choose a file that you may write, on a disk with room",
             ) from error
         finally:
             connection.close()

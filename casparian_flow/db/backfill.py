@@ -197,7 +197,7 @@ def _active(ledger: Ledger, plugin: str) -> str:
     version = ledger.read(lambda c: plugins.active(c, plugin))
     if version is None:
         raise CasparianError(
-            f"no version of {plugin} takes jobs; nothing was queued",
+            f"no version of {plugin} is active; nothing was queued",
             f"casparian plugins activate {plugin} VERSION --reason WORDS",
         )
     return version

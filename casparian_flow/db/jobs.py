@@ -730,7 +730,10 @@ def _change(
             raise NotFound(f"there is no job {job_id}", "casparian jobs")
         show = f"casparian jobs show {job_id}"
         if verb == "abort" and status == JobStatus.COMMITTING:
-            raise CasparianError(f"job {job_id} is decided already: its output will appear", show)
+            raise CasparianError(
+                f"job {job_id} is COMMITTING: its output is being published and cannot be stopped",
+                show,
+            )
         raise CasparianError(f"job {job_id} is {status}; only jobs that are {which}", show)
     return len(changed)
 

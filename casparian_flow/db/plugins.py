@@ -432,8 +432,8 @@ def disable(ledger: Ledger, folder: Path, name: str, version: str | None, reason
 
     stopped, _ = ledger.change(work, lambda done: [done[1]])
     which = f"{name} {version}" if version else f"every version of {name}"
-    message = f"{which} is disabled: jobs that wait for it will fail, and say why"
-    return f"{message}; no version takes new jobs" if stopped else message
+    message = f"{which} is disabled: jobs queued for it will fail, with the reason"
+    return f"{message}; no version gets new jobs" if stopped else message
 
 
 def choose(connection: Connection, name: str, version: str | None) -> Stored:

@@ -209,7 +209,7 @@ def trust_key(ledger: Ledger, folder: Path, public_key: str, owner: str, globs: 
         )
         trusted, event = _append_signed(connection, trusted, signer, statement)
         key = trusted.keys[key_id(public_bytes(public_key))]
-        beyond = ", and with changing which keys are trusted" if globs == EVERYTHING else ""
+        beyond = ", and with managing keys" if globs == EVERYTHING else ""
         message += f"{key} is trusted with plugins {globs}{beyond}"
         message += _no_longer_active(deactivate(connection, trusted))
         return _Change(message, [*events, event])
@@ -236,10 +236,10 @@ def revoke(ledger: Ledger, folder: Path, prefix: str, reason: str) -> str:
         trusted = read(connection)
         key = _find(trusted, prefix)
         if key.standing is KeyStatus.REVOKED:
-            return _Change(f"{key} is revoked already: {key.reason}", [])
+            return _Change(f"{key} is already revoked: {key.reason}", [])
         statement = RevokeKey(**trusted.link(signer), key_id=key.key_id, reason=reason)
         trusted, event = _append_signed(connection, trusted, signer, statement)
-        message = f"{key} is revoked: nothing it has published runs any more"
+        message = f"{key} is revoked: plugins that it has published no longer run"
         message += _no_longer_active(deactivate(connection, trusted))
         return _Change(message, [event])
 
@@ -279,7 +279,7 @@ def rotate(ledger: Ledger, folder: Path) -> str:
             _hand_on(ledger, old, new)
         keys.promote(folder)
     names = (key_id(key.verify_key.encode())[:16] for key in (new, old))
-    return "key {} signs from now on, and key {} signs nothing more".format(*names)
+    return "key {} signs from now on; key {} is retired".format(*names)
 
 
 def _hand_on(ledger: Ledger, old: SigningKey, new: SigningKey) -> None:
@@ -333,7 +333,7 @@ def _append_signed(
     keepers = (key for key in after.keys.values() if key.plugins == EVERYTHING)
     if all(key.standing is not KeyStatus.TRUSTED for key in keepers):
         raise CasparianError(
-            "then no key would be left that may change which keys are trusted",
+            "this is the last key that may manage keys: it cannot be revoked",
             "casparian keys rotate   (or first: casparian keys trust PUBLIC_KEY --owner NAME)",
         )
     return after, event

@@ -76,7 +76,9 @@ def wake(database: DatabaseSettings, scan: bool = False) -> None:
     try:
         ask(database, protocol.Ring(scan=scan))
     except DaemonGone as error:
-        log.warning("%s; it will see the change at its next look", error.message)
+        log.warning(
+            "%s; the daemon will pick up the change by itself within seconds", error.message
+        )
 
 
 def refusals(database: DatabaseSettings) -> dict[str, int]:

@@ -218,7 +218,7 @@ def queue_missing(ledger: Ledger) -> int:
 def activate(
     ledger: Ledger, settings: Settings, folder: Path, name: str, version: str, reason: str
 ) -> str:
-    """Make a version the one that takes new jobs, though it was disabled or is older; in words.
+    """Make a version the one that gets new jobs, though it was disabled or is older; in words.
 
     Args:
         folder: where this person's keys are.
@@ -249,7 +249,9 @@ def activate(
 
     stays = ledger.change(work, lambda done: done.events).messages
     queued = queue_missing(ledger)
-    message = f"{name} {version} takes new jobs; {queued} queued for files already known"
+    message = f"{name} {version} gets new jobs"
+    if queued:
+        message += f"; {counted(queued, 'job')} queued for known files"
     return "\n".join([message, *stays])
 
 

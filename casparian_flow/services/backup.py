@@ -15,7 +15,7 @@ from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit
 from casparian_flow.db.access import Ledger, read_copy
-from casparian_flow.errors import CasparianError, LedgerError
+from casparian_flow.errors import CasparianError, LedgerError, counted
 from casparian_flow.services.verify import check_ledger
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
@@ -63,7 +63,7 @@ def make(settings: Settings, ledger: Ledger, target: str, *, force: bool = False
     except OSError as error:
         raise CasparianError(
             f"cannot write the backup {path}: {error.strerror}; no backup was made",
-            "name a file on a disk that has room, and that you may write",
+            "choose a file that you may write, on a disk with room",
         ) from error
     return found
 
@@ -77,7 +77,7 @@ def _check_target(settings: Settings, path: Path, force: bool) -> None:
         raise CasparianError(f"{path} is a folder", f"casparian backup {path}/ledger.sqlite3")
     if os.path.lexists(path) and not force:
         raise CasparianError(
-            f"{path} exists; it was left untouched", "name another file, or say --force"
+            f"{path} already exists; it was left untouched", "name another file, or use --force"
         )
 
 
@@ -100,9 +100,9 @@ def _checked(made: Path, path: Path) -> Backup:
         head = str(audit.head(connection))
     if verdict.problems:
         raise LedgerError(
-            f"the copy does not hold: {verdict.problems[0]} ({len(verdict.problems)} problems); "
-            "no backup was made",
-            "casparian verify   (names all of them; docs/disaster.md says what to do)",
+            f"the ledger has {counted(len(verdict.problems), 'problem')}, first: "
+            f"{verdict.problems[0]}; no backup was made",
+            "casparian verify   (lists all of them; see docs/disaster.md)",
         )
     outputs = sum(map(len, claims.values()))
     return Backup(str(path), made.stat().st_size, head, {**verdict.checked, "outputs": outputs})
@@ -117,7 +117,8 @@ def _name(made: Path, path: Path, force: bool) -> None:
             os.link(made, path)
         except FileExistsError:
             raise CasparianError(
-                f"{path} appeared meanwhile; it was left untouched", "name another file"
+                f"another program created {path} meanwhile; it was left untouched",
+                "name another file",
             ) from None
         except OSError as error:
             if error.errno not in _NO_LINKS or os.path.lexists(path):

@@ -121,13 +121,13 @@ def _named(ledger: Ledger, name: str) -> list[Any]:
         raise NotFound(f"no published output is named {name}", "casparian outputs list")
     if all(row.retracted for row in rows):
         raise CasparianError(
-            f"{name} is retracted; nothing was changed",
+            f"output {name} is retracted; nothing was changed",
             f"casparian retract --undo {rows[0].version_id}",
         )
     due = [row for row in rows if not (row.retracted or row.replaced)]
     if not due:
         raise CasparianError(
-            f"{name} was replaced by a later output of its file; nothing was changed",
+            f"output {name} was replaced by a later output of the same file; nothing was changed",
             "casparian outputs list",
         )
     return due
@@ -146,8 +146,8 @@ def _broken(ledger: Ledger, rows: Sequence[Any], name: str) -> list[Any]:
     broken = [row for row in rows if not is_whole(row)]
     if not broken:
         raise CasparianError(
-            f"{name} is there, and whole; nothing was changed",
-            "delete it in its sink first, if it is to go",
+            f"output {name} is intact: nothing to restore or forget",
+            "casparian retract PATH   (hides a file's rows)",
         )
     return broken
 
@@ -168,8 +168,8 @@ def _check_bytes(row: Any, settings: Settings) -> None:
     """
     if row.status != JobStatus.COMPLETED:
         raise CasparianError(
-            f"job {row.job_id} is {row.status or 'of an earlier ledger'}; only what a completed "
-            "job gave can be restored",
+            f"job {row.job_id} is {row.status or 'of an earlier ledger'}; only outputs of "
+            "completed jobs can be restored",
             f"casparian jobs show {row.job_id}",
         )
     if row.kept and _digest(settings.database.snapshot(row.content_hash)) == row.content_hash:
@@ -177,9 +177,10 @@ def _check_bytes(row: Any, settings: Settings) -> None:
     found = _digest(os.path.join(os.fsencode(row.root_path), row.path))
     if found != row.content_hash:
         raise CasparianError(
-            f"{row.rel_path} {'has changed' if found else 'is gone'} since version {row.ordinal}, "
-            f"and no whole snapshot has the bytes of job {row.job_id}; nothing was changed",
-            f"put that content back, or: casparian outputs forget {row.job_id}",
+            f"{row.rel_path} {'has changed' if found else 'was deleted'} since version "
+            f"{row.ordinal}, and no intact snapshot has the content that job {row.job_id} "
+            "read; nothing was changed",
+            f"restore the file, or: casparian outputs forget {row.job_id}",
         )
 
 
@@ -203,8 +204,8 @@ def _digest(path: bytes | Path) -> str:
 
 
 _LACK = {
-    False: "nothing of {} is to be seen: it was retracted, replaced or forgotten",
-    True: "nothing of {} is retracted",
+    False: "{} has no visible rows: they were retracted, replaced or forgotten",
+    True: "{} has no retracted rows",
 }
 
 
@@ -322,7 +323,7 @@ def _of_file(ledger: Ledger, name: str) -> list[Any]:
         ]
     if not rows:
         raise NotFound(
-            f"nothing was published of {name}", "casparian outputs list   (casparian versions PATH)"
+            f"{name} has no published outputs", "casparian outputs list   (casparian versions PATH)"
         )
     return rows
 
@@ -352,8 +353,8 @@ def _check_idle(connection: Connection, rows: Sequence[Any]) -> None:
     keys = [row.output_key for row in rows]
     if job := connection.execute(query, {"keys": keys}).scalar():
         raise CasparianError(
-            f"job {job} of {rows[0].rel_path} is at work; nothing was changed",
-            f"casparian wait, or: casparian jobs show {job}; then again",
+            f"job {job} ({rows[0].rel_path}) is running; nothing was changed",
+            f"casparian wait --idle, or: casparian jobs show {job}; then the same command again",
         )
 
 

@@ -155,7 +155,7 @@ def add_rule(
     def work(connection: Connection) -> int:
         same = (RoutingRule.pattern == pattern, RoutingRule.tag == tag)
         if connection.execute(select(RoutingRule.id).where(*same)).first():
-            raise ConfigError(f"there is a rule {pattern} -> {tag} already", "casparian rules list")
+            raise ConfigError(f"there is already a rule {pattern} -> {tag}", "casparian rules list")
         statement = insert(RoutingRule).values(**values).returning(RoutingRule.id)
         return connection.execute(statement).scalar_one()
 
@@ -205,7 +205,9 @@ def _check_folder(path: str) -> None:
 
 def _check_name(name: str | None) -> None:
     if name is not None and (not name.isprintable() or not name.strip() or "/" in name):
-        raise SourceError(f"{name!r} cannot be a source root's name", "use letters and digits")
+        raise SourceError(
+            f"{name!r} is not a valid name for a source root", "use letters and digits"
+        )
 
 
 def _check_pattern(pattern: str) -> None:
@@ -231,7 +233,7 @@ def _check_done_file(done_file: str) -> None:
     fits = rest.strip(".") and done_file.isprintable() and not set("/{}") & set(rest)
     if not fits or len(done_file) > audit.TEXT_LIMIT:
         raise SourceError(
-            f"{done_file[:80]!r} cannot name done files",
+            f"{done_file[:80]!r} is not a valid done file name",
             "use '{name}.done', '{stem}.ok', or one name for a whole folder, such as '_SUCCESS'",
         )
 
@@ -243,21 +245,22 @@ def _check_place(path: str, name: str | None, known: Sequence[Any]) -> None:
         there = os.path.realpath(root.path)
         if name == root.name and here != there:
             raise SourceError(
-                f"the name {name} is taken by {root.path}", "choose another one with --name"
+                f"the source root {root.path} already has the name {name}",
+                "choose another name with --name",
             )
         if not root.active:
             continue
         if here == there:
             raise SourceError(
-                f"{path} is a source root already: {root.name}",
+                f"{path} is already the source root {root.name}",
                 f"casparian source set {root.name} --help   (to change its options)",
             )
         if os.path.commonpath([here, there]) in (here, there):
             inner, outer = ("is inside", "leave") if len(here) > len(there) else ("contains", "")
             raise SourceError(
                 f"{path} {inner} the source root {root.name} ({root.path})",
-                "its files are seen already"
+                "its files are already scanned"
                 if outer
-                else f"casparian source remove {root.name}   (then add this one: its files are new "
-                "locations, and their rows come again)",
+                else f"casparian source remove {root.name}   (then add this one; its files "
+                "count as new, and are processed again)",
             )

@@ -89,8 +89,8 @@ def of_person(
         _check_sources(sink, location, roots)
         if other := by_location.get(location):
             raise ConfigError(
-                f"topic {topic!r}: {other.uri} and {sink.uri} are the same sink, which "
-                "would get every row twice",
+                f"topic {topic!r}: {other.uri} and {sink.uri} are the same sink: it would get "
+                "every row twice",
                 "name it once",
             )
         by_location[location] = sink
@@ -126,14 +126,14 @@ def _expanded(settings: Settings, topic: str, uri: str) -> str:
             )
         if not (value := config.variable(name)):
             raise ConfigError(
-                f"topic {topic!r}: the sink {uri} uses the variable {name}, which is not set for "
-                "the process that deploys: the daemon where one runs, else this one",
+                f"topic {topic!r}: the sink {uri} uses the variable {name}, which is not set "
+                "in the daemon's environment (or, if no daemon runs, in yours)",
                 f"export {name}=...   (and start the daemon with it)",
             )
         if "?" in value or "${" in value:
             raise ConfigError(
                 f"topic {topic!r}: the sink {uri} uses the variable {name}, whose value "
-                f"{value[:80]!r} cannot be a part of a path here",
+                f"{value[:80]!r} is not a valid path",
                 f"export {name}=...   (a folder's path)",
             )
         return value
@@ -152,8 +152,8 @@ def _check_roots(settings: Settings, sink: TopicSink) -> None:
     allowed = [os.path.realpath(settings.home / root) for root in settings.output.roots]
     if not any(_is_inside(os.path.realpath(target), root) for root in allowed):
         raise ConfigError(
-            f"topic {sink.topic!r}: the MANIFEST's sink {sink.uri} is outside of where plugins "
-            f"may write ({', '.join(allowed) or 'nowhere'})",
+            f"topic {sink.topic!r}: the MANIFEST's sink {sink.uri} is outside the folders "
+            f"where plugins may write ({', '.join(allowed) or 'nowhere'})",
             f"list its folder in {config.FILE_NAME}: [output] roots; or leave the sink out of the "
             "MANIFEST, and after publishing: casparian topics set PLUGIN TOPIC URI",
         )
@@ -168,9 +168,9 @@ def _check_sources(sink: TopicSink, location: str, roots: Sequence[str]) -> None
     real = os.path.realpath(target)
     for root in map(os.path.realpath, roots):
         if real == root:
-            fault = "it is a source root: its outputs would be its input"
+            fault = "it is a source root, so its outputs would be read as input"
         elif _is_inside(real, root) and target.exists() and not _is_ours(target):
-            fault = f"{target} is there already, in the source root {root}: no scan would see it"
+            fault = f"{target} already exists in the source root {root}, and scans would ignore it"
         else:
             continue
         raise ConfigError(
@@ -184,8 +184,8 @@ def _check_unique_tables(every: Sequence[TopicSink]) -> None:
     for one, other in itertools.combinations(tables, 2):
         if one.topic != other.topic and one.topic.lower() == other.topic.lower():
             raise ConfigError(
-                f"topics {one.topic!r} and {other.topic!r} differ in case only, which "
-                f"{other.uri} does not tell apart",
+                f"topics {one.topic!r} and {other.topic!r} differ only in case, which "
+                f"{other.uri} ignores",
                 "rename one of them",
             )
 
@@ -213,7 +213,7 @@ class TopicChange(NamedTuple):
 def set_topic(
     ledger: Ledger, settings: Settings, plugin: str, topic: str, uris: Sequence[str], mode: str
 ) -> TopicChange:
-    """Send a topic to these sinks, and no others, from now on.
+    """Set the sinks that a topic goes to from now on.
 
     Args:
         uris: sinks as written.
@@ -275,7 +275,7 @@ def allow_empty(ledger: Ledger, plugin: str, topic: str, allow: bool) -> list[st
     if topic in reject_topics(names):
         data = sorted(data_topics(topic, names))
         raise ConfigError(
-            f"{topic} is a topic of rejects: it is empty where a file has none",
+            f"{topic} is a topic of rejects: it may always be empty",
             f"casparian topics set {plugin} {data[0]} --allow-empty",
         )
 
@@ -292,7 +292,7 @@ def allow_empty(ledger: Ledger, plugin: str, topic: str, allow: bool) -> list[st
     return [
         f"{plugin}: a file that gives rejects and no row of {topic} is COMPLETED, "
         "and its rejects are published",
-        f"those that failed for it: casparian jobs retry --failed --plugin {plugin}",
+        f"to run the jobs that failed for this: casparian jobs retry --failed --plugin {plugin}",
     ]
 
 
@@ -348,8 +348,8 @@ def _stays(sinks_now: Sequence[TopicSink], usage: Sequence[TopicUsage]) -> Itera
             yield f"{counted} {verb} in {uri}"
         elif (mode, now) == ("append", "replace"):
             yield (
-                f"{counted} appended to {uri} before {verb}: only what is published from now on "
-                "replaces, and is replaced; `casparian retract PATH` takes a file's rows away"
+                f"{counted} appended to {uri} before {verb}: replace mode affects only outputs "
+                "published from now on; `casparian retract PATH` hides a file's rows"
             )
         else:
             yield f"{counted} published to {uri} in mode {mode} {verb}"
