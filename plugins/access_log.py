@@ -213,7 +213,7 @@ def read_lines(file: io.BufferedIOBase, notes: Counter[str]) -> Iterator[Line]:
                 if more.endswith(b"\n"):
                     break
         elif b"\0" in data:
-            fault = "there are NUL bytes inside the line: something of it is lost"
+            fault = "NUL bytes inside the line: part of it is lost"
         if data.strip():
             text = data.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
             yield Line(number, printable(text), fault, ended)
@@ -251,11 +251,11 @@ def judge_all(lines: Iterator[Line], notes: Counter[str]) -> Iterator[Judged]:
         if kind == SYSLOG and row["program"] is not None and len(hosts) < HOSTS:
             hosts.add(row["host"])
         elif kind == SYSLOG and not named_by_others(row, hosts):
-            kind, row = REJECT, {"reason": "no program is named, nor is the host in lines before"}
+            kind, row = REJECT, {"reason": "it names no program, and no earlier line has its host"}
         if kind == ACCESS:
             agent = row["user_agent"] is not None
             if combined and not agent and not line.ended:
-                reason = "the file ends inside this line: those before it have a user agent"
+                reason = "the file ends inside this line: earlier lines have a user agent"
                 kind, row = REJECT, {"reason": reason}
             combined = combined or agent
         row = {name: None if value == "-" else value for name, value in row.items()}
@@ -279,7 +279,7 @@ def judge(line: str, notes: Counter[str]) -> tuple[int, Row]:
         if time := TIME.search(line):
             return ACCESS, access_row(line, time, notes)
         if time := ANY_TIME.search(line):
-            reason = f"{time['time_text']!r} is no time as 10/Oct/2000:13:55:36 -0700 is one"
+            reason = f"{time['time_text']!r} is not a time like 10/Oct/2000:13:55:36 -0700"
             return REJECT, {"reason": reason}
         reason = "neither an access log line nor a syslog line"
     except (ValueError, OverflowError) as error:
@@ -302,11 +302,11 @@ def access_row(line: str, time: re.Match[str], notes: Counter[str]) -> Row:
         )
     row: Row = match.groupdict()
     if row["extra"] is not None and not EXTRA.fullmatch(row["extra"]):
-        raise ValueError("a quote is not escaped: where a field ends cannot be told")
+        raise ValueError("a quote is not escaped, so the end of a field is ambiguous")
     if row["status"] != "-":
         row["status"] = int(row["status"])
         if not 100 <= row["status"] <= 599:
-            raise ValueError(f"{match['status']} is no status")
+            raise ValueError(f"{match['status']} is not a status")
     if row["bytes"] != "-":
         row["bytes"] = int(row["bytes"])
     row |= read_head(line[: time.start()].split(" "), notes)
@@ -326,7 +326,7 @@ def clf_moment(text: str) -> datetime:
     """
     match = CLF.fullmatch(text)
     if not match or match[2] not in MONTHS or int(match[10]) > 59:
-        raise ValueError(f"{text!r} is no time as 10/Oct/2000:13:55:36 -0700 is one")
+        raise ValueError(f"{text!r} is not a time like 10/Oct/2000:13:55:36 -0700")
     offset = timedelta(hours=int(match[9]), minutes=int(match[10]))
     micro = int((match[7] or ".")[1:].ljust(6, "0"))
     try:
@@ -335,7 +335,7 @@ def clf_moment(text: str) -> datetime:
             int(match[6]), micro, timezone(-offset if match[8] == "-" else offset),
         ).astimezone(UTC)  # fmt: skip
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{text!r} is no time: {error}") from None
+        raise ValueError(f"{text!r} is not a valid time: {error}") from None
 
 
 def forwarded_at_the_end(extra: str | None) -> str | None:
@@ -394,9 +394,9 @@ def read_head(words: list[str], notes: Counter[str]) -> Row:
         row["virtual_host"], identity, what = identity, "-", "-"
         notes[HOST_SECOND] += 1
     if what in "alnps" or not IDENTITY.fullmatch(identity):
-        raise ValueError("what stands before the time is not client, identity and user")
+        raise ValueError("the text before the time is not client, identity and user")
     if not names[0] or (len(names) > 1 and any(kind(name) == "a" for name in names)):
-        raise ValueError("what stands before the time is not client, identity and user")
+        raise ValueError("the text before the time is not client, identity and user")
     if re.match("[nhps]?aa", kinds) and "X" in roles:
         notes[TWO_ADDRESSES] += 1
     return {**row, "identity": identity, "user": " ".join(names)}
@@ -482,16 +482,16 @@ def syslog_row(match: re.Match[str]) -> Row:
         month, day, hour, minute, second = match.group(3, 4, 5, 6, 7)
         days = 29 if month == "Feb" else calendar.mdays[MONTHS.get(month, 0)]
         if not (1 <= int(day) <= days and hour < "24" and minute < "60" and second < "61"):
-            raise ValueError(f"{text!r} is no time")
+            raise ValueError(f"{text!r} is not a valid time")
     elif text != "-":
         moment = datetime.fromisoformat(text)
     priority = row.pop("priority")
     if priority is not None and int(priority) > 191:
-        raise ValueError(f"{priority} is no priority of syslog")
+        raise ValueError(f"{priority} is not a syslog priority")
     if match.re is not SYSLOG_5424 and kind(row["host"]) not in "anh":
         raise ValueError(f"{row['host'][:100]!r} is neither an IP address nor a host name")
     if match.re is SYSLOG_ISO and row["host"].upper() in LEVELS:
-        raise ValueError(f"{row['host']!r} in the host's place: a program's own log, not syslog")
+        raise ValueError(f"{row['host']!r} instead of a host name: a program's own log, not syslog")
     facility, severity = (None, None) if priority is None else divmod(int(priority), 8)
     if row["message"] is not None:
         row["message"] = row["message"].removeprefix("\ufeff")  # RFC 5424: marks UTF-8

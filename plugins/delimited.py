@@ -340,7 +340,7 @@ class Options:
         except (LookupError, TypeError):
             wrong["encoding"] = True
         for name in (name for name in wrong if wrong[name]):
-            raise ValueError(f"option {name} is {self[name]!r}, which means nothing to this plugin")
+            raise ValueError(f"option {name} is {self[name]!r}, which is not a valid value")
 
     def character(self, name: str) -> str:
         """The character that an option names; empty if the option is not set."""
@@ -632,7 +632,7 @@ def find_encoding(path: str, options: Options) -> tuple[str, list[bytes]]:
                 except UnicodeDecodeError:
                     evidence = pending + chunk
     if empty:
-        raise ValueError(f"{options.name}: this file holds nothing but NUL bytes; nothing is read")
+        raise ValueError(f"{options.name}: this file has only NUL bytes, so it has no rows")
     marked = next((BYTE_ORDER_MARKS[m] for m in BYTE_ORDER_MARKS if start.startswith(m)), "")
     evidence = evidence or decoder.getstate()[0]
     return options["encoding"] or marked or found_encoding(start, evidence, options), pieces
@@ -694,7 +694,9 @@ def guess_encoding(evidence: bytes, options: Options) -> str:
         options.guess(f"encoding utf-8, though {broken} bytes of a piece are not")
         return "utf-8"
     if SYMBOLS.sub("", evidence.decode("cp1252", "replace")).isascii():
-        options.guess("encoding cp1252: all that is not ASCII are symbols that fit where they are")
+        options.guess(
+            "encoding cp1252: all characters outside ASCII are symbols that fit their context"
+        )
         return "cp1252"
     found = chardet.detect_all(
         evidence,
@@ -709,7 +711,7 @@ def guess_encoding(evidence: bytes, options: Options) -> str:
     western_bytes = not re.search(rb"[\x81\x8d\x8f\x90\x9d]", evidence)
     faint = western_bytes and not re.match("(?i)windows-|iso-|koi|cp125|cp874|tis", name)
     if not found[0]["encoding"] or best < (0.05 if faint else WEAK_EVIDENCE):
-        options.guess("encoding cp1252 (for want of evidence)")
+        options.guess("encoding cp1252 (no evidence for another one)")
     elif name in NEIGHBOURS and western >= 0.7 * best:
         options.guess(f"encoding cp1252 ({western:.0%} sure; {name} is as likely by the bytes)")
     else:
@@ -1046,11 +1048,11 @@ def choose_weak(fits: list[Fit], strong: list[Fit], sample: Sample, options: Opt
     usual = next((fit for fit in fits if fit.delimiter == options.usual), one)
     other = max((fit.share for fit in strong if fit.width), default=0)
     if options.usual and set(usual.widths) <= {1} and other < 0.5:
-        options.guess("one column: no delimiter is found")
+        options.guess("one column: no delimiter was found")
         return usual
     if set(one.widths) <= {1} and not any(fit.width for fit in strong):
         raise options.refuse(
-            "one column of text is no table, and no delimiter is found",
+            "one column of text is not a table, and no delimiter was found",
             "delimiter=;", "delimiter=none",
         )  # fmt: skip
     if usual.records and usual.records[0].reason:
@@ -1058,7 +1060,7 @@ def choose_weak(fits: list[Fit], strong: list[Fit], sample: Sample, options: Opt
         raise options.refuse(f"line {line}, the header, cannot be read: {reason}", "quote=none")
     escape = ["escape=backslash"] if "\\" in sample.head else []
     raise options.refuse(
-        "no delimiter is found under which the lines have one number of fields",
+        "no delimiter splits the lines into the same number of fields",
         f"header_line={sample.first_line}", *escape, "delimiter=;", "delimiter=none",
     )  # fmt: skip
 
@@ -1094,7 +1096,7 @@ def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
         check_below(found, start, below, options)
     parted = found.clean and blank_above(found, start, sample) if start else True
     if verdict in ("none", "header") and not parted:
-        verdict, why = "unclear", why or f"it has nothing but text, and so has line {line - 1}"
+        verdict, why = "unclear", why or f"it has only text, and so has line {line - 1}"
     if verdict == "unclear" or (verdict == "none" and start):
         raise options.refuse(
             f"is line {line} the header, or is there none? {why}",
@@ -1110,14 +1112,14 @@ def find_header(found: Fit, sample: Sample, options: Options) -> Layout:
 
 def log_skipped(above: list[Record], line: int, sample: Sample, options: Options) -> None:
     if above:
-        options.guess(f"the header is in line {line}; what stands above is no part of the table")
+        options.guess(f"the header is in line {line}; the lines above it are not part of the table")
         for record in above[:20]:
             text = printable(record.raw[:200].rstrip())
             log.info("skipped line %d, above the table: %s", record.line, text)
         if len(above) > 20:
             log.info("skipped %d more records above the table", len(above) - 20)
     elif sample.first_line > 1:
-        log.info("skipped what stands above line %d", line)
+        log.info("skipped everything above line %d", line)
 
 
 def check_below(found: Fit, start: int, below: list[list[str]], options: Options) -> None:
@@ -1132,7 +1134,7 @@ def check_below(found: Fit, start: int, below: list[list[str]], options: Options
     number = next(record.line for record in found.records if record.fields is later)
     if any(kind_of(cell) for cell in first):
         raise options.refuse(
-            f"is line {line} the header, or line {number}, which has nothing but names too?",
+            f"is line {line} the header, or line {number}, which has only names too?",
             f"header_line={line}", f"header_line={number}",
         )  # fmt: skip
     options.guess(
@@ -1273,7 +1275,7 @@ def judge_header(first: list[str], below: list[list[str]]) -> tuple[str, str]:
         return "evident", ""
     again = rows.count(first)
     if again > 1 and 4 * again > len(rows):
-        return ("none" if typed else "unclear"), f"the same record comes {again} times again"
+        return ("none" if typed else "unclear"), f"the same record appears {again} more times"
     if not typed:
         return "header", repeated(first, rows)
     all_typed = len(typed) == len(filled(first))
@@ -1327,7 +1329,7 @@ def repeated(first: list[str], rows: list[list[str]]) -> str:
         bool(cell.strip()) and any(row[place] == cell for row in rows if row != first)
         for place, cell in enumerate(first)
     )
-    return f"though {again} of its {len(first)} cells come again below" if again else ""
+    return f"though {again} of its {len(first)} cells appear again below" if again else ""
 
 
 def is_series(cells: list[str]) -> bool:

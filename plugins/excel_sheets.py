@@ -96,7 +96,7 @@ CHUNK = 1 << 16
 
 HOW = "open the workbook in a spreadsheet program and save it, or --option formulas=empty"
 UNCALCULATED = f"a formula without a stored value: {HOW}"
-NEVER = f"a formula that was never calculated, 0 is stored for every formula: {HOW}"
+NEVER = f"a formula that was never calculated (0 is stored for every formula): {HOW}"
 
 Merge = tuple[int, int, int, int]
 """First row, first column, last row, last column: rows from 1, columns from 0."""
@@ -229,7 +229,7 @@ class Handler(BasePlugin):
         if not sheets:
             names = ", ".join(repr(sheet.name) for sheet in book.sheets[:20]) or "none"
             raise ValueError(
-                f"no sheet is called {MANIFEST.options['sheets']!r}; there are: {names}"
+                f"no sheet is named {MANIFEST.options['sheets']!r}; the sheets are: {names}"
             )
         shapes = [read_shape(sheet, file) for sheet in sheets]
         formulas = sum(sheet.formulas for sheet in sheets)
@@ -317,7 +317,7 @@ def judged(rows: Iterable[Row], header: Header | str, never: bool) -> Iterator[t
                 bad = {column: why for column, why in bad.items() if column not in drop}
             reason = "; ".join(dict.fromkeys(bad.values()))
             if not reason and len(cells) > 1 and cells == header.cells:
-                reason = "the header comes again"
+                reason = "the header again"
             if cells or reason:
                 yield row._replace(cells=cells, bad=bad), reason
 
@@ -331,7 +331,7 @@ def how_to_settle(sheet: Sheet, file: str, rows: tuple[int, ...]) -> str:
     choices = [f"header_row={row}" for row in (*(rows or ("N",)), 0)]
     return (
         f"say which row it is: {own_publish('excel_sheets', file, *choices)}, where there is no "
-        f"header; if {sheet.name!r} is no table, say which sheets are: --option sheets=..."
+        f"header; if {sheet.name!r} is not a table, say which sheets are: --option sheets=..."
     )
 
 
@@ -379,10 +379,11 @@ def read_shape(sheet: Sheet, file: str) -> Shape:
     height, width = shape.last - low + 1, right - left + 1
     if height * width > max(SPARSE_CELLS, 100 * shape.cells):
         raise ValueError(
-            f"sheet {sheet.name!r} spans {place(low, left)}:{place(shape.last, right)}, {height:,} "
-            f"rows by {width:,} columns, and only {shape.cells:,} of these {height * width:,} "
-            "cells hold anything: that is no table. Delete the cells far from the table, or say "
-            f"which sheets to read: {own_publish('excel_sheets', file, 'sheets=...')}"
+            f"sheet {sheet.name!r} spans {place(low, left)}:{place(shape.last, right)}, "
+            f"{height:,} rows by {width:,} columns, and only {shape.cells:,} of these "
+            f"{height * width:,} cells have a value: that is not a table. Delete the cells far "
+            "from the table, or say which sheets to read: "
+            f"{own_publish('excel_sheets', file, 'sheets=...')}"
         )
     return shape
 
@@ -656,9 +657,9 @@ def number_text(raw: str) -> str:
     try:
         value = Decimal(raw.strip())
     except InvalidOperation:
-        raise ValueError(f"{raw[:40]!r} is no number") from None
+        raise ValueError(f"{raw[:40]!r} is not a number") from None
     if not value.is_finite() or len(raw) > 400 or value.adjusted() > 308:
-        raise ValueError(f"{raw[:40]!r} is no number that a workbook can hold")
+        raise ValueError(f"{raw[:40]!r} is not a number that a workbook can contain")
     if value.adjusted() >= -1 and value == int(value):
         return str(int(value))
     if not value:
@@ -784,7 +785,7 @@ class Cells:
             return
         self.check(column)
         if column in self.cells:
-            self.fault(column, "the cell is there twice")
+            self.fault(column, "the cell is defined twice")
         self.cells[column] = text
         if typed:
             self.typed |= 1 << column
@@ -810,7 +811,7 @@ class Cells:
         if kind := self.formats.kind(style):
             moment = moment_text(raw, kind, self.formats.base_1904)
             if moment is None:
-                what = "numbers that are formatted as dates and are none, as numbers"
+                what = "numbers that are formatted as dates but are not dates, as numbers"
                 self.sheet.note(what, self.number, column, text)
             text = moment or text
         self.put(column, text)
@@ -847,13 +848,13 @@ def open_book(file: IO[bytes]) -> Book:
     what = foreign_kind(start)
     if not what and b"\0" not in start:
         what = (
-            "text, not a workbook: the plugin `delimited` reads it, where it is called .csv or .txt"
+            "text, not a workbook: the plugin `delimited` reads it if its name ends in .csv or .txt"
         )
-    raise ValueError(f"this is {what or 'no workbook: it is neither XLSX, XLSB, XLS nor ODS'}")
+    raise ValueError(f"this is {what or 'not a workbook: it is neither XLSX, XLSB, XLS nor ODS'}")
 
 
 def damaged(error: object) -> ValueError:
-    return ValueError(f"the workbook cannot be read, it may be damaged: {error}")
+    return ValueError(f"the workbook cannot be read; it may be damaged: {error}")
 
 
 def open_zip(pack: zipfile.ZipFile) -> Book:
@@ -972,7 +973,7 @@ def pieces(
 
 
 def refuse_doctype(*_: Any) -> None:
-    raise damaged("its XML declares a document type, as no workbook does")
+    raise damaged("its XML declares a document type, which workbooks never do")
 
 
 # XLSX and XLSM
@@ -1155,7 +1156,7 @@ class XlsxSheet:
         elif kind == "s":
             index = int(raw) if raw.isascii() and raw.isdigit() else -1
             if not 0 <= index < len(self.strings):
-                cells.fault(column, f"there is no text {raw[:20]!r} in the workbook")
+                cells.fault(column, f"the workbook has no text {raw[:20]!r}")
             elif text := self.strings[index]:
                 cells.put(column, text, typed=False)
         elif kind in ("str", "inlineStr"):
@@ -1318,7 +1319,7 @@ def xlsb_cell(
     else:
         (index,) = struct.unpack_from("<I", data, 8)
         if index >= len(strings):
-            cells.fault(column, f"there is no text {index} in the workbook")
+            cells.fault(column, f"the workbook has no text {index}")
         else:
             cells.put(column, strings[index], typed=False)
 
@@ -1445,8 +1446,8 @@ def ods_rows(parts: Parts, index: int, sheet: Sheet) -> Iterator[Row]:
             unfolded += len(row.cells) * (times - 1)
             if row.number + times - 1 > ROWS or unfolded > 2 * SPARSE_CELLS:
                 raise ValueError(
-                    f"sheet {sheet.name!r} repeats row {row.number} of {len(row.cells):,} cells "
-                    f"{times:,} times: that is no table"
+                    f"sheet {sheet.name!r} repeats row {row.number} of {len(row.cells):,} "
+                    f"cells {times:,} times: that is not a table"
                 )
             for more in range(times):
                 yield row._replace(number=row.number + more)
@@ -1576,7 +1577,7 @@ class OdsSheet:
             if moment:
                 cells.put(column, moment)
             else:
-                cells.fault(column, f"{raw[:40]!r} is no {kind}")
+                cells.fault(column, f"{raw[:40]!r} is not a {kind}")
         elif kind in ("", "void") and "formula" in cell and not text:
             cells.fault(column, UNCALCULATED)
         else:

@@ -230,7 +230,7 @@ class Reader:
         with open_bytes(path) as file:
             data = file.read()
         if not self._is_text(data):
-            print("the file has nothing but white space: no rows")
+            print("the file has only white space: no rows")
             return []
         documents = self._values(self._decoded(data))
         if len(documents) > 1:
@@ -271,7 +271,9 @@ class Reader:
             if before + after <= DIGITS:
                 found[name] = Column(pa.decimal128(DIGITS, scale), plain_decimal)
             else:
-                print(f"guessed: column {name!r} is JSON text: no number has room for its digits")
+                print(
+                    f"guessed: column {name!r} is JSON text: its digits do not fit any number type"
+                )
                 found[name] = self.json_text()
         return {name: column or self.json_text() for name, column in found.items()}
 
@@ -366,7 +368,7 @@ class Reader:
         """The reason to reject a record; empty if it can be a row."""
         if self._constants and (constant := constant_in(list(row.values()))):
             name = next(name for name, value in row.items() if constant_in([value]))
-            return f"{constant} is no number of JSON: {name!r}"
+            return f"{constant} is not a JSON number: {name!r}"
         for name, forced in self.forced.items():
             value = row.get(name)
             if forced == "text" or value is None:
@@ -374,16 +376,16 @@ class Reader:
             if kind(value) not in ANY:
                 return f"{name!r} is {KIND_NAMES[kind(value)]}; option types says {forced}"
             if not (is_double(value) if forced == "double" else has_room(value)):
-                return f"{name!r} is {str(value)[:60]}, which no {forced} holds"
+                return f"{name!r} is {str(value)[:60]}, which does not fit a {forced}"
         for name, value in row.items() if self._numbers and self.every != "text" else ():
             if not isinstance(value, Number) or name in self.forced:
                 continue
             if self.every == "double" and not is_double(value):
-                return f"{name!r} is {value[:60]}, which no double holds"
+                return f"{name!r} is {value[:60]}, which does not fit a double"
             if not self.every and kind(value) == "none":
                 return (
-                    f"{name!r} is {value[:60]}, which neither a double nor a decimal of {DIGITS} "
-                    "digits holds"
+                    f"{name!r} is {value[:60]}, which fits neither a double nor a decimal of "
+                    f"{DIGITS} digits"
                 )
         return ""
 
@@ -564,7 +566,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} appears twice in one object")
     return members
 
 

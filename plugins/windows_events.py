@@ -200,7 +200,7 @@ def read_records(file: IO[bytes]) -> Iterator[Row]:
 def read_header(data: bytes) -> LogHeader:
     """Read the log's header; a damaged one counts as empty."""
     if not data.startswith(b"ElfFile\0") or zlib.crc32(data[:120]) != number_at(data, 124):
-        print("the header of the log is damaged: how many records there were is not known")
+        print("the header of the log is damaged: the number of its records is not known")
         return LogHeader(0, 0, 0, False)
     chunks, dirty = number_at(data, 42, 2), number_at(data, 120) & 1
     if dirty:
@@ -270,8 +270,8 @@ def read_chunk(chunk: Chunk) -> Iterator[Row]:
             )
     elif not chunk.whole:
         print(
-            f"the header of {chunk.name} does not match its checksum, so nothing says whether its "
-            f"{read} rows are right"
+            f"the header of {chunk.name} does not match its checksum, so its {read} rows may "
+            "be wrong"
         )
 
 
@@ -344,7 +344,8 @@ def lost(
     what = "; ".join(chunk.state for chunk in unread[:3])
     if first is None or last is None:
         here = sum(len(chunk.found) for chunk in unread)
-        reason = f"{what}: {here} records are there, how many more there were is not known"
+        some = "1 record was" if here == 1 else f"{here} records were"
+        reason = f"{what}: {some} found; how many are missing is not known"
         yield unread[0].reject(None, None, None, reason)
     else:
         yield from missing(what, unread, first, last, sides)
@@ -358,7 +359,8 @@ def missing(
     shifts = {chunk.shift for chunk in sides}
     if len(shifts) > 1 or not all(chunk.dense for chunk in sides):
         if (count := last - first + 1 - len(found)) > 0:
-            yield chunks[0].reject(None, None, count, f"{what}: {count} records are missing")
+            some = "1 record is" if count == 1 else f"{count} records are"
+            yield chunks[0].reject(None, None, count, f"{what}: {some} missing")
         return
     shift = shifts.pop() if shifts else 0
     gone = [n for n in range(first + shift, last + shift + 1) if n not in found]
@@ -367,7 +369,8 @@ def missing(
         end = at
         while end + 1 < len(gone) and gone[end + 1] == gone[end] + 1:
             end += 1
-        reason = f"{what}: records {gone[at]} to {gone[end]} are missing"
+        some = f"records {gone[at]} to {gone[end]} are" if end > at else f"record {gone[at]} is"
+        reason = f"{what}: {some} missing"
         yield chunks[0].reject(gone[at], gone[end], end - at + 1, reason)
         at = end + 1
 

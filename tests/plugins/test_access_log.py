@@ -531,7 +531,7 @@ def test_no_line_is_lost(access_log: Run, tmp_path: Path) -> None:
         (4, "neither an access log line nor a syslog line", "no log line"),
         (
             5,
-            "'32/Oct/2000:13:55:36 -0700' is no time: day is out of range for month",
+            "'32/Oct/2000:13:55:36 -0700' is not a valid time: day is out of range for month",
             lines[4],
         ),
         (6, "neither an access log line nor a syslog line", lines[5]),

@@ -425,13 +425,13 @@ REFUSED = {
         b"# by tool, v1\nname,city\nAnn,Rome\n",
         "or the comment above it",
     ),
-    "NULs": ("a.csv", b"\0" * 4096, "nothing but NUL bytes"),
+    "NULs": ("a.csv", b"\0" * 4096, "only NUL bytes"),
     "prose": (
         "a.txt",
         b"This is prose.\nIt has, well, commas.\nOr not.\n",
         "--option delimiter=none",
     ),
-    "one column in .txt": ("a.txt", b"alpha\nbeta\ngamma\n", "one column of text is no table"),
+    "one column in .txt": ("a.txt", b"alpha\nbeta\ngamma\n", "one column of text is not a table"),
     "two parts by blanks": ("a.csv", b"first last\nAnn Lee\nBob Ray\n", "--option delimiter=space"),
     "one record of data": ("a.csv", b"1001,2024-01-01\n", "--option header_line=none"),
     "a shorter header": (
@@ -440,7 +440,7 @@ REFUSED = {
         "which one is the header.*--option",
     ),
     "a title above text": ("a.csv", b"Title\nAnn,Rome\nBob,Oslo\n", "--option header_line=2"),
-    "as many records of one text": ("a.csv", b"a,b\n" * 9, "comes 8 times again"),
+    "as many records of one text": ("a.csv", b"a,b\n" * 9, "appears 8 more times"),
     "a title as wide as the table": (
         "a.csv",
         b"Report,Q1,2024\nid,name,qty\n1,a,2\n2,b,3\n",
@@ -612,7 +612,7 @@ def test_real_files_end_in_rows_or_in_a_reason(reads: dict[Path, Read], shared_f
     failed = {file: read.reason for file, read in reads.items() if read.reason}
     print(*(f"{file.relative_to(shared_files)}: {why}" for file, why in failed.items()), sep="\n")
     assert not [file for file, read in reads.items() if read.seconds > 20]
-    words = ("--option", "not delimited text", "nothing but NUL", "gzip file is damaged")
+    words = ("--option", "not delimited text", "only NUL", "gzip file is damaged")
     assert not [why for why in failed.values() if not any(word in why for word in words)]
     ours = [f for f in failed if not any(part in str(f) for part in ("/afl/", "fuzz", "/duckdb/"))]
     assert len(ours) < 6

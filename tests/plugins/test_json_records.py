@@ -300,7 +300,7 @@ def test_a_bad_line_is_a_reject(json_records: Run, tmp_path: Path) -> None:
     out = json_records(file)
     assert [tuple(row.values()) for row in out["json_rejects"].to_pylist()] == [
         (3, "not JSON: Expecting value: column 6 (char 5)", '{"a": '),
-        (4, "the key 'a' stands twice in one object", '{"a": 1, "a": 2}'),
+        (4, "the key 'a' appears twice in one object", '{"a": 1, "a": 2}'),
         (5, "not utf-8: invalid start byte at byte 2", '"x\\xff"'),
     ]
     assert out["json"].to_pylist() == [
