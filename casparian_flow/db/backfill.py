@@ -110,7 +110,7 @@ def backfill(ledger: Ledger, choice: Choice, *, dry_run: bool = False) -> Backfi
     """
     version = _active(ledger, choice.plugin)
     routing = ledger.read(Routing)
-    add = jobs.backfill if choice.redo else jobs.enqueue
+    add = jobs.enqueue_again if choice.redo else jobs.enqueue
     detail = {"path": choice.path, "since": choice.since, "redo": choice.redo}
 
     def events(job_ids: list[int]) -> list[Event]:

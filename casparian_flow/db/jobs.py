@@ -2,7 +2,7 @@
 
     verb        from                 to           guard
     enqueue     -                    QUEUED       no job of that plugin for the version
-    backfill    -                    QUEUED       none of that artifact, no unfinished one
+    enqueue_again  -                    QUEUED       none of that artifact, no unfinished one
     claim       QUEUED               RUNNING      fence + 1, attempt counted
     decide      RUNNING              COMMITTING   (id, fence)
     complete    COMMITTING           COMPLETED    every output published
@@ -13,7 +13,7 @@
     abort       QUEUED, RUNNING      ABORTED      -
     retry       FAILED, ABORTED      QUEUED       - (and SUPERSEDED with a snapshot)
     revive      SUPERSEDED           QUEUED       a scan found the version's bytes again
-    remake      COMPLETED            QUEUED       a user has its output made again
+    restore     COMPLETED            QUEUED       a user has its output made again
 
 No other module assigns a status. The guard of an attempt's end is (id, fence): with the status
 alone, an attempt that lost its job could end the attempt that has the job now. Each verb returns
@@ -71,7 +71,7 @@ def enqueue(connection: Connection, pairs: Sequence[tuple[int, JobRequest]], now
     )
 
 
-def backfill(
+def enqueue_again(
     connection: Connection, pairs: Sequence[tuple[int, JobRequest]], now: str
 ) -> list[int]:
     """Queue jobs for versions that another artifact of the plugin has already processed; the new
@@ -305,7 +305,7 @@ def revive(connection: Connection, version_ids: Sequence[int]) -> list[int]:
     )
 
 
-def remake(connection: Connection, job_ids: Sequence[int]) -> list[int]:
+def restore(connection: Connection, job_ids: Sequence[int]) -> list[int]:
     """Queue completed jobs whose sink has lost their output, at a user's request."""
     return _ids(
         connection,
@@ -471,7 +471,7 @@ def counts_of(connection: Connection, job_ids: Sequence[int]) -> dict[str, int]:
     return {row.status: row.jobs for row in rows}
 
 
-def attempts(connection: Connection, job_id: int) -> int:
+def attempt_count(connection: Connection, job_id: int) -> int:
     """Attempts counted against the job so far, with the running one; 0: no such job."""
     query = "SELECT attempts FROM cf_processing_queue WHERE id = :job_id"
     return _run(connection, query, job_id=job_id).scalar() or 0

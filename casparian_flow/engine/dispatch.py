@@ -256,7 +256,7 @@ def pause_seconds(limits: JobSettings, attempts: int) -> float:
 
 def after_failure(connection: Connection, end: Receipt, limits: JobSettings, actor: str) -> bool:
     """Give a failed attempt its consequence; False when the job was another's by now."""
-    attempts = jobs.attempts(connection, end.job_id)
+    attempts = jobs.attempt_count(connection, end.job_id)
     # Those before this one, since a person last gave the job a fresh budget.
     earlier = counted_attempts(connection, end.job_id, max(attempts - 1, 0))
     vain = any(_repeats(end, each.fault, each.error) for each in earlier)

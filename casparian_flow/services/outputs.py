@@ -88,7 +88,7 @@ def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
     crashpoint("outputs.withdrawn")
 
     def work(connection: Connection) -> list[int]:
-        queued = jobs.remake(connection, sorted({row.job_id for row in broken}))
+        queued = jobs.restore(connection, sorted({row.job_id for row in broken}))
         keys = [row.output_key for row in broken if row.job_id in queued]
         forgotten = ForgottenOutput.output_key.in_(keys)
         connection.execute(delete(ForgottenOutput).where(forgotten))

@@ -141,9 +141,9 @@ def test_claims_go_by_priority_then_age_and_wait_for_their_time(ledger: Ledger) 
 def test_the_attempt_is_counted_at_the_claim_and_given_back_by_a_refund(ledger: Ledger) -> None:
     job = add_job(ledger)
     ledger.write(lambda c: jobs.claim(c, "w", 1, 1))
-    assert ledger.read(lambda c: jobs.attempts(c, job)) == 2
+    assert ledger.read(lambda c: jobs.attempt_count(c, job)) == 2
     ledger.write(lambda c: jobs.requeue(c, job, 2, reason="disk full", refund=True))
-    assert ledger.read(lambda c: jobs.attempts(c, job)) == 1
+    assert ledger.read(lambda c: jobs.attempt_count(c, job)) == 1
 
 
 def test_a_version_is_queued_once_for_a_plugin_whatever_its_version(ledger: Ledger) -> None:

@@ -145,5 +145,5 @@ def test_what_a_job_has_published_before_leaves_no_staged_file(
         seen = [(output_id, there) for output_id, *_ in ledger.read(outputs.unpublished)]
         ledger.write(partial(outputs.mark_published, done=seen))
         ledger.write(lambda c: jobs.complete(c, [job]))
-        ledger.write(lambda c: jobs.remake(c, [job]))
+        ledger.write(lambda c: jobs.restore(c, [job]))
     assert [[Path(each.stage).name for each in left] for left in unwanted] == [[], ["stage-2"]]
