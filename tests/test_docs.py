@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from casparian_flow import config
+from casparian_flow import bundled, config
 from casparian_flow.cli import start
 from casparian_flow.config import Settings
 from casparian_flow.db.models import JobStatus
@@ -24,7 +24,7 @@ from tests.conftest import write_config
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "proofs/README.md")),
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "proofs/README.md")),
     *sorted(DOCS.rglob("*.md")),
 ]
 
@@ -148,3 +148,10 @@ def test_the_plugin_of_the_pages_is_one() -> None:
 
     (source,) = snippets(DOCS / "writing_a_plugin.md", "python")
     assert read_manifest(source.encode(), "sales.py").topics == ["sales_data"]
+
+
+def test_the_quickstart_lists_every_bundled_plugin() -> None:
+    page = (DOCS / "quickstart.md").read_text("utf-8")
+    listed = re.findall(r"^\| `(\w+)` \| .* \| (.+) \|$", page, re.MULTILINE)
+    topics = {name: set(re.findall(r"`(\w+)`", cell)) for name, cell in listed}
+    assert topics == {each["name"]: set(each["topics"]) for each in bundled.describe()}

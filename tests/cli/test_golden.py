@@ -14,4 +14,7 @@ def test_every_command_prints_what_the_golden_file_has(
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))  # no key of another test
     told = write_golden.text(tmp_path / "home")
-    assert told.splitlines() == write_golden.GOLDEN.read_text("utf-8").splitlines()
+    golden = write_golden.GOLDEN.read_text("utf-8").splitlines()
+    assert told.splitlines() == golden, (
+        "if meant: python -m tests.cli.write_golden, and read its diff"
+    )

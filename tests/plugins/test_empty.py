@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from casparian_flow import bundled
 from tests.plugins.conftest import runner
 
 PATTERNS = {
@@ -15,6 +16,10 @@ PATTERNS = {
     "excel_sheets": "a.xlsx",
     "windows_events": "a.evtx",
 }
+
+
+def test_every_bundled_plugin_is_tried() -> None:
+    assert PATTERNS.keys() == set(bundled.names())
 
 
 @pytest.mark.parametrize("plugin", PATTERNS)
