@@ -73,7 +73,7 @@ class ExitCode(enum.IntEnum):
     FAILED = 1, "a job failed, a check found a problem, or the request cannot be done"
     USAGE = 2, "wrong usage"
     PARTIAL = 3, "partly done: a scan could not read some files, or did not trust what it saw"
-    PLUGIN = 65, "not a plugin, or a plugin version that exists with other bytes"
+    PLUGIN = 65, "not a plugin, or a plugin version that exists with other content"
     NOT_FOUND = 66, "there is nothing by that name, or a source root cannot be read"
     BUG = 70, "a bug in casparian: run it with --debug and report the output"
     IO_ERROR = 74, "the database cannot be used, or a disk, a limit or a permission is in the way"

@@ -40,7 +40,7 @@ def check_text(what: str, text: str) -> None:
     """
     if not text.strip() or not text.isprintable() or len(text) > TEXT_LIMIT:
         raise CasparianError(
-            f"{text[:80]!r} cannot be the {what}", f"use 1 to {TEXT_LIMIT} printable characters"
+            f"{text[:80]!r} is not a valid {what}", f"use 1 to {TEXT_LIMIT} printable characters"
         )
 
 

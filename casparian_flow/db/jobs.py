@@ -727,7 +727,7 @@ def _change(
     for job_id in sorted(set(job_ids).difference(changed)):
         status = ledger.read(partial(_status, job_id=job_id))
         if status is None:
-            raise NotFound(f"there is no job {job_id}", "casparian jobs")
+            raise NotFound(f"job {job_id} does not exist", "casparian jobs")
         show = f"casparian jobs show {job_id}"
         if verb == "abort" and status == JobStatus.COMMITTING:
             raise CasparianError(

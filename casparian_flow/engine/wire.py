@@ -321,7 +321,7 @@ class Handshake:
                 self._silent.add(user)
                 answer = [b"200", b"", user.encode(), b""]
             else:
-                answer = [b"400", b"not our key", b"", b""]
+                answer = [b"400", b"unknown key", b"", b""]
             await self._zap.send_multipart([version, request, *answer])
 
     async def _watch(self) -> None:

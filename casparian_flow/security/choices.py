@@ -203,7 +203,7 @@ def _renamed(fields: dict[str, Any], file_name: str, chosen: Sequence[str]) -> d
     if len(chosen) != len(known):
         listed = ", ".join(known) or "none"
         raise PluginError(
-            f"{len(chosen)} topic{'' if len(chosen) == 1 else 's'} chosen, and the MANIFEST of "
+            f"{len(chosen)} topic{'' if len(chosen) == 1 else 's'} chosen, but the MANIFEST of "
             f"{file_name} has {len(known)}: {listed}",
             "give them all, in that order: "
             + (" ".join(f"--topic {name}" for name in known) or "leave --topic out"),

@@ -178,7 +178,7 @@ def remove_rule(ledger: Ledger, rule_id: int) -> str:
     def work(connection: Connection) -> dict[str, str]:
         row = connection.execute(statement).first()
         if row is None:
-            raise NotFound(f"there is no rule {rule_id}", "casparian rules list")
+            raise NotFound(f"rule {rule_id} does not exist", "casparian rules list")
         return dict(row._mapping)
 
     removed = ledger.change(work, lambda row: [Event("remove-rule", f"rule {rule_id}", row)])
@@ -199,7 +199,7 @@ def _check_folder(path: str) -> None:
     except OSError as error:
         raise SourceError(
             f"{path} cannot be a source root: {error.strerror}",
-            "name a directory that is there and that you may read",
+            "choose a directory that exists and that you may read",
         ) from error
 
 

@@ -78,7 +78,7 @@ def test_a_name_is_a_bundled_plugin_and_a_path_a_file(casparian: Casparian) -> N
 
 def test_a_name_that_no_plugin_has_is_told_those_there_are(casparian: Casparian) -> None:
     words = casparian.err("publish", "delimted", code=66)
-    assert f"try: casparian publish with one of {', '.join(NAMES)}" in words
+    assert f"try: casparian publish NAME, where NAME is one of {', '.join(NAMES)}" in words
     (casparian.folder / "mine").write_text(ROWS)
     assert "try: casparian publish ./mine " in casparian.err("publish", "mine", code=66)
     missing = casparian.err("publish", "plugins/delimited.py", code=65)

@@ -222,7 +222,7 @@ def test_a_topic_goes_where_it_is_sent(casparian: Casparian, source: Path) -> No
     set_lines = ("topics", "set", "rows", "lines")
     assert "scheme 'ftp'" in casparian.err(*set_lines, "ftp://x", code=78)
     assert "mode" in casparian.err(*set_lines, "parquet://x", "--mode", "sometimes", code=78)
-    assert "had no topic 'other'" in casparian.err(
+    assert "declares no topic 'other'" in casparian.err(
         "topics", "set", "rows", "other", "parquet://output"
     )
     both = casparian.out(*set_lines, "parquet://out?mode=replace", "sqlite:///two.sqlite3")

@@ -62,7 +62,7 @@ def test_one_file_is_published_as_two_plugins(casparian: Casparian) -> None:
     again = casparian.run("publish", file, *choices)
     assert "tabs 1.0.0 is already deployed" in again.stdout
     other = casparian.run("publish", file, *choices, "--option", "skip=0", code=2)
-    assert "--option skip is there twice" in other.stderr
+    assert "--option skip is given twice" in other.stderr
     changed = casparian.run("publish", file, "--name", "tabs", code=65)
     assert "publish with --version 1.0.1" in changed.stderr
     holds(casparian)

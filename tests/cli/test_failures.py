@@ -119,7 +119,7 @@ def test_a_person_may_accept_a_failure_and_a_retry_takes_that_back(behaves: Casp
     (job,) = behaves.json("jobs", "--status", "FAILED")
     other = next(j for j in behaves.json("jobs") if j["status"] == "COMPLETED")
     assert "can be dismissed" in behaves.err("jobs", "dismiss", str(other["id"]), code=1)
-    assert "no job 99" in behaves.err("jobs", "dismiss", "99", code=66)
+    assert "job 99 does not exist" in behaves.err("jobs", "dismiss", "99", code=66)
     assert "--all-gone" in behaves.err("jobs", "dismiss", code=2)
     behaves.run("jobs", "dismiss", str(job["id"]))
     behaves.run("jobs", "dismiss", str(job["id"]))

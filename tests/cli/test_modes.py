@@ -68,7 +68,7 @@ def test_a_file_is_retracted_and_comes_back(casparian: Casparian, source: Path) 
     holds(casparian)
     wanted = {("a.txt", 1): "RETRACTED", ("a.txt", 2): "RETRACTED", ("b.txt", 1): "PUBLISHED"}
     assert states(casparian) == wanted
-    assert "nothing of in/a.txt is to be seen" in casparian.err("retract", "in/a.txt", code=66)
+    assert "in/a.txt has no visible rows" in casparian.err("retract", "in/a.txt", code=66)
     (job,) = {row["job"] for row in casparian.json("outputs", "list") if row["version"] == 2}
     for verb in ("forget", "restore"):
         assert "casparian retract --undo" in casparian.err("outputs", verb, str(job), code=1)
@@ -85,7 +85,7 @@ def test_a_file_is_retracted_and_comes_back(casparian: Casparian, source: Path) 
     assert states(casparian)["a.txt", 2] == "PUBLISHED"
     casparian.run("scan")  # begins with an inventory
     assert states(casparian)["a.txt", 2] == "RETRACTED"
-    assert "nothing was published of nowhere" in casparian.err("retract", "nowhere", code=66)
+    assert "nowhere has no published outputs" in casparian.err("retract", "nowhere", code=66)
     actions = [row["action"] for row in casparian.json("audit", "show", "--limit", "99")]
     assert actions.count("retract") == 3
     assert actions.count("reinstate") == 2
@@ -159,7 +159,7 @@ def test_a_crash_between_the_ledger_and_the_sink_is_rolled_forward(
     assert lines(replacing) == ["b1"]
     assert replacing.killed(at, "retract", "in/a.txt", "--undo")
     assert "reinstated: 1 row" in replacing.out("retract", "in/a.txt", "--undo")
-    assert "nothing of in/a.txt is retracted" in replacing.err(
+    assert "in/a.txt has no retracted rows" in replacing.err(
         "retract", "in/a.txt", "--undo", code=66
     )
     assert lines(replacing) == ["a1", "b1"]
@@ -175,7 +175,7 @@ def test_nothing_is_retracted_while_a_job_of_the_file_is_at_work(
     (source / "a.txt").write_text("a2\n")
     assert replacing.killed("committer.decided", "scan", "--drain")
     done = replacing.err("retract", "in/a.txt", code=1)
-    assert "is at work; nothing was changed" in done
+    assert "is running; nothing was changed" in done
     assert "casparian jobs show 2" in done
     replacing.run("scan", "--drain")
     assert lines(replacing) == ["a2"]

@@ -101,7 +101,7 @@ def test_failed_jobs_are_told_with_their_reason_and_can_be_retried(
     assert "1 job queued" in casparian.out("jobs", "retry", "--failed")
     assert "1 job aborted" in casparian.out("jobs", "abort", str(failed["id"]))
     assert "is ABORTED" in casparian.err("jobs", "abort", str(failed["id"]), code=1)
-    assert "no job 99" in casparian.err("jobs", "retry", "99", code=66)
+    assert "job 99 does not exist" in casparian.err("jobs", "retry", "99", code=66)
     assert casparian.json("verify")["problems"] == []
 
 
@@ -134,7 +134,7 @@ def test_the_program_says_what_is_missing(casparian: Casparian, tmp_path: Path) 
     assert "never scanned" in casparian.err("status")
     assert "no daemon" in casparian.err("wait", "--idle", code=75)
     assert "no file x" in casparian.err("versions", "x", code=66)
-    assert "no job 7" in casparian.err("jobs", "show", "7", code=66)
+    assert "job 7 does not exist" in casparian.err("jobs", "show", "7", code=66)
 
 
 def test_queries_only_read(shown: Casparian) -> None:

@@ -74,7 +74,7 @@ def test_a_plugin_works_older_versions_on_a_word_and_redoes_on_another(
         publish(ledger, settings, "sees", SEES + "\n# better\n", "1.1.0")
         said = cli.out("backfill", "sees", "--since", "2020-01-01")
         assert "sees 1.1.0: 0 jobs queued" in said
-        assert "4 versions were worked by another version of sees" in said
+        assert "4 versions already processed by another version of sees" in said
         assert "0 jobs" in cli.out("backfill", "sees", "--redo", "--since", "9999-01-01")
         assert "sees 1.1.0: 4 jobs queued" in cli.out("backfill", "sees", "--redo")
         assert work_off(settings) == {"COMPLETED": 8}
@@ -105,8 +105,8 @@ def test_what_has_no_bytes_any_more_and_what_waits_is_counted(tmp_path: Path, so
         assert done == Backfill("1.1.0", 2, 4, bytes_gone=1, worked=0, waits=1)
         said = cli.out("backfill", "sees", "--redo")
         assert "sees 1.1.0: 2 jobs queued" in said
-        assert "1 version has no bytes any more" in said
-        assert "1 version with an unfinished job of another version of sees" in said
+        assert "1 version skipped, since the content is gone" in said
+        assert "1 version skipped: another version of sees has an unfinished job" in said
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_a_new_version_says_what_older_ones_have_worked(tmp_path: Path, source: 
     with open_ledger(settings.database) as ledger:
         assert "older" not in publish(ledger, settings, "sees", SEES, "1.0.0")
         words = publish(ledger, settings, "sees", SEES + "\n# 2\n", "1.0.1")
-        assert "an older version of sees keeps its 1 unfinished job" in words
+        assert "an older version of sees still has 1 unfinished job" in words
         backfill(ledger, Choice("sees"))
         assert work_off(settings) == {"COMPLETED": 4}
         words = publish(ledger, settings, "sees", SEES + "\n# 3\n", "1.1.0")
@@ -161,7 +161,7 @@ def test_a_new_version_says_what_older_ones_have_worked(tmp_path: Path, source: 
         words = cli.out("publish", better, "--version", "1.2")
         assert "to process the 3 whose content is still there" in words
         said = cli.out("backfill", "sees", "--dry-run")
-        assert "--redo has 1.2 work 3 of them, whose bytes are there, too" in said
+        assert "--redo processes the 3 whose content is still there with 1.2 too" in said
         better.write_text(SEES.replace("*.txt", "b.txt"))
 
         async def through_the_daemon() -> str:
@@ -182,4 +182,4 @@ def test_what_cannot_be_meant_is_said(tmp_path: Path, source: Path) -> None:
         assert "no plugin is named 'sea'" in cli.err("backfill", "sea", code=66)
         assert "is routed to sees" in cli.err("backfill", "sees", "--path", "*.md")
         plugins.disable(ledger, config.keys_folder(), "sees", None, "wrong")
-        assert "no version of sees takes jobs" in cli.err("backfill", "sees", code=1)
+        assert "no version of sees is active" in cli.err("backfill", "sees", code=1)

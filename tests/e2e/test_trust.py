@@ -139,7 +139,7 @@ def test_files_that_came_while_nothing_was_active_get_their_jobs_afterwards(
     scan(ledger, root)
     assert ledger.read(jobs.counts) == {}
     said = architect.activate(ledger, settings, folder, "rows", "1.0.0", "back")
-    assert said == "rows 1.0.0 takes new jobs; 1 queued for files already known"
+    assert said == "rows 1.0.0 gets new jobs; 1 job queued for known files"
     assert work_off(settings) == {"COMPLETED": 1}
     (job,) = ledger.read(lambda c: views.jobs(c, 9))
     assert job["plugin_version"] == "1.0.0"

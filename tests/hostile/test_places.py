@@ -130,7 +130,7 @@ def refused(settings: Settings, uri: str, topic: str) -> None:
     with pytest.raises(ConfigError) as again:
         topics.of_person(settings, topic, [uri], "append", [])
     assert again.value.message == caught.value.message
-    assert "outside of where" not in caught.value.message
+    assert "outside the folders" not in caught.value.message
 
 
 @pytest.mark.parametrize("path", SQLITE)

@@ -93,7 +93,7 @@ def test_trusting_our_own_key_in_an_empty_ledger_is_one_statement(
     ledger: Ledger, folder: Path
 ) -> None:
     public = files.local_key(folder).verify_key.encode().hex()
-    with pytest.raises(CasparianError, match="no key would be left"):
+    with pytest.raises(CasparianError, match="last key that may manage keys"):
         trust.trust_key(ledger, folder, public, "Grace", "sales*")
     trust.trust_key(ledger, folder, public, "Grace", "*")
     (row,) = trust.listing(ledger, folder)
@@ -111,7 +111,7 @@ def test_owners_globs_and_reasons_are_words(
         lambda: plugins.disable(here, folder, "rows", None, words),
         lambda: architect.activate(here, settings, folder, "rows", "1.0.0", words),
     ):
-        with pytest.raises(CasparianError, match="cannot be the"):
+        with pytest.raises(CasparianError, match="is not a valid"):
             attempt()
 
 
@@ -168,11 +168,11 @@ def test_a_key_that_is_trusted_with_less_takes_its_versions_out_of_the_way(
 
 def test_the_last_key_that_may_change_keys_stays(here: Ledger, folder: Path) -> None:
     trust.trust_key(here, folder, new_key(), "Ada", "sales*")
-    with pytest.raises(CasparianError, match="no key would be left") as refused:
+    with pytest.raises(CasparianError, match="last key that may manage keys") as refused:
         trust.revoke(here, folder, own_id(folder), "why not")
     assert "casparian keys rotate" in refused.value.hint
     public = files.local_key(folder).verify_key.encode().hex()
-    with pytest.raises(CasparianError, match="no key would be left"):
+    with pytest.raises(CasparianError, match="last key that may manage keys"):
         trust.trust_key(here, folder, public, "me", "rows")
     assert standing(here, folder)[own_id(folder)] == "trusted"
 
@@ -266,7 +266,7 @@ def test_a_disabled_version_takes_no_jobs_until_it_is_activated(
 ) -> None:
     plugins.disable(here, folder, "rows", "1.0.0", "old")
     assert active(here) == ["2.0.0"]
-    assert "no version takes" in plugins.disable(here, folder, "rows", "2.0.0", "wrong")
+    assert "no version gets new jobs" in plugins.disable(here, folder, "rows", "2.0.0", "wrong")
     assert active(here) == []
     reasons = [row["refusal"].rpartition(": ")[2] for row in plugins.verify(here, "rows")]
     assert reasons == ["old", "wrong"]

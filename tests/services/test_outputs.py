@@ -114,7 +114,9 @@ def test_a_snapshot_is_enough_to_make_an_output_again(tmp_path: Path, source: Pa
         kept = snapshot.read_bytes()
         snapshot.chmod(0o600)
         snapshot.write_bytes(b"damaged")
-        with pytest.raises(CasparianError, match="is gone since version 1, and no whole snapshot"):
+        with pytest.raises(
+            CasparianError, match="was deleted since version 1, and no intact snapshot"
+        ):
             outputs.restore(ledger, flow.settings, job)
         snapshot.write_bytes(kept)
         assert outputs.restore(ledger, flow.settings, job) == [int(job)]
