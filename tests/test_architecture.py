@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 
 from casparian_flow.engine.environments import BUNDLED
 
-PACKAGE = Path(__file__).parent.parent / "casparian_flow"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "casparian_flow"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-PLUGINS = sorted((PACKAGE.parent / "plugins").glob("*.py"))
+PLUGINS = sorted((ROOT / "plugins").glob("*.py"))
 
 FUNCTION_LINES = 60
 """A function reads as a paragraph: its docstring and body; the options of a command are a list."""
@@ -65,7 +67,7 @@ CODE = [path for path in MODULES if module_name(path) and path.stat().st_size]
 def test_imports_point_down_and_in_no_circle() -> None:
     """The contracts are in pyproject.toml."""
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
-    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -155,3 +157,18 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.rpartition("LOADED")[2].split())
     assert not loaded & heavy
+
+
+FOLDERS = ("tests", "proofs", "benchmarks")
+BESIDE = sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", BESIDE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_is_imported_from_the_package_is_there(path: Path) -> None:
+    """Where a script or a command imports late, mypy and a run may not come by."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("casparian_flow"):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")

@@ -1,6 +1,7 @@
 """Read-only queries for people and programs; rows are dictionaries.
 
-A column named `..._at` is a time: ISO 8601, UTC.
+A column named `..._at` is a time: ISO 8601, UTC. A column that is true or false must be in
+`access._BOOLEANS`.
 """
 
 from __future__ import annotations

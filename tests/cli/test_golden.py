@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.cli import write_golden
+from tests.cli.write_docs import every_command
+
+
+def test_every_command_is_in_the_story() -> None:
+    told = write_golden.GOLDEN.read_text("utf-8")
+    groups = {words[:-1] for words in every_command() if words}
+    twice = {("demo",), ("topics", "list")}  # the demo runs the others; `topics` alone lists
+    for words in set(every_command()) - groups - twice:
+        command = " ".join(["$ casparian", *words])
+        assert re.search(rf"^{re.escape(command)}\b", told, re.MULTILINE), command
 
 
 def test_every_command_prints_what_the_golden_file_has(

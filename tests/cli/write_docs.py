@@ -1,7 +1,7 @@
 """Puts every command's `--help` into docs/cli.md: `python -m tests.cli.write_docs`.
 
 The page is written by hand, but for the blocks that begin with `$ casparian ... --help`, and the
-table of exit codes.
+table of exit codes. A command that has no block gets one below the command before it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,20 @@ def documented_codes() -> str:
     return found[0] if found else ""
 
 
+def with_missing(text: str) -> str:
+    """Add a block for each command that the page does not have."""
+    before: tuple[str, ...] = ()
+    for words in every_command():
+        blocks = {tuple(match["words"].split()): match for match in BLOCK.finditer(text)}
+        if words not in blocks:
+            end = blocks[before].end()
+            text = f"{text[:end]}\n{block(words)}{text[end:]}"
+        before = words
+    return text
+
+
 if __name__ == "__main__":
-    text = BLOCK.sub(lambda m: block(tuple(m["words"].split())), PAGE.read_text("utf-8"))
+    text = with_missing(PAGE.read_text("utf-8"))
+    text = BLOCK.sub(lambda m: block(tuple(m["words"].split())), text)
     text = CODES.sub(lambda _: exit_codes(), text)
     PAGE.write_text(text, "utf-8")
