@@ -133,7 +133,7 @@ def test_the_program_says_what_is_missing(casparian: Casparian, tmp_path: Path) 
     casparian.run("source", "add", folder)
     assert "never scanned" in casparian.err("status")
     assert "no daemon" in casparian.err("wait", "--idle", code=75)
-    assert "no file x" in casparian.err("versions", "x", code=66)
+    assert "no file is known as x" in casparian.err("versions", "x", code=66)
     assert "job 7 does not exist" in casparian.err("jobs", "show", "7", code=66)
 
 

@@ -124,7 +124,9 @@ def test_what_was_retracted_is_not_worked_again_before_that_is_undone(
         assert (done.queued, done.retracted) == (2, 1)
         work_off(settings)
         assert rows(ledger, "seen_history") == [(*row, "1.1.0") for row in A[:2]]
-        assert "1 version was retracted" in cli.out("backfill", "sees", "--path", "a*", "--redo")
+        assert "1 version skipped, since retracted" in cli.out(
+            "backfill", "sees", "--path", "a*", "--redo"
+        )
         cli.run("retract", "source/a.txt", "--undo")
         assert backfill(ledger, Choice("sees", path="a*", redo=True)).queued == 1
         work_off(settings)

@@ -67,7 +67,7 @@ def test_a_backup_taken_under_load_is_accepted_by_verify_and_goes_on(
 
     for copy in copies:
         restore(settings, copy)
-        assert all(each.endswith("(casparian start puts it right)") for each in problems(settings))
+        assert all(each.endswith("into the queue)") for each in problems(settings))
         asyncio.run(start())
         assert problems(settings) == []
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".copy")]
