@@ -71,19 +71,19 @@ def jobs(
 
 def _statuses(asked: str | None) -> tuple[str | None, str | None]:
     """The job status and the state of the failure that `--status` stands for."""
-    from casparian_flow.db import jobs
+    from casparian_flow.db import failures
     from casparian_flow.db.models import JobStatus
 
     if asked is None:
         return None, None
     words = asked.upper().replace("-", " ").replace("_", " ")
-    closed = {state.upper(): state for state in jobs.CLOSED_FAILURE}
+    closed = {state.upper(): state for state in failures.CLOSED}
     if words in closed:
         return JobStatus.FAILED, closed[words]
     if words not in list(JobStatus):
         known = ", ".join([*JobStatus, *closed])
         raise typer.BadParameter(f"{asked!r} is no status; use {known}")
-    return words, jobs.OPEN_FAILURE if words == JobStatus.FAILED else None
+    return words, failures.OPEN if words == JobStatus.FAILED else None
 
 
 def _with_rejects(ledger: Ledger) -> list[int]:
@@ -94,10 +94,10 @@ def _with_rejects(ledger: Ledger) -> list[int]:
 
 def _in_words(job: dict[str, Any]) -> dict[str, Any]:
     """The columns that a table shows differently from `--json`."""
-    from casparian_flow.db import jobs
+    from casparian_flow.db import failures
     from casparian_flow.db.outputs import NAMED_PERCENT
 
-    closed = job["failure"] in jobs.CLOSED_FAILURE
+    closed = job["failure"] in failures.CLOSED
     total = job["rows"] + job["rejects"]
     share = 100 * job["rejects"] / total if total else 0
     named = f" ({share:.1f} %)" if share > NAMED_PERCENT else ""
@@ -201,14 +201,14 @@ def retry(
 
     Their attempts start from zero again. Superseded jobs too, if their version has a snapshot.
     """
-    from casparian_flow.db import jobs
+    from casparian_flow.services import jobs
 
     if bool(job_ids) == failed:
         raise typer.BadParameter("give job ids, or --failed")
     if not failed and (plugin or path):
         raise typer.BadParameter("--plugin and --path need --failed")
     with context.opened(ctx) as (_, ledger):
-        count = jobs.retry_jobs(ledger, job_ids or None, plugin=plugin, path=path)
+        count = jobs.retry(ledger, job_ids or None, plugin=plugin, path=path)
     context.say(f"{counted(count, 'job')} queued")
 
 
@@ -229,12 +229,12 @@ def dismiss(
 
     The audit records who did it. A job that is retried and fails again is counted again.
     """
-    from casparian_flow.db import jobs
+    from casparian_flow.services import jobs
 
     if bool(job_ids) == all_gone:
         raise typer.BadParameter("give job ids, or --all-gone")
     with context.opened(ctx) as (_, ledger):
-        count = jobs.dismiss_jobs(ledger, job_ids or None)
+        count = jobs.dismiss(ledger, job_ids or None)
     context.say(f"{counted(count, 'failure')} dismissed")
 
 
@@ -244,8 +244,8 @@ def abort(ctx: typer.Context, job_ids: Ids) -> None:
 
     A running job ends within seconds. A job that is COMMITTING cannot be aborted.
     """
-    from casparian_flow.db import jobs
+    from casparian_flow.services import jobs
 
     with context.opened(ctx) as (_, ledger):
-        count = jobs.abort_jobs(ledger, job_ids)
+        count = jobs.abort(ledger, job_ids)
     context.say(f"{counted(count, 'job')} aborted")

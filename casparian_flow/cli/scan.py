@@ -221,7 +221,7 @@ def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> 
 
     All of them were unfinished at the start, so any failure is of this run.
     """
-    from casparian_flow.db import jobs, outputs
+    from casparian_flow.db import failures, outputs
 
     if not quiet:
         context.say(_became(here, wanted))
@@ -232,7 +232,7 @@ def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> 
         context.note(f"  rejects: {context.rejected(row)}")
     if more := named.total - len(named):
         context.note(f"  and {more:,} more: casparian jobs --rejects --all")
-    opened = here.ledger.read(lambda c: jobs.failed_job_ids(c, jobs.OPEN_FAILURE))
+    opened = here.ledger.read(lambda c: failures.job_ids(c, failures.OPEN))
     failed = sorted(set(opened).intersection(wanted))
     _print_failed(here, failed)
     if earlier := len(opened) - len(failed):
@@ -243,12 +243,12 @@ def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> 
 
 def _became(here: Here, wanted: Sequence[int]) -> str:
     """Jobs by outcome, rows and rejects; zeros are left out."""
-    from casparian_flow.db import jobs, outputs
+    from casparian_flow.db import failures, jobs, outputs
 
     outcomes = here.ledger.read(lambda c: jobs.counts_of(c, wanted))
     if outcomes.pop("FAILED", 0):
-        states = here.ledger.read(lambda c: jobs.failure_counts(c, wanted))
-        states["FAILED"] = states.pop(jobs.OPEN_FAILURE, 0)
+        states = here.ledger.read(lambda c: failures.counts(c, wanted))
+        states["FAILED"] = states.pop(failures.OPEN, 0)
         outcomes.update(states)
     words = [f"{counted(n, 'job')} {status}" for status, n in sorted(outcomes.items()) if n]
     came = context.amount(*here.ledger.read(lambda c: outputs.rejected_of_jobs(c, wanted)))

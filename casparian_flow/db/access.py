@@ -12,19 +12,20 @@ import asyncio
 import atexit
 import contextlib
 import functools
+import json
 import queue
 import re
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, text
+from sqlalchemy import URL, Connection, CursorResult, Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from casparian_flow.config import DatabaseSettings
@@ -120,6 +121,22 @@ def execute_many(
     name (gh-117995).
     """
     return connection.exec_driver_sql(statement, list(rows)).rowcount if rows else 0
+
+
+def execute(connection: Connection, statement: str, **values: Any) -> CursorResult[Any]:
+    """Run one statement; collections are bound as JSON, for `json_each`."""
+    bound = {
+        name: json.dumps(list(value))
+        if isinstance(value, Collection) and not isinstance(value, str)
+        else value
+        for name, value in values.items()
+    }
+    return connection.execute(text(statement), bound)
+
+
+def returned_ids(connection: Connection, statement: str, **values: Any) -> list[int]:
+    """Run one statement; the ids it returns."""
+    return list(execute(connection, statement, **values).scalars())
 
 
 class Ledger:

@@ -22,19 +22,16 @@ what it changed.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, CursorResult, text
+from sqlalchemy import Connection
 
-from casparian_flow.db import audit, found
-from casparian_flow.db.access import Ledger, execute_many
+from casparian_flow.db import found
+from casparian_flow.db.access import execute, execute_many, returned_ids
 from casparian_flow.db.models import JobStatus, utcnow
 from casparian_flow.db.routing import JobRequest
-from casparian_flow.errors import CasparianError, NotFound
 from casparian_flow.protocol import Pair
 
 UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)
@@ -103,7 +100,7 @@ def claim(
     Args:
         avoid: ids of plugins whose sinks are unavailable.
     """
-    return _ids(
+    return returned_ids(
         connection,
         """
         WITH due AS (
@@ -148,7 +145,7 @@ def decide(connection: Connection, attempts: Sequence[Pair]) -> set[Pair]:
     """
     if not attempts:
         return set()
-    decided = _run(
+    decided = execute(
         connection,
         """
         UPDATE cf_processing_queue SET status = 'COMMITTING', worker = NULL
@@ -164,7 +161,7 @@ def decide(connection: Connection, attempts: Sequence[Pair]) -> set[Pair]:
 
 def complete(connection: Connection, job_ids: Sequence[int]) -> list[int]:
     """Finish decided jobs whose outputs are all published."""
-    return _ids(
+    return returned_ids(
         connection,
         """
         UPDATE cf_processing_queue SET status = 'COMPLETED', reason = '', finished_at = :now
@@ -178,7 +175,7 @@ def complete(connection: Connection, job_ids: Sequence[int]) -> list[int]:
 
 def refuse(connection: Connection, job_id: int, reason: str) -> None:
     """End a decided job whose output a sink will never take; what is published stays recorded."""
-    _run(
+    execute(
         connection,
         """
         UPDATE cf_processing_queue SET status = 'FAILED', reason = :reason, finished_at = :now
@@ -201,7 +198,7 @@ def requeue(
         refund: the attempt was not the job's fault and does not count.
         crashed: the daemon crashed while the job ran.
     """
-    requeued = _run(
+    requeued = execute(
         connection,
         """
         UPDATE cf_processing_queue
@@ -217,7 +214,7 @@ def requeue(
 
 def fail(connection: Connection, job_id: int, fence: int, reason: str) -> bool:
     """End the job, unless a user retries it; False if the fence is stale."""
-    failed = _run(
+    failed = execute(
         connection,
         """
         UPDATE cf_processing_queue
@@ -231,7 +228,7 @@ def fail(connection: Connection, job_id: int, fence: int, reason: str) -> bool:
 
 def supersede(connection: Connection, job_id: int, fence: int, reason: str) -> bool:
     """End the job: its version's bytes are gone or changed. False if the fence is stale."""
-    superseded = _run(
+    superseded = execute(
         connection,
         """
         UPDATE cf_processing_queue
@@ -249,7 +246,7 @@ def abort(connection: Connection, job_ids: Sequence[int], who: str) -> list[int]
     It also records the end of running attempts: the receipt that they may still send is too late.
     """
     reason, now = f"aborted by {who}", _now()
-    _run(
+    execute(
         connection,
         """
         INSERT INTO cf_attempt
@@ -261,7 +258,7 @@ def abort(connection: Connection, job_ids: Sequence[int], who: str) -> list[int]
         """,
         job_ids=job_ids, reason=reason, now=now,
     )  # fmt: skip
-    return _ids(
+    return returned_ids(
         connection,
         """
         UPDATE cf_processing_queue
@@ -275,7 +272,7 @@ def abort(connection: Connection, job_ids: Sequence[int], who: str) -> list[int]
 
 def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
     """Queue failed, aborted and, with a snapshot, superseded jobs; their attempts count from 0."""
-    return _ids(
+    return returned_ids(
         connection,
         """
         UPDATE cf_processing_queue
@@ -292,7 +289,7 @@ def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
 
 def revive(connection: Connection, version_ids: Sequence[int]) -> list[int]:
     """Queue the superseded jobs of versions whose bytes a scan has found in their files again."""
-    return _ids(
+    return returned_ids(
         connection,
         """
         UPDATE cf_processing_queue
@@ -307,7 +304,7 @@ def revive(connection: Connection, version_ids: Sequence[int]) -> list[int]:
 
 def restore(connection: Connection, job_ids: Sequence[int]) -> list[int]:
     """Queue completed jobs whose sink has lost their output, at a user's request."""
-    return _ids(
+    return returned_ids(
         connection,
         """
         UPDATE cf_processing_queue
@@ -321,7 +318,7 @@ def restore(connection: Connection, job_ids: Sequence[int]) -> list[int]:
 
 def set_reason(connection: Connection, job_ids: Sequence[int], reason: str) -> None:
     """Say why decided jobs are not completed yet."""
-    _run(
+    execute(
         connection,
         """
         UPDATE cf_processing_queue SET reason = :reason
@@ -332,22 +329,6 @@ def set_reason(connection: Connection, job_ids: Sequence[int], reason: str) -> N
     )
 
 
-def _run(connection: Connection, statement: str, **values: Any) -> CursorResult[Any]:
-    """Run one statement; collections are bound as JSON, for `json_each`."""
-    bound = {
-        name: json.dumps(list(value))
-        if isinstance(value, Collection) and not isinstance(value, str)
-        else value
-        for name, value in values.items()
-    }
-    return connection.execute(text(statement), bound)
-
-
-def _ids(connection: Connection, statement: str, **values: Any) -> list[int]:
-    """Run one statement; the ids it returns."""
-    return list(_run(connection, statement, **values).scalars())
-
-
 def _insert(
     connection: Connection, statement: str, pairs: Sequence[tuple[int, JobRequest]], now: str
 ) -> list[int]:
@@ -356,7 +337,7 @@ def _insert(
     The driver returns no ids from many statements at once. A new id is above the last one, or is
     the old id that a found output names.
     """
-    before = _run(
+    before = execute(
         connection,
         f"""
         SELECT coalesce(max(id), 0) AS last, {found.JOB_IDS_WITHOUT_JOB} AS unused
@@ -368,7 +349,7 @@ def _insert(
         statement,
         [{"version_id": version, "now": now, **request._asdict()} for version, request in pairs],
     )
-    return _ids(
+    return returned_ids(
         connection,
         """
         SELECT id FROM cf_processing_queue
@@ -388,7 +369,7 @@ def _now() -> str:
 
 def describe(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
     """What a worker must know of claimed jobs, in the order they should run."""
-    return _run(
+    return execute(
         connection,
         """
         SELECT j.id, j.fence, j.attempts, j.plugin_id, p.name AS plugin_name,
@@ -412,7 +393,7 @@ def describe(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
 
 def orphans(connection: Connection, epoch: int) -> Sequence[Any]:
     """RUNNING jobs of earlier epochs, whose daemon is dead: the caller holds the daemon lock."""
-    return _run(
+    return execute(
         connection,
         """
         SELECT id, fence, attempts, crashes, epoch, worker FROM cf_processing_queue
@@ -424,7 +405,7 @@ def orphans(connection: Connection, epoch: int) -> Sequence[Any]:
 
 def running(connection: Connection, attempts: Iterable[Pair]) -> Sequence[Any]:
     """The attempts (job id, fence) that the ledger has as RUNNING, by worker."""
-    return _run(
+    return execute(
         connection,
         """
         SELECT id, fence, attempts, crashes, epoch, worker FROM cf_processing_queue
@@ -439,7 +420,7 @@ def running(connection: Connection, attempts: Iterable[Pair]) -> Sequence[Any]:
 
 def claimable(connection: Connection) -> bool:
     """Whether any job is due."""
-    due = _run(
+    due = execute(
         connection,
         """
         SELECT 1 FROM cf_processing_queue
@@ -455,12 +436,12 @@ def claimable(connection: Connection) -> bool:
 def counts(connection: Connection) -> dict[str, int]:
     """Jobs in each status that has any."""
     query = "SELECT status, count(*) AS jobs FROM cf_processing_queue GROUP BY status"
-    return {row.status: row.jobs for row in _run(connection, query)}
+    return {row.status: row.jobs for row in execute(connection, query)}
 
 
 def counts_of(connection: Connection, job_ids: Sequence[int]) -> dict[str, int]:
     """These jobs in each status that has any of them."""
-    rows = _run(
+    rows = execute(
         connection,
         """
         SELECT status, count(*) AS jobs FROM cf_processing_queue
@@ -471,10 +452,16 @@ def counts_of(connection: Connection, job_ids: Sequence[int]) -> dict[str, int]:
     return {row.status: row.jobs for row in rows}
 
 
+def status(connection: Connection, job_id: int) -> str | None:
+    """The job's status; None: no such job."""
+    query = "SELECT status FROM cf_processing_queue WHERE id = :job_id"
+    return execute(connection, query, job_id=job_id).scalar()
+
+
 def attempt_count(connection: Connection, job_id: int) -> int:
     """Attempts counted against the job so far, with the running one; 0: no such job."""
     query = "SELECT attempts FROM cf_processing_queue WHERE id = :job_id"
-    return _run(connection, query, job_id=job_id).scalar() or 0
+    return execute(connection, query, job_id=job_id).scalar() or 0
 
 
 # The history of attempts: one row each, written when it ends, never changed.
@@ -521,7 +508,7 @@ def counted_attempts(connection: Connection, job_id: int, number: int) -> Sequen
     Args:
         number: how many at most. Released and aborted attempts do not count.
     """
-    return _run(
+    return execute(
         connection,
         """
         SELECT outcome, fault, error FROM cf_attempt
@@ -531,213 +518,3 @@ def counted_attempts(connection: Connection, job_id: int, number: int) -> Sequen
         job_id=job_id,
         number=number,
     ).all()
-
-
-# The state of a failure, for every count and every list; the job's status stays FAILED.
-#
-#     mended        since the job was queued, the plugin has completed a newer version of its
-#                   location, or the same version with another artifact; or the plugin's active
-#                   artifact had completed that version before
-#     dismissed     a user has accepted it, and the job was not claimed again since
-#     gone unread   neither, and the file was deleted
-#     open          none of these: a user has to act
-
-
-OPEN_FAILURE, MENDED_FAILURE, DISMISSED_FAILURE, GONE_UNREAD = (
-    "open",
-    "mended",
-    "dismissed",
-    "gone unread",
-)
-
-CLOSED_FAILURE = (MENDED_FAILURE, DISMISSED_FAILURE, GONE_UNREAD)
-
-# Not `finished_at` alone: an older version that was backfilled since may fail again.
-_MENDED = """
-EXISTS (
-    SELECT 1 FROM cf_file_version mine
-    JOIN cf_file_version other
-        ON other.location_id = mine.location_id AND other.ordinal >= mine.ordinal
-    JOIN cf_processing_queue done ON done.file_version_id = other.id
-    WHERE mine.id = j.file_version_id AND +done.status = 'COMPLETED'
-    AND done.plugin_name = j.plugin_name
-    AND (done.finished_at >= j.created_at OR (
-        (SELECT p.version FROM cf_plugin p WHERE p.id = done.plugin_id) =
-            (SELECT active_version FROM cf_plugin_config c WHERE c.plugin_name = j.plugin_name)
-        AND (SELECT p.version FROM cf_plugin p WHERE p.id = j.plugin_id) IS NOT
-            (SELECT active_version FROM cf_plugin_config c WHERE c.plugin_name = j.plugin_name)
-    ))
-)
-"""
-
-_DISMISSED = """
-EXISTS (SELECT 1 FROM cf_dismissed_failure d WHERE d.job_id = j.id AND d.fence = j.fence)
-"""
-
-_GONE = """
-EXISTS (SELECT 1 FROM cf_file_version mine JOIN cf_file_location l ON l.id = mine.location_id
-        WHERE mine.id = j.file_version_id AND l.gone_at IS NOT NULL)
-"""
-
-FAILURE_STATE = f"""
-CASE WHEN j.status <> 'FAILED' THEN ''
-     WHEN {_MENDED} THEN '{MENDED_FAILURE}'
-     WHEN {_DISMISSED} THEN '{DISMISSED_FAILURE}'
-     WHEN {_GONE} THEN '{GONE_UNREAD}'
-     ELSE '{OPEN_FAILURE}' END
-"""
-"""The failure state of a job that the query calls `j`; empty where it has not failed."""
-
-
-def failure_counts(connection: Connection, job_ids: Sequence[int] | None = None) -> dict[str, int]:
-    """How many FAILED jobs are in each failure state that has any.
-
-    Args:
-        job_ids: only of these.
-    """
-    rows = _run(
-        connection,
-        f"""
-        SELECT {FAILURE_STATE} AS state, count(*) AS jobs FROM cf_processing_queue j
-        WHERE j.status = 'FAILED'
-          AND (:job_ids IS NULL OR j.id IN (SELECT value FROM json_each(:job_ids)))
-        GROUP BY 1
-        """,  # noqa: S608
-        job_ids=job_ids,
-    )
-    return {row.state: row.jobs for row in rows}
-
-
-def failed_job_ids(
-    connection: Connection, state: str, plugin: str | None = None, path: str | None = None
-) -> list[int]:
-    """FAILED jobs in one failure state.
-
-    Args:
-        path: a glob over the path relative to the source root; `*` crosses directories.
-    """
-    return _ids(
-        connection,
-        f"""
-        SELECT j.id FROM cf_processing_queue j
-        WHERE j.status = 'FAILED' AND (:plugin IS NULL OR j.plugin_name = :plugin)
-          AND (:path IS NULL OR EXISTS (
-              SELECT 1 FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id
-              WHERE v.id = j.file_version_id AND l.rel_path GLOB :path))
-          AND {FAILURE_STATE} = :state ORDER BY j.id
-        """,  # noqa: S608
-        state=state,
-        plugin=plugin,
-        path=path,
-    )
-
-
-def dismiss(connection: Connection, job_ids: Sequence[int]) -> list[int]:
-    """Accept the failures of those jobs that are FAILED, until they fail again."""
-    return _ids(
-        connection,
-        """
-        INSERT OR REPLACE INTO cf_dismissed_failure (job_id, fence, dismissed_at)
-        SELECT id, fence, :now FROM cf_processing_queue
-        WHERE status = 'FAILED' AND id IN (SELECT value FROM json_each(:job_ids))
-        RETURNING job_id
-        """,
-        job_ids=job_ids,
-        now=_now(),
-    )
-
-
-# What people decide about jobs.
-
-
-CHANGE_CHUNK = 10_000
-"""Jobs changed in one transaction."""
-
-
-def retry_jobs(
-    ledger: Ledger,
-    job_ids: Sequence[int] | None,
-    *,
-    plugin: str | None = None,
-    path: str | None = None,
-) -> int:
-    """Queue failed or aborted jobs again, with a fresh budget of attempts; how many.
-
-    Superseded ones too, where the snapshot store has their version's bytes.
-
-    Args:
-        job_ids: None means every FAILED one whose failure is open.
-        plugin: of those, only this plugin's.
-        path: of those, only the ones of files whose path matches this glob.
-
-    Raises:
-        NotFound: no job has one of these ids.
-        CasparianError: some are neither, and have no snapshot; the others were queued.
-    """
-    if job_ids is None:
-        job_ids = ledger.read(lambda c: failed_job_ids(c, OPEN_FAILURE, plugin, path))
-    wanted = "FAILED or ABORTED, or SUPERSEDED with a snapshot of the version,"
-    return _change(ledger, "retry", retry, job_ids, f"{wanted} can be retried")
-
-
-def dismiss_jobs(ledger: Ledger, job_ids: Sequence[int] | None) -> int:
-    """Accept failures, so that nobody counts them any more; how many.
-
-    Args:
-        job_ids: None means every one whose file is gone.
-
-    Raises:
-        NotFound: no job has one of these ids.
-        CasparianError: some are not FAILED; the others were dismissed.
-    """
-    if job_ids is None:
-        job_ids = ledger.read(lambda c: failed_job_ids(c, GONE_UNREAD))
-    return _change(ledger, "dismiss", dismiss, job_ids, "FAILED can be dismissed")
-
-
-def abort_jobs(ledger: Ledger, job_ids: Sequence[int]) -> int:
-    """End queued and running jobs; how many. The guest of a running one is killed.
-
-    Raises:
-        NotFound: no job has one of these ids.
-        CasparianError: some have ended, or are decided; the others were aborted.
-    """
-    change = partial(abort, who=audit.actor())
-    return _change(ledger, "abort", change, job_ids, "QUEUED or RUNNING can be aborted")
-
-
-def _change(
-    ledger: Ledger,
-    verb: str,
-    change: Callable[[Connection, Sequence[int]], list[int]],
-    job_ids: Sequence[int],
-    which: str,
-) -> int:
-    def events(changed: Sequence[int]) -> list[audit.Event]:
-        return [audit.Event(verb, f"job {job_id}", {}) for job_id in sorted(changed)]
-
-    def work(connection: Connection, chunk: Sequence[int]) -> list[int]:
-        return change(connection, chunk)
-
-    changed: list[int] = []
-    for start in range(0, len(job_ids), CHANGE_CHUNK):
-        chunk = job_ids[start : start + CHANGE_CHUNK]
-        done = ledger.change(partial(work, chunk=chunk), events)
-        changed += done
-    for job_id in sorted(set(job_ids).difference(changed)):
-        status = ledger.read(partial(_status, job_id=job_id))
-        if status is None:
-            raise NotFound(f"job {job_id} does not exist", "casparian jobs")
-        show = f"casparian jobs show {job_id}"
-        if verb == "abort" and status == JobStatus.COMMITTING:
-            raise CasparianError(
-                f"job {job_id} is COMMITTING: its output is being published and cannot be stopped",
-                show,
-            )
-        raise CasparianError(f"job {job_id} is {status}; only jobs that are {which}", show)
-    return len(changed)
-
-
-def _status(connection: Connection, job_id: int) -> str | None:
-    statement = "SELECT status FROM cf_processing_queue WHERE id = :job_id"
-    return _run(connection, statement, job_id=job_id).scalar()

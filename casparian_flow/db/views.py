@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from casparian_flow.db import jobs as queue
-from casparian_flow.db import outputs
+from casparian_flow.db import failures, outputs
 from casparian_flow.db.access import Page, Row, page
 from casparian_flow.db.access import rows as _rows
 from casparian_flow.db.found import COMMITTED, INVISIBLE, REPLACED, RETRACTED
@@ -137,7 +136,7 @@ _JOB_TABLES = """
 """
 
 _JOBS = f"""
-    SELECT j.id, j.status, {queue.FAILURE_STATE} AS failure, j.plugin_name AS plugin,
+    SELECT j.id, j.status, {failures.STATE} AS failure, j.plugin_name AS plugin,
            p.version AS plugin_version, r.name AS source, l.rel_path, v.ordinal AS version,
            j.attempts, {outputs.ROWS_COUNTED} AS "rows",
            {outputs.REJECTS_COUNTED} AS rejects, j.reason,
@@ -159,14 +158,14 @@ def jobs(
 
     Args:
         path: a glob over the path relative to the source root; `*` crosses directories.
-        failure: only FAILED jobs in this failure state (`db.jobs`).
+        failure: only FAILED jobs in this failure state (`db.failures`).
         job_ids: only these.
     """
     which = f"""
         WHERE (:status IS NULL OR j.status = :status)
           AND (:plugin IS NULL OR j.plugin_name = :plugin)
           AND (:path IS NULL OR l.rel_path GLOB :path)
-          AND (:failure IS NULL OR {queue.FAILURE_STATE} = :failure)
+          AND (:failure IS NULL OR {failures.STATE} = :failure)
           AND (:ids IS NULL OR j.id IN (SELECT value FROM json_each(:ids)))
         """  # noqa: S608
     return page(
@@ -264,7 +263,7 @@ def reasons(connection: Connection, limit: int | None) -> Page:
         f"""
         SELECT status, reason, count(*) AS jobs, max(id) AS example FROM cf_processing_queue j
         WHERE status IN ('FAILED', 'QUEUED', 'COMMITTING') AND reason <> ''
-          AND {queue.FAILURE_STATE} IN ('', '{queue.OPEN_FAILURE}')
+          AND {failures.STATE} IN ('', '{failures.OPEN}')
         GROUP BY status, reason ORDER BY status, jobs DESC, reason
         """,  # noqa: S608
         limit,

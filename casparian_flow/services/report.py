@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from casparian_flow import bundled, durable
 from casparian_flow.config import ScanSettings, Settings
-from casparian_flow.db import jobs, outputs, snapshots, versions, views
+from casparian_flow.db import failures, jobs, outputs, snapshots, versions, views
 from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.models import PAUSED, JobStatus
 from casparian_flow.db.plugins import EARLIER_FORM, in_earlier_form
@@ -72,15 +72,15 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
 
 def counts(ledger: Ledger) -> dict[str, int]:
     """Jobs by their status: FAILED are those whose failure is open, and `gone unread` are apart
-    (`db.jobs`)."""
+    (`db.failures`)."""
     found = ledger.read(jobs.counts)
     if JobStatus.FAILED in found:
         del found[JobStatus.FAILED]
-        states = ledger.read(jobs.failure_counts)
-        if opened := states.get(jobs.OPEN_FAILURE):
+        states = ledger.read(failures.counts)
+        if opened := states.get(failures.OPEN):
             found[JobStatus.FAILED] = opened
-        if gone := states.get(jobs.GONE_UNREAD):
-            found[jobs.GONE_UNREAD] = gone
+        if gone := states.get(failures.GONE_UNREAD):
+            found[failures.GONE_UNREAD] = gone
     return found
 
 
@@ -190,7 +190,7 @@ def unrouted(ledger: Ledger) -> list[Advice]:
 
 def _advise_jobs(ledger: Ledger, tally: dict[str, int], worked: bool) -> Iterator[Advice]:
     """Advice on jobs that wait, are paused or have failed."""
-    queued, failed, gone = (tally.get(s, 0) for s in ("QUEUED", "FAILED", jobs.GONE_UNREAD))
+    queued, failed, gone = (tally.get(s, 0) for s in ("QUEUED", "FAILED", failures.GONE_UNREAD))
     if queued and not worked:
         words = f"{counted(queued, 'job')} {_be(queued)} queued and no daemon is running"
         yield Advice(words, "casparian start   (or: casparian scan --drain)")

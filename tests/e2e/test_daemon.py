@@ -20,6 +20,7 @@ from casparian_flow.db.models import Attempt, FileLocation, FileVersion
 from casparian_flow.engine import control
 from casparian_flow.errors import DaemonRunning
 from casparian_flow.main import Daemon
+from casparian_flow.services import jobs as job_verbs
 from casparian_flow.services.scan import scan
 from tests.conftest import write_config
 from tests.daemons import (
@@ -285,7 +286,7 @@ def test_the_daemon_of_another_database_in_the_folder_leaves_its_guests_alone(
             assert any(path.name.startswith("hand-") for path in before)
             async with main.running(other, "test", workers=1, watch=False):
                 assert sorted(settings.database.guests_folder.rglob("*")) == before
-            jobs.abort_jobs(ledger, ledger.read(lambda c: views.job_ids(c, ["RUNNING"])))
+            job_verbs.abort(ledger, ledger.read(lambda c: views.job_ids(c, ["RUNNING"])))
             assert await all_done(daemon) == {"ABORTED": 1}
 
     asyncio.run(story())

@@ -24,6 +24,7 @@ from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, ProcessingJob
 from casparian_flow.engine import dispatch, endings, guest_process, sentinel
 from casparian_flow.engine.sentinel import Sentinel
+from casparian_flow.services import jobs as job_verbs
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
@@ -110,7 +111,7 @@ def test_an_aborted_job_is_killed_and_the_next_one_runs(
         async with main.running(settings, "test", workers=1, watch=False) as daemon:
             await at_work(settings)
             (guest,) = guests()
-            await asyncio.to_thread(jobs.abort_jobs, ledger, [job])
+            await asyncio.to_thread(job_verbs.abort, ledger, [job])
             await eventually(lambda: not psutil.pid_exists(guest.pid))
             (source / "fine.do").write_text("fine")
             await asyncio.to_thread(scan, ledger, root)
@@ -121,8 +122,8 @@ def test_an_aborted_job_is_killed_and_the_next_one_runs(
     assert attempts(ledger) == ["ABORTED", "STAGED"]
     assert verify(settings, ledger).problems == []
     (source / "hang.do").write_text("hang")  # the same bytes: the same version
-    jobs.retry_jobs(ledger, [job])
-    assert jobs.abort_jobs(ledger, [job]) == 1, "without a daemon too"
+    job_verbs.retry(ledger, [job])
+    assert job_verbs.abort(ledger, [job]) == 1, "without a daemon too"
 
 
 KILLS = BEHAVES.replace(

@@ -15,6 +15,7 @@ from casparian_flow.db import jobs, views
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileVersion
 from casparian_flow.errors import CasparianError
+from casparian_flow.services import jobs as job_verbs
 from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.scan import scan
 from casparian_flow.services.scout import scan_until_settled
@@ -106,12 +107,12 @@ def test_a_superseded_job_can_be_retried_once_its_bytes_are_kept(
     with open_ledger(settings.database) as ledger:
         superseded = sorted(ledger.read(lambda c: views.job_ids(c, ["SUPERSEDED"])))
         with pytest.raises(CasparianError, match="or SUPERSEDED with a snapshot of the version"):
-            jobs.retry_jobs(ledger, superseded)
+            job_verbs.retry(ledger, superseded)
         (second := tmp_path / "second").mkdir()
         for name, content in WHOLE:
             (second / f"copy-of-{name}.bak").write_text(content)
         scan(ledger, add_root(ledger, second))
-        assert jobs.retry_jobs(ledger, superseded) == 3
+        assert job_verbs.retry(ledger, superseded) == 3
     assert work_off(settings) == {"COMPLETED": 3}
     assert seen(settings) == WHOLE
 

@@ -20,6 +20,7 @@ from casparian_flow.main import Daemon
 from casparian_flow.security import keys as key_files
 from casparian_flow.security.signing import key_id
 from casparian_flow.services import architect
+from casparian_flow.services import jobs as job_verbs
 from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.verify import verify
 from tests.daemons import all_done, outcomes, work_off
@@ -120,7 +121,7 @@ def test_a_warm_guest_runs_nothing_more_once_its_version_is_disabled(
             await asyncio.to_thread(
                 architect.activate, ledger, settings, folder, "rows", "1.0.0", "was right"
             )
-            await asyncio.to_thread(jobs.retry_jobs, ledger, None)
+            await asyncio.to_thread(job_verbs.retry, ledger, None)
             assert await work(daemon) == {"COMPLETED": 2}
 
     asyncio.run(story())

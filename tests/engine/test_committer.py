@@ -18,6 +18,7 @@ from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.sinks.base import KEY_DIGITS
 from casparian_flow.errors import LedgerError
 from casparian_flow.protocol import Conclude, Outcome, Published, Receipt
+from casparian_flow.services import jobs as job_verbs
 from tests.disks import in_memory, remount
 from tests.engine.test_leases import assigned, becomes, joined, play, staged, state
 from tests.engine.wires import Attacked
@@ -62,7 +63,7 @@ def test_a_late_receipt_whose_file_cannot_be_removed_does_no_harm(
             peer = await joined(target, "w")
             await assigned(peer)
             late = staged(job, 1, disk / "stage", disk)
-            jobs.abort_jobs(ledger, [job])
+            job_verbs.abort(ledger, [job])
             remount(disk, "ro")
             await peer.send(Conclude(receipts=[late]))
             done = Receipt(job_id=other, fence=1, outcome=Outcome.STAGED)

@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from casparian_flow import main, protocol
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, jobs
+from casparian_flow.db import audit
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import Attempt, AuditEntry, JobStatus, ProcessingJob
 from casparian_flow.engine import dispatch, sentinel, worker_client
@@ -22,6 +22,7 @@ from casparian_flow.engine.dispatch import Dispatcher
 from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.errors import CasparianError
 from casparian_flow.protocol import Assignment, Conclude, Granted, Outcome, Receipt, StagedOutput
+from casparian_flow.services import jobs
 from tests.engine.wires import Attacked, Peer, attacked
 from tests.eventually import PATIENCE, eventually
 from tests.factories import add_job
@@ -263,7 +264,7 @@ def test_an_aborted_job_is_taken_from_its_worker_and_its_result_refused(
     async def story(target: Attacked) -> None:
         peer = await joined(target, "busy")
         await assigned(peer)
-        assert await asyncio.to_thread(jobs.abort_jobs, ledger, [job]) == 1
+        assert await asyncio.to_thread(jobs.abort, ledger, [job]) == 1
         assert await peer.hear() == Granted(jobs=[(kept, 1)])
         stage = tmp_path / "stage"
         await peer.send(Conclude(receipts=[staged(job, 1, stage, tmp_path)]))
@@ -284,7 +285,7 @@ def test_an_aborted_job_is_taken_from_its_worker_and_its_result_refused(
 def test_a_decided_job_is_not_aborted(ledger: Ledger, settings: Settings) -> None:
     decided, queued = add_job(ledger, JobStatus.COMMITTING), add_job(ledger)
     with pytest.raises(CasparianError, match="is COMMITTING"):
-        jobs.abort_jobs(ledger, [decided, queued])
+        jobs.abort(ledger, [decided, queued])
     assert state(ledger, decided)[0] == JobStatus.COMMITTING
     assert state(ledger, queued)[0] == JobStatus.ABORTED
 

@@ -1,0 +1,116 @@
+"""The state of a failure, for every count and every list; the job's status stays FAILED.
+
+mended        since the job was queued, the plugin has completed a newer version of its
+              location, or the same version with another artifact; or the plugin's active
+              artifact had completed that version before
+dismissed     a user has accepted it, and the job was not claimed again since
+gone unread   neither, and the file was deleted
+open          none of these: a user has to act
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection
+
+from casparian_flow.db.access import execute, returned_ids
+from casparian_flow.db.models import utcnow
+
+OPEN, MENDED, DISMISSED, GONE_UNREAD = "open", "mended", "dismissed", "gone unread"
+
+CLOSED = (MENDED, DISMISSED, GONE_UNREAD)
+
+# Not `finished_at` alone: an older version that was backfilled since may fail again.
+_MENDED = """
+EXISTS (
+    SELECT 1 FROM cf_file_version mine
+    JOIN cf_file_version other
+        ON other.location_id = mine.location_id AND other.ordinal >= mine.ordinal
+    JOIN cf_processing_queue done ON done.file_version_id = other.id
+    WHERE mine.id = j.file_version_id AND +done.status = 'COMPLETED'
+    AND done.plugin_name = j.plugin_name
+    AND (done.finished_at >= j.created_at OR (
+        (SELECT p.version FROM cf_plugin p WHERE p.id = done.plugin_id) =
+            (SELECT active_version FROM cf_plugin_config c WHERE c.plugin_name = j.plugin_name)
+        AND (SELECT p.version FROM cf_plugin p WHERE p.id = j.plugin_id) IS NOT
+            (SELECT active_version FROM cf_plugin_config c WHERE c.plugin_name = j.plugin_name)
+    ))
+)
+"""
+
+_DISMISSED = """
+EXISTS (SELECT 1 FROM cf_dismissed_failure d WHERE d.job_id = j.id AND d.fence = j.fence)
+"""
+
+_GONE = """
+EXISTS (SELECT 1 FROM cf_file_version mine JOIN cf_file_location l ON l.id = mine.location_id
+        WHERE mine.id = j.file_version_id AND l.gone_at IS NOT NULL)
+"""
+
+STATE = f"""
+CASE WHEN j.status <> 'FAILED' THEN ''
+     WHEN {_MENDED} THEN '{MENDED}'
+     WHEN {_DISMISSED} THEN '{DISMISSED}'
+     WHEN {_GONE} THEN '{GONE_UNREAD}'
+     ELSE '{OPEN}' END
+"""
+"""The failure state of a job that the query calls `j`; empty where it has not failed."""
+
+
+def counts(connection: Connection, job_ids: Sequence[int] | None = None) -> dict[str, int]:
+    """How many FAILED jobs are in each failure state that has any.
+
+    Args:
+        job_ids: only of these.
+    """
+    rows = execute(
+        connection,
+        f"""
+        SELECT {STATE} AS state, count(*) AS jobs FROM cf_processing_queue j
+        WHERE j.status = 'FAILED'
+          AND (:job_ids IS NULL OR j.id IN (SELECT value FROM json_each(:job_ids)))
+        GROUP BY 1
+        """,  # noqa: S608
+        job_ids=job_ids,
+    )
+    return {row.state: row.jobs for row in rows}
+
+
+def job_ids(
+    connection: Connection, state: str, plugin: str | None = None, path: str | None = None
+) -> list[int]:
+    """FAILED jobs in one failure state.
+
+    Args:
+        path: a glob over the path relative to the source root; `*` crosses directories.
+    """
+    return returned_ids(
+        connection,
+        f"""
+        SELECT j.id FROM cf_processing_queue j
+        WHERE j.status = 'FAILED' AND (:plugin IS NULL OR j.plugin_name = :plugin)
+          AND (:path IS NULL OR EXISTS (
+              SELECT 1 FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id
+              WHERE v.id = j.file_version_id AND l.rel_path GLOB :path))
+          AND {STATE} = :state ORDER BY j.id
+        """,  # noqa: S608
+        state=state,
+        plugin=plugin,
+        path=path,
+    )
+
+
+def dismiss(connection: Connection, job_ids: Sequence[int]) -> list[int]:
+    """Accept the failures of those jobs that are FAILED, until they fail again."""
+    return returned_ids(
+        connection,
+        """
+        INSERT OR REPLACE INTO cf_dismissed_failure (job_id, fence, dismissed_at)
+        SELECT id, fence, :now FROM cf_processing_queue
+        WHERE status = 'FAILED' AND id IN (SELECT value FROM json_each(:job_ids))
+        RETURNING job_id
+        """,
+        job_ids=job_ids,
+        now=utcnow().isoformat(" "),
+    )
