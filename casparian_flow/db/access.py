@@ -127,7 +127,7 @@ def execute(connection: Connection, statement: str, **values: Any) -> CursorResu
     """Run one statement; collections are bound as JSON, for `json_each`."""
     bound = {
         name: json.dumps(list(value))
-        if isinstance(value, Collection) and not isinstance(value, str)
+        if isinstance(value, Collection) and not isinstance(value, str | bytes)
         else value
         for name, value in values.items()
     }

@@ -1,23 +1,37 @@
-"""Every status change of every job: one guarded statement a verb, many jobs at a time.
+"""The queue: every status change of every job is a verb here, and no other module assigns one.
 
-    verb        from                 to           guard
-    enqueue     -                    QUEUED       no job of that plugin for the version
-    enqueue_again  -                    QUEUED       none of that artifact, no unfinished one
-    claim       QUEUED               RUNNING      fence + 1, attempt counted
-    decide      RUNNING              COMMITTING   (id, fence)
-    complete    COMMITTING           COMPLETED    every output published
-    refuse      COMMITTING           FAILED       a sink never takes the output
-    requeue     RUNNING              QUEUED       (id, fence)
-    fail        RUNNING              FAILED       (id, fence)
-    supersede   RUNNING              SUPERSEDED   (id, fence)
-    abort       QUEUED, RUNNING      ABORTED      -
-    retry       FAILED, ABORTED      QUEUED       - (and SUPERSEDED with a snapshot)
-    revive      SUPERSEDED           QUEUED       a scan found the version's bytes again
-    restore     COMPLETED            QUEUED       a user has its output made again
+    verb           from             to          SQL guard             caller ensures
+    enqueue        -                QUEUED      no job of the plugin  a rule routes the version
+                                                for the version       to the plugin
+    enqueue_again  -                QUEUED      none of the artifact  a user asked; the version's
+                                                and none unfinished   bytes are there
+    claim          QUEUED           RUNNING     due; a suspect runs   the epoch is the running
+                                                alone                 daemon's
+    decide         RUNNING          COMMITTING  (id, fence)           the outputs are planned in the
+                                                                      same transaction
+    complete       COMMITTING       COMPLETED   id                    every output is published
+                                                                      (outputs.decided_without_debts)
+    refuse         COMMITTING       FAILED      id                    a sink will never take one of
+                                                                      the outputs
+    requeue        RUNNING          QUEUED      (id, fence)           an attempt is left, or it does
+                                                                      not count
+    fail           RUNNING          FAILED      (id, fence)           no attempt is left, or the
+                                                                      error would repeat
+    supersede      RUNNING          SUPERSEDED  (id, fence)           the version's bytes are gone
+    abort          QUEUED, RUNNING  ABORTED     id                    a user asked
+    retry          FAILED, ABORTED  QUEUED      id                    a user asked
+                   SUPERSEDED       QUEUED      id, a snapshot        a user asked
+    revive         SUPERSEDED       QUEUED      version id            a scan found its bytes again
+    restore        COMPLETED        QUEUED      id                    a user asked; its outputs are
+                                                                      out of their sinks
 
-No other module assigns a status. The guard of an attempt's end is (id, fence): with the status
-alone, an attempt that lost its job could end the attempt that has the job now. Each verb returns
-what it changed.
+The status in the `from` column is part of every guard. An attempt ends under (id, fence): with the
+id alone, an attempt that lost its job could end the attempt that has the job now. A COMMITTING job
+needs no fence: `claim` and `abort` leave it alone, so it has no other attempt. Whoever ends an
+attempt adds it to the history in the same transaction (`add_attempts`); `abort` does so itself.
+
+`requeue`, `fail` and `supersede` take one attempt and return whether it still had the job; `refuse`
+takes one job. The others take many jobs and return those that they changed.
 """
 
 from __future__ import annotations
@@ -43,6 +57,54 @@ LONGEST_PAUSE_SECONDS = 3600.0
 """No job waits longer for its next attempt. A job whose `not_before` is further away was queued
 before the clock was set back: it is due."""
 
+_DUE = "status = 'QUEUED' AND (not_before <= :now OR not_before > :now + :longest_pause)"
+
+_AFRESH = "status = 'QUEUED', attempts = 0, not_before = 0.0, reason = '', finished_at = NULL"
+"""Queued, and its attempts count from 0."""
+
+_INSERT = f"""
+INSERT INTO cf_processing_queue
+    (id, file_version_id, plugin_id, plugin_name, priority, created_at,
+     status, fence, attempts, not_before, reason)
+SELECT {found.JOB_ID}, :version_id, :plugin_id, :plugin_name, :priority, :now,
+       'QUEUED', 0, 0, 0.0, ''
+"""
+
+
+def _now() -> str:
+    return utcnow().isoformat(" ")
+
+
+def _insert(
+    connection: Connection, statement: str, pairs: Sequence[tuple[int, JobRequest]], now: str
+) -> list[int]:
+    """Run an INSERT for each pair; the ids of the jobs it made.
+
+    The driver returns no ids from many statements at once. A new id is above the last one, or is
+    the old id that a found output names.
+    """
+    before = execute(
+        connection,
+        f"""
+        SELECT coalesce(max(id), 0) AS last, {found.JOB_IDS_WITHOUT_JOB} AS unused
+        FROM cf_processing_queue
+        """,  # noqa: S608
+    ).one()
+    execute_many(
+        connection,
+        statement,
+        [{"version_id": version, "now": now, **request._asdict()} for version, request in pairs],
+    )
+    return returned_ids(
+        connection,
+        """
+        SELECT id FROM cf_processing_queue
+        WHERE id > :last OR id IN (SELECT value FROM json_each(:unused))
+        """,
+        last=before.last,
+        unused=before.unused,
+    )
+
 
 def enqueue(connection: Connection, pairs: Sequence[tuple[int, JobRequest]], now: str) -> list[int]:
     """Queue a job for each (version id, job) whose plugin has none for the version; the new ids.
@@ -53,11 +115,7 @@ def enqueue(connection: Connection, pairs: Sequence[tuple[int, JobRequest]], now
     return _insert(
         connection,
         f"""
-        INSERT INTO cf_processing_queue
-            (id, file_version_id, plugin_id, plugin_name, priority, created_at,
-             status, fence, attempts, not_before, reason)
-        SELECT {found.JOB_ID}, :version_id, :plugin_id, :plugin_name, :priority, :now,
-               'QUEUED', 0, 0, 0.0, ''
+        {_INSERT}
         WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
                           WHERE file_version_id = :version_id AND plugin_name = :plugin_name)
           AND NOT {found.PROCESSED_BY_ANOTHER_ARTIFACT}
@@ -76,11 +134,7 @@ def enqueue_again(
     return _insert(
         connection,
         f"""
-        INSERT INTO cf_processing_queue
-            (id, file_version_id, plugin_id, plugin_name, priority, created_at,
-             status, fence, attempts, not_before, reason)
-        SELECT {found.JOB_ID}, :version_id, :plugin_id, :plugin_name, :priority, :now,
-               'QUEUED', 0, 0, 0.0, ''
+        {_INSERT}
         WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
                           WHERE file_version_id = :version_id AND plugin_name = :plugin_name
                             AND (plugin_id = :plugin_id
@@ -102,11 +156,10 @@ def claim(
     """
     return returned_ids(
         connection,
-        """
+        f"""
         WITH due AS (
             SELECT id, priority, crashes FROM cf_processing_queue
-            WHERE status = 'QUEUED'
-              AND (not_before <= :now OR not_before > :now + :longest_pause)
+            WHERE {_DUE}
               AND plugin_id NOT IN (SELECT value FROM json_each(:avoid))
             ORDER BY priority DESC, id LIMIT :limit
         ),
@@ -131,7 +184,7 @@ def claim(
             fence = fence + 1, attempts = attempts + 1, reason = ''
         WHERE id IN (SELECT id FROM admitted)
         RETURNING id
-        """,
+        """,  # noqa: S608
         worker=worker, epoch=epoch, limit=limit, avoid=list(avoid), now=time.time(),
         longest_pause=LONGEST_PAUSE_SECONDS, alone_after=ALONE_AFTER,
     )  # fmt: skip
@@ -274,15 +327,15 @@ def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
     """Queue failed, aborted and, with a snapshot, superseded jobs; their attempts count from 0."""
     return returned_ids(
         connection,
-        """
+        f"""
         UPDATE cf_processing_queue
-        SET status = 'QUEUED', attempts = 0, not_before = 0.0, reason = '', finished_at = NULL
+        SET {_AFRESH}
         WHERE id IN (SELECT value FROM json_each(:job_ids))
           AND (status IN ('FAILED', 'ABORTED') OR status = 'SUPERSEDED' AND EXISTS (
               SELECT 1 FROM cf_file_version v JOIN cf_snapshot s ON s.content_hash = v.content_hash
               WHERE v.id = file_version_id))
         RETURNING id
-        """,
+        """,  # noqa: S608
         job_ids=job_ids,
     )
 
@@ -291,13 +344,13 @@ def revive(connection: Connection, version_ids: Sequence[int]) -> list[int]:
     """Queue the superseded jobs of versions whose bytes a scan has found in their files again."""
     return returned_ids(
         connection,
-        """
+        f"""
         UPDATE cf_processing_queue
-        SET status = 'QUEUED', attempts = 0, not_before = 0.0, reason = '', finished_at = NULL
+        SET {_AFRESH}
         WHERE status = 'SUPERSEDED'
           AND file_version_id IN (SELECT value FROM json_each(:version_ids))
         RETURNING id
-        """,
+        """,  # noqa: S608
         version_ids=version_ids,
     )
 
@@ -306,12 +359,12 @@ def restore(connection: Connection, job_ids: Sequence[int]) -> list[int]:
     """Queue completed jobs whose sink has lost their output, at a user's request."""
     return returned_ids(
         connection,
-        """
+        f"""
         UPDATE cf_processing_queue
-        SET status = 'QUEUED', attempts = 0, not_before = 0.0, reason = '', finished_at = NULL
+        SET {_AFRESH}
         WHERE status = 'COMPLETED' AND id IN (SELECT value FROM json_each(:job_ids))
         RETURNING id
-        """,
+        """,  # noqa: S608
         job_ids=job_ids,
     )
 
@@ -327,41 +380,6 @@ def set_reason(connection: Connection, job_ids: Sequence[int], reason: str) -> N
         job_ids=job_ids,
         reason=reason,
     )
-
-
-def _insert(
-    connection: Connection, statement: str, pairs: Sequence[tuple[int, JobRequest]], now: str
-) -> list[int]:
-    """Run an INSERT for each pair; the ids of the jobs it made.
-
-    The driver returns no ids from many statements at once. A new id is above the last one, or is
-    the old id that a found output names.
-    """
-    before = execute(
-        connection,
-        f"""
-        SELECT coalesce(max(id), 0) AS last, {found.JOB_IDS_WITHOUT_JOB} AS unused
-        FROM cf_processing_queue
-        """,  # noqa: S608
-    ).one()
-    execute_many(
-        connection,
-        statement,
-        [{"version_id": version, "now": now, **request._asdict()} for version, request in pairs],
-    )
-    return returned_ids(
-        connection,
-        """
-        SELECT id FROM cf_processing_queue
-        WHERE id > :last OR id IN (SELECT value FROM json_each(:unused))
-        """,
-        last=before.last,
-        unused=before.unused,
-    )
-
-
-def _now() -> str:
-    return utcnow().isoformat(" ")
 
 
 # Queries.
@@ -422,11 +440,7 @@ def claimable(connection: Connection) -> bool:
     """Whether any job is due."""
     due = execute(
         connection,
-        """
-        SELECT 1 FROM cf_processing_queue
-        WHERE status = 'QUEUED' AND (not_before <= :now OR not_before > :now + :longest_pause)
-        LIMIT 1
-        """,
+        f"SELECT 1 FROM cf_processing_queue WHERE {_DUE} LIMIT 1",  # noqa: S608
         now=time.time(),
         longest_pause=LONGEST_PAUSE_SECONDS,
     )
