@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from casparian_flow.cli import (
+    backfill,
     context,
     demo,
     jobs,
@@ -41,7 +42,7 @@ app.command()(scan.scan)
 app.command()(start.wait)
 app.command()(status.status)
 app.add_typer(jobs.app, name="jobs")
-app.command()(outputs.backfill)
+app.command()(backfill.backfill)
 app.command()(status.files)
 app.command()(status.versions)
 app.add_typer(plugins.app, name="plugins")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import All, AsJson, Limit
 from casparian_flow.errors import counted
-
-if TYPE_CHECKING:
-    from casparian_flow.db.backfill import Backfill
-
 
 app = context.group("List, forget and restore published outputs.")
 
@@ -92,93 +87,3 @@ def retract(
     for row in done:
         rows = counted(row.rows, "row")
         context.say(f"{word}: {rows} of {row.rel_path} version {row.ordinal}: {row.target}")
-
-
-# `casparian backfill`.
-
-
-def backfill(
-    ctx: typer.Context,
-    plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="As in `casparian plugins`.")],
-    path: Annotated[
-        str | None,
-        typer.Option(metavar="GLOB", help="Only files whose path matches; * also matches /."),
-    ] = None,
-    since: Annotated[
-        datetime | None,
-        typer.Option(
-            formats=["%Y-%m-%d"],
-            metavar="DATE",
-            help="Only versions recorded since this day (UTC).",
-        ),
-    ] = None,
-    redo: Annotated[
-        bool,
-        typer.Option(
-            "--redo", help="Also versions that another version of the plugin has already processed."
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print how many jobs it would queue, and queue none.")
-    ] = False,
-) -> None:
-    """Queue jobs for versions recorded before the plugin was published.
-
-    Includes older versions of files whose content is still there, in the file or as a snapshot. The
-    new rows are added to the existing ones; in mode replace they replace the rows of an older
-    version of the file or of the plugin.
-    """
-    from casparian_flow.db.backfill import Choice
-    from casparian_flow.db.backfill import backfill as queue
-
-    choice = Choice(plugin, path, since.isoformat(" ") if since else None, redo)
-    with context.opened(ctx) as (_, ledger):
-        done = queue(ledger, choice, dry_run=dry_run)
-    _report(plugin, done, dry_run=dry_run)
-
-
-def _report(plugin: str, done: Backfill, *, dry_run: bool) -> None:
-    would = "would be " if dry_run else ""
-    context.say(f"{plugin} {done.version}: {counted(done.queued, 'job')} {would}queued")
-    if not done.routed:
-        context.note(f"no matching version is routed to {plugin}")
-        context.note("  try: casparian rules list")
-    if done.bytes_gone:
-        context.say(
-            f"{counted(done.bytes_gone, 'version')} skipped, since the content is gone: the "
-            "file has changed or was deleted, and no snapshot was kept (docs/snapshots.md)"
-        )
-    if done.retracted:
-        context.say(
-            f"{counted(done.retracted, 'version')} skipped, since retracted; casparian retract "
-            "PATH --undo shows the rows again"
-        )
-    if done.worked:
-        context.say(
-            f"{counted(done.worked, 'version')} already processed by another version of "
-            f"{plugin}{_redo(done)}"
-        )
-    if done.waits:
-        context.say(
-            f"{counted(done.waits, 'version')} skipped: another version of {plugin} has an "
-            f"unfinished job for {_them(done.waits)}"
-        )
-    if done.queued:
-        context.say(
-            "the new rows have their own _cf_plugin_version; they are added to the existing "
-            "rows, or replace them in mode replace. `casparian query` shows each file's latest "
-            "version once"
-        )
-
-
-def _them(number: int) -> str:
-    return "it" if number == 1 else "them"
-
-
-def _redo(done: Backfill) -> str:
-    if not done.again:
-        return ""
-    some = _them(done.worked)
-    if done.again < done.worked:
-        some = f"the {done.again} whose content is still there"
-    return f" (--redo processes {some} with {done.version} too)"
