@@ -49,27 +49,39 @@ def forget(ledger: Ledger, name: str) -> list[str]:
 
     Raises:
         NotFound: no published output has that name.
-        CasparianError: the sink holds it whole.
+        CasparianError: the sink holds it whole, or it is forgotten already.
     """
-    broken = [row for row in _broken(ledger, _named(ledger, name), name) if not row.forgotten]
+    broken = _broken(ledger, _named(ledger, name), name)
+    lost = [row for row in broken if not row.forgotten]
+    if not lost:
+        raise CasparianError(
+            f"{name} is already forgotten; nothing was changed",
+            f"casparian outputs restore {broken[0].job_id}",
+        )
 
     def work(connection: Connection) -> None:
-        if broken:
-            rows = [{"output_key": row.output_key} for row in broken]
-            connection.execute(insert(ForgottenOutput), rows)
+        rows = [{"output_key": row.output_key} for row in lost]
+        connection.execute(insert(ForgottenOutput), rows)
 
     def events(_: None) -> list[Event]:
         return [
             Event("forget", f"output {row.target}", {"job": row.job_id, "rows": row.rows})
-            for row in broken
+            for row in lost
         ]
 
     ledger.change(work, events)
-    return [row.target for row in broken]
+    return [row.target for row in lost]
 
 
 def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
     """Make outputs that were deleted or altered again from their versions; the jobs queued.
+
+        withdraw    each sink removes what is left of its outputs; asking twice is asking once
+        queue       the ledger queues the jobs and owes their outputs, with the audit rows
+
+    In this order, since a sink that is asked later could remove what the job has published anew.
+    After a crash in between, or an error of the second step, the outputs are missing in their
+    sinks: `verify` names them, and the same call restores them.
 
     Args:
         name: as for `forget`; what was forgotten may be restored.
@@ -77,7 +89,8 @@ def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
     Raises:
         NotFound: no published output has that name.
         CasparianError: the sink holds it whole, its job is at work, or the version's bytes are
-            neither in its snapshot nor in its file any more; nothing was changed.
+            neither in its snapshot nor in its file any more; nothing was changed. Or another
+            command has moved its job meanwhile; nothing was queued.
         SinkConflict: an altered file stands in its place.
     """
     broken = _broken(ledger, _named(ledger, name), name)
@@ -88,8 +101,14 @@ def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
     crashpoint("outputs.withdrawn")
 
     def work(connection: Connection) -> list[int]:
-        queued = jobs.restore(connection, sorted({row.job_id for row in broken}))
-        keys = [row.output_key for row in broken if row.job_id in queued]
+        wanted = {row.job_id for row in broken}
+        queued = jobs.restore(connection, sorted(wanted))
+        for job_id in sorted(wanted.difference(queued)):
+            raise CasparianError(
+                f"job {job_id} is {jobs.status(connection, job_id)} by now; nothing was queued",
+                f"casparian jobs show {job_id}",
+            )
+        keys = [row.output_key for row in broken]
         forgotten = ForgottenOutput.output_key.in_(keys)
         connection.execute(delete(ForgottenOutput).where(forgotten))
         owed = update(Output).where(Output.output_key.in_(keys))
@@ -97,12 +116,8 @@ def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
         connection.execute(owed.values(planned))
         return queued
 
-    def events(queued: list[int]) -> list[Event]:
-        return [
-            Event("restore", f"output {row.target}", {"job": row.job_id})
-            for row in broken
-            if row.job_id in queued
-        ]
+    def events(_: list[int]) -> list[Event]:
+        return [Event("restore", f"output {row.target}", {"job": row.job_id}) for row in broken]
 
     return ledger.change(work, events)
 
@@ -297,10 +312,13 @@ def _carry_out(ledger: Ledger, row: Any) -> None:
     crashpoint("retract.done")
 
     def settle(connection: Connection) -> None:
-        this = RetractedOutput.output_key == row.output_key
-        shown = delete(RetractedOutput).where(this, RetractedOutput.state == Retraction.REINSTATING)
-        connection.execute(shown)
-        connection.execute(update(RetractedOutput).where(this).values(state=Retraction.RETRACTED))
+        # The state is asked for again: another command may have changed it since the sink did.
+        this = RetractedOutput.output_key == row.output_key, RetractedOutput.state == row.state
+        if row.state == Retraction.RETRACTING:
+            hidden = update(RetractedOutput).where(*this).values(state=Retraction.RETRACTED)
+            connection.execute(hidden)
+        else:
+            connection.execute(delete(RetractedOutput).where(*this))
 
     ledger.write(settle)
     crashpoint("retract.settled")
@@ -313,9 +331,9 @@ def _of_file(ledger: Ledger, name: str) -> list[Any]:
         NotFound: there is none.
     """
     if name.isdecimal():
-        rows = _select(ledger, "version_id = :id ORDER BY output_key", id=int(name))
+        rows = _select(ledger, "version_id = :id", id=int(name))
     else:
-        which = "source = :source AND (path = :path OR rel_path = :rel_path) ORDER BY output_key"
+        which = "source = :source AND (path = :path OR rel_path = :rel_path)"
         rows = [
             row
             for root, path, shown in ledger.read(lambda c: list(resolve_argument(c, name)))
@@ -330,7 +348,7 @@ def _of_file(ledger: Ledger, name: str) -> list[Any]:
 
 def _select(ledger: Ledger, which: str, **values: Any) -> list[Any]:
     """The published outputs for which a condition over the columns of `NAMED` holds."""
-    query = f"SELECT * FROM ({NAMED}) WHERE {which}"  # noqa: S608
+    query = f"SELECT * FROM ({NAMED}) WHERE {which} ORDER BY job_id, output_key"  # noqa: S608
     return ledger.read(lambda c: list(c.execute(text(query), values)))
 
 

@@ -72,6 +72,43 @@ def test_a_deleted_output_is_missing_then_forgotten_then_made_again_once(flow: F
         assert ledger.read(jobs.counts) == {"COMPLETED": 2}
 
 
+@pytest.mark.parametrize("flow", ["sqlite"], indirect=True)
+def test_what_is_forgotten_cannot_be_forgotten_again(flow: Flow) -> None:
+    with open_ledger(flow.settings.database) as ledger:
+        flow.work(ledger, flow.publish(ledger), a="a1", b="b1")
+        job, target = of_a(ledger)
+        before = flow.lines()
+        take_away(flow, target)
+        assert outputs.forget(ledger, job) == [target]
+        with pytest.raises(CasparianError, match="already forgotten") as refused:
+            outputs.forget(ledger, job)
+        assert refused.value.hint == f"casparian outputs restore {job}"
+        assert outputs.restore(ledger, flow.settings, job) == [int(job)]
+        work_off(flow.settings)
+        assert flow.lines() == before
+
+
+@pytest.mark.parametrize("flow", ["sqlite"], indirect=True)
+def test_a_job_that_another_command_moved_meanwhile_is_not_restored(
+    flow: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_ledger(flow.settings.database) as ledger:
+        flow.work(ledger, flow.publish(ledger), a="a1", b="b1")
+        job, target = of_a(ledger)
+        take_away(flow, target)
+
+        def meanwhile(point: str) -> None:
+            assert point == "outputs.withdrawn"
+            ledger.write(lambda c: jobs.restore(c, [int(job)]))
+
+        monkeypatch.setattr(outputs, "crashpoint", meanwhile)
+        with pytest.raises(CasparianError, match=f"job {job} ") as refused:
+            outputs.restore(ledger, flow.settings, job)
+        assert refused.value.hint == f"casparian jobs show {job}"
+        actions = ledger.read(lambda c: [row["action"] for row in views.audit(c, 99, "output *")])
+        assert actions == []
+
+
 @pytest.mark.slow_but("sqlite")
 def test_a_path_from_the_current_directory_names_an_output_that_is_gone(
     flow: Flow, monkeypatch: pytest.MonkeyPatch
