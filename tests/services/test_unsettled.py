@@ -11,8 +11,9 @@ import pytest
 
 from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
+from casparian_flow.services.hints import Hints
 from casparian_flow.services.scan import Heard, Root, scan
-from casparian_flow.services.watch import WATCHING, Hints, Watcher
+from casparian_flow.services.watcher import WATCHING, Watcher
 from tests.factories import add_root
 from tests.services.test_scan import OLD, put
 

@@ -122,7 +122,7 @@ def test_a_ring_finds_new_roots_and_what_the_watcher_missed(
 @pytest.fixture
 def no_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """The watcher takes no event."""
-    monkeypatch.setattr("casparian_flow.services.watch.EventHandler.dispatch", lambda *_: None)
+    monkeypatch.setattr("casparian_flow.services.watcher.EventHandler.dispatch", lambda *_: None)
 
 
 @pytest.mark.usefixtures("no_events")

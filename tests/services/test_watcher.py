@@ -14,10 +14,12 @@ from watchdog.events import FileSystemEvent
 from casparian_flow import durable
 from casparian_flow.db import versions as db_versions
 from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.services import watch
+from casparian_flow.services import hints as hints_module
 from casparian_flow.services import watch as watch_module
+from casparian_flow.services import watcher as watcher_module
+from casparian_flow.services.hints import Hints
 from casparian_flow.services.scan import Root
-from casparian_flow.services.watch import WATCHING, EventHandler, Hints, Watcher
+from casparian_flow.services.watcher import WATCHING, EventHandler, Watcher
 from proofs.detection import missed
 from tests.conftest import write_config
 from tests.eventually import eventually
@@ -106,7 +108,7 @@ def test_a_network_filesystem_is_polled(
 
 
 def test_what_is_announced_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(hints_module, "GRACE_SECONDS", 0.0)
     hints = Hints()
     hints.add(1, b"d", 0.0, b"d/before")
     hints.begin(1)
@@ -128,9 +130,9 @@ def test_what_is_announced_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> Non
 LIMITED = """
 import sys
 from pathlib import Path
-from casparian_flow.services.watch import Hints
+from casparian_flow.services.hints import Hints
 from casparian_flow.services.scan import Root
-from casparian_flow.services.watch import Watcher
+from casparian_flow.services.watcher import Watcher
 from tests.eventually import wait_until
 
 Path("/proc/sys/user/max_inotify_watches").write_text("50")
@@ -179,13 +181,13 @@ def test_files_made_while_the_daemon_is_stopped_are_found_and_counted(tmp_path: 
 
 def test_a_watcher_ends_with_its_threads(source: Path) -> None:
     watcher = Watcher(Root(1, str(source), "in", "", 0.0), Hints())
-    before = watch._threads(), watch._inotify()
+    before = watcher_module._threads(), watcher_module._inotify()
     assert watcher.heard(0.0, full=True) is None
     assert watcher.look()
-    assert watch._threads() - before[0]
+    assert watcher_module._threads() - before[0]
     assert not watcher.look()
     watcher.close()
-    assert (watch._threads(), watch._inotify()) == before
+    assert (watcher_module._threads(), watcher_module._inotify()) == before
 
 
 def test_the_settings_reach_the_status(tmp_path: Path) -> None:
