@@ -23,11 +23,11 @@ class Hints:
     def __init__(self) -> None:
         self.changed = asyncio.Event()
         self._due: dict[int, dict[bytes, float]] = {}
-        self._heard: dict[int, set[bytes]] = {}
+        self._names: dict[int, set[bytes]] = {}
         """Root id -> names announced since its last full scan began."""
-        self._before: dict[int, set[bytes]] = {}
+        self._previous_names: dict[int, set[bytes]] = {}
         """Root id -> names announced between that scan and the full scan before it."""
-        self._silent: dict[int, dict[bytes, float]] = {}
+        self._unannounced: dict[int, dict[bytes, float]] = {}
         """Root id -> changed files that no event announced, and when they count as missed;
         `_COUNTED` once they are counted."""
         self._lock = threading.Lock()
@@ -52,18 +52,23 @@ class Hints:
             folders = self._due.setdefault(root_id, {})
             fresh = folder not in folders
             folders.setdefault(folder, time.monotonic() + after_seconds)
-            heard = self._heard.setdefault(root_id, set())
+            heard = self._names.setdefault(root_id, set())
             if name and len(heard) <= HEARD_LIMIT:
                 heard.add(name)
         if fresh:
             self.wake()
 
-    def due(self, root_id: int, everything: bool = False) -> set[bytes]:
+    def clear(self, root_id: int) -> None:
+        """Forget a root's directories: all of it is scanned, or nothing."""
+        with self._lock:
+            self._due.pop(root_id, None)
+
+    def due(self, root_id: int) -> set[bytes]:
         """Take the directories whose time has come."""
         now = time.monotonic()
         with self._lock:
             folders = self._due.get(root_id, {})
-            ready = {path for path, due in folders.items() if everything or due <= now}
+            ready = {path for path, due in folders.items() if due <= now}
             for path in ready:
                 del folders[path]
         return ready
@@ -76,21 +81,21 @@ class Hints:
     def begin(self, root_id: int) -> None:
         """Start a new set of announced names: a full scan covers those so far."""
         with self._lock:
-            self._before[root_id] = heard = self._heard.pop(root_id, set())
-            self._silent[root_id] = {
+            self._previous_names[root_id] = heard = self._names.pop(root_id, set())
+            self._unannounced[root_id] = {
                 path: at
-                for path, at in self._silent.get(root_id, {}).items()
+                for path, at in self._unannounced.get(root_id, {}).items()
                 if at != _COUNTED and not _announced(path, heard)
             }
 
     def noticed(self, root_id: int, paths: Iterable[bytes]) -> None:
         """A scan found that these files changed since the last full scan began."""
         with self._lock:
-            before = self._before.get(root_id, set())
-            heard = self._heard.get(root_id, set())
+            before = self._previous_names.get(root_id, set())
+            heard = self._names.get(root_id, set())
             if max(len(before), len(heard)) > HEARD_LIMIT:
                 return
-            silent = self._silent.setdefault(root_id, {})
+            silent = self._unannounced.setdefault(root_id, {})
             for path in paths:
                 if not _announced(path, before) and not _announced(path, heard):
                     silent.setdefault(path, time.monotonic() + GRACE_SECONDS)
@@ -99,8 +104,8 @@ class Hints:
         """How many noticed files no event has announced in time; each is counted once."""
         now = time.monotonic()
         with self._lock:
-            silent = self._silent.get(root_id, {})
-            heard = self._heard.get(root_id, set())
+            silent = self._unannounced.get(root_id, {})
+            heard = self._names.get(root_id, set())
             ripe = [path for path, at in silent.items() if at <= now]
             silent.update(dict.fromkeys(ripe, _COUNTED))
             return sum(not _announced(path, heard) for path in ripe)

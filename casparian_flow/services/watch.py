@@ -27,7 +27,7 @@ from casparian_flow.services.watcher import WATCHING, Watcher
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 5.0
+CHECK_SECONDS = 5.0
 """The list of roots and the watchers are checked at least this often."""
 
 REST_FACTOR = 10
@@ -51,9 +51,9 @@ class Watch:
         self._watchers: dict[int, Watcher] = {}
         self._states: dict[int, str] = {}
         """Root id -> how it is watched, as the ledger has it."""
-        self._full: dict[int, float] = {}
+        self._next_scans: dict[int, float] = {}
         """Root id -> when its next full scan is due (monotonic seconds)."""
-        self._began: dict[int, float] = {}
+        self._scan_starts: dict[int, float] = {}
         """Root id -> start of its last full scan (seconds since the epoch)."""
         self._rung = True
         self._stop = threading.Event()
@@ -85,7 +85,7 @@ class Watch:
                 active = await asyncio.to_thread(roots, self._ledger)
                 await run_in_thread(self._stop, partial(self._follow, active))
                 for root in active:
-                    if rung or self._full.get(root.id, 0.0) <= time.monotonic():
+                    if rung or self._next_scans.get(root.id, 0.0) <= time.monotonic():
                         await self._scan_in_full(root)
                     elif folders := self._hints.due(root.id):
                         await self._scan(root, folders)
@@ -106,19 +106,19 @@ class Watch:
             if current.get(root_id) != watcher.root:
                 watcher.close()
                 del self._watchers[root_id]
-                self._full.pop(root_id, None)
+                self._next_scans.pop(root_id, None)
                 self._states.pop(root_id, None)
-                self._hints.due(root_id, everything=True)
+                self._hints.clear(root_id)
         for root in active:
             if root.id not in self._watchers:
                 self._watchers[root.id] = Watcher(root, self._hints)
-            if self._watchers[root.id].look():
-                self._full.pop(root.id, None)
+            if self._watchers[root.id].ensure_running():
+                self._next_scans.pop(root.id, None)
 
     async def _scan_in_full(self, root: Root) -> None:
         """Scan all of a root, and set when it is scanned in full again."""
         started, began = time.monotonic(), time.time()
-        self._hints.due(root.id, everything=True)
+        self._hints.clear(root.id)
         self._hints.begin(root.id)
         report = await self._scan(root, None)
         if report is None:
@@ -127,9 +127,11 @@ class Watch:
         if report.problem and (before is None or before.problem != report.problem):
             log.warning("%s; its files count as unchanged until it is back", report.problem)
         self.last[root.name] = report
-        self._began[root.id] = began
+        self._scan_starts[root.id] = began
         now = time.monotonic()
-        self._full[root.id] = now + max(self._interval(root, report), REST_FACTOR * (now - started))
+        self._next_scans[root.id] = now + max(
+            self._interval(root, report), REST_FACTOR * (now - started)
+        )
 
     async def _scan(self, root: Root, folders: set[bytes] | None) -> ScanReport | None:
         """Scan these folders of a root, or all of it; None where the ledger failed.
@@ -137,7 +139,7 @@ class Watch:
         Folders with files that are still being written are due again once the files may be at rest.
         """
         watcher = self._watchers[root.id]
-        began = self._began.get(root.id, 0.0)
+        began = self._scan_starts.get(root.id, 0.0)
 
         def work() -> ScanReport:
             heard = watcher.heard(began, full=folders is None)
@@ -147,7 +149,7 @@ class Watch:
             report = await run_in_thread(self._stop, work)
         except LedgerError as error:
             log.error("%s: %s", root.name, error.message)
-            self._full[root.id] = time.monotonic() + self._settings.rescan_seconds
+            self._next_scans[root.id] = time.monotonic() + self._settings.rescan_seconds
             return None
         for path in report.unsettled:
             self._hints.add(root.id, path, report.settles_in)
@@ -190,7 +192,9 @@ class Watch:
     def _pause(self) -> float:
         """Seconds until something is due."""
         now = time.monotonic()
-        return max(0.0, min([*self._full.values(), *self._hints.times(), now + LOOK_SECONDS]) - now)
+        return max(
+            0.0, min([*self._next_scans.values(), *self._hints.times(), now + CHECK_SECONDS]) - now
+        )
 
     def _close(self) -> None:
         for watcher in self._watchers.values():

@@ -47,7 +47,7 @@ STEADY_SECONDS = 60.0
 
 _IN_CREATE = 0x100
 
-_arming = threading.Lock()
+_start_lock = threading.Lock()
 
 
 class Watcher:
@@ -63,13 +63,13 @@ class Watcher:
         self._threads: list[threading.Thread] = []
         self._descriptors: list[int] = []
         self._identity: tuple[int, int] | None = None
-        self._doubted: set[int] = set()
+        self._suspects: set[int] = set()
         """Inodes of directories that the last full scan found not watched."""
         self._trouble = ""
         self._too_deep = 0
         self._failures = 0
-        self._armed = self._again = 0.0
-        self._first_armed = 0.0
+        self._start_time = self._retry_time = 0.0
+        self._first_start = 0.0
         self._network = durable.misses_events(Path(root.path))
 
     @property
@@ -89,7 +89,7 @@ class Watcher:
         """Whether it has events that it has not handled yet."""
         return self._observer is not None and not self._observer.event_queue.empty()
 
-    def look(self) -> bool:
+    def ensure_running(self) -> bool:
         """Check that it works, and start it if it does not.
 
         Returns:
@@ -101,7 +101,7 @@ class Watcher:
             self._fail(fault)
             self.close()
         due = self._observer is None or bool(self._trouble)
-        return due and time.monotonic() >= self._again and self._arm()
+        return due and time.monotonic() >= self._retry_time and self._start()
 
     def heard(self, since: float, *, full: bool) -> Heard | None:
         """Since when it has had to announce changes, and for a full scan what it watches.
@@ -109,9 +109,9 @@ class Watcher:
         Args:
             since: start of the last full scan, seconds since the epoch.
         """
-        if not self._first_armed:
+        if not self._first_start:
             return None
-        return Heard(max(self._first_armed, since), self._inodes() if full else None)
+        return Heard(max(self._first_start, since), self._inodes() if full else None)
 
     def confirm(self, unheard: set[int], too_deep: int = 0) -> bool:
         """Take in what a full scan found about the directories that are not watched.
@@ -128,14 +128,14 @@ class Watcher:
         """
         watched = self._inodes()
         still = unheard - watched if watched is not None else set()
-        lost = still & self._doubted
-        self._doubted = still
+        lost = still & self._suspects
+        self._suspects = still
         self._too_deep = too_deep
         if lost:
             self._fail(f"{counted(len(lost), 'folder')} not watched{_limit(self.root.path)}")
         elif not still and self._observer is not None:
             self._trouble = ""
-            if time.monotonic() - self._armed > STEADY_SECONDS:
+            if time.monotonic() - self._start_time > STEADY_SECONDS:
                 self._failures = 0
         return bool(still)
 
@@ -158,12 +158,12 @@ class Watcher:
 
     def _fail(self, why: str) -> None:
         self._trouble = why
-        self._again = time.monotonic() + min(2.0**self._failures, LONGEST_PAUSE_SECONDS)
+        self._retry_time = time.monotonic() + min(2.0**self._failures, LONGEST_PAUSE_SECONDS)
         self._failures += 1
 
-    def _arm(self) -> bool:
+    def _start(self) -> bool:
         self.close()
-        with _arming:  # one at a time: threads and descriptors that appear meanwhile are ours
+        with _start_lock:  # one at a time: threads and descriptors that appear meanwhile are ours
             threads, descriptors = _threads(), _inotify()
             try:
                 self._observer = Observer()
@@ -179,9 +179,9 @@ class Watcher:
                 return False
             self._threads = [*(_threads() - threads)]
             self._descriptors = [*(_inotify() - descriptors)]
-        self._armed = time.monotonic()
-        self._first_armed = self._first_armed or time.time()
-        if not self._doubted:  # else the next scan says whether they are watched now
+        self._start_time = time.monotonic()
+        self._first_start = self._first_start or time.time()
+        if not self._suspects:  # else the next scan says whether they are watched now
             self._trouble = ""
         return True
 
@@ -250,7 +250,7 @@ def _limit(path: str) -> str:
     try:
         from watchdog.observers.inotify_c import inotify_add_watch, inotify_init
 
-        with _arming:  # a watcher must not take this descriptor for one of its own
+        with _start_lock:  # a watcher must not take this descriptor for one of its own
             probe = inotify_init()
             if probe < 0:
                 return ""

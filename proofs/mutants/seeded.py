@@ -142,7 +142,7 @@ MUTANTS = [
         [
             Edit(
                 "services/watch.py",
-                "if rung or self._full.get(root.id, 0.0) <= time.monotonic():",
+                "if rung or self._next_scans.get(root.id, 0.0) <= time.monotonic():",
                 "if False:",
             )
         ],

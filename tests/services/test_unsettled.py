@@ -90,7 +90,7 @@ def test_folders_beyond_the_longest_path_are_not_blamed_on_a_limit(
     root = add_root(ledger, source)
     watcher = Watcher(root, Hints())
     try:
-        assert watcher.look(), watcher.state
+        assert watcher.ensure_running(), watcher.state
         heard = watcher.heard(0.0, full=True)
         if heard is None or heard.inodes is None:
             pytest.skip("NOT PROVEN: which folders are watched (this kernel does not tell)")
@@ -102,7 +102,7 @@ def test_folders_beyond_the_longest_path_are_not_blamed_on_a_limit(
         words = f"{WATCHING}, except {report.too_deep} folders"
         assert watcher.state.startswith(words)
         assert "inotify" not in watcher.state
-        assert watcher.look() is False, "arming it anew would be of no use"
+        assert watcher.ensure_running() is False, "arming it anew would be of no use"
         # What is really lost is said as ever, and the limit only where it has been reached.
         watcher.confirm({1})
         assert watcher.confirm({1}) is True
@@ -117,7 +117,7 @@ def test_more_levels_than_watchdog_can_walk_end_no_daemon(ledger: Ledger, source
     deepen(source, "d", 1500)
     watcher = Watcher(add_root(ledger, source), Hints())
     try:
-        if not watcher.look():  # where os.walk is recursive
+        if not watcher.ensure_running():  # where os.walk is recursive
             assert watcher.state.startswith("degraded: it cannot be watched (too many levels")
     finally:
         watcher.close()

@@ -38,7 +38,7 @@ def is_watched(ledger: Ledger, root: Root) -> bool:
 
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch_module, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(watch_module, "CHECK_SECONDS", 0.05)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -137,18 +137,18 @@ from tests.eventually import wait_until
 
 Path("/proc/sys/user/max_inotify_watches").write_text("50")
 watcher = Watcher(Root(1, sys.argv[1], "in", "", 0.0), Hints())
-assert watcher.look(), watcher.state
+assert watcher.ensure_running(), watcher.state
 folders = {p.stat().st_ino for p in [Path(sys.argv[1]), *Path(sys.argv[1]).rglob("*")]}
 unheard = folders - watcher.heard(0.0, full=True).inodes
 first, second = watcher.confirm(unheard), watcher.confirm(unheard)
 print(len(unheard), first, second, watcher.state, sep="|")
 Path("/proc/sys/user/max_inotify_watches").write_text("1000")
-wait_until(watcher.look)
+wait_until(watcher.ensure_running)
 left = len(folders - watcher.heard(0.0, full=True).inodes)
 print(left, watcher.confirm(set()), watcher.state, sep="|")
 Path("/proc/sys/user/max_inotify_instances").write_text("0")
 other = Watcher(Root(2, sys.argv[1], "in", "", 0.0), Hints())
-print(other.look(), other.state, sep="|")
+print(other.ensure_running(), other.state, sep="|")
 watcher.close()
 """
 
@@ -183,9 +183,9 @@ def test_a_watcher_ends_with_its_threads(source: Path) -> None:
     watcher = Watcher(Root(1, str(source), "in", "", 0.0), Hints())
     before = watcher_module._threads(), watcher_module._inotify()
     assert watcher.heard(0.0, full=True) is None
-    assert watcher.look()
+    assert watcher.ensure_running()
     assert watcher_module._threads() - before[0]
-    assert not watcher.look()
+    assert not watcher.ensure_running()
     watcher.close()
     assert (watcher_module._threads(), watcher_module._inotify()) == before
 
