@@ -20,10 +20,12 @@ from casparian_flow.cli import (
     outputs,
     plugins,
     query,
+    rules,
     scan,
     source,
     start,
     status,
+    topics,
 )
 from casparian_flow.errors import CasparianError, ExitCode, first_error
 
@@ -47,8 +49,8 @@ app.command()(status.files)
 app.command()(status.versions)
 app.add_typer(plugins.app, name="plugins")
 app.add_typer(keys.app, name="keys")
-app.add_typer(source.rules_app, name="rules")
-app.add_typer(source.topics_app, name="topics")
+app.add_typer(rules.app, name="rules")
+app.add_typer(topics.app, name="topics")
 app.command()(query.query)
 app.add_typer(outputs.app, name="outputs")
 app.command()(outputs.retract)

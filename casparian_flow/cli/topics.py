@@ -1,0 +1,107 @@
+"""`casparian topics`: where the outputs of plugins go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from casparian_flow.cli import context
+from casparian_flow.cli.context import AsJson
+
+if TYPE_CHECKING:
+    from casparian_flow.services.topics import TopicChange
+
+
+app = context.group(
+    "List and set where outputs go.", invoke_without_command=True, no_args_is_help=False
+)
+
+
+@app.callback()
+def topics(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List every topic and its sink."""
+    if ctx.invoked_subcommand is None:
+        _list(ctx, as_json)
+
+
+@app.command("list")
+def list_topics(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List every topic and its sink."""
+    _list(ctx, as_json)
+
+
+def _list(ctx: typer.Context, as_json: bool) -> None:
+    from casparian_flow.db import views
+
+    with context.opened(ctx) as (_, ledger):
+        rows = ledger.read(views.topics)
+    columns = "plugin topic uri mode outputs rows may_be_empty"
+    context.listing(rows, as_json, columns, "no topics\n  try: casparian publish PLUGIN")
+
+
+@app.command("set")
+def set_topic(
+    ctx: typer.Context,
+    plugin: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLUGIN", help="The plugin's name. With --allow-empty a topic's name is enough."
+        ),
+    ],
+    topic: Annotated[str | None, typer.Argument(metavar="TOPIC", help="One of its topics.")] = None,
+    uris: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="URI",
+            help="One sink or several: parquet://DIR, sqlite:///FILE, mssql://TABLE.",
+        ),
+    ] = None,
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="append|replace|error",
+            help="Mode of URIs without ?mode=. append: add each version's rows. replace: "
+            "replace the file's earlier rows. error: like append, but refuse a table "
+            "or folder that holds foreign rows.",
+        ),
+    ] = "append",
+    allow_empty: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-empty/--no-allow-empty",
+            help="A file that gives rejects but no row of TOPIC: complete the job and "
+            "publish the rejects, instead of failing it.",
+        ),
+    ] = None,
+) -> None:
+    """Set the sinks that a topic goes to from now on.
+
+    Outputs published before stay where they are. A URI may contain its mode, as in
+    parquet://output?mode=replace. Without a URI only --allow-empty is set, and the sinks stay.
+    """
+    from casparian_flow.services import topics
+
+    if allow_empty is None and not (topic and uris):
+        raise typer.BadParameter("give a plugin, a topic and its sinks, or --allow-empty")
+    with context.opened(ctx) as (settings, ledger):
+        if topic and uris:
+            _report(plugin, topic, topics.set_topic(ledger, settings, plugin, topic, uris, mode))
+        if allow_empty is not None:
+            named = (plugin, topic) if topic else ("", plugin)
+            deed, *hints = topics.allow_empty(ledger, *named, allow_empty)
+            context.say(deed)
+            for hint in hints:
+                context.note(f"note: {hint}")
+
+
+def _report(plugin: str, topic: str, change: TopicChange) -> None:
+    for sink in change.sinks:
+        context.say(f"{plugin}: topic {topic} goes to {sink.uri} (mode {sink.mode})")
+    for sentence in change.stays:
+        context.note(f"note: {sentence}")
+    if topic not in change.declared:
+        known = ", ".join(change.declared) or "none"
+        context.note(
+            f"note: {plugin} declares no topic {topic!r} (it declares: {known}); check the spelling"
+        )
