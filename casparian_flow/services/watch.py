@@ -1,8 +1,9 @@
 """Scout inside the daemon: one loop that scans each source root when an event or its schedule says.
 
 Events are hints, the scan is the truth. watchdog can lose events without an error, so every root
-is also scanned in full on a schedule, and at once when its watcher lost events or was started
-anew. Each full scan counts the changes that no event had announced.
+is also scanned in full on a schedule, and at once when its watcher lost events or was started anew
+(`services.watcher`). Each full scan counts the changes that no event had announced
+(`services.hints`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from casparian_flow.config import ScanSettings
 from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
 from casparian_flow.errors import LedgerError, counted
-from casparian_flow.services.hints import GRACE_SECONDS, Hints
+from casparian_flow.services.hints import GRACE_SECONDS, Announcements, FolderSchedule
 from casparian_flow.services.scan import Root, ScanReport, scan
 from casparian_flow.services.scout import roots, run_in_thread
 from casparian_flow.services.watcher import WATCHING, Watcher
@@ -47,7 +48,8 @@ class Watch:
         self._ledger = ledger
         self._settings = settings
         self._on_jobs = on_jobs
-        self._hints = Hints()
+        self._folders = FolderSchedule()
+        self._announced = Announcements()
         self._watchers: dict[int, Watcher] = {}
         self._states: dict[int, str] = {}
         """Root id -> how it is watched, as the ledger has it."""
@@ -63,11 +65,11 @@ class Watch:
     def ring(self) -> None:
         """Read the list of roots again and scan them all in full, now."""
         self._rung = True
-        self._hints.wake()
+        self._folders.wake()
 
     async def run(self) -> None:
         """Watch and scan until cancelled."""
-        self._hints.bind(asyncio.get_running_loop())
+        self._folders.bind(asyncio.get_running_loop())
         # watchdog warns, at length, when a new folder is announced twice; that does no harm.
         warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
         try:
@@ -79,15 +81,14 @@ class Watch:
     async def _loop(self) -> None:
         """Read the list of roots, scan those that are due, wait for a hint or the schedule."""
         while True:
-            self._hints.changed.clear()
-            rung, self._rung = self._rung, False
+            self._folders.changed.clear()
             try:
                 active = await asyncio.to_thread(roots, self._ledger)
                 await run_in_thread(self._stop, partial(self._follow, active))
-                for root in active:
-                    if rung or self._next_scans.get(root.id, 0.0) <= time.monotonic():
+                for root, folders in self._due(active):
+                    if folders is None:
                         await self._scan_in_full(root)
-                    elif folders := self._hints.due(root.id):
+                    else:
                         await self._scan(root, folders)
                 await self._count_missed(active)
                 await self._save_states(active)
@@ -96,7 +97,17 @@ class Watch:
                 await asyncio.sleep(self._settings.rescan_seconds)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._pause()):
-                    await self._hints.changed.wait()
+                    await self._folders.changed.wait()
+
+    def _due(self, active: list[Root]) -> Iterator[tuple[Root, set[bytes] | None]]:
+        """Each root that is due, with the folders to scan; None: all of it."""
+        # Not before the roots are read: an error there would lose the ring.
+        rung, self._rung = self._rung, False
+        for root in active:
+            if rung or self._next_scans.get(root.id, 0.0) <= time.monotonic():
+                yield root, None
+            elif folders := self._folders.due(root.id):
+                yield root, folders
 
     def _follow(self, active: list[Root]) -> None:
         """Start watchers of new roots, stop those of roots that were removed or changed, and start
@@ -108,30 +119,38 @@ class Watch:
                 del self._watchers[root_id]
                 self._next_scans.pop(root_id, None)
                 self._states.pop(root_id, None)
-                self._hints.clear(root_id)
+                self._folders.clear(root_id)
         for root in active:
             if root.id not in self._watchers:
-                self._watchers[root.id] = Watcher(root, self._hints)
+                self._watchers[root.id] = Watcher(root, self._on_event)
             if self._watchers[root.id].ensure_running():
                 self._next_scans.pop(root.id, None)
 
+    def _on_event(self, root: Root, folder: bytes, name: bytes) -> None:
+        """Called on the watchers' threads."""
+        if name:
+            self._announced.add(root.id, name)
+        self._folders.add(root.id, folder, root.settle_seconds)
+
     async def _scan_in_full(self, root: Root) -> None:
         """Scan all of a root, and set when it is scanned in full again."""
-        started, began = time.monotonic(), time.time()
-        self._hints.clear(root.id)
-        self._hints.begin(root.id)
+        started, start = time.monotonic(), time.time()
+        self._folders.clear(root.id)
+        self._announced.begin(root.id)
         report = await self._scan(root, None)
         if report is None:
+            self._announced.abandon(root.id)
             return
         before = self.last.get(root.name)
         if report.problem and (before is None or before.problem != report.problem):
             log.warning("%s; its files count as unchanged until it is back", report.problem)
         self.last[root.name] = report
-        self._scan_starts[root.id] = began
+        self._scan_starts[root.id] = start
+        watcher = self._watchers[root.id]
+        recheck = watcher.confirm(report.unheard, report.too_deep)
         now = time.monotonic()
-        self._next_scans[root.id] = now + max(
-            self._interval(root, report), REST_FACTOR * (now - started)
-        )
+        rest = max(self._interval(watcher.state, recheck), REST_FACTOR * (now - started))
+        self._next_scans[root.id] = now + rest
 
     async def _scan(self, root: Root, folders: set[bytes] | None) -> ScanReport | None:
         """Scan these folders of a root, or all of it; None where the ledger failed.
@@ -139,10 +158,10 @@ class Watch:
         Folders with files that are still being written are due again once the files may be at rest.
         """
         watcher = self._watchers[root.id]
-        began = self._scan_starts.get(root.id, 0.0)
+        since = self._scan_starts.get(root.id, 0.0)
 
         def work() -> ScanReport:
-            heard = watcher.heard(began, full=folders is None)
+            heard = watcher.heard(since, full=folders is None)
             return scan(self._ledger, root, folders, self._stop, heard=heard)
 
         try:
@@ -152,26 +171,32 @@ class Watch:
             self._next_scans[root.id] = time.monotonic() + self._settings.rescan_seconds
             return None
         for path in report.unsettled:
-            self._hints.add(root.id, path, report.settles_in)
-        self._hints.noticed(root.id, report.fresh)
+            self._folders.add(root.id, path, report.settles_in)
+        if folders is None:
+            self._announced.end(root.id)
+        self._announced.noticed(root.id, report.fresh)
         if report.job_ids:
             self._on_jobs()
         return report
 
-    def _interval(self, root: Root, report: ScanReport) -> float:
-        """Seconds until the next full scan: fewer where events cannot be relied on."""
-        watcher = self._watchers[root.id]
-        if watcher.confirm(report.unheard, report.too_deep) and watcher.state == WATCHING:
-            return min(GRACE_SECONDS, self._settings.rescan_seconds)
+    def _interval(self, state: str, recheck: bool) -> float:
+        """Seconds until the next full scan: fewer where events cannot be relied on.
+
+        Args:
+            state: the watcher's.
+            recheck: the watcher wants to be certain of what the last scan found.
+        """
         slow, fast = self._settings.rescan_seconds, self._settings.poll_seconds
-        return slow if watcher.state == WATCHING else min(slow, fast)
+        if state != WATCHING:
+            return min(slow, fast)
+        return min(slow, GRACE_SECONDS) if recheck else slow
 
     async def _count_missed(self, active: list[Root]) -> None:
         """Count the changes that scans found and that no event has announced in time."""
         for root in active:
             if self._watchers[root.id].busy:
                 continue
-            if missed := self._hints.missed(root.id):
+            if missed := self._announced.missed(root.id):
                 some = counted(missed, "change")
                 log.warning("%s: %s found by a full scan, not by file events", root.name, some)
                 work = partial(versions.count_up, root_id=root.id, missed=missed)
@@ -192,9 +217,8 @@ class Watch:
     def _pause(self) -> float:
         """Seconds until something is due."""
         now = time.monotonic()
-        return max(
-            0.0, min([*self._next_scans.values(), *self._hints.times(), now + CHECK_SECONDS]) - now
-        )
+        times = [*self._next_scans.values(), *self._folders.times(), now + CHECK_SECONDS]
+        return max(0.0, min(times) - now)
 
     def _close(self) -> None:
         for watcher in self._watchers.values():
@@ -203,12 +227,17 @@ class Watch:
 
 @contextlib.contextmanager
 def _overflows(react: Callable[[], None]) -> Iterator[None]:
-    """Call `react` when watchdog has lost events: it only logs that."""
+    """Call `react` when watchdog has lost events.
+
+    It only logs that, as `Inotify queue overflowed`, beside other warnings.
+    """
 
     class _Overflow(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            log.warning("file events were lost (%s): scanning everything", record.getMessage())
-            react()
+            message = record.getMessage()
+            if "overflow" in message.lower():
+                log.warning("file events were lost (%s): scanning everything", message)
+                react()
 
     handler = _Overflow(logging.WARNING)
     logger = logging.getLogger("watchdog")

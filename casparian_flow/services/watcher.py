@@ -18,6 +18,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from watchdog.events import (
@@ -34,7 +35,6 @@ from watchdog.utils import BaseThread
 
 from casparian_flow import durable
 from casparian_flow.errors import counted
-from casparian_flow.services.hints import Hints
 from casparian_flow.services.scan import Heard, Root
 
 WATCHING = "watching"
@@ -50,15 +50,23 @@ _IN_CREATE = 0x100
 _start_lock = threading.Lock()
 
 
+OnEvent = Callable[[Root, bytes, bytes], None]
+"""Takes the root of an event, the directory in which something happened, and the name it announces:
+a file, or a directory with all below it; empty for none. Paths are relative to the root."""
+
+
 class Watcher:
-    """Turns the events of one source root into hints, and says whether it gets them all.
+    """Hands on the events of one source root, and says whether it gets them all.
 
     Its methods may block, and are called one at a time.
+
+    Args:
+        on_event: called on watchdog's thread.
     """
 
-    def __init__(self, root: Root, hints: Hints) -> None:
+    def __init__(self, root: Root, on_event: OnEvent) -> None:
         self.root = root
-        self._hints = hints
+        self._on_event = on_event
         self._observer: BaseObserver | None = None
         self._threads: list[threading.Thread] = []
         self._descriptors: list[int] = []
@@ -169,7 +177,7 @@ class Watcher:
                 self._observer = Observer()
                 self._observer.start()
                 self._identity = _identity(self.root.path)
-                handler = EventHandler(self.root, self._hints)
+                handler = EventHandler(self.root, self._on_event)
                 self._observer.schedule(handler, self.root.path, recursive=True)
             except (OSError, RecursionError) as error:
                 # watchdog walks the tree by recursion, where Python's os.walk does.
@@ -199,11 +207,11 @@ class Watcher:
 
 
 class EventHandler(FileSystemEventHandler):
-    """Turns events into hints: the directory in which something happened."""
+    """Turns watchdog's events of a root into calls of `on_event`."""
 
-    def __init__(self, root: Root, hints: Hints) -> None:
+    def __init__(self, root: Root, on_event: OnEvent) -> None:
         self._root = root
-        self._hints = hints
+        self._on_event = on_event
         self._prefix = len(os.fsencode(root.path).rstrip(b"/")) + 1
 
     def dispatch(self, event: FileSystemEvent) -> None:
@@ -218,8 +226,7 @@ class EventHandler(FileSystemEventHandler):
         for path in filter(None, (event.src_path, event.dest_path)):
             name = os.fsencode(str(path))[self._prefix :]
             folder = name.rpartition(b"/")[0]
-            wait = self._root.settle_seconds
-            self._hints.add(self._root.id, folder, wait, name if announces else b"")
+            self._on_event(self._root, folder, name if announces else b"")
 
 
 def _identity(path: str) -> tuple[int, int] | None:

@@ -11,7 +11,6 @@ import pytest
 
 from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
-from casparian_flow.services.hints import Hints
 from casparian_flow.services.scan import Heard, Root, scan
 from casparian_flow.services.watcher import WATCHING, Watcher
 from tests.factories import add_root
@@ -88,7 +87,7 @@ def test_folders_beyond_the_longest_path_are_not_blamed_on_a_limit(
 ) -> None:
     deepen(source, "d" * 200, 30)
     root = add_root(ledger, source)
-    watcher = Watcher(root, Hints())
+    watcher = Watcher(root, lambda *_: None)
     try:
         assert watcher.ensure_running(), watcher.state
         heard = watcher.heard(0.0, full=True)
@@ -115,7 +114,7 @@ def test_folders_beyond_the_longest_path_are_not_blamed_on_a_limit(
 @pytest.mark.slow
 def test_more_levels_than_watchdog_can_walk_end_no_daemon(ledger: Ledger, source: Path) -> None:
     deepen(source, "d", 1500)
-    watcher = Watcher(add_root(ledger, source), Hints())
+    watcher = Watcher(add_root(ledger, source), lambda *_: None)
     try:
         if not watcher.ensure_running():  # where os.walk is recursive
             assert watcher.state.startswith("degraded: it cannot be watched (too many levels")

@@ -17,7 +17,7 @@ from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.services import hints as hints_module
 from casparian_flow.services import watch as watch_module
 from casparian_flow.services import watcher as watcher_module
-from casparian_flow.services.hints import Hints
+from casparian_flow.services.hints import Announcements
 from casparian_flow.services.scan import Root
 from casparian_flow.services.watcher import WATCHING, EventHandler, Watcher
 from proofs.detection import missed
@@ -109,34 +109,54 @@ def test_a_network_filesystem_is_polled(
 
 def test_what_is_announced_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hints_module, "GRACE_SECONDS", 0.0)
-    hints = Hints()
-    hints.add(1, b"d", 0.0, b"d/before")
-    hints.begin(1)
-    hints.add(2, b"d", 0.0, b"d/of-another-root")
+    announced = Announcements()
+    announced.add(1, b"d/before")
+    announced.begin(1)
+    announced.end(1)
+    announced.add(2, b"d/of-another-root")
     never = [b"d/never", b"d/of-another-root"]
-    hints.noticed(1, [b"d/before", b"d/late", b"moved-in/deep/f", *never])
-    hints.add(1, b"d", 0.0, b"d/late")
-    hints.add(1, b"", 0.0, b"moved-in")
-    assert hints.missed(1) == 2
-    hints.noticed(1, never)  # still unsettled, say: looked at again
-    assert hints.missed(1) == 0
-    hints.begin(1)
-    hints.noticed(1, [b"f"])
-    hints.add(1, b"", 0.0, b"f")
-    hints.begin(1)
-    assert hints.missed(1) == 0
+    announced.noticed(1, [b"d/before", b"d/late", b"moved-in/deep/f", *never])
+    announced.add(1, b"d/late")
+    announced.add(1, b"moved-in")
+    assert announced.missed(1) == 2
+    announced.noticed(1, never)  # still unsettled, say: looked at again
+    assert announced.missed(1) == 0
+    announced.begin(1)
+    announced.end(1)
+    announced.noticed(1, [b"f"])
+    announced.add(1, b"f")
+    announced.begin(1)
+    announced.end(1)
+    assert announced.missed(1) == 0
+    announced.noticed(1, never)
+    assert announced.missed(1) == 2, "they changed again, and no event told"
+
+
+def test_the_names_of_a_scan_that_did_not_end_count_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hints_module, "GRACE_SECONDS", 0.0)
+    announced = Announcements()
+    announced.add(1, b"before")
+    for name in (b"first", b"second"):
+        announced.begin(1)
+        announced.add(1, name)
+        announced.abandon(1)
+    announced.begin(1)
+    announced.end(1)
+    announced.noticed(1, [b"before", b"first", b"second", b"never"])
+    assert announced.missed(1) == 1
 
 
 LIMITED = """
 import sys
 from pathlib import Path
-from casparian_flow.services.hints import Hints
 from casparian_flow.services.scan import Root
 from casparian_flow.services.watcher import Watcher
 from tests.eventually import wait_until
 
 Path("/proc/sys/user/max_inotify_watches").write_text("50")
-watcher = Watcher(Root(1, sys.argv[1], "in", "", 0.0), Hints())
+watcher = Watcher(Root(1, sys.argv[1], "in", "", 0.0), lambda *_: None)
 assert watcher.ensure_running(), watcher.state
 folders = {p.stat().st_ino for p in [Path(sys.argv[1]), *Path(sys.argv[1]).rglob("*")]}
 unheard = folders - watcher.heard(0.0, full=True).inodes
@@ -147,7 +167,7 @@ wait_until(watcher.ensure_running)
 left = len(folders - watcher.heard(0.0, full=True).inodes)
 print(left, watcher.confirm(set()), watcher.state, sep="|")
 Path("/proc/sys/user/max_inotify_instances").write_text("0")
-other = Watcher(Root(2, sys.argv[1], "in", "", 0.0), Hints())
+other = Watcher(Root(2, sys.argv[1], "in", "", 0.0), lambda *_: None)
 print(other.ensure_running(), other.state, sep="|")
 watcher.close()
 """
@@ -180,7 +200,7 @@ def test_files_made_while_the_daemon_is_stopped_are_found_and_counted(tmp_path: 
 
 
 def test_a_watcher_ends_with_its_threads(source: Path) -> None:
-    watcher = Watcher(Root(1, str(source), "in", "", 0.0), Hints())
+    watcher = Watcher(Root(1, str(source), "in", "", 0.0), lambda *_: None)
     before = watcher_module._threads(), watcher_module._inotify()
     assert watcher.heard(0.0, full=True) is None
     assert watcher.ensure_running()
