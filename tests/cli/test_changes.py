@@ -136,7 +136,7 @@ def test_what_cannot_be_a_source_root_is_refused(casparian: Casparian, source: P
     assert "Not a directory" in refused(source / "file")
     assert "is inside" in refused(source / "inner")
     assert "contains" in refused(source.parent)
-    assert "already: in" in refused(source)
+    assert "is already the source root in" in refused(source)
     assert "already: in" in refused(source.parent / "link")
     assert "taken" in refused(other, "--name", "in")
     assert "name" in refused(other, "--name", "a/b")
@@ -180,7 +180,7 @@ def test_a_rule_queues_what_it_asks_for(casparian: Casparian, source: Path) -> N
     ]  # fmt: skip
     assert "already" in casparian.err("rules", "add", "*.log", "plugin:rows", code=78)
     casparian.run("rules", "remove", str(rules[1]["id"]))
-    assert "no rule" in casparian.err("rules", "remove", "99", code=66)
+    assert "rule 99 does not exist" in casparian.err("rules", "remove", "99", code=66)
     assert "pattern" in casparian.err("rules", "add", "/", "tag", code=78)
     assert "tag" in casparian.err("rules", "add", "*", "a,b", code=78)
     assert "1 job is queued" in casparian.err("status")
