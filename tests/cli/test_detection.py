@@ -31,7 +31,7 @@ def test_the_options_of_a_source_root_can_be_changed(casparian: Casparian, sourc
 
 @pytest.mark.parametrize("name", ["{name}", "{stem}", "a/{name}", "..", "{other}.done", "x\n"])
 def test_what_cannot_name_done_files_is_refused(casparian: Casparian, name: str) -> None:
-    assert "done files" in casparian.err("source", "set", "in", "--done-file", name, code=66)
+    assert "done file name" in casparian.err("source", "set", "in", "--done-file", name, code=66)
 
 
 def test_a_mass_deletion_is_shown_and_believed_when_somebody_says_so(
