@@ -37,10 +37,10 @@ def generate(ctx: typer.Context) -> None:
 def list_(ctx: typer.Context, as_json: AsJson = False) -> None:
     """List the keys this ledger has trusted, and your own."""
     from casparian_flow import config
-    from casparian_flow.db import trust
+    from casparian_flow.services import keys
 
     with context.opened(ctx) as (_, ledger):
-        rows = trust.listing(ledger, config.keys_folder())
+        rows = keys.listing(ledger, config.keys_folder())
     columns = "key_id mine owner plugins standing trusted_at reason"
     empty = (
         "no key is trusted yet: the first key that publishes becomes trusted\n  try: casparian "
@@ -71,10 +71,16 @@ def trust(
     Your key signs this. If the ledger trusts no key yet, it trusts yours first.
     """
     from casparian_flow import config
-    from casparian_flow.db.trust import trust_key
+    from casparian_flow.services import keys
 
     with context.opened(ctx) as (_, ledger):
-        context.say(trust_key(ledger, config.keys_folder(), public_key, owner, plugins))
+        done = keys.trust(ledger, config.keys_folder(), public_key, owner, plugins)
+    if done.first is not None:
+        context.say(keys.FIRST.format(done.first))
+    if done.key is not None:
+        beyond = ", and with managing keys" if plugins == "*" else ""
+        context.say(f"{done.key} is trusted with plugins {plugins}{beyond}")
+    _say_deactivated(done.deactivated)
 
 
 @app.command()
@@ -92,10 +98,23 @@ def revoke(
 ) -> None:
     """Stop everything that a key has published."""
     from casparian_flow import config
-    from casparian_flow.db import trust
+    from casparian_flow.services import keys
 
     with context.opened(ctx) as (_, ledger):
-        context.say(trust.revoke(ledger, config.keys_folder(), key_id, reason))
+        done = keys.revoke(ledger, config.keys_folder(), key_id, reason)
+    if done.already:
+        context.say(f"{done.key} is already revoked: {done.key.reason}")
+        return
+    context.say(f"{done.key} is revoked: plugins that it has published no longer run")
+    _say_deactivated(done.deactivated)
+
+
+def _say_deactivated(versions: list[str]) -> None:
+    if versions:
+        context.say(
+            f"no longer active: {', '.join(versions)} (publish a new version with a trusted key, "
+            "or activate an older one)"
+        )
 
 
 @app.command()
@@ -105,7 +124,8 @@ def rotate(ctx: typer.Context) -> None:
     What the old key published stays valid. Run this again for each other ledger that trusts you.
     """
     from casparian_flow import config
-    from casparian_flow.db import trust
+    from casparian_flow.services import keys
 
     with context.opened(ctx) as (_, ledger):
-        context.say(trust.rotate(ledger, config.keys_folder()))
+        new, old = keys.rotate(ledger, config.keys_folder())
+    context.say(f"key {new[:16]} signs from now on; key {old[:16]} is retired")

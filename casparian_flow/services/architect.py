@@ -42,6 +42,7 @@ from casparian_flow.security.rules import Policy
 from casparian_flow.security.signing import AzureAuth, LocalAuth, Publish, Row, TrustKey
 from casparian_flow.security.trust import Key, Trust, introduction
 from casparian_flow.services import inventory, scan, scout, topics
+from casparian_flow.services.keys import FIRST
 from casparian_flow.services.topics import TopicSink
 
 
@@ -349,7 +350,7 @@ def _record(connection: Connection, settings: Settings, candidate: _Candidate) -
     """One transaction: first key, artifact, rules, subscription, topics."""
     name, version = candidate.manifest.name, candidate.statement.version
     trusted, events = _introduce(connection, candidate)
-    introduced = trust.FIRST.format(*trusted.keys.values()) if events else ""
+    introduced = f"{FIRST.format(*trusted.keys.values())}\n" if events else ""
     key = trusted.authorize(candidate.message.public_key, name)
     stopped = trusted.stopped(key.key_id, name, version)
     if _is_there(connection, candidate):

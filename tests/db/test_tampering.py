@@ -11,13 +11,14 @@ from nacl.signing import SigningKey
 from sqlalchemy import Connection, text
 
 from casparian_flow.config import Settings
-from casparian_flow.db import plugins, trust
+from casparian_flow.db import plugins
 from casparian_flow.db.access import Ledger
 from casparian_flow.engine.dispatch import artifact
 from casparian_flow.errors import CasparianError
 from casparian_flow.security import keys, signing
 from casparian_flow.security.manifest import read_manifest
 from casparian_flow.services import architect
+from casparian_flow.services import keys as key_verbs
 from casparian_flow.services.verify import verify
 from tests.plugs import ROWS, signed
 
@@ -38,12 +39,12 @@ def deployed(ledger: Ledger, settings: Settings, folder: Path) -> Ledger:
     """A plugin, and a trust log with every kind of statement in it."""
     architect.deploy(ledger, settings, signed(ledger, folder))
     friend = SigningKey.generate().verify_key.encode().hex()
-    trust.trust_key(ledger, folder, friend, "Ada", "sales*")
-    trust.rotate(ledger, folder)
+    key_verbs.trust(ledger, folder, friend, "Ada", "sales*")
+    key_verbs.rotate(ledger, folder)
     plugins.disable(ledger, folder, "rows", None, "a test")
     architect.activate(ledger, settings, folder, "rows", "1.0.0", "a test")
-    (ada,) = (row["key_id"] for row in trust.listing(ledger, folder) if row["owner"] == "Ada")
-    trust.revoke(ledger, folder, ada, "a test")
+    (ada,) = (row["key_id"] for row in key_verbs.listing(ledger, folder) if row["owner"] == "Ada")
+    key_verbs.revoke(ledger, folder, ada, "a test")
 
     def drop(connection: Connection) -> None:
         for table in ("cf_plugin", "cf_trust_statement", "cf_audit", "cf_ledger_identity"):
@@ -168,9 +169,9 @@ def test_a_broken_trust_log_takes_no_change_and_no_plugin(
     deployed.write(lambda c: c.execute(text("DELETE FROM cf_trust_statement")) and None)
     for attempt in (
         lambda: architect.deploy(deployed, settings, signed(deployed, tmp_path / "new")),
-        lambda: trust.trust_key(deployed, folder, "ab" * 32, "Ada", "*"),
-        lambda: trust.rotate(deployed, folder),
-        lambda: trust.listing(deployed, folder),
+        lambda: key_verbs.trust(deployed, folder, "ab" * 32, "Ada", "*"),
+        lambda: key_verbs.rotate(deployed, folder),
+        lambda: key_verbs.listing(deployed, folder),
         lambda: architect.activate(deployed, settings, folder, "rows", "1.0.0", "why not"),
         lambda: plugins.disable(deployed, folder, "rows", None, "why not"),
     ):
@@ -226,6 +227,6 @@ def test_a_plugin_that_was_not_deployed_by_us_runs_only_if_we_would_have(
     scoped = tmp_path / "scoped"
     assert "was never trusted" in smuggled(ledger, scoped, "sales")
     public = keys.local_key(scoped).verify_key.encode().hex()
-    trust.trust_key(ledger, folder, public, "Ada", "sales*")
+    key_verbs.trust(ledger, folder, public, "Ada", "sales*")
     assert smuggled(ledger, scoped, "sales") == ""
     assert "only with plugins sales*" in smuggled(ledger, scoped, "hr")

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, func, select, text
 
 from casparian_flow import config, main
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, jobs, plugins, trust, views
+from casparian_flow.db import audit, jobs, plugins, views
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileVersion, utcnow
 from casparian_flow.db.routing import JobRequest
@@ -21,6 +21,7 @@ from casparian_flow.security import keys as key_files
 from casparian_flow.security.signing import key_id
 from casparian_flow.services import architect
 from casparian_flow.services import jobs as job_verbs
+from casparian_flow.services import keys as key_verbs
 from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.verify import verify
 from tests.daemons import all_done, outcomes, work_off
@@ -53,8 +54,8 @@ def disable(ledger: Ledger, settings: Settings) -> None:
 
 def revoke(ledger: Ledger, settings: Settings) -> None:
     old = own_key()
-    trust.rotate(ledger, config.keys_folder())
-    trust.revoke(ledger, config.keys_folder(), old, "laptop stolen")
+    key_verbs.rotate(ledger, config.keys_folder())
+    key_verbs.revoke(ledger, config.keys_folder(), old, "laptop stolen")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from casparian_flow.security import keys as key_files
 from casparian_flow.security import signing
 from casparian_flow.security.signing import AzureAuth
 from casparian_flow.services import architect
+from casparian_flow.services import keys as key_verbs
 from tests.conftest import write_config
 from tests.plugs import LOCK, OTHER, ROWS, signed
 
@@ -136,13 +137,13 @@ def test_an_unknown_key_is_refused(
         assert error.exit_code == 77
         public = key_files.local_key(stranger).verify_key.encode().hex()
         assert f"casparian keys trust {public} --owner NAME" in error.hint
-    trust.trust_key(ledger, keys, public, "Ada", "other*")
+    key_verbs.trust(ledger, keys, public, "Ada", "other*")
     refused(ledger, settings, signed(ledger, stranger, OTHER, "2.0.0"), "rows")
-    trust.trust_key(ledger, keys, public, "Ada", "row?")
+    key_verbs.trust(ledger, keys, public, "Ada", "row?")
     architect.deploy(ledger, settings, signed(ledger, stranger, OTHER, "2.0.0"))
     published = ledger.read(lambda c: views.audit(c, 1, None))[0]
     assert (published["actor"], published["action"]) == ("Ada", "publish")
-    owners = {row["owner"]: row["mine"] for row in trust.listing(ledger, stranger)}
+    owners = {row["owner"]: row["mine"] for row in key_verbs.listing(ledger, stranger)}
     assert owners == {trust.person(): False, "Ada": True}
 
 
@@ -151,12 +152,12 @@ def test_retired_and_revoked_keys_publish_nothing_more(
 ) -> None:
     architect.deploy(ledger, settings, signed(ledger, keys))
     by_old = signed(ledger, keys, OTHER, "2.0.0")
-    trust.rotate(ledger, keys)
+    key_verbs.rotate(ledger, keys)
     refused(ledger, settings, by_old, "is retired: key .* took its place")
     by_new = signed(ledger, keys, OTHER, "2.0.0")
     architect.deploy(ledger, settings, by_new)
     old = signing.key_id(by_old.public_key)
-    trust.revoke(ledger, keys, old[:6], "lost")
+    key_verbs.revoke(ledger, keys, old[:6], "lost")
     refused(ledger, settings, by_old, "is revoked: lost")
 
 

@@ -22,7 +22,7 @@ from casparian_flow.errors import (
 )
 from casparian_flow.security import keys as files
 from casparian_flow.security.signing import RotateKey, key_id, written
-from casparian_flow.services import architect
+from casparian_flow.services import architect, keys
 from tests.conftest import write_config
 from tests.plugs import LOCK, OTHER, ROWS, signed
 
@@ -50,7 +50,7 @@ def own_id(folder: Path) -> str:
 
 def standing(ledger: Ledger, folder: Path) -> dict[str, str]:
     """Key id -> standing."""
-    return {row["key_id"]: row["standing"] for row in trust.listing(ledger, folder)}
+    return {row["key_id"]: row["standing"] for row in keys.listing(ledger, folder)}
 
 
 def active(ledger: Ledger) -> list[str]:
@@ -74,18 +74,20 @@ def test_a_key_is_made_once_and_shown_again(folder: Path) -> None:
 
 
 def test_listing_an_unknown_own_key_says_so_and_makes_none(ledger: Ledger, folder: Path) -> None:
-    assert trust.listing(ledger, folder) == []
+    assert keys.listing(ledger, folder) == []
     assert not folder.exists()
     own = own_id(folder)
-    (row,) = trust.listing(ledger, folder)
+    (row,) = keys.listing(ledger, folder)
     assert (row["key_id"], row["standing"], row["mine"]) == (own, "unknown here", True)
 
 
 def test_trusting_in_an_empty_ledger_trusts_our_own_key_first(ledger: Ledger, folder: Path) -> None:
-    words = trust.trust_key(ledger, folder, new_key(), "Ada", "sales*")
-    assert "first key" in words
-    assert "of Ada is trusted with plugins sales*" in words
-    rows = {row["owner"]: row["plugins"] for row in trust.listing(ledger, folder)}
+    done = keys.trust(ledger, folder, new_key(), "Ada", "sales*")
+    assert done.first is not None
+    assert done.key is not None
+    assert (done.first.key_id, done.first.owner) == (own_id(folder), trust.person())
+    assert (done.key.owner, done.key.plugins, done.deactivated) == ("Ada", "sales*", [])
+    rows = {row["owner"]: row["plugins"] for row in keys.listing(ledger, folder)}
     assert rows == {trust.person(): "*", "Ada": "sales*"}
 
 
@@ -94,9 +96,10 @@ def test_trusting_our_own_key_in_an_empty_ledger_is_one_statement(
 ) -> None:
     public = files.local_key(folder).verify_key.encode().hex()
     with pytest.raises(CasparianError, match="last key that may manage keys"):
-        trust.trust_key(ledger, folder, public, "Grace", "sales*")
-    trust.trust_key(ledger, folder, public, "Grace", "*")
-    (row,) = trust.listing(ledger, folder)
+        keys.trust(ledger, folder, public, "Grace", "sales*")
+    done = keys.trust(ledger, folder, public, "Grace", "*")
+    assert (done.first is not None, done.key) == (True, None)
+    (row,) = keys.listing(ledger, folder)
     assert (row["owner"], row["plugins"]) == ("Grace", "*")
 
 
@@ -105,9 +108,9 @@ def test_owners_globs_and_reasons_are_words(
     here: Ledger, settings: Settings, folder: Path, words: str
 ) -> None:
     for attempt in (
-        lambda: trust.trust_key(here, folder, new_key(), words, "*"),
-        lambda: trust.trust_key(here, folder, new_key(), "Ada", words),
-        lambda: trust.revoke(here, folder, own_id(folder), words),
+        lambda: keys.trust(here, folder, new_key(), words, "*"),
+        lambda: keys.trust(here, folder, new_key(), "Ada", words),
+        lambda: keys.revoke(here, folder, own_id(folder), words),
         lambda: plugins.disable(here, folder, "rows", None, words),
         lambda: architect.activate(here, settings, folder, "rows", "1.0.0", words),
     ):
@@ -118,22 +121,23 @@ def test_owners_globs_and_reasons_are_words(
 def test_what_is_no_public_key_is_refused(here: Ledger, folder: Path) -> None:
     for text in ("", "ab", "AB" * 32, own_id(folder)[:-1] + "z"):
         with pytest.raises(AuthError, match="not a public key"):
-            trust.trust_key(here, folder, text, "Ada", "*")
+            keys.trust(here, folder, text, "Ada", "*")
 
 
 def test_revoking_stops_what_the_key_published(
     here: Ledger, settings: Settings, folder: Path
 ) -> None:
     old = own_id(folder)
-    trust.rotate(here, folder)
-    words = trust.revoke(here, folder, old[:8], "laptop stolen")
-    assert "rows 2.0.0" in words
+    keys.rotate(here, folder)
+    done = keys.revoke(here, folder, old[:8], "laptop stolen")
+    assert (done.key.key_id, done.already, done.deactivated) == (old, False, ["rows 2.0.0"])
     assert active(here) == []
     assert all("laptop stolen" in row["refusal"] for row in plugins.verify(here, None))
     assert last_audit(here)["action"] == "revoke-key"
     assert last_audit(here)["subject"] == f"key {old}"
     assert last_audit(here)["detail"]["reason"] == "laptop stolen"
-    assert "already revoked" in trust.revoke(here, folder, old, "again")
+    again = keys.revoke(here, folder, old, "again")
+    assert (again.key.reason, again.already, again.deactivated) == ("laptop stolen", True, [])
     with pytest.raises(ArtifactRefused, match="laptop stolen"):
         architect.activate(here, settings, folder, "rows", "1.0.0", "please")
     # A revoked key's 2.0.0 must not stand above what comes after it.
@@ -145,8 +149,8 @@ def test_bytes_of_a_revoked_key_are_not_taken_for_published_again(
     here: Ledger, settings: Settings, folder: Path
 ) -> None:
     old = own_id(folder)
-    trust.rotate(here, folder)
-    assert "publish a new version" in trust.revoke(here, folder, old, "laptop stolen")
+    keys.rotate(here, folder)
+    assert keys.revoke(here, folder, old, "laptop stolen").deactivated == ["rows 2.0.0"]
     with pytest.raises(PublishConflict, match="laptop stolen") as refused:
         architect.deploy(here, settings, signed(here, folder, OTHER, "2.0.0"))
     assert "--version 2.0.1" in refused.value.hint
@@ -158,42 +162,42 @@ def test_a_key_that_is_trusted_with_less_takes_its_versions_out_of_the_way(
 ) -> None:
     other, public = tmp_path / "other", files.local_key(folder).verify_key.encode().hex()
     theirs = files.local_key(other).verify_key.encode().hex()
-    trust.trust_key(here, folder, theirs, "Bob", "*")
-    words = trust.trust_key(here, other, public, "Ada", "sales*")
-    assert "no longer active: rows 2.0.0" in words
+    keys.trust(here, folder, theirs, "Bob", "*")
+    done = keys.trust(here, other, public, "Ada", "sales*")
+    assert done.deactivated == ["rows 2.0.0"]
     assert active(here) == []
     architect.deploy(here, settings, signed(here, other, ROWS, "1.5.0"))
     assert active(here) == ["1.5.0"]
 
 
 def test_the_last_key_that_may_change_keys_stays(here: Ledger, folder: Path) -> None:
-    trust.trust_key(here, folder, new_key(), "Ada", "sales*")
+    keys.trust(here, folder, new_key(), "Ada", "sales*")
     with pytest.raises(CasparianError, match="last key that may manage keys") as refused:
-        trust.revoke(here, folder, own_id(folder), "why not")
+        keys.revoke(here, folder, own_id(folder), "why not")
     assert "casparian keys rotate" in refused.value.hint
     public = files.local_key(folder).verify_key.encode().hex()
     with pytest.raises(CasparianError, match="last key that may manage keys"):
-        trust.trust_key(here, folder, public, "me", "rows")
+        keys.trust(here, folder, public, "me", "rows")
     assert standing(here, folder)[own_id(folder)] == "trusted"
 
 
 def test_a_key_is_found_by_the_beginning_of_its_id(here: Ledger, folder: Path) -> None:
     for _ in range(17):  # two of them begin with the same digit
-        trust.trust_key(here, folder, new_key(), "Ada", "sales*")
+        keys.trust(here, folder, new_key(), "Ada", "sales*")
     ids = list(standing(here, folder))
     twice = next(i[0] for n, i in enumerate(ids) if i[0] in {other[0] for other in ids[:n]})
     with pytest.raises(NotFound, match="keys have ids that begin"):
-        trust.revoke(here, folder, twice, "r")
+        keys.revoke(here, folder, twice, "r")
     for prefix in ("", "x"):
         with pytest.raises(NotFound, match="no key has an id"):
-            trust.revoke(here, folder, prefix, "r")
+            keys.revoke(here, folder, prefix, "r")
 
 
 def test_a_rotated_key_signs_and_the_old_ones_plugins_still_run(
     here: Ledger, settings: Settings, folder: Path
 ) -> None:
     old = own_id(folder)
-    trust.rotate(here, folder)
+    keys.rotate(here, folder)
     assert standing(here, folder) == {old: "retired", own_id(folder): "trusted"}
     assert not any(row["refusal"] for row in plugins.verify(here, None))
     architect.deploy(here, settings, signed(here, folder, ROWS, "3.0.0"))
@@ -210,7 +214,7 @@ def test_a_rotation_interrupted_before_the_files_is_finished(here: Ledger, folde
         return trust.append(connection, before, written(old, statement, new))[1]
 
     here.change(first_half, lambda event: [event])
-    trust.rotate(here, folder)
+    keys.rotate(here, folder)
     assert files.local_key(folder) == new
     assert standing(here, folder)[own_id(folder)] == "trusted"
     assert len(standing(here, folder)) == 2
@@ -224,11 +228,11 @@ def test_a_key_of_several_ledgers_is_rotated_in_each(
     with open_ledger(elsewhere.database) as other:
         architect.deploy(other, elsewhere, signed(other, folder))
         old = own_id(folder)
-        trust.rotate(here, folder)
+        keys.rotate(here, folder)
         with pytest.raises(AuthError, match="not trusted"):
             architect.deploy(other, elsewhere, signed(other, folder, OTHER, "2.0.0"))
         new = own_id(folder)
-        trust.rotate(other, folder)
+        keys.rotate(other, folder)
         assert own_id(folder) == new
         assert standing(other, folder) == {old: "retired", new: "trusted"}
         architect.deploy(other, elsewhere, signed(other, folder, OTHER, "2.0.0"))
@@ -237,9 +241,9 @@ def test_a_key_of_several_ledgers_is_rotated_in_each(
 def test_a_stranger_changes_nothing(here: Ledger, settings: Settings, tmp_path: Path) -> None:
     theirs = tmp_path / "stranger"
     for attempt in (
-        lambda: trust.trust_key(here, theirs, new_key(), "Ada", "*"),
-        lambda: trust.revoke(here, theirs, next(iter(standing(here, theirs))), "r"),
-        lambda: trust.rotate(here, theirs),
+        lambda: keys.trust(here, theirs, new_key(), "Ada", "*"),
+        lambda: keys.revoke(here, theirs, next(iter(standing(here, theirs))), "r"),
+        lambda: keys.rotate(here, theirs),
         lambda: plugins.disable(here, theirs, "rows", None, "r"),
         lambda: architect.activate(here, settings, theirs, "rows", "1.0.0", "r"),
     ):
