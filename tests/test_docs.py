@@ -29,8 +29,8 @@ PAGES = [
 ]
 
 WORDS = """
-    Source root, Location, Version, Routing rule, Plugin, Topic, Sink, Job, Attempt, Receipt, Guest,
-    Worker, Scout, Sentinel, Committer, Architect, Gatekeeper
+    Source root, Location, Version, Routing rule, Plugin, Topic, Sink, Job, Attempt, Guest, Worker,
+    Scout, Sentinel, Committer, Gatekeeper
 """
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 FENCE = r"```{}\n(.*?)```"
