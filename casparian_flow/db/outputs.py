@@ -232,7 +232,7 @@ o.topic {_SUFFIX} AND EXISTS (
 
 _FIRST = """
 NOT EXISTS (SELECT 1 FROM cf_output p WHERE p.job_id = o.job_id AND +p.topic = o.topic
-            AND +p.state = 'PUBLISHED' AND p.id < o.id)
+            AND +p.state = 'PUBLISHED' AND p.id < o.id{condition})
 """
 """Of the outputs of a job in one topic, the one that is counted. The `+` keeps SQLite from looking
 through every output of the topic, where the job has a few."""
@@ -241,7 +241,8 @@ through every output of the topic, where the job has a few."""
 def _of_job(which: str) -> str:
     return f"""
     (SELECT coalesce(sum(o.rows), 0) FROM cf_output o
-     WHERE o.job_id = j.id AND +o.state = 'PUBLISHED' AND {which} AND {_FIRST})
+     WHERE o.job_id = j.id AND +o.state = 'PUBLISHED' AND {which}
+     AND {_FIRST.format(condition="")})
     """  # noqa: S608
 
 
@@ -257,13 +258,15 @@ class Rejected(NamedTuple):
 
 
 def rejected_shown(connection: Connection) -> Rejected:
-    """What readers may see, of all jobs."""
+    """What readers may see, of all jobs; a topic in several sinks counts once."""
+    visible = f" AND p.output_key NOT IN ({INVISIBLE})"
     query = text(
         f"""
         SELECT coalesce(sum(CASE WHEN {_REJECTED} THEN 0 ELSE o.rows END), 0),
                coalesce(sum(CASE WHEN {_REJECTED} THEN o.rows ELSE 0 END), 0)
         FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
-        WHERE o.state = 'PUBLISHED' AND o.output_key NOT IN ({INVISIBLE}) AND {_FIRST}
+        WHERE o.state = 'PUBLISHED' AND o.output_key NOT IN ({INVISIBLE})
+          AND {_FIRST.format(condition=visible)}
         """  # noqa: S608
     )
     return Rejected(*connection.execute(query).one())

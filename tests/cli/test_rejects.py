@@ -147,3 +147,13 @@ def test_a_topic_in_several_sinks_counts_once(shouts: Casparian, source: Path) -
     assert (status["rows"], status["rejects"]) == (2, 1)
     (job,) = shouts.json("jobs")
     assert (job["rows"], job["rejects"]) == (2, 1)
+
+
+def test_what_one_sink_replaced_and_another_shows_is_counted(
+    shouts: Casparian, source: Path
+) -> None:
+    shouts.run("topics", "set", "rows", "lines", "parquet://one?mode=replace", "sqlite:///two.db")
+    for content in ("a\nb\n", "c\n"):
+        (source / "a.txt").write_text(content)
+        shouts.run("scan", "--drain")
+    assert len(asked(shouts, "lines_history")) == shouts.json("status")["rows"] == 3
