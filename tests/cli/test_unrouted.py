@@ -33,7 +33,7 @@ def test_a_file_that_is_written_all_the_time_is_named_with_its_age(
     assert "3 h" in casparian.out("status")
     # Nothing is known of what is in it: whether a plugin wants it is not asked yet.
     assert (status["still_written_in_all"], status["unrouted"]) == (1, 0)
-    assert not any("plugin wants" in advice["words"] for advice in status["advice"])
+    assert not any("match" in advice["words"] for advice in status["advice"])
     casparian.run("source", "set", "in", "--settle", "0")
     assert "1 file matches no plugin" in casparian.err("scan")
     status = casparian.json("status")
