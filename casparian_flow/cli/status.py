@@ -110,8 +110,7 @@ def _snapshots(store: dict[str, Any]) -> str:
 
 _KEPT: dict[str, dict[bool | None, str]] = {
     "reflink": {
-        False: "off for {} (filesystem has no reflinks)"
-        ' - set mode = "copy" in [snapshots] to keep contents',
+        False: 'none kept for {} (no reflinks there); mode = "copy" in [snapshots] keeps them',
         None: "unknown for {} (no file there can be read)",
     },
     "copy": {None: "unknown for {} (no file there can be read)"},

@@ -152,7 +152,9 @@ class Committer:
         late = [end for _, end in group if (end.job_id, end.fence) not in moved]
         for end in late:
             log.warning(
-                "job %d: ignored the result of fence %d, which came too late", end.job_id, end.fence
+                "job %d: ignored the result of attempt %d, which came too late",
+                end.job_id,
+                end.fence,
             )
         # Keep the stages of unpublished outputs: the repeated receipt of a decided attempt names
         # them too. A decided receipt may also name stages whose output was published before.

@@ -160,9 +160,10 @@ def _broken(ledger: Ledger, rows: Sequence[Any], name: str) -> list[Any]:
 
     broken = [row for row in rows if not is_whole(row)]
     if not broken:
+        unchanged = f"the outputs of job {name}" if name.isdigit() else name
         raise CasparianError(
-            f"output {name} is intact: nothing to restore or forget",
-            "casparian retract PATH   (hides a file's rows)",
+            f"nothing to restore or forget: the sink has {unchanged} unchanged",
+            "delete it in its sink first; or casparian retract PATH   (hides a file's rows)",
         )
     return broken
 

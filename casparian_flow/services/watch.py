@@ -229,13 +229,14 @@ class Watch:
 def _overflows(react: Callable[[], None]) -> Iterator[None]:
     """Call `react` when watchdog has lost events.
 
-    It only logs that, as `Inotify queue overflowed`, beside other warnings.
+    It only logs that: as `Inotify queue overflowed`, beside other warnings, or as an error where it
+    cannot watch directories again after one.
     """
 
     class _Overflow(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             message = record.getMessage()
-            if "overflow" in message.lower():
+            if record.levelno >= logging.ERROR or "overflow" in message.lower():
                 log.warning("file events were lost (%s): scanning everything", message)
                 react()
 

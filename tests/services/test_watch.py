@@ -232,7 +232,7 @@ def test_names_that_were_announced_before_a_failed_scan_are_not_missed(
     asyncio.run(story())
 
 
-def test_only_an_overflow_of_watchdog_is_lost_events(
+def test_an_overflow_or_an_error_of_watchdog_is_lost_events(
     ledger: Ledger, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = add_root(ledger, source)
@@ -246,5 +246,8 @@ def test_only_an_overflow_of_watchdog_is_lost_events(
             logging.getLogger("watchdog.observers").warning("Inotify queue overflowed")
             await eventually(lambda: watch.last[root.name] is not last)
             assert caplog.text.count("file events were lost") == 1
+            last = watch.last[root.name]
+            logging.getLogger("watchdog.observers").error("Unable to rebuild recursive watches")
+            await eventually(lambda: watch.last[root.name] is not last)
 
     asyncio.run(story())
