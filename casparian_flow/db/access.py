@@ -243,7 +243,12 @@ class Ledger:
         return self._submit(work).result()
 
     def change(
-        self, work: Work[T], audit: Callable[[T], Iterable[Event]], *, scan: bool = False
+        self,
+        work: Work[T],
+        audit: Callable[[T], Iterable[Event]],
+        *,
+        scan: bool = False,
+        wake: bool = True,
     ) -> T:
         """Run `work` in a writing transaction as a change that a person makes.
 
@@ -254,6 +259,7 @@ class Ledger:
             audit: the events of the audit, from the result of `work`. No event means that nothing
                 was changed: the daemon is not woken.
             scan: the daemon is to scan its source roots as well.
+            wake: False where the caller makes more changes and wakes the daemon after the last.
 
         Raises:
             LedgerError: the database refused; nothing was written. What `work` raises undoes the
@@ -267,7 +273,7 @@ class Ledger:
             return result, bool(events)
 
         result, is_changed = self.write(audited)
-        if is_changed:
+        if is_changed and wake:
             self.wake(scan=scan)
         return result
 
@@ -297,16 +303,16 @@ class Ledger:
         Raises:
             LedgerError: the ledger is damaged, or the file cannot be written.
         """
-        connection = self.engine.raw_connection()  # VACUUM cannot run in a transaction
         try:
-            connection.cursor().execute("VACUUM INTO ?", (str(target),))
-        except (sqlite3.Error, DBAPIError) as error:
+            # VACUUM cannot run in a transaction
+            with contextlib.closing(self.engine.raw_connection()) as connection:
+                connection.cursor().execute("VACUUM INTO ?", (str(target),))
+        except (sqlite3.Error, DBAPIError, OSError) as error:
+            cause = getattr(error, "orig", error)
             raise LedgerError(
-                f"the ledger could not be copied to {target.parent}: {error}",
+                f"the ledger could not be copied to {target.parent}: {cause}",
                 "choose a file that you may write, on a disk with room",
             ) from error
-        finally:
-            connection.close()
 
     def _submit(self, work: Work[T]) -> Future[T]:
         future: Future[T] = Future()

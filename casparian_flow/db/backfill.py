@@ -124,9 +124,11 @@ def backfill(ledger: Ledger, choice: Choice, *, dry_run: bool = False) -> Backfi
         last, lacking, counts = ledger.read(read)
         if lacking and not dry_run:
             work = partial(add, pairs=lacking, now=utcnow().isoformat(" "))
-            counts = counts._replace(queued=len(ledger.change(work, events)))
+            counts = counts._replace(queued=len(ledger.change(work, events, wake=False)))
             crashpoint("backfill.queued")
         done = done.plus(counts)
+    if done.queued and not dry_run:
+        ledger.wake()
     return done
 
 

@@ -109,7 +109,7 @@ def dismiss(connection: Connection, job_ids: Sequence[int]) -> list[int]:
         """
         INSERT OR REPLACE INTO cf_dismissed_failure (job_id, fence, dismissed_at)
         SELECT id, fence, :now FROM cf_processing_queue
-        WHERE status = 'FAILED' AND id IN (SELECT value FROM json_each(:job_ids))
+        WHERE +status = 'FAILED' AND id IN (SELECT value FROM json_each(:job_ids))
         RETURNING job_id
         """,
         job_ids=job_ids,

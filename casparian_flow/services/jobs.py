@@ -81,7 +81,9 @@ def _change(
     changed: list[int] = []
     for start in range(0, len(job_ids), CHANGE_CHUNK):
         chunk = job_ids[start : start + CHANGE_CHUNK]
-        changed += ledger.change(partial(change, job_ids=chunk), events)
+        changed += ledger.change(partial(change, job_ids=chunk), events, wake=False)
+    if changed:
+        ledger.wake()
     for job_id in sorted(set(job_ids).difference(changed)):
         status = ledger.read(partial(queue.status, job_id=job_id))
         if status is None:

@@ -159,8 +159,14 @@ def add_rule(
         statement = insert(RoutingRule).values(**values).returning(RoutingRule.id)
         return connection.execute(statement).scalar_one()
 
-    rule_id = ledger.change(work, lambda added: [Event("add-rule", f"rule {added}", values)])
-    return rule_id, architect.queue_missing(ledger)
+    def events(added: int) -> list[Event]:
+        return [Event("add-rule", f"rule {added}", values)]
+
+    rule_id = ledger.change(work, events, wake=False)
+    queued = architect.queue_missing(ledger)
+    if not queued:  # else it has woken the daemon
+        ledger.wake()
+    return rule_id, queued
 
 
 def remove_rule(ledger: Ledger, rule_id: int) -> str:

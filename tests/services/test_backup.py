@@ -226,3 +226,16 @@ def test_a_copy_that_another_tool_made_is_put_into_write_ahead_logging(
     with open_ledger(other.database) as opened:
         mode = opened.read(lambda c: c.execute(text("PRAGMA journal_mode")).scalar_one())
     assert mode == "wal"
+
+
+def test_a_ledger_that_cannot_be_opened_is_not_taken_for_the_target(
+    settings: Settings, tmp_path: Path
+) -> None:
+    with open_ledger(settings.database):
+        pass
+    with open_ledger(settings.database) as ledger:
+        settings.database.path.rename(tmp_path / "elsewhere")
+        ledger.engine.dispose()
+        with pytest.raises(LedgerError, match="could not be copied"):
+            backup.make(settings, ledger, str(tmp_path / "copy.sqlite3"))
+    assert not (tmp_path / "copy.sqlite3").exists()

@@ -48,9 +48,9 @@ def test_a_deleted_output_is_missing_then_forgotten_then_made_again_once(flow: F
         root = flow.publish(ledger)
         flow.work(ledger, root, a="a1\na2", b="b1")
         job, target = of_a(ledger)
-        with pytest.raises(CasparianError, match="intact"):
+        with pytest.raises(CasparianError, match="unchanged"):
             outputs.forget(ledger, job)
-        with pytest.raises(CasparianError, match="intact"):
+        with pytest.raises(CasparianError, match="unchanged"):
             outputs.restore(ledger, flow.settings, job)
         before = flow.lines()
         take_away(flow, target)
