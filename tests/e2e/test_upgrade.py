@@ -132,7 +132,7 @@ def test_what_the_last_release_left_is_whole_under_todays_code(code: Path, tmp_p
     assert (today.folder / "casparian_flow.sqlite3").read_bytes() == database
 
     today.run("publish", today.plugin("sizes", SIZES + "\n# 2\n"), "--version", "1.1.0")
-    assert "1 version was retracted" in today.out("backfill", "sizes", "--redo")
+    assert "1 version skipped, since retracted" in today.out("backfill", "sizes", "--redo")
     (source / "drifts.txt").write_text("9 0.5")
     today.run("scan", "--drain", code=1)  # `raise` still does
     today.run("retract", "source/b.txt", "--undo")
