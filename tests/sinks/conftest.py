@@ -14,6 +14,12 @@ FOLDERS, SERVERS = ["parquet", "sqlite"], ["mssql"]
 """Sinks in a folder of this machine, and tables of a server: the double of proofs/tds."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def provider() -> str:
+    """Settle which half of mssql-python is used, before a test loads one of them."""
+    return driver.choose()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "of_a_folder: holds for sinks in a folder only")
 
@@ -25,11 +31,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("place", schemes, indirect=True)
 
 
-def _place(scheme: str, home: Path) -> Iterator[Place]:
+def _place(scheme: str, home: Path, provider: str) -> Iterator[Place]:
     if scheme in FOLDERS:
         yield Place(scheme, home)
         return
-    if not driver.choose():
+    if not provider:
         pytest.skip("SQL SERVER IS NOT TESTED: mssql-python is not installed")
     from proofs.tds.place import ServerPlace
     from proofs.tds.server import Server
@@ -39,8 +45,8 @@ def _place(scheme: str, home: Path) -> Iterator[Place]:
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    yield from _place(request.param, tmp_path)
+def place(request: pytest.FixtureRequest, tmp_path: Path, provider: str) -> Iterator[Place]:
+    yield from _place(request.param, tmp_path, provider)
 
 
 MODES_KNOWN = [*FOLDERS, *SERVERS]
@@ -48,8 +54,8 @@ MODES_KNOWN = [*FOLDERS, *SERVERS]
 
 
 @pytest.fixture(params=MODES_KNOWN)
-def modes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    yield from _place(request.param, tmp_path)
+def modes(request: pytest.FixtureRequest, tmp_path: Path, provider: str) -> Iterator[Place]:
+    yield from _place(request.param, tmp_path, provider)
 
 
 @pytest.fixture
