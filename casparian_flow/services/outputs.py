@@ -330,6 +330,7 @@ def _of_file(ledger: Ledger, name: str) -> list[Any]:
 
     Raises:
         NotFound: there is none.
+        CasparianError: files of several source roots may be meant.
     """
     if name.isdecimal():
         rows = _select(ledger, "version_id = :id", id=int(name))
@@ -343,6 +344,12 @@ def _of_file(ledger: Ledger, name: str) -> list[Any]:
     if not rows:
         raise NotFound(
             f"{name} has no published outputs", "casparian outputs list   (casparian versions PATH)"
+        )
+    files = sorted({(row.source, row.rel_path) for row in rows})
+    if len(files) > 1:
+        named = " or ".join(f"{path} of source root {source}" for source, path in files)
+        raise CasparianError(
+            f"{name} may be {named}; nothing was changed", "give the absolute path of the file"
         )
     return rows
 

@@ -180,3 +180,23 @@ def test_nothing_is_retracted_while_a_job_of_the_file_is_at_work(
     replacing.run("scan", "--drain")
     assert lines(replacing) == ["a2"]
     holds(replacing)
+
+
+def test_a_name_that_two_files_have_retracts_neither(
+    casparian: Casparian, source: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    casparian.run("source", "add", str(other))
+    casparian.run("publish", casparian.plugin("rows", ROWS), "--version", "1.0.0")
+    for folder in (source, other):
+        (folder / "a.txt").write_text(f"{folder.name}\n")
+    casparian.run("scan", "--drain")
+    both = sorted([source.name, other.name])
+    assert "absolute path" in casparian.err("retract", "a.txt", code=1)
+    assert asked(casparian) == both
+    casparian.run("retract", str(other / "a.txt"))
+    assert asked(casparian) == [source.name]
+    casparian.run("retract", "--undo", "other/a.txt")
+    assert asked(casparian) == both
+    holds(casparian)
