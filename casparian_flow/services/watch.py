@@ -147,7 +147,8 @@ class Watch:
         self.last[root.name] = report
         self._scan_starts[root.id] = start
         watcher = self._watchers[root.id]
-        recheck = watcher.confirm(report.unheard, report.too_deep)
+        confirm = partial(watcher.confirm, report.unheard, report.too_deep)
+        recheck = await run_in_thread(self._stop, confirm)  # it may read /proc, and wait
         now = time.monotonic()
         rest = max(self._interval(watcher.state, recheck), REST_FACTOR * (now - started))
         self._next_scans[root.id] = now + rest

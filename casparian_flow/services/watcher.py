@@ -134,7 +134,7 @@ class Watcher:
         Returns:
             Whether the root should be scanned again soon, to be certain.
         """
-        watched = self._inodes()
+        watched = self._inodes() if unheard else None
         still = unheard - watched if watched is not None else set()
         lost = still & self._suspects
         self._suspects = still
