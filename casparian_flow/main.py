@@ -33,7 +33,7 @@ from casparian_flow.engine.worker_client import Worker
 from casparian_flow.errors import CasparianError, ExitCode, LedgerLost, leave
 from casparian_flow.security import sandbox
 from casparian_flow.services import architect, inventory, snapshots
-from casparian_flow.services import outputs as retract
+from casparian_flow.services.outputs import roll_forward
 from casparian_flow.services.scout import Scrubber
 from casparian_flow.services.watch import Watch
 
@@ -132,7 +132,7 @@ async def _begin(settings: Settings, ledger: Ledger) -> tuple[int, list[str]]:
             "restore a backup, then: casparian verify   (docs/disaster.md)",
         )
     adopted = await asyncio.to_thread(inventory.take, settings, ledger)
-    await asyncio.to_thread(retract.roll_forward, ledger)
+    await asyncio.to_thread(roll_forward, ledger)
     guests = settings.database.guests_folder
     ending = await asyncio.to_thread(endings.read_ending, guests)
     begin = partial(dispatch.begin_epoch, limits=settings.jobs, ending=ending, guests_folder=guests)
