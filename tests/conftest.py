@@ -15,6 +15,7 @@ from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.engine import control
+from tests import hangs
 from tests.disks import in_memory
 
 
@@ -30,11 +31,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     item.add_marker(pytest.mark.slow)
 
 
+def time_limit(item: pytest.Item) -> float:
+    """Seconds after which pytest ends the process of a test."""
+    return float(item.config.getini("faulthandler_timeout"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with hangs.told(item.nodeid, time_limit(item), item.config.stash[SHOWN]):
+        return (yield)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Bound the teardown of a test that failed too: pytest stops its clock at a failure."""
-    limit = float(item.config.getini("faulthandler_timeout"))
-    faulthandler.dump_traceback_later(limit, exit=True, file=item.config.stash[SHOWN])
+    limit, file = time_limit(item), item.config.stash[SHOWN]
+    faulthandler.dump_traceback_later(limit, exit=True, file=file)
 
 
 @pytest.fixture(scope="session", autouse=True)
