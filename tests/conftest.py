@@ -32,21 +32,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def time_limit(item: pytest.Item) -> float:
-    """Seconds after which pytest ends the process of a test."""
+    """Seconds after which pytest ends the process of a test; 0: never."""
     return float(item.config.getini("faulthandler_timeout"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    with hangs.told(item.nodeid, time_limit(item), item.config.stash[SHOWN]):
+    if not (limit := time_limit(item)):
+        return (yield)
+    with hangs.told(item.nodeid, limit, item.config.stash[SHOWN]):
         return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """Bound the teardown of a test that failed too: pytest stops its clock at a failure."""
-    limit, file = time_limit(item), item.config.stash[SHOWN]
-    faulthandler.dump_traceback_later(limit, exit=True, file=file)
+    if limit := time_limit(item):
+        file = item.config.stash[SHOWN]
+        faulthandler.dump_traceback_later(limit, exit=True, file=file)
 
 
 @pytest.fixture(scope="session", autouse=True)
