@@ -24,6 +24,7 @@ import stat
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 SLACK_BYTES = 64 << 20
 """Allowance for what uv writes besides packages, mostly metadata of the index."""
 SYNC = ("pip", "sync", "--quiet", "--require-hashes", "--no-build")
+LOOK_SECONDS = 0.05
+"""How often one looks whether another has built the environment."""
 
 
 class EnvironmentStore:
@@ -51,7 +54,7 @@ class EnvironmentStore:
         root: such as `config.cache_folder() / "envs"`; may be deleted while no guest runs.
         limit_bytes: size of all environments; the least recently used are removed, never a leased
             one.
-        given_up: polled during a build; True cancels it.
+        given_up: polled during a build, also another's; True cancels it, or the wait.
         one_limit_bytes: size limit of one environment.
     """
 
@@ -87,8 +90,9 @@ class EnvironmentStore:
                 undo.callback(os.close, descriptor)
                 # Going from the exclusive to the shared lock is not atomic: it may be removed.
                 while not in_use(folder, descriptor):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                    if not marker(folder).exists():
+                    if not locked(descriptor, fcntl.LOCK_EX):
+                        self._wait(descriptor)
+                    elif not marker(folder).exists():
                         build(folder, lock, descriptor, self._given_up, self._one_limit_bytes)
                         evict(self._root, self._limit_bytes)
                 undo.pop_all()
@@ -98,6 +102,17 @@ class EnvironmentStore:
                 "make sure the folder is writable and its disk has room",
             ) from error
         return Lease(folder, descriptor)
+
+    def _wait(self, descriptor: int) -> None:
+        """Wait a moment without a lock, so that another may build.
+
+        Who waited for the exclusive lock itself, and was not the first to get it, would wait as
+        long as the first one uses what it built.
+        """
+        if self._given_up():
+            raise Unavailable("the wait for an environment was ended, since its job was aborted")
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        time.sleep(LOOK_SECONDS)
 
 
 class Lease:
@@ -146,9 +161,19 @@ def open_lock(folder: Path) -> int:
     return os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
+def locked(descriptor: int, kind: int) -> bool:
+    """Take a lock of this kind, if it can be had now."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def in_use(folder: Path, descriptor: int) -> bool:
     """Take the shared lock and record the use; False if the environment is not complete."""
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if not locked(descriptor, fcntl.LOCK_SH):
+        return False
     try:
         os.utime(marker(folder))
     except FileNotFoundError:
@@ -258,9 +283,7 @@ def evict(root: Path, limit_bytes: int) -> None:
 def remove(folder: Path) -> bool:
     """Remove an environment; False if it is locked (in use, being built or removed)."""
     with os.fdopen(open_lock(folder)) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locked(lock.fileno(), fcntl.LOCK_EX):
             return False
         # The marker first and durably, so that no partial environment has one.
         marker(folder).unlink(missing_ok=True)

@@ -16,7 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from casparian_flow.engine.environments import EnvironmentStore, marker, size_bytes
+from casparian_flow.engine import environments
+from casparian_flow.engine.environments import (
+    EnvironmentStore,
+    environment_key,
+    marker,
+    open_lock,
+    size_bytes,
+)
 from casparian_flow.errors import ArtifactRefused, EnvironmentFailed, Unavailable
 from tests import wheels
 
@@ -70,6 +77,38 @@ def test_an_environment_is_built_once_whoever_asks(store: EnvironmentStore, link
     shutil.rmtree(links)
     with store.lease(lock) as lease:
         assert (lease.site_packages / "small.py").is_file()
+
+
+def test_two_that_find_it_missing_at_the_same_moment_share_it(
+    store: EnvironmentStore, links: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who does not build does not wait until who does has let it go: that one may never."""
+    lock = wheels.pin(wheels.wheel(links, "small"))
+    both, firsts, real = threading.Barrier(2), iter(range(2)), environments.in_use
+
+    def in_use(folder: Path, descriptor: int) -> bool:
+        found = real(folder, descriptor)
+        if next(firsts, None) is not None:
+            both.wait(60)
+        return found
+
+    monkeypatch.setattr(environments, "in_use", in_use)
+    with ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(lambda _: store.lease(lock), range(2))
+    with one, other:
+        assert one.site_packages == other.site_packages
+        assert (one.site_packages / "small.py").is_file()
+
+
+def test_a_wait_for_a_build_ends_with_its_job(tmp_path: Path, links: Path) -> None:
+    lock = wheels.pin(wheels.wheel(links, "small"))
+    store = EnvironmentStore(tmp_path / "envs", PLENTY, given_up=lambda: True)
+    store._root.mkdir(mode=0o700)
+    descriptor = open_lock(store._root / environment_key(lock))
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(Unavailable, match="aborted"):
+        store.lease(lock)
+    os.close(descriptor)
 
 
 def test_fifty_plugins_with_one_lock_share_an_environment(
