@@ -8,6 +8,7 @@ module reads environment variables. docs/configuration.md explains the keys to u
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -50,18 +51,17 @@ class ScanSettings(Section, frozen=True):
     """Limit of bytes read for that, per second."""
 
 
-class SnapshotSettings(Section, frozen=True):
-    """Which versions' bytes are kept; docs/snapshots.md says what each mode costs."""
+class StoreSettings(Section, frozen=True):
+    """Whether the bytes of versions are kept, and how many; docs/store.md says what that costs."""
 
-    mode: Literal["off", "reflink", "copy"] = "reflink"
-    """`reflink` shares a file's blocks if the filesystem can, which needs no space, and keeps
-    nothing otherwise; `copy` copies then; `off` keeps nothing."""
+    keep: bool = True
+    """Keep the bytes of each version that a scan records."""
 
     copy_limit_bytes: Count = 256 << 20
-    """A larger file is never copied: it has a snapshot only if blocks can be shared."""
+    """A larger file is never copied: its bytes are kept only if blocks can be shared."""
 
-    keep_bytes: Count = 32 << 30
-    """Size of the store. Contents without an unfinished job are evicted, longest unseen first."""
+    keep_bytes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Size of the store; 0: a tenth of the disk that is free without it, at most 32 GiB."""
 
 
 class WorkerSettings(Section, frozen=True):
@@ -258,8 +258,8 @@ class DatabaseSettings(Section, frozen=True):
     db_location: str = "casparian_flow.sqlite3"
     """Path of the SQLite database; created and migrated on first use."""
 
-    snapshots: SnapshotSettings = SnapshotSettings()
-    """The table `[snapshots]` (not a key of this one), since a scan gets only this object."""
+    store: StoreSettings = StoreSettings()
+    """The table `[store]` (not a key of this one), since a scan gets only this object."""
 
     mssql: MssqlSettings = MssqlSettings()
     """The table `[mssql]`, for the same reason."""
@@ -295,13 +295,14 @@ class DatabaseSettings(Section, frozen=True):
         return self.state_folder / f"{self.path.name}.stage"
 
     @property
-    def snapshots_folder(self) -> Path:
-        """This database's snapshot store (`services.snapshots`)."""
-        return self.state_folder / "snapshots" / self.path.name
+    def store_folder(self) -> Path:
+        """The bytes of this ledger's versions (`engine.contents`)."""
+        return self.state_folder / "store" / self.path.name
 
-    def snapshot(self, content_hash: str) -> Path:
-        """Path of a content in the snapshot store."""
-        return self.snapshots_folder / content_hash[:2] / content_hash
+    @property
+    def earlier_store_folder(self) -> Path:
+        """Where it was when its contents were called snapshots; the ledger's migration moves it."""
+        return self.state_folder / "snapshots" / self.path.name
 
     @property
     def control_socket(self) -> Path:
@@ -323,7 +324,7 @@ class Settings(Section, frozen=True):
 
     database: DatabaseSettings = DatabaseSettings()
     scan: ScanSettings = ScanSettings()
-    snapshots: SnapshotSettings = SnapshotSettings()
+    store: StoreSettings = StoreSettings()
     workers: WorkerSettings = WorkerSettings()
     jobs: JobSettings = JobSettings()
     guest: GuestSettings = GuestSettings()
@@ -359,9 +360,10 @@ def load(path: str | None = None) -> Settings:
         raise ConfigError(f"{file} is not valid TOML: {error}", "fix that line") from error
     try:
         inner = raw.get("database")
-        for table, field in ((raw, "home"), (inner, "snapshots"), (inner, "mssql")):
+        for table, field in ((raw, "home"), (inner, "store"), (inner, "mssql")):
             if isinstance(table, dict) and field in table:
                 raise msgspec.ValidationError(f"Object contains unknown field `{field}`")
+        _refuse_snapshots(raw, file)
         checked = msgspec.convert(raw, Settings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{file}: {error}", "docs/configuration.md lists every key") from error
@@ -376,9 +378,28 @@ def load(path: str | None = None) -> Settings:
             "choose another folder in [database] db_location",
         ) from error
     mssql = _mssql(checked.mssql)
-    database = DatabaseSettings(db_location=location, snapshots=checked.snapshots, mssql=mssql)
+    database = DatabaseSettings(db_location=location, store=checked.store, mssql=mssql)
     return msgspec.structs.replace(
         checked, home=home, database=database, mssql=mssql, azure=_azure(checked.azure, file)
+    )
+
+
+def _refuse_snapshots(raw: dict[str, Any], file: Path) -> None:
+    """Say what to write in place of the table of earlier releases, which had three modes.
+
+    Raises:
+        ConfigError: the file has it.
+    """
+    old = raw.get("snapshots")
+    if old is None:
+        return
+    known = old if isinstance(old, dict) else {}
+    new = {"keep": known.get("mode") != "off"}
+    new |= {key: known[key] for key in ("copy_limit_bytes", "keep_bytes") if key in known}
+    lines = ", ".join(f"{key} = {json.dumps(value, default=str)}" for key, value in new.items())
+    raise ConfigError(
+        f"{file}: the table [snapshots] is [store] now, and `mode` is `keep`",
+        f"replace it by [store] with {lines}   (docs/store.md)",
     )
 
 

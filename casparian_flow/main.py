@@ -25,14 +25,14 @@ from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import integrity, outputs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.engine import canary, dispatch, endings, sinks
+from casparian_flow.engine import canary, contents, dispatch, endings, sinks
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import ledger_tag
 from casparian_flow.engine.sentinel import INPROC, Sentinel
 from casparian_flow.engine.worker_client import Worker
 from casparian_flow.errors import CasparianError, ExitCode, LedgerLost, leave
 from casparian_flow.security import sandbox
-from casparian_flow.services import architect, inventory, snapshots
+from casparian_flow.services import architect, inventory, store_upkeep
 from casparian_flow.services.outputs import roll_forward
 from casparian_flow.services.scout import Scrubber
 from casparian_flow.services.watch import Watch
@@ -183,10 +183,12 @@ def _grace(settings: Settings, ledger: Ledger) -> float:
 
 
 def _sweep(settings: Settings, ledger: Ledger) -> None:
-    """Remove what a dead daemon left: guests' folders, unreferenced snapshots, and stages that were
-    not decided."""
-    with contextlib.suppress(OSError):
-        snapshots.sweep(ledger)
+    """Remove what a dead daemon left: guests' folders, bytes in the store that no row names, and
+    stages that were not decided."""
+    try:
+        store_upkeep.sweep(ledger)
+    except contents.FAULTS as error:
+        log.warning("the store cannot be swept: %s", contents.words(error))
     trees.clear_away(settings.database.guests_folder)
     crashpoint("main.guests_swept")
     needed = {staged.stage for _, _, staged in ledger.read(outputs.unpublished)}

@@ -78,8 +78,13 @@ class Assignment(Record, frozen=True):
     size_bytes: int
     timeout_seconds: float
     outputs: list[OutputPlan]
-    snapshot: str = ""
-    """Absolute path of the version's bytes in the snapshot store; empty if there are none."""
+    kept_file: str = ""
+    """Absolute path of the version's bytes in the store; empty if they are not in a file there."""
+    kept_row: int = 0
+    """Row of a small version's bytes in the store; 0 if they are in none."""
+    kept_bytes: bytes | None = None
+    """What that row has; empty if it cannot be read. The Sentinel fills it in, so that a Worker
+    opens no database."""
     may_be_empty: list[str] = []
     """Data topics that may get no row although the file gives rejects."""
 

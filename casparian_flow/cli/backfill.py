@@ -41,7 +41,7 @@ def backfill(
 ) -> None:
     """Queue jobs for versions recorded before the plugin was published.
 
-    Includes older versions of files whose content is still there, in the file or as a snapshot. The
+    Includes older versions of files whose content is still there, in the file or in the store. The
     new rows are added to the existing ones; in mode replace they replace the rows of an older
     version of the file or of the plugin.
     """
@@ -63,7 +63,7 @@ def _report(plugin: str, done: Backfill, *, dry_run: bool) -> None:
     if done.bytes_gone:
         context.say(
             f"{counted(done.bytes_gone, 'version')} skipped, since the content is gone: the "
-            "file has changed or was deleted, and no snapshot was kept (docs/snapshots.md)"
+            "file has changed or was deleted, and the store does not have it (docs/store.md)"
         )
     if done.retracted:
         context.say(

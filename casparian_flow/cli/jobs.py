@@ -199,7 +199,7 @@ def retry(
 ) -> None:
     """Queue failed or aborted jobs again.
 
-    Their attempts start from zero again. Superseded jobs too, if their version has a snapshot.
+    Their attempts start from zero again. Superseded jobs too, if the store has their bytes.
     """
     from casparian_flow.services import jobs
 

@@ -50,12 +50,12 @@ def forget(ctx: typer.Context, name: Name) -> None:
 def restore(ctx: typer.Context, name: Name) -> None:
     """Make an output again that was deleted or changed in its sink.
 
-    Queues its job again. The file or a snapshot must still have the version's content.
+    Queues its job again. The store or the file must still have the version's content.
     """
     from casparian_flow.services import outputs
 
-    with context.opened(ctx) as (settings, ledger):
-        queued = outputs.restore(ledger, settings, name)
+    with context.opened(ctx) as (_, ledger):
+        queued = outputs.restore(ledger, name)
     context.say(f"{counted(len(queued), 'job')} queued")
 
 

@@ -1,4 +1,4 @@
-"""Commands that only read: status, files, versions, verify, audit; and backup."""
+"""Commands that only read: status, files, versions, cat, verify, audit; and backup."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _print_status(found: dict[str, Any]) -> None:
     context.say(f"sandbox   {_sandbox(found['sandbox'], found['held_by'])}")
     if found["refused"]:
         context.say(f"network   refused: {_counted(found['refused'])}")
-    context.say(f"snapshots {_snapshots(found['snapshots'])}")
+    context.say(f"store     {_store(found['store'])}")
     counts = ", ".join(f"{n:,} {s}" for s, n in sorted(found["jobs"].items()))
     context.say(f"jobs      {counts or 'none'}")
     context.say(f"output    {context.amount(found['rows'], found['rejects']) or 'none'}")
@@ -93,29 +93,29 @@ def _sandbox(mode: str, held_by: str) -> str:
     )
 
 
-def _snapshots(store: dict[str, Any]) -> str:
-    """The mode, what the store holds, and the sources whose contents are not kept."""
-    words = [store["mode"]]
-    if number := store["snapshots"]:
-        size = f"{store['bytes']:,} of {store['keep_bytes']:,} bytes"
-        words.append(f"{counted(number, 'content')} kept ({size})")
-    if number := store["unprotected_jobs"]:
-        words.append(f"{counted(number, 'unfinished job')} without a snapshot")
-    sources = store["sources"] or {"this filesystem": store["shares"]}
-    for shares, said in _KEPT.get(store["mode"], {}).items():
-        if names := ", ".join(name for name, found in sources.items() if found is shares):
-            words.append(said.format(names))
+def _store(found: dict[str, Any]) -> str:
+    """What share of the versions has its bytes, what the store holds, what it could not take."""
+    versions, kept = found["versions"], found["kept_versions"]
+    share = f"{kept:,} of {counted(versions, 'version')} ({_share(kept, versions)})"
+    words = [f"the bytes of {share}"]
+    if not found["keep"]:
+        words.insert(0, "OFF ([store] keep = false)")
+    words.append(
+        f"{counted(found['contents'], 'content')} kept "
+        f"({found['bytes']:,} of {found['limit']:,} bytes)"
+    )
+    if number := found["evicted_versions"]:
+        words.append(f"{counted(number, 'version')} evicted")
+    if number := found["unprotected_jobs"]:
+        words.append(f"{counted(number, 'unfinished job')} without kept bytes")
+    if found["fault"]:
+        words.append(f"PAUSED: {found['fault']}")
     return "; ".join(words)
 
 
-_KEPT: dict[str, dict[bool | None, str]] = {
-    "reflink": {
-        False: 'none kept for {} (no reflinks there); mode = "copy" in [snapshots] keeps them',
-        None: "unknown for {} (no file there can be read)",
-    },
-    "copy": {None: "unknown for {} (no file there can be read)"},
-}
-"""Mode -> whether a filesystem has reflinks -> what to say of its sources."""
+def _share(part: int, whole: int) -> str:
+    """A share in per cent; 100 only where it is all."""
+    return f"{100 if part == whole else min(99.9, 100 * part / whole):.3g} %"
 
 
 def _counted(refused: dict[str, int]) -> str:
@@ -186,7 +186,8 @@ def versions(
 ) -> None:
     """List every version of a file.
 
-    A version is one content that the file has had. Each is listed with its jobs.
+    A version is one content that the file has had. Each is listed with its jobs, and with what
+    became of its bytes in the store: kept, evicted, or not kept. `casparian cat` prints them.
     """
     from casparian_flow.db import routing, views
     from casparian_flow.errors import NotFound
@@ -201,15 +202,47 @@ def versions(
         )
     if not rows:
         raise NotFound(f"no file is known as {path}", "casparian files   (or: casparian scan)")
-    columns = "source rel_path version current content_hash size_bytes detected_at jobs"
+    columns = "source rel_path version current content_hash size_bytes bytes detected_at jobs"
     context.listing(rows, as_json, columns, "")
 
 
+def cat(
+    ctx: typer.Context,
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="The file, as SOURCE/path or as a path from here."),
+    ],
+    version: Annotated[
+        int | None,
+        typer.Option(
+            "--version", min=1, metavar="N", help="As in `casparian versions`; default: current."
+        ),
+    ] = None,
+) -> None:
+    """Print the bytes of a version.
+
+    They come from the store, else from the file if it still has them, and are checked before the
+    first byte is printed. Exits with 1 if neither has them, and with 66 if there is no such
+    version; then nothing is printed.
+    """
+    import shutil
+    import sys
+
+    from casparian_flow.services import store_upkeep
+
+    with context.opened(ctx) as (_, ledger):
+        wanted = store_upkeep.find_version(ledger, path, version)
+        with store_upkeep.opened(ledger, wanted) as content:
+            shutil.copyfileobj(content, sys.stdout.buffer, 1 << 20)
+            sys.stdout.buffer.flush()
+
+
 def verify(ctx: typer.Context, as_json: AsJson = False) -> None:
-    """Check the ledger, and every output and snapshot in it.
+    """Check the ledger, every output in it, and the store.
 
     Checks the ledger against its audit, the signatures of plugins, every output in its sink, and
-    every snapshot. Names each row that was changed, inserted or deleted outside Casparian Flow.
+    every byte in the store. Names each row that was changed, inserted or deleted outside Casparian
+    Flow.
     Exits with 1 if anything is wrong.
     """
     from dataclasses import asdict

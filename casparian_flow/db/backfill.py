@@ -26,7 +26,7 @@ CHUNK = 5_000
 _VERSIONS = """
 SELECT v.id, l.path,
        (v.id = l.current_version_id AND l.gone_at IS NULL)
-         OR EXISTS (SELECT 1 FROM cf_snapshot s WHERE s.content_hash = v.content_hash) AS kept,
+         OR EXISTS (SELECT 1 FROM cf_kept_content k WHERE k.content_hash = v.content_hash) AS kept,
        EXISTS (SELECT 1 FROM cf_processing_queue j
                WHERE j.file_version_id = v.id AND j.plugin_id = p.id) AS own,
        EXISTS (SELECT 1 FROM cf_processing_queue j
@@ -78,8 +78,8 @@ class Backfill(NamedTuple):
     routed: int = 0
     """Versions that the rules bring to the plugin."""
     bytes_gone: int = 0
-    """Versions that cannot be worked any more: their file has other bytes or is gone, and they have
-    no snapshot."""
+    """Versions that cannot be worked any more: their file has other bytes or is gone, and the store
+    does not have theirs."""
     worked: int = 0
     """Versions that another version of the plugin has worked or failed at, and that were not to be
     redone."""

@@ -355,6 +355,6 @@ def sizes(connection: Connection) -> dict[str, int]:
         "jobs": "SELECT count(*) FROM cf_processing_queue",
         "attempts": "SELECT count(*) FROM cf_attempt",
         "audit rows": "SELECT count(*) FROM cf_audit",
-        "snapshots": "SELECT count(*) FROM cf_snapshot",
+        "kept contents": "SELECT count(*) FROM cf_kept_content",
     }
     return {name: connection.execute(text(query)).scalar_one() for name, query in tables.items()}

@@ -20,7 +20,7 @@
     supersede      RUNNING          SUPERSEDED  (id, fence)           the version's bytes are gone
     abort          QUEUED, RUNNING  ABORTED     id                    a user asked
     retry          FAILED, ABORTED  QUEUED      id                    a user asked
-                   SUPERSEDED       QUEUED      id, a snapshot        a user asked
+                   SUPERSEDED       QUEUED      id, its bytes kept    a user asked
     revive         SUPERSEDED       QUEUED      version id            a scan found its bytes again
     restore        COMPLETED        QUEUED      id                    a user asked; its outputs are
                                                                       out of their sinks
@@ -326,7 +326,8 @@ def abort(connection: Connection, job_ids: Sequence[int], who: str) -> list[int]
 
 
 def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
-    """Queue failed, aborted and, with a snapshot, superseded jobs; their attempts count from 0."""
+    """Queue failed and aborted jobs, and superseded ones whose bytes the store has; their attempts
+    count from 0."""
     return returned_ids(
         connection,
         f"""
@@ -334,7 +335,8 @@ def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
         SET {_AFRESH}
         WHERE id IN (SELECT value FROM json_each(:job_ids))
           AND (status IN ('FAILED', 'ABORTED') OR status = 'SUPERSEDED' AND EXISTS (
-              SELECT 1 FROM cf_file_version v JOIN cf_snapshot s ON s.content_hash = v.content_hash
+              SELECT 1 FROM cf_file_version v
+              JOIN cf_kept_content k ON k.content_hash = v.content_hash
               WHERE v.id = file_version_id))
         RETURNING id
         """,  # noqa: S608
@@ -397,13 +399,13 @@ def describe(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
                CAST(p.manifest AS BLOB) AS manifest,  -- text may be damaged
                v.id AS version_id, v.ordinal, v.content_hash, v.size_bytes,
                l.path, l.rel_path, r.name AS source, r.path AS root_path,
-               s.content_hash AS snapshot
+               k.id AS kept_id, k.in_file AS kept_in_file
         FROM cf_processing_queue j
         JOIN cf_plugin p ON p.id = j.plugin_id
         JOIN cf_file_version v ON v.id = j.file_version_id
         JOIN cf_file_location l ON l.id = v.location_id
         JOIN cf_source_root r ON r.id = l.source_root_id
-        LEFT JOIN cf_snapshot s ON s.content_hash = v.content_hash
+        LEFT JOIN cf_kept_content k ON k.content_hash = v.content_hash
         WHERE j.id IN (SELECT value FROM json_each(:job_ids))
         ORDER BY j.priority DESC, j.id
         """,

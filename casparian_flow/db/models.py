@@ -599,31 +599,47 @@ class Output(Base):
     where an earlier release planned it, which had only mode append."""
 
 
-class Snapshot(Base):
-    """A content whose bytes the snapshot store has."""
+class KeptContent(Base):
+    """A content whose bytes the store has, durably."""
 
-    __tablename__ = "cf_snapshot"
+    __tablename__ = "cf_kept_content"
     __table_args__ = (
         CheckConstraint("length(content_hash) = 64", name="content_hash"),
         CheckConstraint("size_bytes >= 0", name="size_bytes"),
+        {"sqlite_autoincrement": True},
     )
 
-    content_hash: Mapped[str] = mapped_column(primary_key=True)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    """Goes up with the time at which contents came, and is never given twice. The number of a small
+    content's row in the store."""
+    content_hash: Mapped[str] = mapped_column(unique=True)
     """SHA-256, hexadecimal; any number of versions may have this content."""
     size_bytes: Mapped[int]
-    kept_at: Mapped[datetime] = mapped_column(index=True)
-    """When a scan last captured this content."""
+    in_file: Mapped[bool]
+    """The store has it as a file of its own, not as a row."""
+    kept_at: Mapped[datetime]
 
 
-class SnapshotFault(Base):
-    """Why the store could not take a content; a single row."""
+class EvictedContent(Base):
+    """A content whose bytes the store had, and gave up for others."""
 
-    __tablename__ = "cf_snapshot_fault"
+    __tablename__ = "cf_evicted_content"
+
+    content_hash: Mapped[str] = mapped_column(primary_key=True)
+    evicted_at: Mapped[datetime]
+
+
+class StoreState(Base):
+    """What the store holds in all, and why it could not take a content; a single row."""
+
+    __tablename__ = "cf_store"
     __table_args__ = (CheckConstraint("id = 1", name="single"),)
 
     id: Mapped[int] = mapped_column(primary_key=True)
-    words: Mapped[str]
-    """Empty where it took the last ones."""
-    files: Mapped[int]
-    """Contents recorded without a snapshot since the store last took one."""
+    contents: Mapped[int]
+    bytes: Mapped[int]
+    fault: Mapped[str]
+    """Why the last contents were not taken; empty where they were."""
+    missed: Mapped[int]
+    """Contents recorded without their bytes since then."""
     since: Mapped[datetime]

@@ -182,7 +182,7 @@ SELECT o.output_key, o.topic, o.location, o.target, o.rows, o.digest, o.job_id, 
        v.content_hash,
        o.output_key IN (SELECT output_key FROM cf_forgotten_output) AS forgotten,
        o.output_key IN ({RETRACTED}) AS retracted, o.output_key IN ({REPLACED}) AS replaced,
-       v.content_hash IN (SELECT content_hash FROM cf_snapshot) AS kept
+       v.content_hash IN (SELECT content_hash FROM cf_kept_content) AS kept
 FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
 JOIN cf_file_version v ON v.id = j.file_version_id
 JOIN cf_file_location l ON l.id = v.location_id

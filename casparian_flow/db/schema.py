@@ -278,6 +278,7 @@ def _version(connection: sqlite3.Connection, database: DatabaseSettings) -> int:
 
 def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:
     _enter_wal(connection, database)
+    _move_store(database)
     for number, (name, script) in enumerate(_scripts()):
         connection.begin_writing()
         # Another process may have applied it while we waited for the gate.
@@ -292,6 +293,18 @@ def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:
         crashpoint("schema.migration_written")
         connection.commit()
         crashpoint("schema.migrated")
+
+
+def _move_store(database: DatabaseSettings) -> None:
+    """Bring the contents that earlier releases kept to the place where they are looked for now."""
+    old, new = database.earlier_store_folder, database.store_folder
+    if old.is_dir() and not new.exists():
+        durable.make_folder(new.parent, mode=0o700)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            old.rename(new)
+        crashpoint("schema.store_moved")
+        durable.fsync_path(new.parent)
+        durable.fsync_path(old.parent)
 
 
 def _enter_wal(connection: LedgerConnection, database: DatabaseSettings) -> None:

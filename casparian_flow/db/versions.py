@@ -63,6 +63,8 @@ class LocationState(NamedTuple):
     version_id: int | None
     content_hash: str | None
     problem: str
+    kept: bool
+    """Whether the store has the bytes of the current version."""
 
 
 class Sighting(NamedTuple):
@@ -131,8 +133,9 @@ def child_directories(connection: Connection, root_id: int, path: bytes) -> list
 
 _KNOWN = """
 SELECT l.path, l.id, l.device, l.inode, l.size_bytes, l.mtime_ns, l.ctime_ns, l.racy, l.gone_at,
-       l.current_version_id, v.content_hash, l.problem
+       l.current_version_id, v.content_hash, l.problem, k.id IS NOT NULL
 FROM cf_file_location l LEFT JOIN cf_file_version v ON v.id = l.current_version_id
+LEFT JOIN cf_kept_content k ON k.content_hash = v.content_hash
 WHERE l.source_root_id = ? AND l.path IN ({marks})
 """
 
@@ -147,7 +150,7 @@ def known(
         row[0]: LocationState(
             row[1],
             None if row[2] is None else Stat._make(row[2:7]),
-            bool(row[7]), row[8] is None, row[9], row[10], row[11],
+            bool(row[7]), row[8] is None, row[9], row[10], row[11], bool(row[12]),
         )
         for row in rows
     }  # fmt: skip

@@ -314,11 +314,15 @@ def versions(connection: Connection, root_id: int, path: bytes, rel_path: str) -
         SELECT r.name AS source, l.rel_path, v.ordinal AS version, v.id AS version_id,
                v.content_hash, v.size_bytes, v.detected_at,
                v.id = l.current_version_id AS current, l.gone_at,
+               CASE WHEN k.id IS NOT NULL THEN 'kept' WHEN e.evicted_at IS NOT NULL THEN 'evicted'
+                    ELSE 'not kept' END AS bytes,
                (SELECT group_concat('#' || j.id || ' ' || j.plugin_name || ' ' || j.status, ', ')
                 FROM cf_processing_queue j WHERE j.file_version_id = v.id) AS jobs
         FROM cf_file_location l
         JOIN cf_source_root r ON r.id = l.source_root_id
         JOIN cf_file_version v ON v.location_id = l.id
+        LEFT JOIN cf_kept_content k ON k.content_hash = v.content_hash
+        LEFT JOIN cf_evicted_content e ON e.content_hash = v.content_hash
         WHERE l.source_root_id = :root_id AND (l.path = :path OR l.rel_path = :rel_path)
         ORDER BY l.id, v.ordinal
         """,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import os
 import random
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from sqlalchemy import Connection
 
 from casparian_flow import sink_uri
@@ -19,7 +21,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, jobs, plugins, trust
 from casparian_flow.db.jobs import AttemptResult, add_attempts, counted_attempts
 from casparian_flow.db.models import Plugin
-from casparian_flow.engine import endings, sinks
+from casparian_flow.engine import contents, endings, sinks
 from casparian_flow.engine.endings import Ending
 from casparian_flow.errors import (
     CasparianError,
@@ -30,6 +32,8 @@ from casparian_flow.errors import (
     PluginFailed,
 )
 from casparian_flow.protocol import Artifact, Assignment, OutputPlan, Pair, Receipt
+
+log = logging.getLogger(__name__)
 
 
 class Dispatcher:
@@ -44,6 +48,7 @@ class Dispatcher:
         self._settings = settings
         self._epoch = epoch
         self._tag = ledger_tag(settings.database.path)
+        self._small = contents.SmallContents(settings.database.store_folder)
 
     def claim(
         self, connection: Connection, worker: str, limit: int, paused: frozenset[str]
@@ -115,9 +120,39 @@ class Dispatcher:
             size_bytes=job.size_bytes,
             timeout_seconds=min(manifest.timeout_seconds or ceiling, ceiling),
             outputs=outputs,
-            snapshot=str(self._settings.database.snapshot(job.snapshot)) if job.snapshot else "",
+            kept_file=self._kept_file(job.content_hash) if job.kept_in_file else "",
+            kept_row=job.kept_id if job.kept_id and not job.kept_in_file else 0,
             may_be_empty=empty,
         )
+
+    def _kept_file(self, content_hash: str) -> str:
+        return str(contents.content_file(self._settings.database.store_folder, content_hash))
+
+    def with_bytes(self, assignments: list[Assignment]) -> list[Assignment]:
+        """The assignments, with the small contents that the store has as rows.
+
+        They travel with the assignment: 29 of 2 KB cost 1.5 us each here and less than 1 us on the
+        way, against 7 us each for a Worker that has the store open, and 48 us for one that opens
+        it. Called outside the transaction of the claim, which must not wait for the store.
+        """
+        rows = [job.kept_row for job in assignments if job.kept_row]
+        if not rows:
+            return assignments
+        try:
+            found = self._small.read_all(rows)
+        except contents.FAULTS as error:
+            log.warning("cannot read the store %s: %s", self._small.path, contents.words(error))
+            found = {}
+        return [
+            msgspec.structs.replace(job, kept_bytes=found.get(job.kept_row, b""))
+            if job.kept_row
+            else job
+            for job in assignments
+        ]
+
+    def close(self) -> None:
+        """Close the store."""
+        self._small.close()
 
     def _plan(self, job: Any, topic: str, uri: str, mode: str, topics: Sequence[str]) -> OutputPlan:
         uri, own_mode = sink_uri.read(uri)  # users also write options into the table

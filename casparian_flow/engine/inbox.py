@@ -38,12 +38,12 @@ def place(path: bytes, inbox: Path, name: bytes, expected_hash: str, *, link: bo
     """Copy a version's bytes to `inbox/<name>`, read-only, replacing an earlier file.
 
     Args:
-        path: the location's file, or the version's snapshot; absolute.
+        path: the location's file, or the store's; absolute.
         inbox: the guest's inbox; it must exist.
         name: the file's name without a folder.
         expected_hash: SHA-256 of the version, hexadecimal.
-        link: hard link instead of copying if blocks cannot be shared. For large snapshots only: it
-            changes the ctime.
+        link: hard link instead of copying if blocks cannot be shared. For large files of the store
+            only: it changes the ctime.
 
     Raises:
         Superseded: the file is missing, is not a regular file, or has other bytes.
@@ -60,6 +60,27 @@ def place(path: bytes, inbox: Path, name: bytes, expected_hash: str, *, link: bo
             clear(target)
             raise
         return target
+
+
+def place_bytes(content: bytes, inbox: Path, name: bytes) -> Path:
+    """Write a version's bytes to `inbox/<name>`, as `place` does.
+
+    Raises:
+        Unavailable: the inbox cannot be written.
+    """
+    target = inbox / os.fsdecode(name)
+    with io_faults(f"cannot write to {inbox}"):
+        clear(target)
+        try:
+            with open(target, "xb", buffering=0) as file:
+                os.fchmod(file.fileno(), 0o400)
+                rest = memoryview(content)
+                while rest:
+                    rest = rest[file.write(rest) or 0 :]
+        except BaseException:
+            clear(target)
+            raise
+    return target
 
 
 def clear(target: Path) -> None:
@@ -185,8 +206,8 @@ def io_faults(what: str) -> Iterator[None]:
         raise Unavailable(f"{what}: {error.strerror or error}") from error
 
 
-class BadSnapshot(Exception):
-    """A version's snapshot is missing, damaged or unreadable; the original file may be usable."""
+class StoreFault(Exception):
+    """The store's bytes of a version are missing, damaged or unreadable; its file may have them."""
 
 
 @contextlib.contextmanager
@@ -208,31 +229,42 @@ def placed(job: Assignment, folder: Path, copy_limit: int) -> Iterator[FileInfo]
 
     Args:
         folder: the guest's inbox.
-        copy_limit: larger files are not copied: the snapshot is linked into the inbox, or the file
+        copy_limit: larger files are not copied: the store's is linked into the inbox, or the file
             is read in place, which the caller has checked with `proved`.
 
     Raises:
-        BadSnapshot: the job's snapshot cannot be used; the plugin has not run.
+        StoreFault: the store's bytes cannot be used; the plugin has not run.
         Superseded, Unavailable: as `place`.
     """
     name = job.path.rpartition(b"/")[2]
     large = job.size_bytes > copy_limit
-    if large and not job.snapshot:
+    if large and not is_kept(job):
         yield _file(job, Path(os.fsdecode(job.path)))
         _expect(job, hash_file(job.path))  # it may have changed during the run
         return
-    path = os.fsencode(job.snapshot) or job.path
-    try:
-        file = place(path, folder, name, job.content_hash, link=large)
-    except (Superseded, Unavailable) as error:
-        if job.snapshot:
-            raise BadSnapshot(error.message) from error
-        raise
+    if job.kept_bytes is not None:
+        digest = hashlib.sha256(job.kept_bytes).hexdigest()
+        if digest != job.content_hash:
+            raise StoreFault(f"row {job.kept_row} is {digest[:12]}, not {job.content_hash[:12]}")
+        file = place_bytes(job.kept_bytes, folder, name)
+    else:
+        path = os.fsencode(job.kept_file) or job.path
+        try:
+            file = place(path, folder, name, job.content_hash, link=large)
+        except (Superseded, Unavailable) as error:
+            if job.kept_file:
+                raise StoreFault(error.message) from error
+            raise
     crashpoint("runner.file_placed")
     try:
         yield _file(job, file)
     finally:
         clear(file)
+
+
+def is_kept(job: Assignment) -> bool:
+    """Whether the store has the version's bytes, as far as the ledger knows."""
+    return bool(job.kept_file) or job.kept_bytes is not None
 
 
 def _expect(job: Assignment, content_hash: str) -> None:

@@ -30,7 +30,7 @@ from casparian_flow.engine.attempt import printable
 from casparian_flow.engine.batches import Rejects
 from casparian_flow.engine.bridge import MESSAGE_LIMIT, Guest
 from casparian_flow.engine.environments import EnvironmentStore, Lease, bundle
-from casparian_flow.engine.inbox import BadSnapshot, placed, proved
+from casparian_flow.engine.inbox import StoreFault, is_kept, placed, proved
 from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.errors import (
@@ -232,15 +232,16 @@ class Runner:
         ran.log = _with_notes(ran.log, ran.stages)
 
     def _run(self, job: Assignment, artifact: Artifact) -> list[Stage]:
-        """Stage a job's output; use the original file if its snapshot is unusable."""
+        """Stage a job's output; use the file itself if the store's bytes are unusable."""
         try:
             return self._run_placed(job, artifact)
-        except BadSnapshot as fault:
-            log.warning("job %d cannot use its snapshot: %s", job.job_id, fault)
+        except StoreFault as fault:
+            log.warning("job %d cannot use the bytes in the store: %s", job.job_id, fault)
             try:
-                return self._run_placed(msgspec.structs.replace(job, snapshot=""), artifact)
+                unkept = msgspec.structs.replace(job, kept_file="", kept_bytes=None)
+                return self._run_placed(unkept, artifact)
             except Superseded as error:
-                message = f"{error.message}; its snapshot cannot be used either: {fault}"
+                message = f"{error.message}; the store's cannot be used either: {fault}"
                 raise Superseded(message, error.hint) from error
 
     def _run_placed(self, job: Assignment, artifact: Artifact) -> list[Stage]:
@@ -273,7 +274,7 @@ class Runner:
         A large file gets a guest of its own, since a sandbox cannot be widened later. Its modules
         can read the file, so the file is checked before.
         """
-        if job.snapshot or job.size_bytes <= self._limits.copy_limit_bytes:
+        if is_kept(job) or job.size_bytes <= self._limits.copy_limit_bytes:
             yield self._seat(artifact)
             return
         with proved(job) as file:

@@ -163,6 +163,7 @@ class Sentinel:
         """Close the socket, after `run` was cancelled."""
         self._socket.close()
         self._handshake.close()
+        self._dispatcher.close()
         for endpoint in self._keys:
             wire.key_file(endpoint).unlink(missing_ok=True)
 
@@ -292,6 +293,7 @@ class Sentinel:
         assignments = await self._ledger.write_soon(claim) if ready else []
         if not assignments:
             return
+        assignments = await asyncio.to_thread(self._dispatcher.with_bytes, assignments)
         crashpoint("sentinel.claimed")
         peer.free = 0
         peer.held.update((job.job_id, job.fence) for job in assignments)

@@ -25,7 +25,7 @@ def retry(
 ) -> int:
     """Queue failed or aborted jobs again, with a fresh budget of attempts; how many.
 
-    Superseded ones too, where the snapshot store has their version's bytes.
+    Superseded ones too, where the store has their version's bytes.
 
     Args:
         job_ids: None means every FAILED one whose failure is open.
@@ -34,11 +34,11 @@ def retry(
 
     Raises:
         NotFound: no job has one of these ids.
-        CasparianError: some are neither, and have no snapshot; the others were queued.
+        CasparianError: some are neither, nor are their bytes kept; the others were queued.
     """
     if job_ids is None:
         job_ids = ledger.read(lambda c: failures.job_ids(c, failures.OPEN, plugin, path))
-    wanted = "FAILED or ABORTED, or SUPERSEDED with a snapshot of the version,"
+    wanted = "FAILED or ABORTED, or SUPERSEDED with their version's bytes in the store,"
     return _change(ledger, "retry", queue.retry, job_ids, f"{wanted} can be retried")
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, delete, insert, text, update
 
-from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
@@ -34,6 +33,7 @@ from casparian_flow.db.routing import resolve_argument
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim
 from casparian_flow.errors import CasparianError, NotFound
+from casparian_flow.services import store_upkeep
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def forget(ledger: Ledger, name: str) -> list[str]:
     return [row.target for row in lost]
 
 
-def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
+def restore(ledger: Ledger, name: str) -> list[int]:
     """Make outputs that were deleted or altered again from their versions; the jobs queued.
 
         withdraw    each sink removes what is left of its outputs; asking twice is asking once
@@ -89,13 +89,13 @@ def restore(ledger: Ledger, settings: Settings, name: str) -> list[int]:
     Raises:
         NotFound: no published output has that name.
         CasparianError: the sink holds it whole, its job is at work, or the version's bytes are
-            neither in its snapshot nor in its file any more; nothing was changed. Or another
+            neither in the store nor in its file any more; nothing was changed. Or another
             command has moved its job meanwhile; nothing was queued.
         SinkConflict: an altered file stands in its place.
     """
     broken = _broken(ledger, _named(ledger, name), name)
     for row in broken:
-        _check_bytes(row, settings)
+        _check_bytes(row, ledger)
     for row in broken:
         sinks.open_sink(row.location, ledger.database).withdraw(claim(row))
     crashpoint("outputs.withdrawn")
@@ -176,8 +176,8 @@ def claim(row: Any) -> Claim:
     )  # fmt: skip
 
 
-def _check_bytes(row: Any, settings: Settings) -> None:
-    """Return if the bytes of the output's version are still there: in its snapshot or its file.
+def _check_bytes(row: Any, ledger: Ledger) -> None:
+    """Return if the bytes of the output's version are still there: in the store or its file.
 
     Raises:
         CasparianError: why not.
@@ -188,14 +188,14 @@ def _check_bytes(row: Any, settings: Settings) -> None:
             "completed jobs can be restored",
             f"casparian jobs show {row.job_id}",
         )
-    if row.kept and _digest(settings.database.snapshot(row.content_hash)) == row.content_hash:
+    if row.kept and store_upkeep.has_whole(ledger, row.content_hash):
         return
     found = _digest(os.path.join(os.fsencode(row.root_path), row.path))
     if found != row.content_hash:
         raise CasparianError(
             f"{row.rel_path} {'has changed' if found else 'was deleted'} since version "
-            f"{row.ordinal}, and no intact snapshot has the content that job {row.job_id} "
-            "read; nothing was changed",
+            f"{row.ordinal}, and the store does not have the content that job "
+            f"{row.job_id} read; nothing was changed",
             f"restore the file, or: casparian outputs forget {row.job_id}",
         )
 

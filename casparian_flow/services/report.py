@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 from casparian_flow import bundled, durable
 from casparian_flow.config import ScanSettings, Settings
-from casparian_flow.db import failures, jobs, outputs, snapshots, versions, views
+from casparian_flow.db import failures, jobs, kept, outputs, versions, views
 from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.models import PAUSED, JobStatus
 from casparian_flow.db.plugins import EARLIER_FORM, in_earlier_form
 from casparian_flow.db.routing import compile_pattern
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, NotFound, counted
-from casparian_flow.services import snapshots as snapshot_store
+from casparian_flow.services import store_upkeep
 from casparian_flow.services.walk import BUILT_IN_IGNORES
 
 WRITTEN = 20
@@ -54,7 +54,7 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         "still_written_in_all": ledger.read(versions.count_unsettled),
         "unrouted": ledger.read(views.count_unrouted),
         "scrub": _scrub(settings),
-        "snapshots": snapshot_store.report(ledger),
+        "store": store_upkeep.report(ledger),
         "sandbox": settings.guest.sandbox,
         "held_by": ledger.read(views.last_sandbox),
         "jobs": counts(ledger),
@@ -177,7 +177,7 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
         found += unrouted(ledger)
     if of_jobs:
         found += _advise_jobs(ledger, tally, daemon is not None)
-    found += _advise_snapshots(settings, ledger, tally.get("SUPERSEDED", 0))
+    found += _advise_store(settings, ledger, tally.get("SUPERSEDED", 0))
     return found
 
 
@@ -258,18 +258,18 @@ def _dangers(settings: Settings) -> Iterator[Advice]:
         )
 
 
-def _advise_snapshots(settings: Settings, ledger: Ledger, superseded: int) -> Iterator[Advice]:
-    if fault := ledger.read(snapshots.fault):
-        words = f"{counted(fault.files, 'version')} recorded without a snapshot: {fault.words}"
-        yield Advice(words, "free some disk space   (docs/snapshots.md)")
-    if superseded and settings.snapshots.mode != "copy":
+def _advise_store(settings: Settings, ledger: Ledger, superseded: int) -> Iterator[Advice]:
+    state = ledger.read(kept.state)
+    if state.fault and settings.store.keep:
+        words = f"{counted(state.missed, 'version')} recorded without their bytes: {state.fault}"
+        command = "free some disk space; keeping resumes by itself   (docs/store.md)"
+        yield Advice(words, command)
+    if superseded and not settings.store.keep:
         words = (
             f"{counted(superseded, 'job')} superseded: the file changed or was deleted "
             "before the job ran"
         )
-        command = (
-            'mode = "copy" in [snapshots] keeps the content of such files   (docs/snapshots.md)'
-        )
+        command = "keep = true in [store] keeps the content of such files   (docs/store.md)"
         yield Advice(words, command, wrong=False)
 
 

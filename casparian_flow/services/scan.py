@@ -28,7 +28,7 @@ from casparian_flow.db.audit import Event
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import LocationState, PresentLocation, Sighting, Stat
 from casparian_flow.services import walk
-from casparian_flow.services.snapshots import NOTHING, Capture, Store
+from casparian_flow.services.store import NOTHING, Capture, Store
 from casparian_flow.services.walk import Ignore, Listing
 
 BATCH_FILES = 1000
@@ -68,8 +68,8 @@ def scan(
         LedgerError: the ledger could not be written; finished batches stay recorded.
     """
     vanished = Vanished(root, full=only is None, believe=believe)
-    with contextlib.closing(Store(ledger.database)) as snapshots:
-        scan_of = _Scan(ledger, root, stop or threading.Event(), heard, vanished, snapshots)
+    with contextlib.closing(Store(ledger)) as store:
+        scan_of = _Scan(ledger, root, stop or threading.Event(), heard, vanished, store)
         return scan_of.run(only)
 
 
@@ -83,14 +83,14 @@ class _Scan:
         stop: threading.Event,
         heard: Heard | None,
         vanished: Vanished,
-        snapshots: Store,
+        store: Store,
     ) -> None:
         self.ledger = ledger
         self.root = root
         self.stop = stop
         self.heard = heard
         self.vanished = vanished
-        self.snapshots = snapshots
+        self.store = store
         self.report = ScanReport(root.name)
         self.started = time.time()
         self._sightings: dict[bytes, Sighting] = {}
@@ -230,8 +230,8 @@ class _Scan:
             return False
         try:
             content = hash_and_capture(
-                name, listing.descriptor, self.stop, self.snapshots, stat,
-                known.content_hash if known and same else None,
+                name, listing.descriptor, self.stop, self.store,
+                known.content_hash if known and same and known.kept else None,
             )  # fmt: skip
         except FileNotFoundError:
             return False
@@ -319,7 +319,8 @@ class _Scan:
 
     def _flush_if_due(self) -> None:
         late = time.monotonic() - self._flushed > BATCH_SECONDS
-        if len(self._sightings) >= BATCH_FILES or (self._sightings and late):
+        full = len(self._sightings) >= BATCH_FILES or self.store.is_full
+        if full or (self._sightings and late):
             self._flush()
 
     def _flush(self) -> None:
@@ -341,11 +342,11 @@ class _Scan:
             versions.keep_invalidated(
                 connection, self.root.id, [path for path, digest in folders if digest]
             )
-            pending.add_references(connection)
+            placed.record(connection)
             crashpoint("scan.batch_written")
             return recorded
 
-        with self.snapshots.placing() as pending:
+        with self.store.placing() as placed:
             recorded = self._write(work)
             crashpoint("scan.batch_committed")
         self.report.versions += recorded.versions
@@ -638,24 +639,24 @@ def hash_file(
 
 
 def hash_and_capture(
-    name: bytes, folder: int, stop: threading.Event, store: Store, stat: Stat, racy: str | None
+    name: bytes, folder: int, stop: threading.Event, store: Store, kept: str | None
 ) -> tuple[str, Stat] | None:
-    """`hash_file` that also captures the bytes for the snapshot store.
+    """`hash_file` that also captures the bytes for the store.
 
     Args:
         store: the store, which may be switched off.
-        stat: the stat of the file.
-        racy: the recorded hash of a file that is read again only for its recent timestamps. It has
-            seldom changed, so it is captured only if it has, which reads it twice.
+        kept: the recorded hash of a file that is read again only for its recent timestamps, and
+            whose bytes the store has. It has seldom changed, so it is captured only if it has,
+            which reads it twice.
 
     Returns, Raises:
         As `hash_file`.
     """
-    if racy and store.holds(racy):
+    if kept:
         content = hash_file(name, folder, stop)
-        if content is None or content[0] == racy:
+        if content is None or content[0] == kept:
             return content
-    with store.capture(stat.size, stat.device) as capture:
+    with store.capture() as capture:
         content = hash_file(name, folder, stop, capture=capture)
         if content:
             capture.keep(content[0])

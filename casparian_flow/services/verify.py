@@ -1,4 +1,4 @@
-"""Check the ledger against its own rules, its audit, its signatures, its sinks and snapshots."""
+"""Check the ledger against its own rules, its audit, its signatures, its sinks and the store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from casparian_flow.db import found as found_outputs
 from casparian_flow.db.access import Ledger, driver
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import Claim
-from casparian_flow.services import snapshots
+from casparian_flow.services import store_upkeep
 
 Claims = dict[str, list[Claim]]
 """Location of a sink -> the outputs that the ledger expects there."""
@@ -34,7 +34,7 @@ class Verdict:
 
 
 def verify(settings: Settings, ledger: Ledger) -> Verdict:
-    """Check everything. Reads every byte of every published file and snapshot; changes nothing.
+    """Check everything. Reads every byte of every published file and of the store; changes nothing.
 
     It may run beside a daemon: it checks what the ledger had when it began. A damaged ledger is
     read as far as it can be.
@@ -49,7 +49,7 @@ def verify(settings: Settings, ledger: Ledger) -> Verdict:
     verdict.checked["rows"] = sum(claim.rows for group in claims.values() for claim in group)
     for location, group in claims.items():
         verdict.problems += _check_sink(ledger, location, group)
-    verdict.problems += snapshots.problems(ledger)
+    verdict.problems += store_upkeep.problems(ledger)
     return verdict
 
 
