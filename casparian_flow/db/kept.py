@@ -114,18 +114,21 @@ def _count(connection: Connection, contents: int, size: int) -> None:
     execute(connection, query, contents=contents, size=size)
 
 
-def evictable(connection: Connection, excess: int) -> array[int]:
+def evictable(connection: Connection, excess: int, outdated: Iterable[str] = ()) -> array[int]:
     """Numbers of contents to evict, so that `excess` bytes become free, or as many as may.
 
     Contents that are no file's current one come first, then the others, the oldest first. Those
     that an unfinished job needs are never among them.
+
+    Args:
+        outdated: current contents of files for which other ones are about to be recorded.
     """
     query = f"""
         SELECT id, size_bytes FROM cf_kept_content WHERE content_hash NOT IN ({_NEEDED})
-        ORDER BY content_hash IN ({_CURRENT}), id
+        ORDER BY content_hash IN ({_CURRENT}) AND content_hash NOT IN {_LISTED}, id
         """  # noqa: S608
     chosen = array("q")
-    rows = connection.exec_driver_sql(query)
+    rows = execute(connection, query, listed=list(outdated))
     for number, size in rows:
         if excess <= 0:
             break

@@ -63,8 +63,8 @@ class LocationState(NamedTuple):
     version_id: int | None
     content_hash: str | None
     problem: str
-    kept: bool
-    """Whether the store has the bytes of the current version."""
+    captured: bool
+    """Whether the store has the bytes of the current version, or had them."""
 
 
 class Sighting(NamedTuple):
@@ -133,9 +133,11 @@ def child_directories(connection: Connection, root_id: int, path: bytes) -> list
 
 _KNOWN = """
 SELECT l.path, l.id, l.device, l.inode, l.size_bytes, l.mtime_ns, l.ctime_ns, l.racy, l.gone_at,
-       l.current_version_id, v.content_hash, l.problem, k.id IS NOT NULL
+       l.current_version_id, v.content_hash, l.problem,
+       k.id IS NOT NULL OR e.evicted_at IS NOT NULL
 FROM cf_file_location l LEFT JOIN cf_file_version v ON v.id = l.current_version_id
 LEFT JOIN cf_kept_content k ON k.content_hash = v.content_hash
+LEFT JOIN cf_evicted_content e ON e.content_hash = v.content_hash
 WHERE l.source_root_id = ? AND l.path IN ({marks})
 """
 

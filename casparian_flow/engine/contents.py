@@ -132,7 +132,7 @@ class SmallContents:
         """Give the room of deleted contents back to the disk."""
         connection = self._opened()
         if connection is not None:
-            connection.execute("PRAGMA incremental_vacuum").fetchall()
+            connection.executescript("PRAGMA incremental_vacuum")  # `execute` makes one step of it
 
     def _opened(self, *, create: bool = False) -> sqlite3.Connection | None:
         """The connection; None where there is no file."""

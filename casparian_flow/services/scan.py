@@ -231,7 +231,7 @@ class _Scan:
         try:
             content = hash_and_capture(
                 name, listing.descriptor, self.stop, self.store,
-                known.content_hash if known and same and known.kept else None,
+                known.content_hash if known and same and known.captured else None,
             )  # fmt: skip
         except FileNotFoundError:
             return False
@@ -245,6 +245,8 @@ class _Scan:
         crashpoint("scan.hashed")
         digest, looked = content
         racy = is_racy(looked, self.started)
+        if known and known.content_hash and known.content_hash != digest:
+            self.store.outdated.add(known.content_hash)
         compared = known.version_id if known else None
         self._sightings[path] = Sighting(path, listing.path, looked, digest, racy, compared)
         return not racy
@@ -622,7 +624,7 @@ def hash_file(
         if not S_ISREG(status.st_mode):
             return None
         before = Stat.of(status)
-        content = capture.begin(file)
+        content = capture.begin(file, status)
         digest = hashlib.sha256()
         length = 0
         # A file that grows as fast as it is read has no end.
@@ -639,28 +641,31 @@ def hash_file(
 
 
 def hash_and_capture(
-    name: bytes, folder: int, stop: threading.Event, store: Store, kept: str | None
+    name: bytes, folder: int, stop: threading.Event, store: Store, captured: str | None
 ) -> tuple[str, Stat] | None:
     """`hash_file` that also captures the bytes for the store.
 
     Args:
         store: the store, which may be switched off.
-        kept: the recorded hash of a file that is read again only for its recent timestamps, and
-            whose bytes the store has. It has seldom changed, so it is captured only if it has,
-            which reads it twice.
+        captured: the recorded hash of a file that is read again only for its recent timestamps,
+            and whose bytes the store has or had. It has seldom changed, so it is captured only if
+            it has, which reads it twice.
 
     Returns, Raises:
         As `hash_file`.
     """
-    if kept:
+    if captured:
         content = hash_file(name, folder, stop)
-        if content is None or content[0] == kept:
+        if content is None or content[0] == captured:
             return content
-    with store.capture() as capture:
+    capture = store.capture()
+    try:
         content = hash_file(name, folder, stop, capture=capture)
         if content:
             capture.keep(content[0])
-        return content
+    finally:
+        capture.close()
+    return content
 
 
 def newest_stamp(stat: Stat, now_ns: int) -> int:

@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import FileIO
@@ -69,8 +69,12 @@ CANNOT_SHARE = (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS)
 class Capture:
     """Takes a file's bytes while they are hashed. This one takes nothing."""
 
-    def begin(self, source: FileIO) -> FileIO:
-        """The file to read and hash: `source` or its clone."""
+    def begin(self, source: FileIO, status: os.stat_result) -> FileIO:
+        """The file to read and hash: `source` or its clone.
+
+        Args:
+            status: of `source`.
+        """
         return source
 
     def write(self, block: bytes) -> None:
@@ -98,8 +102,7 @@ class _Taking(Capture):
         self._file: FileIO | None = None
         self._shared = False
 
-    def begin(self, source: FileIO) -> FileIO:
-        status = os.fstat(source.fileno())
+    def begin(self, source: FileIO, status: os.stat_result) -> FileIO:
         if not self._store.takes_more():
             return source
         if status.st_size <= SMALL_BYTES:
@@ -166,6 +169,7 @@ class Store:
         self._ledger = ledger
         self._database = ledger.database
         self._folder = self._database.store_folder
+        self._keeps = self._database.store.keep
         self._small = SmallContents(self._folder)
         self._scratch = contextlib.ExitStack()
         self._own: Path | None = None
@@ -184,6 +188,8 @@ class Store:
         self.small_bytes = 0
         self.files: dict[str, tuple[Path, int]] = {}
         """Content hash -> temporary file and size of a large one."""
+        self.outdated: set[str] = set()
+        """Contents that files had before those that `placing` comes with."""
 
     def close(self) -> None:
         """Delete captured contents that were not placed."""
@@ -195,11 +201,9 @@ class Store:
         """Whether the captured contents should be placed soon."""
         return self.small_bytes >= BATCH_BYTES
 
-    @contextlib.contextmanager
-    def capture(self) -> Iterator[Capture]:
-        """Capture a file's bytes while the block reads it; without a `keep`, they are dropped."""
-        with contextlib.closing(_Taking(self) if self._database.store.keep else NOTHING) as capture:
-            yield capture
+    def capture(self) -> Capture:
+        """Capture one file's bytes; the caller closes it."""
+        return _Taking(self) if self._keeps else NOTHING
 
     def takes_more(self) -> bool:
         """Whether the scan may go on capturing: what it has placed would have to make room."""
@@ -249,13 +253,14 @@ class Store:
         """
         small, files = self.small, self.files
         self.small, self.files, self.small_bytes = {}, {}, 0
+        outdated, self.outdated = self.outdated, set()
         placed: list[Content] = []
         with contextlib.ExitStack() as stack:
             if small or files:
                 try:
                     _make_folders(self._folder)
                     stack.enter_context(exclusive(self._folder / "lock"))
-                    placed = self._place(small, files)
+                    placed = self._place(small, files, outdated)
                 except FAULTS as error:
                     self.failed(words(error), len(small) + len(files))
             batch = PlacedContents(placed, self._fault, self._missed)
@@ -263,7 +268,12 @@ class Store:
             yield batch
             crashpoint("store.recorded")
 
-    def _place(self, small: dict[str, bytes], files: dict[str, tuple[Path, int]]) -> list[Content]:
+    def _place(
+        self,
+        small: dict[str, bytes],
+        files: dict[str, tuple[Path, int]],
+        outdated: set[str],
+    ) -> list[Content]:
         """Put those that the store lacks into it, as far as there is room."""
 
         def look(connection: Connection) -> tuple[set[str], int]:
@@ -275,7 +285,7 @@ class Store:
             if digest in known and _size(content_file(self._folder, digest)) == size:
                 file.unlink()
                 del files[digest]
-        self._fit(small, files)
+        self._fit(small, files, outdated)
         number = max(last, self._small.last() if small or files else 0)
         rows = [
             (number + n, digest, content) for n, (digest, content) in enumerate(small.items(), 1)
@@ -293,7 +303,12 @@ class Store:
         self._placed += sum(content.size_bytes for content in placed)
         return placed
 
-    def _fit(self, small: dict[str, bytes], files: dict[str, tuple[Path, int]]) -> None:
+    def _fit(
+        self,
+        small: dict[str, bytes],
+        files: dict[str, tuple[Path, int]],
+        outdated: set[str],
+    ) -> None:
         """Evict what may go, and drop captured contents for which there is no room even so."""
         sizes = {digest: size for digest, (_, size) in files.items()}
         sizes |= {digest: len(content) for digest, content in small.items()}
@@ -301,7 +316,7 @@ class Store:
         self._limit = limit = budget(self._database, held)
         excess = held + sum(sizes.values()) - limit
         if excess > 0:
-            excess -= evict(self._ledger, self._small, excess + limit // SLACK)
+            excess -= evict(self._ledger, self._small, excess + limit // SLACK, outdated)
         dropped = 0
         while excess > 0 and sizes:
             digest, size = sizes.popitem()
@@ -312,8 +327,8 @@ class Store:
                 file[0].unlink()
         if dropped:
             self.failed(
-                f"the store is full ({limit} bytes, [store] keep_bytes), and unfinished jobs need "
-                "all of it",
+                f"the store is full ({limit} bytes, [store] keep_bytes) of contents that "
+                "unfinished jobs need, or that came with these",
                 dropped,
             )
         if small and not _has_room(self._folder, sum(map(len, small.values()))):
@@ -380,16 +395,21 @@ def budget(database: DatabaseSettings, held: int) -> int:
     if database.store.keep_bytes:
         return database.store.keep_bytes
     folder = database.store_folder
-    disk = os.statvfs(folder if folder.exists() else database.state_folder)
+    while not folder.exists():
+        folder = folder.parent
+    disk = os.statvfs(folder)
     return min(LARGEST_BYTES, (disk.f_bavail * disk.f_frsize + held) // 10)
 
 
-def evict(ledger: Ledger, small: SmallContents, excess: int) -> int:
+def evict(ledger: Ledger, small: SmallContents, excess: int, outdated: Collection[str] = ()) -> int:
     """Evict contents of so many bytes, as far as they may go; the bytes that became free.
 
     The caller holds the store's lock.
+
+    Args:
+        outdated: as for `kept.evictable`.
     """
-    chosen = ledger.read(partial(kept.evictable, excess=excess))
+    chosen = ledger.read(partial(kept.evictable, excess=excess, outdated=outdated))
     freed = 0
     for start in range(0, len(chosen), CHUNK):
         numbers = chosen[start : start + CHUNK]
