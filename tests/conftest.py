@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,6 +94,11 @@ def write_config(folder: Path, extra: str = "") -> Settings:
         f"[jobs]\nretry_seconds = 0.1\n[workers]\ncount = 2\n{POLICY}{extra}"
     )
     return config.load(str(file))
+
+
+def take_bytes_away(settings: Settings) -> None:
+    """Empty the store: from the next start of the daemon on, jobs read the files themselves."""
+    shutil.rmtree(settings.database.store_folder)
 
 
 @pytest.fixture

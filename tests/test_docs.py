@@ -47,7 +47,7 @@ def snippets(page: Path, language: str) -> list[str]:
 def test_every_setting_stands_with_its_default() -> None:
     rows = re.findall(r"^\| `(\w+\.\w+)` \| `([^`]+)` \|", read("configuration.md"), re.MULTILINE)
     sections = msgspec.to_builtins(Settings(), enc_hook=str)
-    del sections["home"], sections["database"]["snapshots"], sections["database"]["mssql"]
+    del sections["home"], sections["database"]["store"], sections["database"]["mssql"]
     defaults = {f"{s}.{k}": json.dumps(v) for s, keys in sections.items() for k, v in keys.items()}
     assert dict(rows) == defaults
 

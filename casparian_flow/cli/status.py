@@ -352,19 +352,30 @@ def backup(
     ctx: typer.Context,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="The file to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    with_bytes: Annotated[
+        bool,
+        typer.Option("--with-bytes", help="Copy the store too, to the folder TARGET.store."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Copy the ledger to a file, while the daemon may run.
 
     The copy is checked before it gets its name. It has no outputs in it: they are in their sinks.
+    The bytes of versions are in it only with --with-bytes.
     """
     from casparian_flow.services import backup as service
 
     with context.opened(ctx) as (settings, ledger):
-        made = service.make(settings, ledger, target, force=force)
+        made = service.make(settings, ledger, target, force=force, with_bytes=with_bytes)
     if as_json:
         context.document(made._asdict())
         return
     context.say(f"backup  {made.path} ({made.size_bytes:,} bytes)")
     context.say(f"holds   {tallied(made.holds)}")
+    contents = counted(made.bytes_kept, "content")
+    context.say(
+        f"bytes   {contents} in {made.store}"
+        if made.store
+        else f"bytes   none: {contents} stay in the store (--with-bytes copies them)"
+    )
     context.say(f"head    {made.head}")

@@ -424,6 +424,17 @@ def read_copy(file: Path) -> Iterator[Connection]:
         engine.dispose()
 
 
+@contextlib.contextmanager
+def write_copy(file: Path) -> Iterator[Connection]:
+    """Change a copy of a ledger that nobody else knows yet, in one transaction."""
+    engine = create_engine(URL.create("sqlite", database=str(file)))
+    try:
+        with engine.begin() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
 def _damage(error: BaseException) -> LedgerLost | None:
     """A LedgerLost where the database is damaged; None for any other error."""
     cause = getattr(error, "orig", error)

@@ -129,11 +129,11 @@ def evictable(connection: Connection, excess: int, outdated: Iterable[str] = ())
         """  # noqa: S608
     chosen = array("q")
     rows = execute(connection, query, listed=list(outdated))
-    for number, size in rows:
+    for row in rows:
         if excess <= 0:
             break
-        chosen.append(number)
-        excess -= size
+        chosen.append(row.id)
+        excess -= row.size_bytes
     rows.close()
     return chosen
 

@@ -621,6 +621,8 @@ class ScrubTarget(NamedTuple):
     stat: Stat
     version_id: int
     content_hash: str
+    captured: bool
+    """As in `LocationState`."""
 
 
 def scrub_batch(connection: Connection, root_id: int, after: int) -> list[ScrubTarget]:
@@ -629,8 +631,10 @@ def scrub_batch(connection: Connection, root_id: int, after: int) -> list[ScrubT
         text(
             """
             SELECT l.id, l.path, l.device, l.inode, l.size_bytes, l.mtime_ns, l.ctime_ns,
-                   v.id, v.content_hash
+                   v.id, v.content_hash, k.id IS NOT NULL OR e.evicted_at IS NOT NULL
             FROM cf_file_location l JOIN cf_file_version v ON v.id = l.current_version_id
+            LEFT JOIN cf_kept_content k ON k.content_hash = v.content_hash
+            LEFT JOIN cf_evicted_content e ON e.content_hash = v.content_hash
             WHERE l.source_root_id = :root_id AND l.id > :after AND l.gone_at IS NULL
               AND l.inode IS NOT NULL AND NOT l.racy
             ORDER BY l.id LIMIT :batch
@@ -638,7 +642,10 @@ def scrub_batch(connection: Connection, root_id: int, after: int) -> list[ScrubT
         ),
         {"root_id": root_id, "after": after, "batch": BATCH},
     )
-    return [ScrubTarget(row[0], row[1], Stat._make(row[2:7]), row[7], row[8]) for row in rows]
+    return [
+        ScrubTarget(row[0], row[1], Stat._make(row[2:7]), row[7], row[8], bool(row[9]))
+        for row in rows
+    ]
 
 
 def record_scrubbed(

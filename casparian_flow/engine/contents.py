@@ -145,6 +145,7 @@ class SmallContents:
             f"{self.path.as_uri()}?mode={'rwc' if create else 'rw'}", uri=True,
             timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False,
         )  # fmt: skip
+        connection.text_factory = bytes  # a content is bytes whatever somebody has written there
         try:
             if place is None:
                 os.chmod(self.path, 0o600)

@@ -1,4 +1,4 @@
-"""A backup: a copy of the ledger that is checked before it gets its name."""
+"""A backup: a copy of the ledger, and of the store if asked, checked before it gets its name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import NamedTuple
 from casparian_flow import durable
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit
+from casparian_flow.db import audit, kept
 from casparian_flow.db.access import Ledger, read_copy
+from casparian_flow.engine import contents
 from casparian_flow.errors import CasparianError, LedgerError, counted
+from casparian_flow.services import store_upkeep
 from casparian_flow.services.verify import check_ledger
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
@@ -30,39 +32,66 @@ class Backup(NamedTuple):
     """The audit's head in it, as `casparian audit verify --head` takes it."""
     holds: dict[str, int]
     """What -> how many of it."""
+    store: str
+    """The folder with the bytes of the versions; empty where they were not copied."""
+    bytes_kept: int
+    """Contents whose bytes it has; without it, whose bytes stay in the store here."""
 
 
-def make(settings: Settings, ledger: Ledger, target: str, *, force: bool = False) -> Backup:
+def make(
+    settings: Settings,
+    ledger: Ledger,
+    target: str,
+    *,
+    force: bool = False,
+    with_bytes: bool = False,
+) -> Backup:
     """Copy the ledger to `target`, while work goes on.
 
     The copy is written beside its place, checked as `casparian verify` checks the ledger itself,
     and made durable; then it gets its name. Outputs are not copied. A job that is RUNNING in the
     copy is queued again by the first daemon that starts from it.
 
+    The store is copied after the ledger. What it has evicted meanwhile is evicted in the copy too.
+
     Args:
         force: replace a file that is there.
+        with_bytes: copy the store to the folder `<target>.store` as well.
 
     Raises:
         LedgerError: the ledger is damaged, or the copy cannot be written; no backup was made.
         CasparianError: the target is taken, or cannot be written; what was there is untouched.
     """
     path = Path(os.path.abspath(target))
+    bytes_path = path.with_name(f"{path.name}.store")
     _check_target(settings, path, force)
+    if with_bytes and os.path.lexists(bytes_path) and not force:
+        raise CasparianError(
+            f"{bytes_path} already exists; it was left untouched",
+            "name another file, or use --force",
+        )
     try:
         durable.make_folder(path.parent)
         # A scan of that folder must not take the backup for a file that was dropped there.
-        durable.own(path.parent, glob.escape(path.name))
-        with _temporary(path) as made:
+        for each in (path, *([bytes_path] if with_bytes else [])):
+            durable.own(path.parent, glob.escape(each.name))
+        with _temporary(path) as made, _temporary(bytes_path) as made_bytes:
             ledger.copy(made)
             crashpoint("backup.copied")
+            if with_bytes:
+                store_upkeep.copy(ledger.database, made, made_bytes)
+                crashpoint("backup.bytes_copied")
             found = _checked(made, path)
             durable.fsync_path(made)
             crashpoint("backup.durable")
+            if with_bytes:
+                _name_folder(made_bytes, bytes_path)
+                found = found._replace(store=str(bytes_path))
             _name(made, path, force)
         crashpoint("backup.named")
-    except OSError as error:
+    except contents.FAULTS as error:
         raise CasparianError(
-            f"cannot write the backup {path}: {error.strerror}; no backup was made",
+            f"cannot write the backup {path}: {contents.words(error)}; no backup was made",
             "choose a file that you may write, on a disk with room",
         ) from error
     return found
@@ -86,11 +115,11 @@ def _temporary(path: Path) -> Iterator[Path]:
     """A name beside the target that is gone at the end, whatever happened."""
     made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        made.unlink(missing_ok=True)
+        durable.remove(made)
         yield made
     finally:
         for end in ("", "-journal"):
-            made.with_name(f"{made.name}{end}").unlink(missing_ok=True)
+            durable.remove(made.with_name(f"{made.name}{end}"))
 
 
 def _checked(made: Path, path: Path) -> Backup:
@@ -98,6 +127,7 @@ def _checked(made: Path, path: Path) -> Backup:
     with read_copy(made) as connection:
         verdict, claims = check_ledger(connection)
         head = str(audit.head(connection))
+        kept_contents = kept.state(connection).contents
     if verdict.problems:
         raise LedgerError(
             f"the ledger has {counted(len(verdict.problems), 'problem')}, first: "
@@ -105,7 +135,17 @@ def _checked(made: Path, path: Path) -> Backup:
             "casparian verify   (lists all of them; see docs/disaster.md)",
         )
     outputs = sum(map(len, claims.values()))
-    return Backup(str(path), made.stat().st_size, head, {**verdict.checked, "outputs": outputs})
+    holds = {**verdict.checked, "outputs": outputs}
+    return Backup(str(path), made.stat().st_size, head, holds, "", kept_contents)
+
+
+def _name_folder(made: Path, path: Path) -> None:
+    """Give the copied store its name; an earlier one, which `--force` replaces, goes first."""
+    durable.remove(path)
+    crashpoint("backup.store_removed")
+    os.rename(made, path)
+    durable.fsync_path(path.parent)
+    crashpoint("backup.store_named")
 
 
 def _name(made: Path, path: Path, force: bool) -> None:

@@ -12,6 +12,7 @@ hashed again at the next scan (git's racy rule). docs/detection.md says what a s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine
 from sqlalchemy.orm import Session
 
 from casparian_flow.config import ScanSettings
@@ -34,6 +35,7 @@ from casparian_flow.db.versions import ScrubTarget
 from casparian_flow.errors import LedgerError, SourceError
 from casparian_flow.services import inventory, walk
 from casparian_flow.services.scan import Root, ScanReport, hash_file, scan
+from casparian_flow.services.store import NOTHING, Store
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +128,8 @@ def roots(ledger: Ledger, names: Sequence[str] = ()) -> list[Root]:
 # A write through mmap into a page that is dirty already, a decaying disk, or a clock that was set
 # back to the tick of an earlier edit leave a file's timestamps as they were. Only reading the file
 # detects that. A scrub reads the locations in order of their ids, saves how far it has come, and
-# keeps to a number of bytes a second; scans go on beside it.
+# keeps to a number of bytes a second; scans go on beside it. What it reads and the store has never
+# had, it captures: what was recorded while keeping was paused, switched off, or not yet invented.
 
 
 LOOKS = 5
@@ -171,19 +174,26 @@ def scrub(
     Raises:
         LedgerError: the ledger could not be written; what was found before is recorded.
     """
-    return _Scrub(ledger, root, stop or threading.Event(), bytes_per_second).run(anew)
+    with contextlib.closing(Store(ledger)) as store:
+        return _Scrub(ledger, root, stop or threading.Event(), bytes_per_second, store).run(anew)
 
 
 class _Scrub:
     """The state of one scrub of one root."""
 
     def __init__(
-        self, ledger: Ledger, root: Root, stop: threading.Event, bytes_per_second: float | None
+        self,
+        ledger: Ledger,
+        root: Root,
+        stop: threading.Event,
+        bytes_per_second: float | None,
+        store: Store,
     ) -> None:
         self.ledger = ledger
         self.root = root
         self.stop = stop
         self.bytes_per_second = bytes_per_second
+        self.store = store
         self.report = ScrubReport(root.name)
 
     def run(self, anew: bool) -> ScrubReport:
@@ -198,9 +208,12 @@ class _Scrub:
             while targets := self._next(after):
                 for target in targets:
                     self._read_again(descriptor, target)
+                    if self.store.is_full:
+                        self._place()
                     if self.stop.is_set():
                         return self.report
                     after = target.location_id
+                self._place()
                 self._note(scrub_after=after)
                 crashpoint("scrub.noted")
         finally:
@@ -242,7 +255,12 @@ class _Scrub:
         last = target.content_hash
         for _ in range(LOOKS):
             _drop_cached(name, folder)
-            content = hash_file(name, folder, self.stop, self._pace)
+            is_new = not target.captured or last != target.content_hash
+            capture = self.store.capture() if is_new else NOTHING
+            with contextlib.closing(capture):
+                content = hash_file(name, folder, self.stop, self._pace, capture)
+                if content and content[0] == last:
+                    capture.keep(last)
             if content is None or content[1] != target.stat or content[0] == target.content_hash:
                 return None
             if content[0] == last:
@@ -252,6 +270,13 @@ class _Scrub:
                 return None
         return None
 
+    def _place(self) -> None:
+        """Put what was captured of unchanged files into the store."""
+        if self.store.small or self.store.files:
+            with self.store.placing() as placed:
+                self.ledger.write(placed.record)
+                crashpoint("scrub.placed")
+
     def _pace(self, length: int) -> None:
         if self.bytes_per_second is not None:
             self.stop.wait(length / self.bytes_per_second)
@@ -259,16 +284,17 @@ class _Scrub:
     def _record(self, target: ScrubTarget, content_hash: str) -> None:
         subject = f"file {self._subject(target)}"
         routing = self.ledger.read(Routing)
-        work = partial(
-            versions.record_scrubbed,
-            root_id=self.root.id,
-            subject=subject,
-            target=target,
-            content_hash=content_hash,
-            routing=routing,
-        )
-        recorded = self.ledger.write(work)
-        crashpoint("scrub.recorded")
+
+        def work(connection: Connection) -> versions.RecordResult:
+            recorded = versions.record_scrubbed(
+                connection, self.root.id, subject, target, content_hash, routing
+            )
+            placed.record(connection)
+            return recorded
+
+        with self.store.placing() as placed:
+            recorded = self.ledger.write(work)
+            crashpoint("scrub.recorded")
         if recorded.versions:
             self.report.hidden.append(self._subject(target))
             self.report.job_ids += recorded.job_ids

@@ -351,13 +351,13 @@ class Store:
                 file.unlink()
             else:
                 fresh[file] = targets[digest]
-        _make_durable(list(fresh))
+        make_durable(list(fresh))
         crashpoint("store.fsynced")
         for file, target in fresh.items():
             file.rename(target)
             crashpoint("store.renamed")
         # After a crash, the name of an existing file may not be durable yet.
-        _make_durable(folders)
+        make_durable(folders)
         return [
             Content(number + n, digest, size, True)
             for n, (digest, (_, size)) in enumerate(files.items(), 1)
@@ -475,7 +475,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _make_durable(paths: Sequence[Path]) -> None:
+def make_durable(paths: Sequence[Path]) -> None:
     """Sync these files or folders of the store.
 
     Raises:

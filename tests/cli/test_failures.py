@@ -148,8 +148,6 @@ def test_a_drain_speaks_of_its_own_run(behaves: Casparian, source: Path) -> None
 def test_a_backfill_of_an_older_version_that_fails_is_open(
     casparian: Casparian, source: Path
 ) -> None:
-    with (casparian.folder / "global_config.toml").open("a") as file:
-        file.write('[snapshots]\nmode = "copy"\n')
     (source / "a.do").write_text("raise")
     casparian.run("scan")
     (source / "a.do").write_text("fine")

@@ -29,7 +29,7 @@ from casparian_flow.db.trust import person
 
 GOLDEN = Path(__file__).parent / "golden.txt"
 
-CONFIG = '\n[jobs]\nretry_seconds = 0.1\n[workers]\ncount = 1\n[snapshots]\nmode = "copy"\n'
+CONFIG = "\n[jobs]\nretry_seconds = 0.1\n[workers]\ncount = 1\n"
 
 ORDERS = """
 from casparian_flow.sdk import BasePlugin, PluginMetadata

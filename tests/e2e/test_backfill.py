@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from casparian_flow import config, main
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, plugins, snapshots, views
+from casparian_flow.db import jobs, kept, plugins, views
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.backfill import Backfill, Choice, backfill
 from casparian_flow.db.models import FileVersion
@@ -21,7 +21,7 @@ from casparian_flow.services.verify import verify
 from tests.commands import Casparian
 from tests.conftest import write_config
 from tests.daemons import work_off
-from tests.e2e.test_snapshots import COPY, SEES
+from tests.e2e.test_store import ROWS_SINK, SEES
 from tests.factories import add_root
 from tests.plugs import publish
 
@@ -37,7 +37,7 @@ def rows(ledger: Ledger, table: str = "seen") -> list[tuple[str, str, str]]:
 
 def recorded(tmp_path: Path, source: Path) -> Settings:
     """A file that had three contents, and one that is gone: all before there was a plugin."""
-    settings = write_config(tmp_path / "flow", COPY)
+    settings = write_config(tmp_path / "flow", ROWS_SINK)
     with open_ledger(settings.database) as ledger:
         root = add_root(ledger, source)
         (source / "b.txt").write_text("b, as it was")
@@ -93,13 +93,23 @@ def test_a_plugin_works_older_versions_on_a_word_and_redoes_on_another(
     assert asked == ["plugin sees 1.1.0", "plugin sees 1.0.0"]
 
 
+def forget(ledger: Ledger, ordinals: set[int]) -> None:
+    """Take the bytes of these versions of all files from the store, as the ledger knows it."""
+    lost = select(FileVersion.content_hash).where(FileVersion.ordinal.in_(ordinals))
+
+    def work(connection: Connection) -> None:
+        found = [kept.find(connection, each) for each in connection.execute(lost).scalars()]
+        kept.forget(connection, [content for content in found if content])
+
+    ledger.write(work)
+
+
 def test_what_has_no_bytes_any_more_and_what_waits_is_counted(tmp_path: Path, source: Path) -> None:
     settings = recorded(tmp_path, source)
     cli = Casparian(settings.home)
     with open_ledger(settings.database) as ledger:
         publish(ledger, settings, "sees", SEES, "1.0.0")
-        lost = select(FileVersion.content_hash).where(FileVersion.ordinal == 2)
-        ledger.write(lambda c: snapshots.delete(c, c.execute(lost).scalars().all()))
+        forget(ledger, {2})
         publish(ledger, settings, "sees", SEES + "\n# better\n", "1.1.0")
         done = backfill(ledger, Choice("sees", redo=True), dry_run=True)
         assert done == Backfill("1.1.0", 2, 4, bytes_gone=1, worked=0, waits=1)
@@ -154,11 +164,7 @@ def test_a_new_version_says_what_older_ones_have_worked(tmp_path: Path, source: 
         better.write_text(SEES + "\n# older\n")
         assert "older versions" not in cli.out("publish", better, "--version", "0.9")
 
-        def forget(ordinals: set[int]) -> None:
-            lost = select(FileVersion.content_hash).where(FileVersion.ordinal.in_(ordinals))
-            ledger.write(lambda c: snapshots.delete(c, c.execute(lost).scalars().all()))
-
-        forget({2})
+        forget(ledger, {2})
         better.write_text(SEES + "\n# 4\n")
         words = cli.out("publish", better, "--version", "1.2")
         assert "to process the 3 whose content is still there" in words

@@ -22,7 +22,7 @@ from casparian_flow.errors import DaemonRunning
 from casparian_flow.main import Daemon
 from casparian_flow.services import jobs as job_verbs
 from casparian_flow.services.scan import scan
-from tests.conftest import write_config
+from tests.conftest import take_bytes_away, write_config
 from tests.daemons import (
     DAEMON,
     WORK_SECONDS,
@@ -121,6 +121,7 @@ def test_bytes_that_changed_before_they_ran_are_superseded(
     for name in ("edited.txt", "deleted.txt", "kept.txt"):
         (source / name).write_text("as scanned")
     scan(ledger, root)
+    take_bytes_away(settings)
     (source / "edited.txt").write_text("something else")
     (source / "deleted.txt").unlink()
     assert work_off(settings) == {"COMPLETED": 1, "SUPERSEDED": 2}
@@ -136,6 +137,7 @@ def test_bytes_that_come_back_are_worked_after_all(
     publish(ledger, settings, "rows", ROWS, "1.0.0")
     (source / "a.txt").write_text("one")
     scan(ledger, root)
+    take_bytes_away(settings)
     source.rename(source.with_name("away"))
     assert work_off(settings) == {"SUPERSEDED": 1}
     source.with_name("away").rename(source)
@@ -234,6 +236,7 @@ def test_a_killed_worker_process_costs_nothing_but_time(
     _, alive = psutil.wait_procs(theirs, timeout=PATIENCE)
     assert theirs
     assert not alive, "a guest outlived its worker"
+    take_bytes_away(settings)
     (source / "one.do").unlink()
     assert work_off(settings) == {"SUPERSEDED": 1}
     assert attempts(ledger) == ["LOST", "SUPERSEDED"]
@@ -252,6 +255,7 @@ def test_a_stop_releases_what_runs_and_the_next_start_finishes_it(
     for n in range(30):
         (source / f"{n}.do").write_text("slow 0.05" if n else "slow 3600")
     scan(ledger, root)
+    take_bytes_away(settings)
 
     async def story() -> None:
         async with main.running(settings, "test", workers=2, watch=False) as daemon:

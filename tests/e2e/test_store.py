@@ -1,10 +1,12 @@
-"""With snapshots, every recorded version is worked, whatever became of its file since."""
+"""Every version whose bytes are kept is worked, whatever became of its file since."""
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from casparian_flow.config import Settings
 from casparian_flow.db import jobs, views
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import FileVersion
+from casparian_flow.engine import contents
 from casparian_flow.errors import CasparianError
 from casparian_flow.services import jobs as job_verbs
 from casparian_flow.services.idle import wait_until_idle
@@ -25,7 +28,9 @@ from tests.daemons import WORK_SECONDS, started, work_off
 from tests.factories import add_root
 from tests.plugs import plugin, publish
 
-COPY = '[output]\ndefault_uri = "sqlite:///rows.sqlite3"\n[snapshots]\nmode = "copy"\n'
+ROWS_SINK = '[output]\ndefault_uri = "sqlite:///rows.sqlite3"\n'
+LARGE = "." * contents.SMALL_BYTES
+"""Makes a content too large for a row of the store."""
 REWRITES = 50
 
 SEES = plugin(
@@ -50,12 +55,12 @@ def seen(settings: Settings) -> list[tuple[str, str]]:
 
 def recorded(tmp_path: Path, source: Path, extra: str = "") -> Settings:
     """Versions whose files were edited, deleted and renamed since, with a job each."""
-    settings = write_config(tmp_path / "flow", COPY + extra)
+    settings = write_config(tmp_path / "flow", ROWS_SINK + extra)
     with open_ledger(settings.database) as ledger:
         root = add_root(ledger, source)
         publish(ledger, settings, "sees", SEES, "1.0.0")
-        for name in ("edited", "deleted", "renamed"):
-            (source / f"{name}.txt").write_text(f"{name}, as it was recorded")
+        for name, content in WHOLE:
+            (source / name).write_text(content)
         scan(ledger, root)
     (source / "edited.txt").write_text("not what was recorded")
     (source / "deleted.txt").unlink()
@@ -63,7 +68,21 @@ def recorded(tmp_path: Path, source: Path, extra: str = "") -> Settings:
     return settings
 
 
-WHOLE = [(f"{n}.txt", f"{n}, as it was recorded") for n in ("deleted", "edited", "renamed")]
+WHOLE = [
+    ("deleted.txt", "deleted, as it was recorded"),
+    ("edited.txt", f"edited, as it was recorded{LARGE}"),
+    ("renamed.txt", f"renamed, as it was recorded{LARGE}"),
+]
+
+
+def damage(settings: Settings) -> None:
+    """Every content of the store, whichever form it has."""
+    folder = settings.database.store_folder
+    for file in folder.glob("??/*"):
+        file.chmod(0o600)
+        file.write_bytes(b"damaged")
+    with closing(sqlite3.connect(folder / "small.sqlite3")) as rows, rows:
+        rows.execute("UPDATE content SET bytes = 'damaged'")
 
 
 @pytest.mark.parametrize("large", ["", "[guest]\ncopy_limit_bytes = 1\n"])
@@ -78,35 +97,33 @@ def test_edited_deleted_and_renamed_since_a_job_gets_the_bytes_under_the_name_th
 
 
 @pytest.mark.parametrize("large", ["", "[guest]\ncopy_limit_bytes = 1\n"])
-def test_a_damaged_snapshot_is_named_and_its_file_used_where_that_has_the_bytes(
+def test_a_damaged_content_is_named_and_the_file_used_where_that_has_the_bytes(
     tmp_path: Path, source: Path, large: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = recorded(tmp_path, source, large)
-    (source / "edited.txt").write_text("edited, as it was recorded")
-    store = settings.database.snapshots_folder
-    for file in store.glob("??/*"):
-        file.chmod(0o600)
-        file.write_bytes(b"damaged")
+    (source / "edited.txt").write_text(WHOLE[1][1])
+    damage(settings)
     with open_ledger(settings.database) as ledger:
         assert len(verify(settings, ledger).problems) == 3
     assert work_off(settings) == {"COMPLETED": 1, "SUPERSEDED": 2}
     assert seen(settings) == [WHOLE[1]]
-    assert caplog.text.count("cannot use its snapshot") == 3
+    assert caplog.text.count("cannot use the bytes in the store") == 3
     with open_ledger(settings.database) as ledger:
         reasons = [job["reason"] for job in ledger.read(lambda c: views.jobs(c, 9, "SUPERSEDED"))]
-    assert all("its snapshot cannot be used" in words and str(store) in words for words in reasons)
+    assert all("the store's cannot be used either" in words for words in reasons)
 
 
 def test_a_superseded_job_can_be_retried_once_its_bytes_are_kept(
     tmp_path: Path, source: Path
 ) -> None:
     settings = recorded(tmp_path, source)
-    for file in settings.database.snapshots_folder.glob("??/*"):
-        file.unlink()
+    shutil.rmtree(settings.database.store_folder)
     assert work_off(settings) == {"SUPERSEDED": 3}
     with open_ledger(settings.database) as ledger:
         superseded = sorted(ledger.read(lambda c: views.job_ids(c, ["SUPERSEDED"])))
-        with pytest.raises(CasparianError, match="or SUPERSEDED with a snapshot of the version"):
+        with pytest.raises(
+            CasparianError, match="or SUPERSEDED with their version's bytes in the store"
+        ):
             job_verbs.retry(ledger, superseded)
         (second := tmp_path / "second").mkdir()
         for name, content in WHOLE:
@@ -121,7 +138,7 @@ def test_a_superseded_job_can_be_retried_once_its_bytes_are_kept(
 def test_a_file_rewritten_while_its_versions_are_worked_gives_each_version_once(
     tmp_path: Path, source: Path
 ) -> None:
-    settings = write_config(tmp_path / "flow", COPY)
+    settings = write_config(tmp_path / "flow", ROWS_SINK)
     with open_ledger(settings.database) as ledger:
         root = add_root(ledger, source)
         publish(ledger, settings, "sees", SEES, "1.0.0")

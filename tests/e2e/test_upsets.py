@@ -22,7 +22,7 @@ from casparian_flow.db.models import ProcessingJob
 from casparian_flow.services.idle import wait_until_idle
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
-from tests.conftest import write_config
+from tests.conftest import take_bytes_away, write_config
 from tests.daemons import CLI, DAEMON, WORK_SECONDS, all_done, said, start
 from tests.disks import fill, in_memory
 from tests.eventually import PATIENCE, eventually
@@ -68,6 +68,7 @@ def test_a_file_that_is_cut_while_its_plugin_reads_it_in_place_gives_nothing(
     file = source / "a.txt"
     file.write_text("as it was recorded")
     scan(ledger, root)
+    take_bytes_away(settings)
 
     async def story() -> dict[str, int]:
         async with main.running(settings, "test", workers=1, watch=False) as daemon:

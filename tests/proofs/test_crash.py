@@ -16,11 +16,13 @@ import pytest
 
 from casparian_flow import crashpoints
 from casparian_flow.crashpoints import Trap
-from casparian_flow.db import snapshots
+from casparian_flow.db import kept
 from casparian_flow.db.access import open_ledger
 from casparian_flow.durable import fsync_path
+from casparian_flow.engine.contents import SMALL_BYTES
 from casparian_flow.errors import ConfigError
-from casparian_flow.services.snapshots import MANY, problems
+from casparian_flow.services.store import MANY
+from casparian_flow.services.store_upkeep import problems
 from proofs.crash import oracle
 from proofs.crash.matrix import Matrix, Point, staged
 from proofs.crash.nursery import Nursery, Order
@@ -251,22 +253,25 @@ def test_a_power_cut_forgets_what_was_not_made_durable(tmp_path: Path) -> None:
         ground.close()
 
 
-def test_snapshots_made_durable_with_their_filesystem_outlive_a_power_cut(tmp_path: Path) -> None:
+def test_contents_made_durable_in_rows_and_with_their_filesystem_outlive_a_power_cut(
+    tmp_path: Path,
+) -> None:
     if reason := why_not():
         pytest.skip(reason)
     ground = LoopGround(tmp_path, filesystems=1)
     ground.prepare()
     try:
-        settings = write_config(ground.home, '[snapshots]\nmode = "copy"\n')
+        settings = write_config(ground.home)
         for n in range(MANY):
             (ground.inbox / f"{n}.txt").write_text(f"content {n}")
+            (ground.inbox / f"large {n}.txt").write_text(f"content {n}" * SMALL_BYTES)
         flow = Casparian(ground.home)
         flow.process("source", "add", ground.inbox, "--settle", "0")
         flow.process("scan")
         ground.cut()
         ground.power_on()
         with open_ledger(settings.database) as ledger:
-            assert len(ledger.read(snapshots.hashes)) == MANY
+            assert ledger.read(kept.state).contents == 2 * MANY
             assert list(problems(ledger)) == []
     finally:
         ground.close()

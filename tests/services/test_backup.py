@@ -16,11 +16,11 @@ from sqlalchemy import Connection, select, text
 
 from casparian_flow import main
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, jobs, plugins
+from casparian_flow.db import audit, jobs, kept, plugins
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import JobStatus, ProcessingJob
 from casparian_flow.errors import CasparianError, LedgerError
-from casparian_flow.services import backup
+from casparian_flow.services import backup, store_upkeep
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
@@ -193,10 +193,21 @@ def test_a_full_disk_keeps_the_backup_that_is_there(
     assert not [name for name in os.listdir(small_disk) if name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("place", ["backup.copied", "backup.durable"])
+PLACES = """
+    backup.copied store.chunk_copied backup.bytes_copied backup.durable backup.store_removed
+    backup.store_named
+"""
+
+
+@pytest.mark.parametrize("place", PLACES.split())
 @pytest.mark.slow_but("backup.durable")
-def test_killed_before_it_has_its_name_leaves_none(tmp_path: Path, place: str) -> None:
+def test_killed_before_it_has_its_name_leaves_none(
+    tmp_path: Path, source: Path, place: str
+) -> None:
     settings = write_config(tmp_path / "flow")
+    (source / "a").write_bytes(b"a")
+    with open_ledger(settings.database) as ledger:
+        scan(ledger, add_root(ledger, source))
     code = (
         "import os, sys\n"
         "from casparian_flow import config, crashpoints\n"
@@ -205,7 +216,7 @@ def test_killed_before_it_has_its_name_leaves_none(tmp_path: Path, place: str) -
         "crashpoints.arm(lambda name: os._exit(9) if name == sys.argv[3] else None)\n"
         "settings = config.load(sys.argv[1])\n"
         "with open_ledger(settings.database) as ledger:\n"
-        "    backup.make(settings, ledger, sys.argv[2])\n"
+        "    backup.make(settings, ledger, sys.argv[2], with_bytes=True, force=True)\n"
     )
     target = tmp_path / "copy"
     command = [sys.executable, "-c", code, str(settings.home / "global_config.toml"), str(target)]
@@ -239,3 +250,45 @@ def test_a_ledger_that_cannot_be_opened_is_not_taken_for_the_target(
         with pytest.raises(LedgerError, match="could not be copied"):
             backup.make(settings, ledger, str(tmp_path / "copy.sqlite3"))
     assert not (tmp_path / "copy.sqlite3").exists()
+
+
+def test_with_bytes_every_kept_version_can_be_printed_from_the_copy(
+    settings: Settings, ledger: Ledger, source: Path, tmp_path: Path
+) -> None:
+    root = add_root(ledger, source)
+    contents = [b"first", os.urandom(100_000), b"second", b"damaged", b""]
+    for content in contents:
+        (source / "a").write_bytes(content)
+        scan(ledger, root)
+    small = settings.database.store_folder / "small.sqlite3"
+    small.write_bytes(small.read_bytes().replace(b"damaged", b"damageD"))
+    bare = backup.make(settings, ledger, str(tmp_path / "bare"))
+    assert (bare.store, bare.bytes_kept) == ("", 5)
+    assert not (tmp_path / "bare.store").exists()
+    made = backup.make(settings, ledger, str(tmp_path / "copy"), with_bytes=True)
+    assert (made.store, made.bytes_kept) == (str(tmp_path / "copy.store"), 4)
+    with pytest.raises(CasparianError, match="already exists"):
+        backup.make(settings, ledger, str(tmp_path / "copy"), with_bytes=True)
+    backup.make(settings, ledger, str(tmp_path / "copy"), with_bytes=True, force=True)
+
+    ledger.close()
+    ledger.engine.dispose()
+    (source / "a").unlink()
+    elsewhere = write_config(tmp_path / "elsewhere")
+    with open_ledger(elsewhere.database):
+        pass
+    restore(elsewhere, Path(made.path))
+    elsewhere.database.store_folder.parent.mkdir()
+    shutil.copytree(made.store, elsewhere.database.store_folder)
+    with open_ledger(elsewhere.database) as restored:
+        for number, content in enumerate(contents, start=1):
+            version = store_upkeep.find_version(restored, "source/a", number)
+            if content == b"damaged":
+                with pytest.raises(CasparianError, match="the store does not have them"):
+                    store_upkeep.opened(restored, version).__enter__()
+            else:
+                with store_upkeep.opened(restored, version) as found:
+                    assert found.read() == content
+        assert verify(elsewhere, restored).problems == []
+        store_upkeep.sweep(restored)
+        assert restored.read(kept.state).contents == 4

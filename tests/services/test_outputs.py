@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sqlite3
 from contextlib import closing
@@ -15,12 +14,10 @@ from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.errors import CasparianError, NotFound, SinkConflict
 from casparian_flow.services import outputs
-from tests.conftest import write_config
+from tests.conftest import take_bytes_away, write_config
 from tests.daemons import work_off
 from tests.e2e.test_disaster import Flow, asked, flow, problems
 from tests.plugs import ROWS
-
-COPY = '[snapshots]\nmode = "copy"\n'
 
 __all__ = ["flow"]  # the fixture
 
@@ -51,14 +48,14 @@ def test_a_deleted_output_is_missing_then_forgotten_then_made_again_once(flow: F
         with pytest.raises(CasparianError, match="unchanged"):
             outputs.forget(ledger, job)
         with pytest.raises(CasparianError, match="unchanged"):
-            outputs.restore(ledger, flow.settings, job)
+            outputs.restore(ledger, job)
         before = flow.lines()
         take_away(flow, target)
         assert len(problems(flow, ledger)) == 1
         assert outputs.forget(ledger, job) == [target]
         assert problems(flow, ledger) == []
         assert asked(ledger, "SELECT line FROM lines") == ["b1"]
-        assert outputs.restore(ledger, flow.settings, job) == [int(job)]
+        assert outputs.restore(ledger, job) == [int(job)]
         assert work_off(flow.settings) == {"COMPLETED": 2}
         assert flow.lines() == before
         assert problems(flow, ledger) == []
@@ -67,8 +64,9 @@ def test_a_deleted_output_is_missing_then_forgotten_then_made_again_once(flow: F
         assert actions == ["restore", "forget"]
         take_away(flow, target)
         (flow.source / "a.txt").write_text("changed since")
+        take_bytes_away(flow.settings)
         with pytest.raises(CasparianError, match="has changed since version 1"):
-            outputs.restore(ledger, flow.settings, job)
+            outputs.restore(ledger, job)
         assert ledger.read(jobs.counts) == {"COMPLETED": 2}
 
 
@@ -83,7 +81,7 @@ def test_what_is_forgotten_cannot_be_forgotten_again(flow: Flow) -> None:
         with pytest.raises(CasparianError, match="already forgotten") as refused:
             outputs.forget(ledger, job)
         assert refused.value.hint == f"casparian outputs restore {job}"
-        assert outputs.restore(ledger, flow.settings, job) == [int(job)]
+        assert outputs.restore(ledger, job) == [int(job)]
         work_off(flow.settings)
         assert flow.lines() == before
 
@@ -103,7 +101,7 @@ def test_a_job_that_another_command_moved_meanwhile_is_not_restored(
 
         monkeypatch.setattr(outputs, "crashpoint", meanwhile)
         with pytest.raises(CasparianError, match=f"job {job} ") as refused:
-            outputs.restore(ledger, flow.settings, job)
+            outputs.restore(ledger, job)
         assert refused.value.hint == f"casparian jobs show {job}"
         actions = ledger.read(lambda c: [row["action"] for row in views.audit(c, 99, "output *")])
         assert actions == []
@@ -131,7 +129,7 @@ def test_an_altered_file_is_named_and_never_overwritten(flow: Flow) -> None:
         target.write_bytes(target.read_bytes()[:-1] + b"!")
         assert "its bytes have changed" in problems(flow, ledger)[0]
         with pytest.raises(SinkConflict, match="was changed"):
-            outputs.restore(ledger, flow.settings, str(target))
+            outputs.restore(ledger, str(target))
         assert target.read_bytes().endswith(b"!")
         assert ledger.read(jobs.counts) == {"COMPLETED": 1}
         with pytest.raises(NotFound):
@@ -139,24 +137,23 @@ def test_an_altered_file_is_named_and_never_overwritten(flow: Flow) -> None:
 
 
 @pytest.mark.slow
-def test_a_snapshot_is_enough_to_make_an_output_again(tmp_path: Path, source: Path) -> None:
-    flow = Flow(write_config(tmp_path / "flow", COPY), source, ROWS)
+def test_the_store_is_enough_to_make_an_output_again(tmp_path: Path, source: Path) -> None:
+    flow = Flow(write_config(tmp_path / "flow"), source, ROWS)
     with open_ledger(flow.settings.database) as ledger:
         flow.work(ledger, flow.publish(ledger), a="a1\na2", b="b1")
         job, target = of_a(ledger)
         before = flow.lines()
         take_away(flow, target)
         (flow.source / "a.txt").unlink()
-        snapshot = flow.settings.database.snapshot(hashlib.sha256(b"a1\na2").hexdigest())
-        kept = snapshot.read_bytes()
-        snapshot.chmod(0o600)
-        snapshot.write_bytes(b"damaged")
+        rows = flow.settings.database.store_folder / "small.sqlite3"
+        kept = rows.read_bytes()
+        rows.write_bytes(kept.replace(b"a1\na2", b"a1\na3"))
         with pytest.raises(
-            CasparianError, match="was deleted since version 1, and no intact snapshot"
+            CasparianError, match="was deleted since version 1, and the store does not have"
         ):
-            outputs.restore(ledger, flow.settings, job)
-        snapshot.write_bytes(kept)
-        assert outputs.restore(ledger, flow.settings, job) == [int(job)]
+            outputs.restore(ledger, job)
+        rows.write_bytes(kept)
+        assert outputs.restore(ledger, job) == [int(job)]
         assert work_off(flow.settings) == {"COMPLETED": 2}
         assert flow.lines() == before
         assert problems(flow, ledger) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import re
 import resource
@@ -11,6 +12,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +30,7 @@ from casparian_flow.engine.contents import SMALL_BYTES, content_file
 from casparian_flow.services import report, store, store_upkeep
 from casparian_flow.services import scan as scan_module
 from casparian_flow.services.scan import scan
+from casparian_flow.services.scout import scrub
 from casparian_flow.services.store_upkeep import problems, sweep
 from tests import disks
 from tests.conftest import write_config
@@ -556,3 +559,36 @@ def test_a_lowered_budget_holds_from_the_next_start(tmp_path: Path, source: Path
         assert len(hashes(ledger)) == 10
         check(settings, ledger, hashes(ledger))
     assert file.stat().st_size < before / 2
+
+
+def test_a_scrub_captures_what_was_recorded_without_its_bytes_and_what_it_finds(
+    tmp_path: Path, source: Path
+) -> None:
+    off = write_config(tmp_path / "flow", "[store]\nkeep = false\n")
+    past = time.time_ns() - 10**12
+    with open_ledger(off.database) as ledger:
+        root = add_root(ledger, source)
+        wanted = [put(source / "small", b"small"), put(source / "large", os.urandom(LARGE))]
+        for name in ("small", "large"):
+            os.utime(source / name, ns=(past, past))
+        time.sleep(0.03)  # else the stamps say that a later write may have gone unseen
+        scan(ledger, root)
+        scan(ledger, root)
+    on = write_config(tmp_path / "flow")
+    with open_ledger(on.database) as ledger:
+        scan(ledger, root)
+        check(on, ledger, [])
+        assert scrub(ledger, root).files == 2
+        check(on, ledger, wanted)
+        mapped = (source / "small").open("r+b")
+        with mapped, mmap.mmap(mapped.fileno(), 5) as pages:
+            pages[:] = b"SMALL"
+        ledger.write(lambda c: c.exec_driver_sql(
+            "UPDATE cf_file_location SET mtime_ns = ?, ctime_ns = ? WHERE path = ?",
+            (*_stamps(source / "small"), b"small")))  # fmt: skip
+        assert len(scrub(ledger, root, anew=True).hidden) == 1
+        check(on, ledger, [*wanted, hashlib.sha256(b"SMALL").hexdigest()])
+
+
+def _stamps(file: Path) -> tuple[int, int]:
+    return file.stat().st_mtime_ns, file.stat().st_ctime_ns

@@ -50,7 +50,7 @@ def test_the_path_becomes_absolute(uri: str, location: str) -> None:
         ("sqlite:///db.sqlite3?mode=append&mode=append", "mode twice"),
         ("parquet://out?", "has no option ''"),
         ("parquet://${HOME}/out", "variable"),
-        ("parquet://.casparian/snapshots", ".casparian"),
+        ("parquet://.casparian/store", ".casparian"),
         ("sqlite:///a/../.casparian/x", ".casparian"),
     ],
 )
