@@ -27,3 +27,14 @@ def tiny_files(folder: Path, count: int) -> Path:
             parent.mkdir(parents=True)
         (parent / f"file-{file:06}.txt").write_text(f"{SEED} {file}\n")
     return folder
+
+
+def random_files(folder: Path, count: int, size: int) -> Path:
+    """Write `count` files of `size` random bytes, a hundred to a folder."""
+    bytes_ = random.Random(SEED)
+    for file in range(count):
+        parent = folder / f"folder-{file // 100:04}"
+        if file % 100 == 0:
+            parent.mkdir(parents=True)
+        (parent / f"file-{file:06}.bin").write_bytes(bytes_.randbytes(size))
+    return folder
