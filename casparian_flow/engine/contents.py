@@ -102,6 +102,16 @@ class SmallContents:
         """A content; None where the file has none of this number."""
         return next(iter(self.read_all([number]).values()), None)
 
+    def intact(self, number: int, content_hash: str) -> bytes | None:
+        """A content; None where it is missing or damaged."""
+        try:
+            content = self.read(number)
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise
+            return None
+        return content if content is not None and digest_of(content) == content_hash else None
+
     def read_all(self, numbers: Iterable[int]) -> dict[int, bytes]:
         """Contents by their numbers; those that the file does not have are left out."""
         connection = self._opened()

@@ -7,9 +7,8 @@ import hashlib
 import io
 import logging
 import os
-import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -189,28 +188,22 @@ def copy(database: DatabaseSettings, ledger: Path, target: Path) -> None:
     ):
         last = 0
         while contents := kept.after(connection, last, COPY_CHUNK):
-            rows = _intact(small, [each for each in contents if not each.in_file])
-            copied.add([(each.id, each.content_hash, row) for each, row in rows.items()])
-            lost = [
-                each
-                for each in contents
-                if each not in rows and not (each.in_file and _copy_file(folder, target, each))
-            ]
+            rows: list[tuple[int, str, bytes]] = []
+            lost: list[Content] = []
+            for content in contents:
+                number, digest = content.id, content.content_hash
+                if content.in_file:
+                    if not _copy_file(folder, target, content):
+                        lost.append(content)
+                elif (row := small.intact(number, digest)) is not None:
+                    rows.append((number, digest, row))
+                else:
+                    lost.append(content)
+            copied.add(rows)
             kept.forget(connection, lost)
             crashpoint("store.chunk_copied")
             last = contents[-1].id
     make_durable([target, *target.rglob("*")])
-
-
-def _intact(small: SmallContents, contents: Sequence[Content]) -> dict[Content, bytes]:
-    """Those of these small contents that can be read and are undamaged."""
-    found = {}
-    for content in contents:
-        with contextlib.suppress(sqlite3.DatabaseError):
-            row = small.read(content.id)
-            if row is not None and digest_of(row) == content.content_hash:
-                found[content] = row
-    return found
 
 
 def _copy_file(folder: Path, target: Path, content: Content) -> bool:
@@ -296,8 +289,8 @@ def _from_store(ledger: Ledger, version: Any, stack: contextlib.ExitStack) -> So
     try:
         if not content.in_file:
             with contextlib.closing(SmallContents(folder)) as small:
-                found = small.read(content.id)
-            if found is not None and digest_of(found) == digest:
+                found = small.intact(content.id, digest)
+            if found is not None:
                 return io.BytesIO(found), ""
         else:
             file = stack.enter_context(content_file(folder, digest).open("rb"))

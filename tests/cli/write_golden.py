@@ -279,6 +279,7 @@ def look(scene: Scene) -> None:
     scene.run("files", "--unrouted", "--gone")
     scene.run("versions", "in/good.txt")
     scene.run("versions", "in/absent.txt")
+    scene.run("cat", "in/good.txt", "--version", "2")
 
 
 def ask(scene: Scene) -> None:

@@ -15,7 +15,7 @@ from casparian_flow.db import audit, integrity, jobs
 from casparian_flow.db.access import driver, get_engine, open_ledger
 from casparian_flow.services import jobs as job_verbs
 from casparian_flow.services.scan import scan
-from tests.conftest import write_config
+from tests.conftest import take_bytes_away, write_config
 from tests.daemons import work_off
 from tests.factories import add_root
 from tests.plugs import BEHAVES, publish
@@ -33,6 +33,7 @@ def worked(folder: Path) -> Settings:
             (source / f"{what}.do").write_text(what)
         queued = scan(ledger, root).job_ids
         (source / "edited.do").write_text("as it is now")
+        take_bytes_away(settings)
         job_verbs.abort(ledger, queued[-1:])
         work_off(settings, workers=1)
         (source / "waiting.do").write_text("waits")
