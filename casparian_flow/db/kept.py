@@ -245,10 +245,10 @@ def versions(connection: Connection, root_id: int, path: bytes, rel_path: str) -
 def version_with(connection: Connection, content_hash: str) -> str:
     """A version that has this content, as people name it; empty where there is none."""
     query = """
-        SELECT 'version ' || v.ordinal || ' of ' || r.name || '/' || l.rel_path
+        SELECT CAST('version ' || v.ordinal || ' of ' || r.name || '/' || l.rel_path AS BLOB)
         FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id
         JOIN cf_source_root r ON r.id = l.source_root_id
         WHERE v.content_hash = :content_hash ORDER BY v.id DESC LIMIT 1
         """
-    found: Any = execute(connection, query, content_hash=content_hash).scalar()
-    return found or ""
+    found: bytes = execute(connection, query, content_hash=content_hash).scalar() or b""
+    return found.decode("utf-8", "backslashreplace")  # `verify` reads what others have written too
