@@ -310,8 +310,8 @@ class Store:
         outdated: set[str],
     ) -> None:
         """Evict what may go, and drop captured contents for which there is no room even so."""
-        sizes = {digest: size for digest, (_, size) in files.items()}
-        sizes |= {digest: len(content) for digest, content in small.items()}
+        sizes = {digest: len(content) for digest, content in small.items()}
+        sizes |= {digest: size for digest, (_, size) in files.items()}  # dropped first
         held = self._ledger.read(kept.state).bytes
         self._limit = limit = budget(self._database, held)
         excess = held + sum(sizes.values()) - limit

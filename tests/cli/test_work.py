@@ -179,19 +179,26 @@ def test_verify_finds_a_tampered_file_and_a_tampered_ledger(filled: Casparian) -
     assert "rows" in problems
 
 
+def drop(source: Path, name: str, content: str) -> None:
+    """Put a file there at once: without a settle window, one that was just created is a version."""
+    made = source.with_name(name)
+    made.write_text(content)
+    made.rename(source / name)
+
+
 def test_a_daemon_watches_works_and_stops(casparian: Casparian, source: Path) -> None:
     casparian.run("publish", casparian.plugin("rows", ROWS))
     with casparian.start("start", "--workers", "1") as daemon:
         said(daemon, f"watching in ({source})")
         assert f"process {daemon.pid}" in casparian.err("start", code=75)
         assert casparian.json("status")["daemon"]["role"] == "casparian start"
-        (source / "a.txt").write_text("one\n")
+        drop(source, "a.txt", "one\n")
         casparian.run("wait", "--idle", "--timeout", "120")
         assert casparian.json("query", "SELECT line FROM lines") == [{"line": "one"}]
         assert "deployed other" in casparian.out(
             "publish", casparian.plugin("other", ROWS.replace('"lines"', '"more"'))
         )
-        (source / "b.txt").write_text("two\n")
+        drop(source, "b.txt", "two\n")
         casparian.run("scan", "--drain")
         assert len(casparian.json("query", "SELECT line FROM more")) == 2
         daemon.send_signal(signal.SIGTERM)

@@ -261,10 +261,11 @@ def test_contents_made_durable_in_rows_and_with_their_filesystem_outlive_a_power
     ground = LoopGround(tmp_path, filesystems=1)
     ground.prepare()
     try:
-        settings = write_config(ground.home)
+        settings = write_config(ground.home, f"[store]\nkeep_bytes = {1 << 30}\n")
         for n in range(MANY):
             (ground.inbox / f"{n}.txt").write_text(f"content {n}")
-            (ground.inbox / f"large {n}.txt").write_text(f"content {n}" * SMALL_BYTES)
+            large = f"content {n}".ljust(SMALL_BYTES + 1)
+            (ground.inbox / f"large {n}.txt").write_text(large)
         flow = Casparian(ground.home)
         flow.process("source", "add", ground.inbox, "--settle", "0")
         flow.process("scan")
