@@ -248,6 +248,64 @@ def stream(inputs: Path, quick: bool) -> Benchmark:
     ])  # fmt: skip
 
 
+QUESTIONS = {
+    "count": "SELECT count(*) FROM {0}",
+    "filtered sum": "SELECT sum(amount) FROM {0} WHERE region = 'north'",
+    "group": "SELECT region, count(*), sum(amount) FROM {0} GROUP BY region",
+}
+
+
+def query(inputs: Path, quick: bool) -> Benchmark:
+    """Questions about a large topic in a SQLite sink."""
+    rows, files = (50_000 if quick else 5_000_000), 10
+    source = inputs / "source"
+    source.mkdir()
+    for file in range(files):
+        part = f"{rows // files * file} {rows // files * (file + 1)}"
+        (source / f"{file}.txt").write_text(part)
+    home = _home(inputs, source, plugin="orders.py")
+    execute(_python("ours/drain.py", "--scan"), home)
+    text = (
+        f"Three questions about a topic of {rows:,} rows in a SQLite sink, page cache warm: "
+        "`casparian query`, against Python's sqlite3 on the sink's view of the topic. Whole "
+        "processes; ours looks up in the ledger which outputs to show, and DuckDB answers."
+    )
+    sides = []
+    for name, question in QUESTIONS.items():
+        peer, asked = f"sqlite3, {name}", question.format("orders")
+        ask = _python("peers/sqlite_ask.py", home / "tables.sqlite3", asked)
+        sides.append(Side(peer, _alone(ask)))
+        sides.append(Side(f"ours, {name}", _alone(_query(home, asked)), peers=(peer,)))
+    return Benchmark(text, sides)
+
+
+def query_small(inputs: Path, quick: bool) -> Benchmark:
+    """Questions about many small outputs."""
+    files = 300 if quick else 20_000
+    home = _home(inputs, tiny_files(inputs / "source", files), plugin="small_outputs.py")
+    execute(_python("ours/drain.py", "--scan"), home)
+    text = (
+        f"Questions about {files:,} outputs of 20 rows and three schemas, page cache warm: in a "
+        "Parquet sink, against DuckDB alone on the same files (`union_by_name`), and in a SQLite "
+        "sink, against Python's sqlite3 on the sink's view. Whole processes."
+    )
+    sides = []
+    for name, question in QUESTIONS.items():
+        for topic, script, place in (
+            ("files", "peers/duckdb_files.py", home / "output" / "files"),
+            ("rows", "peers/sqlite_ask.py", home / "tables.sqlite3"),
+        ):
+            peer, asked = f"{Path(script).stem}, {name}", question.format(topic)
+            sides.append(Side(peer, _alone(_python(script, place, asked))))
+            ours = _alone(_query(home, asked))
+            sides.append(Side(f"ours, {topic}, {name}", ours, peers=(peer,)))
+    return Benchmark(text, sides)
+
+
+def _query(home: Path, question: str) -> Command:
+    return [*CLI, "--config", str(home / FILE_NAME), "query", question]
+
+
 def _sides(inputs: Path, peer: str, script: str, uri: str, mode: str, rounds: int) -> list[Side]:
     """The peer's script, and our sink with the same rows."""
     source = inputs / "rows.arrow"
@@ -313,5 +371,7 @@ BENCHMARKS = {
         sink_sqlite,
         sink_sqlite_replace,
         stream,
+        query,
+        query_small,
     )
 }

@@ -15,7 +15,7 @@ from statistics import median
 
 from benchmarks.measure import WHOLE, Benchmark, Run
 
-PACKAGES = ("pandas", "pyarrow", "sqlalchemy", "pyzmq", "typer", "huey")
+PACKAGES = ("pandas", "pyarrow", "sqlalchemy", "pyzmq", "typer", "huey", "duckdb")
 
 TITLE = """\
 # Measured

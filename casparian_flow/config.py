@@ -147,6 +147,10 @@ class OutputSettings(Section, frozen=True):
     roots: list[str] = msgspec.field(default_factory=lambda: ["."])
     """Folders that a MANIFEST's sinks must lie in; `casparian topics set` is not restricted."""
 
+    keep_replaced_days: Annotated[float, msgspec.Meta(ge=0)] = 7.0
+    """How long sinks keep the rows of outputs that do not stand any more, so that a plugin can be
+    rolled back at once; 0: they are removed when they are replaced."""
+
     env: list[str] = []
     """Environment variables that a sink's URI may use, as in `parquet://${TEAM_DIR}/out`."""
 
@@ -283,6 +287,11 @@ class DatabaseSettings(Section, frozen=True):
     def daemon_lock(self) -> Path:
         """Lock file of the one process that claims jobs."""
         return self.state_folder / f"{self.path.name}.daemon"
+
+    @property
+    def telling_lock(self) -> Path:
+        """Lock file of whoever tells the sinks what readers are to see."""
+        return self.state_folder / f"{self.path.name}.telling"
 
     @property
     def guests_folder(self) -> Path:

@@ -33,7 +33,6 @@ from casparian_flow.engine.worker_client import Worker
 from casparian_flow.errors import CasparianError, ExitCode, LedgerLost, leave
 from casparian_flow.security import sandbox
 from casparian_flow.services import architect, inventory, store_upkeep
-from casparian_flow.services.outputs import roll_forward
 from casparian_flow.services.scout import Scrubber
 from casparian_flow.services.watch import Watch
 
@@ -92,9 +91,12 @@ async def running(
         epoch, adopted = await _begin(settings, ledger)
         context = stack.enter_context(zmq.asyncio.Context())
         claimable = asyncio.Event()
-        scout = Watch(ledger, settings.scan, on_jobs=claimable.set)
+        committer = Committer(
+            ledger, epoch, settings.jobs, on_change=claimable.set,
+            keep_days=settings.output.keep_replaced_days,
+        )  # fmt: skip
+        scout = Watch(ledger, settings.scan, on_jobs=claimable.set, on_change=committer.look)
         scrubber = Scrubber(ledger, settings.scan, on_jobs=claimable.set)
-        committer = Committer(ledger, epoch, settings.jobs, on_change=claimable.set)
         sentinel = Sentinel(
             context, settings, ledger, epoch, committer, claimable, request_scan=scout.ring,
             deploy=lambda plugin: asyncio.to_thread(architect.deploy, ledger, settings, plugin),
@@ -110,6 +112,8 @@ async def running(
             scouts = (scout, scrubber) if watch else ()
             scouting = [group.create_task(part.run()) for part in scouts]
             scouting.append(group.create_task(_guard(ledger)))
+            asking = inventory.keep_asking(settings, ledger, claimable.set)
+            scouting.append(group.create_task(asking))
             try:
                 yield Daemon(ledger, sentinel, scout if watch else None, adopted)
             finally:
@@ -132,12 +136,12 @@ async def _begin(settings: Settings, ledger: Ledger) -> tuple[int, list[str]]:
             "restore a backup, then: casparian verify   (docs/disaster.md)",
         )
     adopted = await asyncio.to_thread(inventory.take, settings, ledger)
-    await asyncio.to_thread(roll_forward, ledger)
     guests = settings.database.guests_folder
     ending = await asyncio.to_thread(endings.read_ending, guests)
     begin = partial(dispatch.begin_epoch, limits=settings.jobs, ending=ending, guests_folder=guests)
     epoch = await ledger.write_soon(begin)
     await asyncio.to_thread(endings.begin_ending, guests)
+    await asyncio.to_thread(inventory.begin, settings.database, ledger)
     crashpoint("main.begun")
     return epoch, adopted
 
@@ -191,7 +195,7 @@ def _sweep(settings: Settings, ledger: Ledger) -> None:
         log.warning("the store cannot be swept: %s", contents.words(error))
     trees.clear_away(settings.database.guests_folder)
     crashpoint("main.guests_swept")
-    needed = {staged.stage for _, _, staged in ledger.read(outputs.unpublished)}
+    needed = ledger.read(outputs.stages)
     tag = ledger_tag(settings.database.path)
     for uri in {settings.output.default_uri, *ledger.read(_topic_uris)}:
         with contextlib.suppress(CasparianError, OSError):

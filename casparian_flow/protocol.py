@@ -14,6 +14,7 @@ ZeroMQ's handshake authenticates the sender (`engine.wire`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection
 from enum import StrEnum
 
@@ -37,27 +38,112 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a message; also used between the Worker's own modules."""
 
 
-class OutputPlan(Record, frozen=True):
-    """One output of an attempt: a topic and one of its sinks."""
+class State(StrEnum):
+    """What readers see of a published output. The ledger decides (`db.visibility`), the sink is
+    told."""
 
+    CURRENT = "current"
+    """It stands in its location slot: the newest version of the file that was worked."""
+    PAST = "past"
+    """It stands in its version slot only: an earlier version of the file."""
+    HIDDEN = "hidden"
+    """Another output stands in its version slot, or its file is gone and was to take its rows
+    along."""
+    RETRACTED = "retracted"
+    """A user retracted its version."""
+
+
+class Output(Record, frozen=True):
+    """What one job gives one topic in one sink, from the claim to the sink and back.
+
+    The first fields are known when the job is claimed, the second group when a Worker has staged
+    the rows, the last when the sink has published them.
+    """
+
+    output_key: str
+    """SHA-256 over the facts that make it this output: the same for every attempt."""
     topic: str
     uri: str
     """The sink as configured; part of the output key."""
     location: str
-    """The sink with an absolute path, as the Worker opens it."""
+    """The sink with an absolute path, as it is opened."""
     mode: str
-    """One of `MODES`."""
-    output_key: str
-    slot: str
-    """Key that the outputs of all versions of the location share: in mode `replace`, the output
-    with the greatest (ordinal, job id) replaces the others."""
+    """One of `MODES`: whether the topic shows past versions."""
+    source: str
+    """Name of the source root."""
+    path: bytes
+    """Of the file, relative to the source root."""
     ordinal: int
     """Number of the version, from 1 for the first content of its location."""
+    content_hash: str
+    """SHA-256 of the version's bytes, hexadecimal."""
+    file_bytes: int
+    """Size of the version."""
+    plugin: str
+    plugin_version: str
+    artifact_hash: str
+    version_id: int
+    job_id: int
+    topics: str = ""
+    """All topics of the plugin, joined by `/`, for hints."""
     split_bytes: int = 0
     """Size of the parts of a large output, for sinks that store files; 0: never split."""
-    facts: dict[str, str] = {}
-    """The values that the output key is made of. The sink stores them beside the rows, so that its
-    content can be identified if the ledger is lost."""
+
+    stage: str = ""
+    """Absolute path of the staged file, or of the folder with its parts; empty if the plugin gave
+    the topic no rows: such an output is only recorded."""
+    rows: int = 0
+    size_bytes: int = 0
+    """Size of the staged file."""
+    digest: str = ""
+    """SHA-256 of the staged file, hexadecimal; of a folder, over those of its parts. Once
+    published: of the target if that is files."""
+
+    state: State = State.HIDDEN
+    """What readers see of it, or are to see once the sink is told."""
+    target: str = ""
+    """Absolute path of the file or of the folder with its parts, or the database and table."""
+    shown_at: str = ""
+    """When readers first saw it, ISO 8601 in UTC; empty if they have not."""
+    hidden_at: str = ""
+    """When they ceased to; empty while they do."""
+
+    @property
+    def visible(self) -> bool:
+        """Whether the topic itself shows it."""
+        return self.state == State.CURRENT or (self.state == State.PAST and self.mode != "replace")
+
+    @property
+    def version_slot(self) -> str:
+        """Key of (version, plugin, topic, sink): at most one of its outputs stands."""
+        return key_of(
+            self.source, self.path, self.content_hash, str(self.ordinal), self.plugin, self.topic,
+            self.uri,
+        )  # fmt: skip
+
+    @property
+    def location_slot(self) -> str:
+        """Key of (location, plugin, topic, sink): at most one of its outputs is current."""
+        return key_of(self.source, self.path, self.plugin, self.topic, self.uri)
+
+
+def key_of(*parts: str | bytes) -> str:
+    """SHA-256, hexadecimal. Each part is preceded by its length (8 bytes, big endian), so that
+    different lists of parts have different keys."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")
+        digest.update(len(data).to_bytes(8) + data)
+    return digest.hexdigest()
+
+
+class Publication(Record, frozen=True):
+    """What one job publishes in one store (`sinks.store`), in one step."""
+
+    outputs: list[Output]
+    """Their `state` is the one that they get."""
+    changes: list[Output] = []
+    """Outputs that the store has, with the state that they get instead of their present one."""
 
 
 class Assignment(Record, frozen=True):
@@ -77,7 +163,7 @@ class Assignment(Record, frozen=True):
     content_hash: str
     size_bytes: int
     timeout_seconds: float
-    outputs: list[OutputPlan]
+    outputs: list[Output]
     kept_file: str = ""
     """Absolute path of the version's bytes in the store; empty if they are not in a file there."""
     kept_row: int = 0
@@ -87,39 +173,6 @@ class Assignment(Record, frozen=True):
     opens no database."""
     may_be_empty: list[str] = []
     """Data topics that may get no row although the file gives rejects."""
-
-
-class StagedOutput(Record, frozen=True):
-    """An output that is durable on disk, with everything that is needed to publish it."""
-
-    topic: str
-    uri: str
-    location: str
-    mode: str
-    output_key: str
-    slot: str
-    ordinal: int
-    job_id: int
-    stage: str
-    """Absolute path of the staged file, or of the folder with its parts."""
-    rows: int
-    size_bytes: int
-    digest: str
-    """SHA-256 of the staged file, hexadecimal; of a folder, over those of its parts."""
-
-
-class Published(Record, frozen=True):
-    """An output that readers can see."""
-
-    target: str
-    """Absolute path of the file or of the folder with its parts, or the database and table."""
-    rows: int
-    digest: str
-    """As in StagedOutput: of the target if that is files, else of the stage."""
-    adopted: bool
-    """An earlier attempt had already published it."""
-    retracted: bool = False
-    """It was retracted: the sink keeps it, and readers do not see it."""
 
 
 class Evidence(Record, frozen=True):
@@ -223,7 +276,7 @@ class Receipt(Record, frozen=True):
     job_id: int
     fence: int
     outcome: Outcome
-    outputs: list[StagedOutput] = []
+    outputs: list[Output] = []
     error: str = ""
     retryable: bool = True
     log: str = ""

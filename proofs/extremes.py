@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from casparian_flow.errors import OutputRefused
-from casparian_flow.protocol import Published
+from casparian_flow.protocol import Output
 from tests.sinks.stages import TOPIC, Place
 
 MB = 1_000_000
@@ -62,7 +62,7 @@ def attempt(place: Place, batch: Any) -> str:
         assert not place.rows()
         assert "column " in error.message
         return f"refused: {error.message[:150]}"
-    assert isinstance(seen, Published), seen
+    assert isinstance(seen, Output), seen
     for name in {first, last}:
         assert stored(place, name) == batch[name][0].as_py()
     return "exact"

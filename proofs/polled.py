@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import pyarrow.parquet as pq
 
-from casparian_flow.protocol import Published
+from casparian_flow.protocol import Output, State
 from proofs import arguments, sink_reader
 from tests.sinks.parquet_acts import small_groups
 from tests.sinks.stages import Place
@@ -80,7 +80,15 @@ def publish(scene: Scene, place: Place, seed: int, job: int) -> None:
         )
         for topic in TOPICS
     ]  # fmt: skip
-    assert all(isinstance(each, Published) for each in place.publish(*staged))
+    place.show(*staged, changes=[past(scene, place, job - LOCATIONS, topic) for topic in TOPICS])
+
+
+def past(scene: Scene, place: Place, job: int, topic: str) -> Output:
+    """The version that a job takes the place of, if it was published."""
+    return place.output(
+        job, key=f"{job} {topic}", topic=topic, mode=scene.mode,
+        slot=f"{job % LOCATIONS} {topic}", ordinal=job, state=State.PAST,
+    )  # fmt: skip
 
 
 class Reader:

@@ -119,7 +119,7 @@ def test_sql_lives_in_db_and_sinks() -> None:
 
 def test_what_a_person_changes_is_audited_by_the_ledger() -> None:
     """`Ledger.change` appends their rows; these others, what the system does by itself."""
-    by_itself = {"engine.committer", "engine.dispatch", "services.inventory", "db.versions"}
+    by_itself = {"engine.committer", "engine.dispatch", "db.adopt", "db.versions"}
     writers = {module_name(path) for path in CODE if "audit.append(" in path.read_text("utf-8")}
     assert writers == by_itself
     importing = "from casparian_flow.db.audit import .*append"

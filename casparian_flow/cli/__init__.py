@@ -26,6 +26,7 @@ from casparian_flow.cli import (
     start,
     status,
     topics,
+    upgrade,
 )
 from casparian_flow.errors import CasparianError, ExitCode, first_error
 
@@ -58,6 +59,7 @@ app.command()(outputs.retract)
 app.command()(status.verify)
 app.add_typer(status.audit_app, name="audit")
 app.command()(status.backup)
+app.command()(upgrade.upgrade)
 app.command()(demo.demo)
 
 

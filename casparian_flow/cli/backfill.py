@@ -41,9 +41,8 @@ def backfill(
 ) -> None:
     """Queue jobs for versions recorded before the plugin was published.
 
-    Includes older versions of files whose content is still there, in the file or in the store. The
-    new rows are added to the existing ones; in mode replace they replace the rows of an older
-    version of the file or of the plugin.
+    Includes older versions of files whose content is still there, in the file or in the store. With
+    --redo the new rows take the place of those that another version of the plugin gave.
     """
     from casparian_flow.db.backfill import Choice
     from casparian_flow.db.backfill import backfill as queue
@@ -82,9 +81,8 @@ def _report(plugin: str, done: Backfill, *, dry_run: bool) -> None:
         )
     if done.queued:
         context.say(
-            "the new rows have their own _cf_plugin_version; they are added to the existing "
-            "rows, or replace them in mode replace. `casparian query` shows each file's latest "
-            "version once"
+            "the new rows have their own _cf_plugin_version; they take the place of those that "
+            "another version of the plugin gave for the same file version"
         )
 
 

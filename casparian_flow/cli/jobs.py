@@ -120,11 +120,13 @@ def show(
     """
     from casparian_flow.db import views
     from casparian_flow.errors import NotFound
+    from casparian_flow.services.outputs import with_places
 
     with context.opened(ctx) as (_, ledger):
         job = ledger.read(lambda c: views.job(c, job_id))
     if job is None:
         raise NotFound(f"job {job_id} does not exist", "casparian jobs")
+    with_places(job["outputs"])
     if as_json:
         context.document(job)
     else:

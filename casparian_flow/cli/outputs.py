@@ -25,10 +25,12 @@ def list_outputs(
 ) -> None:
     """List what was published, the newest first."""
     from casparian_flow.db import outputs
+    from casparian_flow.services.outputs import with_places
 
     most = context.wanted(limit, every)
     with context.opened(ctx) as (_, ledger):
         rows = ledger.read(lambda c: outputs.listed(c, most, topic))
+    with_places(rows)
     columns = "job topic state rows source rel_path version target"
     context.listing(rows, as_json, columns, "no outputs\n  try: casparian status")
 

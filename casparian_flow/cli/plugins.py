@@ -192,9 +192,12 @@ def disable(
     """
     from casparian_flow import config
     from casparian_flow.db import plugins
+    from casparian_flow.services import outputs
 
     with context.opened(ctx) as (_, ledger):
         context.say(plugins.disable(ledger, config.keys_folder(), name, version, reason))
+        for sentence in outputs.tell(ledger):
+            context.note(f"note: {sentence}")
 
 
 @app.command()

@@ -15,6 +15,9 @@ import typer
 from casparian_flow.cli import context
 from casparian_flow.cli.context import All, AsJson
 
+TAKEN_AT_ONCE = 1024
+"""Rows that become Python objects at once."""
+
 
 def query(
     ctx: typer.Context,
@@ -53,7 +56,7 @@ def query(
     with context.opened(ctx) as (_, ledger):
         outputs = ledger.read(views.committed)
     with answer(sql, outputs) as reader:
-        names, rows = list(reader.schema.names), _rows(reader)
+        names, rows = list(reader.schema.names), _Rows(reader)
         if as_csv:
             writer = csv.writer(_Terminal() if sys.stdout.isatty() else sys.stdout,
                                 lineterminator="\n")  # fmt: skip
@@ -63,8 +66,7 @@ def query(
             _print_json(names, itertools.islice(rows, most))
         else:
             context.table(names, list(itertools.islice(rows, most)), _cell)
-        # Count the rows beyond the limit.
-        if most is not None and (more := sum(1 for _ in rows)):
+        if most is not None and (more := rows.rest()):
             context.left_out(most, most + more)
 
 
@@ -84,10 +86,28 @@ def _cell(_name: str, value: Any) -> str:
     return context.printable(context.plain(value), keep="")
 
 
-def _rows(reader: Any) -> Iterator[tuple[Any, ...]]:
-    for batch in reader:
-        columns = [column.to_pylist() for column in batch.columns]
-        yield from zip(*columns, strict=True)
+class _Rows(Iterator[tuple[Any, ...]]):
+    """The rows of an answer. Those that are not taken cost little to count."""
+
+    def __init__(self, reader: Any) -> None:
+        self._batches = iter(reader)
+        self._taken: list[tuple[Any, ...]] = []
+        self._batch: Any = None
+        """What is left of the present batch, but for the rows taken."""
+
+    def __next__(self) -> tuple[Any, ...]:
+        while not self._taken:
+            while not self._batch:
+                self._batch = next(self._batches)
+            now, self._batch = self._batch[:TAKEN_AT_ONCE], self._batch[TAKEN_AT_ONCE:]
+            columns = [column.to_pylist() for column in now.columns]
+            self._taken = list(zip(*columns, strict=True))[::-1]
+        return self._taken.pop()
+
+    def rest(self) -> int:
+        """Read the rows that were not taken; returns their number."""
+        here = len(self._taken) + (len(self._batch) if self._batch is not None else 0)
+        return here + sum(len(batch) for batch in self._batches)
 
 
 def _print_json(names: list[str], rows: Iterator[tuple[Any, ...]]) -> None:

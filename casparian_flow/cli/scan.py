@@ -122,6 +122,8 @@ def _print(report: ScanReport, quiet: bool) -> None:
     if not quiet:
         context.say(f"{report.source}: {_found(report)}")
     _name("unreadable", report.unreadable, f"casparian files --source {report.source} --unreadable")
+    for words in report.untold:
+        context.note(f"  {words}\n    try: casparian scan   (tells it again)")
     _print_written(report)
     if report.waiting and not quiet:
         wait = "waits for its" if report.waiting == 1 else "wait for their"
@@ -144,6 +146,7 @@ def _found(report: ScanReport) -> str:
     words = [
         (len(report.job_ids), f"{counted(len(report.job_ids), 'job')} queued"),
         (report.gone, f"{report.gone:,} deleted"),
+        (report.change.any, report.change.words),
         (len(report.unreadable), f"{len(report.unreadable):,} unreadable"),
         (len(report.unsettled), f"{len(report.unsettled):,} still being written"),
     ]
@@ -276,6 +279,7 @@ async def _see_through(here: Here, wanted: Sequence[int], line: Line) -> str:
     from casparian_flow import durable, main
     from casparian_flow.db import views
     from casparian_flow.errors import DaemonRunning
+    from casparian_flow.services import outputs
 
     stop = asyncio.Event()
     main.stop_on_signals(stop)
@@ -292,6 +296,8 @@ async def _see_through(here: Here, wanted: Sequence[int], line: Line) -> str:
                     return await _done(here, views.EVERY, line, stop, of_daemon=False) or ""
         outcome = await _done(here, wanted[-1], line, stop, of_daemon=True)
         if outcome is not None:
+            # A job in several stores is shown after it is COMPLETED.
+            await asyncio.to_thread(outputs.tell, here.ledger)
             return outcome
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import AsJson
+from casparian_flow.errors import counted
+
+if TYPE_CHECKING:
+    from casparian_flow.services.sources import SourceChange
 
 app = context.group("Add, list and remove watched directories.")
 
@@ -34,6 +38,13 @@ MinAge = Annotated[
     float | None,
     typer.Option(metavar="SECONDS", help="Leave files younger than this to a later scan."),
 ]
+OnDelete = Annotated[
+    str | None,
+    typer.Option(
+        metavar="keep|retract",
+        help="The rows of a deleted file: keep them, or hide them until it is back; default: keep.",
+    ),
+]
 
 
 @app.command("add")
@@ -47,6 +58,7 @@ def add_source(
     settle: Settle = None,
     done_file: DoneFile = None,
     min_age: MinAge = None,
+    on_delete: OnDelete = None,
 ) -> None:
     """Watch a directory.
 
@@ -54,10 +66,11 @@ def add_source(
     """
     from casparian_flow.services import sources
 
-    options = sources.SourceOptions(ignore or None, settle, done_file, min_age)
+    options = sources.SourceOptions(ignore or None, settle, done_file, min_age, on_delete)
     with context.opened(ctx) as (_, ledger):
-        added = sources.add_source(ledger, folder, name=name, options=options)
-    context.say(f"source root {added} added")
+        done = sources.add_source(ledger, folder, name=name, options=options)
+    context.say(f"source root {done.name} added")
+    _report(done)
 
 
 @app.command("set")
@@ -68,18 +81,28 @@ def set_source(
     settle: Settle = None,
     done_file: DoneFile = None,
     min_age: MinAge = None,
+    on_delete: OnDelete = None,
 ) -> None:
     """Change the options of a source root.
 
     Options that are not given stay as they are. `--ignore` replaces all patterns; `--ignore ''`
-    clears them.
+    clears them. `--on-delete` also counts for files that are gone already.
     """
     from casparian_flow.services import sources
 
-    options = sources.SourceOptions(ignore or None, settle, done_file, min_age)
+    options = sources.SourceOptions(ignore or None, settle, done_file, min_age, on_delete)
     with context.opened(ctx) as (_, ledger):
-        changed = sources.set_source(ledger, name, options)
-    context.say(f"source root {name}: {', '.join(changed)} changed")
+        done = sources.set_source(ledger, name, options)
+    context.say(f"source root {name}: {', '.join(done.options)} changed")
+    _report(done)
+
+
+def _report(done: SourceChange) -> None:
+    """What readers see of files that are gone already."""
+    if words := done.change.words:
+        context.say(f"{counted(done.gone, 'file')} gone already: {words}")
+    for sentence in done.notes:
+        context.note(f"note: {sentence}")
 
 
 @app.command("list")
@@ -90,8 +113,8 @@ def list_sources(ctx: typer.Context, as_json: AsJson = False) -> None:
     with context.opened(ctx) as (settings, ledger):
         rows = report.sources(settings, ledger)
     columns = (
-        "name path active watch settle_seconds min_age_seconds done_file files unreadable "
-        "unsettled waiting held missed hidden scanned_at scrubbed_at problem"
+        "name path active watch settle_seconds min_age_seconds done_file on_delete files "
+        "unreadable unsettled waiting held missed hidden scanned_at scrubbed_at problem"
     )
     context.listing(rows, as_json, columns, "no source root\n  try: casparian source add DIR")
 

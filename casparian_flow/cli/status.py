@@ -54,6 +54,8 @@ def _print_status(found: dict[str, Any]) -> None:
     counts = ", ".join(f"{n:,} {s}" for s, n in sorted(found["jobs"].items()))
     context.say(f"jobs      {counts or 'none'}")
     context.say(f"output    {context.amount(found['rows'], found['rejects']) or 'none'}")
+    _say_seen("stale", found["stale"], "whose newer version was not processed")
+    _say_seen("gone", found["gone"], "deleted or ignored since   (casparian files --gone)")
     context.say(f"scrub     {found['scrub']}")
     columns = "name path active watch files unreadable waiting held missed hidden scanned_at"
     _section("sources", found["sources"], f"{columns} scrubbed_at problem")
@@ -70,6 +72,13 @@ def _print_status(found: dict[str, Any]) -> None:
     _section("more than 1 % rejects", found["rejected_most"], columns)
     more = "casparian jobs --rejects --all"
     context.left_out(len(found["rejected_most"]), found["rejected_most_in_all"], more)
+
+
+def _say_seen(title: str, seen: dict[str, int], which: str) -> None:
+    """A line about some of the output, if it is any."""
+    if seen["files"]:
+        amount = context.amount(seen["rows"], seen["rejects"])
+        context.say(f"{title:<9} {amount} of {counted(seen['files'], 'file')} {which}")
 
 
 def _of_one_status(reasons: list[dict[str, Any]]) -> list[str]:
@@ -145,35 +154,40 @@ def files(
             "--unrouted", help="Only files that match no plugin, each with the nearest rule."
         ),
     ] = False,
+    copies: Annotated[
+        bool,
+        typer.Option(
+            "--copies",
+            help="Only files with the content of a deleted file whose rows are still visible.",
+        ),
+    ] = False,
     limit: Limit = None,
     every: All = False,
     as_json: AsJson = False,
 ) -> None:
     """List the known files.
 
-    Each with its current version and that version's jobs.
+    Each with its current version, that version's jobs, and how many rows readers see of the file.
     """
     from casparian_flow.db import views
 
     most = context.wanted(limit, every)
-    if no_plugin:
-        if gone or unreadable:
-            raise typer.BadParameter("--unrouted cannot be combined with --gone or --unreadable")
-        _unrouted(ctx, source, most, as_json)
-        return
+    if no_plugin + copies + (gone or unreadable) > 1:
+        words = "--unrouted, --copies, and --gone with --unreadable cannot be combined"
+        raise typer.BadParameter(words)
     with context.opened(ctx) as (_, ledger):
-        rows = ledger.read(lambda c: views.files(c, most, source, gone, unreadable))
-    columns = "source rel_path size_bytes versions content_hash detected_at jobs problem"
-    context.listing(rows, as_json, columns, "no matching files\n  try: casparian status")
-
-
-def _unrouted(ctx: typer.Context, source: str | None, limit: int | None, as_json: bool) -> None:
-    from casparian_flow.db import views
-
-    with context.opened(ctx) as (_, ledger):
-        rows = ledger.read(lambda c: views.unrouted_files(c, limit, source))
-    columns = "source rel_path size_bytes detected_at nearest"
-    context.listing(rows, as_json, columns, "every file matches a plugin")
+        if no_plugin:
+            rows = ledger.read(lambda c: views.unrouted_files(c, most, source))
+            columns, empty = "size_bytes detected_at nearest", "every file matches a plugin"
+        elif copies:
+            rows = ledger.read(lambda c: views.copies(c, most, source))
+            columns, empty = "size_bytes detected_at copy_of", "no file is such a copy"
+        else:
+            rows = ledger.read(lambda c: views.files(c, most, source, gone, unreadable))
+            when = "gone_at" if gone else "detected_at"
+            columns = f"size_bytes versions content_hash rows {when} jobs problem"
+            empty = "no matching files\n  try: casparian status"
+    context.listing(rows, as_json, f"source rel_path {columns}", empty)
 
 
 def versions(

@@ -77,8 +77,8 @@ def set_topic(
 ) -> None:
     """Set the sinks that a topic goes to from now on.
 
-    Outputs published before stay where they are. A URI may contain its mode, as in
-    parquet://output?mode=replace. Without a URI only --allow-empty is set, and the sinks stay.
+    Outputs published before stay in their sinks; a new mode also counts for them. A URI may contain
+    its mode, as in parquet://output?mode=replace. Without a URI only --allow-empty is set.
     """
     from casparian_flow.services import topics
 
@@ -98,7 +98,9 @@ def set_topic(
 def _report(plugin: str, topic: str, change: TopicChange) -> None:
     for sink in change.sinks:
         context.say(f"{plugin}: topic {topic} goes to {sink.uri} (mode {sink.mode})")
-    for sentence in change.stays:
+    if words := change.change.words:
+        context.say(words)
+    for sentence in change.notes:
         context.note(f"note: {sentence}")
     if topic not in change.declared:
         known = ", ".join(change.declared) or "none"

@@ -300,6 +300,9 @@ class Ledger:
         VACUUM INTO reads within one transaction and takes no gate, so no writer waits for it. It
         keeps the ids of rows, the triggers, and the numbers that mark the file as a ledger.
 
+        The copy does not have which sinks were asked: by the time somebody uses it they may have
+        more, so that they are asked again (`db.adopt`).
+
         Raises:
             LedgerError: the ledger is damaged, or the file cannot be written.
         """
@@ -307,6 +310,8 @@ class Ledger:
             # VACUUM cannot run in a transaction
             with contextlib.closing(self.engine.raw_connection()) as connection:
                 connection.cursor().execute("VACUUM INTO ?", (str(target),))
+            with contextlib.closing(sqlite3.connect(target)) as copy, copy:
+                copy.execute("DELETE FROM cf_asked_sink")
         except (sqlite3.Error, DBAPIError, OSError) as error:
             cause = getattr(error, "orig", error)
             raise LedgerError(

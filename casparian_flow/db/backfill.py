@@ -28,25 +28,21 @@ SELECT v.id, l.path,
        (v.id = l.current_version_id AND l.gone_at IS NULL)
          OR EXISTS (SELECT 1 FROM cf_kept_content k WHERE k.content_hash = v.content_hash) AS kept,
        EXISTS (SELECT 1 FROM cf_processing_queue j
-               WHERE j.file_version_id = v.id AND j.plugin_id = p.id) AS own,
+               JOIN cf_plugin q ON q.id = j.plugin_id
+               WHERE j.file_version_id = v.id AND j.plugin_name = p.name
+               AND q.artifact_hash = p.artifact_hash) AS own,
+       EXISTS (SELECT 1 FROM cf_processing_queue j
+               WHERE j.file_version_id = v.id AND j.plugin_name = p.name
+               AND j.status = 'COMPLETED') AND NOT EXISTS (
+               SELECT 1 FROM cf_processing_queue j
+               WHERE j.file_version_id = v.id AND j.plugin_name = p.name
+               AND j.plugin_id <= p.id) AS of_later,
        EXISTS (SELECT 1 FROM cf_processing_queue j
                WHERE j.file_version_id = v.id AND j.plugin_name = p.name
                AND j.status IN ('QUEUED', 'RUNNING', 'COMMITTING')) AS waits,
        EXISTS (SELECT 1 FROM cf_processing_queue j
-               WHERE j.file_version_id = v.id AND j.plugin_name = p.name)
-         OR EXISTS (SELECT 1 FROM cf_found_output f
-                    WHERE f.source = r.name AND f.path = l.path AND f.ordinal = v.ordinal
-                    AND f.content_hash = v.content_hash AND f.plugin_name = p.name
-                    AND f.artifact_hash <> p.artifact_hash) AS worked,
-       EXISTS (SELECT 1 FROM cf_processing_queue j JOIN cf_output o ON o.job_id = j.id
-               JOIN cf_retracted_output t ON t.output_key = o.output_key
-               WHERE j.file_version_id = v.id AND j.plugin_name = p.name
-               AND t.state <> 'REINSTATING')
-         OR EXISTS (SELECT 1 FROM cf_found_output f
-                    JOIN cf_retracted_output t ON t.output_key = f.output_key
-                    WHERE f.source = r.name AND f.path = l.path AND f.ordinal = v.ordinal
-                    AND f.content_hash = v.content_hash AND f.plugin_name = p.name
-                    AND t.state <> 'REINSTATING') AS retracted
+               WHERE j.file_version_id = v.id AND j.plugin_name = p.name) AS worked,
+       EXISTS (SELECT 1 FROM cf_retracted_version t WHERE t.file_version_id = v.id) AS retracted
 FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id
 JOIN cf_source_root r ON r.id = l.source_root_id AND r.active
 JOIN cf_plugin p ON p.name = :plugin AND p.version = :version
@@ -65,7 +61,9 @@ class Choice(NamedTuple):
     since: str | None = None
     """Only versions recorded at or after this time: ISO 8601 with a space, UTC."""
     redo: bool = False
-    """Those too that another version of the plugin has worked. What it gave stays."""
+    """Those too that another version of the plugin has worked: the active one's rows then stand."""
+    of_later: bool = False
+    """Only those that versions of the plugin have worked which were all deployed later."""
 
 
 class Backfill(NamedTuple):
@@ -163,7 +161,7 @@ def _candidates(
         if wanted is None:
             continue
         routed += 1
-        if row.own:
+        if row.own or (choice.of_later and not row.of_later):
             continue
         if row.waits:
             waits += 1

@@ -21,9 +21,15 @@ OPEN, MENDED, DISMISSED, GONE_UNREAD = "open", "mended", "dismissed", "gone unre
 
 CLOSED = (MENDED, DISMISSED, GONE_UNREAD)
 
+_ACTIVE = """
+SELECT p.artifact_hash FROM cf_plugin_config c
+JOIN cf_plugin p ON p.name = c.plugin_name AND p.version = c.active_version
+WHERE c.plugin_name = j.plugin_name
+"""
+
 # Not `finished_at` alone: an older version that was backfilled since may fail again. The `+` keeps
 # SQLite from the index on the status, by which it would read every completed job for each failure.
-_MENDED = """
+_MENDED = f"""
 EXISTS (
     SELECT 1 FROM cf_file_version mine
     JOIN cf_file_version other
@@ -32,13 +38,11 @@ EXISTS (
     WHERE mine.id = j.file_version_id AND +done.status = 'COMPLETED'
     AND done.plugin_name = j.plugin_name
     AND (done.finished_at >= j.created_at OR (
-        (SELECT p.version FROM cf_plugin p WHERE p.id = done.plugin_id) =
-            (SELECT active_version FROM cf_plugin_config c WHERE c.plugin_name = j.plugin_name)
-        AND (SELECT p.version FROM cf_plugin p WHERE p.id = j.plugin_id) IS NOT
-            (SELECT active_version FROM cf_plugin_config c WHERE c.plugin_name = j.plugin_name)
+        (SELECT p.artifact_hash FROM cf_plugin p WHERE p.id = done.plugin_id) = ({_ACTIVE})
+        AND (SELECT p.artifact_hash FROM cf_plugin p WHERE p.id = j.plugin_id) IS NOT ({_ACTIVE})
     ))
 )
-"""
+"""  # noqa: S608
 
 _DISMISSED = """
 EXISTS (SELECT 1 FROM cf_dismissed_failure d WHERE d.job_id = j.id AND d.fence = j.fence)

@@ -268,14 +268,33 @@ def _matches(entry: _Entry, values: list[Any], defaults: Sequence[Any]) -> bool:
 # Invariants of the ledger: message -> a query that returns the rows which break it.
 
 
+# What the audit says was adopted from sinks, as runs of ids: those jobs have not run here, and no
+# sink knows the versions that gave no output. An earlier release wrote only the last version's id.
+
+_ADOPTED = """
+    SELECT json_extract(run.value, '$[0]') AS first, json_extract(run.value, '$[1]') AS last
+    FROM cf_audit a,
+         json_each(CASE WHEN json_valid(a.detail) THEN a.detail ELSE '{{}}' END, '$.{what}') run
+    WHERE a.action = 'adopt'
+"""
+
+_ADOPTED_VERSIONS = f"""
+    {_ADOPTED.format(what="versions")}
+    UNION ALL
+    SELECT 1, json_extract(detail, '$.last_version_id') FROM cf_audit
+    WHERE action = 'adopt' AND json_valid(detail)
+      AND json_type(detail, '$.last_version_id') = 'integer'
+"""
+
 _INVARIANTS = {
-    "location {0} ({1}): its versions are not numbered 1, 2, 3, ...": """
+    "location {0} ({1}): its versions are not numbered 1, 2, 3, ...": f"""
+        WITH adopted AS MATERIALIZED ({_ADOPTED_VERSIONS})
         SELECT l.id, l.rel_path FROM cf_file_version v JOIN cf_file_location l
         ON l.id = v.location_id
-        JOIN cf_source_root r ON r.id = l.source_root_id
-        WHERE NOT EXISTS (SELECT 1 FROM cf_found_output f
-                          WHERE f.source = r.name AND f.path = l.path)
-        GROUP BY l.id HAVING min(v.ordinal) <> 1 OR max(v.ordinal) <> count(*)
+        GROUP BY l.id HAVING (min(v.ordinal) <> 1 OR max(v.ordinal) <> count(*))
+        AND NOT EXISTS (
+            SELECT 1 FROM cf_file_version w JOIN adopted ON w.id BETWEEN first AND last
+            WHERE w.location_id = l.id)
         """,
     "location {0} ({1}): its current version is not its latest one": """
         SELECT l.id, l.rel_path FROM cf_file_location l
@@ -288,11 +307,14 @@ _INVARIANTS = {
         JOIN cf_output o ON o.job_id = j.id
         WHERE j.status = 'COMPLETED' AND o.state <> 'PUBLISHED'
         """,
-    "job {0} is {1}, but none of its attempts staged an output": """
+    "job {0} is {1}, but none of its attempts staged an output": f"""
+        WITH adopted AS MATERIALIZED ({_ADOPTED.format(what="jobs")})
         SELECT j.id, j.status FROM cf_processing_queue j
         WHERE j.status IN ('COMPLETED', 'COMMITTING') AND NOT EXISTS (
             SELECT 1 FROM cf_attempt a
             WHERE a.job_id = j.id AND a.fence = j.fence AND a.outcome = 'STAGED')
+        AND NOT (j.status = 'COMPLETED' AND EXISTS (
+            SELECT 1 FROM adopted WHERE j.id BETWEEN first AND last))
         """,
     "job {0} has an attempt {1}, but was never claimed for it": """
         SELECT j.id, a.fence FROM cf_processing_queue j JOIN cf_attempt a ON a.job_id = j.id
@@ -308,10 +330,13 @@ _INVARIANTS = {
         AND NOT EXISTS (SELECT 1 FROM cf_attempt a WHERE a.job_id = j.id AND a.fence = j.fence)
         AND 'job ' || j.id NOT IN (SELECT subject FROM cf_audit WHERE action IN ('fail', 'refuse'))
         """,
-    "job {0} is COMPLETED, but the audit has no commit of it": """
+    "job {0} is COMPLETED, but the audit has no commit of it": f"""
+        WITH adopted AS MATERIALIZED ({_ADOPTED.format(what="jobs")})
         SELECT substr(subject, 5) FROM (
             SELECT 'job ' || id AS subject FROM cf_processing_queue WHERE status = 'COMPLETED'
             EXCEPT SELECT subject FROM cf_audit WHERE action = 'commit')
+        WHERE NOT EXISTS (
+            SELECT 1 FROM adopted WHERE CAST(substr(subject, 5) AS INTEGER) BETWEEN first AND last)
         """,
     "row {1} of {0} refers to a missing row of {2}": "PRAGMA foreign_key_check",
 }

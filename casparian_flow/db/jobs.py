@@ -24,6 +24,12 @@
     revive         SUPERSEDED       QUEUED      version id            a scan found its bytes again
     restore        COMPLETED        QUEUED      id                    a user asked; its outputs are
                                                                       out of their sinks
+    adopt          -                COMPLETED   -                     a sink has all that the job
+                                                                      gives
+    take_over      QUEUED, FAILED,  COMPLETED   id, a published       the same
+                   ABORTED,                     output
+                   SUPERSEDED
+    renumber       QUEUED           SUPERSEDED  version id            its content is a later version
 
 The status in the `from` column is part of every guard. An attempt ends under (id, fence): with the
 id alone, an attempt that lost its job could end the attempt that has the job now. A COMMITTING job
@@ -42,7 +48,6 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
-from casparian_flow.db import found
 from casparian_flow.db.access import execute, execute_many, returned_ids
 from casparian_flow.db.models import JobStatus, utcnow
 from casparian_flow.db.routing import JobRequest
@@ -61,16 +66,25 @@ before the clock was set back: it is due."""
 
 _DUE = "status = 'QUEUED' AND (not_before <= :now OR not_before > :now + :longest_pause)"
 
+SAME_ARTIFACT = """
+SELECT other.id FROM cf_plugin this JOIN cf_plugin other
+ON other.name = this.name AND other.artifact_hash = this.artifact_hash WHERE this.id = :plugin_id
+"""
+"""The plugin's versions with the bytes of `:plugin_id`: a new version of the same bytes is a new
+label, and has worked what they have."""
+
 _AFRESH = "status = 'QUEUED', attempts = 0, not_before = 0.0, reason = '', finished_at = NULL"
 """Queued, and its attempts count from 0."""
 
-_INSERT = f"""
+_INSERT = """
 INSERT INTO cf_processing_queue
     (id, file_version_id, plugin_id, plugin_name, priority, created_at,
      status, fence, attempts, not_before, reason)
-SELECT {found.JOB_ID}, :version_id, :plugin_id, :plugin_name, :priority, :now,
-       'QUEUED', 0, 0, 0.0, ''
+SELECT 1 + max((SELECT coalesce(max(id), 0) FROM cf_processing_queue),
+               (SELECT coalesce(max(job_id), 0) FROM cf_id_floor)),
+       :version_id, :plugin_id, :plugin_name, :priority, :now, 'QUEUED', 0, 0, 0.0, ''
 """
+"""A new id is above every other, and above those that an earlier ledger has given."""
 
 
 def _now() -> str:
@@ -82,46 +96,27 @@ def _insert(
 ) -> list[int]:
     """Run an INSERT for each pair; the ids of the jobs it made.
 
-    The driver returns no ids from many statements at once. A new id is above the last one, or is
-    the old id that a found output names.
+    The driver returns no ids from many statements at once.
     """
-    before = execute(
-        connection,
-        f"""
-        SELECT coalesce(max(id), 0) AS last, {found.JOB_IDS_WITHOUT_JOB} AS unused
-        FROM cf_processing_queue
-        """,  # noqa: S608
-    ).one()
+    last = execute(connection, "SELECT coalesce(max(id), 0) FROM cf_processing_queue").scalar_one()
     execute_many(
         connection,
         statement,
         [{"version_id": version, "now": now, **request._asdict()} for version, request in pairs],
     )
     return returned_ids(
-        connection,
-        """
-        SELECT id FROM cf_processing_queue
-        WHERE id > :last OR id IN (SELECT value FROM json_each(:unused))
-        """,
-        last=before.last,
-        unused=before.unused,
+        connection, "SELECT id FROM cf_processing_queue WHERE id > :last", last=last
     )
 
 
 def enqueue(connection: Connection, pairs: Sequence[tuple[int, JobRequest]], now: str) -> list[int]:
-    """Queue a job for each (version id, job) whose plugin has none for the version; the new ids.
-
-    What an inventory has found of the version counts: the same artifact's job gets its old id
-    back, and a version that another artifact of the plugin has processed gets no job.
-    """
+    """Queue a job for each (version id, job) whose plugin has none for the version; the new ids."""
     return _insert(
         connection,
         f"""
         {_INSERT}
         WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
                           WHERE file_version_id = :version_id AND plugin_name = :plugin_name)
-          AND NOT {found.PROCESSED_BY_ANOTHER_ARTIFACT}
-          AND NOT {found.LACKS_VERSIONS}
         """,  # noqa: S608
         pairs,
         now,
@@ -139,9 +134,8 @@ def enqueue_again(
         {_INSERT}
         WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
                           WHERE file_version_id = :version_id AND plugin_name = :plugin_name
-                            AND (plugin_id = :plugin_id
+                            AND (plugin_id IN ({SAME_ARTIFACT})
                                  OR status IN ('QUEUED', 'RUNNING', 'COMMITTING')))
-          AND NOT {found.LACKS_VERSIONS}
         """,  # noqa: S608
         pairs,
         now,
@@ -480,6 +474,74 @@ def attempt_count(connection: Connection, job_id: int) -> int:
     """Attempts counted against the job so far, with the running one; 0: no such job."""
     query = "SELECT attempts FROM cf_processing_queue WHERE id = :job_id"
     return execute(connection, query, job_id=job_id).scalar() or 0
+
+
+# Adopting jobs: a sink has what they give, and this ledger has not seen them run (`db.adopt`).
+
+
+class AdoptedJob(NamedTuple):
+    """A job of an earlier ledger."""
+
+    id: int
+    version_id: int
+    plugin_id: int
+    plugin_name: str
+
+
+def adopt(connection: Connection, adopted: Sequence[AdoptedJob]) -> None:
+    """Record jobs as COMPLETED; the caller records their outputs."""
+    now = _now()
+    execute_many(
+        connection,
+        """
+        INSERT INTO cf_processing_queue
+            (id, file_version_id, plugin_id, plugin_name, priority, created_at, finished_at,
+             status, fence, attempts, not_before, reason)
+        VALUES (?, ?, ?, ?, 0, ?, ?, 'COMPLETED', 0, 0, 0.0, '')
+        """,
+        [(*job, now, now) for job in adopted],
+    )
+
+
+def take_over(connection: Connection, job_ids: Sequence[int]) -> list[int]:
+    """Complete jobs that do not run, whose outputs were adopted."""
+    return returned_ids(
+        connection,
+        """
+        UPDATE cf_processing_queue SET status = 'COMPLETED', reason = '', finished_at = :now
+        WHERE +status IN ('QUEUED', 'FAILED', 'ABORTED', 'SUPERSEDED')
+          AND id IN (SELECT value FROM json_each(:job_ids))
+        RETURNING id
+        """,
+        job_ids=job_ids,
+        now=_now(),
+    )
+
+
+def renumber(connection: Connection, old: int, new: int) -> None:
+    """Give the queued jobs of a version to a later one with the same content; a plugin that has a
+    job for that has processed it."""
+    now = _now()
+    waiting = execute(
+        connection,
+        "SELECT plugin_id, plugin_name, priority FROM cf_processing_queue "
+        "WHERE +status = 'QUEUED' AND file_version_id = :old ORDER BY id",
+        old=old,
+    ).all()
+    enqueue(connection, [(new, JobRequest(**row._asdict())) for row in waiting], now)
+    execute(
+        connection,
+        """
+        UPDATE cf_processing_queue SET status = 'SUPERSEDED', finished_at = :now,
+            reason = 'sinks had versions of the file that the ledger did not know: this content '
+                     || 'is version '
+                     || (SELECT ordinal FROM cf_file_version WHERE id = :new) || ' now'
+        WHERE +status = 'QUEUED' AND file_version_id = :old
+        """,
+        old=old,
+        new=new,
+        now=now,
+    )
 
 
 # The history of attempts: one row each, written when it ends, never changed.

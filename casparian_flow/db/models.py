@@ -26,6 +26,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, validates
 
+from casparian_flow.protocol import State
+
 
 def utcnow() -> datetime:
     """Now, in UTC, without a zone: the form of every `_at` column."""
@@ -51,6 +53,11 @@ class Base(DeclarativeBase):
 
 PAUSED = "paused: "
 """Prefix of the `reason` of a job that waits for a sink or the machine, not for its own retry."""
+
+PASSED_OVER = (
+    "not deleted: scans now ignore it (an ignore pattern, or one of Casparian Flow's own files)"
+)
+"""The `problem` of a location that is still on the disk and that scans pass over."""
 
 
 class JobStatus(StrEnum):
@@ -80,40 +87,44 @@ class OutputState(StrEnum):
     REFUSED = "REFUSED"
 
 
-class Retraction(StrEnum):
-    """The state of a retracted output; RETRACTING and REINSTATING until its sink has done it."""
-
-    RETRACTING = "RETRACTING"
-    RETRACTED = "RETRACTED"
-    REINSTATING = "REINSTATING"
+REMOVED = "removed"
+"""The state of an output in `Visibility` whose rows the sink has no more: it was replaced long ago,
+or forgotten. Else the state is a `protocol.State`."""
 
 
 JOB_ARROWS = {
-    "": {"QUEUED"},
-    "QUEUED": {"RUNNING", "ABORTED", "SUPERSEDED"},
+    "": {"QUEUED", "COMPLETED"},
+    "QUEUED": {"RUNNING", "ABORTED", "SUPERSEDED", "COMPLETED"},
     "RUNNING": {"COMMITTING", "QUEUED", "FAILED", "ABORTED", "SUPERSEDED"},
     "COMMITTING": {"COMPLETED", "FAILED"},
     "COMPLETED": {"QUEUED"},
-    "FAILED": {"QUEUED"},
-    "ABORTED": {"QUEUED"},
-    "SUPERSEDED": {"QUEUED"},
+    "FAILED": {"QUEUED", "COMPLETED"},
+    "ABORTED": {"QUEUED", "COMPLETED"},
+    "SUPERSEDED": {"QUEUED", "COMPLETED"},
 }
-"""Status -> those it may change to; empty for no row. Triggers of the database enforce the same."""
+"""Status -> those it may change to; empty for no row. Triggers of the database enforce the same.
+
+A job becomes COMPLETED without having run where a sink has its outputs (`db.adopt`)."""
 
 OUTPUT_ARROWS = {
-    "": {"PLANNED"},
+    "": {"PLANNED", "PUBLISHED"},
     "PLANNED": {"PUBLISHED", "REFUSED", ""},
     "PUBLISHED": {"PLANNED"},
     "REFUSED": {""},
 }
-"""State -> those it may change to; a new plan deletes outputs that were not published."""
+"""State -> those it may change to; a new plan deletes outputs that were not published. What a sink
+had before this ledger is PUBLISHED from the beginning."""
 
 
 # Tables that only grow: triggers of the database refuse every UPDATE and DELETE.
 
 
 class Plugin(Base):
-    """A deployed artifact: immutable."""
+    """A deployed artifact: immutable.
+
+    A stub has a name, a version and an artifact hash, and all other columns empty: a sink has
+    outputs of an artifact that this ledger lacks. It becomes a plugin when that is published.
+    """
 
     __tablename__ = "cf_plugin"
     __table_args__ = (UniqueConstraint("name", "version"),)
@@ -124,7 +135,7 @@ class Plugin(Base):
     source: Mapped[bytes]
     lock: Mapped[str]
     manifest: Mapped[str]
-    """JSON of the MANIFEST in the source."""
+    """JSON of the MANIFEST in the source; empty for a stub."""
     artifact_hash: Mapped[str]
     public_key: Mapped[bytes]
     signature: Mapped[bytes]
@@ -211,45 +222,6 @@ class Attempt(Base):
     """Processor time of the guest in this attempt."""
 
 
-class FoundOutput(Base):
-    """An output that an inventory found in a sink and not in this ledger.
-
-    The ledger was lost, or is older than its sinks. The ids that the output names are not used
-    again, except by its own version and job once the version's content is found again.
-    """
-
-    __tablename__ = "cf_found_output"
-    __table_args__ = (
-        Index("ix_cf_found_output_version", "source", "path", "ordinal"),
-        Index("ix_cf_found_output_file_version_id", "file_version_id"),
-        Index("ix_cf_found_output_job_id", "job_id"),
-    )
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    output_key: Mapped[str] = mapped_column(unique=True)
-    location: Mapped[str]
-    """The sink with its path made absolute."""
-    topic: Mapped[str]
-    uri: Mapped[str]
-    target: Mapped[str]
-    rows: Mapped[int]
-    digest: Mapped[str]
-    job_id: Mapped[int]
-    file_version_id: Mapped[int]
-    source: Mapped[str]
-    """Name of the source root; empty where an earlier release published it."""
-    path: Mapped[bytes]
-    ordinal: Mapped[int]
-    content_hash: Mapped[str]
-    size_bytes: Mapped[int]
-    artifact_hash: Mapped[str]
-    plugin_name: Mapped[str]
-    plugin_version: Mapped[str]
-    found_at: Mapped[datetime] = mapped_column(default=utcnow)
-    mode: Mapped[str] = mapped_column(default="append", server_default="append")
-    slot: Mapped[str] = mapped_column(default="", server_default="")
-
-
 _ABOUT_TRUST = "action IN ('trust-key', 'revoke-key', 'rotate-key', 'activate', 'disable')"
 
 
@@ -289,6 +261,10 @@ def _name_of_root(context: Any) -> str:
     return next(name for name in names if name not in taken)
 
 
+KEEP, RETRACT = ON_DELETE = ("keep", "retract")
+"""What becomes of a deleted file's rows: they stay, or are hidden until it is back."""
+
+
 class SourceRoot(Base):
     """A watched directory."""
 
@@ -308,6 +284,8 @@ class SourceRoot(Base):
     """Name of the marker without which a file is not taken: `{name}.done`; empty for none."""
     min_age_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
     """A file that changed less than this ago is left to a later scan."""
+    on_delete: Mapped[str] = mapped_column(server_default=KEEP)
+    """One of `ON_DELETE`."""
 
     locations: Mapped[list[FileLocation]] = relationship(back_populates="source_root")
 
@@ -495,7 +473,7 @@ class EmptyTopic(Base):
 
 
 _STATUSES = ", ".join(f"'{status}'" for status in JobStatus)
-_RETRACTIONS = ", ".join(f"'{state}'" for state in Retraction)
+_SEEN = ", ".join(f"'{state}'" for state in (*State, REMOVED))
 _STATES = ", ".join(f"'{state}'" for state in OutputState)
 
 
@@ -554,15 +532,14 @@ class ForgottenOutput(Base):
     forgotten_at: Mapped[datetime] = mapped_column(default=utcnow)
 
 
-class RetractedOutput(Base):
-    """A published output whose rows a user has hidden: the sink keeps them, and readers do not see
-    them."""
+class RetractedVersion(Base):
+    """A version whose rows a user has hidden, of all plugins and topics; it keeps its place."""
 
-    __tablename__ = "cf_retracted_output"
-    __table_args__ = (CheckConstraint(f"state IN ({_RETRACTIONS})", name="state"),)
+    __tablename__ = "cf_retracted_version"
 
-    output_key: Mapped[str] = mapped_column(primary_key=True)
-    state: Mapped[str]
+    file_version_id: Mapped[int] = mapped_column(
+        ForeignKey("cf_file_version.id"), primary_key=True, autoincrement=False
+    )
     retracted_at: Mapped[datetime] = mapped_column(default=utcnow)
 
 
@@ -595,8 +572,60 @@ class Output(Base):
     digest: Mapped[str]
     published_at: Mapped[datetime | None]
     slot: Mapped[str] = mapped_column(default="", server_default="", index=True)
-    """The same for the outputs of all versions of the location (`protocol.OutputPlan.slot`); empty
-    where an earlier release planned it, which had only mode append."""
+    """`protocol.Output.location_slot`; what an earlier release planned may have none."""
+
+
+_DEBT = "told <> state || '/' || mode"
+
+
+class Visibility(Base):
+    """What readers see of a published output: `db.visibility` decides, the sink is told."""
+
+    __tablename__ = "cf_visibility"
+    __table_args__ = (
+        CheckConstraint(f"state IN ({_SEEN})", name="state"),
+        Index("ix_cf_visibility_debts", "output_id", sqlite_where=text(_DEBT)),
+        Index("ix_cf_visibility_hidden", "changed_at", sqlite_where=text("state = 'hidden'")),
+    )
+
+    output_id: Mapped[int] = mapped_column(
+        ForeignKey("cf_output.id"), primary_key=True, autoincrement=False
+    )
+    state: Mapped[str]
+    """A `protocol.State`, or `REMOVED`."""
+    mode: Mapped[str]
+    """That of the topic in this sink now; of a sink that the topic left, that of the output."""
+    told: Mapped[str] = mapped_column(default="", server_default="")
+    """`state/mode` as the sink has confirmed it last. While it differs, the sink is to be told."""
+    shown_at: Mapped[datetime | None]
+    """When it was first visible; NULL if it never was."""
+    hidden_at: Mapped[datetime | None]
+    """Since when it is not visible; NULL while it is."""
+    changed_at: Mapped[datetime]
+    """When `state` last changed."""
+
+
+class IdFloor(Base):
+    """The one row with the highest ids of an earlier ledger that sinks have; new ids are above."""
+
+    __tablename__ = "cf_id_floor"
+    __table_args__ = (CheckConstraint("id = 1", name="single"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    version_id: Mapped[int]
+    job_id: Mapped[int]
+
+
+class AskedSink(Base):
+    """A sink that this ledger was to ask for outputs it does not know."""
+
+    __tablename__ = "cf_asked_sink"
+
+    location: Mapped[str] = mapped_column(primary_key=True)
+    asked_at: Mapped[datetime | None]
+    """Since when the ledger knows what it has; while NULL, no job is claimed that writes there."""
+    problem: Mapped[str]
+    """Why it could not be asked the last time, else empty."""
 
 
 class KeptContent(Base):

@@ -6,25 +6,27 @@ What a person changes about them is in `services.outputs`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from sqlalchemy import Connection, bindparam, select, text, update
+from sqlalchemy import Connection, bindparam, delete, select, text, update
 
-from casparian_flow.db.access import Page, execute_many, page
-from casparian_flow.db.found import INVISIBLE, REPLACED, RETRACTED, note_retracted
+from casparian_flow.db import jobs, visibility
+from casparian_flow.db.access import Page, execute_many, page, returned_ids
 from casparian_flow.db.models import (
-    FileVersion,
+    REMOVED,
+    ForgottenOutput,
     JobStatus,
     Output,
     OutputState,
     ProcessingJob,
+    Visibility,
     utcnow,
 )
-from casparian_flow.protocol import Published, StagedOutput
+from casparian_flow.protocol import Output as OutputRecord
 
 
-def plan(connection: Connection, decided: Sequence[tuple[int, list[StagedOutput]]]) -> None:
+def plan(connection: Connection, decided: Sequence[tuple[int, list[OutputRecord]]]) -> None:
     """Record what decided jobs will publish.
 
     What an earlier attempt of a job planned and did not publish is deleted: its sinks may have
@@ -44,48 +46,30 @@ def plan(connection: Connection, decided: Sequence[tuple[int, list[StagedOutput]
         ON CONFLICT (job_id, topic, uri) DO NOTHING
         """,
         [
-            (job_id, s.topic, s.uri, s.location, s.mode, s.output_key, s.slot, s.stage, s.rows,
-             s.size_bytes, s.digest)
+            (job_id, o.topic, o.uri, o.location, o.mode, o.output_key, o.location_slot, o.stage,
+             o.rows, o.size_bytes, o.digest)
             for job_id, staged in decided
-            for s in staged
+            for o in staged
         ],
     )  # fmt: skip
 
 
-def unpublished(connection: Connection) -> list[tuple[int, int, StagedOutput]]:
-    """(output id, job id, staged) of every output a decided job still owes, oldest first."""
-    rows = connection.execute(
-        select(Output)
-        .with_only_columns(*Output.__table__.columns, FileVersion.ordinal)
-        .join(ProcessingJob, ProcessingJob.id == Output.job_id)
-        .join(FileVersion, FileVersion.id == ProcessingJob.file_version_id)
-        .where(Output.state == OutputState.PLANNED, ProcessingJob.status == JobStatus.COMMITTING)
-        .order_by(Output.id)
-    ).all()
-    return [
-        (
-            row.id,
-            row.job_id,
-            StagedOutput(
-                topic=row.topic, uri=row.uri, location=row.location, mode=row.mode,
-                output_key=row.output_key, slot=row.slot, ordinal=row.ordinal,
-                job_id=row.job_id, stage=row.stage, rows=row.rows,
-                size_bytes=row.size_bytes, digest=row.digest,
-            ),
-        )
-        for row in rows
-    ]  # fmt: skip
+def stages(connection: Connection, job_ids: Sequence[int] | None = None) -> set[str]:
+    """The staged files that are still to be published.
 
-
-def stages(connection: Connection, job_ids: Sequence[int]) -> set[str]:
-    """The staged files that are still to be published for these jobs."""
-    query = select(Output.stage).where(
-        Output.job_id.in_(job_ids), Output.state == OutputState.PLANNED
-    )
+    Args:
+        job_ids: for these jobs; None means for all decided ones.
+    """
+    query = select(Output.stage).where(Output.state == OutputState.PLANNED, Output.stage != "")
+    if job_ids is None:
+        decided = select(ProcessingJob.id).where(ProcessingJob.status == JobStatus.COMMITTING)
+        query = query.where(Output.job_id.in_(decided))
+    else:
+        query = query.where(Output.job_id.in_(job_ids))
     return set(connection.execute(query).scalars())
 
 
-def decided_without_debts(connection: Connection) -> list[int]:
+def all_published(connection: Connection) -> list[int]:
     """Decided jobs whose outputs are all published: they only have to be completed."""
     return list(
         connection.execute(
@@ -99,48 +83,39 @@ def decided_without_debts(connection: Connection) -> list[int]:
     )
 
 
-def mark_published(connection: Connection, done: Sequence[tuple[int, Published]]) -> None:
-    """Record that these outputs are in their sinks."""
-    if done:
-        connection.execute(
-            update(Output)
-            .where(Output.id == bindparam("output"))
-            .values(
-                state=OutputState.PUBLISHED,
-                target=bindparam("to"),
-                rows=bindparam("seen_rows"),
-                digest=bindparam("seen_digest"),
-                published_at=utcnow(),
-            ),
-            [
-                {
-                    "output": output_id,
-                    "to": published.target,
-                    "seen_rows": published.rows,
-                    "seen_digest": published.digest,
-                }
-                for output_id, published in done
-            ],
-        )
-        note_retracted(connection, _keys(connection, [id for id, seen in done if seen.retracted]))
+def mark_published(connection: Connection, done: Mapping[int, OutputRecord]) -> None:
+    """Record that these outputs are in their sinks, by id, in the states that they have there."""
+    if not done:
+        return
+    connection.execute(
+        update(Output)
+        .where(Output.id == bindparam("output"))
+        .values(
+            state=OutputState.PUBLISHED,
+            target=bindparam("to"),
+            rows=bindparam("seen_rows"),
+            digest=bindparam("seen_digest"),
+            published_at=utcnow(),
+        ),
+        [
+            {"output": number, "to": o.target, "seen_rows": o.rows, "seen_digest": o.digest}
+            for number, o in done.items()
+        ],
+    )
+    visibility.published(connection, done)
 
 
 def targets(connection: Connection, job_ids: Sequence[int]) -> dict[int, list[str]]:
     """Job id -> a text for each of its published outputs: its target and number of rows."""
     found: dict[int, list[str]] = {job_id: [] for job_id in job_ids}
     rows = connection.execute(
-        select(Output.job_id, Output.target, Output.rows)
+        select(Output.job_id, Output.target, Output.topic, Output.rows)
         .where(Output.job_id.in_(job_ids), Output.state == OutputState.PUBLISHED)
         .order_by(Output.id)
     )
-    for job_id, target, count in rows:
-        found[job_id].append(f"{target}: {count} rows")
+    for job_id, target, topic, count in rows:
+        found[job_id].append(f"{target or topic}: {count} rows")
     return found
-
-
-def _keys(connection: Connection, output_ids: Sequence[int]) -> list[str]:
-    query = select(Output.output_key).where(Output.id.in_(output_ids))
-    return list(connection.execute(query).scalars()) if output_ids else []
 
 
 def mark_refused(connection: Connection, job_ids: Sequence[int]) -> list[str]:
@@ -154,59 +129,98 @@ def mark_refused(connection: Connection, job_ids: Sequence[int]) -> list[str]:
         .values(state=OutputState.REFUSED)
         .returning(Output.stage)
     )
-    return list(connection.execute(refused).scalars())
+    return [stage for stage in connection.execute(refused).scalars() if stage]
 
 
-def published(connection: Connection) -> Iterable[Any]:
-    """Every published output that is not hidden (`db.found`), with its version, job and plugin:
-    what readers may see."""
-    return connection.execute(
-        select(
-            Output.topic, Output.location, Output.target, Output.output_key, Output.rows,
-            Output.digest, Output.job_id, ProcessingJob.plugin_name,
-            FileVersion.id.label("version_id"), FileVersion.location_id, FileVersion.ordinal,
-        )
-        .join(ProcessingJob, ProcessingJob.id == Output.job_id)
-        .join(FileVersion, FileVersion.id == ProcessingJob.file_version_id)
-        .where(
-            Output.state == OutputState.PUBLISHED,
-            Output.output_key.not_in(text(f"({INVISIBLE})")),
-        )
-        .order_by(Output.id)
-    )  # fmt: skip
+# Making an output again that its sink has no more.
 
+
+def restore(connection: Connection, output_ids: Sequence[int]) -> list[int]:
+    """Queue the completed jobs of published outputs again, which then publish them; the jobs.
+
+    What stands without them is decided anew.
+    """
+    wanted = select(Output.job_id).where(Output.id.in_(output_ids)).distinct()
+    queued = jobs.restore(connection, list(connection.execute(wanted).scalars()))
+    these = (
+        Output.id.in_(output_ids),
+        Output.state == OutputState.PUBLISHED,
+        Output.job_id.in_(queued),
+    )
+    owed = list(connection.execute(select(Output.id).where(*these)).scalars())
+    keys = select(Output.output_key).where(Output.id.in_(owed))
+    connection.execute(delete(ForgottenOutput).where(ForgottenOutput.output_key.in_(keys)))
+    connection.execute(delete(Visibility).where(Visibility.output_id.in_(owed)))
+    planned = {"state": OutputState.PLANNED, "published_at": None, "target": ""}
+    connection.execute(update(Output).where(Output.id.in_(owed)).values(planned))
+    visibility.refresh(connection, visibility.of_jobs(connection, queued))
+    return queued
+
+
+def restore_removed(connection: Connection, plugin: str) -> list[int]:
+    """Queue the jobs of a plugin's active artifact whose outputs were removed as replaced, where
+    they would stand now; the jobs."""
+    ids = returned_ids(
+        connection,
+        """
+        SELECT o.id FROM cf_visibility s JOIN cf_output o ON o.id = s.output_id
+        JOIN cf_processing_queue j ON j.id = o.job_id
+        JOIN cf_plugin p ON p.id = j.plugin_id
+        WHERE s.state = :removed AND j.plugin_name = :plugin AND j.status = 'COMPLETED'
+        AND o.output_key NOT IN (SELECT output_key FROM cf_forgotten_output)
+        AND p.artifact_hash = (
+            SELECT a.artifact_hash FROM cf_plugin_config c
+            JOIN cf_plugin a ON a.name = c.plugin_name AND a.version = c.active_version
+            WHERE c.plugin_name = :plugin)
+        AND NOT EXISTS (
+            SELECT 1 FROM cf_processing_queue k JOIN cf_plugin q ON q.id = k.plugin_id
+            JOIN cf_output n ON n.job_id = k.id JOIN cf_visibility t ON t.output_id = n.id
+            WHERE k.file_version_id = j.file_version_id AND k.plugin_name = j.plugin_name
+            AND n.topic = o.topic AND n.location = o.location AND t.state <> :removed
+            AND q.artifact_hash = p.artifact_hash)
+        """,
+        removed=REMOVED,
+        plugin=plugin,
+    )
+    return restore(connection, ids) if ids else []
+
+
+# Lists.
+
+
+STATE = """
+CASE WHEN o.state <> 'PUBLISHED' THEN o.state
+     WHEN o.output_key IN (SELECT output_key FROM cf_forgotten_output) THEN 'FORGOTTEN'
+     ELSE upper(coalesce(s.state, 'hidden')) END
+"""
+"""The state of the output `o` as users see it: PLANNED and REFUSED before it is published, then
+FORGOTTEN or what its row `s` of `cf_visibility` has, in capitals."""
 
 NAMED = f"""
-SELECT o.output_key, o.topic, o.location, o.target, o.rows, o.digest, o.job_id, j.status,
+SELECT o.id, o.output_key, o.topic, o.location, o.target, o.rows, o.job_id, j.status,
        r.name AS source, r.path AS root_path, l.path, l.rel_path, v.id AS version_id, v.ordinal,
-       v.content_hash,
-       o.output_key IN (SELECT output_key FROM cf_forgotten_output) AS forgotten,
-       o.output_key IN ({RETRACTED}) AS retracted, o.output_key IN ({REPLACED}) AS replaced,
+       v.content_hash, {STATE} AS state,
        v.content_hash IN (SELECT content_hash FROM cf_kept_content) AS kept
 FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
 JOIN cf_file_version v ON v.id = j.file_version_id
 JOIN cf_file_location l ON l.id = v.location_id
 JOIN cf_source_root r ON r.id = l.source_root_id
+LEFT JOIN cf_visibility s ON s.output_id = o.id
 WHERE o.state = 'PUBLISHED'
-UNION ALL
-SELECT f.output_key, f.topic, f.location, f.target, f.rows, f.digest, f.job_id, NULL,
-       f.source, r.path, f.path, CAST(f.path AS TEXT), f.file_version_id, f.ordinal,
-       f.content_hash,
-       f.output_key IN (SELECT output_key FROM cf_forgotten_output),
-       f.output_key IN ({RETRACTED}), f.output_key IN ({REPLACED}), 0
-FROM cf_found_output f JOIN cf_source_root r ON r.name = f.source
-WHERE f.output_key NOT IN (SELECT output_key FROM cf_output WHERE state = 'PUBLISHED')
 """  # noqa: S608
-"""Every output in the sinks. One that an inventory found, and no job here made, has no status."""
+"""Every published output."""
+
+
+def locations(connection: Connection) -> list[str]:
+    """The sinks that have had outputs."""
+    return list(connection.execute(select(Output.location).distinct()).scalars())
 
 
 def listed(connection: Connection, limit: int | None, topic: str | None) -> Page:
     """Published outputs, the newest first, as people and programs look at them."""
     query = f"""
-        SELECT job_id AS job, topic, CASE WHEN forgotten THEN 'FORGOTTEN'
-               WHEN retracted THEN 'RETRACTED' WHEN replaced THEN 'REPLACED'
-               WHEN status IS NULL THEN 'ADOPTED' ELSE 'PUBLISHED' END AS state,
-               rows, source, rel_path, ordinal AS version, target, location AS sink, output_key
+        SELECT job_id AS job, topic, state, rows, source, rel_path, ordinal AS version, target,
+               location AS sink, output_key
         FROM ({NAMED}) WHERE :topic IS NULL OR topic = :topic ORDER BY job_id DESC
         """  # noqa: S608
     return page(connection, query, limit, topic=topic)
@@ -257,19 +271,90 @@ class Rejected(NamedTuple):
     rejects: int
 
 
+_SHOWN = f"SELECT s.output_id FROM cf_visibility s WHERE {visibility.SHOWN}"  # noqa: S608
+
+
 def rejected_shown(connection: Connection) -> Rejected:
     """What readers may see, of all jobs; a topic in several sinks counts once."""
-    visible = f" AND p.output_key NOT IN ({INVISIBLE})"
+    _, rows, rejects = _seen(connection, _SHOWN)
+    return Rejected(rows, rejects)
+
+
+class Seen(NamedTuple):
+    """Files, and what readers may see of them; a topic in several sinks counts once."""
+
+    files: int
+    rows: int
+    rejects: int
+
+
+def of_gone(connection: Connection) -> Seen:
+    """The files that are gone, deleted or passed over, and have rows that readers may see."""
+    return _seen(
+        connection,
+        f"""
+        SELECT s.output_id FROM cf_file_location l
+        JOIN cf_file_version v ON v.location_id = l.id
+        JOIN cf_processing_queue j ON j.file_version_id = v.id
+        JOIN cf_output o ON o.job_id = j.id JOIN cf_visibility s ON s.output_id = o.id
+        WHERE l.gone_at IS NOT NULL AND o.rows > 0 AND {visibility.SHOWN}
+        """,  # noqa: S608
+    )
+
+
+def stale(connection: Connection) -> Seen:
+    """The present files whose rows are of an earlier version than the plugin is to work, or has
+    failed at. The `+` keeps SQLite from reading every completed job."""
+    return _seen(
+        connection,
+        """
+        SELECT s.output_id FROM cf_processing_queue unworked
+        JOIN cf_file_version newer ON newer.id = unworked.file_version_id
+        JOIN cf_file_location l ON l.id = newer.location_id AND l.gone_at IS NULL
+        JOIN cf_file_version v ON v.location_id = l.id AND v.ordinal < newer.ordinal
+        JOIN cf_processing_queue j
+            ON j.file_version_id = v.id AND j.plugin_name = unworked.plugin_name
+        JOIN cf_output o ON o.job_id = j.id JOIN cf_visibility s ON s.output_id = o.id
+        WHERE unworked.status IN
+            ('QUEUED', 'RUNNING', 'COMMITTING', 'FAILED', 'ABORTED', 'SUPERSEDED')
+        AND s.state = 'current' AND o.rows > 0 AND NOT EXISTS (
+            SELECT 1 FROM cf_file_version w JOIN cf_processing_queue k ON k.file_version_id = w.id
+            WHERE w.location_id = l.id AND w.ordinal >= newer.ordinal
+            AND k.plugin_name = unworked.plugin_name AND +k.status = 'COMPLETED')
+        """,
+    )
+
+
+def _seen(connection: Connection, chosen: str) -> Seen:
+    """
+    Args:
+        chosen: a query of the ids of outputs.
+    """
     query = text(
         f"""
-        SELECT coalesce(sum(CASE WHEN {_REJECTED} THEN 0 ELSE o.rows END), 0),
+        WITH chosen AS MATERIALIZED ({chosen})
+        SELECT count(DISTINCT v.location_id),
+               coalesce(sum(CASE WHEN {_REJECTED} THEN 0 ELSE o.rows END), 0),
                coalesce(sum(CASE WHEN {_REJECTED} THEN o.rows ELSE 0 END), 0)
         FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
-        WHERE o.state = 'PUBLISHED' AND o.output_key NOT IN ({INVISIBLE})
-          AND {_FIRST.format(condition=visible)}
+        JOIN cf_file_version v ON v.id = j.file_version_id
+        WHERE o.id IN chosen AND {_FIRST.format(condition=" AND p.id IN chosen")}
         """  # noqa: S608
     )
-    return Rejected(*connection.execute(query).one())
+    return Seen(*connection.execute(query).one())
+
+
+_IS_SHOWN = f"""
+EXISTS (SELECT 1 FROM cf_visibility s WHERE s.output_id = {{output}}.id AND {visibility.SHOWN})
+"""  # noqa: S608
+
+ROWS_OF_FILE = f"""
+(SELECT coalesce(sum(o.rows), 0) FROM cf_file_version w
+ JOIN cf_processing_queue j ON j.file_version_id = w.id JOIN cf_output o ON o.job_id = j.id
+ WHERE w.location_id = l.id AND {_IS_SHOWN.format(output="o")}
+ AND {_FIRST.format(condition=f" AND {_IS_SHOWN.format(output='p')}")})
+"""  # noqa: S608
+"""What readers may see of the location that the query calls `l`, rejects among it."""
 
 
 def rejected_of_jobs(connection: Connection, job_ids: Sequence[int]) -> Rejected:

@@ -24,6 +24,7 @@ from casparian_flow.db.models import (
     PluginConfig,
     RoutingRule,
     TopicConfig,
+    utcnow,
 )
 from casparian_flow.db.routing import tags_of
 from casparian_flow.errors import ArtifactRefused, CasparianError, NotFound
@@ -40,13 +41,16 @@ def find(connection: Connection, name: str, version: str) -> Any:
     ).first()
 
 
-def versions(connection: Connection, name: str) -> list[Version]:
-    """Every deployed version of a plugin, oldest first by PEP 440."""
-    return sorted(
-        map(
-            Version, connection.execute(select(Plugin.version).where(Plugin.name == name)).scalars()
-        )
-    )
+def versions(connection: Connection, name: str, *, stubs: bool = False) -> list[Version]:
+    """Every deployed version of a plugin, oldest first by PEP 440.
+
+    Args:
+        stubs: include those of which only outputs were adopted.
+    """
+    query = select(Plugin.version).where(Plugin.name == name)
+    if not stubs:
+        query = query.where(Plugin.manifest != "")
+    return sorted(map(Version, connection.execute(query).scalars()))
 
 
 def newest(connection: Connection, name: str, trusted: Trust) -> str:
@@ -72,6 +76,12 @@ def active(connection: Connection, name: str) -> str | None:
 def add(connection: Connection, **columns: Any) -> int:
     """Insert an artifact; immutable from here on. Returns its id."""
     return connection.execute(insert(Plugin).values(**columns).returning(Plugin.id)).scalar_one()
+
+
+def complete(connection: Connection, plugin_id: int, **columns: Any) -> None:
+    """Make a stub the plugin whose artifact was published; the database lets nothing else pass."""
+    statement = update(Plugin).where(Plugin.id == plugin_id)
+    connection.execute(statement.values(**columns, deployed_at=utcnow()))
 
 
 def subscribe(connection: Connection, name: str, tags: Sequence[str], active: str) -> None:
@@ -137,6 +147,16 @@ def add_topics(connection: Connection, name: str, sinks: Iterable[tuple[str, str
         connection.execute(insert(TopicConfig), rows)
 
 
+def twins(connection: Connection, name: str, artifact: str) -> list[Any]:
+    """Plugins of other names that have the artifact: name, and each topic with its sink's URI."""
+    query = (
+        select(TopicConfig.plugin_name, TopicConfig.topic_name, TopicConfig.uri)
+        .join(Plugin, Plugin.name == TopicConfig.plugin_name)
+        .where(Plugin.artifact_hash == artifact, Plugin.name != name)
+    )
+    return list(connection.execute(query))
+
+
 def topics(connection: Connection) -> dict[str, list[Any]]:
     """Plugin name -> its TopicConfig rows (topic_name, uri, mode)."""
     found: dict[str, list[Any]] = {}
@@ -177,6 +197,10 @@ def topics_of(connection: Connection, plugin: Any) -> list[str]:
     return list(dict.fromkeys([*manifest_of(plugin.manifest).topics, *placed]))
 
 
+STUB = (
+    "sinks have outputs of it, but this ledger was lost or restored and does not have the plugin: "
+    "publish it again, from the same source and lock"
+)
 EARLIER_FORM = "an earlier release signed it in a weaker form: publish it again under a new version"
 
 
@@ -230,8 +254,10 @@ def manifest_of(text: str | bytes) -> Manifest:
     """The MANIFEST that was stored with a plugin; what an older release did not store is 0.
 
     Raises:
-        ArtifactRefused: it is damaged.
+        ArtifactRefused: it is damaged, or that of a stub.
     """
+    if not text:
+        raise ArtifactRefused(STUB)
     try:
         return msgspec.json.decode(text, type=Manifest)
     except (msgspec.MsgspecError, ValueError) as error:
@@ -273,6 +299,32 @@ def from_earlier(connection: Connection, plugin: Stored) -> bool:
     return connection.execute(published).first() is not None
 
 
+def is_stub(connection: Connection, plugin: Stored) -> bool:
+    """Whether only outputs of a version were adopted: an audit row of `adopt` names its artifact,
+    and none says that it was published."""
+    if plugin.manifest or plugin.source or plugin.statement is not None:
+        return False
+    subject = f"{plugin.name} {plugin.version}"
+    adopted = connection.execute(
+        select(AuditEntry.detail).where(AuditEntry.action == "adopt")
+    ).scalars()
+    named = any(
+        isinstance(detail, dict)
+        and (detail.get("plugins") or {}).get(subject) == plugin.artifact_hash
+        for detail in map(_json, (row.encode() for row in adopted))
+    )
+    published = select(AuditEntry.seq).where(
+        AuditEntry.action == "publish", AuditEntry.subject == f"plugin {subject}"
+    )
+    return named and connection.execute(published).first() is None
+
+
+def only_adopted(connection: Connection) -> list[str]:
+    """The plugins of which the ledger has stubs only."""
+    names = select(Plugin.name).group_by(Plugin.name).having(func.max(Plugin.manifest) == "")
+    return list(connection.execute(names.order_by(Plugin.name)).scalars())
+
+
 def in_earlier_form(connection: Connection) -> list[Any]:
     """The active versions (name, version) that may not run, since an earlier release signed them
     in its own form."""
@@ -280,12 +332,15 @@ def in_earlier_form(connection: Connection) -> list[Any]:
         PluginConfig.plugin_name == Plugin.name, Plugin.version == PluginConfig.active_version
     )
     query = select(Plugin.name, Plugin.version).join(PluginConfig, taking)
+    query = query.where(Plugin.manifest != "")
     return list(connection.execute(query.where(Plugin.statement.is_(None)).order_by(Plugin.name)))
 
 
 def _check(plugin: Stored, trusted: Trust) -> None:
     if trusted.broken:
         raise ArtifactRefused(trusted.broken)
+    if not plugin.manifest:
+        raise ArtifactRefused(STUB)
     if plugin.statement is None:
         raise ArtifactRefused(EARLIER_FORM)
     if signing.artifact_hash(plugin.source, plugin.lock) != plugin.artifact_hash:

@@ -14,7 +14,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,16 @@ NOT_A_DATABASE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
 """Result codes for a file that is damaged, or no database."""
 
 
-_AFTER = {"0006_seals.sql": seals.seal_existing_rows}
+def _decide_what_stands(connection: sqlite3.Connection) -> None:
+    from casparian_flow.db import visibility
+
+    visibility.fill(connection)
+
+
+_AFTER: dict[str, Callable[[sqlite3.Connection], None]] = {
+    "0006_seals.sql": seals.seal_existing_rows,
+    "0014_outputs.sql": _decide_what_stands,
+}
 """What SQL cannot do, after a migration's statements and in the same transaction."""
 
 
@@ -231,6 +240,7 @@ def bring_up_to_date(database: DatabaseSettings) -> None:
         connection = connect(database)
         try:
             if _version(connection, database) < len(migrations()):
+                _back_up(connection, database)
                 _migrate(connection, database)
             elif connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
                 _enter_wal(connection, database)  # a copy made by another tool
@@ -274,6 +284,60 @@ def _version(connection: sqlite3.Connection, database: DatabaseSettings) -> int:
             "upgrade casparian-flow; the database was not touched",
         )
     return int(version)
+
+
+_HAS_ROWS = (
+    "SELECT 1 FROM cf_source_root LIMIT 1",
+    "SELECT 1 FROM cf_plugin LIMIT 1",
+    "SELECT 1 FROM cf_audit LIMIT 1",
+)
+"""A ledger for which one of these gives a row is copied before it is migrated."""
+
+
+def _back_up(connection: LedgerConnection, database: DatabaseSettings) -> None:
+    """Copy a ledger of an earlier release to `<ledger>.before-NNNN`, after the last migration.
+
+    Raises:
+        LedgerError: it cannot be copied; nothing was changed.
+    """
+    with durable.exclusive(database.gate):
+        # Another process may have migrated it while we waited for the gate.
+        if not 0 < _version(connection, database) < len(migrations()):
+            return
+        if not any(connection.execute(query).fetchone() for query in _HAS_ROWS):
+            return
+        copy = backup_of(database)
+        part = copy.with_name(f"{copy.name}.part")
+        try:
+            part.unlink(missing_ok=True)
+            connection.execute("VACUUM INTO ?", (str(part),))
+            durable.fsync_path(part)
+            crashpoint("schema.copied")
+            part.replace(copy)
+            durable.fsync_path(copy.parent)
+        except (sqlite3.Error, OSError) as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in NOT_A_DATABASE:
+                raise
+            raise LedgerError(
+                f"the ledger {database.path} is of an earlier release, and cannot be copied to "
+                f"{copy} before it is brought up to date: {error}; nothing was changed",
+                "make room on its disk, then the same command again",
+            ) from error
+        crashpoint("schema.backed_up")
+    log.warning(
+        "the ledger %s is of an earlier release and is now brought up to date; it was copied to "
+        "%s, which may be deleted when all is well",
+        database.path,
+        copy,
+    )
+
+
+def backup_of(database: DatabaseSettings) -> Path:
+    """The copy of a ledger of an earlier release that the last migration makes first."""
+    number = _scripts()[-1][0].partition("_")[0]
+    return database.path.with_name(f"{database.path.name}.before-{number}")
 
 
 def _migrate(connection: LedgerConnection, database: DatabaseSettings) -> None:

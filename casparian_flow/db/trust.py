@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from sqlalchemy import Connection, and_, insert, select, text, update
 
-from casparian_flow.db import audit
+from casparian_flow.db import audit, visibility
 from casparian_flow.db.audit import Event
 from casparian_flow.db.models import LedgerIdentity, Plugin, PluginConfig, TrustStatement
 from casparian_flow.security.signing import (
@@ -107,6 +107,8 @@ def deactivate(connection: Connection, trusted: Trust) -> list[str]:
     names = [row.name for row in barred]
     statement = update(PluginConfig).where(PluginConfig.plugin_name.in_(names))
     connection.execute(statement.values(active_version=None))
+    for name in dict.fromkeys(names):
+        visibility.refresh(connection, visibility.Scope(plugin=name))
     return [f"{row.name} {row.version}" for row in barred]
 
 

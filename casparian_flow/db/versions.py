@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, func, select, text, update
 from sqlalchemy.dialects.sqlite import insert
 
-from casparian_flow.db import audit, found, jobs
+from casparian_flow.db import adopt, audit, jobs, visibility
 from casparian_flow.db.access import execute_many
 from casparian_flow.db.models import (
+    PASSED_OVER,
+    RETRACT,
     Directory,
     FileLocation,
     FileVersion,
@@ -27,6 +29,7 @@ from casparian_flow.db.models import (
     utcnow,
 )
 from casparian_flow.db.routing import Routing
+from casparian_flow.db.visibility import Change, Scope
 
 ROUTE_CHUNK = 5_000
 """Locations routed in one transaction, so that other writers get their turn."""
@@ -89,6 +92,8 @@ class RecordResult(NamedTuple):
     job_ids: list[int]
     stale: list[bytes]
     """Directories of sightings that another scan was faster to record: to be scanned again."""
+    change: Change
+    """What readers see since files are back."""
 
 
 def _signed(number: int) -> int:
@@ -187,7 +192,8 @@ def record(
 ) -> RecordResult:
     """Write what a scan found: locations, new versions, and their jobs, in one transaction.
 
-    A sighting counts only if the version it was compared with is still the current one.
+    A sighting counts only if the version it was compared with is still the current one. The rows
+    of a file that is back, and that had taken them along, are visible again.
     """
     now = utcnow().isoformat(" ")
     before = known(connection, root_id, [s.path for s in sightings])
@@ -197,13 +203,10 @@ def record(
     stale = [s for s in sightings if current[s.path].version_id != s.compared]
     lost = {s.path for s in stale}
     fresh = [s for s in sightings if s.path not in lost]
-    lacking = found.missing_versions(connection, root_id, [s.path for s in fresh if s.content_hash])
     changed = [
-        s
-        for s in fresh
-        if s.content_hash and (s.path in lacking or s.content_hash != current[s.path].content_hash)
+        s for s in fresh if s.content_hash and s.content_hash != current[s.path].content_hash
     ]
-    version_ids = _add_versions(connection, changed, current, lacking, now)
+    version_ids = _add_versions(connection, changed, current, now)
     _save_stats(connection, fresh, current, version_ids)
     confirmed = [
         state.version_id
@@ -212,16 +215,25 @@ def record(
         and s.content_hash == state.content_hash
         and s.path not in version_ids
     ]
+    back = [s for s in fresh if not current[s.path].present]
+    # What comes back with its content may have been gone when a plugin was deployed.
+    wanting = {
+        s.path: version_id
+        for s in [*changed, *back]
+        if (version_id := version_ids.get(s.path, current[s.path].version_id)) is not None
+    }
     job_ids = jobs.revive(connection, confirmed) + jobs.enqueue(
         connection,
         [
-            (version_ids[s.path], request)
-            for s in changed
-            for request in routing.job_requests(route_text(s.path))
+            (version_id, request)
+            for path, version_id in wanting.items()
+            for request in routing.job_requests(route_text(path))
         ],
         now,
     )
-    return RecordResult(len(changed), job_ids, [s.directory for s in stale])
+    places = [current[s.path].location_id for s in back]
+    change = visibility.refresh(connection, Scope(places)) if places else Change()
+    return RecordResult(len(changed), job_ids, [s.directory for s in stale], change)
 
 
 def _add_locations(
@@ -253,26 +265,11 @@ def _add_versions(
     connection: Connection,
     changed: Sequence[Sighting],
     current: dict[bytes, LocationState],
-    lacking: dict[bytes, list[found.MissingVersion]],
     now: str,
 ) -> dict[bytes, int]:
-    """Insert the next version of each location; path -> its id.
-
-    Versions that found outputs name and this ledger lacks come first; where the last of them has
-    the content that was found, it is the next version.
-    """
-    restored = {
-        path: found.restore_versions(connection, current[path].location_id, versions, now)
-        for path, versions in lacking.items()
-    }
-    ids = {
-        s.path: restored[s.path][s.content_hash]
-        for s in changed
-        if s.content_hash in restored.get(s.path, {})
-    }
-    changed = [s for s in changed if s.path not in ids]
-    last = found.last_version_id(connection)
-    ids |= {s.path: last + n for n, s in enumerate(changed, start=1)}
+    """Insert the next version of each location; path -> its id."""
+    last = adopt.last_version_id(connection)
+    ids = {s.path: last + n for n, s in enumerate(changed, start=1)}
     execute_many(
         connection,
         """
@@ -361,6 +358,7 @@ def route_chunk(
 class PresentLocation(NamedTuple):
     """A location that the ledger has as present, with the stat of the last scan."""
 
+    location_id: int
     path: bytes
     device: int | None
     inode: int | None
@@ -368,7 +366,8 @@ class PresentLocation(NamedTuple):
 
 
 _PRESENT = (
-    FileLocation.path, FileLocation.device, FileLocation.inode, FileLocation.ctime_ns,
+    FileLocation.id, FileLocation.path, FileLocation.device, FileLocation.inode,
+    FileLocation.ctime_ns,
 )  # fmt: skip
 
 
@@ -421,26 +420,26 @@ def drop_digests(connection: Connection, root_id: int, directory: bytes) -> None
     )
 
 
-PASSED_OVER = (
-    "not deleted: scans now ignore it (an ignore pattern, or one of Casparian Flow's own files)"
-)
-"""The `problem` of a location that is still on the disk and that scans pass over."""
+class Gone(NamedTuple):
+    """What `mark_gone` marked."""
+
+    locations: int
+    change: Change = Change()
+    """What readers see since then."""
 
 
 def mark_gone(
     connection: Connection, root_id: int, gone: Sequence[PresentLocation], problem: str = ""
-) -> int:
+) -> Gone:
     """Mark locations as gone, unless another scan has found them since; their versions stay.
 
-    A location that was invalidated since was not found since.
+    A location that was invalidated since was not found since. What is deleted takes its rows along
+    where its source root says so.
 
     Args:
         problem: `PASSED_OVER` where they are still on the disk.
-
-    Returns:
-        How many were marked.
     """
-    return execute_many(
+    marked = execute_many(
         connection,
         """
         UPDATE cf_file_location SET gone_at = ?, problem = coalesce(nullif(?, ''), problem)
@@ -449,6 +448,31 @@ def mark_gone(
         """,
         [(utcnow().isoformat(" "), problem, root_id, p.path, p.inode, p.ctime_ns) for p in gone],
     )
+    takes_along = select(SourceRoot.on_delete == RETRACT).where(SourceRoot.id == root_id)
+    if not marked or problem or not connection.execute(takes_along).scalar_one():
+        return Gone(marked)
+    return Gone(marked, visibility.refresh(connection, Scope([p.location_id for p in gone])))
+
+
+def count_gone(connection: Connection, root: str) -> int:
+    """How many deleted files the source root of this name has."""
+    ids = select(SourceRoot.id).where(SourceRoot.name == root).scalar_subquery()
+    query = select(func.count()).where(
+        FileLocation.source_root_id == ids,
+        FileLocation.gone_at.is_not(None),
+        FileLocation.problem != PASSED_OVER,
+    )
+    return connection.execute(query).scalar_one()
+
+
+def decide_gone(connection: Connection, root: str) -> Change:
+    """Decide anew what readers see of the deleted files of the source root of this name."""
+    gone = (
+        select(FileLocation.id)
+        .join(SourceRoot, SourceRoot.id == FileLocation.source_root_id)
+        .where(SourceRoot.name == root, FileLocation.gone_at.is_not(None))
+    )
+    return visibility.refresh(connection, Scope(list(connection.execute(gone).scalars())))
 
 
 def count_passed_over(connection: Connection, root: str) -> int:
@@ -480,6 +504,12 @@ def scan_state(connection: Connection, root_id: int) -> Any:
     """The root's ScanState row; None before its first scan."""
     columns = ScanState.__table__.columns
     return connection.execute(select(*columns).where(ScanState.source_root_id == root_id)).first()
+
+
+def was_scanned(connection: Connection, root_id: int) -> bool:
+    """Whether a scan of the root has ever finished."""
+    state = scan_state(connection, root_id)
+    return state is not None and state.finished > 0
 
 
 def save_scan_state(connection: Connection, root_id: int, **values: Any) -> None:

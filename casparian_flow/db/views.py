@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, text
 
-from casparian_flow.db import failures, outputs
+from casparian_flow.db import failures, visibility
+from casparian_flow.db import outputs as published
 from casparian_flow.db.access import Page, Row, page
 from casparian_flow.db.access import rows as _rows
-from casparian_flow.db.found import COMMITTED, INVISIBLE, REPLACED, RETRACTED
+from casparian_flow.db.models import PASSED_OVER
 from casparian_flow.db.routing import compile_pattern
 
 EVERY = (1 << 63) - 1
@@ -36,7 +37,7 @@ def roots(connection: Connection) -> list[Row]:
                CASE WHEN s.finished > 0
                     THEN strftime('%Y-%m-%d %H:%M:%f', s.finished, 'unixepoch') END AS scanned_at,
                coalesce(s.problem, '') AS problem, r.settle_seconds, r."ignore", r.done_file,
-               r.min_age_seconds, coalesce(s.watch, '') AS watch,
+               r.min_age_seconds, r.on_delete, coalesce(s.watch, '') AS watch,
                coalesce(s.waiting, 0) AS waiting, coalesce(s.held, 0) AS held,
                CASE WHEN s.held_since > 0
                     THEN strftime('%Y-%m-%d %H:%M:%f', s.held_since, 'unixepoch') END
@@ -71,7 +72,9 @@ def plugins(connection: Connection) -> list[Row]:
         connection,
         """
         SELECT p.name, p.version, coalesce(c.active_version = p.version, 0) AS active,
-               p.artifact_hash AS artifact, p.publisher AS key_id, p.deployed_at,
+               p.artifact_hash AS artifact,
+               CASE p.manifest WHEN '' THEN '(adopted)' ELSE p.publisher END AS key_id,
+               p.deployed_at,
                (SELECT group_concat(DISTINCT topic_name) FROM cf_topic_config
                 WHERE plugin_name = p.name) AS topics,
                coalesce(c.subscription_tags, '') AS subscriptions
@@ -106,10 +109,11 @@ def topics(connection: Connection) -> list[Row]:
     return _rows(
         connection,
         f"""
-        WITH published AS (
+        WITH shown AS (
             SELECT j.plugin_name, o.topic, o.uri, count(*) AS outputs, sum(o.rows) AS total
             FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
-            WHERE o.state = 'PUBLISHED' AND o.output_key NOT IN ({INVISIBLE}) GROUP BY 1, 2, 3
+            JOIN cf_visibility s ON s.output_id = o.id
+            WHERE {visibility.SHOWN} GROUP BY 1, 2, 3
         )
         SELECT t.plugin_name AS plugin, t.topic_name AS topic, t.uri, t.mode,
                coalesce(p.outputs, 0) AS outputs, coalesce(p.total, 0) AS "rows",
@@ -120,7 +124,7 @@ def topics(connection: Connection) -> list[Row]:
                      CASE WHEN instr(uri, '?mode=') THEN substr(uri, instr(uri, '?mode=') + 6)
                           ELSE mode END AS mode
               FROM cf_topic_config) t
-        LEFT JOIN published p ON p.plugin_name = t.plugin_name AND p.topic = t.topic_name
+        LEFT JOIN shown p ON p.plugin_name = t.plugin_name AND p.topic = t.topic_name
                              AND p.uri = t.uri
         ORDER BY t.plugin_name, t.topic_name, t.id
         """,  # noqa: S608
@@ -138,8 +142,8 @@ _JOB_TABLES = """
 _JOBS = f"""
     SELECT j.id, j.status, {failures.STATE} AS failure, j.plugin_name AS plugin,
            p.version AS plugin_version, r.name AS source, l.rel_path, v.ordinal AS version,
-           j.attempts, {outputs.ROWS_COUNTED} AS "rows",
-           {outputs.REJECTS_COUNTED} AS rejects, j.reason,
+           j.attempts, {published.ROWS_COUNTED} AS "rows",
+           {published.REJECTS_COUNTED} AS rejects, j.reason,
            j.created_at, j.finished_at
     {_JOB_TABLES}
 """
@@ -210,11 +214,10 @@ def job(connection: Connection, job_id: int) -> Row | None:
     outputs = _rows(
         connection,
         f"""
-        SELECT topic, uri, CASE WHEN state <> 'PUBLISHED' THEN state
-               WHEN output_key IN ({RETRACTED}) THEN 'RETRACTED'
-               WHEN output_key IN ({REPLACED}) THEN 'REPLACED' ELSE state END AS state,
-               target, "rows", size_bytes, digest, output_key, published_at
-        FROM cf_output WHERE job_id = :id ORDER BY id
+        SELECT o.topic, o.uri, {published.STATE} AS state, o.target, o."rows", o.size_bytes,
+               o.digest, o.output_key, o.location AS sink, o.published_at
+        FROM cf_output o LEFT JOIN cf_visibility s ON s.output_id = o.id
+        WHERE o.job_id = :id ORDER BY o.id
         """,  # noqa: S608
         id=job_id,
     )
@@ -285,9 +288,9 @@ def files(
     """
     return page(
         connection,
-        """
+        f"""
         SELECT r.name AS source, l.rel_path, v.size_bytes, v.ordinal AS versions, v.content_hash,
-               v.detected_at, l.gone_at, l.problem,
+               v.detected_at, l.gone_at, l.problem, {published.ROWS_OF_FILE} AS "rows",
                (SELECT group_concat(j.plugin_name || ' ' || j.status, ', ')
                 FROM cf_processing_queue j WHERE j.file_version_id = v.id) AS jobs
         FROM cf_file_location l
@@ -296,7 +299,7 @@ def files(
         WHERE (:source IS NULL OR r.name = :source)
           AND (l.gone_at IS NOT NULL) = :gone AND (NOT :unreadable OR l.problem <> '')
         ORDER BY r.name, l.path
-        """,
+        """,  # noqa: S608
         limit, source=source, gone=gone, unreadable=unreadable,
     )  # fmt: skip
 
@@ -331,14 +334,8 @@ def versions(connection: Connection, root_id: int, path: bytes, rel_path: str) -
 
 
 def committed(connection: Connection) -> list[Row]:
-    """One output of each topic of each completed job: what `casparian query` reads.
-
-    A topic that goes to several sinks has the same rows in each, and is read from the first.
-    `latest` marks the outputs of the newest version of a location: those of the active artifact,
-    else of the newest artifact that has processed it. A found output counts as its job's, until
-    this ledger has that job.
-    """
-    return _rows(connection, COMMITTED)
+    """What `casparian query` reads; see `visibility.committed`."""
+    return visibility.committed(connection)
 
 
 class Waiting(NamedTuple):
@@ -408,9 +405,37 @@ def scans(connection: Connection) -> Sequence[Any]:
     ).all()
 
 
+# Copies: present files with the content of a deleted one whose rows readers still see. The file was
+# moved, or copied before it was deleted, so that its rows may be there twice.
+
+_COPIES = f"""
+    WITH deleted AS MATERIALIZED (
+        SELECT g.id, r.name || '/' || g.rel_path AS shown, v.content_hash
+        FROM cf_file_location g JOIN cf_source_root r ON r.id = g.source_root_id
+        JOIN cf_file_version v ON v.id = g.current_version_id
+        WHERE g.gone_at IS NOT NULL AND g.problem <> :passed_over AND v.size_bytes > 0
+          AND EXISTS (
+            SELECT 1 FROM cf_processing_queue j JOIN cf_output o ON o.job_id = j.id
+            JOIN cf_visibility s ON s.output_id = o.id
+            WHERE j.file_version_id = v.id AND o.rows > 0 AND {visibility.SHOWN}))
+    SELECT r.name AS source, l.rel_path, v.size_bytes, v.detected_at,
+           group_concat(deleted.shown, ', ') AS copy_of
+    FROM cf_file_location l JOIN cf_source_root r ON r.id = l.source_root_id AND r.active
+    CROSS JOIN cf_file_version v ON v.id = l.current_version_id
+    CROSS JOIN deleted ON deleted.content_hash = v.content_hash
+    WHERE l.gone_at IS NULL AND (:source IS NULL OR r.name = :source)
+      AND EXISTS (SELECT 1 FROM deleted)
+    GROUP BY l.id ORDER BY r.name, l.path
+"""  # noqa: S608
+
+
+def copies(connection: Connection, limit: int | None, source: str | None = None) -> Page:
+    """Present files with the content of a deleted file whose rows readers still see, and which."""
+    return page(connection, _COPIES, limit, source=source, passed_over=PASSED_OVER)
+
+
 # Unrouted files: their current version has no job, so no rule brings it to a plugin. A version gets
-# its jobs when it is recorded, or when the rules change. One with a found output had its job in
-# another ledger.
+# its jobs when it is recorded, or when the rules change.
 
 _UNROUTED = """
     FROM cf_file_location l
@@ -419,8 +444,6 @@ _UNROUTED = """
     WHERE l.gone_at IS NULL AND (:source IS NULL OR r.name = :source)
       AND NOT EXISTS (SELECT 1 FROM cf_processing_queue j
                       WHERE j.file_version_id = l.current_version_id)
-      AND NOT EXISTS (SELECT 1 FROM cf_found_output f
-                      WHERE f.source = r.name AND f.path = l.path AND f.ordinal = v.ordinal)
 """
 
 CHOICES = 50

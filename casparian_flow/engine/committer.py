@@ -5,8 +5,14 @@ in another transaction. Nothing else publishes to sinks. After a crash it contin
 step: decisions are in the ledger, and publishing is idempotent.
 
     decide     RUNNING -> COMMITTING with the planned outputs, guarded by the fence
-    publish    make the staged outputs visible, each once for its output key
-    complete   outputs PUBLISHED, job COMPLETED, audit
+    publish    give each store the outputs of each job, with the state that readers see of them, and
+               the states of the outputs whose place they take
+    complete   outputs PUBLISHED, what stands decided anew, job COMPLETED, audit
+    tell       tell the sinks what they do not know yet of that, and of what other commands decided
+
+Outputs of a job that writes to several stores are published hidden, and shown when every store has
+taken its own. So if one store refuses, nothing of the job shows: what the others have is deleted.
+From publish to tell the Committer holds the lock of `engine.telling`.
 """
 
 from __future__ import annotations
@@ -16,7 +22,8 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -24,14 +31,22 @@ import msgspec
 from sqlalchemy import Connection
 
 from casparian_flow import durable
-from casparian_flow.config import JobSettings
+from casparian_flow.config import JobSettings, OutputSettings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, jobs, outputs, versions
+from casparian_flow.db import audit, jobs, outputs, versions, visibility
 from casparian_flow.db.access import Ledger, Work
-from casparian_flow.db.models import PAUSED
-from casparian_flow.engine import dispatch, sinks
-from casparian_flow.errors import JobError, LedgerError, LedgerLost, SinkUnavailable, Unavailable
-from casparian_flow.protocol import Outcome, Pair, Published, Receipt, StagedOutput
+from casparian_flow.db.models import PAUSED, utcnow
+from casparian_flow.db.visibility import Part
+from casparian_flow.engine import dispatch, sinks, telling
+from casparian_flow.errors import (
+    CasparianError,
+    JobError,
+    LedgerError,
+    LedgerLost,
+    SinkUnavailable,
+    Unavailable,
+)
+from casparian_flow.protocol import Outcome, Output, Pair, Publication, Receipt
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +58,10 @@ GROUP_LIMIT = 256
 PAUSE_SECONDS = 5.0
 """Pause before an unavailable sink is tried again."""
 
+IDLE_SECONDS = 60.0
+"""An idle Committer looks this often for what sinks are to be told, and for replaced outputs that
+are to be removed."""
+
 ACTOR = "committer"
 
 
@@ -51,10 +70,15 @@ class _WorkerReceipt(NamedTuple):
     receipt: Receipt
 
 
-class _PendingOutput(NamedTuple):
-    output_id: int
-    job_id: int
-    staged: StagedOutput
+class _Results(NamedTuple):
+    """What came of one round of publishing."""
+
+    published: dict[int, Output]
+    """The outputs of jobs of which every store has taken its own, by id."""
+    changed: dict[int, Output]
+    """Outputs whose states changed with them, by id."""
+    refused: dict[int, tuple[Part, JobError]]
+    """Job id -> what a store will never take of it, and why."""
 
 
 class Committer:
@@ -65,10 +89,16 @@ class Committer:
         epoch: number of this run of the daemon.
         limits: limit of attempts, and delays between them.
         on_change: called when jobs may have become claimable or finished.
+        keep_days: how long replaced outputs stay in their sinks (`[output] keep_replaced_days`).
     """
 
     def __init__(
-        self, ledger: Ledger, epoch: int, limits: JobSettings, on_change: Callable[[], None]
+        self,
+        ledger: Ledger,
+        epoch: int,
+        limits: JobSettings,
+        on_change: Callable[[], None],
+        keep_days: float = OutputSettings().keep_replaced_days,
     ) -> None:
         self._ledger = ledger
         self._epoch = epoch
@@ -76,6 +106,11 @@ class Committer:
         self._on_change = on_change
         self._receipts: asyncio.Queue[_WorkerReceipt | None] = asyncio.Queue()
         self._paused_until: dict[str, float] = {}
+        self._taken: dict[tuple[int, str], list[Output]] = {}
+        """(job id, store) -> its outputs there, while other stores have not taken theirs."""
+        self._stuck: set[int] = set()
+        """Outputs that a sink cannot be told of: it is not asked again before a restart."""
+        self._keep = timedelta(days=keep_days)
         self._leaving = False
 
     @property
@@ -87,8 +122,15 @@ class Committer:
         """Queue a receipt; it is decided with the next group."""
         self._receipts.put_nowait(_WorkerReceipt(worker, receipt))
 
+    def look(self) -> None:
+        """Look soon at what others decided: sinks may have to be told of it."""
+        self._receipts.put_nowait(None)
+
     async def run(self) -> None:
         """Serve until `leave`. First finishes what an earlier run decided but did not publish."""
+        # A user may have edited the tables of topics and plugins, which no verb then followed.
+        if await self._read(lambda c: any(visibility.differences(c))):
+            await self._write(visibility.refresh)
         await self._settle()
         while not self._leaving:
             await self._serve(await self._next_group())
@@ -96,7 +138,7 @@ class Committer:
     def leave(self) -> None:
         """Have `run` return after its current group; cancelling it would drop the group."""
         self._leaving = True
-        self._receipts.put_nowait(None)
+        self.look()
 
     async def finish(self) -> None:
         """Decide and publish the queued receipts after `run` has returned, for a clean stop.
@@ -114,24 +156,23 @@ class Committer:
         if group:
             fenced = await self._write(lambda c: self._decide(c, group))
             crashpoint("committer.decided")
-            await asyncio.to_thread(_remove, [output.stage for output in fenced])
+            await asyncio.to_thread(_remove, fenced)
         await self._settle()
         self._on_change()
 
     async def _next_group(self) -> list[_WorkerReceipt]:
-        """Wait for a receipt or for a paused sink's next try; return all queued receipts."""
+        """Wait for a receipt, a paused sink's next try or the next look at what others decided;
+        return all queued receipts."""
         group: list[_WorkerReceipt | None] = []
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(PAUSE_SECONDS if self._paused_until else None):
+            async with asyncio.timeout(PAUSE_SECONDS if self._paused_until else IDLE_SECONDS):
                 group.append(await self._receipts.get())
         while len(group) < GROUP_LIMIT and not self._receipts.empty():
             group.append(self._receipts.get_nowait())
         return [ended for ended in group if ended]
 
-    def _decide(
-        self, connection: Connection, group: Sequence[_WorkerReceipt]
-    ) -> list[StagedOutput]:
-        """Move the job of each receipt; returns the staged outputs that will not be published."""
+    def _decide(self, connection: Connection, group: Sequence[_WorkerReceipt]) -> list[str]:
+        """Move the job of each receipt; returns the staged files that will not be published."""
         # A message may arrive twice; it counts once.
         first: dict[Pair, _WorkerReceipt] = {}
         for item in group:
@@ -160,7 +201,8 @@ class Committer:
         # them too. A decided receipt may also name stages whose output was published before.
         ended = [*late, *decided]
         needed = outputs.stages(connection, [end.job_id for end in ended])
-        return [output for end in ended for output in end.outputs if output.stage not in needed]
+        named = {output.stage for end in ended for output in end.outputs if output.stage}
+        return sorted(named - needed)
 
     def _without_output(self, connection: Connection, end: Receipt) -> bool:
         """Move a job whose attempt has no output; False if the attempt lost the job meanwhile."""
@@ -178,64 +220,93 @@ class Committer:
         return dispatch.after_failure(connection, end, self._limits, ACTOR)
 
     async def _settle(self) -> None:
-        """Publish and complete all decided outputs, except those of paused sinks."""
-        pending = [_PendingOutput(*row) for row in await self._read(outputs.unpublished)]
+        """Publish and complete what is decided, and tell the sinks the rest, except paused ones."""
         now = time.monotonic()
         # Also sinks without pending outputs: no job is claimed for a sink while it is paused.
         self._paused_until = {
             store: until for store, until in self._paused_until.items() if until > now
         }
-        by_store: dict[str, list[_PendingOutput]] = defaultdict(list)
-        for output in pending:
-            store = sinks.store(output.staged.location)
-            if store not in self._paused_until:
-                by_store[store].append(output)
-        done: list[tuple[_PendingOutput, Published]] = []
-        refused: list[tuple[_PendingOutput, JobError]] = []
-        for store, group in by_store.items():
-            outcomes = await asyncio.to_thread(self._publish, [o.staged for o in group])
+        async with self._telling():
+            parts = await self._read(
+                lambda c: visibility.publications(c, sinks.store, self._paused_until)
+            )
+            await self._complete(await self._publish_all(parts))
+            await self._tell()
+
+    @contextlib.asynccontextmanager
+    async def _telling(self) -> AsyncIterator[None]:
+        """Hold the lock of `engine.telling`; the event loop does not wait for it."""
+        with contextlib.ExitStack() as stack:
+            held = telling.lock(self._ledger.database)
+            await asyncio.to_thread(stack.enter_context, held)
+            yield
+
+    async def _publish_all(self, parts: Sequence[Part]) -> _Results:
+        """Publish what is due, store by store."""
+        changed: dict[int, Output] = {}
+        refused: dict[int, tuple[Part, JobError]] = {}
+        by_store: dict[str, list[Part]] = defaultdict(list)
+        for part in parts:
+            if (
+                part.store not in self._paused_until
+                and (part.job_id, part.store) not in self._taken
+            ):
+                by_store[part.store].append(part)
+        for store, asked in by_store.items():
+            group = [part for part in asked if part.job_id not in refused]
+            outcomes = await asyncio.to_thread(self._publish, [p.publication for p in group])
             crashpoint("committer.published")
             waiting = []
-            for output, outcome in zip(group, outcomes, strict=True):
-                if isinstance(outcome, Published):
-                    done.append((output, outcome))
+            for part, outcome in zip(group, outcomes, strict=True):
+                if isinstance(outcome, list):
+                    self._taken[part.job_id, store] = outcome
+                    changed |= zip(part.change_ids, part.publication.changes, strict=True)
                 elif isinstance(outcome, Unavailable):
-                    waiting.append((output.job_id, outcome))
+                    waiting.append((part.job_id, outcome))
                 else:
-                    refused.append((output, outcome))
+                    refused[part.job_id] = part, outcome
             if waiting:
                 await self._pause(store, waiting[0][1], [job_id for job_id, _ in waiting])
-        await self._complete(done, refused)
+        lacking = {p.job_id for p in parts if (p.job_id, p.store) not in self._taken}
+        published = {
+            number: output
+            for part in parts
+            if part.job_id not in lacking and part.job_id not in refused
+            for number, output in zip(
+                part.output_ids, self._taken[part.job_id, part.store], strict=True
+            )
+        }
+        return _Results(published, changed, refused)
 
-    def _publish(self, staged: list[StagedOutput]) -> list[Published | JobError]:
-        """Publish outputs of one store; an error in the place of an output that failed."""
-        location = staged[0].location
+    def _publish(self, group: list[Publication]) -> list[list[Output] | JobError]:
+        """Publish to one store; an error in the place of a job that failed."""
+        if not group:
+            return []
+        location = group[0].outputs[0].location
         try:
-            return sinks.open_sink(location, self._ledger.database).publish(staged)
+            return sinks.open_sink(location, self._ledger.database).publish(group)
         except Exception as error:
             # A bug in one sink must not end the daemon, nor lose a decided output.
             log.exception("sink %s failed unexpectedly", location)
-            return [SinkUnavailable(f"{type(error).__name__}: {error}")] * len(staged)
+            return [SinkUnavailable(f"{type(error).__name__}: {error}")] * len(group)
 
-    async def _complete(
-        self,
-        done: Sequence[tuple[_PendingOutput, Published]],
-        refused: Sequence[tuple[_PendingOutput, JobError]],
-    ) -> None:
-        # A sink refuses all outputs of a job together; the first has the reason.
-        ended = {output.job_id: (output, error) for output, error in reversed(refused)}
+    async def _complete(self, results: _Results) -> None:
         stages: list[str] = []
 
         def work(connection: Connection) -> None:
-            outputs.mark_published(connection, [(o.output_id, seen) for o, seen in done])
-            stages.extend(outputs.mark_refused(connection, list(ended)))
+            outputs.mark_published(connection, results.published)
+            told = {number: (str(o.state), o.mode) for number, o in results.changed.items()}
+            visibility.told(connection, told)
+            stages.extend(outputs.mark_refused(connection, list(results.refused)))
             crashpoint("committer.outputs_marked")
             events = []
-            for output, error in ended.values():
-                jobs.refuse(connection, output.job_id, error.message)
-                detail = {"reason": error.message, "topic": output.staged.topic}
-                events.append(audit.Event("refuse", f"job {output.job_id}", detail))
-            finished = jobs.complete(connection, outputs.decided_without_debts(connection))
+            for job_id, (part, error) in results.refused.items():
+                jobs.refuse(connection, job_id, error.message)
+                topics = sorted({output.topic for output in part.publication.outputs})
+                detail = {"reason": error.message, "topic": ", ".join(topics)}
+                events.append(audit.Event("refuse", f"job {job_id}", detail))
+            finished = jobs.complete(connection, outputs.all_published(connection))
+            visibility.refresh(connection, visibility.of_jobs(connection, finished))
             events += [
                 audit.Event("commit", f"job {job_id}", {"outputs": targets})
                 for job_id, targets in outputs.targets(connection, finished).items()
@@ -243,13 +314,49 @@ class Committer:
             audit.append(connection, ACTOR, events)
             crashpoint("committer.completion_written")
 
-        finishable = await self._read(outputs.decided_without_debts)
-        if done or refused or finishable:
+        finishable = await self._read(outputs.all_published)
+        if results.published or results.refused or finishable:
             await self._write(work)
             crashpoint("committer.completed")
-            await asyncio.to_thread(_remove, stages)
+        ended = {output.job_id for output in results.published.values()} | results.refused.keys()
+        left = {key: self._taken.pop(key) for key in list(self._taken) if key[0] in ended}
+        unwanted = [outs for (job_id, _), outs in left.items() if job_id in results.refused]
+        await asyncio.to_thread(self._delete, unwanted)
+        await asyncio.to_thread(_remove, stages)
 
-    async def _pause(self, store: str, error: Unavailable, job_ids: list[int]) -> None:
+    def _delete(self, unwanted: Sequence[list[Output]]) -> None:
+        """Delete what stores have of refused jobs. What cannot be deleted is hidden, and no list
+        has it."""
+        for group in unwanted:
+            location = group[0].location
+            try:
+                sinks.open_sink(location, self._ledger.database).delete(group)
+            except Exception as error:  # noqa: BLE001 - as in `_publish`
+                log.warning("sink %s keeps hidden rows of job %d: %s", location, group[0].job_id,
+                            error)  # fmt: skip
+
+    async def _tell(self) -> None:
+        """Tell the sinks their debts, after replaced outputs that are due were removed."""
+        before = utcnow() - self._keep
+        if await self._read(lambda c: visibility.has_expired(c, before)):
+            await self._write(lambda c: visibility.remove_expired(c, before))
+            crashpoint("committer.expired")
+        try:
+            done = await asyncio.to_thread(
+                telling.tell, self._ledger, self._paused_until, self._stuck
+            )
+        except LedgerLost:
+            raise
+        except LedgerError as error:
+            log.error("%s", error.message)  # they are told in the next round
+            return
+        for conflict in done.conflicts.values():
+            log.warning("%s", conflict.message)
+        self._stuck |= done.conflicts.keys()
+        for store, fault in done.away.items():
+            await self._pause(store, fault, [])
+
+    async def _pause(self, store: str, error: CasparianError, job_ids: list[int]) -> None:
         log.warning("sink %s is paused: %s", store, error.message)
         self._paused_until[store] = time.monotonic() + PAUSE_SECONDS
         reason = f"{PAUSED}{error.message}"

@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from casparian_flow import sink_uri
 from casparian_flow.config import JobSettings, Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, jobs, plugins, trust
+from casparian_flow.db import adopt, audit, jobs, plugins, trust
 from casparian_flow.db.jobs import AttemptResult, add_attempts, counted_attempts
 from casparian_flow.db.models import Plugin
 from casparian_flow.engine import contents, endings, sinks
@@ -31,7 +31,7 @@ from casparian_flow.errors import (
     OutOfMemory,
     PluginFailed,
 )
-from casparian_flow.protocol import Artifact, Assignment, OutputPlan, Pair, Receipt
+from casparian_flow.protocol import Artifact, Assignment, Output, Pair, Receipt, key_of
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Dispatcher:
             paused: paused stores (`sinks.store`); plugins that write there get no jobs.
         """
         topics = plugins.topics(connection)
-        avoid = self._paused_plugins(connection, topics, paused) if paused else []
+        avoid = self._avoided(connection, topics, paused)
         job_ids = jobs.claim(connection, worker, self._epoch, limit, avoid)
         crashpoint("dispatch.claim_written")
         assignments = []
@@ -76,21 +76,21 @@ class Dispatcher:
                 audit.append(connection, "sentinel", [event])
         return assignments
 
-    def _paused_plugins(
+    def _avoided(
         self, connection: Connection, topics: dict[str, list[Any]], paused: frozenset[str]
     ) -> list[int]:
-        names = {
-            name
-            for name, rows in topics.items()
-            if any(self._is_paused(row.uri, paused) for row in rows)
-        }
+        """Plugins that write to a paused sink, or to one that was not asked for its outputs yet:
+        it may have what their jobs would give (`db.adopt`)."""
+        asked = adopt.asked(connection)
+        avoided = {}
+        for uri in {row.uri for rows in topics.values() for row in rows}:
+            try:
+                location = sinks.resolve(uri, self._settings.home)
+            except CasparianError:
+                continue
+            avoided[uri] = location not in asked or sinks.store(location) in paused
+        names = {name for name, rows in topics.items() if any(avoided.get(row.uri) for row in rows)}
         return plugins.ids(connection, names)
-
-    def _is_paused(self, uri: str, paused: frozenset[str]) -> bool:
-        try:
-            return sinks.store(sinks.resolve(uri, self._settings.home)) in paused
-        except CasparianError:
-            return False
 
     def _assignment(self, job: Any, placed: Sequence[Any], empty: list[str]) -> Assignment:
         manifest = plugins.manifest_of(job.manifest)
@@ -154,30 +154,29 @@ class Dispatcher:
         """Close the store."""
         self._small.close()
 
-    def _plan(self, job: Any, topic: str, uri: str, mode: str, topics: Sequence[str]) -> OutputPlan:
+    def _plan(self, job: Any, topic: str, uri: str, mode: str, topics: Sequence[str]) -> Output:
         uri, own_mode = sink_uri.read(uri)  # users also write options into the table
         location = sinks.resolve(uri, self._settings.home)
         sinks.check_reserved(location, topic, self._settings)
-        key = (job.source, job.path, job.content_hash, job.ordinal, job.artifact_hash, topic, uri)
-        series = (job.source, job.path, job.plugin_name, topic, uri)
-        return OutputPlan(
+        key = (job.source, job.path, job.content_hash, str(job.ordinal), job.artifact_hash)
+        return Output(
+            output_key=key_of(*key, topic, uri),
             topic=topic,
             uri=uri,
             location=location,
             mode=own_mode or mode,
-            output_key=output_key(*key),
-            slot=slot(*series),
+            source=job.source,
+            path=job.path,
             ordinal=job.ordinal,
+            content_hash=job.content_hash,
+            file_bytes=job.size_bytes,
+            plugin=job.plugin_name,
+            plugin_version=job.plugin_version,
+            artifact_hash=job.artifact_hash,
+            version_id=job.version_id,
+            job_id=job.id,
+            topics="/".join(topics),  # a topic's name has no slash
             split_bytes=self._settings.output.split_bytes,
-            facts={
-                "source": job.source,
-                "path": job.path.hex(),
-                "size_bytes": str(job.size_bytes),
-                "artifact_hash": job.artifact_hash,
-                "plugin": job.plugin_name,
-                "topics": "/".join(topics),  # a topic's name has no slash
-                "uri": uri,
-            },
         )
 
 
@@ -210,29 +209,6 @@ def _refused(plugin_id: int, refusal: str) -> Artifact:
     return Artifact(
         plugin_id=plugin_id, name="", version="", source=b"", lock="", topics=[], refusal=refusal
     )
-
-
-def output_key(
-    source: str, path: bytes, content_hash: str, ordinal: int,
-    artifact_hash: str, topic: str, uri: str,
-) -> str:  # fmt: skip
-    """The key of an output: a hash of facts, the same for every attempt."""
-    return _name(source, path, content_hash, str(ordinal), artifact_hash, topic, uri)
-
-
-def slot(source: str, path: bytes, plugin: str, topic: str, uri: str) -> str:
-    """The key that the outputs of all versions of a location share (see `OutputPlan.slot`)."""
-    return _name(source, path, plugin, topic, uri)
-
-
-def _name(*parts: str | bytes) -> str:
-    """SHA-256, hexadecimal. Each part is preceded by its length (8 bytes, big endian), so that
-    different lists of parts have different names."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape")
-        digest.update(len(data).to_bytes(8) + data)
-    return digest.hexdigest()
 
 
 def ledger_tag(database: Path) -> str:

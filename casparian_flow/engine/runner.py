@@ -31,7 +31,6 @@ from casparian_flow.engine.batches import Rejects
 from casparian_flow.engine.bridge import MESSAGE_LIMIT, Guest
 from casparian_flow.engine.environments import EnvironmentStore, Lease, bundle
 from casparian_flow.engine.inbox import StoreFault, is_kept, placed, proved
-from casparian_flow.engine.sinks.base import Lineage
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.errors import (
     ArtifactRefused,
@@ -44,9 +43,8 @@ from casparian_flow.protocol import (
     Assignment,
     Evidence,
     Outcome,
-    OutputPlan,
+    Output,
     Receipt,
-    StagedOutput,
     Welcome,
 )
 from casparian_flow.security.sandbox import InPlace
@@ -299,10 +297,6 @@ class Runner:
                         self._open(stages.setdefault(topic, []), job, plans[topic])
                     for stage in stages[topic]:
                         stage.write(batch)
-                # In mode replace, an empty output hides the file's earlier rows.
-                for topic in plans.keys() - stages.keys():
-                    replacing = [plan for plan in plans[topic] if plan.mode == "replace"]
-                    self._open(stages.setdefault(topic, []), job, replacing)
                 for stage in _flat(stages):
                     stage.finish()
             rejects.judge()  # after `placed` has checked that the bytes did not change
@@ -311,17 +305,11 @@ class Runner:
             raise
         return _flat(stages)
 
-    def _open(self, stages: list[Stage], job: Assignment, plans: Sequence[OutputPlan]) -> None:
+    def _open(self, stages: list[Stage], job: Assignment, plans: Sequence[Output]) -> None:
         """Append a stage for each plan, so that the caller can discard them if one fails."""
-        lineage = Lineage(
-            file_version_id=job.version_id,
-            job_id=job.job_id,
-            source_hash=job.content_hash,
-            plugin_version=job.plugin_version,
-        )
         for plan in plans:
             sink = sinks.open_sink(plan.location, self._database)
-            stages.append(sink.open_stage(plan, lineage, job.attempt))
+            stages.append(sink.open_stage(plan, job.attempt))
 
     def _seat(self, artifact: Artifact) -> _Seat:
         """A guest of this artifact: a warm one if there is one, else a new one."""
@@ -397,8 +385,16 @@ def _discard(stages: Sequence[Stage]) -> None:
             log.exception("cannot delete the staged files in %s", stage.path)
 
 
-def _staged(ran: _Ran, sealed: Iterator[StagedOutput]) -> Receipt:
+def _staged(ran: _Ran, sealed: Iterator[Output]) -> Receipt:
+    """The receipt of a successful attempt. A topic that the plugin declares and gave no rows has an
+    output without a stage: it takes the place of the version's earlier rows."""
     outputs = list(itertools.islice(sealed, len(ran.stages)))
+    given = {output.output_key for output in outputs}
+    outputs += [
+        plan
+        for plan in ran.job.outputs
+        if plan.output_key not in given and plan.topic in plan.topics.split("/")
+    ]
     return ran.receipt(Outcome.STAGED, outputs=outputs)
 
 
@@ -410,8 +406,8 @@ def _without(outcome: _Ran | Receipt, revoked: Set[tuple[int, int]]) -> _Ran | R
     return released(outcome.job, outcome.log)
 
 
-def _by_topic(plans: Sequence[OutputPlan]) -> dict[str, list[OutputPlan]]:
-    topics: dict[str, list[OutputPlan]] = {}
+def _by_topic(plans: Sequence[Output]) -> dict[str, list[Output]]:
+    topics: dict[str, list[Output]] = {}
     for plan in plans:
         topics.setdefault(plan.topic, []).append(plan)
     return topics

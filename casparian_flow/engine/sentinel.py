@@ -205,6 +205,7 @@ class Sentinel:
             case protocol.Ring(scan=scan):
                 self._claimable.set()
                 self._changed.set()
+                self._committer.look()
                 if scan:
                     self._request_scan()
                 await self._send(identity, protocol.Reply(ok=True, text="rung"))

@@ -21,11 +21,14 @@ from sqlalchemy import Connection
 from casparian_flow import bundled
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, backfill, plugins, trust, versions
+from casparian_flow.db import audit, backfill, plugins, trust, versions, visibility
+from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.audit import Event
+from casparian_flow.db.backfill import Choice
 from casparian_flow.db.models import Plugin
 from casparian_flow.db.routing import Routing
+from casparian_flow.db.visibility import Scope
 from casparian_flow.engine.locking import check_lock
 from casparian_flow.errors import (
     ArtifactRefused,
@@ -41,14 +44,14 @@ from casparian_flow.security.manifest import Manifest, normal_version, read_mani
 from casparian_flow.security.rules import Policy
 from casparian_flow.security.signing import AzureAuth, LocalAuth, Publish, Row, TrustKey
 from casparian_flow.security.trust import Key, Trust, introduction
-from casparian_flow.services import inventory, scan, scout, topics
+from casparian_flow.services import inventory, outputs, scan, scout, topics
 from casparian_flow.services.keys import FIRST
 from casparian_flow.services.topics import TopicSink
 
 
 def next_version(ledger: Ledger, name: str) -> str:
     """The patch release after the newest one deployed; 1.0.0 for a new plugin."""
-    known = ledger.read(lambda c: plugins.versions(c, name))
+    known = ledger.read(lambda c: plugins.versions(c, name, stubs=True))
     return _after(known[-1]) if known else "1.0.0"
 
 
@@ -177,12 +180,13 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
     except _DryRun as undone:
         return f"dry run, nothing was changed; without --dry-run:\n{undone}"
     crashpoint("architect.deployed")
-    adopted = inventory.take(settings, ledger)  # its sinks may hold what a lost ledger published
+    inventory.note(settings, ledger)
+    stays += outputs.tell(ledger)
     queued = queue_missing(ledger)
     if queued:
         deed += f"; {counted(queued, 'job')} queued for known files"
     older = _older_work(ledger, candidate.manifest.name, candidate.statement.version)
-    return "\n".join([deed, *stays, *older, *adopted])
+    return "\n".join([deed, *stays, *older])
 
 
 def _older_work(ledger: Ledger, name: str, version: str) -> Iterator[str]:
@@ -192,16 +196,17 @@ def _older_work(ledger: Ledger, name: str, version: str) -> Iterator[str]:
     done = ledger.read(lambda c: backfill.of_others(c, name, version))
     redo = f"casparian backfill {name} --redo"
     if done.worked:
-        words = f"older versions of {name} have processed {counted(done.worked, 'file version')}"
+        some = counted(done.worked, "file version")
+        words = f"older versions of {name} have processed {some}: the rows that they gave stay"
         if done.again == done.worked:
-            yield f"{words}; to process them with {version} too: {redo}"
+            yield f"{words}; to process them with {version} too, and show its rows instead: {redo}"
         elif done.again:
             yield (
                 f"{words}; to process the {done.again} whose content is still there with "
-                f"{version} too: {redo}"
+                f"{version} too, and show its rows instead: {redo}"
             )
         else:
-            yield f"{words}, whose content is gone: {version} cannot process them"
+            yield f"{words}, since the content is gone and {version} cannot process it"
     if done.waits:
         some = counted(done.waits, "unfinished job")
         yield f"an older version of {name} still has {some}"
@@ -246,13 +251,30 @@ def activate(
         manifest = plugins.manifest_of(plugin.manifest)
         sinks = topics.of_manifest(settings, manifest, versions.active_paths(connection))
         messages = make_active(connection, settings, name, version, manifest, sinks)
-        return _Recorded(messages, [event])
+        removed = db_outputs.restore_removed(connection, name)
+        change = visibility.refresh(connection, Scope(plugin=name))
+        shown = f"; {change.words}" if change.words else ""
+        if change.versions:
+            some = counted(change.versions, "file version")
+            shown = f"; the rows that it gave of {some} show at once: {change.words}"
+        if removed:
+            shown += f"; {counted(len(removed), 'job')} queued again, whose rows were removed"
+        return _Recorded([shown, *messages], [event])
 
-    stays = ledger.change(work, lambda done: done.events).messages
+    shown, *stays = ledger.change(work, lambda done: done.events).messages
+    crashpoint("architect.activated")
+    stays += outputs.tell(ledger)
     queued = queue_missing(ledger)
-    message = f"{name} {version} gets new jobs"
+    message = f"{name} {version} gets new jobs{shown}"
     if queued:
         message += f"; {counted(queued, 'job')} queued for known files"
+    # What only later artifacts have worked shows their rows until this one has worked it.
+    rest = backfill.backfill(ledger, Choice(name, redo=True, of_later=True)).queued
+    if rest:
+        message += (
+            f"; {counted(rest, 'job')} queued for what only later versions of {name} have "
+            "processed: rows that they gave show until then"
+        )
     return "\n".join([message, *stays])
 
 
@@ -359,6 +381,7 @@ def _record(connection: Connection, settings: Settings, candidate: _Candidate) -
             return _Recorded([f"{words}, and {stopped}"], events)
         _require_fit(connection, trusted, name, version)
         return _Recorded([words], events)
+    _check_twin(connection, candidate)
     events.append(_add(connection, candidate, key))
     words = f"{introduced}deployed {name} {version}"
     words += f" (artifact {candidate.statement.artifact_sha256[:12]})"
@@ -368,6 +391,12 @@ def _record(connection: Connection, settings: Settings, candidate: _Candidate) -
     if newest != version:
         return _Recorded([f"{words}, but not active: {newest} is newer"], events)
     stays = make_active(connection, settings, name, version, candidate.manifest, candidate.sinks)
+    removed = db_outputs.restore_removed(connection, name)
+    change = visibility.refresh(connection, Scope(plugin=name))
+    if change.words:
+        words += f"; {change.words}"
+    if removed:
+        words += f"; {counted(len(removed), 'job')} queued again, whose rows were removed"
     return _Recorded([words, *stays], events)
 
 
@@ -384,7 +413,7 @@ def _introduce(connection: Connection, candidate: _Candidate) -> tuple[Trust, li
 
 
 def _is_there(connection: Connection, candidate: _Candidate) -> bool:
-    """Whether the version is deployed with these bytes.
+    """Whether the version is deployed with these bytes; not where only outputs of it are known.
 
     Raises:
         PublishConflict: it is, with others.
@@ -393,17 +422,40 @@ def _is_there(connection: Connection, candidate: _Candidate) -> bool:
     artifact = candidate.statement.artifact_sha256
     known = plugins.find(connection, name, version)
     if known and known.artifact_hash == artifact:
-        return True
-    there = plugins.versions(connection, name)
+        return bool(known.manifest)
+    there = plugins.versions(connection, name, stubs=True)
     if Version(version) not in there:  # by PEP 440: 1.0 is 1.0.0
         return False
     which = there[there.index(Version(version))]
     other = plugins.find(connection, name, str(which))
+    what = (
+        "already exists with other content"
+        if other.manifest
+        else (
+            "has outputs in sinks that other content gave: its source, or the packages in its lock"
+        )
+    )
     raise PublishConflict(
-        f"{name} {which} already exists with other content (artifact "
-        f"{other.artifact_hash[:12]}, this one {artifact[:12]})",
+        f"{name} {which} {what} (artifact {other.artifact_hash[:12]}, this one {artifact[:12]})",
         f"a published version never changes: publish with --version {_after(there[-1])}",
     )
+
+
+def _check_twin(connection: Connection, candidate: _Candidate) -> None:
+    """
+    Raises:
+        PublishConflict: another plugin has the same bytes and writes to the same place, so that
+            both would give the same outputs.
+    """
+    artifact, name = candidate.statement.artifact_sha256, candidate.manifest.name
+    places = {(sink.topic, sink.uri) for sink in candidate.sinks}
+    for twin, topic, uri in plugins.twins(connection, name, artifact):
+        if (topic, uri) in places:
+            raise PublishConflict(
+                f"{name} is the same as plugin {twin}, byte for byte, and both write topic {topic} "
+                f"to {uri}: the rows would be the same",
+                f"give it topics of its own (--topic), or more patterns to {twin}: casparian rules",
+            )
 
 
 def _require_fit(connection: Connection, trusted: Trust, name: str, version: str) -> None:
@@ -418,27 +470,30 @@ def _require_fit(connection: Connection, trusted: Trust, name: str, version: str
         raise PublishConflict(
             f"{name} {version} is already deployed: {refusal}",
             "a published version never changes: publish with --version "
-            f"{_after(plugins.versions(connection, name)[-1])}",
+            f"{_after(plugins.versions(connection, name, stubs=True)[-1])}",
         )
 
 
 def _add(connection: Connection, candidate: _Candidate, key: Key) -> Event:
-    """Insert the artifact; the event of it."""
+    """Insert the artifact, or make its stub whole; the event of it."""
     message, statement, manifest = candidate.message, candidate.statement, candidate.manifest
-    plugins.add(
-        connection,
-        name=manifest.name,
-        version=statement.version,
-        source=message.source,
-        lock=message.lock,
-        manifest=json.dumps(msgspec.to_builtins(manifest), sort_keys=True),
-        artifact_hash=statement.artifact_sha256,
-        public_key=message.public_key,
-        signature=message.signature,
-        publisher=key.key_id,
-        statement=message.statement,
-        verdict=json.dumps(candidate.verdict, sort_keys=True),
-    )
+    columns = {
+        "name": manifest.name,
+        "version": statement.version,
+        "source": message.source,
+        "lock": message.lock,
+        "manifest": json.dumps(msgspec.to_builtins(manifest), sort_keys=True),
+        "artifact_hash": statement.artifact_sha256,
+        "public_key": message.public_key,
+        "signature": message.signature,
+        "publisher": key.key_id,
+        "statement": message.statement,
+        "verdict": json.dumps(candidate.verdict, sort_keys=True),
+    }
+    if stub := plugins.find(connection, manifest.name, statement.version):
+        plugins.complete(connection, stub.id, **columns)
+    else:
+        plugins.add(connection, **columns)
     detail = {
         "artifact": statement.artifact_sha256,
         "key": key.key_id,

@@ -17,6 +17,7 @@ from casparian_flow.db.views import Waiting
 from casparian_flow.engine import control
 from casparian_flow.errors import DaemonGone, SourceError, counted
 from casparian_flow.protocol import Ring
+from casparian_flow.services import outputs
 
 POLL_SECONDS = 0.05
 
@@ -25,7 +26,8 @@ def wait_until_idle(
     settings: Settings, ledger: Ledger, timeout_seconds: float | None = None
 ) -> None:
     """Return when a full scan of every active root, begun after this call, has finished, every
-    file in it had settled, and no job is QUEUED, RUNNING or COMMITTING.
+    file in it had settled, no job is QUEUED, RUNNING or COMMITTING, and each sink that can be told
+    shows what they gave.
 
     Args:
         timeout_seconds: how long at the most; None waits for ever.
@@ -40,6 +42,7 @@ def wait_until_idle(
         roots, jobs = ledger.read(_look)
         behind = [root for root in roots if root.started < wanted or root.unsettled]
         if not behind and not jobs.unfinished:
+            outputs.tell(ledger)  # a job in several stores is shown after it is COMPLETED
             return
         if deadline is not None and time.monotonic() > deadline:
             raise DaemonGone(

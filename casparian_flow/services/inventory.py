@@ -1,18 +1,24 @@
-"""Adopt outputs that sinks have and the ledger does not: it was lost, or is older than its sinks.
+"""Ask the sinks for outputs that the ledger does not know: it was lost, or is older than its sinks.
 
-Sinks list their outputs by output key, so this needs no clock: every output whose key the ledger
-does not have is found. Found outputs are recorded before the ledger assigns any id, so that no
-output is made twice and no id names two things (see `db.found`).
+Sinks record their outputs by output key, so this needs no clock: every output whose key the ledger
+does not have is found, and `db.adopt` writes its rows before the ledger gives any id. It is done
+when a daemon starts, before scans, before the first scan of a source root, and while a daemon runs
+as soon as a topic goes to a sink that was never asked.
 
-The sinks that a ledger has used are listed beside it (`<database>.sinks`), so that a new ledger in
-the place of a lost one asks them too.
+A sink that cannot be asked is named, and jobs that would write there wait until it was. A ledger
+that is known to have all its outputs waits for none (see `db.adopt`).
+
+Two files beside the ledger outlive it: `<database>.sinks` lists the sinks that it has used, so that
+a new ledger in its place asks them too; `<database>.epoch` has its id and its last epoch.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import Connection
@@ -20,93 +26,171 @@ from sqlalchemy import Connection
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, found
+from casparian_flow.db import adopt
 from casparian_flow.db.access import Ledger
+from casparian_flow.db.adopt import Adoption, Mark
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks.base import KEY_DIGITS, Found
-from casparian_flow.errors import CasparianError, counted
+from casparian_flow.errors import CasparianError, LedgerError, counted
+from casparian_flow.protocol import Output
+from casparian_flow.services import outputs
 
 log = logging.getLogger(__name__)
 
-ACTOR = "inventory"
+ASK_SECONDS = 1.0
+"""How often a daemon looks for topics that go to a sink which was not asked yet."""
+
+AGAIN_SECONDS = 5.0
+"""Pause before a sink that could not be asked is asked again."""
 
 
-def take(settings: Settings, ledger: Ledger, uris: Iterable[str] = ()) -> list[str]:
-    """Adopt the outputs that the ledger does not have; a sentence for each sink that has any.
-
-    Args:
-        uris: sinks to ask besides those that topics go to.
+def take(settings: Settings, ledger: Ledger) -> list[str]:
+    """Ask the sinks that topics go to, and those that the ledger has used; what was adopted and
+    what could not be asked, in words.
 
     Raises:
         LedgerError: the ledger could not be read or written.
     """
-    wanted = {settings.output.default_uri, *uris, *ledger.read(found.placed_uris)}
-    return _take(settings.database, ledger, _locations(wanted, settings.home))
+    return _take(settings.database, ledger, [*_configured(settings, ledger)])
 
 
 def before_scan(database: DatabaseSettings, ledger: Ledger) -> list[str]:
-    """`take` from the listed sinks, unless a daemon runs, which has done so at its start."""
+    """`take` from the sinks that the ledger has used, unless a daemon runs: it has done so."""
     if durable.daemon_lock_holder(database.daemon_lock) is not None:
         return []
     return _take(database, ledger, [])
 
 
-def _take(database: DatabaseSettings, ledger: Ledger, locations: list[str]) -> list[str]:
+def before_first_scan(ledger: Ledger) -> None:
+    """`take` from the sinks that the ledger has used, before a source root is scanned first: their
+    outputs of it could not be adopted without it. A sink that cannot be asked is asked later."""
+    _take(ledger.database, ledger, [], doubted=True)
+
+
+def waiting(settings: Settings, ledger: Ledger) -> dict[str, str]:
+    """The sinks that topics go to and that were not asked yet -> why; empty if nobody tried."""
+    failed = ledger.read(adopt.unasked)
+    asked = ledger.read(adopt.asked)
+    return {
+        location: failed.get(location, "")
+        for location in _configured(settings, ledger)
+        if location not in asked
+    }
+
+
+def every_location(settings: Settings, ledger: Ledger) -> list[str]:
+    """The sinks that topics go to, that the ledger has used, or that any output is in."""
+    used = ledger.read(adopt.used)
+    return list(dict.fromkeys([*_configured(settings, ledger), *_noted(settings.database), *used]))
+
+
+def note(settings: Settings, ledger: Ledger) -> None:
+    """List the sinks that topics go to beside the ledger, so that scans ask them too."""
+    _note(settings.database, _noted(settings.database), _configured(settings, ledger))
+
+
+async def keep_asking(settings: Settings, ledger: Ledger, on_change: Callable[[], None]) -> None:
+    """Ask sinks that were not asked yet, until cancelled.
+
+    Args:
+        on_change: called when jobs may be claimed that waited for a sink.
+    """
+    while True:
+        pause = ASK_SECONDS
+        try:
+            before = await asyncio.to_thread(waiting, settings, ledger)
+            before |= await ledger.read_soon(adopt.unasked)
+            if before:
+                await asyncio.to_thread(_take, settings.database, ledger, list(before), only=before)
+                left = await ledger.read_soon(adopt.unasked)
+                pause = AGAIN_SECONDS if left.keys() >= before.keys() else ASK_SECONDS
+                on_change()
+        except LedgerError as error:
+            log.error("cannot ask the sinks for their outputs: %s", error.message)
+        await asyncio.sleep(pause)
+
+
+def begin(database: DatabaseSettings, ledger: Ledger) -> None:
+    """Note beside the ledger which epoch has begun."""
+    ours = ledger.read(adopt.mark)
+    durable.write_once(_epoch_file(database), f"{ours.ledger_id} {ours.epoch}\n".encode())
+    crashpoint("inventory.marked")
+
+
+def _take(
+    database: DatabaseSettings,
+    ledger: Ledger,
+    locations: list[str],
+    *,
+    only: Iterable[str] | None = None,
+    doubted: bool = False,
+) -> list[str]:
+    """Ask, and adopt what is found in one transaction.
+
+    Args:
+        locations: of sinks to ask besides those that the ledger has used.
+        only: ask these alone.
+        doubted: what a sink has that does not answer is unknown from now on.
+    """
     noted = _noted(database)
     _note(database, noted, locations)
-    known = {key[:KEY_DIGITS] for key in ledger.read(found.known_keys)}
-    messages = []
-    for location in dict.fromkeys([*locations, *noted]):
+    doubtful = ledger.read(partial(adopt.is_doubtful, beside=_beside(database)))
+    if doubtful:
+        ledger.write(adopt.doubt)
+        crashpoint("inventory.doubted")
+        begin(database, ledger)
+    known, trusted = ledger.read(adopt.known_keys), ledger.read(adopt.asked)
+    said = ledger.read(adopt.unasked)
+    found: list[Output] = []
+    answered, failed = list[str](), dict[str, str]()
+    for location in dict.fromkeys([*locations, *noted] if only is None else only):
         try:
-            new = list(sinks.inventory(location, database, known))
+            found += sinks.open_sink(location, database).records(known)
         except CasparianError as error:
-            log.warning("cannot list the outputs in sink %s: %s", location, error.message)
-            continue
-        if new:
-            messages += _adopt(ledger, location, new)
-            known.update(output.output_key[:KEY_DIGITS] for output in new)
+            failed[location] = error.message
+            if location in trusted:
+                log.warning("cannot list the outputs in sink %s: %s", location, error.message)
+        else:
+            answered.append(location)
+
+    if not found and not failed and not doubtful and trusted.issuperset(answered):
+        return []
+
+    def work(connection: Connection) -> list[Adoption]:
+        adopted = adopt.adopt(connection, found, set(answered) - trusted)
+        adopt.note_asked(connection, answered, failed, doubt=doubted)
+        return adopted
+
+    adopted = ledger.write(work)
+    crashpoint("inventory.adopted")
+    messages = [_words(one) for one in adopted if one.outputs]
+    if adopted or doubtful:
+        messages += outputs.tell(ledger)
     for message in messages:
         log.warning("%s", message)
+    for location, why in failed.items():
+        if doubted or location not in trusted:
+            message = (
+                f"sink {location} cannot be asked what it has: {why}; no job that writes there is "
+                "begun until it can"
+            )
+            messages.append(message)
+            if said.get(location) != why:  # a daemon asks again and again
+                log.warning("%s", message)
     return messages
 
 
-def _adopt(ledger: Ledger, location: str, new: list[Found]) -> list[str]:
-    """Record them in one transaction, with its audit row."""
-
-    def work(connection: Connection) -> int:
-        count = found.add(connection, [_row(location, output) for output in new])
-        if count:
-            detail = {
-                "outputs": count,
-                "rows": sum(output.rows for output in new),
-                "last_version_id": max(output.file_version_id for output in new),
-                "last_job_id": max(output.job_id for output in new),
-            }
-            audit.append(connection, ACTOR, [audit.Event("adopt", f"sink {location}", detail)])
-        return count
-
-    count = ledger.write(work)
-    crashpoint("inventory.adopted")
-    if not count:
-        return []
-    return [
-        f"{location} holds {counted(count, 'output')} that this ledger did not "
+def _words(adoption: Adoption) -> str:
+    return (
+        f"{adoption.location} holds {counted(adoption.outputs, 'output')} that this ledger did not "
         "know (it was lost, or is older than its sinks): adopted, so that they are not made "
         "twice"
-    ]
+    )
 
 
-def _row(location: str, output: Found) -> dict[str, object]:
-    return {
-        "location": location, "output_key": output.output_key, "topic": output.topic,
-        "uri": output.uri, "target": output.target, "rows": output.rows, "digest": output.digest,
-        "job_id": output.job_id, "file_version_id": output.file_version_id,
-        "source": output.source, "path": output.path, "ordinal": output.ordinal,
-        "content_hash": output.content_hash, "size_bytes": output.size_bytes,
-        "artifact_hash": output.artifact_hash, "plugin_name": output.plugin,
-        "plugin_version": output.plugin_version, "mode": output.mode, "slot": output.slot,
-        "retracted": output.retracted,
-    }  # fmt: skip
+def _configured(settings: Settings, ledger: Ledger) -> list[str]:
+    """The locations that topics go to."""
+    uris = ledger.read(adopt.configured)
+    return _locations({settings.output.default_uri, *uris}, settings.home)
 
 
 def _locations(uris: Iterable[str], home: Path) -> list[str]:
@@ -117,7 +201,20 @@ def _locations(uris: Iterable[str], home: Path) -> list[str]:
             locations.append(sinks.resolve(uri, home))
         except CasparianError as error:
             log.warning("cannot list the outputs in sink %s: %s", uri, error.message)
-    return locations
+    return list(dict.fromkeys(locations))
+
+
+def _beside(database: DatabaseSettings) -> Mark | None:
+    """What the file beside the ledger says; None where it is not there or cannot be read."""
+    try:
+        ledger_id, epoch = _epoch_file(database).read_text("utf-8").split()
+        return Mark(ledger_id, int(epoch))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _epoch_file(database: DatabaseSettings) -> Path:
+    return database.state_folder / f"{database.path.name}.epoch"
 
 
 def _notes(database: DatabaseSettings) -> Path:

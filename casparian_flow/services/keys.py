@@ -27,6 +27,7 @@ from casparian_flow.security.signing import (
     written,
 )
 from casparian_flow.security.trust import Key, KeyStatus, Trust, introduction
+from casparian_flow.services import outputs
 
 if TYPE_CHECKING:
     from nacl.signing import SigningKey
@@ -129,7 +130,9 @@ def trust(ledger: Ledger, folder: Path, public_key: str, owner: str, globs: str)
         key = trusted.keys[key_id(public_bytes(public_key))]
         return Trusted(first, key, deactivate(connection, trusted)), [*events, event]
 
-    return ledger.change(work, lambda done: done[1])[0]
+    done = ledger.change(work, lambda done: done[1])[0]
+    outputs.tell(ledger)  # what stood by a version that is not active any more
+    return done
 
 
 def revoke(ledger: Ledger, folder: Path, prefix: str, reason: str) -> Revoked:
@@ -156,7 +159,9 @@ def revoke(ledger: Ledger, folder: Path, prefix: str, reason: str) -> Revoked:
         trusted, event = _append_signed(connection, trusted, signer, statement)
         return Revoked(key, False, deactivate(connection, trusted)), [event]
 
-    return ledger.change(work, lambda done: done[1])[0]
+    done = ledger.change(work, lambda done: done[1])[0]
+    outputs.tell(ledger)  # what stood by a version that is not active any more
+    return done
 
 
 def rotate(ledger: Ledger, folder: Path) -> tuple[str, str]:

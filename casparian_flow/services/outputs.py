@@ -1,47 +1,65 @@
 """What a person changes about published outputs: forget, restore, retract and reinstate.
 
 `forget` and `restore` are for an output that was deleted or altered in its sink. Neither touches
-one that the sink holds whole.
+one that the sink holds whole. Each verb changes the ledger in one transaction, which decides anew
+what stands. Then the sinks are told; what a sink cannot be told now, the daemon tells it later.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import logging
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, text, update
+from sqlalchemy import Connection, delete, insert, text
 
+from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import jobs
-from casparian_flow.db.access import Ledger
+from casparian_flow.db import jobs, visibility
+from casparian_flow.db import outputs as db_outputs
+from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.audit import Event
-from casparian_flow.db.models import (
-    ForgottenOutput,
-    JobStatus,
-    Output,
-    OutputState,
-    RetractedOutput,
-    Retraction,
-)
+from casparian_flow.db.models import ForgottenOutput, JobStatus, RetractedVersion
 from casparian_flow.db.outputs import NAMED
 from casparian_flow.db.routing import resolve_argument
-from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks.base import Claim
-from casparian_flow.errors import CasparianError, NotFound
+from casparian_flow.engine import sinks, telling
+from casparian_flow.engine.sinks import PREFIXES, parquet_record
+from casparian_flow.errors import CasparianError, NotFound, SinkUnavailable
+from casparian_flow.protocol import Output
 from casparian_flow.services import store_upkeep
 
-log = logging.getLogger(__name__)
+
+def tell(ledger: Ledger) -> list[str]:
+    """Tell the sinks what readers are to see by now; a sentence for each that cannot be told.
+
+    The daemon tries those again.
+
+    Raises:
+        LedgerError: the ledger could not be read or written.
+    """
+    with telling.lock(ledger.database):
+        done = telling.tell(ledger)
+    return list(dict.fromkeys(f"{LATER}: {error.message}" for error in done.faults))
+
+
+def tell_without_daemon(ledger: Ledger) -> list[str]:
+    """`tell`, unless a daemon runs: that tells the sinks when it is woken."""
+    if durable.daemon_lock_holder(ledger.database.daemon_lock) is not None:
+        return []
+    return tell(ledger)
+
+
+LATER = "readers do not see the change yet"
 
 
 def forget(ledger: Ledger, name: str) -> list[str]:
     """Stop tracking outputs that were deleted or altered in their sink; their targets.
 
-    `verify` passes then, and queries leave them out. What the sink still has of them stays.
+    `verify` passes then, and queries leave them out. The sink hides what it still has of them.
 
     Args:
         name: a job's id, or an output's target as `casparian outputs list` shows it, or as a path
@@ -52,7 +70,7 @@ def forget(ledger: Ledger, name: str) -> list[str]:
         CasparianError: the sink holds it whole, or it is forgotten already.
     """
     broken = _broken(ledger, _named(ledger, name), name)
-    lost = [row for row in broken if not row.forgotten]
+    lost = [row for row in broken if row.state != FORGOTTEN]
     if not lost:
         raise CasparianError(
             f"{name} is already forgotten; nothing was changed",
@@ -62,6 +80,8 @@ def forget(ledger: Ledger, name: str) -> list[str]:
     def work(connection: Connection) -> None:
         rows = [{"output_key": row.output_key} for row in lost]
         connection.execute(insert(ForgottenOutput), rows)
+        versions = [row.version_id for row in lost]
+        visibility.refresh(connection, visibility.of_versions(connection, versions))
 
     def events(_: None) -> list[Event]:
         return [
@@ -70,16 +90,23 @@ def forget(ledger: Ledger, name: str) -> list[str]:
         ]
 
     ledger.change(work, events)
+    crashpoint("outputs.forgotten")
+    tell(ledger)
     return [row.target for row in lost]
+
+
+FORGOTTEN = "FORGOTTEN"
+STANDING = ("CURRENT", "PAST")
+RETRACTED = "RETRACTED"
 
 
 def restore(ledger: Ledger, name: str) -> list[int]:
     """Make outputs that were deleted or altered again from their versions; the jobs queued.
 
-        withdraw    each sink removes what is left of its outputs; asking twice is asking once
+        withdraw    each sink deletes what is left of its outputs; asking twice is asking once
         queue       the ledger queues the jobs and owes their outputs, with the audit rows
 
-    In this order, since a sink that is asked later could remove what the job has published anew.
+    In this order, since a sink that is asked later could delete what the job has published anew.
     After a crash in between, or an error of the second step, the outputs are missing in their
     sinks: `verify` names them, and the same call restores them.
 
@@ -96,30 +123,68 @@ def restore(ledger: Ledger, name: str) -> list[int]:
     broken = _broken(ledger, _named(ledger, name), name)
     for row in broken:
         _check_bytes(row, ledger)
-    for row in broken:
-        sinks.open_sink(row.location, ledger.database).withdraw(claim(row))
-    crashpoint("outputs.withdrawn")
 
     def work(connection: Connection) -> list[int]:
-        wanted = {row.job_id for row in broken}
-        queued = jobs.restore(connection, sorted(wanted))
-        for job_id in sorted(wanted.difference(queued)):
+        queued = db_outputs.restore(connection, [row.id for row in broken])
+        for job_id in sorted({row.job_id for row in broken}.difference(queued)):
             raise CasparianError(
                 f"job {job_id} is {jobs.status(connection, job_id)} by now; nothing was queued",
                 f"casparian jobs show {job_id}",
             )
-        keys = [row.output_key for row in broken]
-        forgotten = ForgottenOutput.output_key.in_(keys)
-        connection.execute(delete(ForgottenOutput).where(forgotten))
-        owed = update(Output).where(Output.output_key.in_(keys))
-        planned = {"state": OutputState.PLANNED, "published_at": None, "target": ""}
-        connection.execute(owed.values(planned))
         return queued
 
     def events(_: list[int]) -> list[Event]:
         return [Event("restore", f"output {row.target}", {"job": row.job_id}) for row in broken]
 
-    return ledger.change(work, events)
+    with telling.lock(ledger.database):
+        for location, group in _by_location(ledger, [row.id for row in broken]).items():
+            sinks.open_sink(location, ledger.database).delete(group)
+        crashpoint("outputs.withdrawn")
+        queued = ledger.change(work, events)
+        crashpoint("outputs.queued")
+        telling.tell(ledger)
+    return queued
+
+
+def with_places(rows: Sequence[Row]) -> None:
+    """Set the `target` of outputs in Parquet sinks to where their file is now: it moves when what
+    readers see changes. A sink that cannot be read leaves it as it was at the publication.
+
+    Args:
+        rows: with `sink`, `topic`, `output_key` and `target`.
+    """
+    topics: dict[tuple[Path, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["sink"].startswith(PREFIXES["parquet"]):
+            root = Path(row["sink"].removeprefix(PREFIXES["parquet"]))
+            topics[root, row["topic"]].append(row)
+    for (root, topic), group in topics.items():
+        with (
+            contextlib.suppress(SinkUnavailable),
+            parquet_record.opened(root, write=False) as record,
+        ):
+            places = record.places(topic) if record else {}
+            for row in group:
+                if row["output_key"] in places:
+                    row["target"] = str(root / places[row["output_key"]][0])
+
+
+def _key_at(ledger: Ledger, path: str) -> str:
+    """The key of the output whose file is there now; empty if there is none."""
+    for location in ledger.read(db_outputs.locations):
+        root = location.removeprefix(PREFIXES["parquet"])
+        if root != location and path.startswith(f"{root}/"):
+            with parquet_record.opened(Path(root), write=False) as record:
+                if record and (key := record.key_at(path.removeprefix(f"{root}/"))):
+                    return key
+    return ""
+
+
+def _by_location(ledger: Ledger, output_ids: Collection[int]) -> dict[str, list[Output]]:
+    groups = defaultdict(list)
+    for output in ledger.read(lambda c: visibility.records(c, output_ids)).values():
+        groups[output.location].append(output)
+    return groups
 
 
 def _named(ledger: Ledger, name: str) -> list[Any]:
@@ -129,17 +194,21 @@ def _named(ledger: Ledger, name: str) -> list[Any]:
         NotFound: there are none.
         CasparianError: they are retracted or replaced.
     """
-    which = "target = :name OR CAST(job_id AS TEXT) = :name"
-    rows = _select(ledger, which, name=name)
-    rows = rows or _select(ledger, which, name=os.path.abspath(name))
+    path = os.path.abspath(name)
+    if key := _key_at(ledger, path):
+        rows = _select(ledger, "output_key = :key", key=key)
+    else:
+        which = "target = :name OR CAST(job_id AS TEXT) = :name"
+        rows = _select(ledger, which, name=name) or _select(ledger, which, name=path)
     if not rows:
         raise NotFound(f"no published output is named {name}", "casparian outputs list")
-    if all(row.retracted for row in rows):
+    due = [row for row in rows if row.state in (*STANDING, FORGOTTEN)]
+    retracted = [row for row in rows if row.state == RETRACTED]
+    if not due and retracted:
         raise CasparianError(
             f"output {name} is retracted; nothing was changed",
-            f"casparian retract --undo {rows[0].version_id}",
+            f"casparian retract --undo {retracted[0].version_id}",
         )
-    due = [row for row in rows if not (row.retracted or row.replaced)]
     if not due:
         raise CasparianError(
             f"output {name} was replaced by a later output of the same file; nothing was changed",
@@ -154,11 +223,12 @@ def _broken(ledger: Ledger, rows: Sequence[Any], name: str) -> list[Any]:
     Raises:
         CasparianError: there are none.
     """
+    found = ledger.read(lambda c: visibility.records(c, [row.id for row in rows]))
 
     def is_whole(row: Any) -> bool:
-        return not sinks.open_sink(row.location, ledger.database).check([claim(row)])
+        return not sinks.open_sink(row.location, ledger.database).check([found[row.id]])
 
-    broken = [row for row in rows if not is_whole(row)]
+    broken = [row for row in rows if row.state == FORGOTTEN or not is_whole(row)]
     if not broken:
         unchanged = f"the outputs of job {name}" if name.isdigit() else name
         raise CasparianError(
@@ -166,14 +236,6 @@ def _broken(ledger: Ledger, rows: Sequence[Any], name: str) -> list[Any]:
             "delete it in its sink first; or casparian retract PATH   (hides a file's rows)",
         )
     return broken
-
-
-def claim(row: Any) -> Claim:
-    """What the ledger says of an output, from a row of `outputs.NAMED`."""
-    return Claim(
-        topic=row.topic, output_key=row.output_key, job_id=row.job_id, target=row.target,
-        rows=row.rows, digest=row.digest,
-    )  # fmt: skip
 
 
 def _check_bytes(row: Any, ledger: Ledger) -> None:
@@ -210,13 +272,6 @@ def _digest(path: bytes | Path) -> str:
 
 
 # `casparian retract`: hide a file's rows in every sink, and show them again.
-#
-#     decide    the ledger says what is to become of each output, with its audit row
-#     ask       each sink does it; asking twice is asking once
-#     settle    the ledger says that it is done
-#
-# From the first step on no query and no `verify` expects the rows. A crash after it is rolled
-# forward by the next `casparian retract`, and by the daemon when it starts.
 
 
 _LACK = {
@@ -228,39 +283,31 @@ _LACK = {
 def retract(ledger: Ledger, name: str, *, undo: bool = False) -> list[Any]:
     """Hide the rows of a location's versions, or of one version; the outputs that it concerned.
 
+    A retraction belongs to a version: of all plugins and topics, also of what is published later.
+
     Args:
         name: a version's id, or a location: a path from here, or `source/rel_path`.
         undo: show again what was hidden.
 
     Raises:
         NotFound: no such location or version, or nothing of it is to be seen (`undo`: retracted).
-        CasparianError: a job of it is at work, or what stands in a sink is not whole; nothing was
-            changed.
-        SinkConflict, SinkUnavailable: a sink could not do it; it is decided, and done by the next
-            call, or when the daemon starts.
+        CasparianError: files of several source roots may be meant; nothing was changed.
+        SinkConflict, SinkUnavailable: a sink could not be told; it is decided, and told by the
+            next call, or by the daemon.
     """
-    done = {row.output_key: row for row in roll_forward(ledger)}
     named = _of_file(ledger, name)
-    ledger.read(lambda c: _check_idle(c, named))
-    chosen = _chosen(named, undo=undo)
+    chosen = [row for row in named if row.state in ((RETRACTED,) if undo else STANDING)]
     if not chosen:
-        state = Retraction.REINSTATING if undo else Retraction.RETRACTING
-        again = [row for row in named if row.output_key in done]
-        if again and all(done[row.output_key].state == state for row in again):
-            return again  # it was decided before a crash, and has been done just now
-        raise NotFound(_LACK[undo].format(name), "casparian outputs list")
-    if not undo:
-        _check_whole(ledger, chosen)
-    keys = [row.output_key for row in chosen]
+        return _told_again(ledger, name, named, undo=undo)
+    versions = sorted({row.version_id for row in chosen})
+    these = RetractedVersion.file_version_id.in_(versions)
 
     def work(connection: Connection) -> None:
-        _check_idle(connection, named)
-        if undo:
-            these = update(RetractedOutput).where(RetractedOutput.output_key.in_(keys))
-            connection.execute(these.values(state=Retraction.REINSTATING))
-        else:
-            rows = [{"output_key": key, "state": Retraction.RETRACTING} for key in keys]
-            connection.execute(insert(RetractedOutput), rows)
+        connection.execute(delete(RetractedVersion).where(these))
+        if not undo:
+            rows = [{"file_version_id": version} for version in versions]
+            connection.execute(insert(RetractedVersion), rows)
+        visibility.refresh(connection, visibility.of_versions(connection, versions))
 
     def events(_: None) -> list[Event]:
         action = "reinstate" if undo else "retract"
@@ -268,9 +315,7 @@ def retract(ledger: Ledger, name: str, *, undo: bool = False) -> list[Any]:
 
     ledger.change(work, events)
     crashpoint("retract.decided")
-    for row in _pending(ledger):
-        if row.output_key in keys:
-            _carry_out(ledger, row)
+    _tell_of(ledger, chosen)
     return chosen
 
 
@@ -280,49 +325,34 @@ def _detail(row: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def roll_forward(ledger: Ledger) -> list[Any]:
-    """Finish what was decided before a crash; the outputs it finished.
+def _told_again(ledger: Ledger, name: str, named: Sequence[Any], *, undo: bool) -> list[Any]:
+    """Tell the sinks what was decided before, and could not be told.
 
-    What a sink cannot do now stays decided.
+    Raises:
+        NotFound: they know.
+        SinkConflict, SinkUnavailable: a sink still cannot be told.
     """
-    done = []
-    for row in _pending(ledger):
-        try:
-            _carry_out(ledger, row)
-            done.append(row)
-        except CasparianError as error:
-            log.warning("%s is still %s: %s", row.target, row.state, error.message)
-    return done
+    owed = {debt.output_id for group in ledger.read(visibility.debts).values() for debt in group}
+    decided = STANDING if undo else (RETRACTED,)
+    again = [row for row in named if row.id in owed and row.state in decided]
+    if not again:
+        raise NotFound(_LACK[undo].format(name), "casparian outputs list")
+    _tell_of(ledger, again)
+    return again
 
 
-def _pending(ledger: Ledger) -> list[Any]:
-    """Outputs whose sinks may not have been asked yet, with what is to be done."""
-    query = f"""
-        SELECT n.*, t.state FROM ({NAMED}) n JOIN cf_retracted_output t USING (output_key)
-        WHERE t.state <> 'RETRACTED' ORDER BY output_key
-        """  # noqa: S608
-    return ledger.read(lambda c: list(c.execute(text(query))))
+def _tell_of(ledger: Ledger, rows: Iterable[Any]) -> None:
+    """Tell the sinks their debts.
 
-
-def _carry_out(ledger: Ledger, row: Any) -> None:
-    sink = sinks.open_sink(row.location, ledger.database)
-    if row.state == Retraction.RETRACTING:
-        sink.retract(claim(row))
-    else:
-        sink.reinstate(claim(row))
-    crashpoint("retract.done")
-
-    def settle(connection: Connection) -> None:
-        # The state is asked for again: another command may have changed it since the sink did.
-        this = RetractedOutput.output_key == row.output_key, RetractedOutput.state == row.state
-        if row.state == Retraction.RETRACTING:
-            hidden = update(RetractedOutput).where(*this).values(state=Retraction.RETRACTED)
-            connection.execute(hidden)
-        else:
-            connection.execute(delete(RetractedOutput).where(*this))
-
-    ledger.write(settle)
-    crashpoint("retract.settled")
+    Raises:
+        SinkConflict, SinkUnavailable: one of these outputs could not be told.
+    """
+    with telling.lock(ledger.database):
+        done = telling.tell(ledger)
+    for row in rows:
+        error = done.away.get(sinks.store(row.location)) or done.conflicts.get(row.id)
+        if error:
+            raise type(error)(f"{LATER}: {error.message}", error.hint) from error
 
 
 def _of_file(ledger: Ledger, name: str) -> list[Any]:
@@ -358,52 +388,3 @@ def _select(ledger: Ledger, which: str, **values: Any) -> list[Any]:
     """The published outputs for which a condition over the columns of `NAMED` holds."""
     query = f"SELECT * FROM ({NAMED}) WHERE {which} ORDER BY job_id, output_key"  # noqa: S608
     return ledger.read(lambda c: list(c.execute(text(query), values)))
-
-
-def _check_idle(connection: Connection, rows: Sequence[Any]) -> None:
-    """Return if no job of these outputs' locations runs or is being published.
-
-    Raises:
-        CasparianError: one is.
-    """
-    query = text(
-        f"""
-        SELECT min(j.id) FROM cf_processing_queue j
-        JOIN cf_file_version v ON v.id = j.file_version_id
-        JOIN cf_file_location l ON l.id = v.location_id
-        JOIN cf_source_root r ON r.id = l.source_root_id
-        WHERE j.status IN ('RUNNING', 'COMMITTING') AND (r.name, l.path) IN
-            (SELECT source, path FROM ({NAMED}) WHERE output_key IN :keys)
-        """  # noqa: S608
-    ).bindparams(bindparam("keys", expanding=True))
-    keys = [row.output_key for row in rows]
-    if job := connection.execute(query, {"keys": keys}).scalar():
-        raise CasparianError(
-            f"job {job} ({rows[0].rel_path}) is running; nothing was changed",
-            f"casparian wait --idle, or: casparian jobs show {job}; then the same command again",
-        )
-
-
-def _chosen(rows: Sequence[Any], *, undo: bool) -> list[Any]:
-    """The outputs that can be retracted, or reinstated."""
-    if undo:
-        return [row for row in rows if row.retracted]
-    return [row for row in rows if not (row.retracted or row.replaced or row.forgotten)]
-
-
-def _check_whole(ledger: Ledger, chosen: Sequence[Any]) -> None:
-    """Return if each sink holds the outputs whole, so that they can be reinstated later.
-
-    Raises:
-        CasparianError: it does not.
-    """
-    claims = defaultdict(list)
-    for row in chosen:
-        claims[row.location].append(claim(row))
-    for location, group in claims.items():
-        if faults := sinks.open_sink(location, ledger.database).check(group):
-            raise CasparianError(
-                f"{faults[0]}; nothing was changed",
-                f"casparian outputs restore {group[0].job_id}, or: casparian outputs forget "
-                f"{group[0].job_id}",
-            )

@@ -11,11 +11,11 @@ from casparian_flow.config import ScanSettings, Settings
 from casparian_flow.db import failures, jobs, kept, outputs, versions, views
 from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.models import PAUSED, JobStatus
-from casparian_flow.db.plugins import EARLIER_FORM, in_earlier_form
+from casparian_flow.db.plugins import EARLIER_FORM, in_earlier_form, only_adopted
 from casparian_flow.db.routing import compile_pattern
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, NotFound, counted
-from casparian_flow.services import store_upkeep
+from casparian_flow.services import inventory, store_upkeep
 from casparian_flow.services.walk import BUILT_IN_IGNORES
 
 WRITTEN = 20
@@ -60,6 +60,8 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         "jobs": counts(ledger),
         "rows": amount.rows,
         "rejects": amount.rejects,
+        "gone": ledger.read(outputs.of_gone)._asdict(),
+        "stale": ledger.read(outputs.stale)._asdict(),
         "reasons": reasons,
         "reasons_in_all": reasons.total,
         "rejected_most": named,
@@ -161,12 +163,20 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
             )
         )
     active = {plugin["name"] for plugin in plugins if plugin["active"]}
-    for name in sorted({plugin["name"] for plugin in plugins} - active):
+    lost = ledger.read(only_adopted)
+    for name in lost:
+        words = f"plugin {name} is not in this ledger, and sinks have outputs of it"
+        found.append(Advice(words, f"casparian publish {bundled.argument(name)}"))
+    for name in sorted({plugin["name"] for plugin in plugins} - active - set(lost)):
         words = f"no version of plugin {name} is active"
         found.append(Advice(words, f"casparian plugins verify {name}"))
     for name, version in ledger.read(in_earlier_form):
         words = f"plugin {name} {version} may not run: {EARLIER_FORM}"
         found.append(Advice(words, f"casparian publish {bundled.argument(name)}"))
+    for location, why in inventory.waiting(settings, ledger).items():
+        if why:
+            words = f"sink {location} cannot be asked what it has: {why}; its jobs wait"
+            found.append(Advice(words, "fix that; a daemon asks it every few seconds"))
     for root in roots:
         found += _advise_on(root, settings.scan, daemon is not None)
     for rule in ledger.read(views.rules):
@@ -175,6 +185,7 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
             found.append(Advice(words, f"casparian rules remove {rule['id']}"))
     if plugins:
         found += unrouted(ledger)
+    found += _copies(ledger)
     if of_jobs:
         found += _advise_jobs(ledger, tally, daemon is not None)
     found += _advise_store(settings, ledger, tally.get("SUPERSEDED", 0))
@@ -186,6 +197,18 @@ def unrouted(ledger: Ledger) -> list[Advice]:
     count = ledger.read(views.count_unrouted)
     words = f"{counted(count, 'file')} {'matches' if count == 1 else 'match'} no plugin"
     return [Advice(words, "casparian files --unrouted", wrong=False)] if count else []
+
+
+def _copies(ledger: Ledger) -> Iterator[Advice]:
+    """Advice on files with the content of a deleted one, if any."""
+    count = ledger.read(lambda c: views.copies(c, 1)).total
+    if count:
+        has = "has" if count == 1 else "have"
+        words = (
+            f"{counted(count, 'file')} {has} the content of a deleted file: rows may be there twice"
+        )
+        command = "casparian files --copies   (casparian retract hides a deleted file's rows)"
+        yield Advice(words, command, wrong=False)
 
 
 def _advise_jobs(ledger: Ledger, tally: dict[str, int], worked: bool) -> Iterator[Advice]:

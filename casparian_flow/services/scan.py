@@ -24,11 +24,12 @@ from sqlalchemy import Connection
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.audit import Event
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import LocationState, PresentLocation, Sighting, Stat
-from casparian_flow.services import walk
+from casparian_flow.db.visibility import Change
+from casparian_flow.services import inventory, walk
 from casparian_flow.services.store import NOTHING, Capture, Store
+from casparian_flow.services.vanished import Vanished
 from casparian_flow.services.walk import Ignore, Listing
 
 BATCH_FILES = 1000
@@ -62,12 +63,14 @@ def scan(
             ledger does not have. None for a full scan.
         stop: ends the scan early when set; what was found so far is recorded.
         heard: what the watcher watches, so that the report can say what it misses.
-        believe: mark missing files as deleted, however many (see `Vanished`).
+        believe: mark missing files as deleted, however many (`services.vanished`).
 
     Raises:
         LedgerError: the ledger could not be written; finished batches stay recorded.
     """
-    vanished = Vanished(root, full=only is None, believe=believe)
+    if only is None and not ledger.read(lambda c: versions.was_scanned(c, root.id)):
+        inventory.before_first_scan(ledger)
+    vanished = Vanished(root.id, root.name, full=only is None, believe=believe)
     with contextlib.closing(Store(ledger)) as store:
         scan_of = _Scan(ledger, root, stop or threading.Event(), heard, vanished, store)
         return scan_of.run(only)
@@ -123,9 +126,9 @@ class _Scan:
             os.close(descriptor)
         if not self.stop.is_set():  # what is missing is known only at the end
             report = self.report
-            report.gone, report.held, report.passed_over = self.ledger.change(
-                self.vanished.settle, self.vanished.events
-            )
+            settled = self.ledger.change(self.vanished.settle, self.vanished.events)
+            report.gone, report.held, report.passed_over, change = settled
+            report.change = report.change.plus(change)
             crashpoint("scan.vanished")
             self._note_writing(full=only is None)
         if only is None and not self.stop.is_set():
@@ -354,6 +357,7 @@ class _Scan:
         self.report.versions += recorded.versions
         self.report.job_ids += recorded.job_ids
         self.report.unsettled.update(recorded.stale)
+        self.report.change = self.report.change.plus(recorded.change)
 
     def _route_all(self) -> None:
         """After a change of rules or plugins, queue the jobs that present versions lack."""
@@ -458,6 +462,10 @@ class ScanReport:
     """Missing locations that are not marked deleted yet, since so many vanished at once."""
     passed_over: int = 0
     """Recorded locations that are still on the disk, and that scans now pass over."""
+    change: Change = field(default_factory=Change)
+    """What deleted files took along from readers, and files that are back brought again."""
+    untold: list[str] = field(default_factory=list)
+    """A sentence for each sink that does not know of a change yet (one-shot scans)."""
     waiting: int = 0
     """Files that lack their done file or their minimum age."""
     unreadable: list[str] = field(default_factory=list)
@@ -486,100 +494,6 @@ class Heard:
     """When it was started, seconds since the epoch."""
     inodes: frozenset[int] | None
     """Of the directories it watches; None where that is unknown or not needed."""
-
-
-# Confirming deletions.
-#
-# A lost mount, a share that lists nothing or a wrong directory all look like a mass deletion. So a
-# scan collects what is missing and decides at its end. Many at once are held: they are not marked
-# deleted until a user confirms it, or until they have been missing for a day. Held files that come
-# back were never gone, and are not loaded again.
-#
-# Files that are still on the disk, and passed over since the ignore patterns changed, are marked so
-# at once, however many, and do not count as deleted. Their versions and rows stay.
-
-
-MANY = 100
-"""Fewer missing files than this are deletions: somebody has tidied up an inbox."""
-
-SHARE = 0.2
-"""Of the present files; a smaller share than this that is missing are deletions."""
-
-HOLD_SECONDS = 86_400.0
-"""After a day somebody has noticed a lost mount, so what is still missing is deleted."""
-
-
-class Vanished:
-    """What one scan of one root found missing.
-
-    Args:
-        full: whether the scan is a full one.
-        believe: a user confirmed that the files are deleted, however many.
-    """
-
-    def __init__(self, root: Root, *, full: bool, believe: bool) -> None:
-        self._root = root
-        self._full = full
-        self.believe = believe
-        self._gone: list[PresentLocation] = []
-        self._ignored: list[PresentLocation] = []
-        self._lost: list[bytes] = []
-        self._digests: list[tuple[bytes, bytes | None]] = []
-
-    def add(
-        self, gone: list[PresentLocation], ignored: list[PresentLocation], lost: list[bytes]
-    ) -> None:
-        """Collect missing locations, locations now passed over, and missing directories."""
-        self._gone += gone
-        self._ignored += ignored
-        self._lost += lost
-
-    def when_believed(self, folder: bytes, digest: bytes) -> None:
-        """Save this digest of a directory if the deletions are confirmed."""
-        self._digests.append((folder, digest))
-
-    def settle(self, connection: Connection) -> tuple[int, int, int]:
-        """Mark confirmed deletions, in the caller's transaction; (gone, held, passed over).
-
-        Directories with held files keep no digest, so that the next scan compares them again.
-        """
-        root_id = self._root.id
-        held_since = self._held_since(connection)
-        if self._full:
-            held = len(self._gone) if held_since else 0
-            versions.save_scan_state(connection, root_id, held=held, held_since=held_since)
-        passed = versions.mark_gone(connection, root_id, self._ignored, versions.PASSED_OVER)
-        if held_since:
-            return 0, len(self._gone), passed
-        marked = versions.mark_gone(connection, root_id, self._gone)
-        for folder in self._lost:
-            versions.drop_digests(connection, root_id, folder)
-        versions.save_directories(connection, root_id, self._digests)
-        versions.keep_invalidated(connection, root_id, [path for path, _ in self._digests])
-        return marked, 0, passed
-
-    def events(self, settled: tuple[int, int, int]) -> list[Event]:
-        """What the audit is to say of what `settle` returned: that a person believed deletions."""
-        gone = settled[0]
-        if not (self.believe and gone):
-            return []
-        return [Event("believe-deletions", f"source {self._root.name}", {"gone": gone})]
-
-    def _held_since(self, connection: Connection) -> float:
-        """Since when the missing files are held, seconds since the epoch; 0: they are not."""
-        state = versions.scan_state(connection, self._root.id)
-        before = state.held if state is not None else 0
-        if self.believe or not self._gone:
-            return 0.0
-        if before and not self._full:
-            return float(state.held_since)  # a partial scan does not confirm what a full scan holds
-        few = len(self._gone) < MANY
-        if few or len(self._gone) < SHARE * versions.count_present(connection, self._root.id):
-            return 0.0
-        now = time.time()
-        since = state.held_since if before and len(self._gone) - before < MANY else now
-        # A clock that was set back holds them for another day at most.
-        return 0.0 if now - since > HOLD_SECONDS else float(min(since, now))
 
 
 # Hashing one file, and whether its timestamps rule out a later write.

@@ -33,7 +33,7 @@ from casparian_flow.db.models import SourceRoot
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import ScrubTarget
 from casparian_flow.errors import LedgerError, SourceError
-from casparian_flow.services import inventory, walk
+from casparian_flow.services import inventory, outputs, walk
 from casparian_flow.services.scan import Root, ScanReport, hash_file, scan
 from casparian_flow.services.store import NOTHING, Store
 
@@ -84,6 +84,9 @@ def scan_until_settled(
 ) -> ScanReport:
     """A full scan, then further scans of the directories whose files were not settled.
 
+    What deleted files took along from readers, and files that are back brought again, the sinks
+    are told; a daemon does that if one runs.
+
     Args:
         believe: mark missing files as deleted, however many (`services.scan`).
     """
@@ -96,12 +99,14 @@ def scan_until_settled(
         report.versions += again.versions
         report.job_ids += again.job_ids
         report.gone += again.gone
+        report.change = report.change.plus(again.change)
         report.unreadable = list(dict.fromkeys([*report.unreadable, *again.unreadable]))
         report.unsettled, report.settles_in = again.unsettled, again.settles_in
         report.writing = again.writing
         report.problem = again.problem
         left = len(again.unsettled)
         ledger.write(partial(versions.save_scan_state, root_id=root.id, unsettled=left))
+    report.untold = outputs.tell_without_daemon(ledger)
     return report
 
 

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, delete, insert, select, update
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, routing
+from casparian_flow.db import audit, routing, versions
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.audit import Event
-from casparian_flow.db.models import RoutingRule, SourceRoot
+from casparian_flow.db.models import ON_DELETE, RoutingRule, SourceRoot
 from casparian_flow.db.routing import compile_pattern
+from casparian_flow.db.visibility import Change
 from casparian_flow.errors import ConfigError, NotFound, SourceError
-from casparian_flow.services import architect
+from casparian_flow.services import architect, outputs
 from casparian_flow.services.walk import Ignore
 
 LIMIT_SECONDS = 86_400.0 * 366
@@ -34,6 +35,8 @@ class SourceOptions(NamedTuple):
     settle_seconds: float | None = None
     done_file: str | None = None
     min_age_seconds: float | None = None
+    on_delete: str | None = None
+    """One of `ON_DELETE`."""
 
     def columns(self) -> dict[str, Any]:
         """The columns of `SourceRoot` that are to change.
@@ -47,15 +50,35 @@ class SourceOptions(NamedTuple):
         _check_seconds("minimum age", self.min_age_seconds, "0 is the default")
         if self.done_file:
             _check_done_file(self.done_file)
+        if self.on_delete not in (None, *ON_DELETE):
+            raise SourceError(
+                f"{self.on_delete!r} cannot become of a deleted file's rows",
+                "keep: they stay, which is the default; retract: they are hidden until the file "
+                "is back",
+            )
         ignore = None if self.ignore is None else "\n".join(self.ignore)
         given = {**self._asdict(), "ignore": ignore}
         return {name: value for name, value in given.items() if value is not None}
 
 
+class SourceChange(NamedTuple):
+    """What became of a source root."""
+
+    name: str
+    options: list[str]
+    """Those that were given."""
+    gone: int = 0
+    """Its deleted files, where it was said what becomes of their rows."""
+    change: Change = Change()
+    """What readers see of those since then."""
+    notes: Sequence[str] = ()
+    """A sentence for each sink that does not know of that yet."""
+
+
 def add_source(
     ledger: Ledger, path: str, *, name: str | None = None, options: SourceOptions
-) -> str:
-    """Watch a directory, or watch a removed one again; the source root's name.
+) -> SourceChange:
+    """Watch a directory, or watch a removed one again.
 
     Raises:
         SourceError: it cannot be a source root; the message says why.
@@ -67,7 +90,7 @@ def add_source(
     if name is not None:
         columns["name"] = name
 
-    def work(connection: Connection) -> str:
+    def work(connection: Connection) -> SourceChange:
         known = routing.every_root(connection)
         _check_place(path, name, known)
         # A removed one comes back whatever the directory is called now: its files are known.
@@ -79,17 +102,28 @@ def add_source(
         else:
             statement = update(SourceRoot).where(SourceRoot.id == earlier)
         statement = statement.values(active=True, **columns).returning(SourceRoot.name)
-        return str(connection.execute(statement).scalar_one())
+        return _changed(connection, connection.execute(statement).scalar_one(), columns)
 
     added = ledger.change(
-        work, lambda added: [Event("add-source", f"source {added}", columns)], scan=True
+        work, lambda added: [Event("add-source", f"source {added.name}", columns)], scan=True
     )
     crashpoint("changes.source_added")
-    return added
+    return added._replace(notes=outputs.tell(ledger)) if added.change.any else added
 
 
-def set_source(ledger: Ledger, name: str, options: SourceOptions) -> list[str]:
-    """Change options of a source root, from its next scan on; those that were changed.
+def _changed(connection: Connection, name: str, columns: dict[str, Any]) -> SourceChange:
+    """What these columns change, in the transaction that wrote them."""
+    done = SourceChange(name, sorted(columns))
+    if "on_delete" not in columns:
+        return done
+    gone = versions.count_gone(connection, name)
+    return done._replace(gone=gone, change=versions.decide_gone(connection, name))
+
+
+def set_source(ledger: Ledger, name: str, options: SourceOptions) -> SourceChange:
+    """Change options of a source root, from its next scan on.
+
+    What becomes of a deleted file's rows applies to files that are gone already.
 
     Raises:
         NotFound: no active source root has that name.
@@ -98,8 +132,9 @@ def set_source(ledger: Ledger, name: str, options: SourceOptions) -> list[str]:
     columns = options.columns()
     if not columns:
         raise SourceError("nothing to change", "casparian source set --help")
-    _update_root(ledger, "set-source", name, columns, lambda _path: columns)
-    return sorted(columns)
+    done = _update_root(ledger, "set-source", name, columns, lambda _path: columns)
+    crashpoint("changes.source_set")
+    return done._replace(notes=outputs.tell(ledger)) if done.change.any else done
 
 
 def remove_source(ledger: Ledger, name: str) -> None:
@@ -117,7 +152,7 @@ def _update_root(
     name: str,
     columns: dict[str, Any],
     detail: Callable[[str], dict[str, Any]],
-) -> None:
+) -> SourceChange:
     statement = (
         update(SourceRoot)
         .where(SourceRoot.name == name, SourceRoot.active)
@@ -125,13 +160,16 @@ def _update_root(
         .returning(SourceRoot.path)
     )
 
-    def work(connection: Connection) -> str:
+    def work(connection: Connection) -> tuple[str, SourceChange]:
         path: str | None = connection.execute(statement).scalar()
         if path is None:
             raise NotFound(f"no active source root is named {name!r}", "casparian source list")
-        return path
+        return path, _changed(connection, name, columns)
 
-    ledger.change(work, lambda path: [Event(action, f"source {name}", detail(path))], scan=True)
+    def events(done: tuple[str, SourceChange]) -> list[Event]:
+        return [Event(action, f"source {name}", detail(done[0]))]
+
+    return ledger.change(work, events, scan=True)[1]
 
 
 def add_rule(

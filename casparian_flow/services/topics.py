@@ -5,25 +5,26 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import Connection, delete, func, insert, select, text
+from sqlalchemy import Connection, delete, insert, select
 
 from casparian_flow import config, durable, sink_uri
 from casparian_flow.config import Settings
-from casparian_flow.db import plugins, versions
+from casparian_flow.crashpoints import crashpoint
+from casparian_flow.db import plugins, versions, visibility
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.audit import Event
-from casparian_flow.db.found import INVISIBLE
-from casparian_flow.db.models import EmptyTopic, Output, OutputState, ProcessingJob, TopicConfig
+from casparian_flow.db.models import EmptyTopic, TopicConfig
+from casparian_flow.db.visibility import Change, Scope
 from casparian_flow.engine import sinks
-from casparian_flow.errors import ConfigError, NotFound
+from casparian_flow.errors import ConfigError, NotFound, counted
 from casparian_flow.protocol import MODES, data_topics, reject_topics
 from casparian_flow.security.manifest import Manifest
-from casparian_flow.services import inventory
+from casparian_flow.services import inventory, outputs
 
 # A person may send a topic anywhere. A MANIFEST is somebody else's code: it may name folders under
 # the configured output roots (`[output] roots`), and use variables that `[output] env` lists. They
@@ -206,8 +207,11 @@ class TopicChange(NamedTuple):
     sinks: list[TopicSink]
     declared: list[str]
     """The topics of the plugin so far: those of its MANIFEST, and what people added."""
-    stays: list[str]
-    """What was published elsewhere or in another mode and is not touched; a sentence each."""
+    change: Change
+    """What became visible and invisible in its sinks."""
+    notes: list[str]
+    """What stays in sinks that it went to before, and which sinks could not be told; a sentence
+    each."""
 
 
 def set_topic(
@@ -238,13 +242,20 @@ def set_topic(
             for p in sinks_now
         ]
         connection.execute(insert(TopicConfig), rows)
-        usage = _usage(connection, plugin, topic)
-        return TopicChange(sinks_now, declared, list(_stays(sinks_now, usage)))
+        change = visibility.refresh(connection, Scope(plugin=plugin, topic=topic))
+        stays = [
+            f"{counted(usage.outputs, 'output')} ({counted(usage.rows, 'row')}) "
+            f"{'stays' if usage.outputs == 1 else 'stay'} in {usage.uri}"
+            for usage in visibility.usage(connection, plugin, topic)
+            if usage.uri not in {sink.uri for sink in sinks_now}
+        ]
+        return TopicChange(sinks_now, declared, change, stays)
 
     detail = {"sinks": [str(sink) for sink in sinks_now]}
     done = ledger.change(work, lambda _: [Event("set-topic", f"topic {plugin} {topic}", detail)])
-    inventory.take(settings, ledger)
-    return done
+    crashpoint("topics.set")
+    inventory.note(settings, ledger)
+    return done._replace(notes=[*done.notes, *outputs.tell(ledger)])
 
 
 def allow_empty(ledger: Ledger, plugin: str, topic: str, allow: bool) -> list[str]:
@@ -308,48 +319,3 @@ def _only_plugin(ledger: Ledger, topic: str) -> str:
             f"casparian topics set {found[0]} {topic} --allow-empty",
         )
     return found[0]
-
-
-class TopicUsage(NamedTuple):
-    """What a topic has published to one sink in one mode."""
-
-    uri: str
-    mode: str
-    outputs: int
-    rows: int
-
-
-def _usage(connection: Connection, plugin: str, topic: str) -> list[TopicUsage]:
-    """What readers see of a plugin's topic, sink by sink."""
-    query = (
-        select(Output.uri, Output.mode, func.count(), func.sum(Output.rows))
-        .join(ProcessingJob, ProcessingJob.id == Output.job_id)
-        .where(
-            ProcessingJob.plugin_name == plugin,
-            Output.topic == topic,
-            Output.state == OutputState.PUBLISHED,
-            Output.output_key.not_in(text(f"({INVISIBLE})")),
-        )
-        .group_by(Output.uri, Output.mode)
-        .order_by(Output.uri, Output.mode)
-    )
-    return [TopicUsage(*row) for row in connection.execute(query)]
-
-
-def _stays(sinks_now: Sequence[TopicSink], usage: Sequence[TopicUsage]) -> Iterator[str]:
-    modes = {sink.uri: sink.mode for sink in sinks_now}
-    for uri, mode, outputs, rows in usage:
-        now = modes.get(uri)
-        if now == mode:
-            continue
-        noun, verb = ("output", "stays") if outputs == 1 else ("outputs", "stay")
-        counted = f"{outputs} {noun} ({rows} row{'' if rows == 1 else 's'})"
-        if now is None:
-            yield f"{counted} {verb} in {uri}"
-        elif (mode, now) == ("append", "replace"):
-            yield (
-                f"{counted} appended to {uri} before {verb}: replace mode affects only outputs "
-                "published from now on; `casparian retract PATH` hides a file's rows"
-            )
-        else:
-            yield f"{counted} published to {uri} in mode {mode} {verb}"

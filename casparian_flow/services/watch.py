@@ -42,12 +42,20 @@ class Watch:
         ledger: where roots are read and findings recorded.
         settings: how often to scan.
         on_jobs: called after a scan that queued jobs.
+        on_change: called after a scan since which readers are to see something else.
     """
 
-    def __init__(self, ledger: Ledger, settings: ScanSettings, on_jobs: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        settings: ScanSettings,
+        on_jobs: Callable[[], None],
+        on_change: Callable[[], None],
+    ) -> None:
         self._ledger = ledger
         self._settings = settings
         self._on_jobs = on_jobs
+        self._on_change = on_change
         self._folders = FolderSchedule()
         self._announced = Announcements()
         self._watchers: dict[int, Watcher] = {}
@@ -178,6 +186,8 @@ class Watch:
         self._announced.noticed(root.id, report.fresh)
         if report.job_ids:
             self._on_jobs()
+        if report.change.any:
+            self._on_change()
         return report
 
     def _interval(self, state: str, recheck: bool) -> float:

@@ -6,6 +6,7 @@ and in SQLite all new rows of a version at once.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import threading
 from collections import defaultdict
@@ -26,9 +27,12 @@ Complain = Callable[[str, str], None]
 """Told of a kind of violation, and what it is."""
 
 QUERIES = {
-    "entries": "SELECT rowid, _cf_file_version_id, _cf_source_hash, number, line FROM entries",
-    "sizes": "SELECT rowid, _cf_file_version_id, _cf_source_hash, lines, NULL FROM sizes",
+    "entries": "SELECT _cf_job_id, _cf_file_version_id, _cf_source_hash, number, line FROM entries",
+    "sizes": "SELECT _cf_job_id, _cf_file_version_id, _cf_source_hash, lines, NULL FROM sizes",
 }
+
+SHOWN = "SELECT job_id FROM _cf_outputs WHERE topic = ? AND state IN ('current', 'past')"
+"""The jobs of whose rows a topic is to show something: a job may show long after a later one."""
 
 
 class Seen(NamedTuple):
@@ -55,7 +59,8 @@ class Readers(threading.Thread):
         self._place = place
         self._history = history
         self._complain = complain
-        self._last = dict.fromkeys(QUERIES, 0)
+        self._jobs: dict[str, set[int]] = {topic: set() for topic in QUERIES}
+        """Topic -> the jobs of which its rows were read, each once."""
         self._ended = threading.Event()
         self.turn = threading.Lock()
 
@@ -111,18 +116,23 @@ class Readers(threading.Thread):
             return
         with sink_reader.read_only(self._place.sink, timeout=30.0) as connection:
             for topic, query in QUERIES.items():
+                known = self._jobs[topic]
                 try:
+                    connection.execute("BEGIN")
+                    new = {job for (job,) in connection.execute(SHOWN, [topic])} - known
                     found = connection.execute(
-                        f"{query} WHERE rowid > ? ORDER BY rowid", [self._last[topic]]
+                        f"{query} WHERE _cf_job_id IN (SELECT value FROM json_each(?))",
+                        [json.dumps(sorted(new))],
                     ).fetchall()
                 except sqlite3.OperationalError as error:
                     if "no such table" not in str(error) and "locked" not in str(error):
                         raise
                     continue
+                finally:
+                    connection.rollback()
                 for seen, rows in by_version(found).items():
                     self._hold(topic, seen, rows, "sink.sqlite3")
-                if found:
-                    self._last[topic] = found[-1][0]
+                known |= new
 
     def _hold(self, topic: str, seen: Seen, rows: list[Any], where: str) -> None:
         """Compare one output's rows with those its content has."""

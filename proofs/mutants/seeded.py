@@ -31,14 +31,23 @@ class Mutant(NamedTuple):
 
 _TRACED = "tests/proofs/test_syscalls.py::test_nothing_is_lost"
 _SINKS = "tests/sinks"
-_SERVER = "tests/sinks/test_mssql_crashes.py::test_the_first_output"
+_SERVER = "tests/sinks/test_mssql_crashes.py::test_the_first_outputs"
 _DURABLE = f"{_TRACED}[what must be durable before what]"
+
+_STANDING = "tests/services/test_standing.py"
+_VISIBILITY = "tests/db/test_visibility.py"
+_PROMISES = "tests/db/test_promises.py"
+_REPLACE = "[sqlite-replace]"
 
 _COMMITTED = """\
             for words in ("RELEASE job", "COMMIT", "BEGIN IMMEDIATE", "SAVEPOINT job"):
-                connection.execute(words)
+                schema.send(words)
 """
 """Ends the SQLite sink's transaction where it must not end, and begins another one."""
+
+_RECORDED = """\
+            crashpoint("sql.recorded")
+"""
 
 MUTANTS = [
     Mutant(
@@ -48,7 +57,13 @@ MUTANTS = [
     ),
     Mutant(
         "no directory fsync",
-        [Edit("engine/sinks/parquet.py", "durable.fsync_path(folder)", "pass")],
+        [
+            Edit(
+                "engine/sinks/parquet_moves.py",
+                '        durable.fsync_path(folder)\n        crashpoint("parquet.synced")\n',
+                '        crashpoint("parquet.synced")\n',
+            )
+        ],
         [_DURABLE],
     ),
     Mutant(
@@ -75,10 +90,14 @@ MUTANTS = [
         [
             Edit(
                 "engine/sinks/parquet.py",
-                "looked.append(self._settled(output) or ",
-                "looked.append(",
+                'if path not in self._left and os.path.lexists(f"{self._root}/{path}")',
+                "if False",
             ),
-            Edit("engine/sinks/parquet.py", "os.link(path, target)", "os.replace(path, target)"),
+            Edit(
+                "engine/sinks/parquet_moves.py",
+                "os.link(source, target)",
+                "os.replace(source, target)",
+            ),
         ],
         ["tests/sinks/test_parquet.py::test_an_output_of_another_key_is_never_replaced"],
     ),
@@ -108,8 +127,8 @@ MUTANTS = [
         [
             Edit(
                 "engine/dispatch.py",
-                "job.artifact_hash, topic, uri)",
-                "job.artifact_hash, topic, f'{uri}#{job.fence}')",
+                "key_of(*key, topic, uri)",
+                "key_of(*key, topic, f'{uri}#{job.fence}')",
             )
         ],
         ["tests/engine/test_dispatch.py::test_every_attempt_has_the_same_output_key"],
@@ -161,61 +180,54 @@ MUTANTS = [
     ),
     Mutant(
         "ledger row outside the transaction",
-        [
-            Edit(
-                "engine/sinks/sqlite.py",
-                '            crashpoint("sqlite.ledger_written")\n',
-                '            connection.executescript("COMMIT; BEGIN IMMEDIATE; SAVEPOINT job")\n'
-                '            crashpoint("sqlite.ledger_written")\n',
-            )
-        ],
+        [Edit("engine/sinks/sql.py", _RECORDED, _COMMITTED + _RECORDED)],
         [f"{_SINKS}/test_sqlite_crashes.py::test_a_replacement_that_is_killed"],
     ),
     Mutant(
         "adopt without comparing",
         [
             Edit(
-                "engine/sinks/sqlite.py",
-                '"SELECT * FROM _cf_outputs WHERE output_key = ?", [output_key]',
-                '"SELECT * FROM _cf_outputs WHERE output_key >= ?", [""]',
+                "engine/sinks/sql.py",
+                """f"WHERE {self.quote('output_key')} = ?", key)""",
+                """f"WHERE {self.quote('output_key')} >= ?", "")""",
             )
         ],
-        ["tests/sinks/test_contract.py::test_a_newer_version_takes_the_place_of_an_older_one"],
+        [
+            f"{_SINKS}/test_contract.py::"
+            "test_a_newer_version_takes_the_place_of_an_older_one[sqlite]"
+        ],
     ),
     Mutant(
-        "late versions shown",
+        "past versions shown under replace",
+        [Edit("engine/sinks/sql.py", " AND o.mode <> 'replace')", ")")],
+        [
+            f"{_SINKS}/test_contract.py::"
+            "test_a_newer_version_takes_the_place_of_an_older_one[sqlite]"
+        ],
+    ),
+    Mutant(
+        "records without what is retracted",
         [
             Edit(
-                "engine/sinks/sqlite.py",
-                "return greater.fetchone() is not None",
-                "return False",
-            )
-        ],
-        ["tests/sinks/test_contract.py::test_an_older_version_that_comes_late_shows_no_rows"],
-    ),
-    Mutant(
-        "inventory without what is retracted",
-        [Edit("engine/sinks/sqlite.py", "if output.retracted or ", "if ")],
-        [
-            "tests/sinks/test_contract.py::test_what_is_retracted_stays_so_when_it_is_published_again"
-        ],
-    ),
-    Mutant(
-        "replace what is newer",
-        [
-            Edit(
-                "engine/sinks/parquet.py",
-                "if first.order > (output.ordinal, output.job_id):",
-                "if False:",
+                "engine/sinks/sql.py",
+                'if not is_known or record.get("state") == State.RETRACTED:',
+                "if not is_known:",
             )
         ],
         [
-            f"{_SINKS}/test_contract.py::test_an_older_version_that_comes_late_shows_no_rows[parquet]"
+            f"{_SINKS}/test_contract.py::"
+            "test_records_have_the_facts_of_outputs_that_the_ledger_does_not_know[sqlite]"
         ],
     ),
     Mutant(
         "adopt other rows",
-        [Edit("engine/sinks/parquet.py", " and first.told.rows == output.rows:", ":")],
+        [
+            Edit(
+                "engine/sinks/parquet.py",
+                "(entry.output_key, entry.rows)",
+                "(entry.output_key, footer.rows)",
+            )
+        ],
         [f"{_SINKS}/test_parquet.py::test_whatever_is_in_the_way_stays[other rows]"],
     ),
     Mutant(
@@ -223,16 +235,15 @@ MUTANTS = [
         [
             Edit(
                 "engine/sinks/parquet.py",
-                "        if move.columns is not None:\n"
-                "            parts.set_topic_columns(name.parent, move.columns)\n",
-                "        if move.columns is not None:\n",
+                "                parts.set_topic_columns(self._root / topic, columns)\n",
+                "                pass\n",
             ),
             Edit(
                 "engine/sinks/parquet.py",
-                "        return Published(target=str(target), rows=output.rows, digest=digest, ad",
-                "        if move.columns is not None:\n"
-                "            parts.set_topic_columns(name.parent, move.columns)\n"
-                "        return Published(target=str(target), rows=output.rows, digest=digest, ad",
+                "            self.gone.update(parquet_moves.settle(self._root, self.record))\n",
+                "            self.gone.update(parquet_moves.settle(self._root, self.record))\n"
+                "            for topic, columns in self._columns.items():\n"
+                "                parts.set_topic_columns(self._root / topic, columns)\n",
             ),
         ],
         [
@@ -251,128 +262,268 @@ MUTANTS = [
         [f"{_SINKS}/test_topic_schema.py::test_a_value_that_would_change_is_refused"],
     ),
     Mutant(
-        "SQL Server: ledger row outside the transaction",
+        "SQL Server: rows outside the transaction",
         [
             Edit(
-                "engine/sinks/mssql.py",
-                '    crashpoint("mssql.ledger_written")\n',
-                '    session._connection.commit()\n    crashpoint("mssql.ledger_written")\n',
+                "engine/sinks/mssql_tables.py",
+                "        if staged.table:\n",
+                "        self.session._connection.commit()\n        if staged.table:\n",
             )
         ],
-        [f"{_SERVER}[ledger_written]"],
+        [_SERVER],
     ),
     Mutant(
-        "SQL Server: published without a look into the ledger",
+        "SQL Server: loaded without a look into the ledger",
         [
             Edit(
                 "engine/sinks/mssql.py",
-                "            done |= _adopted(aims)\n",
-                "            pass\n",
+                "if not schema_of(output.location).record(output.output_key):",
+                "if output:",
             ),
-            Edit("engine/sinks/mssql.py", "found = _adopted(aims)", "found = {}"),
+            Edit("engine/sinks/sql.py", "found = schema.record(output.output_key)", "found = None"),
         ],
-        [f"{_SERVER}[committed]"],
+        [_SERVER],
     ),
     Mutant(
-        "insert before ledger",
-        [
-            Edit(
-                "engine/sinks/sqlite.py",
-                "self._adopted(connection, output) or self._add(connection, output)",
-                "self._add(connection, output)",
-            ),
-            Edit(
-                "engine/sinks/sqlite.py",
-                "INSERT INTO _cf_outputs",
-                "INSERT OR IGNORE INTO _cf_outputs",
-            ),
-        ],
+        "show what is not whole",
+        [Edit("engine/sinks/sql.py", "schema.check_whole(record)", "pass")],
         [
             f"{_SINKS}/test_contract.py::"
-            "test_a_second_attempt_with_the_same_key_adopts_the_first[sqlite]"
+            "test_nothing_changes_if_an_output_that_is_to_be_visible_is_not_whole[sqlite]"
         ],
     ),
     Mutant(
         "replace in two transactions",
         [
             Edit(
-                "engine/sinks/sqlite.py",
-                """                self._replace(connection, output)
-""",
-                """                self._replace(connection, output)
-"""
-                + _COMMITTED,
+                "engine/sinks/sql.py",
+                "    change_outputs(schema_of, job.changes)\n",
+                "    if job.changes:\n"
+                + _COMMITTED
+                + "    change_outputs(schema_of, job.changes)\n",
             )
         ],
         [f"{_SINKS}/test_sqlite_crashes.py::test_a_replacement_that_is_killed"],
     ),
     Mutant(
-        "retract without ledger",
-        [
-            Edit(
-                "engine/sinks/sqlite.py",
-                """    connection.execute(
-        "UPDATE _cf_outputs SET state = ? WHERE output_key = ?", [state, record["output_key"]]
-    )
-""",
-                "",
-            )
-        ],
+        "a change that is not written",
+        [Edit("engine/sinks/sql.py", "if changed != record:", "if not record:")],
         [
             f"{_SINKS}/test_contract.py::"
-            "test_what_is_retracted_stays_so_when_it_is_published_again[sqlite]"
+            "test_a_newer_version_takes_the_place_of_an_older_one[sqlite]"
         ],
     ),
     Mutant(
         "adopt by name",
-        [
-            Edit(
-                "engine/sinks/parquet.py",
-                "if first.output_key == output.output_key and first.told.rows == output.rows:",
-                "if first.told.rows == output.rows:",
-            )
-        ],
-        [f"{_SINKS}/test_parquet_modes.py::test_the_versions_of_a_location_have_one_file"],
+        [Edit("engine/sinks/parquet.py", "(entry.output_key, entry.rows)", "(key, entry.rows)")],
+        [f"{_SINKS}/test_parquet.py::test_an_output_of_another_key_is_never_replaced"],
     ),
     Mutant(
         "exchange without looking",
         [
             Edit(
                 "engine/sinks/parquet.py",
-                "looked.append(self._settled(output) or ",
-                "looked.append(",
-            ),
-            Edit(
-                "engine/sinks/parquet.py",
-                'self._there(output) if output.mode == "replace" else []',
-                "[]",
-            ),
-            Edit("engine/sinks/parquet.py", "os.link(path, target)", "os.replace(path, target)"),
+                "if os.path.lexists(path) and not parquet_moves.names(path, entry.output_key):",
+                "if False:",
+            )
         ],
-        [f"{_SINKS}/test_parquet_modes.py::test_what_is_not_of_the_slot_is_never_replaced"],
+        [
+            f"{_SINKS}/test_parquet_modes.py::"
+            "test_a_file_that_somebody_put_in_the_place_of_ours_is_not_moved"
+        ],
+    ),
+    Mutant(
+        "exchange in two steps",
+        [
+            Edit(
+                "engine/sinks/parquet_moves.py",
+                "        os.replace(source, target)\n",
+                "        os.unlink(target)\n        os.replace(source, target)\n",
+            )
+        ],
+        [f"{_SINKS}/test_parquet_modes.py::test_a_name_is_never_without_a_file"],
     ),
     Mutant(
         "topics of a job one by one",
         [
             Edit(
-                "engine/sinks/sqlite.py",
-                """                tables.insert_rows(connection, output.topic, staged)
-""",
-                """                tables.insert_rows(connection, output.topic, staged)
-"""
-                + _COMMITTED,
+                "engine/sinks/sql.py",
+                '                crashpoint("sql.rows_loaded")\n',
+                _COMMITTED + '            crashpoint("sql.rows_loaded")\n',
             )
         ],
         [f"{_SINKS}/test_sqlite_crashes.py::test_an_append_that_is_killed"],
     ),
+    # What stands, and who is told.
     Mutant(
-        "nothing replaces nothing",
+        "the artifact deployed first stands",
         [
             Edit(
-                "engine/runner.py", "for topic in plans.keys() - stages.keys():", "for topic in ():"
+                "db/visibility.py",
+                "return one.is_active, one.deployed, one.job_id",
+                "return one.is_active, -one.deployed, one.job_id",
             )
         ],
-        ["tests/cli/test_modes.py::test_a_history_under_replace_is_the_file_after_every_commit"],
+        [f"{_VISIBILITY}::test_what_stands_is_what_the_rules_say"],
+    ),
+    Mutant(
+        "the active artifact is like any other",
+        [
+            Edit(
+                "db/visibility.py",
+                "return one.is_active, one.deployed, one.job_id",
+                "return True, one.deployed, one.job_id",
+            )
+        ],
+        [f"{_STANDING}::test_a_plugin_that_is_rolled_back_shows_its_rows_at_once{_REPLACE}"],
+    ),
+    Mutant(
+        "a retraction keeps no place",
+        [
+            Edit(
+                "db/visibility.py",
+                "if one.ordinal > newest.get(one.slot, 0):",
+                "if not one.is_retracted and one.ordinal > newest.get(one.slot, 0):",
+            )
+        ],
+        [f"{_STANDING}::test_a_retraction_belongs_to_a_version{_REPLACE}"],
+    ),
+    Mutant(
+        "what gave nothing takes no place",
+        [
+            Edit(
+                "engine/runner.py",
+                "        for plan in ran.job.outputs\n        if plan.output_key not in given",
+                "        for plan in ()\n        if plan.output_key not in given",
+            )
+        ],
+        [f"{_STANDING}::test_a_version_without_rows_takes_its_place{_REPLACE}"],
+    ),
+    Mutant(
+        "hidden outputs are told to be past",
+        [
+            Edit(
+                "db/visibility.py",
+                "        states[one.output_id] = State.HIDDEN\n",
+                "        states[one.output_id] = State.PAST\n",
+            )
+        ],
+        [f"{_STANDING}::test_the_good_bytes_published_again_are_a_label[sqlite-append]"],
+    ),
+    Mutant(
+        "the mode of a topic is ignored",
+        [
+            Edit(
+                "db/visibility.py",
+                "modes.get((plugin, topic, uri), known_mode or mode)",
+                "known_mode or mode",
+            )
+        ],
+        [f"{_STANDING}::test_a_mode_is_what_is_shown{_REPLACE}"],
+    ),
+    Mutant(
+        "a query counts each sink apart",
+        [Edit("db/visibility.py", "row[0], row[1:4], row[5]", "row[0], row[1:5], row[5]")],
+        [f"{_VISIBILITY}::test_what_stands_is_what_the_rules_say"],
+    ),
+    Mutant(
+        "expiry takes what stands",
+        [
+            Edit(
+                "db/visibility.py",
+                "state = 'hidden' AND changed_at <= ?",
+                "state IN ('hidden', 'past') AND changed_at <= ?",
+            )
+        ],
+        [f"{_VISIBILITY}::test_what_does_not_stand_is_removed_in_time"],
+    ),
+    Mutant(
+        "what is published takes no place",
+        [
+            Edit(
+                "db/visibility.py",
+                "changes=outputs(draft.changes)),\n            list(draft.outputs), "
+                "list(draft.changes),",
+                "changes=[]),\n            list(draft.outputs), [],",
+            )
+        ],
+        [f"{_VISIBILITY}::test_jobs_of_one_group_are_published_as_if_one_after_another"],
+    ),
+    Mutant(
+        "debts are told by nobody",
+        [Edit("engine/committer.py", "            await self._tell()\n", "")],
+        [f"{_STANDING}::test_a_sink_that_was_away_is_told_later{_REPLACE}"],
+    ),
+    # Files of the Parquet sink.
+    Mutant(
+        "replaced without a second name",
+        [Edit("engine/sinks/parquet_moves.py", "os.link(name, kept)", "pass")],
+        [f"{_SINKS}/test_parquet_modes.py::test_a_name_is_never_without_a_file"],
+    ),
+    Mutant(
+        "moved is said before the files move",
+        [
+            Edit(
+                "engine/sinks/parquet_moves.py",
+                "    if not entries:\n        return []\n",
+                "    if not entries:\n        return []\n    record.settled([], [])\n",
+            )
+        ],
+        [f"{_SINKS}/test_parquet_crashes.py::test_what_is_killed_goes_on[replace]"],
+    ),
+    # The bytes of contents.
+    Mutant(
+        "the ledger has a content before the store",
+        [
+            Edit("services/store.py", "self._small.add(rows)", "self._late = rows"),
+            Edit(
+                "services/store.py",
+                '            yield batch\n            crashpoint("store.recorded")\n',
+                '            yield batch\n            crashpoint("store.recorded")\n'
+                '            self._small.add(getattr(self, "_late", []))\n',
+            ),
+        ],
+        [
+            "tests/services/test_store.py::test_killed_at_any_point_the_next_scan_finds_all_and_"
+            "no_version_claims_what_is_not_there[store.recorded]"
+        ],
+    ),
+    Mutant(
+        "evict what a queued job needs",
+        [
+            Edit("db/kept.py", "WHERE content_hash NOT IN ({_NEEDED})", "WHERE 1"),
+            Edit("db/kept.py", " AND content_hash NOT IN ({_NEEDED})", ""),
+        ],
+        [
+            "tests/services/test_store.py::"
+            "test_room_is_made_by_old_contents_then_by_the_oldest_and_never_by_a_jobs[10240]"
+        ],
+    ),
+    # What `verify` finds.
+    Mutant(
+        "verify misses a file without its job",
+        [Edit("db/promises.py", "if wanted.plugin_name not in known[row.id]:", "if False:")],
+        [f"{_PROMISES}::test_a_present_file_without_its_job_is_named"],
+    ),
+    Mutant(
+        "verify misses rows that nobody sees",
+        [Edit("db/promises.py", "WHEN NOT stand AND NOT forgotten", "WHEN 0")],
+        [f"{_PROMISES}::test_a_finding_names_file_plugin_and_job"],
+    ),
+    Mutant(
+        "verify misses rows that are there twice",
+        [Edit("db/promises.py", "WHEN stand > 1 OR (is_current AND currents > 1)", "WHEN 0")],
+        [f"{_PROMISES}::test_a_finding_names_file_plugin_and_job"],
+    ),
+    Mutant(
+        "verify holds a sink to what it was told before",
+        [Edit("services/verify.py", "not list(sink.check(after))", "False")],
+        [f"{_STANDING}::test_a_sink_may_know_already_what_it_is_owed{_REPLACE}"],
+    ),
+    Mutant(
+        "a file that comes back gets no job",
+        [Edit("db/versions.py", "for s in [*changed, *back]", "for s in changed")],
+        [f"{_PROMISES}::test_a_file_that_comes_back_goes_to_the_plugins_of_now"],
     ),
 ]
 

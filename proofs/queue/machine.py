@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import Connection, insert, select
 
 from casparian_flow.config import DatabaseSettings, JobSettings
-from casparian_flow.db import audit, integrity, jobs, outputs
+from casparian_flow.db import audit, integrity, jobs, outputs, visibility
 from casparian_flow.db.access import Ledger, get_engine
 from casparian_flow.db.jobs import ALONE_AFTER
 from casparian_flow.db.models import (
@@ -39,11 +39,11 @@ from casparian_flow.db.models import (
 )
 from casparian_flow.db.routing import JobRequest
 from casparian_flow.engine import dispatch
-from casparian_flow.engine.committer import Committer, _PendingOutput, _WorkerReceipt
+from casparian_flow.engine.committer import Committer, _Results, _WorkerReceipt
 from casparian_flow.engine.dispatch import POISON_AFTER, POISON_AFTER_KILLS
 from casparian_flow.engine.endings import Ending
-from casparian_flow.errors import JobError, SinkConflict
-from casparian_flow.protocol import Evidence, Outcome, Pair, Published, Receipt, StagedOutput
+from casparian_flow.errors import SinkConflict
+from casparian_flow.protocol import Evidence, Outcome, Output, Pair, Receipt
 from tests.factories import add_plugin
 
 T = TypeVar("T")
@@ -249,8 +249,8 @@ class Life(RuleBasedStateMachine):
             job = self.jobs.get(pair[0])
             if job and job.status == R and job.pair == pair:
                 self._ended(job, receipt)
-        owed = {output.stage for _, _, output in self.ledger.read(outputs.unpublished)}
-        assert not owed & {output.stage for output in over}, "what is decided lost its stage"
+        owed = self.ledger.read(outputs.stages)
+        assert not owed & set(over), "what is decided lost its stage"
 
     def _ended(self, job: Job, receipt: Receipt) -> None:
         match receipt.outcome:
@@ -271,25 +271,25 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data(), refuse=st.booleans())
     def publish(self, data: st.DataObject, refuse: bool) -> None:
-        owed = [_PendingOutput(*row) for row in self.ledger.read(outputs.unpublished)]
-        assert {(o.job_id, o.staged.topic) for o in owed} == {
+        owed = self.ledger.read(lambda c: visibility.publications(c, str, ()))
+        assert {(p.job_id, o.topic) for p in owed for o in p.publication.outputs} == {
             (job.id, topic) for job in self.of(C) for topic in job.planned
         }
         chosen = data.draw(st.lists(st.sampled_from(owed), unique_by=id)) if owed else []
-        refused: list[tuple[_PendingOutput, JobError]] = [
-            (output, SinkConflict("it is another's")) for output in chosen[:1] if refuse
-        ]
-        done = [
-            (output, Published(target="there", rows=1, digest="", adopted=False))
-            for output in chosen[len(refused) :]
-        ]
-        asyncio.run(self.committer._complete(done, refused))
-        for output, _ in done:
-            job = self.jobs[output.job_id]
-            job.published.add(output.staged.topic)
-            job.planned.discard(output.staged.topic)
-        for output, _ in refused:
-            self.jobs[output.job_id].status = JobStatus.FAILED
+        refused = {part.job_id: (part, SinkConflict("it is another's")) for part in chosen[:refuse]}
+        taken = chosen[len(refused) :]
+        published = {
+            number: output
+            for part in taken
+            for number, output in zip(part.output_ids, part.publication.outputs, strict=True)
+        }
+        asyncio.run(self.committer._complete(_Results(published, {}, dict(refused))))
+        for part in taken:
+            job = self.jobs[part.job_id]
+            job.published |= job.planned
+            job.planned = set()
+        for job_id in refused:
+            self.jobs[job_id].status = JobStatus.FAILED
         for job in self.of(C):
             if not job.planned:
                 job.status = JobStatus.COMPLETED
@@ -297,10 +297,11 @@ class Life(RuleBasedStateMachine):
     def _receipt(self, pair: Pair, ending: tuple[Outcome, bool, str, frozenset[str]]) -> Receipt:
         outcome, retryable, fault, topics = ending
         staged = [
-            StagedOutput(
+            Output(
                 topic=topic, uri="u", location="l", mode="append", output_key=f"{pair[0]}{topic}",
-                slot="", ordinal=1, job_id=pair[0], stage=f"{pair}{topic}", rows=1,
-                size_bytes=1, digest="",
+                source="s", path=b"f", ordinal=1, content_hash="", file_bytes=1, plugin="p",
+                plugin_version="1", artifact_hash="", version_id=1, job_id=pair[0],
+                stage=f"{pair}{topic}", rows=1, size_bytes=1,
             )
             for topic in topics
         ]  # fmt: skip

@@ -84,8 +84,9 @@ WITHIN_SECONDS = 60.0
 CODES = {*ExitCode} - {ExitCode.USAGE, ExitCode.BUG, ExitCode.INTERRUPTED}
 """Exit codes of docs/cli.md that a disk may cause; 70 is a bug of ours."""
 
-_RUNNING = "is RUNNING, but no daemon runs"
-"""What `verify` says of jobs whose daemon is dead: true after a fault, and not a violation."""
+_BETWEEN = ("is RUNNING, but no daemon runs", "does not know yet what readers are to see of")
+"""What `verify` says of jobs whose daemon is dead, and of sinks that could not be told: true after
+a fault, and not a violation."""
 
 
 class Run(NamedTuple):
@@ -212,7 +213,7 @@ class Stage:
         with open_ledger(settings.database) as ledger:
             problems = verify(settings, ledger).problems
             counts = ledger.read(jobs.counts)
-        yield from (p for p in problems if not (after_fault and _RUNNING in p))
+        yield from (p for p in problems if not (after_fault and any(w in p for w in _BETWEEN)))
         done = {job: rows for found in (files, tables) for job, rows in found.items()}
         for topic, found in (("files", files), ("tables", tables)):
             seen = sum(found.values(), Counter())

@@ -9,12 +9,18 @@ from typing import Any
 
 from proofs.tds import tokens
 from proofs.tds.sql import parts_of, schema_of
-from proofs.tds.tables import Column, Database, Table, Transaction
+from proofs.tds.tables import Column, Database, Table, Transaction, fold
 from proofs.tds.tokens import Answer
 from proofs.tds.values import COLLATION, INT, declared
 
 SCHEMA = "dbo"
 """Of a login that names none."""
+
+HIDDEN = "hidden"
+"""A view whose text nobody may see."""
+
+GIVEN, READER = "given", "reader"
+"""A table that somebody was given the right to read, and who."""
 
 BULK_COLUMNS = re.compile(
     r"SELECT @@TRANCOUNT;.*SET FMTONLY ON;.*EXEC sp_tablecollations_100 N'(.*)';", re.DOTALL
@@ -28,13 +34,19 @@ _TEXT = declared("sysname")
 def functions(database: Database, transaction: Transaction) -> Mapping[str, Callable[..., Any]]:
     """The functions that the sink calls, by their names."""
 
-    def object_id(name: str, kind: str = "U") -> str | None:
-        assert kind == "U", kind
+    def object_id(name: str, kind: str = "") -> str | None:
         table = database.find(transaction, parts_of(name))
-        return None if table is None else table.name
+        kinds = {"", "U"} if table and not table.definition else {"", "V"}
+        return table.name if table and kind in kinds else None
+
+    def definition(name: str | None) -> str | None:
+        table = database.find(transaction, name) if name and fold(name) != HIDDEN else None
+        return table.definition if table else None
 
     return {
         "OBJECT_ID": object_id,
+        "OBJECT_DEFINITION": definition,
+        "USER_NAME": lambda number: number,
         "SCHEMA_ID": lambda name: name.casefold(),
         "SCHEMA_NAME": lambda: SCHEMA,
         "TYPE_NAME": lambda number: number,
@@ -68,13 +80,28 @@ def _tables(database: Database, transaction: Transaction) -> Table:
     rows = []
     for table in database.seen(transaction):
         schema, name = schema_of(table.name)
-        rows.append((table.name, name, (schema or SCHEMA).casefold()))
+        if not table.definition:
+            rows.append((table.name, name, (schema or SCHEMA).casefold()))
     return _view(sorted(rows), object_id=_TEXT, name=_TEXT, schema_id=_TEXT)
+
+
+def _permissions(database: Database, transaction: Transaction) -> Table:
+    """`sys.database_permissions`: somebody may read each table of that name."""
+    rows = [
+        (1, table.name, "GRANT", "SELECT", READER)
+        for table in database.seen(transaction)
+        if fold(table.name) == GIVEN
+    ]
+    return _view(
+        rows, **{"class": INT}, major_id=_TEXT, state_desc=_TEXT, permission_name=_TEXT,
+        grantee_principal_id=_TEXT,
+    )  # fmt: skip
 
 
 VIEWS: dict[str, Callable[[Database, Transaction], Table]] = {
     "sys.columns": _columns,
     "sys.tables": _tables,
+    "sys.database_permissions": _permissions,
 }
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import pyarrow as pa
 
 from casparian_flow.engine.sinks.mssql import MssqlSink
+from casparian_flow.engine.sinks.sql import LEDGER
 from casparian_flow.errors import JobError, SinkUnavailable
-from casparian_flow.protocol import Published, StagedOutput
+from casparian_flow.protocol import Output
 from proofs.tds import order
 from proofs.tds.faults import Entry, Faults
 from proofs.tds.packets import Cut
@@ -37,7 +38,7 @@ class Trial:
 
     phase: str
     cut: Cut
-    first: Published | JobError
+    first: Output | JobError
     """What came of the call whose line was cut."""
     committed: bool
     """On the server, by that call."""
@@ -71,7 +72,7 @@ class Tally:
         for phase in PHASES:
             of = [trial for trial in self.trials if trial.phase == phase]
             asked = sum(trial.cut.inbound for trial in of)
-            done = sum(isinstance(trial.first, Published) for trial in of)
+            done = sum(isinstance(trial.first, Output) for trial in of)
             adopted = sum(trial.adopted for trial in of)
             figures = (
                 len(of), asked, len(of) - asked, done, len(of) - done, adopted, len(of) - adopted,
@@ -112,7 +113,7 @@ def _listen(home: Path, rows: int, *, later: bool) -> list[Entry]:
     with Server() as server:
         place = ServerPlace(server, home)
         before = _begin(place, rows, later=later)
-        assert isinstance(_publish(place, _output(place, rows)), Published)
+        assert isinstance(_publish(place, _output(place, rows)), Output)
         server.settle()
         return server.log.entries[before:]
 
@@ -125,33 +126,31 @@ def _trial(home: Path, phase: str, cut: Cut, rows: int, *, later: bool) -> Trial
         output = _output(place, rows)
         first = _publish(place, output)
         server.settle()
+        first_said = len(server.log.entries)
         committed = order.committed(server.log.entries, output.output_key)
         there = Path(output.stage).exists()
         second = _publish(place, output if there else _output(place, rows, attempt="again"))
         MssqlSink(place.location_of(TOPIC), place.settings).drop_stages(TAG, [])
         server.settle()
+        again = order.committed(server.log.entries[first_said:], output.output_key)
+        adopted = isinstance(second, Output) and not again
         violations = [
             *order.faults(server.log.entries, TOPIC),
-            *_wrong(first, second, committed),
+            *_wrong(first, second, committed, adopted),
             *_left(place, rows, later),
         ]
-    return Trial(
-        phase, cut, first, committed,
-        isinstance(second, Published) and second.adopted, tuple(violations),
-    )  # fmt: skip
+    return Trial(phase, cut, first, committed, adopted, tuple(violations))
 
 
 def _begin(place: ServerPlace, rows: int, *, later: bool) -> int:
     """Publish another output before, perhaps; how much was said by then."""
     if later:
-        assert isinstance(_publish(place, _output(place, rows, job=1)), Published)
+        assert isinstance(_publish(place, _output(place, rows, job=1)), Output)
         place.server.settle()
     return len(place.server.log.entries)
 
 
-def _output(
-    place: ServerPlace, rows: int, job: int = 2, attempt: str = "cuts-first"
-) -> StagedOutput:
+def _output(place: ServerPlace, rows: int, job: int = 2, attempt: str = "cuts-first") -> Output:
     return place.sealed(columns(rows), job, attempt=attempt)
 
 
@@ -165,25 +164,25 @@ def columns(rows: int) -> dict[str, Any]:
     }
 
 
-def _publish(place: ServerPlace, output: StagedOutput) -> Published | JobError:
+def _publish(place: ServerPlace, output: Output) -> Output | JobError:
     (outcome,) = place.publish(output)
     return outcome
 
 
 def _wrong(
-    first: Published | JobError, second: Published | JobError, committed: bool
+    first: Output | JobError, second: Output | JobError, committed: bool, adopted: bool
 ) -> Iterator[str]:
     """What was said that is not so."""
     words = ("the connection is lost", "it cannot be reached")
     lost = isinstance(first, SinkUnavailable) and any(word in first.message for word in words)
-    if not isinstance(first, Published) and not lost:
+    if not isinstance(first, Output) and not lost:
         yield f"a lost line was taken for {first!r}"
-    if isinstance(first, Published) and not committed:
+    if isinstance(first, Output) and not committed:
         yield "it said published, and the server had not committed"
-    if not isinstance(second, Published):
+    if not isinstance(second, Output):
         yield f"it was not published over a whole line: {second!r}"
-    elif second.adopted is not committed:
-        yield f"committed {committed}, and the second call said adopted {second.adopted}"
+    elif adopted is not committed:
+        yield f"committed {committed}, and the second call adopted {adopted}"
 
 
 def _left(place: ServerPlace, rows: int, later: bool) -> Iterator[str]:
@@ -194,7 +193,7 @@ def _left(place: ServerPlace, rows: int, later: bool) -> Iterator[str]:
         found = [{name: row[name] for name in wanted[0]} for row in found]
         if found != wanted:
             yield f"{len(found)} rows of job {job}, or others than the {rows} it has"
-    ledger = place.rows(order.LEDGER)
+    ledger = place.rows(LEDGER)
     if len(ledger) != (2 if later else 1):
         yield f"{len(ledger)} rows in the ledger"
     stages = [name for name in place.tables.names() if name.startswith("casparian_stage_")]

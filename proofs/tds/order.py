@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from casparian_flow.engine.sinks.sql import LEDGER, ROWS
 from proofs.tds.faults import Entry, Said
-
-LEDGER = "_cf_outputs"
 
 
 @dataclass
@@ -48,7 +47,7 @@ def spans(entries: Sequence[Entry]) -> list[Span]:
 
 def is_lookup(said: Said) -> bool:
     """Whether the ledger is asked for one output key."""
-    return said.name == f"select {LEDGER}" and "output_key = " in said.text
+    return said.name == f"select {LEDGER}" and "[output_key] = " in said.text
 
 
 def committed(entries: Sequence[Entry], key: str) -> bool:
@@ -80,5 +79,5 @@ def faults(entries: Sequence[Entry], table: str) -> Iterator[str]:
                 asked = [answers[value] for value in values if value in answers]
                 if asked != [0]:
                     yield f"{where}: wrote to the ledger, which had answered {asked} rows"
-            elif said.name == f"insert {table}" and not recorded:
+            elif said.name == f"insert {ROWS}{table}" and not recorded:
                 yield f"{where}: brought rows in before the ledger's row"

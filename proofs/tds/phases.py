@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from casparian_flow.engine.sinks.sql import LEDGER
 from proofs.tds.faults import Entry
-from proofs.tds.order import LEDGER
 from proofs.tds.packets import Cut, Kind
 
 PHASES = ("login", "ddl", "bulk", "transaction", "commit", "cleanup")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from proofs.tds import catalog
 from proofs.tds.sql import Expression, Scope, Words
-from proofs.tds.tables import Database, SqlError, Table, Transaction, fold
+from proofs.tds.tables import Column, Database, SqlError, Table, Transaction, fold
 from proofs.tds.values import BIGINT, INT, NVARCHAR_MAX, SqlType
 
 
@@ -27,7 +27,7 @@ class Batch:
         return Scope(self.variables, row, catalog.functions(self.database, self.transaction))
 
     def table(self, name: str) -> Table:
-        """A table, or a view of the catalog.
+        """A table, or the rows that a view shows, or a view of the catalog.
 
         Raises:
             SqlError: there is none of that name.
@@ -35,7 +35,8 @@ class Batch:
         made = catalog.VIEWS.get(fold(name))
         if made:
             return made(self.database, self.transaction)
-        return self.database.read(self.transaction, name)
+        table = self.database.read(self.transaction, name)
+        return table.select.shown(self) if table.definition else table
 
     def matching(self, table: Table, where: Expression | None) -> list[tuple[int, Scope]]:
         """The rows for which a condition holds, with their numbers."""
@@ -53,8 +54,46 @@ class Item:
     value: Expression
     column: str = ""
     """The table's column that it is; empty for anything else."""
+    of: str = ""
+    """The table that is written before the column."""
     counts: SqlType | None = None
     """It is the number of rows, in this type."""
+    largest: bool = False
+    """It is the largest of the values."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether it is one value of many rows."""
+        return self.largest or self.counts is not None
+
+
+@dataclass(frozen=True)
+class Join:
+    """`JOIN table AS alias ON alias.column = alias.column`."""
+
+    table: str
+    alias: str
+    on: tuple[str, str]
+    outer: bool
+    """`LEFT JOIN`: rows without a partner are there, too."""
+
+    def of(self, batch: Batch, left: Table, alias: str) -> Table:
+        """The joined rows; the columns have their table's alias before them."""
+        right = batch.table(self.table)
+        columns = [
+            replace(column, name=f"{name}.{column.name}")
+            for name, table in ((alias, left), (self.alias, right))
+            for column in table.columns
+        ]
+        joined = Table("", tuple(columns))
+        at, by = sorted(map(joined.at, self.on))
+        by -= len(left.columns)
+        partners: dict[Any, list[tuple[Any, ...]]] = {}
+        for row in right.rows:
+            partners.setdefault(row[by], []).append(row)
+        nobody = [(None,) * len(right.columns)] if self.outer else []
+        rows = (row + other for row in left.rows for other in partners.get(row[at], nobody))
+        return replace(joined, rows=tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -64,8 +103,16 @@ class Select:
     items: list[Item]
     """None for `*`, which has no condition."""
     table: str = ""
+    alias: str = ""
+    join: Join | None = None
     where: Expression | None = None
     groups: Sequence[Expression] = ()
+
+    def shown(self, batch: Batch) -> Table:
+        """The result as a table, for a view."""
+        names, kinds, rows = self.evaluate(batch)
+        columns = (Column(name, kind, "") for name, kind in zip(names, kinds, strict=True))
+        return Table("", tuple(columns), tuple(rows))
 
     def evaluate(self, batch: Batch) -> tuple[list[str], list[SqlType], list[tuple[Any, ...]]]:
         """Names, types and rows of the result."""
@@ -73,17 +120,19 @@ class Select:
             row = tuple(item.value(batch.scope({})) for item in self.items)
             return [item.name for item in self.items], [_kind(value) for value in row], [row]
         table = batch.table(self.table)
-        if self.where is None and all(item.column for item in self.items):
-            return self._whole(table)
+        if self.join:
+            table = self.join.of(batch, table, self.alias)
+        if not self.groups and all(item.column for item in self.items):
+            return self._taken(batch, table)
         scopes = [scope for _, scope in batch.matching(table, self.where)]
-        if any(item.counts for item in self.items):
+        if any(item.gathers for item in self.items):
             rows = [self._counted(group) for group in self._grouped(scopes)]
         else:
             rows = [tuple(item.value(scope) for item in self.items) for scope in scopes]
         kinds = [
             item.counts
             or (
-                table.columns[table.at(item.column)].kind
+                table.columns[self._at(table, item)].kind
                 if item.column
                 else _kind(rows[0][number] if rows else None)
             )
@@ -91,12 +140,22 @@ class Select:
         ]
         return [item.name for item in self.items], kinds, rows
 
-    def _whole(self, table: Table) -> tuple[list[str], list[SqlType], list[tuple[Any, ...]]]:
-        """Columns of all rows, which may be many; of every column for `*`."""
-        places = [table.at(item.column) for item in self.items] or [*range(len(table.columns))]
+    def _taken(
+        self, batch: Batch, table: Table
+    ) -> tuple[list[str], list[SqlType], list[tuple[Any, ...]]]:
+        """Columns of rows, which may be many; every column for `*`."""
+        places = [self._at(table, item) for item in self.items] or [*range(len(table.columns))]
         taken = [table.columns[place] for place in places]
-        rows = [tuple([row[place] for place in places]) for row in table.rows]
-        return [column.name for column in taken], [column.kind for column in taken], rows
+        found: Iterable[tuple[Any, ...]] = table.rows
+        if self.where:
+            found = (table.rows[number] for number, _ in batch.matching(table, self.where))
+        rows = [tuple([row[place] for place in places]) for row in found]
+        names = [item.name for item in self.items] or [column.name for column in taken]
+        return names, [column.kind for column in taken], rows
+
+    def _at(self, table: Table, item: Item) -> int:
+        """Where a column stands."""
+        return table.at(f"{item.of}.{item.column}" if self.join else item.column)
 
     def _grouped(self, scopes: list[Scope]) -> list[list[Scope]]:
         groups: dict[tuple[Any, ...], list[Scope]] = {} if self.groups else {(): []}
@@ -105,7 +164,12 @@ class Select:
         return list(groups.values())
 
     def _counted(self, group: list[Scope]) -> tuple[Any, ...]:
-        return tuple(len(group) if item.counts else item.value(group[0]) for item in self.items)
+        return tuple(
+            len(group) if item.counts
+            else max((item.value(scope) for scope in group), default=None) if item.largest
+            else item.value(group[0])
+            for item in self.items
+        )  # fmt: skip
 
 
 def read_select(words: Words) -> Select:
@@ -116,13 +180,42 @@ def read_select(words: Words) -> Select:
     """
     items = [] if words.accept("*") else words.listed(lambda: _item(words))
     table = words.names() if words.accept("FROM") else ""
-    if table and words.accept("AS"):
-        words.name()
+    alias = words.name() if table and words.accept("AS") else ""
+    join = _join(words)
     where = words.expression() if words.accept("WHERE") else None
     groups = words.listed(words.expression) if words.accept("GROUP", "BY") else []
     if words.accept("ORDER", "BY"):  # they have the order in which they came: nobody asks another
         words.listed(words.expression)
-    return Select(items, table, where, groups)
+    return Select(items, table, alias, join, where, groups)
+
+
+def _join(words: Words) -> Join | None:
+    outer = words.accept("LEFT", "JOIN")
+    if not outer and not words.accept("JOIN"):
+        return None
+    table = words.names()
+    words.expect("AS")
+    alias = words.name()
+    words.expect("ON")
+    one = _with_table(words)
+    words.expect("=")
+    return Join(table, alias, (one, _with_table(words)), outer)
+
+
+def _with_table(words: Words) -> str:
+    table = words.name()
+    words.expect(".")
+    return f"{table}.{words.name()}"
+
+
+def rows_of(database: Database, name: str) -> list[dict[str, Any]]:
+    """All rows of a table or view at one moment; none if it is not there."""
+    now = database.snapshot()
+    if database.find(now, name) is None:
+        return []
+    table = Batch(database, now, now, {}).table(name)
+    names = [column.name for column in table.columns]
+    return [dict(zip(names, row, strict=True)) for row in table.rows]
 
 
 def insert(
@@ -137,16 +230,21 @@ def insert(
     table = batch.database.read(batch.transaction, name)
     places = [table.at(column) for column in columns]
     blank = [column.default for column in table.columns]
+    counting = [place for place, column in enumerate(table.columns) if column.counts]
+    numbered = table.numbered
     needed = [place for place, column in enumerate(table.columns) if not column.nullable]
     added = []
     for row in rows:
         whole = blank.copy()
         for place, value in zip(places, row, strict=True):
             whole[place] = value
+        for place in counting:
+            whole[place] = numbered = numbered + 1
         added.append(tuple(whole))
         if any(whole[place] is None for place in needed):
             raise SqlError(515, f"Cannot insert the value NULL into table '{name}'.")
-    batch.database.write(batch.transaction, name, table.with_rows((*table.rows, *added)))
+    table = replace(table.with_rows((*table.rows, *added)), numbered=numbered)
+    batch.database.write(batch.transaction, name, table)
 
 
 def _item(words: Words) -> Item:
@@ -154,22 +252,27 @@ def _item(words: Words) -> Item:
         if words.accept(count, "(", "*", ")"):
             name = words.name() if words.accept("AS") else ""
             return Item(name, lambda scope: None, counts=kind)
+    if words.accept("MAX", "("):
+        value = words.expression()
+        words.expect(")")
+        return Item("", value, largest=True)
     start = words.place
     value = words.expression()
-    column = _only_name(words.text(start))
-    return Item(words.name() if words.accept("AS") else column, value, column)
+    of, column = _only_name(words.text(start))
+    return Item(words.name() if words.accept("AS") else column, value, column, of)
 
 
-def _only_name(text: str) -> str:
-    """The column that an expression names, if it is nothing but its name."""
-    words = Words(text)
+def _only_name(text: str) -> tuple[str, str]:
+    """Table and column that an expression names, if it is nothing but a name."""
+    words, of = Words(text), ""
     while words.is_a("quoted") or words.is_a("name"):
         name = words.name()
         if words.over:
-            return "" if name.upper() == "NULL" else name
+            return (of, "" if name.upper() == "NULL" else name)
         if not words.accept("."):
-            return ""
-    return ""
+            break
+        of = name
+    return "", ""
 
 
 def _kind(value: Any) -> SqlType:

@@ -190,9 +190,12 @@ class Words:
         name = self.name()
         if self.accept("("):
             return self._call(name.upper())
+        whole = last = fold(name)
         while self.accept("."):
-            name = self.name()
-        return lambda scope: scope.row[fold(name)]
+            last = fold(self.name())
+            whole = f"{whole}.{last}"
+        # Only where tables are joined do names of their columns have the table before them.
+        return lambda scope: scope.row[whole] if whole in scope.row else scope.row[last]
 
     def _call(self, name: str) -> Expression:
         arguments = [] if self.sees(")") else self.listed(self.expression)

@@ -7,7 +7,7 @@ Each has a name, by which the log and a plan of faults call it: `insert sales`, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from proofs.tds import catalog, tokens
 from proofs.tds.queries import Batch, Item, Select, insert, read_select
 from proofs.tds.requests import Bulk
-from proofs.tds.sql import Expression, Words, parts_of
+from proofs.tds.sql import Expression, Words, parts_of, schema_of, table_name
 from proofs.tds.tables import Column, SqlError, Table, fold
 from proofs.tds.tokens import Answer
 from proofs.tds.values import declared
@@ -129,6 +129,9 @@ def _read_index(words: Words) -> tuple[str, Run]:
     words.expect("(")
     columns = words.listed(words.name)
     words.expect(")")
+    if words.accept("INCLUDE", "("):
+        columns += words.listed(words.name)
+        words.expect(")")
 
     def run(batch: Batch) -> list[Answer]:
         for column in columns:
@@ -138,8 +141,32 @@ def _read_index(words: Words) -> tuple[str, Run]:
     return _named("index", table), run
 
 
+def _read_view(words: Words) -> tuple[str, Run]:
+    """A view; it is alone in its batch."""
+    start = words.place
+    view = words.names()
+    words.expect("AS", "SELECT")
+    select = read_select(words)
+    if not words.over:
+        raise words.unknown("the end of the batch")
+    text = f"CREATE VIEW {words.text(start)}"
+
+    def run(batch: Batch) -> list[Answer]:
+        there = batch.database.lock(batch.transaction, view)
+        if there and not there.definition:
+            raise SqlError(2714, f"There is already an object named '{view}' in the database.")
+        columns = select.shown(batch).columns
+        made = Table(view, columns, definition=text, select=select)
+        batch.database.write(batch.transaction, view, made)
+        return [Answer()]
+
+    return _named("view", view), run
+
+
 def _read_alter(words: Words) -> tuple[str, Run]:
     table = words.names()
+    if words.accept("ALTER", "COLUMN"):
+        return _named("alter", table), _altering(table, _column(words))
     words.expect("ADD")
     columns = words.listed(lambda: _column(words))
 
@@ -159,6 +186,22 @@ def _read_alter(words: Words) -> tuple[str, Run]:
     return _named("alter", table), run
 
 
+def _altering(table: str, column: Column) -> Run:
+    """Give a column another type, or forbid NULL in it."""
+
+    def run(batch: Batch) -> list[Answer]:
+        batch.database.lock(batch.transaction, table)
+        old = batch.database.read(batch.transaction, table)
+        place = old.at(column.name)
+        if not column.nullable and any(row[place] is None for row in old.rows):
+            raise SqlError(515, f"Cannot insert the value NULL into table '{table}'.")
+        columns = (*old.columns[:place], column, *old.columns[place + 1 :])
+        batch.database.write(batch.transaction, table, replace(old, columns=columns))
+        return [Answer()]
+
+    return run
+
+
 def _read_drop(words: Words) -> tuple[str, Run]:
     silent = words.accept("IF", "EXISTS")
     table = words.names()
@@ -171,6 +214,19 @@ def _read_drop(words: Words) -> tuple[str, Run]:
         return [Answer()]
 
     return _named("drop", table), run
+
+
+def _read_drop_index(words: Words) -> tuple[str, Run]:
+    """Indexes are nothing here but names."""
+    words.name()
+    words.expect("ON")
+    table = words.names()
+
+    def run(batch: Batch) -> list[Answer]:
+        batch.table(table)
+        return [Answer()]
+
+    return _named("drop index", table), run
 
 
 def _read_insert(words: Words) -> tuple[str, Run]:
@@ -194,6 +250,10 @@ def _read_insert(words: Words) -> tuple[str, Run]:
 
 
 def _read_update(words: Words) -> tuple[str, Run]:
+    most = None
+    if words.accept("TOP", "("):
+        most = int(words.take("number"))
+        words.expect(")")
     table = words.names()
     words.expect("SET")
     changes = dict(words.listed(lambda: _change(words)))
@@ -203,7 +263,7 @@ def _read_update(words: Words) -> tuple[str, Run]:
         batch.database.lock(batch.transaction, table)
         old = batch.database.read(batch.transaction, table)
         rows = list(old.rows)
-        changed = batch.matching(old, where)
+        changed = batch.matching(old, where)[:most]
         for number, scope in changed:
             row = list(rows[number])
             for name, value in changes.items():
@@ -255,13 +315,15 @@ def _read_declare(words: Words) -> tuple[str, Run]:
 
 
 def _read_execute(words: Words) -> tuple[str, Run]:
-    """`sp_getapplock` and `sp_releaseapplock`."""
+    """`sp_getapplock`, `sp_releaseapplock` and `sp_rename`."""
     result = ""
     if words.is_a("variable"):
         result = words.take("variable")
         words.expect("=")
     procedure = words.name().lower()
     arguments = dict(words.listed(lambda: _argument(words)))
+    if procedure == "sp_rename":
+        return "rename", lambda batch: _rename(batch, arguments)
     if procedure not in {"sp_getapplock", "sp_releaseapplock"}:
         raise words.unknown("a procedure of the sink")
 
@@ -280,6 +342,20 @@ def _read_execute(words: Words) -> tuple[str, Run]:
         return [Answer()]
 
     return "applock" if procedure == "sp_getapplock" else "release", run
+
+
+def _rename(batch: Batch, arguments: Mapping[str, Expression]) -> list[Answer]:
+    given = {name: value(batch.scope({})) for name, value in arguments.items()}
+    old = parts_of(given["@objname"])
+    schema, _ = schema_of(old)
+    new = table_name([schema, given["@newname"]] if schema else [given["@newname"]])
+    batch.database.lock(batch.transaction, old)
+    if batch.database.lock(batch.transaction, new):
+        raise SqlError(15335, f"The new name '{new}' is already in use as a OBJECT name.", 11)
+    table = batch.database.read(batch.transaction, old)
+    batch.database.write(batch.transaction, old, None)
+    batch.database.write(batch.transaction, new, replace(table, name=new))
+    return [Answer()]
 
 
 def _applock(batch: Batch, owner: Any, resource: str, seconds: float) -> int:
@@ -303,9 +379,11 @@ _READERS: dict[str, Callable[[Words], tuple[str, Run]]] = {
     "EXEC": _read_execute,
     "SELECT": _read_select,
     "CREATE TABLE": _read_create,
+    "CREATE OR ALTER VIEW": _read_view,
     "CREATE INDEX": _read_index,
     "ALTER TABLE": _read_alter,
     "DROP TABLE": _read_drop,
+    "DROP INDEX IF EXISTS": _read_drop_index,
     "INSERT INTO": _read_insert,
     "UPDATE": _read_update,
     "DELETE FROM": _read_delete,
@@ -324,7 +402,9 @@ def _described(words: Words) -> list[Column]:
         else:
             columns.append(_column(words))
     words.expect(")")
-    return [replace(column, is_key=fold(column.name) in keys) for column in columns]
+    return [
+        replace(column, is_key=column.is_key or fold(column.name) in keys) for column in columns
+    ]
 
 
 def _column(words: Words) -> Column:
@@ -337,10 +417,13 @@ def _column(words: Words) -> Column:
     column = Column(name, declared(kind), kind)
     if words.accept("COLLATE"):
         words.name()
+    column = replace(column, counts=words.accept("IDENTITY"))
     if words.accept("NOT", "NULL"):
         column = replace(column, nullable=False)
     else:
         words.accept("NULL")
+    if words.accept("PRIMARY", "KEY") or words.accept("UNIQUE"):
+        column = replace(column, is_key=True)
     if words.accept("DEFAULT", "sysutcdatetime", "(", ")"):
         column = replace(column, default=datetime.now(UTC).replace(tzinfo=None))
     return column

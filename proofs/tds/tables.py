@@ -43,16 +43,25 @@ class Column:
     """As the statement that made it says."""
     nullable: bool = True
     is_key: bool = False
+    """No two rows have the same value in it."""
     default: Any = None
+    counts: bool = False
+    """`IDENTITY`: each row gets the next number."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table at one moment."""
+    """A table at one moment, or a view."""
 
     name: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[Any, ...], ...] = ()
+    numbered: int = 0
+    """Numbers that were given to its rows."""
+    definition: str = ""
+    """Of a view: the statement that made it. A view has no rows of its own."""
+    select: Any = None
+    """Of a view: what it selects, a `queries.Select`."""
 
     def at(self, name: str) -> int:
         """Where a column stands.
@@ -72,10 +81,9 @@ class Table:
             SqlError: two of them have one key.
         """
         table = replace(self, rows=tuple(rows))
-        places = [number for number, column in enumerate(self.columns) if column.is_key]
-        keys = [tuple(row[place] for place in places) for row in table.rows] if places else []
-        if len(set(keys)) < len(keys):
-            raise SqlError(2627, f"Violation of PRIMARY KEY constraint of '{self.name}'.", 14)
+        for place, column in enumerate(self.columns):
+            if column.is_key and len({row[place] for row in table.rows}) < len(table.rows):
+                raise SqlError(2627, f"Violation of a key constraint of '{self.name}'.", 14)
         return table
 
 
@@ -107,6 +115,13 @@ class Database:
     def begin(self) -> Transaction:
         return Transaction(next(self._numbers))
 
+    def copy(self) -> Database:
+        """Another database with the same committed tables."""
+        other = Database(self._patience)
+        with self._freed:
+            other._tables = dict(self._tables)
+        return other
+
     def wait(self, commits: int, seconds: float) -> int:
         """Wait until there were more commits than so many, or no longer; how many there were."""
         with self._freed:
@@ -118,8 +133,15 @@ class Database:
         with self._freed:
             return self._tables.get(fold(name))
 
+    def snapshot(self) -> Transaction:
+        """A transaction that sees all tables as they are committed now, and is never ended."""
+        transaction = self.begin()
+        with self._freed:
+            transaction.changed = dict(self._tables)
+        return transaction
+
     def names(self) -> list[str]:
-        """All committed tables."""
+        """All committed tables and views."""
         with self._freed:
             return sorted(table.name for table in self._tables.values())
 

@@ -272,6 +272,10 @@ def encode(kind: SqlType, value: Any) -> bytes:
             ticks = _ticks(kind, value._replace(moment=utc) if value is not moment else utc)
             offset = int(moment.utcoffset() // timedelta(minutes=1))
             return ticks + _days(utc) + offset.to_bytes(2, "little", signed=True)
+        case 0x6F:
+            since = value - datetime(1900, 1, 1)
+            thirds = (since.seconds * 10**6 + since.microseconds) * 3 // 10**4
+            return struct.pack("<iI", since.days, thirds)
         case 0xA5 | 0xAD | 0x24:
             return bytes(value)
         case _:

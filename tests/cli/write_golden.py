@@ -343,6 +343,7 @@ def change(scene: Scene) -> None:
     scene.run("topics", "set", "orders")
     scene.run("topics", "set", "orders", "--allow-empty")
     scene.run("topics", "set", "orders_rejects", "--allow-empty")
+    scene.run("upgrade")
     scene.write("good.txt", "one\ntwo\nthree\nfour\n")
     (scene.inbox / "mixed.txt").unlink()
     scene.run("scan", "--drain")
@@ -410,7 +411,8 @@ def _job(scene: Scene, file: str) -> str:
 
 
 def _output(scene: Scene, job: str) -> Path:
-    rows = [row for row in _rows(scene, "outputs list --json") if str(row["job"]) == job]
+    listed = _rows(scene, "outputs list --json")
+    rows = [row for row in listed if str(row["job"]) == job and row["rows"]]
     return Path(str(rows[0]["target"]))
 
 

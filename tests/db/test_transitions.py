@@ -19,17 +19,17 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, text, update
 
 from casparian_flow.config import Settings
-from casparian_flow.db import integrity, jobs, outputs, schema, seals
+from casparian_flow.db import integrity, jobs, outputs, schema, seals, visibility
 from casparian_flow.db.access import Ledger, driver, open_ledger
 from casparian_flow.db.models import JOB_ARROWS, JobStatus, ProcessingJob
-from casparian_flow.protocol import Published, StagedOutput
+from casparian_flow.protocol import Output
 from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
 from tests.db.real_ledger import attacker, said
 from tests.factories import add_job
 
-UNGUARDED = "DROP TRIGGER cf_processing_queue_arrows"
+GUARDS = ("cf_processing_queue_arrows", "cf_processing_queue_adopted")
 
 
 def words(ledger: Ledger) -> str:
@@ -45,10 +45,11 @@ def moved(status: str) -> Callable[[Connection, int], object]:
     )
 
 
-def staged(job: int, topic: str = "t") -> StagedOutput:
-    return StagedOutput(
+def staged(job: int, topic: str = "t") -> Output:
+    return Output(
         topic=topic, uri="u", location="l", mode="append", output_key=f"{job}-{topic}",
-        slot="", ordinal=1, job_id=job, stage="", rows=1, size_bytes=1, digest="",
+        source="s", path=b"f", ordinal=1, content_hash="0" * 64, file_bytes=0, plugin="p",
+        plugin_version="1", artifact_hash="", version_id=1, job_id=job, rows=1, size_bytes=1,
     )  # fmt: skip
 
 
@@ -62,7 +63,8 @@ def test_a_move_that_there_is_not_is_named_where_the_database_did_not_refuse_it(
 ) -> None:
     """`complete` without `decide` and every other: the mutant's own records give it away."""
     missing = sorted(set(JobStatus) - JOB_ARROWS.get(start, set()) - {start})
-    ledger.write(lambda c: c.execute(text(UNGUARDED)).rowcount)
+    for guard in GUARDS:
+        ledger.write(lambda c, g=guard: c.execute(text(f"DROP TRIGGER {g}")).rowcount)
     for end in missing:
         if start:
             job = add_job(ledger, JobStatus(start))
@@ -164,14 +166,16 @@ def finish(connection: Connection, job: int) -> None:
 
 
 def publish(connection: Connection, job: int, refused: bool) -> None:
-    owed = [o for o in outputs.unpublished(connection) if o[1] == job]
-    for output, _, planned in owed[: 1 if refused else None]:
-        seen = Published(target="f", rows=planned.rows, digest="d", adopted=False)
-        outputs.mark_published(connection, [(output, seen)])
-    if refused and owed:
-        outputs.mark_refused(connection, [owed[1][0]])
+    parts = [p for p in visibility.publications(connection, str, ()) if p.job_id == job]
+    if refused and parts:
+        outputs.mark_refused(connection, [job])
         jobs.refuse(connection, job, "never")
-    jobs.complete(connection, outputs.decided_without_debts(connection))
+    else:
+        for part in parts:
+            done = zip(part.output_ids, part.publication.outputs, strict=True)
+            outputs.mark_published(connection, dict(done))
+    finished = jobs.complete(connection, outputs.all_published(connection))
+    visibility.refresh(connection, visibility.of_jobs(connection, finished))
 
 
 def attempted(connection: Connection, job: int, verb: Callable[..., bool]) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
-from sqlalchemy import insert, update
+from sqlalchemy import update
 
 from casparian_flow.db import views
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import FileVersion, FoundOutput, SourceRoot, utcnow
+from casparian_flow.db.models import FileVersion, SourceRoot
 from casparian_flow.db.views import CHOICES, Rules, literals
 from casparian_flow.services import sources
 from casparian_flow.services.scan import scan
+from tests.db.test_adopt import output, rows, take
 from tests.factories import add_plugin, add_root
 from tests.services.test_scan import OLD, put
 
@@ -55,20 +57,11 @@ def test_a_removed_source_root_and_what_another_ledger_has_made_do_not_count(
     root = add_root(ledger, source)
     scan(ledger, root)
     assert names(ledger) == [file.name]
-    columns = {
-        column.name: 0 if column.type.python_type is int else ""
-        for column in FoundOutput.__table__.columns
-        if column.name not in ("id", "found_at")
-    }
-    columns |= {"source": root.name, "path": b"a.csv", "found_at": utcnow()}
-
-    def found(ordinal: int) -> None:
-        values = {**columns, "ordinal": ordinal, "output_key": f"k{ordinal}"}
-        ledger.write(lambda c: c.execute(insert(FoundOutput).values(**values)))
-
-    found(2)
-    assert names(ledger) == [file.name]
-    found(1)
+    ((number, ordinal, digest),) = rows(
+        ledger, "SELECT id, ordinal, content_hash FROM cf_file_version"
+    )
+    made = output("", ordinal, path=b"a.csv", version_id=number)
+    take(ledger, msgspec.structs.replace(made, content_hash=digest))
     assert names(ledger) == []
     ledger.write(lambda c: c.execute(update(SourceRoot).values(active=False)))
     assert names(ledger) == []

@@ -80,7 +80,7 @@ def test_a_plugin_works_older_versions_on_a_word_and_redoes_on_another(
         assert work_off(settings) == {"COMPLETED": 8}
         assert rows(ledger) == [(*row[:2], "1.1.0") for row in (first[2], gone)]
         again = [(*row[:2], "1.1.0") for row in first]
-        assert rows(ledger, "seen_history") == sorted(first + again)
+        assert rows(ledger, "seen_history") == again, "each version once"
 
         architect.activate(
             ledger, settings, config.keys_folder(), "sees", "1.0.0", "1.1.0 is wrong"
@@ -157,8 +157,8 @@ def test_a_new_version_says_what_older_ones_have_worked(tmp_path: Path, source: 
         assert work_off(settings) == {"COMPLETED": 4}
         words = publish(ledger, settings, "sees", SEES + "\n# 3\n", "1.1.0")
         assert (
-            "older versions of sees have processed 4 file versions; "
-            "to process them with 1.1.0 too: "
+            "older versions of sees have processed 4 file versions: the rows that they gave stay; "
+            "to process them with 1.1.0 too, and show its rows instead: "
             "casparian backfill sees --redo"
         ) in words.splitlines()
         better.write_text(SEES + "\n# older\n")

@@ -16,8 +16,8 @@ from casparian_flow import main
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs, views
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import PAUSED, FileVersion, Output, Plugin, ProcessingJob, TopicConfig
-from casparian_flow.engine.dispatch import output_key
+from casparian_flow.db.models import PAUSED, FileVersion, Output, ProcessingJob, TopicConfig
+from casparian_flow.protocol import key_of
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
@@ -71,12 +71,9 @@ def test_a_foreign_file_at_the_target_is_left_alone_and_the_job_says_so(
     publish(ledger, settings, "rows", ROWS, "1.0.0")
     (source / "a.txt").write_text("one")
     scan(ledger, root)
-    facts = [
-        ledger.read(lambda c, column=column: c.execute(select(column)).scalar_one())
-        for column in (FileVersion.content_hash, Plugin.artifact_hash)
-    ]
-    key = output_key("source", b"a.txt", facts[0], 1, facts[1], "lines", "parquet://output")
-    target = settings.home / "output" / "lines" / f"{key[:32]}.parquet"
+    content = ledger.read(lambda c: c.execute(select(FileVersion.content_hash)).scalar_one())
+    slot = key_of("source", b"a.txt", content, "1", "rows", "lines", "parquet://output")
+    target = settings.home / "output" / "lines" / f"{slot[:32]}.parquet"
     target.parent.mkdir(parents=True)
     target.write_text("somebody else's")
     assert work_off(settings) == {"FAILED": 1}

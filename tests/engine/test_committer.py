@@ -11,13 +11,13 @@ import msgspec
 import pytest
 
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, outputs, plugins
+from casparian_flow.db import jobs, outputs, plugins, visibility
 from casparian_flow.db.access import Ledger, Work
-from casparian_flow.engine import committer
+from casparian_flow.engine import committer, sinks
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.sinks.base import KEY_DIGITS
 from casparian_flow.errors import LedgerError
-from casparian_flow.protocol import Conclude, Outcome, Published, Receipt
+from casparian_flow.protocol import Conclude, Outcome, Receipt
 from casparian_flow.services import jobs as job_verbs
 from tests.disks import in_memory, remount
 from tests.engine.test_leases import assigned, becomes, joined, play, staged, state
@@ -73,7 +73,7 @@ def test_a_late_receipt_whose_file_cannot_be_removed_does_no_harm(
         play(settings, story)
 
 
-@pytest.mark.parametrize("question", [outputs.unpublished, outputs.decided_without_debts])
+@pytest.mark.parametrize("question", [outputs.all_published])
 def test_a_read_that_fails_is_tried_again(
     ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch, question: Work[Any]
 ) -> None:
@@ -142,9 +142,9 @@ def test_what_a_job_has_published_before_leaves_no_staged_file(
         receipt = staged(job, fence, tmp_path / f"stage-{fence}", tmp_path / "sink")
         decide = partial(ours._decide, group=[committer._WorkerReceipt("w", receipt)])
         unwanted.append(ledger.write(decide))
-        there = Published(target="there", rows=1, digest="", adopted=False)
-        seen = [(output_id, there) for output_id, *_ in ledger.read(outputs.unpublished)]
-        ledger.write(partial(outputs.mark_published, done=seen))
+        for part in ledger.read(lambda c: visibility.publications(c, sinks.store, ())):
+            done = dict(zip(part.output_ids, part.publication.outputs, strict=True))
+            ledger.write(partial(outputs.mark_published, done=done))
         ledger.write(lambda c: jobs.complete(c, [job]))
         ledger.write(lambda c: jobs.restore(c, [job]))
-    assert [[Path(each.stage).name for each in left] for left in unwanted] == [[], ["stage-2"]]
+    assert [[Path(each).name for each in left] for left in unwanted] == [[], ["stage-2"]]

@@ -46,7 +46,7 @@ def test_the_versions_of_a_location_share_a_slot(
         scan(ledger, root)
     dispatcher = Dispatcher(settings, ledger.write(plugins.begin_epoch))
     jobs = ledger.write(lambda c: dispatcher.claim(c, "w", 9, frozenset()))
-    slots = {(job.rel_path, o.ordinal): o.slot for job in jobs for o in job.outputs}
+    slots = {(job.rel_path, o.ordinal): o.location_slot for job in jobs for o in job.outputs}
     assert slots.keys() == {(name, n) for name in ("a.txt", "b.txt") for n in (1, 2)}
     assert slots["a.txt", 1] == slots["a.txt", 2] != slots["b.txt", 1] == slots["b.txt", 2]
     assert len({o.output_key for job in jobs for o in job.outputs}) == len(slots)

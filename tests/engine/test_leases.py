@@ -21,7 +21,7 @@ from casparian_flow.engine import dispatch, sentinel, worker_client
 from casparian_flow.engine.dispatch import Dispatcher
 from casparian_flow.engine.sentinel import Sentinel
 from casparian_flow.errors import CasparianError
-from casparian_flow.protocol import Assignment, Conclude, Granted, Outcome, Receipt, StagedOutput
+from casparian_flow.protocol import Assignment, Conclude, Granted, Outcome, Output, Receipt
 from casparian_flow.services import jobs
 from tests.engine.wires import Attacked, Peer, attacked
 from tests.eventually import PATIENCE, eventually
@@ -76,10 +76,11 @@ async def becomes(ledger: Ledger, job: int, wanted: tuple[str, int, int]) -> Non
 
 def staged(job: int, fence: int, stage: Path, sink: Path) -> Receipt:
     stage.write_bytes(b"rows")
-    output = StagedOutput(
+    output = Output(
         topic="t", uri="parquet://out", location=f"parquet://{sink}", mode="append",
-        output_key="k" * 64, slot="", ordinal=1, job_id=job, stage=str(stage), rows=1,
-        size_bytes=4, digest="",
+        output_key="k" * 64, source="s", path=b"f", ordinal=1, content_hash="0" * 64, file_bytes=0,
+        plugin="p", plugin_version="1", artifact_hash="", version_id=1, job_id=job,
+        stage=str(stage), rows=1, size_bytes=4,
     )  # fmt: skip
     return Receipt(job_id=job, fence=fence, outcome=Outcome.STAGED, outputs=[output])
 

@@ -26,6 +26,7 @@ def values(kind: object) -> st.SearchStrategy[object]:
         bool: st.booleans(),
         float: st.floats(allow_nan=False),
         protocol.Outcome: st.sampled_from(protocol.Outcome),
+        protocol.State: st.sampled_from(protocol.State),
         GuestSettings: st.builds(GuestSettings, recycle_jobs=st.integers(1, 2**63 - 1)),
     }
     if kind in simple:

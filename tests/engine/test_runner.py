@@ -20,7 +20,7 @@ from casparian_flow.engine import runner as runner_module
 from casparian_flow.engine.environments import EnvironmentStore
 from casparian_flow.engine.runner import Runner
 from casparian_flow.engine.sinks.stage import Stage
-from casparian_flow.protocol import Assignment, Outcome, OutputPlan, Receipt, Welcome
+from casparian_flow.protocol import Assignment, Outcome, Output, Receipt, Welcome
 from tests.engine.guests import artifact, plugin
 
 Make = Callable[..., Runner]
@@ -178,9 +178,11 @@ def test_no_exception_of_any_step_leaves_the_attempt(
 ) -> None:
     """Each is a receipt, and the worker goes on with the next job."""
     (tmp_path / "a.txt").write_bytes(b"x")
-    plan = OutputPlan(
+    plan = Output(
         topic="t", uri="parquet://out", location=f"parquet://{tmp_path}/out", mode="append",
-        output_key="k" * 64, slot="s", ordinal=0,
+        output_key="k" * 64, source="s", path=b"a.txt", ordinal=1, content_hash="c" * 64,
+        file_bytes=1, plugin="p", plugin_version="1", artifact_hash="a" * 64, version_id=1,
+        job_id=1,
     )  # fmt: skip
     job = assignment(tmp_path / "a.txt", b"x", outputs=[plan])
     ours = runner()

@@ -68,10 +68,12 @@ def test_every_kind_of_harm_is_noticed(place: Place) -> None:
     other.unlink()
     (place.parquet / "half.parquet").write_bytes(some.read_bytes()[:-100])
     with closing(sqlite3.connect(place.sink, isolation_level=None)) as sink:
-        row = "SELECT max(rowid) FROM entries WHERE _cf_file_version_id = ?"
-        sink.execute(f"DELETE FROM entries WHERE rowid = ({row})", [first])
+        of = "_cf_output = (SELECT id FROM _cf_outputs WHERE topic = 'entries' " \
+             "AND file_version_id = ?)"  # fmt: skip
+        row = f"SELECT max(rowid) FROM _cf_rows_entries WHERE {of}"
+        sink.execute(f"DELETE FROM _cf_rows_entries WHERE rowid = ({row})", [first])
         sink.execute(
-            "INSERT INTO entries SELECT * FROM entries WHERE _cf_file_version_id = ?", [second]
+            f"INSERT INTO _cf_rows_entries SELECT * FROM _cf_rows_entries WHERE {of}", [second]
         )
     unseen = Content(history.last + 1, 3)
     history.intend("once/unseen.txt", unseen)

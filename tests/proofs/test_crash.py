@@ -34,7 +34,7 @@ from tests.commands import Casparian
 from tests.conftest import write_config
 
 DOCS = Path(__file__).parents[2] / "docs"
-SAMPLE = ("sqlite.replaced", "parquet.replaced")
+SAMPLE = ("sql.marked", "parquet.replaced")
 """Of hundreds; `python -m proofs.crash` tries them all."""
 
 Stage = tuple[Matrix, list[Point]]
@@ -49,14 +49,22 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         yield matrix, matrix.record()
 
 
+UPGRADE = (
+    "upgrade_begun", "outputs_upgraded", "table_renamed", "rows_numbered", "retracted_moved",
+    "table_upgraded", "topic_upgraded", "upgrade_written", "upgraded",
+)  # fmt: skip
+"""The steps that convert a SQLite sink of an earlier release."""
+
 RARE = {
     "connection.checkpointed", "retries.job_taken_back", "main.stage_swept",
     "stage.part_finished", "stage.folder_synced", "parquet.renamed", "parquet.rewritten",
-    "parquet.loser_removed",
+    "parquet.exchanged", "parquet.renamed_in_turn",
+    "sql.rows_deleted", "sql.deletion_written", "sql.deleted",
+    *(f"sqlite.{step}" for step in UPGRADE),
 }  # fmt: skip
 """What only a log of four megabytes, a recovery, an output of several parts, two Workers that race,
 or a new version of what was retracted come to; tests/sinks/test_parquet_crashes.py tries those of
-Parquet."""
+Parquet, tests/sinks/test_sqlite_crashes.py and test_sqlite_upgrade.py those of SQLite."""
 
 
 def documented() -> list[str]:
@@ -167,7 +175,7 @@ def test_the_environment_arms_a_command(casparian: Casparian, source: Path) -> N
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-@pytest.mark.slow_but("sqlite.replaced")
+@pytest.mark.slow_but("sql.marked")
 def test_what_was_killed_goes_on(recorded: Stage, name: str) -> None:
     matrix, points = recorded
     point = next(p for p in points if p.name == name and p.act == "second")

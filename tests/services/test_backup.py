@@ -104,8 +104,11 @@ def test_a_copy_is_the_ledger_in_all_but_its_pages(
                     found[name] = connection.execute(query).fetchall()
         return found
 
-    found = content(copy)
-    assert found == content(settings.database.path)
+    found, original = content(copy), content(settings.database.path)
+    # Who starts from the copy asks the sinks: by then they may have more than it knows.
+    assert found.pop("cf_asked_sink") == []
+    assert original.pop("cf_asked_sink") != []
+    assert found == original
     assert ("trigger", "cf_audit_no_update") in [row[:2] for row in found["schema"]]  # type: ignore[attr-defined]
 
 

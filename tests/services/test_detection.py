@@ -26,7 +26,7 @@ from casparian_flow.db.models import (
 )
 from casparian_flow.db.versions import Stat
 from casparian_flow.services import scan as scan_module
-from casparian_flow.services import walk
+from casparian_flow.services import vanished, walk
 from casparian_flow.services.scan import Root, scan, unrest
 from casparian_flow.services.scout import scan_until_settled, scrub
 from tests import disks
@@ -206,7 +206,7 @@ def test_held_files_are_believed_gone_after_a_day(ledger: Ledger, source: Path) 
     for n in range(5):
         shutil.rmtree(source / f"d{n}")
     assert scan(ledger, root).held == 200
-    almost = time.time() - scan_module.HOLD_SECONDS
+    almost = time.time() - vanished.HOLD_SECONDS
     for since, found in ((almost + 60, (0, 200)), (almost - 60, (200, 0))):
         ledger.write(lambda c, s=since: versions.save_scan_state(c, root.id, held_since=s))
         report = scan(ledger, root)

@@ -18,8 +18,9 @@ from casparian_flow.db.models import AuditEntry, FileLocation, JobStatus, Proces
 from casparian_flow.db.versions import invalidate
 from casparian_flow.services import scan as scan_module
 from casparian_flow.services import sources
-from casparian_flow.services.scan import Vanished, scan
+from casparian_flow.services.scan import scan
 from casparian_flow.services.sources import SourceOptions
+from casparian_flow.services.vanished import Vanished
 from tests.factories import add_plugin, add_root
 from tests.services.test_scan import OLD, gone, put
 

@@ -33,7 +33,7 @@ def take_away(flow: Flow, target: str) -> None:
     """Delete what a.txt gave, as a person would."""
     if "sqlite" in flow.plugin:
         with closing(sqlite3.connect(flow.settings.home / "out.sqlite3")) as connection:
-            connection.execute("DELETE FROM lines WHERE line = 'a1'")
+            connection.execute("DELETE FROM _cf_rows_lines WHERE line = 'a1'")
             connection.commit()
     else:
         Path(target).unlink()

@@ -256,15 +256,12 @@ def test_a_person_is_told_what_stays(ledger: Ledger, settings: Settings, source:
     assert work_off(settings) == {"COMPLETED": 1}
 
     def stays(*uris: str, mode: str = "append") -> list[str]:
-        return set_topic(ledger, settings, "rows", "lines", uris, mode).stays
+        return set_topic(ledger, settings, "rows", "lines", uris, mode).notes
 
     assert stays("parquet://output", "sqlite:///t.sqlite3") == []
     assert stays("sqlite:///t.sqlite3") == ["1 output (2 rows) stays in parquet://output"]
-    (said,) = stays("parquet://output?mode=replace")
-    assert said.startswith("1 output (2 rows) appended to parquet://output before stays: ")
-    assert "`casparian retract PATH`" in said
-    (said,) = stays("parquet://output", mode="error")
-    assert said == "1 output (2 rows) published to parquet://output in mode append stays"
+    assert stays("parquet://output?mode=replace") == []
+    assert stays("parquet://output", mode="error") == []
     with pytest.raises(ConfigError, match="there is no mode 'upsert'"):
         stays("parquet://output", mode="upsert")
     with pytest.raises(ConfigError, match="the same sink"):

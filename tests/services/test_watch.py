@@ -36,7 +36,7 @@ async def watching(
     """A running Watch, and an event that is set whenever it queued jobs."""
     queued = asyncio.Event()
     settings = ScanSettings(rescan_seconds=rescan_seconds, poll_seconds=poll_seconds)
-    watch = Watch(ledger, settings, queued.set)
+    watch = Watch(ledger, settings, queued.set, lambda: None)
     task = asyncio.create_task(watch.run())
     try:
         yield watch, queued

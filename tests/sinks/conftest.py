@@ -49,13 +49,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, provider: str) -> Iter
     yield from _place(request.param, tmp_path, provider)
 
 
-MODES_KNOWN = [*FOLDERS, *SERVERS]
-"""Every sink knows modes."""
-
-
-@pytest.fixture(params=MODES_KNOWN)
-def modes(request: pytest.FixtureRequest, tmp_path: Path, provider: str) -> Iterator[Place]:
-    yield from _place(request.param, tmp_path, provider)
+SCHEMES = [*FOLDERS, *SERVERS]
 
 
 @pytest.fixture

@@ -1,148 +1,148 @@
--- begin_session
+-- the first output of a topic
+
 SET XACT_ABORT ON; SET NOCOUNT OFF; SET LANGUAGE us_english; SET LOCK_TIMEOUT 30000;
 
--- default_schema
-SELECT SCHEMA_NAME();
-
--- lock
--- ? = ('casparian:<output key>', 30000)
 SET NOCOUNT ON; DECLARE @given int; EXEC @given = sp_getapplock @Resource = ?, @LockMode = 'Exclusive', @LockOwner = 'Transaction', @LockTimeout = ?; SELECT @given;
 
--- lock, of a session
--- ? = ('casparian_stage_x', 0)
+SELECT SCHEMA_NAME();
+
+SELECT c.name, TYPE_NAME(c.system_type_id), c.max_length, c.precision, c.scale FROM sys.columns AS c WHERE c.object_id = OBJECT_ID(?) ORDER BY c.column_id;
+
+CREATE TABLE [dbo].[_cf_outputs] (
+    [id] bigint IDENTITY NOT NULL PRIMARY KEY,
+    [output_key] nvarchar(64) COLLATE Latin1_General_BIN2 NOT NULL UNIQUE,
+    [topic] nvarchar(400) COLLATE Latin1_General_BIN2 NOT NULL,
+    [view_name] nvarchar(128) NOT NULL,
+    [mode] nvarchar(10) NOT NULL,
+    [state] nvarchar(10) NOT NULL,
+    [rows] bigint NOT NULL,
+    [digest] nvarchar(64) NOT NULL,
+    [published_at] nvarchar(40) NOT NULL,
+    [shown_at] nvarchar(40) NOT NULL,
+    [hidden_at] nvarchar(40) NOT NULL,
+    [job_id] bigint NULL,
+    [file_version_id] bigint NULL,
+    [source_hash] nvarchar(64) NULL,
+    [plugin_version] nvarchar(255) NULL,
+    [facts] nvarchar(max) NOT NULL
+);
+
+CREATE INDEX _cf_view ON [dbo].[_cf_outputs] (view_name, topic) INCLUDE (state, mode, file_version_id, job_id, source_hash, plugin_version);
+
+SELECT topic FROM [dbo].[_cf_outputs] WHERE view_name = ? AND topic <> ?;
+
+SELECT OBJECT_ID(?);
+
+CREATE TABLE [dbo].[_cf_rows_sales] (_cf_output bigint NOT NULL, [id] bigint NULL, [a ]]]] b] nvarchar(max) NULL);
+
+CREATE INDEX _cf_output_of ON [dbo].[_cf_rows_sales] (_cf_output);
+
+SELECT OBJECT_ID(?, 'V'), OBJECT_DEFINITION(OBJECT_ID(?, 'V'));
+
+CREATE OR ALTER VIEW [dbo].[sales] AS SELECT r.[id] AS [id], r.[a ]]]] b] AS [a ]]]] b], o.[file_version_id] AS [_cf_file_version_id], o.[job_id] AS [_cf_job_id], o.[source_hash] AS [_cf_source_hash], o.[plugin_version] AS [_cf_plugin_version] FROM [dbo].[_cf_rows_sales] AS r JOIN [dbo].[_cf_outputs] AS o ON o.id = r._cf_output WHERE (o.state = 'current' OR o.state = 'past' AND o.mode <> 'replace') AND o.view_name = N'sales';
+
+CREATE OR ALTER VIEW [dbo].[sales_current] AS SELECT r.[id] AS [id], r.[a ]]]] b] AS [a ]]]] b], o.[file_version_id] AS [_cf_file_version_id], o.[job_id] AS [_cf_job_id], o.[source_hash] AS [_cf_source_hash], o.[plugin_version] AS [_cf_plugin_version] FROM [dbo].[_cf_rows_sales] AS r JOIN [dbo].[_cf_outputs] AS o ON o.id = r._cf_output WHERE o.state = 'current' AND o.view_name = N'sales';
+
+CREATE OR ALTER VIEW [dbo].[sales_history] AS SELECT r.[id] AS [id], r.[a ]]]] b] AS [a ]]]] b], o.[file_version_id] AS [_cf_file_version_id], o.[job_id] AS [_cf_job_id], o.[source_hash] AS [_cf_source_hash], o.[plugin_version] AS [_cf_plugin_version] FROM [dbo].[_cf_rows_sales] AS r JOIN [dbo].[_cf_outputs] AS o ON o.id = r._cf_output WHERE o.state IN ('current', 'past') AND o.view_name = N'sales';
+
 SET NOCOUNT ON; DECLARE @given int; EXEC @given = sp_getapplock @Resource = ?, @LockMode = 'Exclusive', @LockOwner = 'Session', @LockTimeout = ?; SELECT @given;
 
--- unlock
--- ? = ('casparian_stage_x',)
+DROP TABLE IF EXISTS [dbo].[casparian_stage_tag-1-041627790ec4743be696bdccfb39e291];
+
+CREATE TABLE [dbo].[casparian_stage_tag-1-041627790ec4743be696bdccfb39e291] ([id] bigint NULL, [a ]]]] b] nvarchar(max) NULL);
+
+SELECT [id], [output_key], [topic], [view_name], [mode], [state], [rows], [digest], [published_at], [shown_at], [hidden_at], [job_id], [file_version_id], [source_hash], [plugin_version], [facts] FROM [dbo].[_cf_outputs] WHERE [output_key] = ?;
+
+INSERT INTO [dbo].[_cf_outputs] ([output_key], [topic], [view_name], [mode], [state], [rows], [digest], [published_at], [shown_at], [hidden_at], [job_id], [file_version_id], [source_hash], [plugin_version], [facts]) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
+
+SELECT [id] FROM [dbo].[_cf_outputs] WHERE [output_key] = ?;
+
+INSERT INTO [dbo].[_cf_rows_sales] (_cf_output, [id], [a ]]]] b]) SELECT 1, s.[id], s.[a ]]]] b] FROM [dbo].[casparian_stage_tag-1-041627790ec4743be696bdccfb39e291] AS s;
+
 EXEC sp_releaseapplock @Resource = ?, @LockOwner = 'Session';
 
--- columns
--- ? = ('[dbo].[sales]',)
-SELECT c.name, TYPE_NAME(c.system_type_id), c.max_length, c.precision, c.scale FROM sys.columns AS c WHERE c.object_id = OBJECT_ID(?, 'U') ORDER BY c.column_id;
+-- one with another column, that takes its place
 
--- stage_tables
--- ? = ('dbo', 25, 'casparian_stage_0a1b2c3d-')
+ALTER TABLE [dbo].[_cf_rows_sales] ADD [more] float NULL;
+
+CREATE OR ALTER VIEW [dbo].[sales] AS SELECT r.[id] AS [id], r.[a ]]]] b] AS [a ]]]] b], r.[more] AS [more], o.[file_version_id] AS [_cf_file_version_id], o.[job_id] AS [_cf_job_id], o.[source_hash] AS [_cf_source_hash], o.[plugin_version] AS [_cf_plugin_version] FROM [dbo].[_cf_rows_sales] AS r JOIN [dbo].[_cf_outputs] AS o ON o.id = r._cf_output WHERE (o.state = 'current' OR o.state = 'past' AND o.mode <> 'replace') AND o.view_name = N'sales';
+
+CREATE OR ALTER VIEW [dbo].[sales_current] AS SELECT r.[id] AS [id], r.[a ]]]] b] AS [a ]]]] b], r.[more] AS [more], o.[file_version_id] AS [_cf_file_version_id], o.[job_id] AS [_cf_job_id], o.[source_hash] AS [_cf_source_hash], o.[plugin_version] AS [_cf_plugin_version] FROM [dbo].[_cf_rows_sales] AS r JOIN [dbo].[_cf_outputs] AS o ON o.id = r._cf_output WHERE o.state = 'current' AND o.view_name = N'sales';
+
+CREATE OR ALTER VIEW [dbo].[sales_history] AS SELECT r.[id] AS [id], r.[a ]]]] b] AS [a ]]]] b], r.[more] AS [more], o.[file_version_id] AS [_cf_file_version_id], o.[job_id] AS [_cf_job_id], o.[source_hash] AS [_cf_source_hash], o.[plugin_version] AS [_cf_plugin_version] FROM [dbo].[_cf_rows_sales] AS r JOIN [dbo].[_cf_outputs] AS o ON o.id = r._cf_output WHERE o.state IN ('current', 'past') AND o.view_name = N'sales';
+
+DROP TABLE IF EXISTS [dbo].[casparian_stage_tag-2-d652a3aea5c4146be695ede7205b03c0];
+
+CREATE TABLE [dbo].[casparian_stage_tag-2-d652a3aea5c4146be695ede7205b03c0] ([id] bigint NULL, [more] float NULL);
+
+INSERT INTO [dbo].[_cf_rows_sales] (_cf_output, [id], [more]) SELECT 2, s.[id], s.[more] FROM [dbo].[casparian_stage_tag-2-d652a3aea5c4146be695ede7205b03c0] AS s;
+
+UPDATE [dbo].[_cf_outputs] SET [state] = ?, [mode] = ?, [shown_at] = ?, [hidden_at] = ? WHERE id = ?;
+
+-- one in mode error
+
+DROP TABLE IF EXISTS [dbo].[casparian_stage_tag-3-a04d0c682b7885b821e5d6ab595649f7];
+
+CREATE TABLE [dbo].[casparian_stage_tag-3-a04d0c682b7885b821e5d6ab595649f7] ([id] bigint NULL);
+
+SELECT COUNT_BIG(*) FROM [dbo].[_cf_rows_sales] AS r LEFT JOIN [dbo].[_cf_outputs] AS o ON o.id = r._cf_output WHERE o.id IS NULL OR o.facts = '';
+
+INSERT INTO [dbo].[_cf_rows_sales] (_cf_output, [id]) SELECT 3, s.[id] FROM [dbo].[casparian_stage_tag-3-a04d0c682b7885b821e5d6ab595649f7] AS s;
+
+-- another version is shown
+
+-- one is deleted
+
+DELETE FROM [dbo].[_cf_rows_sales] WHERE _cf_output = ?;
+
+DELETE FROM [dbo].[_cf_outputs] WHERE id = ?;
+
+-- what is there is compared with the ledger
+
+SELECT _cf_output, COUNT_BIG(*) FROM [dbo].[_cf_rows_sales] GROUP BY _cf_output;
+
+SELECT MAX(id) FROM [dbo].[_cf_outputs];
+
+SELECT [id], [output_key], [topic], [view_name], [mode], [state], [rows], [digest], [published_at], [shown_at], [hidden_at], [job_id], [file_version_id], [source_hash], [plugin_version], [facts] FROM [dbo].[_cf_outputs] WHERE id > ? AND id <= ?;
+
+-- the records are listed
+
+-- stage tables of the dead are dropped
+
 SELECT t.name FROM sys.tables AS t WHERE t.schema_id = SCHEMA_ID(?) AND LEFT(t.name, ?) = ? ORDER BY t.name;
 
--- create
-CREATE TABLE [dbo].[sales] (
-	[id] bigint NULL,
-	[a ]]]] b] nvarchar(max) NULL,
-	[_cf_file_version_id] bigint NULL,
-	[_cf_job_id] bigint NULL,
-	[_cf_source_hash] nvarchar(64) NULL,
-	[_cf_plugin_version] nvarchar(255) NULL
-);
+DROP TABLE IF EXISTS [dbo].[casparian_stage_tag-4-8fa03f894ee529bfea1e7128f0fa651a];
 
--- create
-CREATE INDEX _cf_job ON [dbo].[sales] ([_cf_job_id]);
+-- tables of an earlier release are converted
 
--- create_stage
-CREATE TABLE [dbo].[casparian_stage_x] (
-	[id] bigint NULL,
-	[a ]]]] b] nvarchar(max) NULL
-);
+SELECT [output_key], [table_name], [topic], [job_id], [file_version_id], [source_hash], [plugin_version], [rows], [digest], [slot], [ordinal], [mode], [state], [published_at], [facts] FROM [dbo].[_cf_outputs];
 
--- drop
-DROP TABLE IF EXISTS [dbo].[casparian_stage_x];
+SELECT _cf_file_version_id, _cf_job_id, _cf_source_hash, _cf_plugin_version, COUNT_BIG(*) FROM [dbo].[sales] GROUP BY _cf_file_version_id, _cf_job_id, _cf_source_hash, _cf_plugin_version;
 
--- add_columns
-ALTER TABLE [dbo].[sales] ADD [id] bigint NULL, [a ]]]] b] nvarchar(max) NULL;
+EXEC sp_rename @objname = ?, @newname = ?;
 
--- create_ledger
-CREATE TABLE [dbo]._cf_outputs (
-	output_key CHAR(64) COLLATE Latin1_General_BIN2 NOT NULL,
-	table_name NVARCHAR(128) NOT NULL,
-	topic NVARCHAR(400) COLLATE Latin1_General_BIN2 NOT NULL,
-	job_id BIGINT NOT NULL,
-	file_version_id BIGINT NOT NULL,
-	source_hash NVARCHAR(64) NOT NULL,
-	plugin_version NVARCHAR(255) NOT NULL,
-	rows BIGINT NOT NULL,
-	digest CHAR(64) NOT NULL,
-	slot CHAR(64) COLLATE Latin1_General_BIN2 NOT NULL,
-	ordinal INTEGER NOT NULL,
-	mode NVARCHAR(10) NOT NULL,
-	state NVARCHAR(10) NOT NULL,
-	published_at DATETIME NOT NULL DEFAULT sysutcdatetime(),
-	facts NVARCHAR(max) NOT NULL,
-	PRIMARY KEY (output_key)
-);
+INSERT INTO [dbo].[_cf_outputs] ([output_key], [topic], [mode], [rows], [digest], [published_at], [facts], [view_name], [state], [shown_at], [hidden_at], [file_version_id], [job_id], [source_hash], [plugin_version]) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
--- create_ledger
-CREATE INDEX _cf_slot ON [dbo]._cf_outputs (slot);
+DROP TABLE IF EXISTS [dbo].[_cf_outputs_earlier];
 
--- create_ledger
-CREATE INDEX _cf_table ON [dbo]._cf_outputs (table_name, topic);
+SELECT p.state_desc, p.permission_name, USER_NAME(p.grantee_principal_id) FROM sys.database_permissions AS p WHERE p.class = 1 AND p.major_id = OBJECT_ID(?);
 
--- recorded
--- ? = ('<output key>',)
-SELECT o.output_key, o.topic, o.rows, o.digest, o.mode, o.state, o.slot, o.ordinal, o.file_version_id, o.job_id, o.source_hash, o.plugin_version, o.facts
-FROM [dbo]._cf_outputs AS o
-WHERE o.output_key = ?;
+ALTER TABLE [dbo].[_cf_rows_sales] ADD _cf_output bigint NULL;
 
--- in_table
--- ? = ('sales',)
-SELECT o.output_key, o.topic, o.rows, o.digest, o.mode, o.state, o.slot, o.ordinal, o.file_version_id, o.job_id, o.source_hash, o.plugin_version, o.facts
-FROM [dbo]._cf_outputs AS o
-WHERE o.table_name = ?;
+SELECT _cf_file_version_id, _cf_job_id, _cf_source_hash, _cf_plugin_version, COUNT_BIG(*) FROM [dbo].[_cf_rows_sales] WHERE _cf_output IS NULL GROUP BY _cf_file_version_id, _cf_job_id, _cf_source_hash, _cf_plugin_version;
 
--- in_slot
--- ? = ('sales', '<slot>', 'replace')
-SELECT o.output_key, o.topic, o.rows, o.digest, o.mode, o.state, o.slot, o.ordinal, o.file_version_id, o.job_id, o.source_hash, o.plugin_version, o.facts
-FROM [dbo]._cf_outputs AS o
-WHERE o.table_name = ? AND o.slot = ? AND o.mode = ?;
+UPDATE TOP (1) [dbo].[_cf_rows_sales] SET _cf_output = ? WHERE _cf_output IS NULL AND _cf_file_version_id = ? AND _cf_job_id = ? AND _cf_source_hash = ? AND _cf_plugin_version = ?;
 
--- others
--- ? = ('sales', 'sales')
-SELECT o.topic
-FROM [dbo]._cf_outputs AS o
-WHERE o.table_name = ? AND (o.topic <> ?);
+INSERT INTO [dbo].[_cf_rows_sales] ([id], [name], [_cf_file_version_id], [_cf_job_id], [_cf_source_hash], [_cf_plugin_version]) SELECT [id], [name], [_cf_file_version_id], [_cf_job_id], [_cf_source_hash], [_cf_plugin_version] FROM [dbo].[_cf_retracted_sales];
 
--- record
--- ? = ('<output key>', 'sales', 'sales', 'shown')
-INSERT INTO [dbo]._cf_outputs (output_key, table_name, topic, state) VALUES (?, ?, ?, ?);
+DROP TABLE IF EXISTS [dbo].[_cf_retracted_sales];
 
--- mark
--- ? = ('replaced', '<output key>')
-UPDATE [dbo]._cf_outputs SET state=? WHERE [dbo]._cf_outputs.output_key = ?;
+ALTER TABLE [dbo].[_cf_rows_sales] ALTER COLUMN _cf_output bigint NOT NULL;
 
--- forget
--- ? = ('<output key>',)
-DELETE FROM [dbo]._cf_outputs WHERE [dbo]._cf_outputs.output_key = ?;
+DROP INDEX IF EXISTS _cf_job ON [dbo].[_cf_rows_sales];
 
--- insert_staged
-INSERT INTO [dbo].[sales] ([id], [a ]]]] b], [_cf_file_version_id], [_cf_job_id], [_cf_source_hash], [_cf_plugin_version]) SELECT r.[id], r.[a ]]]] b], r.[_cf_file_version_id], r.[_cf_job_id], r.[_cf_source_hash], r.[_cf_plugin_version]
-FROM [dbo].[casparian_stage_x] AS r;
+CREATE OR ALTER VIEW [dbo].[sales] AS SELECT r.[id] AS [id], r.[name] AS [name], o.[file_version_id] AS [_cf_file_version_id], o.[job_id] AS [_cf_job_id], o.[source_hash] AS [_cf_source_hash], o.[plugin_version] AS [_cf_plugin_version] FROM [dbo].[_cf_rows_sales] AS r JOIN [dbo].[_cf_outputs] AS o ON o.id = r._cf_output WHERE (o.state = 'current' OR o.state = 'past' AND o.mode <> 'replace') AND o.view_name = N'sales';
 
--- delete_rows
--- ? = (101, 7, '<source hash>', '1.2.3')
-DELETE FROM [dbo].[sales] WHERE [dbo].[sales].[_cf_file_version_id] = ? AND [dbo].[sales].[_cf_job_id] = ? AND [dbo].[sales].[_cf_source_hash] = ? AND [dbo].[sales].[_cf_plugin_version] = ?;
+CREATE OR ALTER VIEW [dbo].[sales_current] AS SELECT r.[id] AS [id], r.[name] AS [name], o.[file_version_id] AS [_cf_file_version_id], o.[job_id] AS [_cf_job_id], o.[source_hash] AS [_cf_source_hash], o.[plugin_version] AS [_cf_plugin_version] FROM [dbo].[_cf_rows_sales] AS r JOIN [dbo].[_cf_outputs] AS o ON o.id = r._cf_output WHERE o.state = 'current' AND o.view_name = N'sales';
 
--- move_out
--- ? = (101, 7, '<source hash>', '1.2.3')
-INSERT INTO [dbo].[_cf_retracted_sales] ([id], [a ]]]] b], [_cf_file_version_id], [_cf_job_id], [_cf_source_hash], [_cf_plugin_version]) SELECT r.[id], r.[a ]]]] b], r.[_cf_file_version_id], r.[_cf_job_id], r.[_cf_source_hash], r.[_cf_plugin_version]
-FROM [dbo].[sales] AS r
-WHERE r.[_cf_file_version_id] = ? AND r.[_cf_job_id] = ? AND r.[_cf_source_hash] = ? AND r.[_cf_plugin_version] = ?;
-
--- move_out
--- ? = (101, 7, '<source hash>', '1.2.3')
-DELETE FROM [dbo].[sales] WHERE [dbo].[sales].[_cf_file_version_id] = ? AND [dbo].[sales].[_cf_job_id] = ? AND [dbo].[sales].[_cf_source_hash] = ? AND [dbo].[sales].[_cf_plugin_version] = ?;
-
--- move_back
--- ? = (101, 7, '<source hash>', '1.2.3')
-INSERT INTO [dbo].[sales] ([id], [a ]]]] b], [_cf_file_version_id], [_cf_job_id], [_cf_source_hash], [_cf_plugin_version]) SELECT r.[id], r.[a ]]]] b], r.[_cf_file_version_id], r.[_cf_job_id], r.[_cf_source_hash], r.[_cf_plugin_version]
-FROM [dbo].[_cf_retracted_sales] AS r
-WHERE r.[_cf_file_version_id] = ? AND r.[_cf_job_id] = ? AND r.[_cf_source_hash] = ? AND r.[_cf_plugin_version] = ?;
-
--- move_back
--- ? = (101, 7, '<source hash>', '1.2.3')
-DELETE FROM [dbo].[_cf_retracted_sales] WHERE [dbo].[_cf_retracted_sales].[_cf_file_version_id] = ? AND [dbo].[_cf_retracted_sales].[_cf_job_id] = ? AND [dbo].[_cf_retracted_sales].[_cf_source_hash] = ? AND [dbo].[_cf_retracted_sales].[_cf_plugin_version] = ?;
-
--- delete_retracted
--- ? = (101, 7, '<source hash>', '1.2.3')
-DELETE FROM [dbo].[_cf_retracted_sales] WHERE [dbo].[_cf_retracted_sales].[_cf_file_version_id] = ? AND [dbo].[_cf_retracted_sales].[_cf_job_id] = ? AND [dbo].[_cf_retracted_sales].[_cf_source_hash] = ? AND [dbo].[_cf_retracted_sales].[_cf_plugin_version] = ?;
-
--- counts
-SELECT r.[_cf_file_version_id], r.[_cf_job_id], r.[_cf_source_hash], r.[_cf_plugin_version], count_big(*) AS there
-FROM [dbo].[sales] AS r GROUP BY r.[_cf_file_version_id], r.[_cf_job_id], r.[_cf_source_hash], r.[_cf_plugin_version];
+CREATE OR ALTER VIEW [dbo].[sales_history] AS SELECT r.[id] AS [id], r.[name] AS [name], o.[file_version_id] AS [_cf_file_version_id], o.[job_id] AS [_cf_job_id], o.[source_hash] AS [_cf_source_hash], o.[plugin_version] AS [_cf_plugin_version] FROM [dbo].[_cf_rows_sales] AS r JOIN [dbo].[_cf_outputs] AS o ON o.id = r._cf_output WHERE o.state IN ('current', 'past') AND o.view_name = N'sales';

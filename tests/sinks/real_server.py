@@ -17,8 +17,12 @@ from typing import Any
 
 from casparian_flow.config import DatabaseSettings, MssqlSettings
 from casparian_flow.engine.sinks import mssql_statements as statements
+from casparian_flow.engine.sinks import table_of
 from casparian_flow.engine.sinks.mssql_session import Session
-from casparian_flow.engine.sinks.mssql_statements import Statement
+from casparian_flow.engine.sinks.mssql_statements import Statement, qualified
+from casparian_flow.engine.sinks.sql import LEDGER, ROWS
+from casparian_flow.errors import ConfigError
+from casparian_flow.protocol import Output
 from tests.sinks.stages import TOPIC, Place
 
 CONNECTION = os.environ.get("CASPARIAN_TEST_MSSQL", "")
@@ -43,25 +47,38 @@ class RealPlace(Place):
         )
 
     def location_of(self, topic: str) -> str:
-        """A table belongs to one topic."""
-        return f"mssql://{self.schema}.[{topic.replace(']', ']]')}]"
+        """A table belongs to one topic; a topic that can have none gets another's."""
+        location = f"mssql://{self.schema}.[{topic.replace(']', ']]')}]"
+        try:
+            table_of(location)
+        except ConfigError:
+            return f"mssql://{self.schema}.{TOPIC}"
+        return location
 
     def rows(self, topic: str = TOPIC) -> list[dict[str, Any]]:
+        view = qualified(self.schema, topic)
         with self._session() as session:
-            described = session.execute(statements.columns(self.schema, topic))
+            described = session.execute(statements.columns(view))
             if not described:
                 return []
             names = [name for name, *_ in described]
-            listed = ", ".join(statements.name("", name).partition(".")[2] for name in names)
-            chosen = f"SELECT {listed} FROM {statements.name(self.schema, topic)}"
-            found = session.execute(Statement(chosen))
+            listed = ", ".join(map(statements.quote, names))
+            found = session.execute(Statement(f"SELECT {listed} FROM {view}"))
         return [dict(zip(names, row, strict=True)) for row in found]
 
     def intrude(self) -> None:
         """Put a row into the topic's table that is not ours."""
-        table = statements.name(self.schema, TOPIC)
+        table = qualified(self.schema, ROWS + TOPIC)
         with self._session() as session, session.transaction():
-            session.execute(Statement(f"INSERT INTO {table} ([id]) VALUES (?)", (0,)))
+            session.execute(Statement(f"INSERT INTO {table} (_cf_output, [id]) VALUES (0, 0)"))
+
+    def damage(self, output: Output) -> None:
+        table = qualified(self.schema, ROWS + output.topic)
+        ledger = qualified(self.schema, LEDGER)
+        number = f"(SELECT id FROM {ledger} WHERE output_key = ?)"
+        deleted = f"DELETE TOP (1) FROM {table} WHERE _cf_output = {number}"
+        with self._session() as session, session.transaction():
+            session.execute(Statement(deleted, (output.output_key,)))
 
     @contextlib.contextmanager
     def there(self) -> Iterator[RealPlace]:
@@ -71,10 +88,12 @@ class RealPlace(Place):
         try:
             yield self
         finally:
-            tables = "SELECT t.name FROM sys.tables AS t WHERE t.schema_id = SCHEMA_ID(?)"
+            made = "SELECT o.type, o.name FROM sys.objects AS o WHERE o.schema_id = SCHEMA_ID(?)"
             with self._session() as session, session.transaction():
-                for (table,) in session.execute(Statement(tables, (self.schema,))):
-                    session.execute(statements.drop(self.schema, table))
+                for kind, name in session.execute(Statement(made, (self.schema,))):
+                    if what := {"U": "TABLE", "V": "VIEW"}.get(kind.strip()):
+                        dropped = f"DROP {what} {qualified(self.schema, name)}"
+                        session.execute(Statement(dropped))
                 session.execute(Statement(f"DROP SCHEMA [{self.schema}]"))
 
     def _session(self) -> contextlib.closing[Session]:

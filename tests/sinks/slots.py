@@ -1,31 +1,26 @@
-"""A slot as a sink must keep it, in a dozen lines: what every sink is compared with."""
+"""What readers of a sink must see, in a dozen lines: what every sink is compared with."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-Key = tuple[int, int]
-"""(ordinal, job id) of an output in mode replace."""
+from casparian_flow.protocol import Output, State
 
 
 @dataclass
-class Slot:
-    """What was published into a slot, and which of it is retracted."""
+class Model:
+    """Output key -> what the sink was told last."""
 
-    published: set[Key] = field(default_factory=set)
-    retracted: set[Key] = field(default_factory=set)
+    told: dict[str, Output] = field(default_factory=dict)
 
-    @property
-    def visible(self) -> Key | None:
-        """The output whose rows a reader sees."""
-        if not self.published or max(self.published) in self.retracted:
-            return None
-        return max(self.published)
+    def tell(self, output: Output) -> None:
+        self.told[output.output_key] = output
 
-    def retract(self, key: Key) -> None:
-        """Only what is to be seen can be taken out of sight."""
-        if key == self.visible:
-            self.retracted.add(key)
-
-    def reinstate(self, key: Key) -> None:
-        self.retracted.discard(key)
+    def visible(self) -> list[str]:
+        """The keys of the outputs that the topic shows."""
+        return sorted(
+            key
+            for key, output in self.told.items()
+            if output.state == State.CURRENT
+            or (output.state == State.PAST and output.mode != "replace")
+        )

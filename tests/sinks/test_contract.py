@@ -1,4 +1,4 @@
-"""What every sink must do (`engine/sinks/base.py`); each test runs once for each sink."""
+"""What every sink must do (`engine.sinks.Sink`); each test runs once for each sink."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import pytest
 
 from casparian_flow.durable import owned
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks.base import KEY_DIGITS, LINEAGE, Claim
+from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
-from casparian_flow.protocol import Published, StagedOutput
+from casparian_flow.protocol import Output, Publication, State
 from tests.disks import fill, in_memory, remount
-from tests.sinks.stages import TOPIC, Place, claims
+from tests.sinks.stages import TOPIC, Place, published
 
 ROOT = Path(__file__).parents[2]
 HOSTILE_NAMES = [
@@ -36,20 +36,20 @@ import sys
 import msgspec
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import sinks
-from casparian_flow.protocol import Published, StagedOutput
+from casparian_flow.protocol import Output, Publication
 
-staged = msgspec.json.decode(sys.stdin.buffer.readline(), type=StagedOutput)
+staged = msgspec.json.decode(sys.stdin.buffer.readline(), type=Output)
 settings = msgspec.json.decode(sys.stdin.buffer.readline(), type=DatabaseSettings)
 sink = sinks.open_sink(staged.location, settings)
 print("ready", flush=True)
 sys.stdin.readline()
-(outcome,) = sink.publish([staged])
+((outcome,),) = sink.publish([Publication(outputs=[staged])])
 print(msgspec.json.encode(outcome).decode(), flush=True)
 """
 """A process that publishes one output when it is told to."""
 
 
-def publisher(place: Place, output: StagedOutput) -> subprocess.Popen[bytes]:
+def publisher(place: Place, output: Output) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         [sys.executable, "-c", PUBLISHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -62,16 +62,10 @@ def publisher(place: Place, output: StagedOutput) -> subprocess.Popen[bytes]:
     return process
 
 
-def published(outcome: Published | JobError) -> Published:
-    assert isinstance(outcome, Published), outcome
-    return outcome
-
-
 def test_rows_and_lineage_are_exact(place: Place) -> None:
     output = place.sealed({"id": [1, 2, None], "name": ["a", None, ""]}, job=7)
     (seen,) = place.publish(output)
     assert published(seen).rows == output.rows == 3
-    assert not published(seen).adopted
     assert published(seen).digest == output.digest
     lineage = dict(zip(LINEAGE, (107, 7, "ab" * 32, "1.2.3"), strict=True))
     assert place.rows() == [
@@ -88,45 +82,41 @@ def test_nothing_is_visible_before_publish(place: Place) -> None:
 
 def test_many_outputs_in_one_call(place: Place) -> None:
     outputs = [place.sealed({"id": [job]}, job, topic=f"t{job % 3}") for job in range(1, 11)]
-    found = place.publish(*outputs)
-    assert [published(seen).adopted for seen in found] == [False] * 10
+    found = place.show(*outputs)
     assert sorted(row["id"] for t in range(3) for row in place.rows(f"t{t}")) == [*range(1, 11)]
     assert place.staged_files() == []
-    assert place.check(claims(outputs, found)) == []
+    assert place.check(found) == []
 
 
-def test_an_output_without_rows(place: Place) -> None:
-    output = place.sealed(pa.record_batch({"id": pa.array([], pa.int64())}))
-    found = place.publish(output)
-    assert published(found[0]).rows == 0
+def test_a_file_without_rows(place: Place) -> None:
+    found = place.show(place.sealed(pa.record_batch({"id": pa.array([], pa.int64())})))
+    assert found[0].rows == 0
     assert place.rows() == []
-    assert place.sink.check(claims([output], found)) == []
+    assert place.check(found) == []
 
 
 def test_publishing_twice_is_publishing_once(place: Place) -> None:
     output = place.sealed({"id": [1, 2]})
-    first, second = published(*place.publish(output)), published(*place.publish(output))
-    assert (first.adopted, second.adopted) == (False, True)
-    assert msgspec.structs.replace(second, adopted=False) == first
+    assert place.show(output) == place.show(output)
     assert len(place.rows()) == 2
 
 
 def test_a_second_attempt_with_the_same_key_adopts_the_first(place: Place) -> None:
     """The ledger was lost and the job ran again: its rows are there already."""
-    first = place.sealed({"id": [1, 2]}, job=1, key="same")
-    again = place.sealed({"id": [1, 2]}, job=9, key="same", attempt="a9")
-    (seen,) = place.publish(first)
-    (adopted,) = place.publish(again)
-    assert published(adopted).adopted
-    assert published(adopted).digest == published(seen).digest == first.digest != again.digest
+    first = place.sealed({"id": [1, 2]}, job=1, key="same", slot="same")
+    again = place.sealed({"id": [1, 2]}, job=9, key="same", slot="same", attempt="a9")
+    (seen,) = place.show(first)
+    (adopted,) = place.show(again)
+    assert adopted.digest == seen.digest == first.digest != again.digest
+    assert adopted.shown_at == seen.shown_at
     assert [row["_cf_job_id"] for row in place.rows()] == [1, 1]
     assert place.staged_files() == []
 
 
 def test_one_key_twice_in_one_call(place: Place) -> None:
     outputs = [place.sealed({"id": [1]}, key="same", attempt=f"a{n}") for n in range(3)]
-    found = place.publish(*outputs)
-    assert [published(seen).adopted for seen in found] == [False, True, True]
+    found = place.show(*outputs)
+    assert {output.digest for output in found} == {outputs[0].digest}
     assert len(place.rows()) == 1
 
 
@@ -144,8 +134,8 @@ def test_two_processes_that_race_publish_once(place: Place) -> None:
             assert rival.stdin
             rival.stdin.write(b"go\n")
             rival.stdin.flush()
-        told = [msgspec.json.decode(r.communicate()[0], type=Published) for r in rivals]
-        assert sorted(seen.adopted for seen in told) == [False, True]
+        told = [msgspec.json.decode(r.communicate()[0], type=Output) for r in rivals]
+        assert len({(seen.digest, seen.shown_at) for seen in told}) == 1
     assert sorted(row["id"] for row in place.rows()) == sorted([*range(rounds)] * 50)
 
 
@@ -160,10 +150,10 @@ def test_a_publisher_that_is_killed_leaves_the_rows_once(place: Place) -> None:
         process.stdin.flush()
         process.kill()
         process.communicate()
-    found = place.publish(*outputs)
-    assert [published(seen).rows for seen in found] == [40_000] * 3
+    found = place.show(*outputs)
+    assert [seen.rows for seen in found] == [40_000] * 3
     assert len(place.rows()) == 120_000
-    assert place.check(claims(outputs, found)) == []
+    assert place.check(found) == []
 
 
 @pytest.mark.slow_but("parquet")
@@ -382,19 +372,29 @@ def test_a_folder_without_the_right_to_write(place: Place) -> None:
     assert "write permission" in hint
 
 
-@pytest.mark.parametrize("fault", ["forgotten", "other rows"])
-def test_check_tells_of_claims_that_do_not_hold(place: Place, fault: str) -> None:
-    outputs = [place.sealed({"id": [1, 2]}, job) for job in (1, 2)]
-    good, bad = claims(outputs, place.publish(*outputs))
-    wrong = {"forgotten": {"output_key": "0" * 64}, "other rows": {"rows": 3}}[fault]
-    (said,) = place.sink.check([good, msgspec.structs.replace(bad, **wrong)])
+@pytest.mark.parametrize("fault", ["forgotten", "other rows", "other state"])
+def test_check_tells_of_outputs_that_are_not_as_they_should_be(place: Place, fault: str) -> None:
+    good, bad = place.show(*(place.sealed({"id": [1, 2]}, job) for job in (1, 2)))
+    wrong: dict[str, dict[str, Any]] = {
+        "forgotten": {"output_key": "0" * 64},
+        "other rows": {"rows": 3},
+        "other state": {"state": State.RETRACTED},
+    }
+    (said,) = place.sink.check([good, msgspec.structs.replace(bad, **wrong[fault])])
+    assert said.startswith(bad.target)
+
+
+@pytest.mark.parametrize("state", [*State])
+def test_check_tells_of_rows_that_are_gone_whoever_sees_them(place: Place, state: State) -> None:
+    good, bad = place.show(place.sealed({"id": [1]}, 1), place.sealed({"id": [1]}, 2, state=state))
+    place.damage(bad)
+    (said,) = place.sink.check([good, bad])
     assert said.startswith(bad.target)
 
 
 @pytest.mark.of_a_folder
 def test_check_tells_of_a_sink_that_is_gone(place: Place) -> None:
-    output = place.sealed({"id": [1]})
-    made = claims([output], place.publish(output))
+    made = place.show(place.sealed({"id": [1]}))
     (place.home / "out").rename(place.home / "elsewhere")
     (said,) = place.sink.check(made)
     assert said.startswith(made[0].target)
@@ -450,7 +450,7 @@ def test_a_read_only_disk_is_waited_for(place: Place, disk: Path) -> None:
 def test_a_foreign_target_is_left_untouched(place: Place) -> None:
     output = place.sealed({"id": [1]})
     if place.scheme == "parquet":
-        foreign = place.home / "out" / TOPIC / f"{output.output_key[:32]}.parquet"
+        foreign = place.home / "out" / TOPIC / f"{output.version_slot[:32]}.parquet"
         foreign.parent.mkdir()
     else:
         foreign = place.database
@@ -463,179 +463,276 @@ def test_a_foreign_target_is_left_untouched(place: Place) -> None:
     assert Path(output.stage).exists()
 
 
-# Modes, retract and reinstate. What each test says of rows holds for every sink.
+# States. The ledger decides, the sink shows what it is told. What each test says of rows holds for
+# every sink.
 
 
 def ids(place: Place, topic: str = TOPIC) -> list[Any]:
     return sorted(row["id"] for row in place.rows(topic))
 
 
-def empty(place: Place, job: int, ordinal: int) -> StagedOutput:
-    """What a Worker stages where a plugin published nothing to a topic in mode replace."""
-    stage = place.stage(job, attempt=f"a{job}", mode="replace", ordinal=ordinal)
-    stage.finish()
-    return sinks.seal([stage])[0]
+SHOWN = {
+    ("append", State.CURRENT), ("append", State.PAST), ("error", State.CURRENT),
+    ("error", State.PAST), ("replace", State.CURRENT),
+}  # fmt: skip
+"""The modes and states of outputs that a topic shows."""
 
 
-def test_a_newer_version_takes_the_place_of_an_older_one(modes: Place) -> None:
-    first, other = (
-        modes.replacing(1, 1, {"id": [1, 2]}),
-        modes.replacing(2, 1, {"id": [7]}, slot="other"),
+@pytest.mark.parametrize("mode", ["append", "replace", "error"])
+@pytest.mark.parametrize("state", [*State])
+def test_a_topic_shows_what_stands(place: Place, mode: str, state: State) -> None:
+    place.show(place.sealed({"id": [0]}, 10))
+    (made,) = place.show(place.sealed({"id": [1, 2]}, mode=mode, state=state))
+    is_shown = (mode, state) in SHOWN
+    assert ids(place) == ([0, 1, 2] if is_shown else [0])
+    assert made.state == state
+    assert (bool(made.shown_at), bool(made.hidden_at)) == (is_shown, False)
+    assert place.check([made]) == []
+    assert place.staged_files() == []
+
+
+@pytest.mark.parametrize("mode", ["append", "replace"])
+@pytest.mark.parametrize("before", [*State])
+def test_an_output_goes_from_any_state_to_any(place: Place, mode: str, before: State) -> None:
+    columns = {"id": [1, 2], "real": [0.1, -0.0], "bytes": [b"\0", None], "text": ["é", ""]}
+    (made,) = place.show(place.sealed(columns, mode=mode, state=State.CURRENT))
+    rows = place.rows()
+    for after in State:
+        place.tell(before, made)
+        for _ in range(2):
+            told = place.tell(after, made)
+        assert place.rows() == (rows if (mode, after) in SHOWN else [])
+        assert place.check(told) == []
+
+
+def test_a_newer_version_takes_the_place_of_an_older_one(place: Place) -> None:
+    first, _ = place.show(
+        place.replacing(1, 1, {"id": [1, 2]}), place.replacing(2, 1, {"id": [7]}, slot="other")
     )
-    modes.publish(first, other)
-    assert ids(modes) == [1, 2, 7]
-    second = modes.replacing(3, 2, {"id": [3]})
-    (seen,) = modes.publish(second)
-    assert ids(modes) == [3, 7]
-    assert modes.sink.check(claims([second], [seen])) == []
-    assert modes.staged_files() == []
+    assert ids(place) == [1, 2, 7]
+    past = msgspec.structs.replace(first, state=State.PAST)
+    second = place.show(place.replacing(3, 2, {"id": [3]}), changes=[past])
+    assert ids(place) == [3, 7]
+    assert place.check([*second, past]) == []
+    assert place.staged_files() == []
 
 
-def test_an_older_version_that_comes_late_shows_no_rows(modes: Place) -> None:
-    late, newer = modes.replacing(1, 1, {"id": [1]}), modes.replacing(2, 2, {"id": [2]})
-    for output in (newer, late):
-        published(*modes.publish(output))
-    assert ids(modes) == [2]
-    published(*modes.publish(late))
-    assert ids(modes) == [2]
-    assert modes.staged_files() == []
+def test_an_older_version_that_comes_late_is_published_as_past(place: Place) -> None:
+    place.show(place.replacing(2, 2))
+    late = place.replacing(1, 1, state=State.PAST)
+    for _ in range(2):
+        (made,) = place.show(late)
+        assert ids(place) == [2]
+        assert made.shown_at == ""
+    assert place.check([made]) == []
 
 
-def test_of_one_version_the_later_job_has_the_place(modes: Place) -> None:
-    """Another version of the plugin has worked it again."""
-    for job in (2, 3, 1):
-        published(*modes.publish(modes.replacing(job, 1, {"id": [job]})))
-    assert ids(modes) == [3]
+def test_a_roll_back_and_a_roll_forward(place: Place) -> None:
+    """Two artifacts have worked one version; rows go out of sight and come back."""
+    (good,) = place.show(place.replacing(1, 1, {"id": [1, 2]}))
+    hidden = msgspec.structs.replace(good, state=State.HIDDEN)
+    (bad,) = place.show(place.replacing(2, 1, {"id": [9]}), changes=[hidden])
+    assert ids(place) == [9]
+    for _ in range(2):
+        place.sink.change([good, msgspec.structs.replace(bad, state=State.HIDDEN)])
+        assert ids(place) == [1, 2]
+        place.sink.change([hidden, bad])
+        assert ids(place) == [9]
+    assert place.check([hidden, bad]) == []
 
 
-def test_a_version_that_gives_nothing_takes_the_rows_away(modes: Place) -> None:
-    published(*modes.publish(modes.replacing(1, 1, {"id": [1]})))
-    output = empty(modes, 2, 2)
-    (seen,) = modes.publish(output)
-    assert published(seen).rows == 0
-    assert ids(modes) == []
-    assert modes.sink.check(claims([output], [seen])) == []
-    published(*modes.publish(modes.replacing(1, 1, {"id": [1]}, key="late")))
-    assert ids(modes) == []
-    published(*modes.publish(modes.replacing(3, 3, {"id": [3]})))
-    assert ids(modes) == [3]
+def test_times_tell_when_rows_were_first_seen_and_ceased_to_be(place: Place) -> None:
+    (made,) = place.show(place.sealed({"id": [1]}, state=State.HIDDEN))
+    place.tell(State.CURRENT, made)
+    (shown,) = place.sink.records(())
+    assert shown.shown_at
+    assert shown.hidden_at == ""
+    place.tell(State.RETRACTED, made)
+    (hidden,) = place.sink.records(())
+    assert hidden.shown_at == shown.shown_at < hidden.hidden_at
+    place.tell(State.CURRENT, made)
+    assert [*place.sink.records(())] == [shown]
 
 
-def test_a_topic_that_begins_with_nothing(modes: Place) -> None:
-    output = empty(modes, 1, 1)
-    (seen,) = modes.publish(output)
-    assert modes.rows() == []
-    assert modes.sink.check(claims([output], [seen])) == []
-    published(*modes.publish(modes.replacing(2, 2, {"id": [2]})))
-    assert ids(modes) == [2]
+def test_the_mode_is_told_with_the_state(place: Place) -> None:
+    (past,) = place.show(place.sealed({"id": [1]}, state=State.PAST))
+    assert ids(place) == [1]
+    told = place.tell(State.PAST, past, mode="replace")
+    assert ids(place) == []
+    assert place.check(told) == []
+    assert [record.mode for record in place.sink.records(())] == ["replace"]
+    place.tell(State.PAST, past, mode="append")
+    assert ids(place) == [1]
 
 
-def test_replace_leaves_alone_what_was_appended(modes: Place) -> None:
-    published(*modes.publish(modes.sealed({"id": [1]}, job=1)))
-    published(*modes.publish(modes.replacing(2, 2, {"id": [2]})))
-    published(*modes.publish(modes.replacing(3, 3, {"id": [3]})))
-    assert ids(modes) == [1, 3]
+def test_a_job_shows_all_its_topics_or_none(place: Place) -> None:
+    fine = place.sealed({"id": [1]}, 1, topic="fine")
+    lost = place.sealed({"id": [1]}, 1)
+    Path(lost.stage).unlink()
+    assert [type(seen) for seen in place.publish(fine, lost)] == [JobError, JobError]
+    assert place.rows("fine") == place.rows() == []
+    again = place.sealed({"id": [1]}, 1, attempt="a2")
+    place.show(fine, again)
+    assert len(place.rows("fine")) == len(place.rows()) == 1
+
+
+def test_a_job_that_is_refused_changes_no_other(place: Place) -> None:
+    (first,) = place.show(place.replacing(1, 1))
+    lost = place.replacing(2, 2)
+    Path(lost.stage).unlink()
+    past = msgspec.structs.replace(first, state=State.PAST)
+    assert type(place.publish(lost, changes=[past])[0]) is JobError
+    assert ids(place) == [1]
+    assert place.check([first]) == []
+
+
+def test_jobs_of_one_call_follow_each_other(place: Place) -> None:
+    """Two versions of a file: the second takes the place of the first."""
+    first, second = place.replacing(1, 1), place.replacing(2, 2)
+    past = msgspec.structs.replace(first, state=State.PAST)
+    jobs = [Publication(outputs=[first]), Publication(outputs=[second], changes=[past])]
+    (made,), (later,) = (found for found in place.sink.publish(jobs) if isinstance(found, list))
+    assert ids(place) == [2]
+    assert place.check([msgspec.structs.replace(made, state=State.PAST), later]) == []
 
 
 @pytest.mark.slow_cases("mssql")
-def test_readers_see_one_version_or_the_other(modes: Place) -> None:
+def test_readers_see_one_version_or_the_other(place: Place) -> None:
     size, versions = 500, 20
-    published(*modes.publish(modes.replacing(1, 1, {"id": [1] * size})))
+    (last,) = place.show(place.replacing(1, 1, {"id": [1] * size}))
     stop, seen = threading.Event(), set[tuple[int, ...]]()
 
     def poll() -> None:
         while not stop.is_set():
-            rows = [row["id"] for row in modes.rows()]
+            rows = [row["id"] for row in place.rows()]
             seen.add((len(rows), *sorted(set(rows))))
 
     reader = threading.Thread(target=poll)
     reader.start()
     try:
         for version in range(2, versions + 1):
-            published(*modes.publish(modes.replacing(version, version, {"id": [version] * size})))
+            past = msgspec.structs.replace(last, state=State.PAST)
+            newer = place.replacing(version, version, {"id": [version] * size})
+            (last,) = place.show(newer, changes=[past])
     finally:
         stop.set()
         reader.join()
     assert seen <= {(size, version) for version in range(1, versions + 1)}
 
 
-def test_in_mode_error_only_our_own_rows_may_be_there(modes: Place) -> None:
+def test_in_mode_error_only_our_own_rows_may_be_there(place: Place) -> None:
     for job in (1, 2):
-        published(*modes.publish(modes.sealed({"id": [job]}, job, mode="error", attempt=f"a{job}")))
-    assert ids(modes) == [1, 2]
-    modes.intrude()
-    output = modes.sealed({"id": [3]}, 3, mode="error")
-    (outcome,) = modes.publish(output)
+        place.show(place.sealed({"id": [job]}, job, mode="error"))
+    assert ids(place) == [1, 2]
+    place.intrude()
+    (outcome,) = place.publish(place.sealed({"id": [3]}, 3, mode="error"))
     assert isinstance(outcome, SinkConflict), outcome
     assert TOPIC in outcome.message
     assert "mode" in outcome.message
-    assert 3 not in [row.get("id") for row in modes.rows()]
+    assert 3 not in [row.get("id") for row in place.rows()]
 
 
-def test_what_is_retracted_is_out_of_sight_and_comes_back_as_it_was(modes: Place) -> None:
-    columns = {"id": [1, 2], "real": [0.1, -0.0], "bytes": [b"\0", None], "text": ["é", ""]}
-    outputs = [modes.sealed(columns, job, attempt=f"a{job}") for job in (1, 2)]
-    made = claims(outputs, modes.publish(*outputs))
-    before = modes.rows()
+# Outputs without rows: the plugin gave the topic none, and there is no staged file.
+
+
+def test_an_output_without_a_staged_file_is_recorded_only(place: Place) -> None:
+    (made,) = place.show(place.output())
+    assert (made.rows, made.state) == (0, State.CURRENT)
+    assert place.rows() == []
+    assert place.check([made]) == []
+    told = place.tell(State.RETRACTED, made)
+    assert place.check(told) == []
+    (found,) = place.sink.records(())
+    assert (found.output_key, found.state) == (made.output_key, State.RETRACTED)
+    place.sink.delete([made])
+    assert [*place.sink.records(())] == []
+
+
+def test_a_version_that_gives_nothing_takes_the_rows_away(place: Place) -> None:
+    (first,) = place.show(place.replacing(1, 1))
+    past = msgspec.structs.replace(first, state=State.PAST)
+    nothing = place.output(2, mode="replace", slot="one.csv", ordinal=2)
+    (made,) = place.show(nothing, changes=[past])
+    assert ids(place) == []
+    place.show(place.replacing(3, 3), changes=place.tell(State.PAST, made))
+    assert ids(place) == [3]
+
+
+# Records.
+
+
+def test_records_have_the_facts_of_outputs_that_the_ledger_does_not_know(place: Place) -> None:
+    known, unknown = place.show(
+        place.sealed({"id": [1]}, 1), place.sealed({"id": [2]}, 2, path=b"\xff/2.csv", topics="a/b")
+    )
+    (found,) = place.sink.records({known.output_key})
+    assert found == msgspec.structs.replace(unknown, stage="", size_bytes=0)
+    place.tell(State.RETRACTED, known)
+    assert [output.state for output in place.sink.records({known.output_key})] == [
+        State.RETRACTED, State.CURRENT,
+    ]  # fmt: skip
+    assert place.check([*place.sink.records(())]) == []
+
+
+def test_a_sink_that_is_not_there_has_no_records(place: Place) -> None:
+    output = place.output()
+    assert [*place.sink.records(())] == []
+    place.sink.change([output])
+    place.sink.delete([output])
+    assert [*place.sink.records(())] == []
+    assert not (place.home / "out").exists()
+
+
+def test_what_is_adopted_gets_the_state_it_is_published_with(place: Place) -> None:
+    (made,) = place.show(place.sealed({"id": [1]}))
+    (told,) = place.show(place.sealed({"id": [1]}, attempt="a2", state=State.RETRACTED))
+    assert told.state == State.RETRACTED
+    assert told.shown_at == made.shown_at
+    assert place.rows() == []
+    place.show(place.sealed({"id": [1]}, attempt="a3"))
+    assert ids(place) == [1]
+    assert place.staged_files() == []
+
+
+def test_what_is_not_recorded_is_passed_over(place: Place) -> None:
+    (made,) = place.show(place.sealed({"id": [1]}))
+    place.sink.change([place.output(7), msgspec.structs.replace(made, state=State.HIDDEN)])
+    assert ids(place) == []
+    assert [output.output_key for output in place.sink.records(())] == [made.output_key]
+
+
+def test_nothing_changes_if_an_output_that_is_to_be_visible_is_not_whole(place: Place) -> None:
+    shown, fine, bad = place.show(
+        place.sealed({"id": [1]}, 1),
+        *(place.sealed({"id": [job]}, job, state=State.RETRACTED) for job in (2, 3)),
+    )
+    place.damage(bad)
+    wanted = [
+        msgspec.structs.replace(output, state=state)
+        for output, state in ((shown, State.HIDDEN), (fine, State.CURRENT), (bad, State.CURRENT))
+    ]
+    with pytest.raises(SinkConflict, match="nothing was changed"):
+        place.sink.change(wanted)
+    assert ids(place) == [1]
+    place.sink.change([msgspec.structs.replace(bad, state=State.HIDDEN)])
+    assert ids(place) == [1]
+
+
+@pytest.mark.parametrize("state", [*State])
+def test_what_is_deleted_can_be_published_again(place: Place, state: State) -> None:
+    kept, gone = place.show(place.sealed({"id": [1]}, 1), place.sealed({"id": [2]}, 2, state=state))
     for _ in range(2):
-        modes.sink.retract(made[0])
-    assert {row["_cf_job_id"] for row in modes.rows()} == {2}
-    assert modes.sink.check(made[1:]) == []
-    assert len(modes.sink.check(made)) == 1
-    wider = modes.sealed({"added": ["x"], "id": [3]}, job=3, attempt="a3")
-    published(*modes.publish(wider))
-    for _ in range(2):
-        modes.sink.reinstate(made[0])
-    assert modes.sink.check(made) == []
-    known = [{name: row[name] for name in before[0]} for row in modes.rows()]
-    order = [row for row in known if row["_cf_job_id"] != 3]
-    assert sorted(map(repr, order)) == sorted(map(repr, before))
+        place.sink.delete([gone])
+    assert ids(place) == [1]
+    assert [output.output_key for output in place.sink.records(())] == [kept.output_key]
+    assert place.check([kept]) == []
+    assert len(place.check([gone])) == 1
+    place.show(place.sealed({"id": [2]}, 2, attempt="a2"))
+    assert ids(place) == [1, 2]
 
 
-def test_what_is_retracted_stays_so_when_it_is_published_again(modes: Place) -> None:
-    """Its ledger was lost, and its job ran again."""
-    output = modes.sealed({"id": [1]})
-    (made,) = claims([output], modes.publish(output))
-    modes.sink.retract(made)
-    again = published(*modes.publish(modes.sealed({"id": [1]}, attempt="a2")))
-    assert again.adopted
-    assert again.retracted
-    assert modes.rows() == []
-    (found,) = modes.sink.inventory(())
-    assert found.retracted
-    assert found.output_key == output.output_key
-    assert (found.rows, found.slot, found.mode) == (1, output.slot, "append")
-    known = {output.output_key[:KEY_DIGITS]}
-    assert list(modes.sink.inventory(known)) == [found]
-    modes.sink.reinstate(made)
-    assert ids(modes) == [1]
-    assert [each.retracted for each in modes.sink.inventory(())] == [False]
-    assert list(modes.sink.inventory(known)) == []
-
-
-def test_a_retracted_version_keeps_its_place(modes: Place) -> None:
-    old, new = modes.replacing(1, 1, {"id": [1]}), modes.replacing(2, 2, {"id": [2]})
-    modes.publish(old)
-    (made,) = modes.publish(new)
-    modes.sink.retract(*claims([new], [made]))
-    assert ids(modes) == []
-    published(*modes.publish(modes.replacing(3, 1, {"id": [3]})))
-    assert ids(modes) == []
-    modes.sink.reinstate(*claims([new], [made]))
-    assert ids(modes) == [2]
-    modes.sink.retract(*claims([new], [made]))
-    published(*modes.publish(modes.replacing(4, 3, {"id": [4]})))
-    assert ids(modes) == [4]
-    modes.sink.reinstate(*claims([new], [made]))
-    assert ids(modes) == [4]
-
-
-def test_what_is_not_there_cannot_be_reinstated(modes: Place) -> None:
-    output = modes.sealed({"id": [1]})
-    absent = Claim(
-        topic=TOPIC, output_key=output.output_key, job_id=1, target="t", rows=1,
-        digest=output.digest,
-    )  # fmt: skip
-    modes.sink.retract(absent)
-    with pytest.raises(SinkConflict):
-        modes.sink.reinstate(absent)
+def test_a_sink_of_today_needs_no_upgrade(place: Place) -> None:
+    assert place.sink.upgrade() == []
+    (made,) = place.show(place.sealed({"id": [1]}))
+    assert place.sink.upgrade() == []
+    assert place.check([made]) == []

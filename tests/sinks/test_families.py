@@ -11,10 +11,10 @@ from casparian_flow.engine.runner import _with_notes
 from casparian_flow.engine.sinks import topic_schema
 from casparian_flow.engine.sinks.base import otherwise, own_topic
 from casparian_flow.engine.sinks.stage import Stage
-from casparian_flow.protocol import Published
+from casparian_flow.protocol import Output
 from tests.sinks.stages import Place
 
-FACTS = {"plugin": "delimited", "path": b"in/prices.csv".hex()}
+FACTS: dict[str, Any] = {"plugin": "delimited", "path": b"in/prices.csv"}
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def no_earlier_outputs() -> None:
 
 def staged(place: Place, columns: dict[str, Any], job: int = 1, topic: str = "sales") -> Stage:
     """An output that is finished, not yet published."""
-    stage = place.stage(job, topic=topic, facts=FACTS)
+    stage = place.stage(job, topic=topic, **FACTS)
     stage.write(pa.record_batch(columns))
     stage.finish()
     return stage
@@ -33,7 +33,7 @@ def staged(place: Place, columns: dict[str, Any], job: int = 1, topic: str = "sa
 
 def published(place: Place, stage: Stage) -> None:
     (seen,) = place.publish(stage.seal())
-    assert isinstance(seen, Published)
+    assert isinstance(seen, Output)
 
 
 def test_a_file_without_any_column_of_its_topic_is_told(place: Place) -> None:
@@ -89,14 +89,14 @@ def test_the_note_ends_the_log_on_a_line_of_its_own(parquet: Place) -> None:
     ],
 )
 def test_a_pattern_that_would_fit_other_families_is_the_name_itself(
-    path: str, command: str
+    parquet: Place, path: str, command: str
 ) -> None:
-    facts = {"plugin": "delimited", "path": path.encode().hex()}
-    assert own_topic("delimited", facts) == f"casparian publish delimited {command}"
+    output = parquet.output(topic="delimited", plugin="delimited", path=path.encode())
+    assert own_topic(output) == f"casparian publish delimited {command}"
 
 
-def test_words_for_json_name_the_option_that_settles_the_type() -> None:
-    facts = {"plugin": "json_records", "path": b"sales_1.json".hex()}
-    words = otherwise(own_topic("json", facts), "unit price")
-    assert "--option 'types=unit price:text'" in words
-    assert "--option" not in otherwise(own_topic("json", {**facts, "plugin": "mine"}), "id")
+def test_words_for_json_name_the_option_that_settles_the_type(parquet: Place) -> None:
+    named: dict[str, Any] = {"topic": "json", "path": b"sales_1.json"}
+    of_json = parquet.output(plugin="json_records", **named)
+    assert "--option 'types=unit price:text'" in otherwise(own_topic(of_json), "unit price")
+    assert "--option" not in otherwise(own_topic(parquet.output(plugin="mine", **named)), "id")

@@ -17,7 +17,7 @@ import pytest
 from casparian_flow.engine.sinks import columns
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import OutputRefused
-from casparian_flow.protocol import Published
+from casparian_flow.protocol import Output
 from tests.sinks.stages import TOPIC, Place
 
 NAMES = [
@@ -43,7 +43,7 @@ CELLS = [
 def stored(place: Place, columns: Any, job: int = 1, topic: str = TOPIC) -> list[dict[str, Any]]:
     """What a reader finds of columns that a sink has taken, without the lineage."""
     (seen,) = place.publish(place.sealed(columns, job, topic=topic))
-    assert isinstance(seen, Published), seen
+    assert isinstance(seen, Output), seen
     rows = [row for row in place.rows(topic) if row["_cf_job_id"] == job]
     return [{name: row[name] for name in row if name not in LINEAGE} for row in rows]
 

@@ -1,32 +1,33 @@
-"""A publisher to SQL Server that dies at each of its crash points, and what another makes of it.
+"""Killed at every crash point of the SQL Server sink, and asked again: as if nothing had been.
 
-The server is the double of proofs/tds: it holds locks and undoes what was not committed. What a
-real one would do is not proven here.
+Whatever a job or a change does is one transaction: after a crash a reader sees what it saw before,
+or everything. The server is the double of proofs/tds: it holds locks and undoes what was not
+committed. What a real one would do is not proven here.
 """
 
 from __future__ import annotations
 
 import os
-import signal
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import pyarrow as pa
 import pytest
 
 from casparian_flow import crashpoints
-from casparian_flow.config import DatabaseSettings, MssqlSettings
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks.base import Claim, Lineage
-from casparian_flow.protocol import OutputPlan, Published, StagedOutput
+from casparian_flow.protocol import Output, Publication, State
 from proofs.crash.nursery import ONE_THREAD
+from proofs.tds.place import ServerPlace
 from proofs.tds.server import Server
+from tests.sinks.earlier_mssql import COLUMNS, Earlier
+from tests.sinks.stages import TOPIC
 
-LOCATION = "mssql://sales"
+OTHER = "others"
 
 NURSERY = """
 import os, sys
@@ -34,169 +35,248 @@ import msgspec, mssql_python
 from casparian_flow import crashpoints
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks import mssql
-from casparian_flow.engine.sinks.base import Claim
-from casparian_flow.protocol import StagedOutput
+from casparian_flow.engine.sinks import mssql, mssql_upgrade
+from casparian_flow.protocol import Output, Publication
 
 while line := sys.stdin.buffer.readline():
-    order = tuple[str, str, DatabaseSettings, msgspec.Raw]
+    order = tuple[int, str, DatabaseSettings, msgspec.Raw]
     at, what, settings, subject = msgspec.json.decode(line, type=order)
     pid = os.fork()
     if pid == 0:
-        crashpoints.arm(crashpoints.Trap(at))
+        count = 0
+
+        def react(name):
+            global count
+            count += name.startswith(("mssql.", "sql."))
+            if count == at:
+                os.write(1, f"{name}\\n".encode())
+                crashpoints.die()
+
+        crashpoints.arm(react)
         sink = sinks.open_sink("mssql://sales", settings)
         if what == "publish":
-            sink.publish([msgspec.json.decode(subject, type=StagedOutput)])
-        elif what == "drop":
+            sink.publish([msgspec.json.decode(subject, type=Publication)])
+        elif what == "drop_stages":
             sink.drop_stages("tag", [])
+        elif what == "upgrade":
+            sink.upgrade()
         else:
-            getattr(sink, what)(msgspec.json.decode(subject, type=Claim))
+            getattr(sink, what)(msgspec.json.decode(subject, type=list[Output]))
         os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
-"""Runs one order after another, each in a fork that dies at its crash point."""
+"""Runs one order after another, each in a fork that dies at its n-th crash point."""
 
-PUBLISHING = [
-    "ledger_made", "table_ready", "stage_made", "batch_sent", "loaded", "begun", "ledger_written",
-    "rows_written", "all_written", "committed", "unstaged",
-]  # fmt: skip
-REPLACING = [each for each in PUBLISHING[2:] if each != "unstaged"] + ["replaced"]
-CHANGING = ["change_written", "changed"]
+
+class Nursery:
+    """A process that does what it is told, and dies of it."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, **ONE_THREAD},
+        )  # fmt: skip
+
+    def dies(self, here: ServerPlace, at: int, what: str, subject: Any = None) -> str:
+        """The name of the n-th crash point, where it died; empty if it did not come to it."""
+        assert self._process.stdin
+        self._process.stdin.write(msgspec.json.encode((at, what, here.settings, subject)) + b"\n")
+        self._process.stdin.flush()
+        *name, end = self._answer()
+        assert end in ("ended 0", "ended -9"), end
+        return name[0] if name else ""
+
+    def _answer(self) -> Iterator[str]:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            yield line.decode().strip()
+            if line.startswith(b"ended"):
+                return
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin
+        with self._process:
+            self._process.stdin.close()
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[subprocess.Popen[bytes]]:
-    pytest.importorskip("mssql_python", reason="CRASHES OF THE SQL SERVER SINK ARE NOT TRIED")
-    process = subprocess.Popen(
-        [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, **ONE_THREAD},
-    )  # fmt: skip
-    with process:
-        yield process
-        assert process.stdin
-        process.stdin.close()
+def nursery(provider: str) -> Iterator[Nursery]:
+    if not provider:
+        pytest.skip("CRASHES OF THE SQL SERVER SINK ARE NOT TRIED: mssql-python is not installed")
+    made = Nursery()
+    yield made
+    made.close()
 
 
-class Scene:
-    """A double of SQL Server, and outputs of versions of one file."""
-
-    def __init__(self, home: Path, server: Server, nursery: subprocess.Popen[bytes]) -> None:
-        self.server = server
-        self.settings = DatabaseSettings(
-            db_location=str(home / "ledger.sqlite3"),
-            mssql=MssqlSettings(connection=server.connection_string),
-        )
-        self.sink = sinks.open_sink(LOCATION, self.settings)
-        self._nursery = nursery
-
-    def sealed(self, version: int, mode: str) -> StagedOutput:
-        plan = OutputPlan(
-            topic="sales", uri=LOCATION, location=LOCATION, mode=mode,
-            output_key=f"{version:064}", slot="5" * 64, ordinal=version,
-        )  # fmt: skip
-        lineage = Lineage(
-            file_version_id=version, job_id=version, source_hash="ab" * 32, plugin_version="1.0"
-        )
-        stage = self.sink.open_stage(plan, lineage, f"tag-1-{version}-1")
-        stage.write(pa.record_batch({"version": [version] * 3, "name": ["a", None, "ü"]}))
-        return sinks.seal([stage])[0]
-
-    def publish(self, output: StagedOutput) -> Published:
-        (outcome,) = self.sink.publish([output])
-        assert isinstance(outcome, Published), outcome
-        return outcome
-
-    def die(self, at: str, what: str, subject: Any = None) -> None:
-        """Do something in a process that is killed at a crash point."""
-        assert self._nursery.stdin
-        assert self._nursery.stdout
-        order = (f"mssql.{at}", what, self.settings, subject)
-        self._nursery.stdin.write(msgspec.json.encode(order) + b"\n")
-        self._nursery.stdin.flush()
-        assert int(self._nursery.stdout.readline()) == -signal.SIGKILL, f"it did not come to {at}"
-
-    def seen(self) -> list[int]:
-        """The version of each row that a reader sees."""
-        table = self.server.database.committed("sales")
-        return sorted(row[0] for row in table.rows) if table else []
-
-    def stages(self) -> list[str]:
-        names = self.server.database.names()
-        return [name for name in names if name.startswith("casparian_stage_")]
+def seen(here: ServerPlace) -> list[str]:
+    """What a reader sees of both topics."""
+    return sorted(repr(row) for topic in (TOPIC, OTHER) for row in here.rows(topic))
 
 
-@pytest.fixture
-def scene(tmp_path: Path, nursery: subprocess.Popen[bytes]) -> Iterator[Scene]:
+def recorded(here: ServerPlace) -> list[Output]:
+    """The sink's records, without the times, which differ."""
+    return [
+        msgspec.structs.replace(output, shown_at=bool(output.shown_at) * "then",
+                                hidden_at=bool(output.hidden_at) * "then")
+        for topic in (TOPIC, OTHER)
+        for output in here.sink_of(topic).records(())
+    ]  # fmt: skip
+
+
+def do(here: ServerPlace, what: str, subject: Any) -> None:
+    if what == "publish":
+        (outcome,) = here.sink.publish([subject])
+        assert isinstance(outcome, list), outcome
+    elif what == "upgrade":
+        here.sink.upgrade()
+    else:
+        getattr(here.sink, what)(subject)
+
+
+def held_against(
+    home: Path, nursery: Nursery, what: str, prepare: Callable[[ServerPlace], Any]
+) -> list[str]:
+    """Kill an act at each of its crash points, and do it again; the crash points.
+
+    Args:
+        prepare: brings a server to where the act begins; returns what is acted on.
+    """
+    staged, fresh = home / "staged", home / "fresh"
     with Server() as server:
-        yield Scene(tmp_path, server, nursery)
+        here = ServerPlace(server, staged)
+        subject = prepare(here)
+        server.settle()
+        begun, before = server.database.copy(), seen(here)
+        shutil.copytree(staged, fresh)
+        do(here, what, subject)
+        expected, records = seen(here), recorded(here)
+    names: list[str] = []
+    while True:
+        shutil.rmtree(staged)
+        shutil.copytree(fresh, staged)
+        with Server(begun.copy()) as server:
+            here = ServerPlace(server, staged)
+            name = nursery.dies(here, len(names) + 1, what, subject)
+            server.settle()
+            if not name:
+                break
+            names.append(name)
+            assert seen(here) in (before, expected), name
+            do(here, what, subject)
+            sinks.drop_stages(here.location_of(TOPIC), here.settings, "tag", [])
+            assert seen(here) == expected, name
+            assert recorded(here) == records, name
+            assert here.check(records) == [], name
+            left = [n for n in server.database.names() if n.startswith("casparian_stage_")]
+            assert left == [], name
+            assert here.staged_files() == [], name
+    return list(dict.fromkeys(names))
 
 
-def claim(output: StagedOutput, seen: Published) -> Claim:
-    return Claim(
-        topic="sales", output_key=output.output_key, job_id=output.job_id, target=seen.target,
-        rows=seen.rows, digest=seen.digest,
-    )  # fmt: skip
+def output(here: ServerPlace, job: int, topic: str = TOPIC, **named: Any) -> Output:
+    columns = {"n": [job, 2, 3], "name": ["a", None, "ü"]}
+    return here.sealed(columns, job, topic=topic, attempt=f"tag-{job}-{topic}", **named)
+
+
+def as_told(outputs: list[Output], state: State) -> list[Output]:
+    return [msgspec.structs.replace(output, state=state) for output in outputs]
+
+
+PUBLISHING = [
+    "mssql.ledger_made", "sql.view_made", "mssql.table_ready", "mssql.stage_made",
+    "mssql.batch_sent", "mssql.loaded", "mssql.begun", "sql.recorded", "mssql.rows_written",
+    "sql.rows_loaded", "sql.job_written", "mssql.all_written", "mssql.committed", "sql.unstaged",
+]  # fmt: skip
+CHANGING = ["sql.marked", "sql.change_written", "sql.changed"]
+DELETING = ["sql.rows_deleted", "sql.deletion_written", "sql.deleted"]
+UPGRADING = [
+    "mssql.upgrade_begun", "mssql.outputs_upgraded", "mssql.table_renamed", "mssql.rows_numbered",
+    "mssql.retracted_moved", "sql.view_made", "mssql.table_upgraded", "mssql.upgrade_written",
+    "mssql.upgraded",
+]  # fmt: skip
+SWEEPING = "mssql.stage_swept"
 
 
 def test_every_crash_point_is_tried() -> None:
-    tried = {*PUBLISHING, *REPLACING, *CHANGING, "stage_swept"}
-    assert {f"mssql.{each}" for each in tried} == {
-        name for name in crashpoints.known() if name.startswith("mssql.")
-    }
-
-
-@pytest.mark.parametrize("at", PUBLISHING)
-@pytest.mark.slow_but("committed", "batch_sent")
-def test_the_first_output(scene: Scene, at: str) -> None:
-    output = scene.sealed(1, "append")
-    scene.die(at, "publish", output)
-    scene.server.settle()
-    assert scene.seen() in ([], [1, 1, 1])
-    seen = scene.publish(output)
-    assert seen.adopted == (at in ("committed", "unstaged"))
-    assert scene.seen() == [1, 1, 1]
-    assert scene.sink.check([claim(output, seen)]) == []
-    assert not Path(output.stage).exists()
-
-
-@pytest.mark.parametrize("at", REPLACING)
-@pytest.mark.slow_but("stage_made")
-def test_one_that_replaces(scene: Scene, at: str) -> None:
-    scene.publish(scene.sealed(1, "replace"))
-    output = scene.sealed(2, "replace")
-    scene.die(at, "publish", output)
-    scene.server.settle()
-    assert scene.seen() in ([1, 1, 1], [2, 2, 2])
-    seen = scene.publish(output)
-    assert scene.seen() == [2, 2, 2]
-    assert scene.sink.check([claim(output, seen)]) == []
-
-
-@pytest.mark.parametrize("at", CHANGING)
-@pytest.mark.parametrize("what", ["retract", "reinstate", "withdraw"])
-@pytest.mark.slow_but("retract-changed")
-def test_a_change(scene: Scene, what: str, at: str) -> None:
-    output = scene.sealed(1, "append")
-    told = claim(output, scene.publish(output))
-    if what == "reinstate":
-        scene.sink.retract(told)
-    scene.die(at, what, told)
-    scene.server.settle()
-    assert scene.seen() in ([], [1, 1, 1])
-    getattr(scene.sink, what)(told)
-    assert scene.seen() == ([1, 1, 1] if what == "reinstate" else [])
+    tried = {*PUBLISHING, *CHANGING, *DELETING, *UPGRADING, SWEEPING}
+    assert tried == {n for n in crashpoints.known() if n.startswith(("mssql.", "sql."))}
 
 
 @pytest.mark.slow
-def test_stage_tables_of_the_dead_are_dropped(scene: Scene) -> None:
+def test_the_first_outputs(tmp_path: Path, nursery: Nursery) -> None:
+    """Two topics of one job, on a server that has no table yet."""
+
+    def prepare(here: ServerPlace) -> Publication:
+        return Publication(outputs=[output(here, 1), output(here, 1, OTHER)])
+
+    assert held_against(tmp_path, nursery, "publish", prepare) == PUBLISHING
+
+
+@pytest.mark.slow
+def test_a_version_that_takes_the_place_of_another(tmp_path: Path, nursery: Nursery) -> None:
+    def prepare(here: ServerPlace) -> Publication:
+        named = {"mode": "replace", "slot": "one.csv"}
+        first = here.show(*(output(here, 1, topic, **named) for topic in (TOPIC, OTHER)))
+        later = [output(here, 2, topic, ordinal=2, **named) for topic in (TOPIC, OTHER)]
+        return Publication(outputs=later, changes=as_told(first, State.PAST))
+
+    names = held_against(tmp_path, nursery, "publish", prepare)
+    assert set(names) == {*PUBLISHING[3:], "sql.marked"}
+
+
+@pytest.mark.parametrize("state", [State.RETRACTED, State.CURRENT])
+@pytest.mark.slow_but("retracted")
+def test_a_change(tmp_path: Path, nursery: Nursery, state: State) -> None:
+    """Of two outputs at once, beside another job's rows, which stay as they are."""
+
+    def prepare(here: ServerPlace) -> list[Output]:
+        before = State.CURRENT if state == State.RETRACTED else State.RETRACTED
+        made = here.show(*(output(here, job, state=before) for job in (1, 2)), output(here, 3))
+        return as_told(made[:2], state)
+
+    assert held_against(tmp_path, nursery, "change", prepare) == CHANGING
+
+
+@pytest.mark.slow
+def test_a_deletion(tmp_path: Path, nursery: Nursery) -> None:
+    def prepare(here: ServerPlace) -> list[Output]:
+        return here.show(*(output(here, job) for job in (1, 2, 3)))[:2]
+
+    assert held_against(tmp_path, nursery, "delete", prepare) == DELETING
+
+
+@pytest.mark.slow
+def test_an_upgrade(tmp_path: Path, nursery: Nursery) -> None:
+    def prepare(here: ServerPlace) -> None:
+        here.home.mkdir()
+        earlier = Earlier(here.settings)
+        for topic in (TOPIC, OTHER):
+            earlier.topic(topic, COLUMNS)
+            earlier.add(here.output(1, topic=topic), [(1, "a"), (2, None)])
+            earlier.add(here.output(2, topic=topic), [(3, "c")], "retracted")
+
+    assert held_against(tmp_path, nursery, "upgrade", prepare) == UPGRADING
+
+
+@pytest.mark.slow
+def test_stage_tables_of_the_dead_are_dropped(tmp_path: Path, nursery: Nursery) -> None:
     """But not those that are owed, or that somebody uses."""
-    for version in (1, 2):
-        scene.die("loaded", "publish", scene.sealed(version, "append"))
-    scene.server.settle()
-    first, _ = scene.stages()
-    owed = scene.settings.stage_folder / f"{first.removeprefix('casparian_stage_')}.parquet.part"
-    sinks.drop_stages(LOCATION, scene.settings, "tag", [str(owed)])
-    assert scene.stages() == [first]
-    scene.die("stage_swept", "drop")
-    scene.server.settle()
-    assert scene.stages() == []
+    with Server() as server:
+        here = ServerPlace(server, tmp_path)
+
+        def stages() -> list[str]:
+            return [n for n in server.database.names() if n.startswith("casparian_stage_")]
+
+        here.show(output(here, 9))
+        for job in (1, 2):
+            job_of = Publication(outputs=[output(here, job)])
+            assert nursery.dies(here, 3, "publish", job_of) == "mssql.loaded"
+        server.settle()
+        first, _ = stages()
+        owed = here.sink.stage_folder / f"{first.removeprefix('casparian_stage_')}.parquet.part"
+        sinks.drop_stages(here.location_of(TOPIC), here.settings, "tag", [str(owed)])
+        assert stages() == [first]
+        assert nursery.dies(here, 1, "drop_stages") == SWEEPING
+        server.settle()
+        assert stages() == []

@@ -127,7 +127,7 @@ def test_secrets_are_in_no_error_and_no_log(
         db_location=str(tmp_path / "l"), mssql=msgspec.convert(told, MssqlSettings)
     )
     with caplog.at_level(logging.DEBUG), pytest.raises(SinkUnavailable) as refused:
-        list(sinks.open_sink("mssql://sales", database).inventory([]))
+        list(sinks.open_sink("mssql://sales", database).records(()))
     lines = traceback.format_exception(refused.value)
     for text in (refused.value.message, refused.value.hint, caplog.text, "".join(lines)):
         assert "geheim" not in text
@@ -141,7 +141,7 @@ def test_without_a_server_it_says_what_to_set(tmp_path: Path) -> None:
     assert "CASPARIAN_MSSQL" in refused.value.hint
     sink = sinks.open_sink("mssql://sales", database)
     with pytest.raises(SinkUnavailable, match="no SQL Server is configured"):
-        list(sink.inventory([]))
+        list(sink.records(()))
     sinks.check_usable("parquet:///x", database)
 
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from casparian_flow.engine.sinks.topic_schema import may_be_null, type_that_may
-from casparian_flow.protocol import Published
+from casparian_flow.protocol import Output
 from tests.sinks.stages import TOPIC, Place
 
 LISTS = pa.array([[1], None, [2, 3]])
@@ -65,7 +65,7 @@ def declared(array: pa.Array) -> pa.RecordBatch:
 def test_a_null_stays_one_where_none_was_declared(place: Place, name: str) -> None:
     array = ARRAYS[name]
     (seen,) = place.publish(place.sealed(declared(array)))
-    assert isinstance(seen, Published), seen
+    assert isinstance(seen, Output), seen
     found = [row["c"] for row in place.rows()]
     if place.scheme != "parquet" and pa.types.is_nested(array.type):
         found = [None if text is None else json.loads(text) for text in found]
@@ -101,5 +101,5 @@ def test_a_topic_of_before_takes_what_comes_now(parquet: Place) -> None:
     assert unite(old, new).field("c").type == new.field("c").type == type_that_may(old[0].type)
     for job in (1, 2):
         (seen,) = parquet.publish(parquet.sealed(declared(within(LISTS)), job=job))
-        assert isinstance(seen, Published), seen
+        assert isinstance(seen, Output), seen
     assert len(parquet.rows(TOPIC)) == 6

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from casparian_flow.errors import OutputRefused
-from casparian_flow.protocol import Published
+from casparian_flow.protocol import Output
 from tests.plugins.conftest import runner
 from tests.sinks.stages import TOPIC, Place
 
@@ -92,7 +92,7 @@ def test_values_are_exact_or_the_file_is_refused_in_words(
             (seen,) = place.publish(place.sealed(batch, job))
         except OutputRefused as error:
             seen = error
-        if isinstance(seen, Published):
+        if isinstance(seen, Output):
             expected[job] = written(kind, texts, place.scheme)
         else:
             assert isinstance(seen, OutputRefused)
@@ -121,7 +121,7 @@ def test_what_agrees_is_taken_in_every_order(
         file.write_text("".join(f'{{"n": {text}}}\n' for text in KINDS[kind]))
         (batch,) = run(file)["json"].combine_chunks().to_batches()
         (seen,) = place.publish(place.sealed(batch, job))
-        assert isinstance(seen, Published), seen
+        assert isinstance(seen, Output), seen
         expected[job] = written(kind, KINDS[kind], place.scheme)
     assert read(place) == expected
 
@@ -129,11 +129,11 @@ def test_what_agrees_is_taken_in_every_order(
 def test_the_message_names_what_settles_it(parquet: Place) -> None:
     """Column, both types, and the command; the facts say of which file and plugin."""
     facts = {
-        "plugin": "json_records", "path": b"in/users-2.jsonl.gz".hex(),
+        "plugin": "json_records", "path": b"in/users-2.jsonl.gz",
         "topics": "json/json_rejects",
     }  # fmt: skip
     first, second = (
-        parquet.sealed({"id": values}, job, facts=facts)
+        parquet.sealed({"id": values}, job, **facts)
         for job, values in ((1, [1]), (2, pa.array(["u-1"])))
     )
     _, refused = parquet.publish(first, second)

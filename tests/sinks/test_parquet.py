@@ -14,36 +14,41 @@ from hypothesis import given, settings
 
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import LINEAGE
-from casparian_flow.engine.sinks.parts import COLUMNS_FILE, GROUP_ROWS
+from casparian_flow.engine.sinks.parts import GROUP_ROWS
 from casparian_flow.errors import SinkConflict, SinkUnavailable
-from casparian_flow.protocol import Published, StagedOutput
+from casparian_flow.protocol import Output
 from tests.sinks.columns_of_any_type import Sample, samples
-from tests.sinks.stages import TOPIC, Place, claims
+from tests.sinks.stages import TOPIC, Place
 
 
-def target(place: Place, output: StagedOutput) -> Path:
-    return place.home / "out" / TOPIC / f"{output.output_key[:32]}.parquet"
+def target(place: Place, output: Output) -> Path:
+    return place.home / "out" / TOPIC / f"{output.version_slot[:32]}.parquet"
 
 
-def test_the_file_is_named_by_the_output_key_and_says_so_inside(parquet: Place) -> None:
+def test_the_file_is_named_by_its_slot_and_says_what_it_is_inside(parquet: Place) -> None:
     output = parquet.sealed({"id": [1]}, job=7)
-    (seen,) = parquet.publish(output)
-    assert isinstance(seen, Published)
+    (seen,) = parquet.show(output)
     assert seen.target == str(target(parquet, output))
     footer = pq.read_metadata(seen.target)
     assert {k: v for k, v in footer.metadata.items() if k.startswith(b"casparian.")} == {
         b"casparian.topic": TOPIC.encode(),
         b"casparian.output_key": output.output_key.encode(),
         b"casparian.mode": b"append",
-        b"casparian.slot": output.slot.encode(),
         b"casparian.ordinal": b"1",
+        b"casparian.source": b"inbox",
+        b"casparian.path": b"7.csv".hex().encode(),
+        b"casparian.size_bytes": b"10",
+        b"casparian.artifact_hash": b"cd" * 32,
+        b"casparian.plugin": b"tables",
+        b"casparian.topics": b"",
+        b"casparian.uri": parquet.location.encode(),
         b"casparian.job_id": b"7",
         b"casparian.file_version_id": b"107",
         b"casparian.source_hash": b"ab" * 32,
         b"casparian.plugin_version": b"1.2.3",
         b"casparian.rows": b"1",
         b"casparian.batches": b"1",
-        b"casparian.attempt": b"a1",
+        b"casparian.attempt": b"a7",
     }
     lineage = list(pq.read_schema(seen.target))[-4:]
     assert [field.name for field in lineage] == list(LINEAGE)
@@ -91,8 +96,7 @@ def test_any_table_comes_back_as_it_was(sample: Sample) -> None:
         stage = place.stage()
         for batch in sample.batches():
             stage.write(batch)
-        (seen,) = place.publish(*sinks.seal([stage]))
-        assert isinstance(seen, Published)
+        (seen,) = place.show(*sinks.seal([stage]))
         found = pq.read_table(seen.target).drop_columns(list(LINEAGE))
     expected = pa.Table.from_batches(sample.batches())
     assert found.cast(expected.schema).equals(expected)
@@ -100,7 +104,7 @@ def test_any_table_comes_back_as_it_was(sample: Sample) -> None:
 
 def test_other_tools_read_the_whole_topic(parquet: Place) -> None:
     for job in range(1, 4):
-        parquet.publish(parquet.sealed({"id": [job] * 10}, job))
+        parquet.show(parquet.sealed({"id": [job] * 10}, job))
     glob = str(parquet.home / "out" / TOPIC / "*.parquet")
     with duckdb.connect() as connection:
         counted = connection.execute(
@@ -111,8 +115,7 @@ def test_other_tools_read_the_whole_topic(parquet: Place) -> None:
 
 def test_an_output_of_another_key_is_never_replaced(parquet: Place) -> None:
     mine, other = parquet.sealed({"id": [1]}), parquet.sealed({"id": [2]}, job=2)
-    (seen,) = parquet.publish(other)
-    assert isinstance(seen, Published)
+    (seen,) = parquet.show(other)
     os.link(seen.target, target(parquet, mine))
     before = target(parquet, mine).read_bytes()
     (outcome,) = parquet.publish(mine)
@@ -122,9 +125,9 @@ def test_an_output_of_another_key_is_never_replaced(parquet: Place) -> None:
 
 @pytest.mark.parametrize("thing", ["folder", "dangling symlink", "other rows"])
 def test_whatever_is_in_the_way_stays(parquet: Place, thing: str) -> None:
+    parquet.show(parquet.sealed({"id": [9]}, job=9))
     output = parquet.sealed({"id": [1]})
     path = target(parquet, output)
-    path.parent.mkdir()
     if thing == "folder":
         path.mkdir()
     elif thing == "dangling symlink":
@@ -138,6 +141,17 @@ def test_whatever_is_in_the_way_stays(parquet: Place, thing: str) -> None:
     assert Path(output.stage).exists()
 
 
+def test_a_file_that_nothing_recorded_is_adopted(parquet: Place) -> None:
+    """Its footer says that it is the output."""
+    parquet.show(parquet.sealed({"id": [9]}, job=9))
+    first, again = (parquet.sealed({"id": [1]}, attempt=name) for name in ("a1", "a2"))
+    os.link(first.stage, target(parquet, first))
+    (seen,) = parquet.show(again)
+    assert seen.digest == first.digest != again.digest
+    assert parquet.check([seen]) == []
+    assert [row["id"] for row in parquet.rows()] == [1, 9]
+
+
 def test_a_topic_on_another_filesystem_is_waited_for(parquet: Place) -> None:
     """There are no hard links across filesystems, as there are none on some."""
     elsewhere = Path("/dev/shm")
@@ -147,7 +161,9 @@ def test_a_topic_on_another_filesystem_is_waited_for(parquet: Place) -> None:
     with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
         (parquet.home / "out" / TOPIC).symlink_to(folder)
         (outcome,) = parquet.publish(output)
-        assert [file.name for file in Path(folder).iterdir()] == [COLUMNS_FILE]
+        assert list(Path(folder).iterdir()) == []
+        (fine,) = parquet.show(parquet.sealed({"id": [2]}, job=2, topic="fine"))
+        assert parquet.check([fine]) == []
     assert isinstance(outcome, SinkUnavailable)
     assert "cannot link" in outcome.message
     assert "hard links" in outcome.hint
@@ -164,7 +180,7 @@ def test_a_topic_on_another_filesystem_is_waited_for(parquet: Place) -> None:
 )
 def test_check_sees_harm(parquet: Place, harm: str, said: str) -> None:
     outputs = [parquet.sealed({"id": [1, 2]}, job) for job in (1, 2)]
-    made = claims(outputs, parquet.publish(*outputs))
+    made = parquet.show(*outputs)
     assert parquet.sink.check(made) == []
     path = target(parquet, outputs[1])
     data = bytearray(path.read_bytes())

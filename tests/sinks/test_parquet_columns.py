@@ -16,15 +16,13 @@ from casparian_flow.engine.sinks import parts
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.engine.sinks.parts import COLUMNS_FILE
 from casparian_flow.errors import OutputRefused, SinkConflict, SinkUnavailable
-from casparian_flow.protocol import Published, StagedOutput
-from tests.sinks.stages import TOPIC, Place, claims
+from casparian_flow.protocol import Output, State
+from tests.sinks.stages import TOPIC, Place
 
 
-def show(place: Place, *outputs: StagedOutput) -> list[Path]:
+def show(place: Place, *outputs: Output) -> list[Path]:
     """Publish outputs that are all taken; their files."""
-    found = place.publish(*outputs)
-    assert all(isinstance(seen, Published) for seen in found), found
-    return [Path(seen.target) for seen in found if isinstance(seen, Published)]
+    return [Path(seen.target) for seen in place.show(*outputs)]
 
 
 def folder(place: Place) -> Path:
@@ -82,10 +80,9 @@ def test_whole_numbers_become_doubles_where_they_all_are_exact(parquet: Place) -
 def test_a_whole_number_that_no_double_is_keeps_doubles_out(
     parquet: Place, retracted: bool
 ) -> None:
-    first = parquet.sealed({"n": [2**53 + 1]}, job=1)
-    found = parquet.publish(first)
+    (first,) = parquet.show(parquet.sealed({"n": [2**53 + 1]}, job=1))
     if retracted:
-        parquet.sink.retract(claims([first], found)[0])
+        parquet.tell(State.RETRACTED, first)
     (refused,) = parquet.publish(parquet.sealed({"n": [0.5]}, job=2))
     assert isinstance(refused, OutputRefused)
     assert "column 'n' is int64 since it was first published; this output has double" in str(
@@ -138,11 +135,10 @@ def test_two_workers_that_race_agree_in_the_end(parquet: Place) -> None:
     first = parquet.sealed({"n": [1.5], "a": ["x"]}, job=1)
     second = parquet.sealed({"n": [2, 3], "b": ["y", "z"]}, job=2)
     assert pq.read_schema(second.stage).field("n").type == pa.int64()
-    found = parquet.publish(first, second)
-    assert parquet.sink.check(claims([first, second], found)) == []
+    found = parquet.show(first, second)
+    assert parquet.check(found) == []
     _, seen = found
-    assert isinstance(seen, Published)
-    assert (seen.rows, seen.adopted, seen.digest == second.digest) == (2, False, False)
+    assert (seen.rows, seen.digest == second.digest) == (2, False)
     assert names(pq.read_schema(seen.target)) == ["n", "a", "b"]
     assert pq.read_table(seen.target).column("n").to_pylist() == [2.0, 3.0]
     facts = pq.read_metadata(seen.target).metadata
@@ -157,7 +153,7 @@ def test_a_racing_output_whose_values_do_not_fit_is_refused_and_changes_nothing(
     first = parquet.sealed({"n": [1]}, job=1)
     second = parquet.sealed({"n": ["1"], "new": [1]}, job=2)
     seen, refused = parquet.publish(first, second)
-    assert isinstance(seen, Published)
+    assert isinstance(seen, Output)
     assert isinstance(refused, OutputRefused)
     assert "column 'n' is int64 since it was first published" in refused.message
     assert names(said(parquet)) == ["n"]

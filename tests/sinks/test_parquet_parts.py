@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks import parts, query
+from casparian_flow.engine.sinks import parquet_moves, parts, query
 from casparian_flow.engine.sinks import stage as staging
 from casparian_flow.errors import OutputRefused, SinkConflict
-from casparian_flow.protocol import Published, StagedOutput
+from casparian_flow.protocol import Output, State
 from proofs import sink_reader
-from tests.sinks.stages import TOPIC, Place, claims
+from tests.sinks.stages import TOPIC, Place
 
 GROUP_ROWS = 200
 ROWS = 3 * GROUP_ROWS - 5
@@ -30,7 +30,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "GROUP_ROWS", GROUP_ROWS)
 
 
-def large(place: Place, job: int = 1, **named: str) -> StagedOutput:
+def large(place: Place, job: int = 1, **named: Any) -> Output:
     """An output of three row groups, and a part for each."""
     stage = place.stage(job, split_bytes=1, **named)
     for start in range(0, ROWS, GROUP_ROWS):
@@ -38,28 +38,22 @@ def large(place: Place, job: int = 1, **named: str) -> StagedOutput:
     return sinks.seal([stage])[0]
 
 
-def shown(place: Place, *outputs: StagedOutput) -> list[Published]:
-    found = place.publish(*outputs)
-    assert all(isinstance(each, Published) for each in found), found
-    return [each for each in found if isinstance(each, Published)]
-
-
 def test_a_large_output_is_a_folder_of_parts(parquet: Place) -> None:
     output = large(parquet)
-    (published,) = shown(parquet, output)
+    (published,) = parquet.show(output)
     folder = Path(published.target)
-    assert folder == parquet.home / "out" / TOPIC / output.output_key[:32]
+    assert folder == parquet.home / "out" / TOPIC / output.version_slot[:32]
     assert sorted(os.listdir(folder)) == PARTS
     tables = [pq.read_table(folder / name) for name in PARTS]
     assert pa.concat_tables(tables).column("id").to_pylist() == [*range(ROWS)]
     assert published.rows == output.rows == ROWS
     assert published.digest == output.digest == parts.digest(folder)
     assert parquet.staged_files() == []
-    assert parquet.sink.check(claims([output], [published])) == []
+    assert parquet.check([published]) == []
 
 
 def test_each_footer_says_which_part_it_is_and_the_last_one_counts(parquet: Place) -> None:
-    (published,) = shown(parquet, large(parquet, job=7))
+    (published,) = parquet.show(large(parquet, job=7))
     facts = [pq.read_metadata(Path(published.target) / name).metadata for name in PARTS]
     assert [each[b"casparian.part"] for each in facts] == [b"0", b"1", b"2"]
     assert {each[b"casparian.job_id"] for each in facts} == {b"7"}
@@ -86,10 +80,10 @@ def test_an_output_is_split_by_what_is_written(
 
 def test_publishing_twice_is_publishing_once(parquet: Place) -> None:
     output = large(parquet)
-    (first,) = shown(parquet, output)
-    (second,) = shown(parquet, output)
-    (other,) = shown(parquet, large(parquet, attempt="a2"))
-    assert second == msgspec.structs.replace(first, adopted=True) == other
+    (first,) = parquet.show(output)
+    (second,) = parquet.show(output)
+    (other,) = parquet.show(large(parquet, attempt="a2"))
+    assert first == second == msgspec.structs.replace(other, stage=first.stage)
     assert len(parquet.rows()) == ROWS
     assert parquet.staged_files() == []
 
@@ -100,8 +94,8 @@ def test_an_attempt_that_splits_otherwise_adopts_the_first(parquet: Place, first
     whole = parquet.sealed({"id": [*range(ROWS)]}, attempt="a1")
     split = large(parquet, attempt="a2")
     order = [whole, split] if first == "a file" else [split, whole]
-    made, adopted = (shown(parquet, output)[0] for output in order)
-    assert adopted == msgspec.structs.replace(made, adopted=True)
+    made, adopted = (parquet.show(output)[0] for output in order)
+    assert (adopted.target, adopted.digest) == (made.target, made.digest)
     assert len(parquet.rows()) == ROWS
     assert parquet.staged_files() == []
 
@@ -110,7 +104,7 @@ def test_an_attempt_that_splits_otherwise_adopts_the_first(parquet: Place, first
 def test_whatever_is_in_the_way_stays(parquet: Place, thing: str) -> None:
     """A rename would take the place of an empty folder without a word."""
     output = large(parquet)
-    target = parquet.home / "out" / TOPIC / output.output_key[:32]
+    target = parquet.home / "out" / TOPIC / output.version_slot[:32]
     target.parent.mkdir()
     if thing == "a file":
         target.write_bytes(b"notes")
@@ -133,8 +127,8 @@ def test_whatever_is_in_the_way_stays(parquet: Place, thing: str) -> None:
 @pytest.mark.parametrize("harm", ["a byte", "a part less", "a part more", "gone"])
 def test_check_sees_harm(parquet: Place, harm: str) -> None:
     output = large(parquet)
-    (published,) = shown(parquet, output)
-    made, folder = claims([output], [published]), Path(published.target)
+    (published,) = parquet.show(output)
+    made, folder = [published], Path(published.target)
     if harm == "a byte":
         data = bytearray((folder / PARTS[1]).read_bytes())
         data[len(data) // 2] ^= 1
@@ -150,25 +144,33 @@ def test_check_sees_harm(parquet: Place, harm: str) -> None:
     assert fault.startswith(f"{folder}: {words}")
 
 
-def test_an_inventory_finds_it(parquet: Place) -> None:
-    output = large(parquet, job=7)
-    (published,) = shown(parquet, output)
-    (half,) = shown(parquet, large(parquet, job=8))
-    (Path(half.target) / PARTS[0]).unlink()
-    (found,) = parquet.sink.inventory(set())
-    assert (found.target, found.rows, found.digest) == (published.target, ROWS, output.digest)
-    assert (found.output_key, found.job_id, found.topic) == (output.output_key, 7, TOPIC)
-    assert list(parquet.sink.inventory({output.output_key[:32]})) == []
-
-
-def test_what_was_moved_away_can_be_made_again(parquet: Place) -> None:
-    output = large(parquet)
-    (claim,) = claims([output], shown(parquet, output))
+def test_an_altered_folder_is_not_deleted(parquet: Place) -> None:
+    (published,) = parquet.show(large(parquet))
+    (Path(published.target) / PARTS[0]).unlink()
     with pytest.raises(SinkConflict, match="was changed"):
-        parquet.sink.withdraw(claim)
-    shutil.rmtree(claim.target)
-    parquet.sink.withdraw(claim)
-    shown(parquet, large(parquet, attempt="a2"))
+        parquet.sink.delete([published])
+    shutil.rmtree(published.target)
+    parquet.sink.delete([published])
+    parquet.show(large(parquet, attempt="a2"))
+    assert len(parquet.rows()) == ROWS
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_folders_are_exchanged(
+    parquet: Place, monkeypatch: pytest.MonkeyPatch, swaps: bool
+) -> None:
+    """In one step where the filesystem can."""
+    if not swaps:
+        monkeypatch.setattr(parquet_moves, "_swap", lambda *_: False)
+    (older,) = parquet.show(large(parquet, slot="s"))
+    hidden = msgspec.structs.replace(older, state=State.HIDDEN)
+    (newer,) = parquet.show(large(parquet, job=2, slot="s"), changes=[hidden])
+    assert newer.target == older.target
+    assert {row["_cf_job_id"] for row in parquet.rows()} == {2}
+    assert len(parquet.rows()) == ROWS
+    assert parquet.check([hidden, newer]) == []
+    parquet.sink.change([older, msgspec.structs.replace(newer, state=State.HIDDEN)])
+    assert {row["_cf_job_id"] for row in parquet.rows()} == {1}
 
 
 def test_a_lost_or_shorter_part_is_told_of(parquet: Place) -> None:
@@ -185,14 +187,14 @@ def test_a_lost_or_shorter_part_is_told_of(parquet: Place) -> None:
 
 def test_a_race_over_the_columns_rewrites_every_part(parquet: Place) -> None:
     output = large(parquet, job=2)
-    shown(parquet, parquet.sealed({"id": [0.5], "more": ["x"]}, job=1))
-    (published,) = shown(parquet, output)
+    parquet.show(parquet.sealed({"id": [0.5], "more": ["x"]}, job=1))
+    (published,) = parquet.show(output)
     folder = Path(published.target)
     assert sorted(os.listdir(folder)) == PARTS
     tables = [pq.read_table(folder / name, partitioning=None) for name in PARTS]
     assert {table.schema.field("id").type for table in tables} == {pa.float64()}
     assert sum(table.num_rows for table in tables) == ROWS
-    (found,) = parquet.sink.inventory({parquet.sealed({"id": [1]}).output_key[:32]})
+    (found,) = parquet.sink.records({parquet.sealed({"id": [1]}, attempt="a9").output_key})
     assert (found.rows, found.digest) == (ROWS, published.digest)
 
 
@@ -210,8 +212,8 @@ def test_discard_leaves_nothing(parquet: Place) -> None:
 
 def test_our_own_readers_take_it_for_one_output(parquet: Place) -> None:
     output = large(parquet, job=7)
-    (published,) = shown(parquet, output)
-    shown(parquet, parquet.sealed({"id": [-1]}, job=8))
+    (published,) = parquet.show(output)
+    parquet.show(parquet.sealed({"id": [-1]}, job=8))
     assert sorted(
         (group.job_id, len(group.rows)) for group in sink_reader.groups(parquet.location, TOPIC)
     ) == [(7, ROWS), (8, 1)]
@@ -220,8 +222,8 @@ def test_our_own_readers_take_it_for_one_output(parquet: Place) -> None:
     assert Path(published.target) in known
     committed = {
         "topic": TOPIC, "location": parquet.location, "target": published.target,
-        "output_key": output.output_key, "latest": True,
+        "output_key": output.output_key, "rows": ROWS, "latest": True,
     }  # fmt: skip
     question = f"SELECT count(*) AS n, sum(id) AS s FROM {TOPIC}"
-    with query.answer(question, [committed]) as answer, closing(answer):
+    with query.answer(question, [committed]) as answer:
         assert answer.read_all().to_pylist() == [{"n": ROWS, "s": ROWS * (ROWS - 1) // 2}]

@@ -7,14 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import parts
 from casparian_flow.engine.sinks.base import LINEAGE
-from casparian_flow.protocol import Published
-from tests.sinks.stages import TOPIC, Place, claims
+from casparian_flow.protocol import State
+from tests.sinks.stages import TOPIC, Place
 
 PAGE = Path(__file__).parents[2] / "docs" / "sinks_parquet.md"
 LINES = dict(re.findall(r"^```python\n# (\w+)\n(.+?)^```", PAGE.read_text("utf-8"), re.M | re.S))
@@ -42,12 +45,13 @@ def topic(parquet: Place, monkeypatch: pytest.MonkeyPatch) -> Path:
         batch = pa.record_batch(columns)
         for start in range(0, batch.num_rows, 200):
             stage.write(batch.slice(start, 200))
-        (seen,) = parquet.publish(*sinks.seal([stage]))
-        assert isinstance(seen, Published)
+        parquet.show(*sinks.seal([stage]))
     folder = parquet.home / "out" / TOPIC
     (folder / "._common_metadata.tmp").write_bytes(b"of somebody who died")
-    taken_back = parquet.sealed({"a": ["taken back"]}, job=1, key="taken back", attempt="a8")
-    parquet.sink.retract(claims([taken_back], parquet.publish(taken_back))[0])
+    taken_back = parquet.sealed(
+        {"a": ["taken back"]}, job=1, key="taken back", slot="taken", attempt="a8"
+    )
+    parquet.tell(State.RETRACTED, *parquet.show(taken_back))
     parquet.sealed({"a": ["staged"]}, job=9)
     return folder
 
@@ -111,3 +115,15 @@ def test_nothing_else_begins_otherwise_than_with_a_dot_or_an_underscore(topic: P
     assert len(data) == len(OUTPUTS) - 1 + 3
     assert {name for name in os.listdir(topic.parent) if name[0] not in "_."} == {TOPIC}
     assert (topic / "_common_metadata").is_file()
+
+
+def test_readers_of_the_whole_sink_meet_no_other_file(topic: Path) -> None:
+    """Neither the record nor what is kept or staged."""
+    count = len(expected())
+    columns = pq.read_schema(topic / "_common_metadata")
+    assert ds.dataset(topic.parent, schema=columns).count_rows() == count
+    question = (
+        f"SELECT count(*) FROM read_parquet('{topic.parent}/*/*.parquet', union_by_name = true)"
+    )
+    large = len(OUTPUTS[-1]["a"])
+    assert duckdb.sql(question).fetchall() == [(count - large,)]

@@ -20,9 +20,9 @@ from casparian_flow.engine.sinks import sqlite as sqlite_sink
 from casparian_flow.engine.sinks import sqlite_tables
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
-from casparian_flow.protocol import Published, StagedOutput
+from casparian_flow.protocol import Output, State
 from tests.sinks.columns_of_any_type import Sample, samples
-from tests.sinks.stages import TOPIC, Place, claims
+from tests.sinks.stages import TOPIC, Place
 
 LOSSY = 2**53 + 1
 """The first integer a double cannot hold."""
@@ -52,9 +52,8 @@ def small(place: Place) -> Iterator[None]:
         yield
 
 
-def published(place: Place, columns: Any, job: int = 1) -> Published:
-    (seen,) = place.publish(place.sealed(columns, job))
-    assert isinstance(seen, Published), seen
+def published(place: Place, columns: Any, job: int = 1) -> Output:
+    (seen,) = place.show(place.sealed(columns, job))
     return seen
 
 
@@ -85,8 +84,7 @@ def test_any_value_is_stored_as_documented(sample: Sample) -> None:
         stage = place.stage()
         for batch in sample.batches():
             stage.write(batch)
-        (seen,) = place.publish(*sinks.seal([stage]))
-        assert isinstance(seen, Published), seen
+        place.show(*sinks.seal([stage]))
         found = [tuple(row.values())[: -len(LINEAGE)] for row in place.rows()]
     assert found == sample.stored()
     assert [[type(v) for v in row] for row in found] == [
@@ -130,11 +128,11 @@ def test_databases_of_any_name(tmp_path: Path, name: str) -> None:
     place.location = sinks.resolve(f"sqlite:///{name}", tmp_path)
     place.database = tmp_path / name
     output = place.sealed({"id": [1]})
-    found = place.publish(output)
+    found = place.show(output)
     assert len(place.rows()) == 1
     (pattern,) = owned(tmp_path / ".casparian")
     assert sorted(f.name for f in tmp_path.glob(pattern)) == [name]
-    assert place.sink.check(claims([output], found)) == []
+    assert place.sink.check(found) == []
 
 
 def test_a_locked_database_is_waited_for(sqlite: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +145,22 @@ def test_a_locked_database_is_waited_for(sqlite: Place, monkeypatch: pytest.Monk
         connection.execute("ROLLBACK")
     assert isinstance(outcome, SinkUnavailable)
     assert "database is locked" in outcome.message
-    assert isinstance(*sqlite.publish(output), Published)
+    sqlite.show(output)
+
+
+def test_a_sink_that_cannot_be_read_is_not_a_sink_without_records(
+    sqlite: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_sink, "BUSY_SECONDS", 0.01)
+    with database(sqlite) as connection:
+        connection.execute("CREATE TABLE theirs (a)")
+    made = sqlite.show(sqlite.sealed({"id": [1]}))
+    with database(sqlite) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(SinkUnavailable, match=r"cannot read .* database is locked"):
+            list(sqlite.sink.records(()))
+        (fault,) = sqlite.check(made)
+    assert "database is locked" in fault
 
 
 def test_columns_come_and_go(sqlite: Place) -> None:
@@ -178,20 +191,21 @@ def test_a_column_keeps_its_type(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("CREATE UNIQUE INDEX one ON sales (id)", "UNIQUE constraint failed: sales.id"),
+        ("CREATE UNIQUE INDEX one ON _cf_rows_sales (id)", "UNIQUE constraint failed"),
         (
-            "CREATE TRIGGER no BEFORE INSERT ON sales WHEN NEW.id = 7"
+            "CREATE TRIGGER no BEFORE INSERT ON _cf_rows_sales WHEN NEW.id = 7"
             " BEGIN SELECT RAISE(ABORT, 'seven'); END",
             "seven",
         ),
         (
-            "DROP TABLE sales; CREATE TABLE sales (id INTEGER, must TEXT NOT NULL,"
-            " _cf_file_version_id, _cf_job_id, _cf_source_hash, _cf_plugin_version)",
-            "NOT NULL constraint failed: sales.must",
+            "DROP TABLE _cf_rows_sales;"
+            "CREATE TABLE _cf_rows_sales (_cf_output, id INTEGER, must TEXT NOT NULL)",
+            "NOT NULL constraint failed: _cf_rows_sales.must",
         ),
-        ("DROP TABLE sales; CREATE VIEW sales AS SELECT 1 AS id", "left untouched"),
+        ("DROP VIEW sales; CREATE VIEW sales AS SELECT 1 AS id", "left untouched"),
+        ("DROP VIEW sales; CREATE TABLE sales (id)", "left untouched"),
     ],
-    ids=["unique", "row n", "not null", "view"],
+    ids=["unique", "row n", "not null", "view", "table"],
 )
 def test_a_table_that_somebody_changed_takes_all_rows_or_none(
     sqlite: Place, change: str, said: str
@@ -202,16 +216,67 @@ def test_a_table_that_somebody_changed_takes_all_rows_or_none(
     error = refused(sqlite, {"id": [*range(20_000)], "added": [0] * 20_000}, job=2)
     assert isinstance(error, OutputRefused | SinkConflict)
     assert said in error.message
-    elsewhere = sqlite.publish(sqlite.sealed({"id": [1]}, job=3, topic="other"))
-    assert isinstance(*elsewhere, Published)
+    sqlite.show(sqlite.sealed({"id": [1]}, job=3, topic="other"))
 
 
-def test_a_column_that_somebody_dropped_is_added_again(sqlite: Place) -> None:
-    published(sqlite, {"id": [1], "name": ["a"]}, job=1)
+def test_views_and_tables_that_somebody_dropped_are_made_again(sqlite: Place) -> None:
+    (made,) = [published(sqlite, {"id": [1], "name": ["a"]}, job=1)]
     with database(sqlite) as connection:
-        connection.execute("ALTER TABLE sales DROP COLUMN name")
+        connection.executescript("DROP VIEW sales; DROP VIEW sales_current")
+    (fault,) = sqlite.check([made])
+    assert "the view 'sales' is gone" in fault
     published(sqlite, {"id": [2], "name": ["b"]}, job=2)
-    assert column(sqlite, "name") == [None, "b"]
+    assert column(sqlite, "name") == ["a", "b"] == [r["name"] for r in sqlite.rows("sales_current")]
+    with database(sqlite) as connection:
+        connection.executescript("DROP TABLE _cf_rows_sales")
+    published(sqlite, {"id": [3], "name": ["c"]}, job=3)
+    assert column(sqlite, "name") == ["c"]
+
+
+def test_a_view_that_grows_keeps_its_triggers_and_the_views_on_it(sqlite: Place) -> None:
+    published(sqlite, {"id": [1]}, job=1)
+    with database(sqlite) as connection:
+        connection.executescript(
+            """
+            CREATE VIEW mine AS SELECT count(*) AS n FROM sales;
+            CREATE TABLE log (id);
+            CREATE TRIGGER taken INSTEAD OF INSERT ON sales
+            BEGIN INSERT INTO log VALUES (NEW.id); END;
+            """
+        )
+    published(sqlite, {"id": [2], "new": ["x"]}, job=2)
+    with database(sqlite) as connection:
+        connection.execute("INSERT INTO sales (id) VALUES (7)")
+        assert connection.execute("SELECT * FROM log").fetchall() == [(7,)]
+        assert connection.execute("SELECT * FROM mine").fetchall() == [(2,)]
+
+
+def test_current_and_history(sqlite: Place) -> None:
+    (first,) = sqlite.show(sqlite.replacing(1, 1))
+    (second,) = sqlite.show(sqlite.replacing(2, 2), changes=sqlite.tell(State.PAST, first))
+    for topic, jobs in ((TOPIC, [2]), ("sales_current", [2]), ("sales_history", [1, 2])):
+        assert [row["_cf_job_id"] for row in sqlite.rows(topic)] == jobs
+    sqlite.tell(State.PAST, first, mode="append")
+    assert column(sqlite, "id") == [1, 2]
+    sqlite.tell(State.RETRACTED, second)
+    assert [column["id"] for column in sqlite.rows("sales_history")] == [1]
+    assert sqlite.rows("sales_current") == []
+
+
+def test_a_topic_is_named_like_another_topics_view(sqlite: Place) -> None:
+    published(sqlite, {"id": [1]}, job=1)
+    sqlite.show(sqlite.sealed({"n": [2]}, 2, topic="sales_history"))
+    published(sqlite, {"id": [1], "new": [1]}, job=3)
+    assert [row["n"] for row in sqlite.rows("sales_history")] == [2]
+    assert [row["n"] for row in sqlite.rows("sales_history_history")] == [2]
+    with database(sqlite) as connection:
+        connection.execute("CREATE TABLE other_current (theirs)")
+        connection.execute("CREATE INDEX more_current ON other_current (theirs)")
+    sqlite.show(sqlite.sealed({"n": [3]}, 4, topic="other"))
+    assert sqlite.rows("other_current") == []
+    assert len(sqlite.rows("other_history")) == 1
+    sqlite.show(sqlite.sealed({"n": [3]}, 5, topic="more"))
+    assert len(sqlite.rows("more")) == 1
 
 
 def test_integers_and_reals_mix_where_they_stay_exact(sqlite: Place) -> None:
@@ -244,7 +309,9 @@ def test_a_column_without_a_type_that_has_several_kinds_of_value_stays_open(
     """As earlier releases left it."""
     published(sqlite, {"empty": [None, None]}, job=1)
     with database(sqlite) as connection:
-        connection.execute("UPDATE sales SET empty = CASE rowid WHEN 1 THEN 7 ELSE '007' END")
+        connection.execute(
+            "UPDATE _cf_rows_sales SET empty = CASE rowid WHEN 1 THEN 7 ELSE '007' END"
+        )
     published(sqlite, {"empty": ["x"]}, job=2)
     published(sqlite, {"empty": [0.5]}, job=3)
     assert column(sqlite, "empty") == [7, "007", "x", 0.5]
@@ -260,14 +327,17 @@ def test_whole_numbers_take_reals_where_a_real_holds_them_all(sqlite: Place) -> 
     error = refused(sqlite, {"m": [0.5]}, job=5)
     assert "whole numbers" in error.message
     with database(sqlite) as connection:
-        connection.executescript("ALTER TABLE sales DROP COLUMN n; ALTER TABLE sales ADD n TEXT")
+        connection.executescript(
+            """
+            DROP VIEW sales; DROP VIEW sales_current; DROP VIEW sales_history;
+            ALTER TABLE _cf_rows_sales DROP COLUMN n; ALTER TABLE _cf_rows_sales ADD n TEXT;
+            """
+        )
     published(sqlite, {"n": ["what was noted of the other column does not count"]}, job=6)
 
 
 def test_a_retracted_whole_number_keeps_reals_out(sqlite: Place) -> None:
-    output = sqlite.sealed({"n": [-(2**63), 1]}, job=1)
-    claim = claims([output], sqlite.publish(output))[0]
-    sqlite.sink.retract(claim)
+    sqlite.show(sqlite.sealed({"n": [-(2**63), 1]}, job=1, state=State.RETRACTED))
     error = refused(sqlite, {"n": [0.5]}, job=2)
     assert "whole numbers" in error.message
 
@@ -375,16 +445,19 @@ def test_a_damaged_staged_file_is_told_of(sqlite: Place) -> None:
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        ("DELETE FROM sales WHERE id = 1 AND _cf_job_id = 2", "1 rows of job 2 instead of the 2"),
-        ("INSERT INTO sales SELECT * FROM sales WHERE _cf_job_id = 2", "4 rows of job 2"),
-        ("UPDATE sales SET _cf_job_id = 3 WHERE _cf_job_id = 2", "0 rows of job 2"),
+        (
+            "DELETE FROM _cf_rows_sales WHERE id = 1 AND _cf_output = 2",
+            "1 rows of job 2 inst",
+        ),
+        ("INSERT INTO _cf_rows_sales SELECT * FROM _cf_rows_sales WHERE _cf_output = 2", "4 rows"),
+        ("UPDATE _cf_rows_sales SET _cf_output = 3 WHERE _cf_output = 2", "0 rows of job 2"),
+        ("UPDATE _cf_outputs SET state = 'past' WHERE job_id = 2", "as past, mode append, instead"),
         ("DELETE FROM _cf_outputs WHERE job_id = 2", "the output of job 2"),
         ("UPDATE _cf_outputs SET digest = '' WHERE job_id = 2", "the output"),
     ],
 )
 def test_check_sees_harm(sqlite: Place, harm: str, said: str) -> None:
-    outputs = [sqlite.sealed({"id": [1, 2]}, job) for job in (1, 2)]
-    made = claims(outputs, sqlite.publish(*outputs))
+    made = sqlite.show(*(sqlite.sealed({"id": [1, 2]}, job) for job in (1, 2)))
     assert sqlite.sink.check(made) == []
     with database(sqlite) as connection:
         connection.execute(harm)
@@ -393,12 +466,11 @@ def test_check_sees_harm(sqlite: Place, harm: str, said: str) -> None:
     assert said in fault
 
 
-def test_check_sees_a_dropped_table_and_speaks_of_each_claim(sqlite: Place) -> None:
-    outputs = [sqlite.sealed({"id": [1]}, job) for job in (1, 2)]
-    made = claims(outputs, sqlite.publish(*outputs))
+def test_check_sees_a_dropped_table_and_speaks_of_each_output(sqlite: Place) -> None:
+    made = sqlite.show(*(sqlite.sealed({"id": [1]}, job) for job in (1, 2)))
     with database(sqlite) as connection:
-        connection.execute(f"DROP TABLE {TOPIC}")
-    assert ["no such table" in fault for fault in sqlite.sink.check(made)] == [True, True]
+        connection.execute(f"DROP TABLE _cf_rows_{TOPIC}")
+    assert ["0 rows of job" in fault for fault in sqlite.sink.check(made)] == [True, True]
 
 
 def test_the_outputs_of_a_job_appear_together_and_are_refused_together(sqlite: Place) -> None:
@@ -411,7 +483,7 @@ def test_the_outputs_of_a_job_appear_together_and_are_refused_together(sqlite: P
     before = everything(sqlite)
     outcomes = sqlite.publish(refused_job[0], good[0], refused_job[1], good[1])
     assert [type(outcome) for outcome in outcomes] == [
-        OutputRefused, Published, OutputRefused, Published,
+        OutputRefused, Output, OutputRefused, Output,
     ]  # fmt: skip
     assert all("column 'id' (string)" in o.message for o in outcomes if isinstance(o, JobError))
     assert [len(sqlite.rows(topic)) for topic in (TOPIC, "fine", "t1", "t2")] == [1, 0, 1, 1]
@@ -428,7 +500,7 @@ def test_no_reader_sees_one_topic_of_a_job_without_the_other(sqlite: Place) -> N
             while not stop.is_set():
                 seen.update(*reader.execute("SELECT (SELECT count(*) FROM l) - count(*) FROM r"))
 
-    def both(job: int) -> list[StagedOutput]:
+    def both(job: int) -> list[Output]:
         return [
             sqlite.sealed({"id": [job] * 50}, job, topic=topic, key=f"{topic}{job}")
             for topic in ("l", "r")
@@ -439,7 +511,7 @@ def test_no_reader_sees_one_topic_of_a_job_without_the_other(sqlite: Place) -> N
     reader.start()
     try:
         for job in range(2, 30):
-            assert all(isinstance(o, Published) for o in sqlite.publish(*both(job)))
+            assert all(isinstance(o, Output) for o in sqlite.publish(*both(job)))
     finally:
         stop.set()
         reader.join()
@@ -457,89 +529,60 @@ def test_a_database_that_fills_up_within_a_transaction_takes_nothing(sqlite: Pla
     with small(sqlite):
         outcomes = sqlite.publish(*outputs)
     assert any(isinstance(outcome, SinkUnavailable) for outcome in outcomes)
-    kept = [
-        o.job_id for o, seen in zip(outputs, outcomes, strict=True) if isinstance(seen, Published)
-    ]
+    kept = [o.job_id for o, seen in zip(outputs, outcomes, strict=True) if isinstance(seen, Output)]
     assert sorted(row["_cf_job_id"] for row in sqlite.rows()) == [1, *kept]
     assert (everything(sqlite) == before) == (not kept)
-    assert all(isinstance(seen, Published) for seen in sqlite.publish(*outputs))
+    sqlite.show(*outputs)
 
 
-def test_a_ledger_of_an_earlier_release_is_migrated_where_it_stands(sqlite: Place) -> None:
-    output = sqlite.sealed({"id": [1, 2]})
-    with database(sqlite) as connection:
-        connection.executescript(
-            f"""
-            CREATE TABLE {TOPIC} (id INTEGER, _cf_file_version_id INTEGER, _cf_job_id INTEGER,
-                                  _cf_source_hash TEXT, _cf_plugin_version TEXT);
-            INSERT INTO {TOPIC} VALUES (1, 101, 1, 'ab', '1.0'), (2, 101, 1, 'ab', '1.0');
-            CREATE TABLE _cf_outputs (
-                output_key TEXT PRIMARY KEY, topic TEXT NOT NULL, job_id INTEGER NOT NULL,
-                file_version_id INTEGER NOT NULL, rows INTEGER NOT NULL, digest TEXT NOT NULL,
-                published_at TEXT NOT NULL);
-            INSERT INTO _cf_outputs VALUES ('{output.output_key}', '{TOPIC}', 1, 101, 2,
-                                            '{output.digest}', '2025-01-01');
-            """
-        )
-    (found,) = sqlite.sink.inventory(())
-    assert (found.job_id, found.rows, found.retracted) == (1, 2, False)
-    found_claims = claims([output], sqlite.publish(output))
-    assert sqlite.sink.check(found_claims) == []
-    published(sqlite, {"id": [3]}, job=2)
-    sqlite.sink.retract(found_claims[0])
-    assert column(sqlite, "id") == [3]
-    sqlite.sink.reinstate(found_claims[0])
-    assert sorted(column(sqlite, "id")) == [1, 2, 3]
+def test_a_job_that_is_refused_leaves_the_states_of_others(sqlite: Place) -> None:
+    (first,) = sqlite.show(sqlite.replacing(1, 1))
+    past = Output(**{name: getattr(first, name) for name in first.__struct_fields__} | {
+        "state": State.PAST})  # fmt: skip
+    (error,) = sqlite.publish(sqlite.replacing(2, 2, {"id": ["x"]}), changes=[past])
+    assert isinstance(error, OutputRefused)
+    assert column(sqlite, "id") == [1]
 
 
 def test_two_ledgers_that_share_a_table_take_their_own_rows_only(sqlite: Place) -> None:
     """Both gave the same ids to the same content: their rows are alike."""
-    alike = {"job": 1, "mode": "replace", "ordinal": 1}
-    for name in ("ours", "theirs"):
-        output = sqlite.sealed({"id": [1]}, key=name, slot=name, attempt=name, **alike)
-        assert isinstance(*sqlite.publish(output), Published)
-    newer = sqlite.sealed({"id": [2]}, 2, slot="ours", mode="replace", ordinal=2)
-    assert isinstance(*sqlite.publish(newer), Published)
-    assert sorted(column(sqlite, "id")) == [1, 2]
+    ours, _ = sqlite.show(
+        *(sqlite.sealed({"id": [1]}, key=name, attempt=name) for name in ("ours", "theirs"))
+    )
+    sqlite.tell(State.RETRACTED, ours)
+    assert column(sqlite, "id") == [1]
 
 
 def test_columns_that_have_every_name_of_the_row_number(sqlite: Place) -> None:
-    for names in (["rowid", "oid"], ["rowid", "oid", "_rowid_"]):
-        topic = f"t{len(names)}"
-        for job in (1, 2):
-            output = sqlite.sealed(
-                {name: [job] for name in names}, job, topic=topic, mode="replace", ordinal=job,
-                key=f"{topic}{job}", attempt=f"{topic}{job}",
-            )  # fmt: skip
-            (outcome,) = sqlite.publish(output)
-        shown = [row["rowid"] for row in sqlite.rows(topic)]
-        if len(names) == 2:
-            assert shown == [2]
-        else:
-            assert isinstance(outcome, SinkConflict)
-            assert shown == [1]
+    names = ["rowid", "oid", "_rowid_"]
+    made = sqlite.show(*(sqlite.sealed({name: [job] for name in names}, job) for job in (1, 2)))
+    sqlite.sink.delete(made[:1])
+    assert column(sqlite, "rowid") == [2]
 
 
-def test_reinstating_into_a_table_that_lost_a_column_is_refused(sqlite: Place) -> None:
-    output = sqlite.sealed({"id": [1], "name": ["a"]})
-    (made,) = claims([output], sqlite.publish(output))
-    sqlite.sink.retract(made)
+def test_a_change_of_many_rows_is_a_change_of_one(sqlite: Place) -> None:
+    """Nothing in the table of rows is written."""
+    (made,) = sqlite.show(sqlite.sealed({"id": [*range(100_000)]}))
     with database(sqlite) as connection:
-        connection.execute("ALTER TABLE sales DROP COLUMN name")
-    with pytest.raises(SinkConflict, match="column 'name'"):
-        sqlite.sink.reinstate(made)
-    with database(sqlite) as connection:
-        connection.execute("ALTER TABLE sales ADD COLUMN name TEXT")
-    sqlite.sink.reinstate(made)
-    assert [row["name"] for row in sqlite.rows()] == ["a"]
+        connection.execute("CREATE TRIGGER no BEFORE UPDATE ON _cf_rows_sales "
+                           "BEGIN SELECT RAISE(ABORT, 'moved'); END")  # fmt: skip
+        connection.execute("CREATE TRIGGER none BEFORE DELETE ON _cf_rows_sales "
+                           "BEGIN SELECT RAISE(ABORT, 'moved'); END")  # fmt: skip
+    for state in (State.RETRACTED, State.CURRENT, State.HIDDEN, State.PAST):
+        sqlite.tell(state, made)
+    assert len(sqlite.rows()) == 100_000
 
 
-def test_what_is_not_whole_is_not_retracted(sqlite: Place) -> None:
-    output = sqlite.sealed({"id": [1, 2]})
-    (made,) = claims([output], sqlite.publish(output))
+def test_readers_find_the_states_of_outputs_by_number(sqlite: Place) -> None:
+    """A query on a topic scans its rows once, and uses the indexes that users make on them."""
+    published(sqlite, {"id": [*range(1000)], "name": ["x"] * 1000})
     with database(sqlite) as connection:
-        connection.execute("DELETE FROM sales WHERE id = 1")
-    before = everything(sqlite)
-    with pytest.raises(SinkConflict, match="has 1 rows of job 1 instead of the 2 published"):
-        sqlite.sink.retract(made)
-    assert everything(sqlite) == before
+        connection.execute("CREATE INDEX by_id ON _cf_rows_sales (id)")
+        plans = [
+            [step[3] for step in connection.execute(f"EXPLAIN QUERY PLAN SELECT {query}")]
+            for query in ("count(*) FROM sales", "name FROM sales", "name FROM sales WHERE id = 7")
+        ]
+    assert [plan[0].partition(" (")[0] for plan in plans] == [
+        "SCAN r USING COVERING INDEX _cf_output_of_sales", "SCAN r", "SEARCH r USING INDEX by_id",
+    ]  # fmt: skip
+    assert {plan[1] for plan in plans} == {"SEARCH o USING INTEGER PRIMARY KEY (rowid=?)"}

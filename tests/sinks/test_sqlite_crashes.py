@@ -1,7 +1,7 @@
 """Killed at every crash point of the SQLite sink, and asked again: the same as if nothing had been.
 
-Whatever is published together is one transaction: after a crash a reader sees what it saw before,
-or everything.
+Whatever is done in one call is one transaction: after a crash a reader sees what it saw before, or
+everything.
 """
 
 from __future__ import annotations
@@ -12,18 +12,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from casparian_flow.engine.sinks import sqlite_tables
-from casparian_flow.engine.sinks.base import Claim
-from casparian_flow.protocol import Published, StagedOutput
+from casparian_flow.protocol import Output, Publication, State
 from tests.sinks import forks
 from tests.sinks.stages import TOPIC, Place
 
 OTHER = "others"
-
-Act = Callable[[Place], object]
-"""What is done, and done again after the crash."""
 
 
 @pytest.fixture
@@ -39,108 +36,105 @@ def seen(place: Place) -> list[str]:
     return sorted(repr(row) for topic in (TOPIC, OTHER) for row in place.rows(topic))
 
 
-def trials(home: Path, prepare: Act, act: Act) -> Iterator[tuple[int, Place, list[str]]]:
-    """One for each crash point: its number, the place after the crash, and what must come."""
+def as_told(output: Output, state: State) -> Output:
+    return msgspec.structs.replace(output, state=state)
+
+
+def held_against(
+    home: Path, prepare: Callable[[Place], None], act: Callable[[Place], object]
+) -> Place:
+    """Kill the act at each of its crash points, and do it again; the place after the last."""
     fresh = home / "fresh"
     place = Place("sqlite", home / "place")
     place.home.mkdir()
     prepare(place)
+    before = seen(place)
     shutil.copytree(place.home, fresh)
     act(place)
-    expected = seen(place)
-    number = 0
+    expected, records = seen(place), recorded(place)
+    number = 1
     while True:
-        number += 1
         shutil.rmtree(place.home)
         shutil.copytree(fresh, place.home)
         if not forks.dies(lambda: act(place), number):
-            assert number > 2, "hardly a crash point was met"
-            return
-        yield number, place, expected
+            break
+        assert seen(place) in (before, expected), f"crash point {number}"
+        act(place)
+        assert seen(place) == expected, f"crash point {number}"
+        assert recorded(place) == records, f"crash point {number}"
+        assert place.staged_files() == [], f"crash point {number}"
+        number += 1
+    assert number > 4, "hardly a crash point was met"
+    return place
 
 
-def show(*outputs: StagedOutput) -> Act:
-    def publish(place: Place) -> None:
-        found = place.publish(*outputs)
-        assert all(isinstance(each, Published) for each in found), found
+def recorded(place: Place) -> list[Output]:
+    """The sink's records, without the times, which differ."""
+    return [
+        msgspec.structs.replace(output, shown_at=bool(output.shown_at) * "then",
+                                hidden_at=bool(output.hidden_at) * "then")
+        for output in place.sink.records(())
+    ]  # fmt: skip
 
-    return publish
 
-
-def staged(place: Place, job: int, topic: str = TOPIC, **named: object) -> StagedOutput:
+def staged(place: Place, job: int, topic: str = TOPIC, **named: object) -> Output:
     return place.sealed({"n": [job, 2, 3]}, job, topic=topic, attempt=f"a{job}{topic}", **named)
 
 
-def replacing(place: Place, job: int, ordinal: int, topic: str = TOPIC) -> StagedOutput:
-    key = f"job {job} {topic}"
-    return staged(place, job, topic, mode="replace", ordinal=ordinal, key=key)
+def show(place: Place, *jobs: Publication) -> None:
+    outcomes = place.sink.publish(jobs)
+    assert all(isinstance(outcome, list) for outcome in outcomes), outcomes
 
 
 @pytest.mark.slow
 def test_an_append_that_is_killed(home: Path) -> None:
     """Two topics of one job, and another job, into a database that is not there yet."""
-    outputs: list[StagedOutput] = []
+    jobs: list[Publication] = []
 
     def prepare(place: Place) -> None:
-        outputs.append(staged(place, 1))
-        outputs.append(staged(place, 1, OTHER, key="other"))
-        outputs.append(staged(place, 2))
+        jobs.append(Publication(outputs=[staged(place, 1), staged(place, 1, OTHER)]))
+        jobs.append(Publication(outputs=[staged(place, 2), place.output(2, topic=OTHER)]))
 
-    def act(place: Place) -> None:
-        show(*outputs)(place)
-
-    for number, place, expected in trials(home, prepare, act):
-        assert seen(place) in ([], expected), f"crash point {number}"
-        act(place)
-        assert seen(place) == expected, f"crash point {number}"
-        assert place.staged_files() == [], f"crash point {number}"
+    held_against(home, prepare, lambda place: show(place, *jobs))
 
 
 def test_a_replacement_that_is_killed(home: Path) -> None:
     """Both topics of a version take their places at once; an older one comes late with it."""
-    outputs: list[StagedOutput] = []
-    before: list[list[str]] = []
+    jobs: list[Publication] = []
+
+    def version(place: Place, job: int, ordinal: int, state: State) -> list[Output]:
+        named = {"mode": "replace", "slot": "one.csv", "ordinal": ordinal, "state": state}
+        return [staged(place, job, topic, **named) for topic in (TOPIC, OTHER)]
 
     def prepare(place: Place) -> None:
-        place.show(*(replacing(place, 1, 1, topic) for topic in (TOPIC, OTHER)))
-        before.append(seen(place))
-        outputs.extend(replacing(place, 2, 3, topic) for topic in (TOPIC, OTHER))
-        outputs.append(replacing(place, 3, 2))
+        first = place.show(*version(place, 1, 1, State.CURRENT))
+        past = [as_told(output, State.PAST) for output in first]
+        jobs.append(Publication(outputs=version(place, 2, 3, State.CURRENT), changes=past))
+        jobs.append(Publication(outputs=version(place, 3, 2, State.PAST)))
 
-    def act(place: Place) -> None:
-        show(*outputs)(place)
-
-    for number, place, expected in trials(home, prepare, act):
-        assert seen(place) in (before[0], expected), f"crash point {number}"
-        act(place)
-        assert seen(place) == expected, f"crash point {number}"
-        assert {row["_cf_job_id"] for row in place.rows()} == {2}
-        assert place.staged_files() == [], f"crash point {number}"
+    place = held_against(home, prepare, lambda place: show(place, *jobs))
+    assert {row["_cf_job_id"] for row in place.rows()} == {2}
 
 
-@pytest.mark.parametrize("mode", ["append", "replace"])
-@pytest.mark.parametrize("verb", ["retract", "reinstate"])
-@pytest.mark.slow_but("retract-append", "reinstate-replace")
-def test_a_retraction_that_is_killed(home: Path, verb: str, mode: str) -> None:
-    """Beside another job's rows, which stay as they are."""
-    made: list[Claim] = []
-    before: list[list[str]] = []
+@pytest.mark.parametrize("state", [State.RETRACTED, State.CURRENT])
+def test_a_change_that_is_killed(home: Path, state: State) -> None:
+    """Of two outputs at once, beside another job's rows, which stay as they are."""
+    told: list[Output] = []
 
     def prepare(place: Place) -> None:
-        output = staged(place, 1, mode=mode)
-        made.extend(place.show(output, staged(place, 2))[:1])
-        if verb == "reinstate":
-            place.sink.retract(made[0])
-        before.append(seen(place))
+        before = State.CURRENT if state == State.RETRACTED else State.RETRACTED
+        made = place.show(*(staged(place, job, state=before) for job in (1, 2)), staged(place, 3))
+        told.extend(as_told(output, state) for output in made[:2])
 
-    def act(place: Place) -> None:
-        getattr(place.sink, verb)(made[0])
+    place = held_against(home, prepare, lambda place: place.sink.change(told))
+    assert place.check(told) == []
 
-    for number, place, expected in trials(home, prepare, act):
-        assert seen(place) in (before[0], expected), f"crash point {number}"
-        assert len(place.sink.check(made)) == (seen(place) == sorted(before[0])) ^ (
-            verb == "retract"
-        )
-        act(place)
-        assert seen(place) == expected, f"crash point {number}"
-        assert len(place.sink.check(made)) == (verb == "retract")
+
+def test_a_deletion_that_is_killed(home: Path) -> None:
+    made: list[Output] = []
+
+    def prepare(place: Place) -> None:
+        made.extend(place.show(*(staged(place, job) for job in (1, 2, 3)))[:2])
+
+    place = held_against(home, prepare, lambda place: place.sink.delete(made))
+    assert {row["_cf_job_id"] for row in place.rows()} == {3}

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from casparian_flow.engine.sinks import mssql_types
 from casparian_flow.errors import OutputRefused
-from casparian_flow.protocol import Published
+from casparian_flow.protocol import Output
 from tests.sinks.arrow_types import Row, rows
 from tests.sinks.stages import Place
 
@@ -113,7 +113,7 @@ def column(place: Place, found: Sequence[Row], read: Callable[..., Kept]) -> lis
     for topic, case in named:
         if topic in seen:
             outcome = seen[topic]
-            assert isinstance(outcome, Published), f"refused too late: {outcome}"
+            assert isinstance(outcome, Output), f"refused too late: {outcome}"
             outcomes[topic] = read(place, outcome, case)
         assert visible(place, topic) == (0 if outcomes[topic].how == "refused" else len(case)), (
             topic
@@ -197,7 +197,7 @@ def _title(kind: Any) -> str:
     return str(kind).replace("|", "\\|")
 
 
-def of_parquet(place: Place, published: Published, case: Any) -> Kept:
+def of_parquet(place: Place, published: Output, case: Any) -> Kept:
     found = pq.read_table(published.target)[COLUMN].combine_chunks()
     if found.type == case.type:
         return Kept("exact") if bits(found) == bits(case) else Kept("changed", str(found))
@@ -210,7 +210,7 @@ def of_parquet(place: Place, published: Published, case: Any) -> Kept:
     return Kept("changed", str(found))
 
 
-def of_sqlite(place: Place, published: Published, case: Any) -> Kept:
+def of_sqlite(place: Place, published: Output, case: Any) -> Kept:
     topic = published.target.rpartition(":")[2]
     with closing(sqlite3.connect(place.database)) as connection:
         (declared,) = connection.execute(
@@ -218,7 +218,7 @@ def of_sqlite(place: Place, published: Published, case: Any) -> Kept:
         ).fetchone()
         found = [
             value for (value,) in
-            connection.execute(f'SELECT "{COLUMN}" FROM {topic} ORDER BY rowid')
+            connection.execute(f'SELECT "{COLUMN}" FROM _cf_rows_{topic} ORDER BY rowid')
         ]  # fmt: skip
     kind = case.type
     if bits(_restored(kind, found)) != bits(case):

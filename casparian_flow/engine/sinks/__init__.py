@@ -11,25 +11,22 @@ The path is relative to the configuration's folder; one more slash makes it abso
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import re
 import stat
-from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from casparian_flow import config, sink_uri
 from casparian_flow.config import Settings
 from casparian_flow.durable import STATE_FOLDER
-from casparian_flow.engine.sinks import base
 from casparian_flow.errors import ConfigError, JobError
-from casparian_flow.protocol import OutputPlan, Published, StagedOutput
+from casparian_flow.protocol import Output, Publication
 
 if TYPE_CHECKING:
     from casparian_flow.config import DatabaseSettings
-    from casparian_flow.engine.sinks.base import Claim, Found, Lineage
     from casparian_flow.engine.sinks.stage import Stage
 
 
@@ -49,20 +46,18 @@ _NAME_LIMIT = 128
 class Sink(Protocol):
     """A place that topics are written to.
 
-    Readers see an output only while it is *shown*. It is not while it is *replaced* (in mode
-    `replace`, a greater output of its slot was published) or *retracted* (by a user). A retracted
-    output still counts in its slot: outputs that it replaced stay invisible.
+    The ledger decides what readers see of each output (`protocol.State`); a sink is told, keeps the
+    rows of outputs that are not visible, and records every output with its facts and state.
     """
 
     stage_folder: Path
     """The folder for staged outputs: on the target's filesystem, inside a `.casparian` folder."""
 
-    def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
+    def open_stage(self, output: Output, attempt: str) -> Stage:
         """Start an output.
 
         Args:
-            plan: topic, sink, mode and output key.
-            lineage: the values of the lineage columns.
+            output: as it was claimed.
             attempt: the attempt's unique name; the staged file's name begins with it.
 
         Raises:
@@ -70,67 +65,68 @@ class Sink(Protocol):
             SinkUnavailable: the folder cannot be created or written.
         """
 
-    def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
-        """Make sealed outputs visible and durable; idempotent for each output key.
+    def publish(self, jobs: Sequence[Publication]) -> list[list[Output] | JobError]:
+        """Make each job's sealed outputs durable in the given states, and change the states of the
+        outputs that they take the place of, in one step where the sink can; idempotent.
 
-        An output whose key is already published is adopted: it is not written again, and stays
-        retracted if it is. The staged file of a published output is removed. All outputs of one
-        job that are not adopted are published, or none is. A job that fails changes nothing and
+        An output whose key is already recorded is adopted: its rows are not written again, and it
+        gets the given state. The staged file of a published output is removed. All outputs of one
+        job are published with its changes, or nothing is. A job that fails changes nothing and
         does not stop the others.
-
-        Mode `replace`: of a slot's outputs in this mode only the one with the greatest (ordinal,
-        job id) is visible; it replaces the others atomically. A smaller one counts as published,
-        and its rows are invisible.
 
         Mode `error`: SinkConflict if the target holds rows or files of other programs.
 
         Returns:
-            an outcome for each of `outputs`, in their order. An error is a SinkConflict (another
-            program's data is in the target), OutputRefused (this sink cannot hold the rows),
-            SinkUnavailable (full, locked, read-only), or a plain JobError (the staged file is
-            gone or damaged).
+            for each job its outputs as they are now, with target, rows, digest and times; or why
+            they were not published: a SinkConflict (another program's data is in the target),
+            OutputRefused (this sink cannot hold the rows), SinkUnavailable (full, locked,
+            read-only, or to be upgraded first), or a plain JobError (the staged file is gone or
+            damaged).
         """
 
-    def check(self, claims: Sequence[Claim]) -> list[str]:
-        """Compare claims with the sink's content; one sentence for each claim that fails."""
+    def change(self, outputs: Sequence[Output]) -> None:
+        """Give outputs the state and mode that they have here: all in one step where the sink can;
+        idempotent. Outputs that the sink does not record are passed over.
 
-    def inventory(self, known: Container[str]) -> Iterator[Found]:
-        """List published outputs that the ledger does not know, and all retracted ones.
+        Raises:
+            SinkConflict: an output that is to be visible is gone or was altered; nothing was
+                changed.
+            SinkUnavailable: full, locked, read-only, or to be upgraded first.
+        """
+
+    def check(self, outputs: Sequence[Output]) -> list[str]:
+        """Compare what the ledger says with the sink's content: record, state, rows and bytes; one
+        sentence for each output that differs."""
+
+    def records(self, known: Collection[str]) -> Iterator[Output]:
+        """List outputs that the ledger does not know, and all retracted ones.
 
         An output that cannot be read is left out; publishing to its name reports the fault.
 
         Args:
-            known: the first `KEY_DIGITS` digits of each output key that the ledger knows.
+            known: the output keys that the ledger has.
 
         Raises:
             SinkUnavailable: the sink exists and cannot be read.
         """
 
-    def withdraw(self, claim: Claim) -> None:
-        """Remove what is left of an output, so that it can be published again.
+    def delete(self, outputs: Sequence[Output]) -> None:
+        """Delete outputs and their record, so that they can be published again; idempotent.
 
         Raises:
-            SinkConflict: an altered file has its name, and a person must move it away.
-            SinkUnavailable: full, locked, read-only.
+            SinkConflict: an altered file has the name of one, and a person must move it away.
+            SinkUnavailable: full, locked, read-only, or to be upgraded first.
         """
 
-    def retract(self, claim: Claim) -> None:
-        """Hide an output's rows from readers and keep them; idempotent.
+    def upgrade(self) -> list[str]:
+        """Bring what an earlier release wrote up to date; idempotent, and safe to kill at any step.
+        Readers see the same rows before and after.
 
-        Does nothing if the output is replaced or absent: its rows are already invisible.
-
-        Raises:
-            SinkConflict: the output was altered, or something else has its name.
-            SinkUnavailable: full, locked, read-only.
-        """
-
-    def reinstate(self, claim: Claim) -> None:
-        """Undo `retract`: the same rows are visible again; idempotent.
-
-        If a greater output of its slot was published since, the output becomes replaced.
+        Returns:
+            a sentence for each topic that was changed.
 
         Raises:
-            SinkConflict: the retracted rows are gone or altered, or their target is taken.
+            SinkConflict: the sink was altered, so that its outputs cannot be told apart.
             SinkUnavailable: full, locked, read-only.
         """
 
@@ -261,20 +257,6 @@ def open_sink(location: str, database: DatabaseSettings) -> Sink:
     return SqliteSink(Path(location.removeprefix(PREFIXES["sqlite"])))
 
 
-def inventory(location: str, database: DatabaseSettings, known: Container[str]) -> Iterable[Found]:
-    """See `Sink.inventory`. A Parquet sink whose file names are all known is not opened.
-
-    Args:
-        location: as for `open_sink`.
-    """
-    scheme, _, path = location.partition("://")
-    if scheme == "parquet":
-        with contextlib.suppress(OSError):  # opening the sink will report the error
-            if not any(base.unknown_outputs(Path(path), known)):
-                return ()
-    return open_sink(location, database).inventory(known)
-
-
 def store(location: str) -> str:
     """The part of a location that one transaction covers: the whole SQL Server, else the sink.
 
@@ -312,7 +294,7 @@ def drop_stages(location: str, database: DatabaseSettings, tag: str, owed: Colle
         MssqlSink(location, database).drop_stages(tag, owed)
 
 
-def seal(stages: Sequence[Stage]) -> list[StagedOutput]:
+def seal(stages: Sequence[Stage]) -> list[Output]:
     """Make staged outputs durable; see `stage.seal`."""
     from casparian_flow.engine.sinks import stage
 

@@ -12,14 +12,13 @@ import errno
 import os
 import re
 import shlex
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from casparian_flow import bundled
-from casparian_flow.durable import STATE_FOLDER
 from casparian_flow.errors import JobError, SinkUnavailable
-from casparian_flow.protocol import Record, StagedOutput
+from casparian_flow.protocol import Output
 
 LINEAGE = ("_cf_file_version_id", "_cf_job_id", "_cf_source_hash", "_cf_plugin_version")
 """Reserved columns of every row: the row's file version, job and plugin version."""
@@ -27,52 +26,6 @@ LINEAGE = ("_cf_file_version_id", "_cf_job_id", "_cf_source_hash", "_cf_plugin_v
 
 KEY_DIGITS = 32
 """The first digits of an output key that suffice to identify it; they name its Parquet file."""
-
-
-class Lineage(Record, frozen=True):
-    """The values of the lineage columns of one attempt's rows, in the order of `LINEAGE`."""
-
-    file_version_id: int
-    job_id: int
-    source_hash: str
-    plugin_version: str
-
-
-class Claim(Record, frozen=True):
-    """An output that a sink should hold, according to the ledger."""
-
-    topic: str
-    output_key: str
-    job_id: int
-    target: str
-    rows: int
-    digest: str
-
-
-class Found(Record, frozen=True):
-    """An output that a sink holds, shown or not, according to the sink's own record."""
-
-    topic: str
-    output_key: str
-    target: str
-    rows: int
-    digest: str
-    job_id: int
-    file_version_id: int
-    content_hash: str = ""
-    plugin_version: str = ""
-    source: str = ""
-    """Name of the source root. This and the later fields are empty for outputs of releases that
-    did not record them."""
-    path: bytes = b""
-    ordinal: int = 0
-    size_bytes: int = 0
-    artifact_hash: str = ""
-    plugin: str = ""
-    uri: str = ""
-    mode: str = "append"
-    slot: str = ""
-    retracted: bool = False
 
 
 def facts_of(footer: Mapping[bytes, bytes]) -> dict[str, str]:
@@ -84,18 +37,14 @@ def facts_of(footer: Mapping[bytes, bytes]) -> dict[str, str]:
     }
 
 
-def own_topic(topic: str, facts: Mapping[str, str]) -> str:
+def own_topic(output: Output) -> str:
     """The command that gives files of another kind than a topic's a topic of their own.
 
-    Args:
-        topic: the output's topic.
-        facts: the output's `OutputPlan.facts`.
-
     Returns:
-        an empty string if the facts name no plugin or no printable file name.
+        an empty string if the output names no plugin or no printable file name.
     """
-    name = PurePath(os.fsdecode(bytes.fromhex(facts.get("path", "")))).name
-    if not name.isprintable() or "plugin" not in facts:
+    topic, name = output.topic, PurePath(os.fsdecode(output.path)).name
+    if not name.isprintable() or not output.plugin:
         return ""
     ends = PurePath(name).suffixes
     end = "".join(ends[-2:] if ends[-1:] == [".gz"] else ends[-1:])
@@ -104,12 +53,12 @@ def own_topic(topic: str, facts: Mapping[str, str]) -> str:
     begin = first[0] if first else name.removesuffix(end)
     pattern = f"{begin}*{end}" if first else re.sub(r"[\[\]{}()!?*\\]", "?", name)
     own = re.sub(r"[^a-z0-9]+", "_", begin.lower()).strip("_") or "other"
-    own = f"{own}_2" if own in (topic, facts["plugin"]) else own
-    main, *others = facts.get("topics", topic).split("/")
+    own = f"{own}_2" if own in (topic, output.plugin) else own
+    main, *others = (output.topics or topic).split("/")
     topics = [own, *(f"{own}_{other.removeprefix(main).lstrip('_')}" for other in others)]
     options = " ".join(f"--topic {shlex.quote(name)}" for name in topics)
     return (
-        f"casparian publish {bundled.argument(facts['plugin'])} --name {own} --pattern "
+        f"casparian publish {bundled.argument(output.plugin)} --name {own} --pattern "
         f"{shlex.quote(pattern)} {options}"
     )
 
@@ -136,38 +85,52 @@ def otherwise(settles: str, column: str) -> str:
     )
 
 
-def found(
-    target: str, rows: int, digest: str, footer: Mapping[str, str], *, retracted: bool = False
-) -> Found:
-    """Build the record of an output from the facts that `stage.py` wrote.
+def lineage_of(output: Output) -> tuple[int, int, str, str]:
+    """The values of an output's rows in the columns of `LINEAGE`."""
+    return output.version_id, output.job_id, output.content_hash, output.plugin_version
+
+
+def facts_in(output: Output) -> dict[str, str]:
+    """The facts of an output that its sink keeps, in footers and in its record."""
+    return {
+        "topic": output.topic, "output_key": output.output_key, "mode": output.mode,
+        "ordinal": str(output.ordinal), "source": output.source, "path": output.path.hex(),
+        "size_bytes": str(output.file_bytes), "artifact_hash": output.artifact_hash,
+        "plugin": output.plugin, "topics": output.topics, "uri": output.uri,
+        "file_version_id": str(output.version_id), "job_id": str(output.job_id),
+        "source_hash": output.content_hash, "plugin_version": output.plugin_version,
+    }  # fmt: skip
+
+
+def output_of(location: str, facts: Mapping[str, str], **found: Any) -> Output:
+    """The output that `facts_in` describes.
 
     Args:
-        footer: the facts, as `facts_of` returns them.
-        retracted: whether the output is retracted; the facts do not say.
+        location: the sink that has it.
+        found: what the sink says of it: rows, digest, state, target and times.
 
     Raises:
-        ValueError, KeyError: the facts are not those of an output of Casparian Flow.
+        ValueError, KeyError: the facts are not those of an output of Casparian Flow. Facts that
+            earlier releases did not write are empty.
     """
-    return Found(
-        topic=footer["topic"],
-        output_key=footer["output_key"],
-        target=target,
-        rows=rows,
-        digest=digest,
-        job_id=int(footer["job_id"]),
-        file_version_id=int(footer["file_version_id"]),
-        content_hash=footer.get("source_hash", ""),
-        plugin_version=footer.get("plugin_version", ""),
-        source=footer.get("source", ""),
-        path=bytes.fromhex(footer.get("path", "")),
-        ordinal=int(footer.get("ordinal", 0)),
-        size_bytes=int(footer.get("size_bytes", 0)),
-        artifact_hash=footer.get("artifact_hash", ""),
-        plugin=footer.get("plugin", ""),
-        uri=footer.get("uri", ""),
-        mode=footer.get("mode", "append"),
-        slot=footer.get("slot", ""),
-        retracted=retracted,
+    return Output(
+        output_key=facts["output_key"],
+        topic=facts["topic"],
+        uri=facts.get("uri", ""),
+        location=location,
+        mode=facts.get("mode", "append"),
+        source=facts.get("source", ""),
+        path=bytes.fromhex(facts.get("path", "")),
+        ordinal=int(facts.get("ordinal", 0)),
+        content_hash=facts.get("source_hash", ""),
+        file_bytes=int(facts.get("size_bytes", 0)),
+        plugin=facts.get("plugin", ""),
+        plugin_version=facts.get("plugin_version", ""),
+        artifact_hash=facts.get("artifact_hash", ""),
+        version_id=int(facts["file_version_id"]),
+        job_id=int(facts["job_id"]),
+        topics=facts.get("topics", ""),
+        **found,
     )
 
 
@@ -194,49 +157,9 @@ def is_disk_fault(error: Exception) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno is not None
 
 
-def lost(output: StagedOutput, reason: object) -> JobError:
+def lost(output: Output, reason: object) -> JobError:
     """The error to report for a sealed file that is gone or damaged; the job must run again."""
     return JobError(
         f"the staged file {output.stage} of topic {output.topic!r} cannot be read: {reason}",
         "casparian jobs retry ID   (the plugin then writes the output again)",
     )
-
-
-# Names in a Parquet sink. No file is opened, so that pyarrow is not imported.
-
-
-def hidden_folder(root: Path, topic: str) -> Path:
-    """The folder of a topic's retracted outputs."""
-    return root / STATE_FOLDER / "hidden" / topic
-
-
-def list_outputs(folder: Path) -> Iterator[Path]:
-    """The files, and folders of parts, in a topic's folder that are named like outputs.
-
-    Raises:
-        OSError: the folder exists and cannot be read.
-    """
-    try:
-        entries = sorted(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for entry in entries:
-        name = entry.name.removesuffix(".parquet")
-        if len(name) == KEY_DIGITS and not name.startswith((".", "_")):
-            yield entry
-
-
-def unknown_outputs(root: Path, known: Container[str]) -> Iterator[tuple[Path, bool]]:
-    """The sink's outputs that the ledger may not know, by name, and whether each is hidden.
-
-    A file of mode `replace` is named after its slot, so it is always listed.
-
-    Raises:
-        OSError: a folder exists and cannot be read.
-    """
-    kept = hidden_folder(root, "")
-    for folder in sorted([*root.glob("[!._]*/"), *kept.glob("*/")]):
-        hidden = folder.parent == kept
-        for path in list_outputs(folder):
-            if hidden or path.name.removesuffix(".parquet") not in known:
-                yield path, hidden

@@ -13,8 +13,8 @@
 
 A column keeps the type of its first output; a column of nulls gets its type later. INTEGER and
 REAL columns accept each other's numbers if each of them stays exact. Otherwise an INTEGER column
-accepts REALs if a REAL can hold each of its numbers (`sqlite_tables.fitted`). Any other change of
-type is refused.
+accepts REALs if a REAL can hold each of its numbers (`sqlite_tables.fit_table`). Any other change
+of type is refused.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from casparian_flow.config import MssqlSettings
 from casparian_flow.engine.sinks import mssql_statements as statements
-from casparian_flow.engine.sinks.mssql_statements import LEDGER, Statement
+from casparian_flow.engine.sinks.mssql_statements import Statement
+from casparian_flow.engine.sinks.sql import LEDGER
 from casparian_flow.errors import (
     ConfigError,
     JobError,
@@ -63,7 +64,7 @@ class Fault(NamedTuple):
 
 
 _SPACE = "free some space on the server, or let it grow; the jobs then continue by themselves"
-_RIGHTS = (
+RIGHTS = (
     "docs/sinks_mssql.md lists the permissions that the login needs; the jobs then "
     "continue by themselves"
 )
@@ -74,7 +75,7 @@ _DEADLOCK = Fault(Kind.RETRY, "it cancelled this transaction because of a deadlo
 _LOCKED = Fault(Kind.PAUSE, "another program holds a lock for too long",
                 "find it (sys.dm_tran_locks); the jobs then continue by themselves")  # fmt: skip
 _FULL = Fault(Kind.PAUSE, "its disk or its transaction log is full", _SPACE)
-_DENIED = Fault(Kind.PAUSE, "the login lacks the permission", _RIGHTS)
+_DENIED = Fault(Kind.PAUSE, "the login lacks the permission", RIGHTS)
 _NO_LOGIN = Fault(Kind.PAUSE, "it refuses this login", _LOGIN)
 _AWAY = Fault(Kind.PAUSE, "the database is not writable now",
               "make it online and writable; the jobs then continue by themselves")  # fmt: skip
@@ -365,8 +366,9 @@ class Session:
         ((given,),) = self.execute(statements.lock(resource, 0, session=True))
         return bool(given >= 0)
 
-    def load(self, schema: str, table: str, rows: Any) -> int:
-        """Bulk load a pyarrow RecordBatchReader into a table; returns the number of rows.
+    def load(self, table: str, rows: Any) -> int:
+        """Bulk load a pyarrow RecordBatchReader into a table, named as `qualified` returned it;
+        returns the number of rows.
 
         Raises:
             Refused: not all rows were loaded.
@@ -376,9 +378,8 @@ class Session:
         try:
             with _told(), contextlib.closing(self._connection.cursor()) as cursor:
                 done = cursor.bulkcopy_arrow(
-                    statements.name(schema, table), rows, table_lock=True,
-                    timeout=self._settings.timeout_seconds,
-                )  # fmt: skip
+                    table, rows, table_lock=True, timeout=self._settings.timeout_seconds
+                )
             return int(done["rows_copied"])
         finally:
             self._connection.timeout = self._settings.timeout_seconds

@@ -1,69 +1,44 @@
-"""Every statement that the SQL Server sink sends, as text and values.
+"""The statements that only SQL Server has, as text and values; the others are those of `sql.py`.
 
-SQLAlchemy builds most of them and compiles them for its dialect `mssql+mssqlpython`, which quotes
-names in brackets; values are parameters. Locks, the catalog and new columns are plain T-SQL.
-tests/sinks/mssql_statements.sql shows all statements as they are sent.
+tests/sinks/mssql_statements.sql shows all statements of the sink as they are sent.
 
-    <schema>._cf_outputs               the sink's ledger: an entry for each published output
-    <schema>.<table>                   the topic's rows
-    <schema>._cf_retracted_<table>     retracted rows
+    <schema>._cf_outputs               the sink's ledger: a row for each output
+    <schema>._cf_rows_<table>          the topic's rows
+    <schema>.<table>                   view of the rows that stand; <table>_current, <table>_history
     <schema>.casparian_stage_<...>     staged rows
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    CHAR,
-    BigInteger,
-    Column,
-    ColumnElement,
-    DateTime,
-    FromClause,
-    Index,
-    Integer,
-    MetaData,
-    Table,
-    Unicode,
-    delete,
-    func,
-    insert,
-    literal_column,
-    select,
-    update,
-)
-from sqlalchemy.dialects.mssql import NVARCHAR
-from sqlalchemy.dialects.mssql.mssqlpython import MSDialect_mssqlpython
-from sqlalchemy.schema import CreateIndex, CreateTable, DropTable
-from sqlalchemy.sql.elements import ClauseElement, quoted_name
-from sqlalchemy.types import UserDefinedType
-
-from casparian_flow.engine.sinks.base import LINEAGE
+from casparian_flow.engine.sinks.sql import LEDGER
 
 STAGE = "casparian_stage_"
 """How the name of every stage table begins."""
 
-LEDGER = "_cf_outputs"
-
-LINEAGE_TYPES = ("bigint", "bigint", "nvarchar(64)", "nvarchar(255)")
-"""Types of the lineage columns, in their order: short enough to be compared and indexed."""
-
-SHOWN, REPLACED, RETRACTED = "shown", "replaced", "retracted"
-"""States of an output in the ledger; only the rows of a shown one are in its table."""
-
-RECORDED = (
-    "output_key", "topic", "rows", "digest", "mode", "state", "slot", "ordinal",
-    "file_version_id", "job_id", "source_hash", "plugin_version", "facts",
-)  # fmt: skip
-"""The columns that are read of a ledger entry."""
-
-_BINARY = "Latin1_General_BIN2"
+_BINARY = "COLLATE Latin1_General_BIN2"
 """The collation of keys: bytes are compared, whatever the database's own collation."""
 
-_DIALECT = MSDialect_mssqlpython(paramstyle="qmark")  # type: ignore[no-untyped-call]
+_LEDGER = f"""
+    [id] bigint IDENTITY NOT NULL PRIMARY KEY,
+    [output_key] nvarchar(64) {_BINARY} NOT NULL UNIQUE,
+    [topic] nvarchar(400) {_BINARY} NOT NULL,
+    [view_name] nvarchar(128) NOT NULL,
+    [mode] nvarchar(10) NOT NULL,
+    [state] nvarchar(10) NOT NULL,
+    [rows] bigint NOT NULL,
+    [digest] nvarchar(64) NOT NULL,
+    [published_at] nvarchar(40) NOT NULL,
+    [shown_at] nvarchar(40) NOT NULL,
+    [hidden_at] nvarchar(40) NOT NULL,
+    [job_id] bigint NULL,
+    [file_version_id] bigint NULL,
+    [source_hash] nvarchar(64) NULL,
+    [plugin_version] nvarchar(255) NULL,
+    [facts] nvarchar(max) NOT NULL
+"""
 
 
 class Statement(NamedTuple):
@@ -80,7 +55,19 @@ class Declared(NamedTuple):
     type: str
 
 
-_LINEAGE = [Declared(*column) for column in zip(LINEAGE, LINEAGE_TYPES, strict=True)]
+def quote(name: str) -> str:
+    """A name in brackets."""
+    return "[" + name.replace("]", "]]") + "]"
+
+
+def text(value: str) -> str:
+    """A text in quotes."""
+    return "N'" + value.replace("'", "''") + "'"
+
+
+def qualified(schema: str, name: str) -> str:
+    """The name of a table or view with its schema, in brackets."""
+    return f"{quote(schema)}.{quote(name)}"
 
 
 def begin_session(lock_seconds: float) -> Statement:
@@ -117,13 +104,28 @@ def unlock(resource: str) -> Statement:
     return Statement(sql, (resource,))
 
 
-def columns(schema: str, table: str) -> Statement:
-    """Name, type, length, precision and scale of a table's columns; no row if it is missing."""
+# Tables are given by the name that `qualified` returned.
+
+
+def columns(table: str) -> Statement:
+    """Name, type, length, precision and scale of the columns of a table or view; no row if there
+    is none."""
     sql = (
         "SELECT c.name, TYPE_NAME(c.system_type_id), c.max_length, c.precision, c.scale "
-        "FROM sys.columns AS c WHERE c.object_id = OBJECT_ID(?, 'U') ORDER BY c.column_id"
+        "FROM sys.columns AS c WHERE c.object_id = OBJECT_ID(?) ORDER BY c.column_id"
     )
-    return Statement(sql, (name(schema, table),))
+    return Statement(sql, (table,))
+
+
+def object_id(name: str) -> Statement:
+    """The number of a table, view or another object; NULL if there is none."""
+    return Statement("SELECT OBJECT_ID(?)", (name,))
+
+
+def definition(view: str) -> Statement:
+    """The number of a view and its text: NULL if there is none, or if the login may not see it."""
+    sql = "SELECT OBJECT_ID(?, 'V'), OBJECT_DEFINITION(OBJECT_ID(?, 'V'))"
+    return Statement(sql, (view, view))
 
 
 def stage_tables(schema: str, tag: str) -> Statement:
@@ -136,197 +138,82 @@ def stage_tables(schema: str, tag: str) -> Statement:
     return Statement(sql, (schema, len(begin), begin))
 
 
-def create(schema: str, table: str, described: Sequence[Declared]) -> list[Statement]:
-    """Create a table for a topic's rows, and an index on the job, by which outputs are found."""
-    made = _table(schema, table, described)
-    return [_compiled(CreateTable(made)), _compiled(CreateIndex(Index("_cf_job", made.c[_JOB])))]
+def other_topics(ledger: str, view: str, topic: str) -> Statement:
+    """Other topics that have outputs in a view."""
+    sql = f"SELECT topic FROM {ledger} WHERE view_name = ? AND topic <> ?"  # noqa: S608
+    return Statement(sql, (view, topic))
 
 
-def create_stage(schema: str, table: str, described: Sequence[Declared]) -> Statement:
-    """Create a stage table."""
-    return _compiled(CreateTable(_table(schema, table, described)))
+def create_ledger(schema: str) -> list[Statement]:
+    """Create the sink's ledger, and an index with all that views read of it, so that readers of
+    one view do not wait for who changes outputs of another."""
+    ledger = qualified(schema, LEDGER)
+    read = "state, mode, file_version_id, job_id, source_hash, plugin_version"
+    return [
+        Statement(f"CREATE TABLE {ledger} ({_LEDGER})"),
+        Statement(f"CREATE INDEX _cf_view ON {ledger} (view_name, topic) INCLUDE ({read})"),
+    ]
 
 
-def drop(schema: str, table: str) -> Statement:
-    """Drop a stage table if it exists."""
-    return _compiled(DropTable(_table(schema, table, []), if_exists=True))
+def create(table: str, described: Sequence[Declared]) -> Statement:
+    """Create a table."""
+    return Statement(f"CREATE TABLE {table} ({_listed(described)})")
 
 
-def add_columns(schema: str, table: str, described: Sequence[Declared]) -> Statement:
+def create_rows(table: str, described: Sequence[Declared]) -> list[Statement]:
+    """Create a table for a topic's rows, and the index by which an output's are found."""
+    all_columns = ", ".join(filter(None, ["_cf_output bigint NOT NULL", _listed(described)]))
+    return [Statement(f"CREATE TABLE {table} ({all_columns})"), index_outputs(table)]
+
+
+def index_outputs(table: str) -> Statement:
+    """Create the index by which the rows of an output are found."""
+    return Statement(f"CREATE INDEX _cf_output_of ON {table} (_cf_output)")
+
+
+def drop_job_index(table: str) -> Statement:
+    """Drop the index by which earlier releases found the rows of an output."""
+    return Statement(f"DROP INDEX IF EXISTS _cf_job ON {table}")
+
+
+def drop(table: str) -> Statement:
+    """Drop a table if it exists."""
+    return Statement(f"DROP TABLE IF EXISTS {table}")
+
+
+def add_columns(table: str, described: Sequence[Declared]) -> Statement:
     """Add columns; they are null in existing rows."""
-    added = ", ".join(f"{_quoted(column.name)} {column.type} NULL" for column in described)
-    return Statement(f"ALTER TABLE {name(schema, table)} ADD {added}")
+    return Statement(f"ALTER TABLE {table} ADD {_listed(described)}")
 
 
-def retracted_name(table: str) -> str:
-    """The name of the table for a table's retracted rows; at most 128 characters."""
-    whole = f"_cf_retracted_{table}"
-    digest = hashlib.sha256(table.encode()).hexdigest()[:16]
-    return whole if len(whole.encode("utf-16-le")) <= 256 else f"_cf_retracted_{digest}"
+def rename(table: str, name: str) -> Statement:
+    """Give a table another name in its schema."""
+    return Statement("EXEC sp_rename @objname = ?, @newname = ?", (table, name))
 
 
-def name(schema: str, table: str) -> str:
-    """A table's name, quoted."""
-    return f"{_quoted(schema)}.{_quoted(table)}"
+def rights(table: str) -> Statement:
+    """Rights on a table itself, not on its schema: whether granted or denied, what, and to whom."""
+    sql = (
+        "SELECT p.state_desc, p.permission_name, USER_NAME(p.grantee_principal_id) "
+        "FROM sys.database_permissions AS p WHERE p.class = 1 AND p.major_id = OBJECT_ID(?)"
+    )
+    return Statement(sql, (table,))
 
 
-class Statements:
-    """The statements for one table, its ledger and its stage tables.
-
-    Args:
-        schema: the schema of all these tables.
-        table: name of the table with the topic's rows.
-    """
-
-    def __init__(self, schema: str, table: str) -> None:
-        self.schema = schema
-        self.table = table
-        self._ledger = _ledger(schema)
-
-    def create_ledger(self) -> list[Statement]:
-        """Create the ledger, with indexes for the other columns that every publish searches."""
-        c = self._ledger.c
-        found_by = [Index("_cf_slot", c.slot), Index("_cf_table", c.table_name, c.topic)]
-        return [_compiled(CreateTable(self._ledger)), *map(_compiled, map(CreateIndex, found_by))]
-
-    def recorded(self, key: str) -> Statement:
-        """The `RECORDED` columns of an output key's ledger entry."""
-        o = self._ledger.alias("o")
-        return _compiled(select(*(o.c[column] for column in RECORDED)).where(o.c.output_key == key))
-
-    def in_table(self) -> Statement:
-        """The same of all outputs of the table."""
-        o = self._ledger.alias("o")
-        chosen = select(*(o.c[column] for column in RECORDED))
-        return _compiled(chosen.where(o.c.table_name == self.table))
-
-    def in_slot(self, slot: str) -> Statement:
-        """The same of a slot's outputs in mode `replace`."""
-        o = self._ledger.alias("o")
-        chosen = select(*(o.c[column] for column in RECORDED)).where(o.c.table_name == self.table)
-        return _compiled(chosen.where(o.c.slot == slot, o.c.mode == "replace"))
-
-    def others(self, topic: str) -> Statement:
-        """Other topics that have outputs in the table."""
-        o = self._ledger.alias("o")
-        another = o.c.topic.bool_op("<>")(topic)
-        return _compiled(select(o.c.topic).where(o.c.table_name == self.table, another))
-
-    def record(self, facts: Mapping[str, Any]) -> Statement:
-        """Insert a ledger entry; the primary key refuses a second one for the same output."""
-        return _compiled(insert(self._ledger).values(table_name=self.table, **facts))
-
-    def mark(self, key: str, state: str) -> Statement:
-        """Change the state of an output."""
-        ledger = self._ledger
-        return _compiled(update(ledger).where(ledger.c.output_key == key).values(state=state))
-
-    def forget(self, key: str) -> Statement:
-        """Delete an output's ledger entry."""
-        return _compiled(delete(self._ledger).where(self._ledger.c.output_key == key))
-
-    def insert_staged(self, stage: str, names: Sequence[str]) -> Statement:
-        """Copy the rows of a stage table into the table."""
-        return self._copy(stage, self.table, names)
-
-    def delete_rows(self, lineage: Sequence[Any]) -> Statement:
-        """Delete an output's rows, found by their lineage."""
-        return self._delete(self.table, lineage)
-
-    def move_out(self, lineage: Sequence[Any], names: Sequence[str]) -> list[Statement]:
-        """Move an output's rows to the table of retracted rows."""
-        aside = retracted_name(self.table)
-        return [self._copy(self.table, aside, names, lineage), self.delete_rows(lineage)]
-
-    def move_back(self, lineage: Sequence[Any], names: Sequence[str]) -> list[Statement]:
-        """Move an output's rows back from the table of retracted rows."""
-        aside = retracted_name(self.table)
-        return [self._copy(aside, self.table, names, lineage), self._delete(aside, lineage)]
-
-    def delete_retracted(self, lineage: Sequence[Any]) -> Statement:
-        """Delete an output's retracted rows."""
-        return self._delete(retracted_name(self.table), lineage)
-
-    def counts(self, table: str) -> Statement:
-        """The lineage of each output with rows in a table, and the number of rows."""
-        rows = _table(self.schema, table, _LINEAGE).alias("r")
-        counted = select(*rows.c, func.count_big(literal_column("*")).label("there"))
-        return _compiled(counted.group_by(*rows.c))
-
-    def _copy(
-        self, of: str, to: str, names: Sequence[str], lineage: Sequence[Any] = ()
-    ) -> Statement:
-        """Copy rows from one table to another: all of them, or those of one output."""
-        described = [Declared(column, "") for column in names]
-        rows = _table(self.schema, of, described).alias("r")
-        chosen = select(*rows.c)
-        if lineage:
-            chosen = chosen.where(*_brought(rows, lineage))
-        return _compiled(insert(_table(self.schema, to, described)).from_select(names, chosen))
-
-    def _delete(self, table: str, lineage: Sequence[Any]) -> Statement:
-        rows = _table(self.schema, table, _LINEAGE)
-        return _compiled(delete(rows).where(*_brought(rows, lineage)))
+def put_view(view: str, query: str) -> Statement:
+    """Create a view, or give it this query; its grants and triggers stay."""
+    return Statement(f"CREATE OR ALTER VIEW {view} AS {query}")
 
 
-def _brought(rows: FromClause, lineage: Sequence[Any]) -> list[ColumnElement[bool]]:
-    """The condition for the rows of an output."""
-    return [rows.c[name] == value for name, value in zip(LINEAGE, lineage, strict=True)]
-
-
-class _Type(UserDefinedType[Any]):
-    """A type written in T-SQL."""
-
-    cache_ok = True
-
-    def __init__(self, declared: str) -> None:
-        self.declared = declared
-
-    def get_col_spec(self, **_: Any) -> str:
-        return self.declared
-
-
-def _table(schema: str, table: str, described: Sequence[Declared]) -> Table:
-    made = (Column(quoted_name(column.name, True), _Type(column.type)) for column in described)
-    return Table(
-        quoted_name(table, True), MetaData(), *made, schema=quoted_name(schema, True),
-        implicit_returning=False,
-    )  # fmt: skip
-
-
-def _ledger(schema: str) -> Table:
-    key = CHAR(64, collation=_BINARY)
-    return Table(
-        LEDGER,
-        MetaData(),
-        Column("output_key", key, primary_key=True),
-        Column("table_name", Unicode(128), nullable=False),
-        Column("topic", Unicode(400, collation=_BINARY), nullable=False),
-        Column("job_id", BigInteger, nullable=False),
-        Column("file_version_id", BigInteger, nullable=False),
-        Column("source_hash", Unicode(64), nullable=False),
-        Column("plugin_version", Unicode(255), nullable=False),
-        Column("rows", BigInteger, nullable=False),
-        Column("digest", CHAR(64), nullable=False),
-        Column("slot", key, nullable=False),
-        Column("ordinal", Integer, nullable=False),
-        Column("mode", Unicode(10), nullable=False),
-        Column("state", Unicode(10), nullable=False),
-        Column("published_at", DateTime, nullable=False, server_default=func.sysutcdatetime()),
-        Column("facts", NVARCHAR(), nullable=False),
-        schema=quoted_name(schema, True),
-        implicit_returning=False,
+def insert_staged(table: str, stage: str, names: Sequence[str], number: int) -> Statement:
+    """Copy the rows of a stage table into a topic's table, as those of an output."""
+    # Without parameters: a name may have a question mark in it.
+    listed = "".join(f", {quote(name)}" for name in names)
+    chosen = "".join(f", s.{quote(name)}" for name in names)
+    return Statement(
+        f"INSERT INTO {table} (_cf_output{listed}) SELECT {number}{chosen} FROM {stage} AS s"  # noqa: S608
     )
 
 
-_JOB = "_cf_job_id"
-
-
-def _quoted(word: str) -> str:
-    return _DIALECT.identifier_preparer.quote_identifier(word)
-
-
-def _compiled(statement: ClauseElement) -> Statement:
-    compiled: Any = statement.compile(dialect=_DIALECT, compile_kwargs={"render_postcompile": True})
-    order = getattr(compiled, "positiontup", None) or ()
-    return Statement(str(compiled).strip(), tuple(compiled.params[name] for name in order))
+def _listed(described: Sequence[Declared]) -> str:
+    return ", ".join(f"{quote(column.name)} {column.type} NULL" for column in described)

@@ -1,11 +1,16 @@
-"""The Parquet sink: one file for each output, `<root>/<topic>/<output key>.parquet`.
+"""The Parquet sink: one file for each output, `<root>/<topic>/<name>.parquet`.
 
-A large output is a folder of files, `<root>/<topic>/<output key>/part-00000.parquet` and so on. A
-file is published by `link`, which is atomic and refuses an existing name; a folder by one
-`rename`, which refuses a folder that is not empty. In mode replace all outputs of a slot have one
-name, and a newer file replaces an older one by `rename`, after the older one's footer has been
-checked; such an output is always one file. All of this runs under the sink's lock, so no other
-process of Casparian Flow changes anything between a check and the change that follows.
+A large output is a folder of files, `<root>/<topic>/<name>/part-00000.parquet` and so on. Names
+make outputs visible, the record (`parquet_record`) says what else there is. Each call that changes
+something runs under the sink's lock:
+
+1. What an earlier process left undone is done (`parquet_moves.settle`).
+2. The call is planned as a whole (`_Plan`): all checks, and where each file is to be.
+3. One transaction records the plan; the files move; one transaction records that they have moved.
+
+The name of a visible output is that of its slot: of the version in modes `append` and `error`, of
+the location in mode `replace`. If it takes the place of another output it gets that one's name, so
+that one rename exchanges them. If the name is in use it is the output key.
 
 Readers use the columns in the topic's `_common_metadata`. A Worker writes an output with the
 topic's columns, united by the rule in `topic_schema.py`. If the topic's columns have changed by
@@ -18,29 +23,19 @@ import contextlib
 import errno
 import glob
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import parts
-from casparian_flow.engine.sinks.base import (
-    KEY_DIGITS,
-    Claim,
-    Found,
-    Lineage,
-    found,
-    hidden_folder,
-    is_disk_fault,
-    lost,
-    unavailable,
-    unknown_outputs,
-)
+from casparian_flow.engine.sinks import parquet_moves, parquet_record, parts
+from casparian_flow.engine.sinks.base import KEY_DIGITS, is_disk_fault, lost, unavailable
+from casparian_flow.engine.sinks.parquet_record import KEPT, Entry, Record, entry_of, is_visible
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.engine.sinks.topic_schema import (
     LINEAGE_FIELDS,
@@ -50,20 +45,9 @@ from casparian_flow.engine.sinks.topic_schema import (
     wider,
 )
 from casparian_flow.errors import JobError, SinkConflict, SinkUnavailable
-from casparian_flow.protocol import OutputPlan, Published, StagedOutput
+from casparian_flow.protocol import Output, Publication, State
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
-
-
-class _Move(NamedTuple):
-    """An output that has passed the checks for publishing."""
-
-    path: Path
-    """What to publish: the staged output, or a copy of it with the topic's columns."""
-    columns: Any
-    """The topic's new columns; None if they do not change."""
-    losers: list[Standing]
-    """The outputs that it replaces."""
 
 
 class ParquetSink:
@@ -75,14 +59,11 @@ class ParquetSink:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.stage_folder = root / durable.STATE_FOLDER / "stage"
-        self._known: dict[str, Any] = {}
-        """The columns in each topic's `_common_metadata`; valid while the lock is held."""
+        self.stage_folder = root / parquet_record.STAGE
 
-    def open_stage(self, plan: OutputPlan, lineage: Lineage, attempt: str) -> Stage:
+    def open_stage(self, output: Output, attempt: str) -> Stage:
         """See `Sink.open_stage`."""
-
-        folder = self.root / plan.topic
+        folder = self.root / output.topic
 
         def united(columns: Any) -> Any:
             return as_staged(parts.topic_columns(folder), columns)
@@ -90,152 +71,393 @@ class ParquetSink:
         def known() -> list[str]:
             return list(parts.topic_columns(folder).names)
 
-        split_bytes = 0 if plan.mode == "replace" else plan.split_bytes
         return Stage(
-            self.stage_folder, plan, lineage, attempt, unite=united, split_bytes=split_bytes,
+            self.stage_folder, output, attempt, unite=united, split_bytes=output.split_bytes,
             known=known,
         )  # fmt: skip
 
-    def publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
-        """See `Sink.publish`. Each topic's folder is synced once for all its outputs."""
-        jobs: dict[int, list[StagedOutput]] = {}
-        for output in outputs:
-            jobs.setdefault(output.job_id, []).append(output)
+    def publish(self, jobs: Sequence[Publication]) -> list[list[Output] | JobError]:
+        """See `Sink.publish`. Two transactions, and one sync of each topic's folder, for all."""
         try:
-            for topic in dict.fromkeys(output.topic for output in outputs):
+            for topic in dict.fromkeys(o.topic for job in jobs for o in job.outputs):
                 durable.own(self.root, glob.escape(topic))
                 durable.make_folder(self.root / topic)
                 crashpoint("parquet.owned")
-            with self._locked():
-                self._known.clear()
-                ended = {job: iter(self._publish(of)) for job, of in jobs.items()}
+            told = [output for job in jobs for output in (*job.outputs, *job.changes)]
+            with self._planning(told) as plan:
+                faults = [plan.add(job) for job in jobs]
+                plan.carry_out()
         except OSError as error:
-            return [unavailable(error, self.root)] * len(outputs)
-        outcomes = [next(ended[output.job_id]) for output in outputs]
-        folders = {Path(o.target).parent for o in outcomes if isinstance(o, Published)}
-        failed = {folder: fault for folder in folders if (fault := _sync(folder))}
-        for number, (output, outcome) in enumerate(zip(outputs, outcomes, strict=True)):
-            if isinstance(outcome, Published):
-                if fault := failed.get(Path(outcome.target).parent):
-                    outcomes[number] = fault
-                else:
+            return [refused(error, self.root)] * len(jobs)
+        except SinkUnavailable as error:
+            return [error] * len(jobs)
+        outcomes: list[list[Output] | JobError] = []
+        for job, refusal in zip(jobs, faults, strict=True):
+            gone = [output for output in job.outputs if output.output_key in plan.gone]
+            fault = refusal or (lost(gone[0], "it is gone") if gone else None)
+            outcomes.append(fault or [plan.published(output) for output in job.outputs])
+            for output in job.outputs if not fault else ():
+                if output.stage:
                     with contextlib.suppress(OSError):
                         durable.remove(Path(output.stage))
                     crashpoint("parquet.unstaged")
         return outcomes
 
-    def check(self, claims: Sequence[Claim]) -> list[str]:
-        """See `Sink.check`. Reads every byte of every claimed file."""
-        faults = [(claim.target, fault_of(Path(claim.target), claim)) for claim in claims]
-        return [f"{target}: {fault}" for target, fault in faults if fault]
+    def change(self, outputs: Sequence[Output]) -> None:
+        """See `Sink.change`. Outputs of one slot are exchanged by one rename."""
+        with self._changing(outputs) as plan:
+            plan.tell(outputs)
+            plan.carry_out()
 
-    def inventory(self, known: Container[str]) -> Iterator[Found]:
-        """See `Sink.inventory`. Only files that the ledger may not know are read."""
+    def delete(self, outputs: Sequence[Output]) -> None:
+        """See `Sink.delete`. A visible file that was altered is never removed."""
+        with self._changing(outputs) as plan:
+            plan.delete()
+            plan.carry_out()
+
+    def check(self, outputs: Sequence[Output]) -> list[str]:
+        """See `Sink.check`. Reads every byte of every output that has rows."""
         try:
-            yield from list_published(self.root, known)
+            with self._reading() as record:
+                entries = record.entries(o.output_key for o in outputs) if record else {}
+                compared = [
+                    self._difference(entries.get(output.output_key), output)
+                    if record
+                    else self._difference_of_old(output)
+                    for output in outputs
+                ]
+        except SinkUnavailable as error:
+            compared = [(Path(output.target), error.message) for output in outputs]
+        return [f"{place}: {fault}" for place, fault in compared if fault]
+
+    def records(self, known: Collection[str]) -> Iterator[Output]:
+        """See `Sink.records`. Without a record, files that the ledger may not know are read."""
+        try:
+            with self._reading() as record:
+                entries = [
+                    entry
+                    for entry in (record.all() if record else self._entries_of_old(known))
+                    if entry.state == State.RETRACTED or entry.output_key not in known
+                ]
         except OSError as error:
             raise unavailable(error, self.root) from error
+        for entry in entries:
+            with contextlib.suppress(ValueError, KeyError):
+                yield entry.output(self.root)
 
-    def withdraw(self, claim: Claim) -> None:
-        """See `Sink.withdraw`. Never removes a file, because a user may have altered it."""
-        if os.path.lexists(claim.target):
-            raise SinkConflict(
-                f"{claim.target} exists, and was changed outside Casparian Flow",
-                "move it elsewhere, then restore again",
-            )
+    def upgrade(self) -> list[str]:
+        """See `Sink.upgrade`. Builds the record from footers; visible files stay as they are."""
+        if self._is_new():
+            return []
+        with self._locked() as record:
+            words = [] if record.exists else parquet_moves.recorded(self.root, record)
+            parquet_moves.settle(self.root, record)
+            durable.remove(self.root / parquet_moves.HIDDEN)
+            durable.fsync_path(self.root / durable.STATE_FOLDER)
+        return words
 
-    def retract(self, claim: Claim) -> None:
-        """See `Sink.retract`. The file or folder moves to the hidden folder."""
-        self._change(hide_published, claim)
+    def _is_new(self) -> bool:
+        """Whether nothing was ever published here. Raises OSError as `found`."""
+        is_recorded = parquet_record.path_of(self.root).exists()
+        return not is_recorded and not any(parquet_moves.found(self.root))
 
-    def reinstate(self, claim: Claim) -> None:
-        """See `Sink.reinstate`."""
-        self._change(show_again, claim)
-
-    def _change(self, change: Callable[[Path, Claim], None], claim: Claim) -> None:
-        try:
-            durable.own(self.root, glob.escape(claim.topic))
-            with self._locked():
-                change(self.root, claim)
-        except OSError as error:
-            raise unavailable(error, self.root) from error
-
-    def _locked(self) -> AbstractContextManager[None]:
-        return durable.exclusive(self.root / durable.STATE_FOLDER / "parquet.lock")
-
-    def _publish(self, outputs: Sequence[StagedOutput]) -> list[Published | JobError]:
-        """Publish all outputs of one job or, after an error, only those that `_settled` knows."""
-        looked: list[Published | _Move] = []
-        output = outputs[0]
-        try:
-            for output in outputs:
-                looked.append(self._settled(output) or self._prepared(output))
-            outcomes: list[Published | JobError] = []
-            for output, found in zip(outputs, looked, strict=True):
-                shown = found if isinstance(found, Published) else self._show(output, found)
-                outcomes.append(shown)
-            return outcomes
-        except (JobError, OSError, pa.ArrowException, IndexError) as error:
-            fault = error if isinstance(error, JobError) else self._fault(error, output)
-        finally:
-            for output, found in zip(outputs, looked, strict=False):
-                if isinstance(found, _Move) and str(found.path) != output.stage:
-                    with contextlib.suppress(OSError):
-                        durable.remove(found.path)
-        return [self._settled_in_spite_of(fault, output) for output in outputs]
-
-    def _settled_in_spite_of(self, fault: JobError, output: StagedOutput) -> Published | JobError:
-        """The outcome of an output in a job that failed: it may be published already."""
-        try:
-            return self._settled(output) or fault
-        except (JobError, OSError):
-            return fault
-
-    def _settled(self, output: StagedOutput) -> Published | None:
-        """The outcome of an output that is published already, or is older than what is shown.
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[Record]:
+        """The record under the sink's lock.
 
         Raises:
-            SinkConflict: something else has its name and must not be replaced.
-            OSError, SinkUnavailable: the disk refused.
+            SinkUnavailable, OSError: the disk refused.
         """
-        existing = self._there(output)
-        if not existing:
+        state = self.root / durable.STATE_FOLDER
+        durable.make_folder(state, mode=0o700)
+        with (
+            durable.exclusive(state / "parquet.lock"),
+            parquet_record.opened(self.root, write=True) as record,
+        ):
+            assert record is not None
+            yield record
+
+    @contextlib.contextmanager
+    def _planning(self, outputs: Sequence[Output]) -> Iterator[_Plan]:
+        """A plan for these outputs, after what was left undone has been done.
+
+        Raises:
+            SinkUnavailable: the sink is to be upgraded first, or the disk refused.
+            OSError: the disk refused.
+        """
+        with self._locked() as record:
+            if not record.exists and any(parquet_moves.found(self.root)):
+                raise SinkUnavailable(
+                    f"{self.root} was written by an earlier release, or its record is lost",
+                    "casparian upgrade",
+                )
+            parquet_moves.settle(self.root, record)
+            yield _Plan(self.root, record, [output.output_key for output in outputs])
+
+    @contextlib.contextmanager
+    def _changing(self, outputs: Sequence[Output]) -> Iterator[_Plan]:
+        """As `_planning`, for outputs that may not be here; OSErrors are SinkUnavailable."""
+        try:
+            if self._is_new():
+                yield _Plan(self.root, None, [])
+                return
+            with self._planning(outputs) as plan:
+                yield plan
+        except OSError as error:
+            raise refused(error, self.root) from error
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Record | None]:
+        """The record, after what was left undone has been done; None if there is none."""
+        with parquet_record.opened(self.root, write=False) as record:
+            if not record or not record.moving():
+                yield record
+                return
+        with self._planning([]) as plan:
+            yield plan.record
+
+    def _entries_of_old(self, known: Collection[str]) -> Iterator[Entry]:
+        for path, output in parquet_moves.found(self.root, known):
+            if output.state == State.RETRACTED or output.output_key not in known:
+                with contextlib.suppress(FileNotFoundError):
+                    yield parquet_moves.entry_from(self.root, path, output)
+
+    def _difference(self, entry: Entry | None, output: Output) -> tuple[Path, str]:
+        """Where an output is, and how it differs from what the ledger says of it."""
+        if entry is None:
+            return Path(output.target), "the sink has no record of it"
+        path = self.root / (entry.path or entry.topic)
+        told = output.visible if entry.path else False
+        if entry.rows != output.rows:
+            return path, f"it has {entry.rows} rows, not {output.rows}"
+        if entry.state != output.state or is_visible(entry.path) != told:
+            states = f"{entry.state} in mode {entry.mode}", f"{output.state} in mode {output.mode}"
+            return path, f"it is {states[0]}, not {states[1]}"
+        return path, _difference_of_bytes(path, output.digest) if entry.path else ""
+
+    def _difference_of_old(self, output: Output) -> tuple[Path, str]:
+        """Where an output of a sink without a record is, and what is wrong with it."""
+        retracted = output.state == State.RETRACTED
+        folder = Path(parquet_moves.HIDDEN if retracted else "") / output.topic
+        path = self.root / folder / Path(output.target).name
+        if not (retracted or output.visible) or not output.target:
+            return path, ""  # an earlier release kept no others
+        if fault := _difference_of_bytes(path, output.digest):
+            return path, fault
+        footer = parquet_moves.footer_of(path)
+        told = (footer.facts["output_key"], footer.rows) if footer else None
+        if told != (output.output_key, output.rows):
+            return path, f"it is not the output of job {output.job_id} with {output.rows} rows"
+        return path, ""
+
+
+def _difference_of_bytes(path: Path, digest: str) -> str:
+    try:
+        if parts.digest(path) != digest:
+            return "its bytes have changed since it was published"
+    except FileNotFoundError:
+        return "the file is gone"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    return ""
+
+
+class _Plan:
+    """What one call changes, planned job by job before anything is changed.
+
+    Args:
+        record: the sink's; None if there is no sink, and so nothing to change.
+        keys: the output keys that the call names.
+    """
+
+    def __init__(self, root: Path, record: Record | None, keys: Sequence[str]) -> None:
+        self.record = record
+        self._root = root
+        self._before = record.entries(keys) if record else {}
+        self._entries = dict(self._before)
+        self.gone: set[str] = set()
+        """Keys of outputs whose staged files vanished before they were published."""
+        self._deleted: list[str] = []
+        self._checked: set[tuple[str, str]] = set()
+        """Topics and modes whose folders `_check_folder` found well."""
+        self._columns: dict[str, Any] = {}
+        """Each topic's columns as the plan leaves them."""
+        self._columns_before: dict[str, Any] = {}
+        """Those in its `_common_metadata`; None if there is none."""
+        self._taken: set[str] = set()
+        """Names in topics, without an ending, that the plan gives to outputs."""
+        self._left: set[str] = set()
+        """Paths that the plan takes outputs away from."""
+        self._copies: list[Path] = []
+
+    def add(self, job: Publication) -> JobError | None:
+        """Plan a job, or nothing of it: then the error is returned."""
+        told = [*job.outputs, *job.changes]
+        if not told:
             return None
-        first, *losers = existing
-        target = self.root / output.topic / first.path.name
-        if first.output_key == output.output_key and first.told.rows == output.rows:
-            if output.mode == "replace":
-                remove_published(losers)
-            digest = parts.digest(first.path)
-            return Published(
-                target=str(target), rows=output.rows, digest=digest, adopted=True,
-                retracted=first.hidden,
-            )  # fmt: skip
-        if output.mode != "replace" or first.output_key == output.output_key:
+        planned = (self._entries.get(output.output_key) for output in told if output.visible)
+        if any(entry and is_visible(entry.source) for entry in planned):
+            self.carry_out()  # it is planned to leave: one plan does not bring it back as well
+        saved = self._entries, self._columns, self._taken, self._left
+        self._entries, self._columns, self._taken, self._left = (
+            dict(self._entries), dict(self._columns), set(self._taken), set(self._left),
+        )  # fmt: skip
+        output = told[0]
+        try:
+            for output in job.outputs:
+                entry = self._entries.get(output.output_key)
+                is_lost = entry and entry.disk and output.stage and not self._is_there(entry)
+                if not entry or is_lost:
+                    self._entries[output.output_key] = self._staged(output)
+            self.tell(told)
+            return None
+        except (JobError, OSError, pa.ArrowException, IndexError) as error:
+            self._entries, self._columns, self._taken, self._left = saved
+            return error if isinstance(error, JobError) else self._fault(error, output)
+
+    def tell(self, outputs: Sequence[Output]) -> None:
+        """Plan the state and mode of outputs, and where their files will be.
+
+        Raises:
+            SinkConflict: an output that is to be visible is gone or altered, or another program's
+                file has its name.
+            OSError: the disk refused.
+        """
+        arriving: list[Output] = []
+        leaving: list[tuple[Output, str]] = []
+        for output in outputs:
+            if not (entry := self._entries.get(output.output_key)):
+                continue
+            before, entry = entry, entry.told(output)
+            self._entries[output.output_key] = entry
+            if output.visible and entry.disk and not is_visible(entry.path):
+                self._check_whole(entry)
+                arriving.append(output)
+            elif not output.visible and entry.disk and not entry.path.startswith(KEPT):
+                if entry.path:
+                    entry = self._left_by(entry, before)
+                    leaving.append((output, _stem(entry.path)))
+                self._entries[output.output_key] = entry.moved(entry.kept_path)
+        for output, stem in _paired(arriving, leaving):
+            self._appear(output, stem)
+
+    def delete(self) -> None:
+        """Plan that all outputs are deleted.
+
+        Raises:
+            SinkConflict: a visible one was altered.
+            OSError: the disk refused.
+        """
+        for key, entry in self._entries.items():
+            path = self._root / entry.path
+            is_there = is_visible(entry.path) and os.path.lexists(path)
+            if is_there and parts.digest(path) != entry.digest:
+                raise SinkConflict(
+                    f"{path} exists, and was changed outside Casparian Flow",
+                    "move it elsewhere, then restore again",
+                )
+            if entry.path:
+                hidden = msgspec.structs.replace(entry, state=State.HIDDEN.value)
+                self._entries[key] = hidden.moved("")
+            else:
+                self._deleted.append(key)
+
+    def carry_out(self) -> None:
+        """Record the plan, and do it.
+
+        Raises:
+            SinkUnavailable, OSError: the disk refused. What is recorded is done by the next call.
+        """
+        for topic, columns in self._columns.items():
+            before = self._columns_before[topic]
+            if before is None or not columns.equals(before):
+                parts.set_topic_columns(self._root / topic, columns)
+                self._columns_before[topic] = columns
+        changed = [each for key, each in self._entries.items() if each != self._before.get(key)]
+        if self.record and (changed or self._deleted):
+            self.record.put(changed, self._deleted)
+            crashpoint("parquet.recorded")
+            self.gone.update(parquet_moves.settle(self._root, self.record))
+        for copy in self._copies:
+            with contextlib.suppress(OSError):
+                durable.remove(copy)
+        self._entries = {key: each.settled() for key, each in self._entries.items()}
+        self._before, self._taken, self._left = dict(self._entries), set(), set()
+
+    def published(self, output: Output) -> Output:
+        """An output as it is now."""
+        entry = self._entries[output.output_key]
+        return msgspec.structs.replace(
+            output, rows=entry.rows, digest=entry.digest, shown_at=entry.shown_at,
+            hidden_at=entry.hidden_at, target=f"{self._root}/{entry.path or entry.topic}",
+        )  # fmt: skip
+
+    def _is_there(self, entry: Entry) -> bool:
+        return os.path.lexists(f"{self._root}/{entry.disk}")
+
+    def _left_by(self, entry: Entry, before: Entry) -> Entry:
+        """The entry of an output that ceases to be visible; its name is free."""
+        path = self._root / entry.path
+        self._taken.discard(entry.path.removesuffix(".parquet"))
+        if entry.source:
+            return entry
+        if os.path.lexists(path) and not parquet_moves.names(path, entry.output_key):
+            raise _foreign(path)
+        self._left.add(entry.path)
+        return msgspec.structs.replace(entry, was=f"{before.state} {before.mode}")
+
+    def _check_whole(self, entry: Entry) -> None:
+        path = self._root / entry.path
+        if not entry.source and (fault := _difference_of_bytes(path, entry.digest)):
             raise SinkConflict(
-                f"{first.path} is not the output of this job; it was left untouched",
-                "move it elsewhere, then retry the job",
+                f"{path} cannot be shown again, and nothing was changed: {fault}",
+                "restore that file, or run its job again: casparian outputs restore",
             )
-        if first.order > (output.ordinal, output.job_id):
-            return Published(
-                target=str(target), rows=output.rows, digest=output.digest, adopted=False
-            )
+
+    def _appear(self, output: Output, stem: str) -> None:
+        """Plan the name of an output that becomes visible.
+
+        Args:
+            stem: the name of the output whose place it takes; empty if there is none.
+        """
+        entry, topic = self._entries[output.output_key], output.topic
+        slot = output.location_slot if output.mode == "replace" else output.version_slot
+        for name in filter(None, (stem, slot[:KEY_DIGITS], entry.output_key[:KEY_DIGITS])):
+            if f"{topic}/{name}" in self._taken:
+                continue
+            there = [
+                path
+                for path in (f"{topic}/{name}.parquet", f"{topic}/{name}")
+                if path not in self._left and os.path.lexists(f"{self._root}/{path}")
+            ]
+            new = self._adopted(entry, there[0]) if there else None
+            if new or not there:
+                new = new or entry.moved(f"{topic}/{name}{entry.suffix}")
+                self._entries[output.output_key] = new
+                self._taken.add(f"{topic}/{name}")
+                return
+        raise _foreign(self._root / topic / entry.output_key[:KEY_DIGITS])
+
+    def _adopted(self, entry: Entry, path: str) -> Entry | None:
+        """The entry with the file at its name, if that is its own, though nothing recorded it;
+        None if another output has the name.
+
+        Raises:
+            SinkConflict: something else has it.
+        """
+        footer = parquet_moves.footer_of(self._root / path)
+        key = footer.facts["output_key"] if footer else ""
+        if footer and (key, footer.rows) == (entry.output_key, entry.rows):
+            digest = parts.digest(self._root / path)
+            return msgspec.structs.replace(entry, path=path, source="", digest=digest)
+        assert self.record
+        other = self.record.entries([key]).get(key)
+        if other is None or other.path != path:
+            raise _foreign(self._root / path)
         return None
 
-    def _there(self, output: StagedOutput) -> list[Standing]:
-        return published_under(self.root, output.topic, file_name(output))
-
-    def _columns(self, topic: str) -> Any:
-        """A topic's columns so far. Raises SinkConflict and OSError as `parts.topic_columns`."""
-        if topic not in self._known:
-            columns = parts.topic_columns(self.root / topic)
-            if not parts.has_topic_columns(self.root / topic):
-                return columns
-            self._known[topic] = columns
-        return self._known[topic]
-
-    def _prepared(self, output: StagedOutput) -> _Move:
-        """Make all checks before anything is changed.
+    def _staged(self, output: Output) -> Entry:
+        """The entry of an output that is not recorded yet.
 
         Raises:
             OutputRefused: its values do not fit the types of the topic's columns exactly.
@@ -244,24 +466,36 @@ class ParquetSink:
             OSError, SinkUnavailable: the disk refused.
             pa.ArrowException, IndexError: the staged file is damaged.
         """
-        stage, folder = Path(output.stage), self.root / output.topic
-        if (size := parts.size(stage)) != output.size_bytes:
+        if not output.stage:
+            return entry_of(output, "", "")
+        stage = Path(output.stage)
+        files = parts.files(stage)
+        if (size := sum(file.stat().st_size for file in files)) != output.size_bytes:
             raise lost(output, f"it has {size} bytes, not {output.size_bytes}")
-        if output.mode == "error":
-            _check_all_ours(folder)
-        staged = own_columns(pq.read_schema(parts.files(stage)[0]))
-        known = self._columns(output.topic)
-        wanted = self._widened(output, unite(known, staged), staged)
-        shown = stage
+        if (output.topic, output.mode) not in self._checked:
+            self._check_folder(output)
+        staged = own_columns(pq.read_schema(files[0]))
+        wanted = self._widened(output, unite(self._known(output.topic), staged), staged)
+        self._columns[output.topic] = wanted
+        digest = output.digest
         if any(wanted.field(field.name).type != field.type for field in staged):
             columns = pa.schema([*wanted, *LINEAGE_FIELDS])
-            shown = parts.rewritten(stage, output.topic, columns)
+            stage = parts.rewritten(stage, output.topic, columns)
+            self._copies.append(stage)
+            digest = parts.digest(stage)
             crashpoint("parquet.rewritten")
-        stays = output.topic in self._known and wanted.equals(known)
-        losers = self._there(output) if output.mode == "replace" else []
-        return _Move(shown, None if stays else wanted, losers)
+        return entry_of(output, str(stage).removeprefix(f"{self._root}/"), digest)
 
-    def _widened(self, output: StagedOutput, columns: Any, staged: Any) -> Any:
+    def _known(self, topic: str) -> Any:
+        """A topic's columns so far. Raises SinkConflict and OSError as `parts.topic_columns`."""
+        if topic not in self._columns:
+            folder = self._root / topic
+            columns = parts.topic_columns(folder)
+            self._columns_before[topic] = columns if parts.has_topic_columns(folder) else None
+            return columns
+        return self._columns[topic]
+
+    def _widened(self, output: Output, columns: Any, staged: Any) -> Any:
         """The topic's columns, with number columns widened as the output needs them.
 
         A column of integers becomes double only if all its values stay exact. Otherwise it keeps
@@ -277,249 +511,89 @@ class ParquetSink:
             if wide is None or parts.are_exact(Path(output.stage), field.name, field.type):
                 continue
             is_whole = pa.types.is_integer(field.type) and pa.types.is_floating(wide)
-            if is_whole and not parts.topic_is_within_double(self.root, output.topic, field.name):
+            if is_whole and not parts.are_within_double(self._files(output.topic), field.name):
                 continue
             columns = columns.set(number, field.with_type(wide))
         return columns
 
-    def _show(self, output: StagedOutput, move: _Move) -> Published:
-        """Give an output its name in the topic's folder, and remove what it replaces.
+    def _files(self, topic: str) -> Iterator[Path]:
+        """All outputs of a topic, visible or not, published or planned."""
+        for folder in (self._root / topic, self._root / KEPT / topic):
+            yield from parts.list_outputs(folder)
+        for entry in self._entries.values():
+            if entry.topic == topic and entry.source:
+                yield self._root / entry.source
+
+    def _check_folder(self, output: Output) -> None:
+        """Check the topic's folder once for all outputs.
 
         Raises:
-            SinkConflict: another program has created something of that name meanwhile.
-            OSError, SinkUnavailable: the disk refused.
+            SinkConflict: in mode error, it has a file that is not an output of ours.
+            OSError: it is on another filesystem than the stages, or the disk refused.
         """
-        path = move.path
-        name = self.root / output.topic / file_name(output)
-        digest = output.digest if str(path) == output.stage else parts.digest(path)
-        if move.columns is not None:
-            parts.set_topic_columns(name.parent, move.columns)
-            self._known[output.topic] = move.columns
-        target = name if path.is_dir() else name.with_suffix(".parquet")
-        if any(each.path == target for each in move.losers):
-            os.replace(path, target)
-            crashpoint("parquet.replaced")
-        elif path.is_dir() and not os.path.lexists(target):
-            path.rename(target)
-            crashpoint("parquet.renamed")
-        elif path.is_dir() or not _linked(path, target):
-            if settled := self._settled(output):
-                return settled
-            raise SinkUnavailable(
-                f"cannot write {target}: another program is changing it",
-                "let only casparian write to that folder; the job then continues by itself",
-            )
-        remove_published([each for each in move.losers if each.path != target])
-        return Published(target=str(target), rows=output.rows, digest=digest, adopted=False)
+        topic, folder = output.topic, self._root / output.topic
+        if os.stat(output.stage).st_dev != folder.stat().st_dev:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), output.stage, None, str(folder))
+        ours = self.record.paths(topic) if self.record and output.mode == "error" else set()
+        for path in sorted(folder.iterdir()) if output.mode == "error" else ():
+            is_other = f"{topic}/{path.name}" not in ours and not path.name.startswith((".", "_"))
+            if is_other and not parquet_moves.footer_of(path):
+                raise SinkConflict(
+                    f"topic {topic!r} is in mode error, and Casparian Flow did not write {path}",
+                    "move it elsewhere, then retry the job; or choose another mode: casparian "
+                    "topics",
+                )
+        self._checked.add((topic, output.mode))
 
-    def _fault(self, error: Exception, output: StagedOutput) -> JobError:
-        """The error to report for one of the disk or Arrow while an output was published."""
-        if not os.path.lexists(output.stage):
+    def _fault(self, error: Exception, output: Output) -> JobError:
+        """The error to report for one of the disk or Arrow while an output was planned."""
+        if output.stage and not os.path.lexists(output.stage):
             return lost(output, "it is gone")
-        if not is_disk_fault(error):
-            return lost(output, error)
-        if error.errno in _NO_LINKS:
-            return SinkUnavailable(
-                f"cannot link {output.stage} into {self.root / output.topic}: {error.strerror}",
-                "a sink's folder must be on one filesystem that supports hard links",
-            )
-        return unavailable(error, self.root / output.topic)
-
-
-def _linked(path: Path, target: Path) -> bool:
-    """Link a file to its name; False if the name exists."""
-    try:
-        os.link(path, target)
-    except FileExistsError:
-        return False
-    crashpoint("parquet.linked")
-    return True
-
-
-def _check_all_ours(folder: Path) -> None:
-    """Raise SinkConflict if a topic's folder has a file that is not an output of ours."""
-    for path in sorted(folder.iterdir()):
-        if not path.name.startswith((".", "_")) and not is_ours(path):
-            raise SinkConflict(
-                f"topic {folder.name!r} is in mode error, and Casparian Flow did not write {path}",
-                "move it elsewhere, then retry the job; or choose another mode: casparian topics",
-            )
-
-
-def _sync(folder: Path) -> SinkUnavailable | None:
-    try:
-        durable.fsync_path(folder)
-    except OSError as error:
-        return unavailable(error, folder)
-    crashpoint("parquet.synced")
-    return None
-
-
-# Published outputs in a Parquet sink:
-#
-#     <root>/<topic>/<name>[.parquet]                        shown
-#     <root>/.casparian/hidden/<topic>/<name>[.parquet]      retracted
-#
-# The name is the first digits of the output key; in mode replace of the slot, so the outputs of a
-# slot share one name, and the file is the greatest of them, shown or retracted. An output moves
-# between the two folders by one rename. After a crash both may hold an output of the slot: the
-# greater one counts, and the next output that is published there removes the other.
-
-
-class Standing(NamedTuple):
-    """A published output."""
-
-    path: Path
-    told: parts.Footer
-    hidden: bool
-
-    @property
-    def output_key(self) -> str:
-        return self.told.facts["output_key"]
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Its version's ordinal and its job's id: in mode replace the greatest is shown."""
-        return int(self.told.facts.get("ordinal", 0)), int(self.told.facts["job_id"])
-
-    @property
-    def name(self) -> str:
-        """The name that its footer gives it, without an ending."""
-        facts = self.told.facts
-        return facts["slot" if facts.get("mode") == "replace" else "output_key"][:KEY_DIGITS]
-
-
-def file_name(output: StagedOutput) -> str:
-    """The name of an output's file or folder, without an ending."""
-    return (output.slot if output.mode == "replace" else output.output_key)[:KEY_DIGITS]
-
-
-def published_under(root: Path, topic: str, name: str) -> list[Standing]:
-    """The published outputs of a name; the one that counts is the first.
-
-    Raises:
-        SinkConflict: something else has the name.
-        SinkUnavailable: the disk refused to read it.
-    """
-    standing = []
-    for folder, hidden in ((root / topic, False), (hidden_folder(root, topic), True)):
-        for path in (folder / f"{name}.parquet", folder / name):
-            if os.path.lexists(path):
-                standing.append(_read(path, hidden))
-                if standing[-1].name != name:
-                    raise _foreign(path)
-    if any(output.told.facts.get("mode") == "replace" for output in standing):
-        standing.sort(key=lambda output: output.order, reverse=True)
-    return standing
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a path is an output that has the name its footer gives.
-
-    Raises:
-        SinkUnavailable: the disk refused to read it.
-    """
-    try:
-        return _read(path, hidden=False).name == path.name.removesuffix(".parquet")
-    except SinkConflict:
-        return False
-
-
-def fault_of(path: Path, claim: Claim) -> str:
-    """What is wrong with a claimed output; empty if nothing is."""
-    try:
-        if parts.digest(path) != claim.digest:
-            return "its bytes have changed since it was published"
-        told = _read(path, hidden=False).told
-        if (told.facts.get("output_key"), told.rows) != (claim.output_key, claim.rows):
-            return f"it is not the output of job {claim.job_id} with {claim.rows} rows"
-    except FileNotFoundError:
-        return "the file is gone"
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
-    except (SinkConflict, SinkUnavailable) as error:
-        return error.message
-    return ""
-
-
-def hide_published(root: Path, claim: Claim) -> None:
-    """Hide an output; see `Sink.retract`. The caller holds the sink's lock.
-
-    Raises:
-        SinkConflict, OSError: as there.
-    """
-    shown, hidden = _places(root, claim)
-    if not os.path.lexists(shown):
-        return
-    if fault := fault_of(shown, claim):
-        if _is_replaced(shown, claim):
-            return
-        raise SinkConflict(
-            f"{shown} cannot be retracted: {fault}", "casparian verify   (shows what is wrong)"
+        return (
+            refused(error, self._root / output.topic)
+            if is_disk_fault(error)
+            else lost(output, error)
         )
-    durable.make_folder(hidden.parent)
-    _move(shown, hidden)
 
 
-def show_again(root: Path, claim: Claim) -> None:
-    """Undo `hide_published`; see `Sink.reinstate`. The caller holds the sink's lock.
-
-    Raises:
-        SinkConflict, OSError: as there.
-    """
-    shown, hidden = _places(root, claim)
-    if os.path.lexists(shown):
-        if (fault := fault_of(shown, claim)) and not _is_replaced(shown, claim):
-            raise SinkConflict(
-                f"{shown} is in the way of the retracted file, and was left untouched: {fault}",
-                "move it elsewhere",
-            )
-        return
-    if fault := fault_of(hidden, claim):
-        if _is_replaced(hidden, claim):
-            return
-        raise SinkConflict(
-            f"{shown} cannot be reinstated from {hidden}: {fault}",
-            "restore that file, or run its job again: casparian outputs restore",
+def refused(error: OSError, place: Path) -> SinkUnavailable:
+    """The error to report for one of the disk."""
+    if error.errno in _NO_LINKS:
+        return SinkUnavailable(
+            f"cannot link {error.filename} to {error.filename2}: {error.strerror}",
+            "a sink's folder must be on one filesystem that supports hard links",
         )
-    durable.make_folder(shown.parent)
-    _move(hidden, shown)
+    return unavailable(error, place)
 
 
-def list_published(root: Path, known: Container[str]) -> Iterator[Found]:
-    """See `Sink.inventory`."""
-    for path, hidden in unknown_outputs(root, known):
-        with contextlib.suppress(SinkConflict, ValueError, KeyError, FileNotFoundError):
-            output = _read(path, hidden)
-            topic = path.parent.name
-            named = output.told.facts["topic"], output.name
-            mine = named == (topic, path.name.removesuffix(".parquet"))
-            if mine and (hidden or output.output_key[:KEY_DIGITS] not in known):
-                target, digest = str(root / topic / path.name), parts.digest(path)
-                yield found(target, output.told.rows, digest, output.told.facts, retracted=hidden)
+def _paired(
+    arriving: Sequence[Output], leaving: Sequence[tuple[Output, str]]
+) -> Iterator[tuple[Output, str]]:
+    """Each output that becomes visible, and the name of the one that leaves its slot; else empty.
 
-
-def remove_published(standings: Sequence[Standing]) -> None:
-    """Remove outputs that were replaced.
-
-    Raises:
-        OSError: one is left.
+    Outputs of one version slot are paired first, then those of one location slot, then any.
     """
-    for output in standings:
-        durable.remove(output.path)
-        crashpoint("parquet.loser_removed")
+    names: dict[str, str] = {}
+    free = list(leaving)
+    slots: list[Callable[[Output], str]] = [
+        lambda output: output.version_slot, lambda output: output.location_slot, lambda output: "",
+    ]  # fmt: skip
+    for slot in slots:
+        places: dict[tuple[str, str], list[tuple[Output, str]]] = {}
+        for each in free:
+            places.setdefault((each[0].topic, slot(each[0])), []).append(each)
+        for output in arriving if free else ():
+            if output.output_key not in names and (
+                same := places.get((output.topic, slot(output)))
+            ):
+                names[output.output_key] = same.pop(0)[1]
+        free = [each for same in places.values() for each in same]
+    for output in arriving:
+        yield output, names.get(output.output_key, "")
 
 
-def _read(path: Path, hidden: bool) -> Standing:
-    try:
-        standing = Standing(path, parts.read_footer(path), hidden)
-        if standing.name and standing.order:  # both need facts that only our footers have
-            return standing
-        raise ValueError("its name is missing")
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        if is_disk_fault(error) and not isinstance(error, FileNotFoundError | IsADirectoryError):
-            raise unavailable(error, path) from error
-        raise _foreign(path) from error
+def _stem(path: str) -> str:
+    return Path(path).name.removesuffix(".parquet")
 
 
 def _foreign(path: Path) -> SinkConflict:
@@ -527,28 +601,3 @@ def _foreign(path: Path) -> SinkConflict:
         f"{path} does not contain the output that its name stands for; it was left untouched",
         "move it elsewhere, then retry the job",
     )
-
-
-def _places(root: Path, claim: Claim) -> tuple[Path, Path]:
-    """The paths of a claimed output while it is shown, and while it is hidden."""
-    name = Path(claim.target).name
-    return root / claim.topic / name, hidden_folder(root, claim.topic) / name
-
-
-def _is_replaced(path: Path, claim: Claim) -> bool:
-    """Whether the file is now another output of the claimed one's slot."""
-    try:
-        standing = _read(path, hidden=False)
-    except SinkConflict:
-        return False
-    mine = standing.name == path.name.removesuffix(".parquet")
-    return mine and standing.output_key != claim.output_key  # two keys, one name: a slot's
-
-
-def _move(path: Path, target: Path) -> None:
-    """Rename an output durably. It may replace a file that lost its slot."""
-    os.rename(path, target)
-    crashpoint("parquet.moved")
-    durable.fsync_path(target.parent)
-    durable.fsync_path(path.parent)
-    crashpoint("parquet.move_synced")

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,13 @@ import pyarrow.parquet as pq
 
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import base
-from casparian_flow.engine.sinks.base import facts_of, is_disk_fault, own_topic
+from casparian_flow.engine.sinks.base import (
+    KEY_DIGITS,
+    facts_of,
+    is_disk_fault,
+    output_of,
+    own_topic,
+)
 from casparian_flow.engine.sinks.topic_schema import (
     EXACT_IN_DOUBLE,
     LINEAGE_FIELDS,
@@ -218,7 +223,7 @@ def rewritten(path: Path, topic: str, columns: Any) -> Path:
         with file.open("rb") as opened, pq.ParquetFile(opened) as source:
             facts = {k: v for k, v in (source.metadata.metadata or {}).items() if k[:10] == _OURS}
             schema = columns.with_metadata(facts)
-            settles = own_topic(topic, facts_of(facts))
+            settles = own_topic(output_of("", facts_of(facts)))
             target = copy / file.name if path.is_dir() else copy
             with pq.ParquetWriter(
                 target, schema, compression="zstd", compression_level=1
@@ -247,27 +252,34 @@ def are_exact(path: Path, name: str, kind: Any) -> bool:
     return True
 
 
-def is_within_double(path: Path, name: str) -> bool:
-    """Whether a double holds every value in an integer column of a finished output.
+def are_within_double(outputs: Iterable[Path], name: str) -> bool:
+    """Whether a double holds every value in an integer column of finished outputs.
 
-    Reads the statistics of the files; without them the answer is False.
+    Reads the statistics of the files; without them, or if a file cannot be read as Parquet, the
+    answer is False.
 
     Raises:
-        OSError, pa.ArrowException: the output cannot be read.
+        OSError: the disk refused to read a file.
     """
-    for file in files(path):
-        with file.open("rb") as opened, pq.ParquetFile(opened) as source:
-            number = _leaf(source, name)
-            if number is None:
-                continue
-            for group in range(source.num_row_groups):
-                column = source.metadata.row_group(group).column(number)
-                stats = column.statistics if column.is_stats_set else None
-                if stats is None or not stats.has_min_max:
-                    if stats is None or stats.null_count != column.num_values:
-                        return False
-                elif not -EXACT_IN_DOUBLE <= stats.min <= stats.max <= EXACT_IN_DOUBLE:
+    try:
+        return all(_is_within_double(file, name) for path in outputs for file in files(path))
+    except (OSError, pa.ArrowException) as error:
+        if is_disk_fault(error):
+            raise
+        return False
+
+
+def _is_within_double(path: Path, name: str) -> bool:
+    with path.open("rb") as opened, pq.ParquetFile(opened) as source:
+        number = _leaf(source, name)
+        for group in range(source.num_row_groups) if number is not None else ():
+            column = source.metadata.row_group(group).column(number)
+            stats = column.statistics if column.is_stats_set else None
+            if stats is None or not stats.has_min_max:
+                if stats is None or stats.null_count != column.num_values:
                     return False
+            elif not -EXACT_IN_DOUBLE <= stats.min <= stats.max <= EXACT_IN_DOUBLE:
+                return False
     return True
 
 
@@ -341,28 +353,26 @@ def set_topic_columns(folder: Path, schema: Any) -> None:
     crashpoint("parquet.columns_written")
 
 
-def topic_is_within_double(root: Path, topic: str, name: str) -> bool:
-    """Whether a double holds every value of an integer column in all outputs of a topic.
-
-    Retracted outputs count too. False if a file cannot be read as Parquet.
+def list_outputs(folder: Path) -> Iterator[Path]:
+    """The files, and folders of parts, in a topic's folder that are named like outputs.
 
     Raises:
-        OSError: the disk refused to read a file.
+        OSError: the folder exists and cannot be read.
     """
-    folders = (root / topic, base.hidden_folder(root, topic))
-    every = (output for folder in folders for output in base.list_outputs(folder))
     try:
-        return all(is_within_double(output, name) for output in every)
-    except (OSError, pa.ArrowException) as error:
-        if is_disk_fault(error):
-            raise
-        return False
+        entries = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        name = entry.name.removesuffix(".parquet")
+        if len(name) == KEY_DIGITS and not name.startswith((".", "_")):
+            yield entry
 
 
 def _columns_of_outputs(folder: Path) -> Any:
     """The columns in the outputs' footers, united in the order of their jobs."""
     found = []
-    for output in base.list_outputs(folder):
+    for output in list_outputs(folder):
         try:
             told = read_footer(output)
             with files(output)[0].open("rb") as file:

@@ -1,41 +1,63 @@
 """Run one read-only SQL query over committed outputs, in DuckDB.
 
-A topic is a view over its Parquet files; rows in a SQLite sink are first copied into DuckDB, in
-batches. Only the topics that the query names are opened. The query is checked to be read-only
-(`reading`), and the connection itself can open no files but those of these topics' folders.
+A topic is a view over its Parquet files and over streams of its rows in SQLite sinks
+(`query_sqlite.py`). Nothing is copied, and only the topics that the query names are opened. The
+query is checked to be read-only (`reading`), and the connection itself can open no files but those
+of these topics' folders.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import itertools
 import json
+import os
 import re
 import sqlite3
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from casparian_flow.engine.sinks import PREFIXES, SERVER, sqlite_tables
+from casparian_flow.engine.sinks import PREFIXES, SERVER, parquet_record
 from casparian_flow.engine.sinks.base import LINEAGE
+from casparian_flow.engine.sinks.query_sqlite import (
+    Blank,
+    Needs,
+    Rows,
+    Stream,
+    find_rows,
+    needs,
+    planned_name,
+    quote,
+    unrecorded,
+)
 from casparian_flow.errors import CasparianError, NotFound
-
-BATCH_ROWS = 16 << 10
-"""Rows of a SQLite table converted at once."""
 
 HISTORY = "_history"
 
-COPIES = "copies"
-"""The schema of the copied tables, so that SHOW TABLES lists only topics."""
+MEMORY = "256MiB"
+"""What DuckDB may use before it writes to disk. A query that it cannot answer so is run again with
+DuckDB's own limit, which is most of the machine's memory."""
+
+COLUMNS_FILE = "_common_metadata"
+"""The file with a topic's columns in a Parquet sink: opening it takes the place of opening every
+file of the topic, as DuckDB otherwise would to unite their columns."""
 
 Output = Mapping[str, Any]
-"""A committed output; its keys are topic, location, target, output_key and latest."""
+"""A committed output; its keys are topic, location, target, output_key, rows and latest."""
 
-_TYPES = {"INTEGER": pa.int64(), "REAL": pa.float64(), "TEXT": pa.string(), "BLOB": pa.binary()}
+_LINEAGE_TYPES = dict(zip(LINEAGE, ("BIGINT", "BIGINT", "VARCHAR", "VARCHAR"), strict=True))
+_TYPES = {
+    pa.int8(): "TINYINT", pa.int64(): "BIGINT", pa.float64(): "DOUBLE", pa.string(): "VARCHAR",
+    pa.binary(): "BLOB",
+}  # fmt: skip
+"""DuckDB's names of the types in a stream."""
 
 
 @contextlib.contextmanager
@@ -50,44 +72,105 @@ def answer(question: str, outputs: Sequence[Output]) -> Iterator[Any]:
         CasparianError: DuckDB is not installed, or the query is wrong or not read-only.
     """
     try:
+        import adbc_driver_sqlite  # noqa: F401  - reads SQLite sinks
         import duckdb
     except ImportError as error:
         raise CasparianError(
-            "queries need DuckDB, which is not installed", "pip install 'casparian-flow[query]'"
+            f"queries need the package {error.name}, which is not installed",
+            "pip install 'casparian-flow[query]'",
         ) from error
+    with _in_words(duckdb, outputs), contextlib.ExitStack() as stack:
+        try:
+            reader = stack.enter_context(_answered(duckdb, question, outputs, MEMORY))
+        except duckdb.OutOfMemoryException:
+            reader = stack.enter_context(_answered(duckdb, question, outputs, ""))
+        yield reader
+
+
+@contextlib.contextmanager
+def _answered(duckdb: Any, question: str, outputs: Sequence[Output], memory: str) -> Iterator[Any]:
+    """As `answer`, with DuckDB's errors.
+
+    Args:
+        memory: the limit; empty for DuckDB's own.
+    """
     with tempfile.TemporaryDirectory(prefix="casparian-query-") as scratch:
         settings = {
             "autoinstall_known_extensions": "false",
             "autoload_known_extensions": "false",
             "python_enable_replacements": "false",
             "temp_directory": scratch,
+            **({"memory_limit": memory} if memory else {}),
         }
-        with duckdb.connect(config=settings) as database:
-            try:
-                asked = reading(duckdb, database, question)
-                database.execute("SET TimeZone = 'UTC'")
-                database.execute(f"CREATE SCHEMA {COPIES}")
-                folders = _define(database, question, outputs)
-                _lock(database, folders)
-                yield pa.RecordBatchReader.from_stream(database.sql(asked))
-            except duckdb.CatalogException as error:
-                known = ", ".join(sorted({o["topic"] for o in outputs})) or "none yet"
-                raise NotFound(
-                    f"{_first_line(error)}; topics with output: {known}",
-                    'casparian topics   (write a name that has - or . as "my-topic")',
-                ) from error
-            except duckdb.PermissionException as error:
-                raise CasparianError(
-                    f"the query failed: {_first_line(error)}",
-                    "a query can read the topics that it names, but no other files",
-                ) from error
-            except BrokenPipeError:  # raised by the caller's printing in the block
-                raise
-            except (duckdb.Error, pa.ArrowException, sqlite3.Error, OSError) as error:
-                raise CasparianError(
-                    f"the query failed: {_first_line(error)}",
-                    "fix the SQL, or: casparian verify   (shows whether outputs are damaged)",
-                ) from error
+        with contextlib.ExitStack() as after, duckdb.connect(config=settings) as database:
+            asked = reading(duckdb, database, question)
+            database.execute("SET TimeZone = 'UTC'")
+            tables = _define(database, question, outputs)
+            for stream in _create_views(duckdb, database, asked, tables):
+                after.callback(stream.close)  # once DuckDB has stopped its threads
+            _lock(database, {folder for table in tables for folder in table.folders})
+            yield _begun(pa.RecordBatchReader.from_stream(database.sql(asked)))
+
+
+def _begun(reader: Any) -> Any:
+    """A reader whose first batch is there, with whatever DuckDB collects before it."""
+    first = list(itertools.islice(reader, 1))
+    return pa.RecordBatchReader.from_batches(reader.schema, itertools.chain(first, reader))
+
+
+@contextlib.contextmanager
+def _in_words(duckdb: Any, outputs: Sequence[Output]) -> Iterator[None]:
+    """Turn the errors of the libraries into ones for people."""
+    try:
+        yield
+    except duckdb.CatalogException as error:
+        known = ", ".join(sorted({o["topic"] for o in outputs})) or "none yet"
+        raise NotFound(
+            f"{_first_line(error)}; topics with output: {known}",
+            'casparian topics   (write a name that has - or . as "my-topic")',
+        ) from error
+    except duckdb.PermissionException as error:
+        raise CasparianError(
+            f"the query failed: {_first_line(error)}",
+            "a query can read the topics that it names, but no other files",
+        ) from error
+    except BrokenPipeError:  # raised by the caller's printing in the block
+        raise
+    except duckdb.OutOfMemoryException as error:
+        raise CasparianError(
+            f"the query failed: {_first_line(error)}",
+            "ask for fewer rows or columns at once",
+        ) from error
+    except (duckdb.Error, pa.ArrowException, sqlite3.Error, OSError) as error:
+        raise CasparianError(
+            f"the query failed: {_first_line(error)}",
+            "fix the SQL, or: casparian verify   (shows whether outputs are damaged)",
+        ) from error
+
+
+@dataclass
+class _Table:
+    """A table that a query may name."""
+
+    name: str
+    shown: bool
+    """Whether it has rows."""
+    parts: list[str] = field(default_factory=list)
+    """SELECTs from its files."""
+    stored: list[Rows] = field(default_factory=list)
+    """Its rows in SQLite sinks."""
+    folders: set[str] = field(default_factory=set)
+    """The folders of its files."""
+
+    def view(self, streams: Sequence[str]) -> str:
+        """The SELECT that unites the columns by name.
+
+        Args:
+            streams: the SELECTs from `stored`.
+        """
+        parts = [*self.parts, *streams] or [_empty(_LINEAGE_TYPES)]
+        united = " UNION ALL BY NAME ".join(f"({part})" for part in parts)
+        return f"SELECT * FROM ({united}){'' if self.shown else ' LIMIT 0'}"  # noqa: S608
 
 
 def _tables(outputs: Sequence[Output]) -> dict[str, tuple[list[Output], bool]]:
@@ -106,22 +189,22 @@ def _tables(outputs: Sequence[Output]) -> dict[str, tuple[list[Output], bool]]:
     }
 
 
-def _define(database: Any, question: str, outputs: Sequence[Output]) -> set[str]:
-    """Create the tables that the query may use; returns the folders that they read.
+def _define(database: Any, question: str, outputs: Sequence[Output]) -> list[_Table]:
+    """Find what the tables consist of that the query may use.
 
-    If the query asks for the catalog, the tables that it does not name are created without rows.
+    If the query asks for the catalog, the tables that it does not name have no rows.
     """
-    folders: set[str] = set()
+    found = []
     for lowered, (wanted, shown) in _tables(outputs).items():
         topic = wanted[0]["topic"]
         name = topic if topic.lower() == lowered else topic + HISTORY
         if asks_for_names(question):
-            database.execute(f"CREATE TEMP VIEW {_quote(name)} AS SELECT NULL AS unopened")
+            found.append(_Table(name, False, ["SELECT NULL AS unopened"]))
         elif _names(question, name):
-            folders |= _create(database, name, wanted, shown)
+            found.append(_opened(database, name, wanted, shown))
         elif asks_catalog(question) and not any(map(_on_server, wanted)):
-            folders |= _create(database, name, wanted, False)
-    return folders
+            found.append(_opened(database, name, wanted, False))
+    return found
 
 
 def _lock(database: Any, folders: set[str]) -> None:
@@ -142,113 +225,187 @@ def _names(question: str, table: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(table)}(?!\w)", question, re.IGNORECASE) is not None
 
 
-def _create(database: Any, name: str, outputs: Sequence[Output], shown: bool) -> set[str]:
-    """Create a view over the outputs' files and copied rows, with columns united by name.
-
-    Args:
-        shown: whether the view has rows.
-
-    Returns:
-        The folders of its files.
-    """
+def _opened(database: Any, name: str, outputs: Sequence[Output], shown: bool) -> _Table:
+    """Look up the columns of a topic and where its rows are."""
+    table = _Table(name, shown)
+    by_place: dict[tuple[str, str], list[Output]] = defaultdict(list)
     for output in outputs:
+        by_place[output["location"], output["topic"]].append(output)
         if _on_server(output):
             raise CasparianError(
                 f"topic {output['topic']!r} is in SQL Server, which `casparian query` does not "
                 "read",
                 f"query the server itself, table {output['target'].removeprefix(SERVER)}",
             )
-    parts = []
-    targets = [o["target"] for o in outputs if o["location"].startswith(PREFIXES["parquet"])]
-    if targets:
-        listed = ", ".join(map(_text, map(_files, targets)))
-        options = "union_by_name = true, hive_partitioning = false"
-        parts.append(f"SELECT * FROM read_parquet([{listed}], {options})")  # noqa: S608
-    for location, keys in _databases(outputs).items():
-        copy = f"{COPIES}.{_quote(f'{name} in {location}')}"
-        path = Path(location.removeprefix(PREFIXES["sqlite"]))
-        with _table_rows(path, outputs[0]["topic"], keys) as rows:
-            database.register("_incoming", rows)
-            some = "" if shown else " LIMIT 0"
-            database.execute(f"CREATE TABLE {copy} AS SELECT * FROM _incoming{some}")  # noqa: S608
-            database.unregister("_incoming")
-        parts.append(f"SELECT * FROM {copy}")  # noqa: S608
-    rows_of_all = " UNION ALL BY NAME ".join(f"({part})" for part in parts)
-    limit = "" if shown else " LIMIT 0"
-    view = f"SELECT * FROM ({rows_of_all}){limit}"  # noqa: S608
-    database.execute(f"CREATE TEMP VIEW {_quote(name)} AS {view}")
-    return {str(Path(target).parent) for target in targets}
+    for (location, topic), group in by_place.items():
+        with_rows = [output for output in group if output["rows"]]
+        if location.startswith(PREFIXES["parquet"]):
+            root = Path(location.removeprefix(PREFIXES["parquet"]))
+            targets = _targets(root, topic, with_rows)
+            table.parts += _files(database, name, root / topic, targets, shown)
+            table.folders |= {str(Path(target).parent) for target in targets}
+        else:
+            path = Path(location.removeprefix(PREFIXES["sqlite"]))
+            promised = {output["output_key"]: output["rows"] for output in with_rows}
+            if rows := find_rows(path, topic, promised):
+                types = {c.name: _TYPES[c.type] for c in rows.schema(rows.names())}
+                table.stored += [rows] if shown else []
+                table.parts += [] if shown else [_empty(types)]
+    return table
 
 
-def _files(target: str) -> str:
+def _targets(root: Path, topic: str, outputs: Sequence[Output]) -> list[str]:
+    """The files, or folders of parts, of outputs in a Parquet sink.
+
+    The sink's record says where they are: a file gets another name when what it shows changes, and
+    its name may then be that of another output. A sink of an earlier release has no record.
+
+    Raises:
+        CasparianError: the record does not have one of them, or it cannot be read.
+    """
+    with parquet_record.opened(root, write=False) as record:
+        if not record:
+            return list(dict.fromkeys(output["target"] for output in outputs))
+        places = record.places(topic)
+    if lost := [o for o in outputs if o["output_key"] not in places]:
+        raise unrecorded(root, topic, len(lost))
+    return [str(root / _on_disk(root, *places[o["output_key"]])) for o in outputs]
+
+
+def _on_disk(root: Path, path: str, source: str) -> str:
+    """Where a file is. If a move was interrupted it has one of two names; one that readers see may
+    be another output's."""
+    if not source:
+        return path
+    names = sorted((source, path), key=parquet_record.is_visible)
+    return next((name for name in names if os.path.lexists(root / name)), path)
+
+
+def _files(
+    database: Any, name: str, folder: Path, targets: Sequence[str], shown: bool
+) -> list[str]:
+    """The SELECT from files of a topic in a Parquet sink; none if there is nothing to tell.
+
+    Args:
+        name: of the table.
+        folder: the topic's.
+        targets: the files, or folders of parts.
+        shown: whether their rows are asked for.
+    """
+    columns = _columns(database, folder / COLUMNS_FILE)
+    if columns and not (targets and shown):
+        return [_empty(columns)]
+    if not targets:
+        return []
+    # Not in the text of the view, which DuckDB parses each time the view is used.
+    listed = f"files of {name} in {folder}"
+    database.execute(f"SET VARIABLE {quote(listed)} = ?", [list(map(_pattern, targets))])
+    if columns:
+        described = ", ".join(
+            f"{_text(name)}: {{name: {_text(name)}, type: {_text(kind)}, default_value: NULL}}"
+            for name, kind in columns.items()
+        )
+        how = f"schema = MAP {{{described}}}"
+    else:
+        how = "union_by_name = true"
+    files = f"getvariable({_text(listed)})"
+    return [f"SELECT * FROM read_parquet({files}, {how}, hive_partitioning = false)"]  # noqa: S608
+
+
+def _columns(database: Any, path: Path) -> dict[str, str]:
+    """Name -> DuckDB type of the columns in a `_common_metadata`; empty if it cannot tell them.
+
+    It cannot if two names differ only in case: DuckDB renames one of them in each file.
+    """
+    if not os.path.exists(path):
+        return {}
+    source = _text(glob.escape(str(path)))
+    described = database.execute(f"DESCRIBE SELECT * FROM read_parquet({source})").fetchall()  # noqa: S608
+    named = database.execute(f"SELECT name FROM parquet_schema({source})").fetchall()  # noqa: S608
+    columns = {row[0]: row[1] for row in described}
+    return columns if columns.keys() <= {name for (name,) in named} else {}
+
+
+def _pattern(target: str) -> str:
     """A glob for the files of an output; a large output is a folder of parts."""
     return glob.escape(target) + ("" if target.endswith(".parquet") else "/*.parquet")
 
 
-def _databases(outputs: Sequence[Output]) -> dict[str, list[str]]:
-    """Location of each SQLite database -> keys of the outputs in it."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for output in outputs:
-        if output["location"].startswith(PREFIXES["sqlite"]):
-            found[output["location"]].append(output["output_key"])
-    return found
+def _empty(columns: Mapping[str, str]) -> str:
+    """A SELECT without rows.
 
-
-@contextlib.contextmanager
-def _table_rows(path: Path, topic: str, keys: Sequence[str]) -> Iterator[Any]:
-    """The rows of these outputs in a SQLite sink, as a RecordBatchReader.
-
-    They are found by output key, because an adopted output has the job id of an earlier ledger.
+    Args:
+        columns: name -> type.
     """
-    uri = f"{path.as_uri()}?mode=ro"
-    # DuckDB reads the rows from its own threads, one thread at a time.
-    opened = sqlite3.connect(uri, uri=True, check_same_thread=False)
-    with contextlib.closing(opened) as connection:
-        columns = list(sqlite_tables.column_types(connection, topic).items())
-        if not columns and not _rows_promised(connection, topic, keys):
-            schema = pa.schema([(name, pa.string()) for name in LINEAGE])
-            yield pa.RecordBatchReader.from_batches(schema, [])
-            return
-        # A column without a type may hold values of several types, so it is read as text.
-        chosen = ", ".join(
-            _quote(name) if kind in _TYPES else f"CAST({_quote(name)} AS TEXT)"
-            for name, kind in columns
-        )
-        schema = pa.schema([(name, _TYPES.get(kind, pa.string())) for name, kind in columns])
-        cursor = connection.execute(
-            f"""
-            SELECT {chosen} FROM {_quote(topic)} WHERE _cf_job_id IN (
-                SELECT job_id FROM _cf_outputs WHERE {_OF_THESE})
-            """,  # noqa: S608
-            [topic, json.dumps(keys)],
-        )
-
-        def batches() -> Iterator[Any]:
-            while rows := cursor.fetchmany(BATCH_ROWS):
-                arrays = [
-                    pa.array(values, field.type)
-                    for values, field in zip(zip(*rows, strict=True), schema, strict=True)
-                ]
-                yield pa.record_batch(arrays, schema=schema)
-
-        yield pa.RecordBatchReader.from_batches(schema, batches())
+    nulls = ", ".join(f"NULL::{kind} AS {quote(name)}" for name, kind in columns.items())
+    return f"SELECT {nulls} WHERE false"
 
 
-_OF_THESE = "topic = ? AND output_key IN (SELECT value FROM json_each(?))"
+def _create_views(duckdb: Any, database: Any, asked: str, tables: Sequence[_Table]) -> list[Stream]:
+    """Create the tables as views, with streams of the columns that the query needs.
+
+    DuckDB plans the query twice: first over tables without rows, which shows what it needs.
+    """
+    stored = [rows for table in tables for rows in table.stored]
+    needed = [Needs(rows.names(), []) for rows in stored]
+    if stored:
+        _put_views(database, tables, [Blank(rows, n) for n, rows in enumerate(stored)], _planned)
+        explained = _EXPLAIN.fullmatch(asked)
+        query = explained["rest"] if explained else asked
+        with contextlib.suppress(duckdb.Error):  # what is wrong with the query is reported later
+            (plan,) = database.execute(f"EXPLAIN (FORMAT JSON) {query}").fetchall()
+            needed = needs(plan[1], query, stored)
+    streams = [Stream(rows, *need) for rows, need in zip(stored, needed, strict=True)]
+    _put_views(database, tables, streams, _streamed)
+    return streams
 
 
-def _rows_promised(connection: sqlite3.Connection, topic: str, keys: Sequence[str]) -> int:
-    """How many rows these outputs have in the sink's ledger. Empty outputs create no table."""
-    query = f"SELECT total(rows) FROM _cf_outputs WHERE {_OF_THESE}"  # noqa: S608
-    return int(connection.execute(query, [topic, json.dumps(keys)]).fetchone()[0])
+def _put_views(
+    database: Any, tables: Sequence[_Table], sources: Sequence[Any],
+    select: Callable[[int, Any], str],
+) -> None:  # fmt: skip
+    """Create or replace the views of the tables.
+
+    Args:
+        sources: for each of the tables' `stored` what to read instead.
+        select: the SELECT from such a source, which is registered under its number.
+    """
+    numbers = itertools.count()
+    for table in tables:
+        selects = []
+        for number in itertools.islice(numbers, len(table.stored)):
+            database.register(_registered(number), sources[number])
+            selects.append(select(number, sources[number]))
+        view = f"CREATE OR REPLACE TEMP VIEW {quote(table.name)} AS {table.view(selects)}"
+        database.execute(view)
+
+
+def _registered(number: int) -> str:
+    return f"_cfq_{number}"
+
+
+def _planned(number: int, blank: Blank) -> str:
+    columns = ", ".join(
+        f"{planned_name(number, n)} AS {quote(column.name)}"
+        for n, column in enumerate(blank.rows.columns)
+    )
+    return f"SELECT {columns} FROM {_registered(number)}"  # noqa: S608
+
+
+def _streamed(number: int, stream: Stream) -> str:
+    """The SELECT from a stream. A column that is not in it would raise an error if it were used
+    after all, instead of giving a wrong answer."""
+    rows = stream.rows
+    columns = ", ".join(
+        quote(name) if name in stream.names
+        else f"error('column was not read')::{_TYPES[kind]} AS {quote(name)}"
+        for name, kind in ((c.name, c.type) for c in rows.schema(rows.names()))
+    )  # fmt: skip
+    return f"SELECT {columns} FROM {_registered(number)}"  # noqa: S608
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _quote(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _text(value: str) -> str:

@@ -1,24 +1,24 @@
-"""The tables of the SQLite sink: each topic's own, and the one for its retracted rows.
+"""The tables of a SQLite database, and how the columns of an output fit to them.
 
-An output's rows are found by their lineage columns; a table gets an index for that when rows are
-first taken out of it. Retracted rows are in `_cf_retracted_<topic>`. Its columns have no types, so
-no value is converted.
+`_cf_rows_<topic>` has `_cf_output` and the topic's columns; a table that an earlier release made
+has the lineage columns too, and they are filled, for the sake of other people's triggers.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks.base import LINEAGE, facts_of, otherwise, own_topic
+from casparian_flow.engine.sinks.base import LINEAGE, otherwise, own_topic
 from casparian_flow.engine.sinks.columns import (
     Column,
     columns_of,
@@ -28,8 +28,11 @@ from casparian_flow.engine.sinks.columns import (
     is_text,
     pieces,
 )
+from casparian_flow.engine.sinks.sql import LEDGER, Schema
+from casparian_flow.engine.sinks.stage import reading
 from casparian_flow.engine.sinks.topic_schema import EXACT_IN_DOUBLE
-from casparian_flow.errors import OutputRefused, SinkConflict
+from casparian_flow.errors import OutputRefused
+from casparian_flow.protocol import Output
 
 # SQLite cannot change a column's declared type, but each value has a type of its own. So
 # `_cf_columns` has the current type of columns whose type changed: a column of nulls is declared
@@ -39,9 +42,6 @@ from casparian_flow.errors import OutputRefused, SinkConflict
 
 BATCH_ROWS = 16 << 10
 """Rows of a staged file that are checked at once."""
-
-RETRACTED = "_cf_retracted_"
-"""How the name of a table of retracted rows begins; the topic follows."""
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS _cf_columns (
@@ -55,9 +55,9 @@ def declared(connection: sqlite3.Connection, table: str) -> dict[str, str]:
     return dict(connection.execute("SELECT name, type FROM pragma_table_info(?)", [table]))
 
 
-def column_types(connection: sqlite3.Connection, topic: str) -> dict[str, str]:
-    """Name -> current type of a topic's columns; empty for one without a type."""
-    found = declared(connection, topic)
+def column_types(connection: sqlite3.Connection, topic: str, table: str) -> dict[str, str]:
+    """Name -> current type of the columns of a topic's table; empty for one without a type."""
+    found = declared(connection, table)
     if not declared(connection, "_cf_columns"):
         return found
     rows = connection.execute("SELECT * FROM _cf_columns WHERE topic = ?", [fold(topic)])
@@ -65,53 +65,75 @@ def column_types(connection: sqlite3.Connection, topic: str) -> dict[str, str]:
     return {name: later.get((fold(name), kind), kind) for name, kind in found.items()}
 
 
-def fitted(
-    connection: sqlite3.Connection, topic: str, staged: Any, incoming: Sequence[Column],
-    settles: str,
-) -> list[Column]:  # fmt: skip
-    """Fit an output's columns to the topic's table, which must have all of them.
+class _Fit:
+    """Fits an output's columns to a table, which must have all of them.
 
     Args:
+        table: the table of the topic's rows.
         staged: the output's file (`pyarrow.parquet.ParquetFile`).
         settles: the command to suggest if a column is refused.
-
-    Raises:
-        OutputRefused: a column has another type in the table.
     """
-    kinds = {fold(name): kind for name, kind in column_types(connection, topic).items()}
-    found = []
-    for column in incoming:
-        kind = kinds.get(fold(column.name), column.declared)
+
+    def __init__(
+        self, connection: sqlite3.Connection, topic: str, table: str, staged: Any, settles: str
+    ) -> None:
+        self._connection = connection
+        self._topic = topic
+        self._table = table
+        self._staged = staged
+        self._settles = settles
+        types = column_types(connection, topic, table)
+        self._kinds = {fold(name): kind for name, kind in types.items()}
+
+    def column(self, column: Column) -> Column:
+        """A column as the table takes its values.
+
+        Raises:
+            OutputRefused: it has another type in the table.
+        """
+        kind = self._kinds.get(fold(column.name), column.declared)
         if not kind and column.declared:
-            _settle(connection, topic, column)
-        elif (kind, column.declared) == ("INTEGER", "REAL") and not _is_whole(column, staged):
-            _widen(connection, topic, column, settles)
+            self._settle(column)
+        elif (kind, column.declared) == ("INTEGER", "REAL") and not _is_whole(column, self._staged):
+            self._widen(column)
             kind = "REAL"
-        found.append(fit(column, kind, settles))
-    return found
+        return fit(column, kind, self._settles)
 
+    def _settle(self, column: Column) -> None:
+        """Give a column without a type the output's, unless the table has values of another."""
+        storage = column.declared.lower()
+        if not self._has(column, f"typeof({{}}) NOT IN ('null', '{storage}')"):
+            self._note(column, column.declared)
 
-def _settle(connection: sqlite3.Connection, topic: str, column: Column) -> None:
-    """Give a column without a type the output's, unless the table has values of another type."""
-    storage = column.declared.lower()
-    if not any(_has(connection, topic, column.name, f"typeof({{}}) NOT IN ('null', '{storage}')")):
-        _note_type(connection, topic, column.name, column.declared)
+    def _widen(self, column: Column) -> None:
+        """Let an INTEGER column accept REALs.
 
+        Raises:
+            OutputRefused: it has a whole number that a REAL cannot hold exactly.
+        """
+        if self._has(column, f"{{0}} > {EXACT_IN_DOUBLE} OR {{0}} < -{EXACT_IN_DOUBLE}"):
+            raise OutputRefused(
+                f"column {column.name!r} ({column.kind}) is INTEGER in the table, and has whole "
+                f"numbers that a REAL cannot hold exactly{otherwise(self._settles, column.name)}",
+                "convert the column in the plugin, or give it another name",
+            )
+        self._note(column, "REAL")
 
-def _widen(connection: sqlite3.Connection, topic: str, column: Column, settles: str) -> None:
-    """Let an INTEGER column accept REALs.
+    def _has(self, column: Column, condition: str) -> bool:
+        """Whether some row fulfils a condition, whether anybody sees it or not."""
+        chosen = condition.format(quote(column.name))
+        query = f"SELECT 1 FROM {quote(self._table)} WHERE {chosen} LIMIT 1"  # noqa: S608
+        return self._connection.execute(query).fetchone() is not None
 
-    Raises:
-        OutputRefused: it has a whole number that a REAL cannot hold exactly.
-    """
-    beyond = f"{{0}} > {EXACT_IN_DOUBLE} OR {{0}} < -{EXACT_IN_DOUBLE}"
-    if any(_has(connection, topic, column.name, beyond)):
-        raise OutputRefused(
-            f"column {column.name!r} ({column.kind}) is INTEGER in the table, and has whole "
-            f"numbers that a REAL cannot hold exactly{otherwise(settles, column.name)}",
-            "convert the column in the plugin, or give it another name",
+    def _note(self, column: Column, kind: str) -> None:
+        table = declared(self._connection, self._table)
+        before = {fold(name): declared_as for name, declared_as in table.items()}
+        name = fold(column.name)
+        self._connection.execute(_TABLE)
+        self._connection.execute(
+            "INSERT OR REPLACE INTO _cf_columns VALUES (?, ?, ?, ?)",
+            [fold(self._topic), name, before[name], kind],
         )
-    _note_type(connection, topic, column.name, "REAL")
 
 
 def _is_whole(column: Column, staged: Any) -> bool:
@@ -125,222 +147,163 @@ def _is_whole(column: Column, staged: Any) -> bool:
     return True
 
 
-def _has(connection: sqlite3.Connection, topic: str, name: str, condition: str) -> Iterator[bool]:
-    """Whether some value fulfils a condition: among the shown rows, then among the retracted."""
-    for table in (topic, RETRACTED + topic):
-        if fold(name) in {fold(column) for column in declared(connection, table)}:
-            chosen = condition.format(quote(name))
-            query = f"SELECT 1 FROM {quote(table)} WHERE {chosen} LIMIT 1"  # noqa: S608
-            yield connection.execute(query).fetchone() is not None
-
-
-def _note_type(connection: sqlite3.Connection, topic: str, name: str, kind: str) -> None:
-    before = {fold(column): kind for column, kind in declared(connection, topic).items()}
-    connection.execute(_TABLE)
-    connection.execute(
-        "INSERT OR REPLACE INTO _cf_columns VALUES (?, ?, ?, ?)",
-        [fold(topic), fold(name), before[fold(name)], kind],
-    )
-
-
 def quote(name: str) -> str:
     """A name quoted for a statement."""
     return '"' + name.replace('"', '""') + '"'
 
 
+def fit_table(
+    connection: sqlite3.Connection, topic: str, table: str, staged: Any, settles: str
+) -> list[Column]:
+    """Create a topic's table, or add the columns that it lacks.
+
+    Returns:
+        the columns to load, fitted to the table; none if the output has none of its own.
+
+    Raises:
+        OutputRefused: a column has another type in the table.
+    """
+    incoming = columns_of(staged.schema_arrow)
+    own = [column for column in incoming if column.name not in LINEAGE]
+    if not own:
+        return []
+    existing = {fold(name) for name in declared(connection, table)}
+    if not existing:
+        create_table(connection, table, own)
+        index_outputs(connection, topic, table)
+        return own
+    for column in own:
+        if fold(column.name) not in existing:
+            connection.execute(
+                f"ALTER TABLE {quote(table)} ADD COLUMN {quote(column.name)} {column.declared}"
+            )
+    fitting = _Fit(connection, topic, table, staged, settles)
+    taken = (c for c in incoming if c.name not in LINEAGE or c.name in existing)
+    return [fitting.column(column) for column in taken]
+
+
+def create_table(connection: sqlite3.Connection, table: str, own: Sequence[Column]) -> None:
+    """Create the table for a topic's rows."""
+    described = "".join(f", {quote(column.name)} {column.declared}" for column in own)
+    connection.execute(f"CREATE TABLE {quote(table)} (_cf_output INTEGER NOT NULL{described})")
+
+
+def index_outputs(connection: sqlite3.Connection, topic: str, table: str) -> None:
+    """Create the index by which the rows of an output are counted and deleted."""
+    index = quote(f"_cf_output_of_{topic}")
+    connection.execute(f"CREATE INDEX {index} ON {quote(table)} (_cf_output)")
+
+
 INSERT_ROWS = 16 << 10
 """The most rows that are converted to Python values at once."""
 
-
-class Rows(NamedTuple):
-    """Selects the rows of an output by their lineage, up to a number.
-
-    Two ledgers that share a table may have given the same ids to the same content. Their rows are
-    equal then, and each ledger selects as many as it has published.
-    """
-
-    job_id: int
-    file_version_id: int = 0
-    """0: not known, as are empty values of the next two."""
-    source_hash: str = ""
-    plugin_version: str = ""
-    number: int = -1
-    """The most rows to select; -1: all."""
+_LEDGER = f"""
+CREATE TABLE IF NOT EXISTS {LEDGER} (
+    id INTEGER PRIMARY KEY, output_key TEXT NOT NULL UNIQUE, topic TEXT NOT NULL,
+    view_name TEXT NOT NULL, mode TEXT NOT NULL, state TEXT NOT NULL, rows INTEGER NOT NULL,
+    digest TEXT NOT NULL, published_at TEXT NOT NULL, shown_at TEXT NOT NULL,
+    hidden_at TEXT NOT NULL, job_id INTEGER, file_version_id INTEGER, source_hash TEXT,
+    plugin_version TEXT, facts TEXT NOT NULL
+)"""
 
 
-_THESE = """
-_cf_job_id = :job_id
-AND _cf_file_version_id = coalesce(nullif(:file_version_id, 0), _cf_file_version_id)
-AND _cf_source_hash = coalesce(nullif(:source_hash, ''), _cf_source_hash)
-AND _cf_plugin_version = coalesce(nullif(:plugin_version, ''), _cf_plugin_version)
-"""
+def make_ledger(connection: sqlite3.Connection) -> None:
+    """Create the sink's ledger, unless there is one."""
+    connection.execute(_LEDGER)
 
 
-def is_ours(connection: sqlite3.Connection, table: str) -> bool:
-    """Whether the table exists and has the lineage columns."""
-    return declared(connection, table).keys() >= set(LINEAGE)
-
-
-def count_rows(connection: sqlite3.Connection, topic: str) -> dict[int, int]:
-    """Job id -> how many rows of it a topic's table has.
-
-    Raises:
-        sqlite3.OperationalError: there is no such table, or it lacks the lineage columns.
-    """
-    query = f"SELECT _cf_job_id, COUNT(*) FROM {quote(topic)} GROUP BY 1"  # noqa: S608
-    return dict(map(tuple, connection.execute(query)))
-
-
-def insert_rows(connection: sqlite3.Connection, topic: str, staged: Any) -> None:
-    """Insert the rows of a staged file (`pyarrow.parquet.ParquetFile`).
-
-    An empty output of mode replace has only the lineage columns, and needs no table.
-
-    Raises:
-        SinkConflict: the topic's table is not one of ours.
-        OutputRefused: a column's type differs from the table's, or a value would change in it.
-    """
-    incoming = columns_of(staged.schema_arrow)
-    if len(incoming) == len(LINEAGE):
-        return
-    try:
-        taken = _fit_table(connection, topic, staged, incoming)
-        crashpoint("sqlite.table_fitted")
-        names = ", ".join(quote(column.name) for column in taken)
-        marks = ", ".join("?" * len(taken))
-        statement = f"INSERT INTO {quote(topic)} ({names}) VALUES ({marks})"  # noqa: S608
-        for batch in chain.from_iterable(map(pieces, staged.iter_batches(INSERT_ROWS))):
-            values = [c.values(a) for c, a in zip(taken, batch.columns, strict=True)]
-            connection.executemany(statement, zip(*values, strict=True))
-            crashpoint("sqlite.rows_written")
-    except OutputRefused as error:
-        raise type(error)(f"topic {topic!r}: {error.message}", error.hint) from error
-
-
-def create_table(connection: sqlite3.Connection, topic: str, incoming: Sequence[Column]) -> None:
-    """Create a topic's table."""
-    described = ", ".join(f"{quote(column.name)} {column.declared}" for column in incoming)
-    connection.execute(f"CREATE TABLE {quote(topic)} ({described})")
-
-
-def delete_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
-    """Delete an output's rows from a topic's table; returns their number."""
-    if not is_ours(connection, topic):
-        return 0
-    chosen = _chosen(connection, topic)
-    return connection.execute(f"DELETE FROM {quote(topic)} {chosen}", rows._asdict()).rowcount  # noqa: S608
-
-
-def retract_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
-    """Move an output's rows to the table of retracted rows; returns their number."""
-    if not is_ours(connection, topic):
-        return 0
-    kept = RETRACTED + topic
-    known = {fold(name) for name in declared(connection, kept)}
-    lacking = [name for name in declared(connection, topic) if fold(name) not in known]
-    if not known:
-        described = ", ".join(map(quote, lacking))
-        connection.execute(f"CREATE TABLE {quote(kept)} ({described})")
-    else:
-        for name in lacking:
-            connection.execute(f"ALTER TABLE {quote(kept)} ADD COLUMN {quote(name)}")
-    return _move(connection, topic, kept, declared(connection, topic), rows)
-
-
-def reinstate_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
-    """Move an output's rows back to the topic's table; returns their number.
-
-    Raises:
-        SinkConflict: the topic's table is gone, or lacks a column that the rows have.
-    """
-    kept = RETRACTED + topic
-    if not is_ours(connection, kept):
-        return 0
-    existing = {fold(name) for name in declared(connection, topic)}
-    if lost := [name for name in declared(connection, kept) if fold(name) not in existing]:
-        raise SinkConflict(
-            f"table {topic!r} lacks the column {lost[0]!r}, which its retracted rows have",
-            f"add that column again; the rows are kept in the table {kept!r}",
-        )
-    return _move(connection, kept, topic, declared(connection, kept), rows)
-
-
-def forget_rows(connection: sqlite3.Connection, topic: str, rows: Rows) -> int:
-    """Delete an output's retracted rows; returns their number."""
-    return delete_rows(connection, RETRACTED + topic, rows)
-
-
-def check_all_ours(connection: sqlite3.Connection, topic: str, promised: dict[int, int]) -> None:
-    """Check that a topic's table, if it exists, has only rows that we published.
+class SqliteSchema(Schema):
+    """A SQLite database, in an open transaction.
 
     Args:
-        promised: job id -> how many rows of it there must be.
-
-    Raises:
-        SinkConflict: it has other rows.
+        connection: without implicit transactions.
+        path: the database.
     """
-    if not declared(connection, topic):
-        return
-    if not is_ours(connection, topic) or count_rows(connection, topic) != promised:
-        raise SinkConflict(
-            f"table {topic!r} has rows that Casparian Flow did not write, and the topic's mode "
-            "is error; it was left untouched",
-            "rename that table, or: casparian topics set ... --mode append",
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
+        self.connection = connection
+        self.place = str(path)
+
+    def ask(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """See `Schema.ask`."""
+        return self.connection.execute(sql, values).fetchall()
+
+    def send(self, sql: str, *values: Any) -> int:
+        """See `Schema.send`."""
+        return self.connection.execute(sql, values).rowcount
+
+    def quote(self, name: str) -> str:
+        """See `Schema.quote`."""
+        return quote(name)
+
+    def fold(self, name: str) -> str:
+        """See `Schema.fold`."""
+        return fold(name)
+
+    def columns(self, name: str) -> Mapping[str, str]:
+        """See `Schema.columns`."""
+        return declared(self.connection, name)
+
+    def has(self, name: str) -> bool:
+        """See `Schema.has`."""
+        # Indexes share the names of tables and views.
+        query = "SELECT 1 FROM sqlite_master WHERE name = ? COLLATE NOCASE AND type <> 'trigger'"
+        return bool(self.ask(query, name))
+
+    def definition(self, view: str) -> str:
+        """See `Schema.definition`."""
+        query = "SELECT sql FROM sqlite_master WHERE name = ? COLLATE NOCASE AND type = 'view'"
+        return str(next(iter(self.ask(query, view)), [""])[0])
+
+    def put_view(self, view: str, query: str) -> None:
+        """See `Schema.put_view`."""
+        text = f"CREATE VIEW {quote(view)} AS {query}"
+        if self.definition(view) == text:
+            return
+        triggers = self.ask(
+            "SELECT sql FROM sqlite_master WHERE tbl_name = ? COLLATE NOCASE AND type = 'trigger'",
+            view,
         )
+        self.send(f"DROP VIEW IF EXISTS {quote(view)}")
+        self.send(text)
+        self.ask(f"SELECT * FROM {quote(view)} LIMIT 0")  # noqa: S608  too many columns?
+        for (trigger,) in triggers:
+            self.send(trigger)
 
+    def target(self, view: str) -> str:
+        """See `Schema.target`."""
+        return f"{self.place}:{view}"
 
-def _move(
-    connection: sqlite3.Connection, source: str, target: str, names: Sequence[str] | dict[str, str],
-    rows: Rows,
-) -> int:  # fmt: skip
-    listed = ", ".join(map(quote, names))
-    connection.execute(
-        f"INSERT INTO {quote(target)} ({listed}) "  # noqa: S608
-        f"SELECT {listed} FROM {quote(source)} {_chosen(connection, source)}",
-        rows._asdict(),
-    )
-    crashpoint("sqlite.rows_copied")
-    return delete_rows(connection, source, rows)
-
-
-def _chosen(connection: sqlite3.Connection, table: str) -> str:
-    """The WHERE clause that selects `Rows` in a table; creates the index for it."""
-    index = quote(f"_cf_job_of_{table}")
-    connection.execute(f"CREATE INDEX IF NOT EXISTS {index} ON {quote(table)} (_cf_job_id)")
-    taken = {fold(name) for name in declared(connection, table)}
-    rowid = next((name for name in ("rowid", "_rowid_", "oid") if name not in taken), None)
-    if rowid is None:
-        raise SinkConflict(f"table {table!r} has columns for every name of SQLite's row number")
-    these = f"SELECT {rowid} FROM {quote(table)} WHERE {_THESE} LIMIT :number"  # noqa: S608
-    return f"WHERE {rowid} IN ({these})"
-
-
-def _fit_table(
-    connection: sqlite3.Connection, topic: str, staged: Any, incoming: Sequence[Column]
-) -> list[Column]:
-    """Create the topic's table, or add the columns it lacks; returns the columns fitted to it.
-
-    Raises:
-        SinkConflict: the table is not one of ours.
-        OutputRefused: a column has another type in the table.
-    """
-    table = quote(topic)
-    existing = {fold(name): kind for name, kind in declared(connection, topic).items()}
-    if not existing:
-        create_table(connection, topic, incoming)
-        return list(incoming)
-    if not existing.keys() >= set(LINEAGE):
-        raise SinkConflict(
-            f"table {topic!r} was not made by Casparian Flow; it was left untouched",
-            "rename that table, or give the topic another sink",
-        )
-    for column in incoming:
-        if fold(column.name) not in existing:
-            connection.execute(
-                f"ALTER TABLE {table} ADD COLUMN {quote(column.name)} {column.declared}"
-            )
-    settles = own_topic(topic, facts_of(staged.metadata.metadata))
-    return fitted(connection, topic, staged, incoming, settles)
+    def load(self, output: Output, number: int) -> None:
+        """See `Schema.load`."""
+        view = self.view_of(output)
+        table = self.rows_table(view)
+        try:
+            with reading(output) as staged:
+                names = staged.schema_arrow.names
+                taken = fit_table(self.connection, view, table, staged, own_topic(output))
+                if not taken:  # a plugin that published no batch has given no columns
+                    return
+                self.check_ours(view)
+                self.make_views(view)
+                crashpoint("sqlite.table_fitted")
+                listed = ", ".join(quote(column.name) for column in taken)
+                marks = ", ".join("?" * len(taken))
+                statement = (
+                    f"INSERT INTO {quote(table)} (_cf_output, {listed}) "  # noqa: S608
+                    f"VALUES ({number}, {marks})"
+                )
+                places = [names.index(column.name) for column in taken]
+                for batch in chain.from_iterable(map(pieces, staged.iter_batches(INSERT_ROWS))):
+                    values = [
+                        column.values(batch.column(place))
+                        for column, place in zip(taken, places, strict=True)
+                    ]
+                    self.connection.executemany(statement, zip(*values, strict=True))
+                    crashpoint("sqlite.rows_written")
+        except OutputRefused as error:
+            message = f"topic {output.topic!r}: {error.message}"
+            raise type(error)(message, error.hint) from error
 
 
 # Checks while an output is staged, before its job is decided: the topic's table is created in an
@@ -361,7 +324,7 @@ def check_table(topic: str, schema: Any) -> None:
     ours = [Column(name, pa.null(), pa.null(), "") for name in LINEAGE]
     columns = [*columns_of(schema), *ours]
     with closing(sqlite3.connect(":memory:")) as trial:
-        room = trial.getlimit(sqlite3.SQLITE_LIMIT_COLUMN)
+        room = trial.getlimit(sqlite3.SQLITE_LIMIT_COLUMN)  # of a view's columns, too
         if len(columns) > room:
             raise OutputRefused(
                 f"topic {topic!r} has {len(columns) - len(ours)} columns: from column "
@@ -370,7 +333,7 @@ def check_table(topic: str, schema: Any) -> None:
                 "publish fewer columns, or columns of lists; or use Parquet: casparian topics set",
             )
         try:
-            create_table(trial, topic, columns)
+            create_table(trial, topic, columns[: -len(ours)])
         except sqlite3.Error as error:
             raise OutputRefused(
                 f"topic {topic!r}: SQLite cannot have such a table: {error}",

@@ -21,8 +21,9 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.durable import fsync_path, make_folder
 from casparian_flow.engine.sinks import parts, topic_schema
 from casparian_flow.engine.sinks.base import (
-    Lineage,
+    facts_in,
     is_disk_fault,
+    lineage_of,
     lost,
     own_topic,
     unavailable,
@@ -31,13 +32,13 @@ from casparian_flow.engine.sinks.columns import values_in
 from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, fit
 from casparian_flow.engine.sizes import VALUE_BYTES
 from casparian_flow.errors import OutputRefused
-from casparian_flow.protocol import MODES, OutputPlan, StagedOutput
+from casparian_flow.protocol import MODES, Output
 
 GROUP_BYTES = 64 << 20
 """Arrow data held in memory before it is written, if rows are too wide for a full row group."""
 
 
-def seal(stages: Sequence[Stage]) -> list[StagedOutput]:
+def seal(stages: Sequence[Stage]) -> list[Output]:
     """Finish staged outputs and make them durable: each file, then each folder once.
 
     Raises:
@@ -58,12 +59,11 @@ def seal(stages: Sequence[Stage]) -> list[StagedOutput]:
 class Stage:
     """One output while a Worker writes it.
 
-    An output without a batch is *empty*: its file has the lineage columns and no row.
+    A stage without a batch has a file with the lineage columns and no row.
 
     Args:
         folder: the sink's stage folder; created if absent.
-        plan: topic, sink, mode and output key.
-        lineage: the values of the lineage columns.
+        plan: the output, as it was claimed.
         attempt: the attempt's unique name.
         admit: called with the first batch's schema; raises OutputRefused if the sink cannot hold
             its columns, so that the job fails before it is decided.
@@ -81,8 +81,7 @@ class Stage:
     def __init__(
         self,
         folder: Path,
-        plan: OutputPlan,
-        lineage: Lineage,
+        plan: Output,
         attempt: str,
         admit: Callable[[Any], object] = lambda schema: None,
         check: Callable[[Any], object] = lambda batch: None,
@@ -92,13 +91,12 @@ class Stage:
     ) -> None:
         _check_plan(plan)
         self._plan = plan
-        self._lineage = lineage
         self._attempt = attempt
         self._admit = admit
         self._check = check
         self._unite = unite
         self._known = known
-        self._settles = own_topic(plan.topic, plan.facts)
+        self._settles = own_topic(plan)
         self._counted: list[str] = []
         self.note = ""
         """A line about the output for the attempt's log."""
@@ -152,7 +150,7 @@ class Stage:
             with self._storing(pa.Table.from_batches([], self._given)):
                 self._parts.close(figures)
 
-    def seal(self) -> StagedOutput:
+    def seal(self) -> Output:
         """Make the data durable. The module's `seal` also makes the file's name durable.
 
         Raises:
@@ -164,15 +162,8 @@ class Stage:
             parts.make_durable(self.path)
         except OSError as error:
             raise unavailable(error, self.path) from error
-        plan = msgspec.structs.asdict(self._plan)
-        del plan["facts"], plan["split_bytes"]  # the footers have them; the parts are there
-        return StagedOutput(
-            **plan,
-            job_id=self._lineage.job_id,
-            stage=str(self.path),
-            rows=self._rows,
-            size_bytes=size,
-            digest=digest,
+        return msgspec.structs.replace(
+            self._plan, stage=str(self.path), rows=self._rows, size_bytes=size, digest=digest
         )
 
     def discard(self) -> None:
@@ -200,19 +191,13 @@ class Stage:
     def _open(self, given: Any) -> None:
         # Metadata of the plugin's must not reach the footer, where it could pass for our facts.
         self._given = given.remove_metadata()
-        plan = self._plan
-        facts: dict[str, object] = {
-            "topic": plan.topic, "output_key": plan.output_key, "mode": plan.mode,
-            "slot": plan.slot, "ordinal": plan.ordinal, **plan.facts,
-        }  # fmt: skip
-        facts |= msgspec.structs.asdict(self._lineage)
         try:
             united = self._unite(self._given)
         except OSError as error:
             raise unavailable(error, self.path) from error
         self._schema = pa.schema(
             [*united, *LINEAGE_FIELDS],
-            {f"casparian.{fact}": str(value) for fact, value in facts.items()},
+            {f"casparian.{fact}": value for fact, value in facts_in(self._plan).items()},
         )
         with self._storing(pa.Table.from_batches([], united)):
             self._parts.begin(self._schema)
@@ -221,7 +206,7 @@ class Stage:
         if not self._pending_rows:
             return
         given = pa.Table.from_batches(self._pending, self._given)
-        values = zip(msgspec.structs.astuple(self._lineage), LINEAGE_FIELDS, strict=True)
+        values = zip(lineage_of(self._plan), LINEAGE_FIELDS, strict=True)
         for value, field in values:
             constant = pa.repeat(pa.scalar(value, field.type), given.num_rows)
             given = given.append_column(field, constant)
@@ -243,7 +228,7 @@ class Stage:
 
 
 @contextlib.contextmanager
-def reading(output: StagedOutput) -> Iterator[Any]:
+def reading(output: Output) -> Iterator[Any]:
     """Open the staged Parquet file of an output, for the Committer.
 
     Raises:
@@ -278,7 +263,7 @@ def _pieces(batch: Any) -> Iterator[tuple[Any, int]]:
         yield from _pieces(part)
 
 
-def _check_plan(plan: OutputPlan) -> None:
+def _check_plan(plan: Output) -> None:
     topic = plan.topic
     if not topic.isprintable() or "/" in topic or topic.startswith((".", "_")) or not topic:
         raise OutputRefused(

@@ -1,0 +1,133 @@
+"""Whether readers see what they are promised, asked of the ledger's rows without `standing`.
+
+For each present file and each plugin that its rules bring it to: the rows of its current version
+are visible once, or the ledger has the reason. What a completed job gave is visible, or something
+took its place. `visibility.differences` asks whether the rules were applied; this asks whether
+their outcome is right, and so finds a fault of the rules themselves.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import defaultdict
+from collections.abc import Iterator
+
+from sqlalchemy import Connection, text
+
+from casparian_flow.db.routing import Routing
+from casparian_flow.db.versions import route_text
+
+
+def broken(connection: Connection) -> Iterator[str]:
+    """A sentence for each promise that is not kept, with what to type."""
+    yield from _without_job(connection)
+    yield from _wrongly_seen(connection)
+
+
+# A source root that was routed by other rules than today's waits for its next scan.
+_PRESENT = """
+SELECT r.name AS source, l.path, l.rel_path, v.id, v.ordinal
+FROM cf_source_root r CROSS JOIN cf_scan_state s ON s.source_root_id = r.id
+CROSS JOIN cf_file_location l ON l.source_root_id = r.id
+JOIN cf_file_version v ON v.id = l.current_version_id
+WHERE r.active AND s.routed = :routed AND l.gone_at IS NULL
+AND v.id NOT IN (SELECT file_version_id FROM cf_retracted_version)
+ORDER BY l.id
+"""
+
+_JOBS = """
+SELECT DISTINCT j.file_version_id, j.plugin_name
+FROM cf_file_location l JOIN cf_processing_queue j ON j.file_version_id = l.current_version_id
+WHERE l.gone_at IS NULL
+"""
+
+
+def _without_job(connection: Connection) -> Iterator[str]:
+    """Present files whose current version lacks the job of a plugin that is to get it."""
+    routing = Routing(connection)
+    known: dict[int, set[str]] = defaultdict(set)
+    for version, plugin in connection.exec_driver_sql(_JOBS):
+        known[version].add(plugin)
+    for row in connection.execute(text(_PRESENT), {"routed": routing.fingerprint}):
+        for wanted in routing.job_requests(route_text(row.path)):
+            if wanted.plugin_name not in known[row.id]:
+                yield (
+                    f"{row.source}/{row.rel_path} version {row.ordinal} has no job of plugin "
+                    f"{wanted.plugin_name}, to which a rule brings it (casparian backfill "
+                    f"{wanted.plugin_name} --path {shlex.quote(row.rel_path)})"
+                )
+
+
+# One row for each version slot: (version, plugin, topic, sink).
+_SLOTS = """
+SELECT v.location_id, v.id AS version_id, v.ordinal, j.plugin_name, o.topic, o.location,
+       max(o.job_id) AS job, group_concat(o.job_id, ' and ') AS jobs,
+       sum(s.state = 'current') AS is_current,
+       sum(s.state IN ('current', 'past')) AS is_seen,
+       sum(s.state = 'retracted') AS is_hidden_on_request,
+       sum(s.state IN ('current', 'past', 'retracted')) AS stand,
+       sum(f.output_key IS NOT NULL) AS forgotten,
+       max(s.state <> 'removed' AND f.output_key IS NULL AND p.artifact_hash = a.artifact_hash)
+           AS has_active,
+       max(s.state IN ('current', 'past', 'retracted') AND p.artifact_hash = a.artifact_hash)
+           AS active_stands
+FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
+JOIN cf_file_version v ON v.id = j.file_version_id
+JOIN cf_plugin p ON p.id = j.plugin_id
+LEFT JOIN cf_visibility s ON s.output_id = o.id
+LEFT JOIN cf_forgotten_output f ON f.output_key = o.output_key
+LEFT JOIN cf_plugin_config c ON c.plugin_name = j.plugin_name
+LEFT JOIN cf_plugin a ON a.name = c.plugin_name AND a.version = c.active_version
+WHERE o.state = 'PUBLISHED' AND j.status = 'COMPLETED'
+GROUP BY v.location_id, v.id, j.plugin_name, o.topic, o.location
+"""
+
+_WRONG = f"""
+WITH slots AS ({_SLOTS}), placed AS (
+    SELECT *, max(CASE WHEN stand THEN ordinal END) OVER place AS newest,
+           sum(is_current) OVER place AS currents,
+           version_id IN (SELECT file_version_id FROM cf_retracted_version) AS is_retracted
+    FROM slots WINDOW place AS (PARTITION BY location_id, plugin_name, topic, location)
+), judged AS (
+    SELECT *, CASE
+        WHEN stand > 1 OR (is_current AND currents > 1) THEN 'twice'
+        WHEN is_retracted AND is_seen THEN 'retracted'
+        WHEN is_hidden_on_request AND NOT is_retracted THEN 'not retracted'
+        WHEN has_active AND stand AND NOT active_stands THEN 'not active'
+        WHEN is_current AND ordinal < newest THEN 'old'
+        WHEN is_seen AND NOT is_current AND ordinal = newest THEN 'not current'
+        WHEN NOT stand AND NOT forgotten THEN 'unseen' END AS fault
+    FROM placed
+)
+SELECT fault, r.name AS source, l.rel_path, k.ordinal, k.plugin_name, k.topic, k.location, k.job,
+       k.jobs
+FROM judged k JOIN cf_file_location l ON l.id = k.location_id
+JOIN cf_source_root r ON r.id = l.source_root_id
+WHERE fault IS NOT NULL
+AND NOT (fault = 'unseen' AND (
+    l.gone_at IS NOT NULL AND r.on_delete = 'retract'
+    OR EXISTS (SELECT 1 FROM cf_processing_queue w WHERE w.file_version_id = k.version_id
+               AND w.plugin_name = k.plugin_name AND w.status <> 'COMPLETED')))
+ORDER BY l.id, k.ordinal, k.plugin_name, k.topic, k.location
+"""  # noqa: S608
+
+_FAULTS = {
+    "twice": "are visible twice or stand twice, from job {jobs}",
+    "retracted": "are visible, though the version is retracted",
+    "not retracted": "are hidden as retracted, though nobody has retracted the version",
+    "not active": "are not those of the plugin's active version, which has worked it too",
+    "old": "are shown as current, though a later version was worked",
+    "not current": "are not shown as current, though no later version was worked",
+    "unseen": "nobody can see: job {job} is COMPLETED, and nothing took the place of its output",
+}
+
+
+def _wrongly_seen(connection: Connection) -> Iterator[str]:
+    """Version slots of which readers see too much, too little or the wrong thing."""
+    for row in connection.execute(text(_WRONG)):
+        yield (
+            f"rows of {row.source}/{row.rel_path} version {row.ordinal} by plugin "
+            f"{row.plugin_name} in topic {row.topic} of {row.location} "
+            f"{_FAULTS[row.fault].format(job=row.job, jobs=row.jobs)} "
+            f"(casparian jobs show {row.job})"
+        )

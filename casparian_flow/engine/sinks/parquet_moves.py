@@ -1,0 +1,303 @@
+"""Files of a Parquet sink as they move, and a sink without a record as its footers describe it.
+
+A reader of a topic's folder sees whole outputs only. A new one appears by `link`, which refuses an
+existing name, or if it is a folder of parts by `rename`. An output that takes the place of another
+gets its name: the older file is linked to the kept ones first, then the newer one is renamed onto
+it, so a reader sees one of them at any time. Two folders are exchanged by `renameat2`. Where the
+filesystem has no exchange, or where a folder takes the place of a file, the older one goes first,
+and a reader may see neither for an instant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from casparian_flow import durable
+from casparian_flow.crashpoints import crashpoint
+from casparian_flow.engine.sinks import parts
+from casparian_flow.engine.sinks.base import KEY_DIGITS, is_disk_fault, output_of
+from casparian_flow.engine.sinks.parquet_record import (
+    KEPT,
+    STAGE,
+    Entry,
+    Record,
+    entry_of,
+    is_visible,
+)
+from casparian_flow.errors import SinkConflict, SinkUnavailable
+from casparian_flow.protocol import Output, State
+
+HIDDEN = f"{durable.STATE_FOLDER}/hidden"
+"""Where earlier releases kept retracted outputs, in a folder for each topic."""
+
+
+def settle(root: Path, record: Record) -> list[str]:
+    """Move files to where the record says, and mark it done; the caller holds the sink's lock.
+
+    Each step looks at the disk first, so a settlement that was killed is repeated as a whole.
+
+    Returns:
+        keys of outputs that were to be published and whose staged files are gone; their entries
+        are removed.
+
+    Raises:
+        SinkUnavailable: another program's file is in the way.
+        OSError: the disk refused.
+    """
+    entries = record.moving()
+    if not entries:
+        return []
+    leaving = {entry.source: entry for entry in entries if is_visible(entry.source)}
+    arriving = [entry for entry in entries if is_visible(entry.path)]
+    kept = {root / KEPT / entry.topic for entry in entries if not is_visible(entry.path)}
+    for folder in kept:
+        durable.make_folder(folder, mode=0o700)
+    for topic in {entry.topic for entry in arriving}:
+        durable.make_folder(root / topic)
+    replaced = [leaving.pop(entry.path, None) for entry in arriving]
+    _keep_replaced(root, arriving, replaced)
+    for entry in leaving.values():
+        _take_out(root / entry.source, root / entry.kept_path)
+    gone, staying = [], []
+    for entry, older in zip(arriving, replaced, strict=True):
+        if not _show(root, entry, older):
+            gone.append(entry.output_key)
+            staying += [older.stays()] if older and older.was else []
+    for entry in entries:
+        if not is_visible(entry.source) and not is_visible(entry.path) and not _keep(root, entry):
+            gone.append(entry.output_key)
+    for folder in kept | {root / entry.topic for entry in [*arriving, *leaving.values()]}:
+        durable.fsync_path(folder)
+        crashpoint("parquet.synced")
+    deleted = [entry for entry in entries if not entry.path]
+    for entry in deleted:
+        durable.remove(root / entry.kept_path)
+        crashpoint("parquet.deleted")
+    record.settled([*gone, *(entry.output_key for entry in deleted)], staying)
+    crashpoint("parquet.settled")
+    return gone
+
+
+def _keep_replaced(root: Path, arriving: list[Entry], replaced: list[Entry | None]) -> None:
+    """Give each file that is about to be replaced a second name, durably."""
+    folders = set()
+    for entry, older in zip(arriving, replaced, strict=True):
+        # The rename consumes the newer file: while it is there, the older one has its name.
+        if older and os.path.isfile(root / entry.source) and os.path.isfile(root / older.source):
+            name, kept = root / older.source, root / older.kept_path
+            if not _is_same(name, kept):
+                durable.remove(kept)
+                os.link(name, kept)
+                crashpoint("parquet.kept")
+            folders.add(kept.parent)
+    for folder in folders:
+        durable.fsync_path(folder)
+        crashpoint("parquet.kept_synced")
+
+
+def _show(root: Path, entry: Entry, older: Entry | None) -> bool:
+    """Give an output its name in the topic's folder; False if its staged file is gone."""
+    if older and not entry.suffix:
+        return _exchange(root, entry, older)
+    source, target = f"{root}/{entry.source}", f"{root}/{entry.path}"
+    if not os.path.lexists(source):
+        return _was_shown(root, entry, older)
+    if older and os.path.lexists(target):
+        os.replace(source, target)
+        crashpoint("parquet.replaced")
+        return True
+    if entry.suffix:
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            if not _is_same(source, target):
+                raise _in_the_way(target) from None
+        crashpoint("parquet.linked")
+        if not entry.source.startswith(STAGE):
+            os.unlink(source)
+            crashpoint("parquet.unkept")
+        return True
+    if os.path.lexists(target):
+        raise _in_the_way(target)
+    os.rename(source, target)
+    crashpoint("parquet.renamed")
+    return True
+
+
+def _exchange(root: Path, entry: Entry, older: Entry) -> bool:
+    """Let a folder of parts take the name of another one; see `_show`."""
+    target, kept = root / entry.path, root / entry.kept_path
+    if entry.source != entry.kept_path:  # a stage may be swept while the older parts are in it
+        _take_out(root / entry.source, kept)
+    if not names(target, entry.output_key):
+        if not os.path.lexists(kept):
+            return _was_shown(root, entry, older)
+        if not _swap(kept, target):
+            _take_out(target, root / older.kept_path)
+            kept.rename(target)
+            crashpoint("parquet.renamed_in_turn")
+            return True
+        crashpoint("parquet.exchanged")
+    _take_out(kept, root / older.kept_path)
+    return True
+
+
+def _was_shown(root: Path, entry: Entry, older: Entry | None) -> bool:
+    """Whether an output whose source is gone has its name, or was published once.
+
+    Else the output that it was to replace stays.
+    """
+    if names(root / entry.path, entry.output_key):
+        return True
+    if entry.source.startswith(STAGE):
+        if older and _is_same(root / older.source, root / older.kept_path):
+            (root / older.kept_path).unlink()
+        return False
+    if older:
+        _take_out(root / older.source, root / older.kept_path)
+    return True
+
+
+def _keep(root: Path, entry: Entry) -> bool:
+    """Move an output that was not visible to the kept ones; False as `_show`."""
+    kept = root / entry.kept_path
+    if entry.source != entry.kept_path:
+        _take_out(root / entry.source, kept)
+    return os.path.lexists(kept) or not entry.source.startswith(STAGE)
+
+
+def _take_out(path: Path, kept: Path) -> None:
+    """Move an output to the kept ones, if it is still there."""
+    if not os.path.lexists(path):
+        return
+    if _is_same(path, kept):  # a rename does nothing if both are names of one file
+        path.unlink()
+    else:
+        durable.remove(kept)
+        path.rename(kept)
+    crashpoint("parquet.moved")
+
+
+def _is_same(path: Path | str, other: Path | str) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.lstat(other))
+    except FileNotFoundError:
+        return False
+
+
+def _swap(path: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where that cannot be done."""
+    renameat2: Callable[..., int] | None = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    names_of = os.fsencode(path), os.fsencode(other)
+    return bool(renameat2 and not renameat2(here, names_of[0], here, names_of[1], exchange))
+
+
+def _in_the_way(path: str) -> SinkUnavailable:
+    return SinkUnavailable(
+        f"cannot write {path}: another program has created it",
+        "move it elsewhere, and let only casparian write to that folder; the job then continues by "
+        "itself",
+    )
+
+
+# Outputs as their footers describe them.
+
+
+def footer_of(path: Path) -> parts.Footer | None:
+    """The footer of an output of ours; None if something else is there, or nothing.
+
+    Raises:
+        OSError: the disk refused to read it.
+    """
+    try:
+        footer = parts.read_footer(path)
+        return footer if "output_key" in footer.facts and "job_id" in footer.facts else None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if is_disk_fault(error) and not isinstance(error, FileNotFoundError | IsADirectoryError):
+            raise
+        return None
+
+
+def names(path: Path, output_key: str) -> bool:
+    """Whether a file's footer names this output. Raises OSError as `footer_of`."""
+    footer = footer_of(path)
+    return footer is not None and footer.facts["output_key"] == output_key
+
+
+def found(root: Path, known: Collection[str] = ()) -> Iterator[tuple[Path, Output]]:
+    """The outputs in a sink without a record.
+
+    An earlier release named the file of an output after its key, or in mode `replace` after its
+    slot, and moved what was retracted to another folder.
+
+    Args:
+        known: output keys; a visible file that is named after one is not opened.
+
+    Raises:
+        OSError: a folder or file cannot be read.
+    """
+    stems = {key[:KEY_DIGITS] for key in known}
+    hidden = [*(root / HIDDEN).glob("*/"), *(root / KEPT).glob("*/")]
+    for folder in sorted([*root.glob("[!._]*/"), *hidden]):
+        for path in parts.list_outputs(folder):
+            if folder.parent == root and path.name.removesuffix(".parquet") in stems:
+                continue
+            with contextlib.suppress(ValueError, KeyError):
+                if (footer := footer_of(path)) and footer.facts["topic"] == folder.name:
+                    state = _state(path.relative_to(root), footer.facts.get("mode", ""))
+                    yield path, output_of("", footer.facts, rows=footer.rows, state=state)
+
+
+def _state(path: Path, mode: str) -> State:
+    if path.is_relative_to(HIDDEN):
+        return State.RETRACTED
+    if path.is_relative_to(KEPT):
+        return State.HIDDEN
+    return State.CURRENT if mode == "replace" else State.PAST
+
+
+def entry_from(root: Path, path: Path, output: Output) -> Entry:
+    """The entry of an output that `found` found; its digest is that of its bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    entry = entry_of(output, str(path.relative_to(root)), parts.digest(path))
+    entry = entry.moved(entry.source).told(output)
+    written = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="milliseconds")
+    return msgspec.structs.replace(entry, shown_at=written if entry.shown_at else "")
+
+
+def recorded(root: Path, record: Record) -> list[str]:
+    """Make the record of a sink that has none; see `Sink.upgrade`.
+
+    Raises:
+        SinkConflict: two files hold one output.
+        OSError: a file cannot be read.
+    """
+    entries: dict[str, Entry] = {}
+    for path, output in found(root):
+        entry = entry_from(root, path, output)
+        if other := entries.get(entry.output_key):
+            raise SinkConflict(
+                f"{path} and {root / other.disk} hold the same output",
+                "move the copy elsewhere, then upgrade again: casparian upgrade",
+            )
+        entries[entry.output_key] = entry
+    kept = [
+        each if is_visible(each.path) else each.moved(each.kept_path) for each in entries.values()
+    ]
+    record.put(kept)
+    crashpoint("parquet.upgraded")
+    counts = Counter(entry.topic for entry in kept)
+    return [f"{root / topic}: {count} output(s) recorded" for topic, count in counts.items()]

@@ -1,0 +1,522 @@
+"""The rows of outputs in a SQLite sink, as streams for DuckDB.
+
+The sink's record says which rows belong to the outputs that are asked for; then each scan of DuckDB
+is one SELECT, whose rows go to DuckDB in Arrow batches and are never kept. The columns that a
+question does not need are not read. ADBC's driver, which is C, reads the rows: Python's sqlite3
+would make an object of every value, which takes ten times as long.
+
+The driver has a SQLite of its own. Two copies of SQLite in one process must not have a database
+open at the same time, because closing it in one would drop the other's file locks. So `find_rows`
+closes the database before the first scan opens it, and nothing else opens it in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from casparian_flow.engine.sinks.base import LINEAGE
+from casparian_flow.errors import CasparianError
+
+BATCH_ROWS = 64 << 10
+"""The most rows in a batch."""
+
+BATCH_BYTES = 16 << 20
+"""About the most bytes in a batch, by the average size of a row in the database."""
+
+FEW = 4
+"""An index is used if less than one in this many rows is asked for."""
+
+BUSY_SECONDS = 5.0
+"""How long to wait for another program's lock."""
+
+ROWS = "_cf_rows_"
+"""How the name of a topic's table begins."""
+
+NO_COLUMN = "_cf_none"
+"""A column of nulls: the only one of a stream of which just the number of rows is asked for."""
+
+
+class Kind(NamedTuple):
+    """What the values of a column are."""
+
+    arrow: Any
+    sample: str
+    """A value of the kind, in SQL. The driver gives a column the type of its first value."""
+
+
+_KINDS = {
+    "INTEGER": Kind(pa.int64(), "0"),
+    "REAL": Kind(pa.float64(), "0.0"),
+    "TEXT": Kind(pa.string(), "''"),
+    "BLOB": Kind(pa.binary(), "x''"),
+}
+
+
+class Column(NamedTuple):
+    """A column of a topic."""
+
+    name: str
+    kind: str
+    """A key of `_KINDS`."""
+    value: str
+    """SQL for its value; `r` is the row, `o` the entry of its output in the record."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of some outputs of a topic in one database."""
+
+    uri: str
+    table: str
+    columns: Sequence[Column]
+    condition: str
+    """SQL that selects the outputs' rows."""
+    batch_rows: int
+
+    def names(self) -> list[str]:
+        """The names of the columns."""
+        return [column.name for column in self.columns]
+
+    def schema(self, names: Sequence[str]) -> Any:
+        """The Arrow schema of a stream of these columns."""
+        kinds = {column.name: _KINDS[column.kind].arrow for column in self.columns}
+        return pa.schema([(name, kinds[name]) for name in names] or [(NO_COLUMN, pa.int8())])
+
+    def select(self, names: Sequence[str], filters: Sequence[str] = ()) -> str:
+        """The SELECT for some columns; without any, it counts the rows."""
+        by_name = {column.name: column for column in self.columns}
+        values = [by_name[name].value for name in names]
+        source = f"{quote(self.table)} r"
+        if any(used.startswith("o.") for used in (*values, *filters)):
+            source += " CROSS JOIN _cf_outputs o ON o.id = r._cf_output"  # r is the outer loop
+        rest = f" FROM {source} WHERE {' AND '.join((self.condition, *filters))}"
+        if not names:
+            return "SELECT count(*)" + rest
+        samples = ", ".join(_KINDS[by_name[name].kind].sample for name in names)
+        return f"SELECT {samples} UNION ALL SELECT {', '.join(values)}{rest}"
+
+
+def find_rows(path: Path, topic: str, promised: Mapping[str, int]) -> Rows | None:
+    """Find the rows of outputs in a SQLite sink; None if they have no rows and no table.
+
+    They are found by output key, because an adopted output has the job id of an earlier ledger.
+
+    Args:
+        promised: output key -> how many rows the ledger says it has.
+
+    Raises:
+        CasparianError: the sink does not record an output that has rows.
+        sqlite3.Error: the database is absent or damaged, or not a sink.
+    """
+    uri = f"{path.as_uri()}?mode=ro"
+    opened = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
+    with contextlib.closing(opened) as connection:
+        table = ROWS + topic
+        is_old = not _declared(connection, table)  # of an earlier release
+        owner, table = ("job_id", topic) if is_old else ("id", table)
+        recorded = connection.execute(
+            f"SELECT output_key, {owner}, rows FROM _cf_outputs "  # noqa: S608
+            "WHERE topic = ? COLLATE NOCASE AND rows > 0",
+            [topic],
+        ).fetchall()
+        if lost := promised.keys() - {key for key, _, _ in recorded}:
+            raise unrecorded(path, topic, len(lost))
+        kinds = _kinds(connection, topic, table)
+        ours = [(number, rows) for key, number, rows in recorded if key in promised]
+        others = [(number, rows) for key, number, rows in recorded if key not in promised]
+        if not kinds:
+            if ours:
+                raise sqlite3.OperationalError(f"no such table: {topic}")
+            return None
+        column = "r._cf_job_id" if is_old else "r._cf_output"
+        return Rows(
+            uri, table, _columns(kinds, is_old), _condition(column, ours, others),
+            _batch_rows(connection),
+        )  # fmt: skip
+
+
+def quote(name: str) -> str:
+    """A name quoted for a statement of SQLite or DuckDB."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _folded(name: str) -> str:
+    """The same as `columns.fold`, whose module imports pyarrow.compute, which takes long."""
+    return name.encode().lower().decode()
+
+
+def _declared(connection: sqlite3.Connection, table: str) -> dict[str, str]:
+    """Name -> declared type of a table's columns; empty if there is no such table."""
+    return dict(connection.execute("SELECT name, type FROM pragma_table_info(?)", [table]))
+
+
+def unrecorded(place: Path, topic: str, number: int) -> CasparianError:
+    """The error to report for outputs that a sink does not record."""
+    return CasparianError(
+        f"{place} does not have {number} outputs of topic {topic!r} that the ledger lists",
+        "casparian verify   (says which)",
+    )
+
+
+def _kinds(connection: sqlite3.Connection, topic: str, table: str) -> dict[str, tuple[str, str]]:
+    """Name -> declared and current type of a table's columns."""
+    declared = _declared(connection, table)
+    found = {name: (kind, kind) for name, kind in declared.items()}
+    if _declared(connection, "_cf_columns"):
+        by_name = {_folded(name): name for name in declared}
+        for name, before, kind in connection.execute(
+            "SELECT name, declared, type FROM _cf_columns WHERE topic = ?", [_folded(topic)]
+        ):
+            if (mine := by_name.get(name)) and declared[mine] == before:
+                found[mine] = (before, kind)
+    return found
+
+
+def _columns(kinds: Mapping[str, tuple[str, str]], is_old: bool) -> list[Column]:
+    """The columns of a topic; the lineage columns are the last ones.
+
+    Args:
+        is_old: whether the lineage columns are read from the table, not from the record.
+    """
+    columns = []
+    for name, (declared, kind) in kinds.items():
+        value = f"r.{quote(name)}"
+        if kind not in _KINDS:  # it may hold values of several types, so it is read as text
+            columns.append(Column(name, "TEXT", f"CAST({value} AS TEXT)"))
+        elif kind != declared and kind == "REAL":
+            columns.append(Column(name, kind, f"CAST({value} AS REAL)"))
+        else:
+            columns.append(Column(name, kind, value))
+    if is_old:
+        return columns
+    lineage = [
+        Column(name, kind, f"o.{name.removeprefix('_cf_')}")
+        for name, kind in zip(LINEAGE, ("INTEGER", "INTEGER", "TEXT", "TEXT"), strict=True)
+    ]
+    return [c for c in columns if c.name not in ("_cf_output", *LINEAGE)] + lineage
+
+
+def _condition(
+    column: str, ours: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]
+) -> str:
+    """SQL that selects the rows of outputs.
+
+    Args:
+        column: has an output's number in each row.
+        ours: number and rows of the outputs that are asked for.
+        others: the same for all others of the topic.
+    """
+    if not ours:
+        return "0"
+    numbers = sorted({int(number) for number, _ in ours})
+    listed = f"(SELECT value FROM json_each('{json.dumps(numbers)}'))"  # noqa: S608
+    wanted, rest = (sum(rows for _, rows in each) for each in (ours, others))
+    if wanted + rest > wanted * FEW:
+        return f"{column} IN {listed}"
+    # The plus sign keeps SQLite from using an index: it would look up almost every row.
+    spans = _spans(numbers, sorted({number for number, _ in others}))
+    if len(spans) > 8:
+        return f"+{column} IN {listed}"
+    return "(" + " OR ".join(f"+{column} BETWEEN {a} AND {b}" for a, b in spans) + ")"
+
+
+def _spans(numbers: Sequence[int], others: Sequence[int]) -> list[tuple[int, int]]:
+    """The ranges that hold all numbers and none of the others."""
+    spans: list[tuple[int, int]] = []
+    apart = set(others)
+    before = 0
+    for number, is_ours in sorted([*((n, True) for n in numbers), *((n, False) for n in apart)]):
+        if is_ours and before and spans:
+            spans[-1] = (spans[-1][0], number)
+        elif is_ours:
+            spans.append((number, number))
+        before = is_ours and number not in apart
+    return spans
+
+
+def _batch_rows(connection: sqlite3.Connection) -> int:
+    """How many rows a batch may have."""
+    (pages,), (size,) = (
+        connection.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "page_size")
+    )
+    (rows,) = connection.execute("SELECT total(rows) FROM _cf_outputs").fetchone()
+    return max(64, min(BATCH_ROWS, int(BATCH_BYTES * max(rows, 1) / (pages * size or 1))))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Some columns of rows, for DuckDB, which may scan them several times."""
+
+    rows: Rows
+    names: Sequence[str]
+    filters: Sequence[str]
+    """Conditions, in SQL, that every row which the question needs meets."""
+    opened: list[Iterator[Any]] = field(default_factory=list)
+    """The scans so far; `close` ends them."""
+
+    def __arrow_c_schema__(self) -> Any:
+        return self.rows.schema(self.names).__arrow_c_schema__()
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> Any:
+        schema = self.rows.schema(self.names)
+        scan = self._scan(schema)
+        self.opened.append(scan)
+        return pa.RecordBatchReader.from_batches(schema, scan).__arrow_c_stream__(requested_schema)
+
+    def close(self) -> None:
+        """End the scans that were not read to their ends. No thread may be reading them."""
+        for scan in self.opened:
+            scan.close()  # type: ignore[attr-defined]
+
+    def _scan(self, schema: Any) -> Iterator[Any]:
+        with _asked(self.rows, self.rows.select(self.names, self.filters)) as reader:
+            if not self.names:
+                yield from _nulls(schema, reader.read_all().column(0)[0].as_py())
+                return
+            begin = 1  # the first row is the one of samples
+            for batch in reader:
+                self._check(batch, schema)
+                yield pa.RecordBatch.from_arrays(batch.slice(begin).columns, schema=schema)
+                begin = 0
+
+    def _check(self, batch: Any, schema: Any) -> None:
+        for array, column in zip(batch.columns, schema, strict=True):
+            if array.type != column.type:
+                raise pa.ArrowInvalid(
+                    f"column {column.name!r} of {self.rows.table} has values of another type"
+                )
+            if array.type == pa.string():
+                array.validate(full=True)
+
+
+@contextlib.contextmanager
+def _asked(rows: Rows, query: str) -> Iterator[Any]:
+    """The batches of a query, from a connection of its own."""
+    import adbc_driver_manager as manager
+    import adbc_driver_sqlite
+
+    with (
+        adbc_driver_sqlite.connect(rows.uri) as database,
+        manager.AdbcConnection(database) as connection,
+        manager.AdbcStatement(connection) as statement,
+    ):
+        statement.set_sql_query(f"PRAGMA busy_timeout = {int(BUSY_SECONDS * 1000)}")
+        statement.execute_update()
+        statement.set_options(**{"adbc.sqlite.query.batch_rows": str(rows.batch_rows)})
+        statement.set_sql_query(query)
+        stream, _ = statement.execute_query()
+        with pa.RecordBatchReader.from_stream(stream) as reader:
+            yield reader
+
+
+def _nulls(schema: Any, count: int) -> Iterator[Any]:
+    whole = pa.nulls(min(count, BATCH_ROWS), schema.field(0).type)
+    for begin in range(0, count, BATCH_ROWS):
+        part = whole.slice(0, min(BATCH_ROWS, count - begin))
+        yield pa.RecordBatch.from_arrays([part], schema=schema)
+
+
+# What a question needs of each table, according to DuckDB's plan for it. The plan is made over
+# tables whose columns have unmistakable names, so that its text is searched for these names and
+# nothing else has to be understood. Only the filters are parsed: a filter that is not understood is
+# not passed on, and DuckDB applies every filter itself.
+
+
+class Needs(NamedTuple):
+    """What a question needs of a table."""
+
+    columns: list[str]
+    filters: list[str]
+
+
+def planned_name(table: int, column: int) -> str:
+    """The unmistakable name of a column."""
+    return f"_cfq_{table}_{column}"
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A table of unmistakable columns, to be planned with and never scanned."""
+
+    rows: Rows
+    number: int
+
+    def schema(self) -> Any:
+        """The schema that DuckDB sees. The first column is the one read for `count(*)`."""
+        kinds = (_KINDS[column.kind].arrow for column in self.rows.columns)
+        named = [(planned_name(self.number, n), kind) for n, kind in enumerate(kinds)]
+        return pa.schema([(NO_COLUMN, pa.int8()), *named])
+
+    def __arrow_c_schema__(self) -> Any:
+        return self.schema().__arrow_c_schema__()
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> Any:
+        reader = pa.RecordBatchReader.from_batches(self.schema(), [])
+        return reader.__arrow_c_stream__(requested_schema)
+
+
+def needs(plan: str, question: str, tables: Sequence[Rows]) -> list[Needs]:
+    """What a question needs of each table.
+
+    Args:
+        plan: DuckDB's, as JSON.
+        question: its SQL.
+    """
+    nodes = list(_nodes(json.loads(plan)))
+    return [
+        Needs(_columns_in(plan, number, rows), _filters_in(nodes, question, number, rows))
+        for number, rows in enumerate(tables)
+    ]
+
+
+def _columns_in(plan: str, number: int, rows: Rows) -> list[str]:
+    found = {int(column) for column in re.findall(rf"_cfq_{number}_(\d+)", plan)}
+    return [column.name for n, column in enumerate(rows.columns) if n in found]
+
+
+def _nodes(tree: Any) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Every node of a plan with the one above it. Not recursive: a plan may nest deeply."""
+    waiting: list[tuple[Any, Any]] = [(node, None) for node in tree]
+    while waiting:
+        node, above = waiting.pop()
+        yield node, above
+        waiting.extend((below, node) for below in node.get("children", []))
+
+
+def _filters_in(
+    nodes: Sequence[tuple[dict[str, Any], dict[str, Any] | None]],
+    question: str,
+    number: int,
+    rows: Rows,
+) -> list[str]:
+    """Conditions in SQL from the filter above a table's scan, if there is one scan."""
+    scans = [
+        above
+        for node, above in nodes
+        if "SCAN" in str(node.get("name")) and not node.get("children")
+        and rf"_cfq_{number}_" in json.dumps(node)
+    ]  # fmt: skip
+    if len(scans) != 1 or scans[0] is None or scans[0].get("name") != "FILTER":
+        return []
+    told = scans[0].get("extra_info", {}).get("Expression", "")
+    terms = [told] if isinstance(told, str) else [str(each) for each in told]
+    filters = (
+        _condition_of(term, question, number, rows.columns)
+        for text in terms
+        for term in conjuncts(text)
+    )
+    return [condition for condition in filters if condition]
+
+
+def conjuncts(text: str) -> list[str]:
+    """The terms of an expression that all must hold: `((a) AND ((b) AND (c)))` has three.
+
+    A term is given without the parentheses around it.
+    """
+    found: list[str] = []
+    waiting = [text]
+    while waiting:
+        term = _bare(waiting.pop())
+        parts = _split(term)
+        # `x BETWEEN y AND (z)` is one term: a part of it is not in parentheses.
+        if len(parts) > 1 and all(_bare(part) != part for part in parts):
+            waiting.extend(parts)
+        else:
+            found.append(term)
+    return found
+
+
+def _bare(text: str) -> str:
+    """An expression without the parentheses around the whole of it."""
+    while text.startswith("(") and text.endswith(")") and _split(text[1:-1]):
+        text = text[1:-1]
+    return text
+
+
+def _split(text: str) -> list[str]:
+    """Split an expression at each AND outside of parentheses and quotes.
+
+    Returns:
+        an empty list if its parentheses do not match.
+    """
+    depth = begin = 0
+    parts: list[str] = []
+    for token in re.finditer(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|[()]| AND ", text):
+        depth += {"(": 1, ")": -1}.get(token[0], 0)
+        if depth < 0:
+            return []
+        if token[0] == " AND " and depth == 0:
+            parts.append(text[begin : token.start()])
+            begin = token.end()
+    return [*parts, text[begin:]] if depth == 0 else []
+
+
+_COMPARISON = re.compile(
+    r"_cfq_(?P<table>\d+)_(?P<column>\d+) (?P<sign>=|<|>|<=|>=) "
+    r"(?:'(?P<text>[ -&(-~]*)'|(?P<number>-?\d{1,15}(?:\.\d{1,15})?))"
+)
+"""A comparison of a column with a constant that SQLite and DuckDB read alike."""
+
+_BETWEEN = re.compile(r"(_cfq_\d+_\d+) BETWEEN (.*) AND (.*)")
+
+
+def _condition_of(term: str, question: str, number: int, columns: Sequence[Column]) -> str:
+    """The condition in SQL for a term of a filter; empty if there is none.
+
+    The condition may hold for more rows than the term, never for fewer.
+    """
+    if between := _BETWEEN.fullmatch(term):
+        name, low, high = between.groups()
+        ends = (f"{name} >= {low}", f"{name} <= {high}")
+        conditions = [_condition_of(end, question, number, columns) for end in ends]
+        return " AND ".join(filter(None, conditions))
+    found = _COMPARISON.fullmatch(term)
+    if not found or int(found["table"]) != number:
+        return ""
+    column = columns[int(found["column"])]
+    if column.value.startswith("CAST") or column.kind not in _CONDITIONS:
+        return ""
+    return _CONDITIONS[column.kind](column.value, found, question)
+
+
+def _on_text(value: str, found: re.Match[str], question: str) -> str:
+    text = found["text"]
+    # A plan might show a long text shortened.
+    if text is None or f"'{text}'" not in question:
+        return ""
+    return f"{value} {found['sign']} '{text}' COLLATE BINARY"
+
+
+def _on_integer(value: str, found: re.Match[str], _question: str) -> str:
+    number = found["number"]
+    return f"{value} {found['sign']} {number}" if number and "." not in number else ""
+
+
+def _on_real(value: str, found: re.Match[str], _question: str) -> str:
+    """A wider range, as SQLite may read a decimal fraction as the double beside DuckDB's."""
+    if found["number"] is None:
+        return ""
+    number = float(found["number"])
+    low, high = number - abs(number) * 1e-9 - 1e-300, number + abs(number) * 1e-9 + 1e-300
+    conditions = []
+    if found["sign"] in ("=", ">", ">="):
+        conditions.append(f"{value} >= {low!r}")
+    if found["sign"] in ("=", "<", "<="):
+        conditions.append(f"{value} <= {high!r}")
+    return " AND ".join(conditions)
+
+
+_CONDITIONS: dict[str, Callable[[str, re.Match[str], str], str]] = {
+    "TEXT": _on_text,
+    "INTEGER": _on_integer,
+    "REAL": _on_real,
+}
