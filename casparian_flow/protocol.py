@@ -88,6 +88,9 @@ class Output(Record, frozen=True):
     """All topics of the plugin, joined by `/`, for hints."""
     split_bytes: int = 0
     """Size of the parts of a large output, for sinks that store files; 0: never split."""
+    generation: int = 0
+    """How often its job has been rebuilt; above 0 it is part of the output key. The columns of a
+    rebuilt output may differ from those of the topic."""
 
     stage: str = ""
     """Absolute path of the staged file, or of the folder with its parts; empty if the plugin gave

@@ -20,6 +20,7 @@ from casparian_flow.cli import (
     outputs,
     plugins,
     query,
+    rebuild,
     rules,
     scan,
     source,
@@ -46,6 +47,7 @@ app.command()(start.wait)
 app.command()(status.status)
 app.add_typer(jobs.app, name="jobs")
 app.command()(backfill.backfill)
+app.command()(rebuild.rebuild)
 app.command()(status.files)
 app.command()(status.versions)
 app.command()(status.cat)

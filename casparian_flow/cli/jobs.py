@@ -50,7 +50,7 @@ def jobs(
     """
     if ctx.invoked_subcommand is not None:
         return
-    from casparian_flow.db import views
+    from casparian_flow.db import rebuild, views
 
     most = context.wanted(limit, every)
     ledgers, failure = _statuses(status)
@@ -59,6 +59,7 @@ def jobs(
         rows = ledger.read(
             lambda c: views.jobs(c, most, ledgers, plugin, path, failure, job_ids=named)
         )
+        open_rebuilds = ledger.read(rebuild.progress)
     if not as_json:
         for row in rows:
             row.update(_in_words(row))
@@ -67,6 +68,9 @@ def jobs(
         "finished_at reason"
     )
     context.listing(rows, as_json, columns, "no matching jobs\n  try: casparian status")
+    if not as_json:
+        for each in open_rebuilds:
+            context.note(f"note: {each.words}; {each.command}")
 
 
 def _statuses(asked: str | None) -> tuple[str | None, str | None]:

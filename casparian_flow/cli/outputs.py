@@ -86,6 +86,6 @@ def retract(
     with context.opened(ctx) as (_, ledger):
         done = outputs.retract(ledger, name, undo=undo)
     word = "reinstated" if undo else "retracted"
-    for row in done:
+    for row in [row for row in done if row.rows] or done:  # empty topics are no news
         rows = counted(row.rows, "row")
         context.say(f"{word}: {rows} of {row.rel_path} version {row.ordinal}: {row.target}")

@@ -273,13 +273,25 @@ _STOPPED = "interrupted; unfinished jobs stay queued"
 
 
 async def _see_through(here: Here, wanted: Sequence[int], line: Line) -> str:
+    """Run the jobs, or wait for the daemon that does, until readers see what they gave; returns why
+    not all is done, or empty."""
+    import asyncio
+
+    from casparian_flow.services import outputs
+
+    outcome = await _worked(here, wanted, line)
+    # A job in several stores is shown after it is COMPLETED.
+    untold = await asyncio.to_thread(outputs.tell, here.ledger)
+    return outcome or "; ".join(untold)
+
+
+async def _worked(here: Here, wanted: Sequence[int], line: Line) -> str:
     """Run the jobs, or wait for the daemon that does; returns why not all are done, or empty."""
     import asyncio
 
     from casparian_flow import durable, main
     from casparian_flow.db import views
     from casparian_flow.errors import DaemonRunning
-    from casparian_flow.services import outputs
 
     stop = asyncio.Event()
     main.stop_on_signals(stop)
@@ -296,8 +308,6 @@ async def _see_through(here: Here, wanted: Sequence[int], line: Line) -> str:
                     return await _done(here, views.EVERY, line, stop, of_daemon=False) or ""
         outcome = await _done(here, wanted[-1], line, stop, of_daemon=True)
         if outcome is not None:
-            # A job in several stores is shown after it is COMPLETED.
-            await asyncio.to_thread(outputs.tell, here.ledger)
             return outcome
 
 

@@ -63,6 +63,8 @@ def _print_status(found: dict[str, Any]) -> None:
     _section("still being written", written, "source rel_path age")
     if found["still_written_in_all"] > len(written):
         context.say(f"{len(written)} of {found['still_written_in_all']:,}")
+    columns = "plugin topic started_at jobs ended_well stopped problem"
+    _section("rebuilds", found["rebuilds"], columns)
     _section("plugins", found["plugins"], "name version topics subscriptions")
     _section("sinks", found["sinks"], "uri topics rows place")
     _section("why jobs wait or failed", found["reasons"], "status jobs example reason")
@@ -216,7 +218,8 @@ def versions(
         )
     if not rows:
         raise NotFound(f"no file is known as {path}", "casparian files   (or: casparian scan)")
-    columns = "source rel_path version current content_hash size_bytes bytes detected_at jobs"
+    columns = "source rel_path version version_id current content_hash size_bytes bytes"
+    columns += " detected_at jobs"
     context.listing(rows, as_json, columns, "")
 
 

@@ -8,6 +8,7 @@ import typer
 
 from casparian_flow.cli import context
 from casparian_flow.cli.context import AsJson
+from casparian_flow.errors import counted
 
 if TYPE_CHECKING:
     from casparian_flow.services.topics import TopicChange
@@ -74,19 +75,35 @@ def set_topic(
             "publish the rejects, instead of failing it.",
         ),
     ] = None,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild",
+            help="Process the topic's files again into these sinks, as `casparian rebuild` does; "
+            "when all are done, its rows leave the sinks it went to before.",
+        ),
+    ] = False,
 ) -> None:
     """Set the sinks that a topic goes to from now on.
 
     Outputs published before stay in their sinks; a new mode also counts for them. A URI may contain
     its mode, as in parquet://output?mode=replace. Without a URI only --allow-empty is set.
     """
+    from casparian_flow.cli import rebuild
     from casparian_flow.services import topics
 
+    if again and not uris:
+        raise typer.BadParameter("--rebuild needs the sinks to rebuild into")
     if allow_empty is None and not (topic and uris):
         raise typer.BadParameter("give a plugin, a topic and its sinks, or --allow-empty")
     with context.opened(ctx) as (settings, ledger):
         if topic and uris:
-            _report(plugin, topic, topics.set_topic(ledger, settings, plugin, topic, uris, mode))
+            change = topics.set_topic(ledger, settings, plugin, topic, uris, mode, again=again)
+            _report(plugin, topic, change)
+            if change.rebuild:
+                rebuild.report(change.rebuild)
+            elif again:
+                context.say(f"{plugin}: topic {topic} has no rows to rebuild")
         if allow_empty is not None:
             named = (plugin, topic) if topic else ("", plugin)
             deed, *hints = topics.allow_empty(ledger, *named, allow_empty)
@@ -107,3 +124,39 @@ def _report(plugin: str, topic: str, change: TopicChange) -> None:
         context.note(
             f"note: {plugin} declares no topic {topic!r} (it declares: {known}); check the spelling"
         )
+
+
+@app.command()
+def remove(
+    ctx: typer.Context,
+    plugin: Annotated[str, typer.Argument(metavar="PLUGIN", help="As in `casparian plugins`.")],
+    topic: Annotated[
+        str, typer.Argument(metavar="TOPIC", help="One that the plugin no longer declares.")
+    ],
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove it; without this only say what would go.")
+    ] = False,
+) -> None:
+    """Remove a topic that its plugin no longer declares, with its rows.
+
+    The rows are hidden in every sink, and deleted there after [output] keep_replaced_days.
+    """
+    from casparian_flow.db import visibility
+    from casparian_flow.errors import CasparianError
+    from casparian_flow.services import topics
+
+    with context.opened(ctx) as (_, ledger):
+        if not yes:
+            shown = ledger.read(lambda c: visibility.usage(c, plugin, topic))
+            topics.check_removable(ledger, plugin, topic)
+            rows = counted(sum(usage.rows for usage in shown), "row")
+            raise CasparianError(
+                f"this would take {rows} of topic {topic} of {plugin} away; nothing was changed",
+                f"casparian topics remove {plugin} {topic} --yes",
+            )
+        removal = topics.remove(ledger, plugin, topic)
+    context.say(f"{plugin}: topic {topic} is removed")
+    if words := removal.change.words:
+        context.say(words)
+    for sentence in removal.notes:
+        context.note(f"note: {sentence}")

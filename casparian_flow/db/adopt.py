@@ -135,6 +135,8 @@ def adopt(
     fresh = {work: outputs for work, outputs in by_work.items() if _is_whole(outputs)}
     adopter = _Adopter(connection)
     adopter.adopt(fresh, roots)
+    if fresh:  # a version that one plugin's outputs brought here may lack the jobs of others
+        execute(connection, "UPDATE cf_scan_state SET routed = ''")
     adopter.retract(
         [
             output
@@ -423,13 +425,14 @@ class _Adopter:
         number = self._write(
             """
             INSERT INTO cf_output (job_id, topic, uri, location, mode, output_key, slot, state,
-                                   stage, target, rows, size_bytes, digest, published_at)
-            VALUES (?, ?, ?, ?, ?, ?, ?, 'PUBLISHED', '', ?, ?, ?, ?, ?)
-            ON CONFLICT (job_id, topic, uri) DO NOTHING
+                                   stage, target, rows, size_bytes, digest, published_at,
+                                   generation)
+            VALUES (?, ?, ?, ?, ?, ?, ?, 'PUBLISHED', '', ?, ?, ?, ?, ?, ?)
+            ON CONFLICT (job_id, topic, uri, generation) DO NOTHING
             """,
             job, output.topic, output.uri, output.location, output.mode, output.output_key,
             output.location_slot, output.target, output.rows, output.size_bytes, output.digest,
-            shown_at or self._now,
+            shown_at or self._now, output.generation,
         )  # fmt: skip
         if not number:
             return

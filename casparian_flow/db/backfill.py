@@ -33,7 +33,7 @@ SELECT v.id, l.path,
                AND q.artifact_hash = p.artifact_hash) AS own,
        EXISTS (SELECT 1 FROM cf_processing_queue j
                WHERE j.file_version_id = v.id AND j.plugin_name = p.name
-               AND j.status = 'COMPLETED') AND NOT EXISTS (
+               AND j.status IN ('COMPLETED', 'FAILED')) AND NOT EXISTS (
                SELECT 1 FROM cf_processing_queue j
                WHERE j.file_version_id = v.id AND j.plugin_name = p.name
                AND j.plugin_id <= p.id) AS of_later,

@@ -1,11 +1,12 @@
 """The state of a failure, for every count and every list; the job's status stays FAILED.
 
+open          a user has to act; also, whatever else holds, while an open rebuild waits for it
 mended        since the job was queued, the plugin has completed a newer version of its
               location, or the same version with another artifact; or the plugin's active
               artifact had completed that version before
 dismissed     a user has accepted it, and the job was not claimed again since
 gone unread   neither, and the file was deleted
-open          none of these: a user has to act
+open          none of these
 """
 
 from __future__ import annotations
@@ -53,8 +54,14 @@ EXISTS (SELECT 1 FROM cf_file_version mine JOIN cf_file_location l ON l.id = min
         WHERE mine.id = j.file_version_id AND l.gone_at IS NOT NULL)
 """
 
+_AWAITED = """
+EXISTS (SELECT 1 FROM cf_rebuild_job m JOIN cf_rebuild b ON b.id = m.rebuild_id
+        WHERE m.job_id = j.id AND b.ended_at IS NULL)
+"""
+
 STATE = f"""
 CASE WHEN j.status <> 'FAILED' THEN ''
+     WHEN {_AWAITED} THEN '{OPEN}'
      WHEN {_MENDED} THEN '{MENDED}'
      WHEN {_DISMISSED} THEN '{DISMISSED}'
      WHEN {_GONE} THEN '{GONE_UNREAD}'

@@ -312,7 +312,11 @@ _INVARIANTS = {
         SELECT j.id, j.status FROM cf_processing_queue j
         WHERE j.status IN ('COMPLETED', 'COMMITTING') AND NOT EXISTS (
             SELECT 1 FROM cf_attempt a
-            WHERE a.job_id = j.id AND a.fence = j.fence AND a.outcome = 'STAGED')
+            WHERE a.job_id = j.id AND a.outcome = 'STAGED'
+              AND (a.fence = j.fence OR EXISTS (  -- it was put back after the attempt of a rebuild
+                  SELECT 1 FROM cf_rebuild_job m JOIN cf_rebuild b ON b.id = m.rebuild_id
+                  WHERE m.job_id = j.id AND m.generation > j.generation
+                    AND b.ended_at IS NOT NULL)))
         AND NOT (j.status = 'COMPLETED' AND EXISTS (
             SELECT 1 FROM adopted WHERE j.id BETWEEN first AND last))
         """,

@@ -24,6 +24,11 @@
     revive         SUPERSEDED       QUEUED      version id            a scan found its bytes again
     restore        COMPLETED        QUEUED      id                    a user asked; its outputs are
                                                                       out of their sinks
+    enqueue_first  -                QUEUED      none of the artifact  a user asked for a rebuild
+    rebuild        any but RUNNING  QUEUED      id                    the same
+                   and COMMITTING
+    put_back       any but RUNNING  COMPLETED,  id, and whether it    its rebuild was cancelled, or
+                   and COMMITTING   or ABORTED  has older outputs     left it out
     adopt          -                COMPLETED   -                     a sink has all that the job
                                                                       gives
     take_over      QUEUED, FAILED,  COMPLETED   id, a published       the same
@@ -136,6 +141,24 @@ def enqueue_again(
                           WHERE file_version_id = :version_id AND plugin_name = :plugin_name
                             AND (plugin_id IN ({SAME_ARTIFACT})
                                  OR status IN ('QUEUED', 'RUNNING', 'COMMITTING')))
+        """,  # noqa: S608
+        pairs,
+        now,
+    )
+
+
+def enqueue_first(
+    connection: Connection, pairs: Sequence[tuple[int, JobRequest]], now: str
+) -> list[int]:
+    """Queue jobs for versions that the artifact has not processed, whatever others do; the new
+    ids."""
+    return _insert(
+        connection,
+        f"""
+        {_INSERT}
+        WHERE NOT EXISTS (SELECT 1 FROM cf_processing_queue
+                          WHERE file_version_id = :version_id AND plugin_name = :plugin_name
+                            AND plugin_id IN ({SAME_ARTIFACT}))
         """,  # noqa: S608
         pairs,
         now,
@@ -367,6 +390,74 @@ def restore(connection: Connection, job_ids: Sequence[int]) -> list[int]:
     )
 
 
+_NEXT_GENERATION = """
+1 + max(generation,
+        coalesce((SELECT max(o.generation) FROM cf_output o
+                  WHERE o.job_id = cf_processing_queue.id), 0),
+        coalesce((SELECT max(m.generation) FROM cf_rebuild_job m
+                  WHERE m.job_id = cf_processing_queue.id), 0))
+"""
+"""A generation of which the job has made no output, and no rebuild has asked for any."""
+
+
+def rebuild(connection: Connection, job_ids: Sequence[int]) -> list[int]:
+    """Queue jobs so that they make a new generation of their outputs; those of before stay."""
+    return returned_ids(
+        connection,
+        f"""
+        UPDATE cf_processing_queue SET {_AFRESH}, generation = {_NEXT_GENERATION}
+        WHERE +status NOT IN ('RUNNING', 'COMMITTING')
+          AND id IN (SELECT value FROM json_each(:job_ids))
+        RETURNING id
+        """,  # noqa: S608
+        job_ids=job_ids,
+    )
+
+
+_PUBLISHED_BEFORE = """
+SELECT o.generation, o.published_at FROM cf_output o
+WHERE o.job_id = cf_processing_queue.id AND o.state = 'PUBLISHED'
+  AND o.generation < cf_processing_queue.generation
+"""
+
+
+def put_back(connection: Connection, job_ids: Sequence[int], reason: str) -> None:
+    """Take jobs out of their rebuild: COMPLETED as before it, where they have older outputs; else
+    ABORTED for this reason, and a retry makes outputs that nobody has removed."""
+    these = "id IN (SELECT value FROM json_each(:job_ids))"
+    ended = "'COMPLETED', 'FAILED', 'ABORTED', 'SUPERSEDED'"
+    execute(
+        connection,
+        f"""
+        UPDATE cf_processing_queue SET {_AFRESH} WHERE +status IN ({ended}) AND {these}
+        """,  # noqa: S608
+        job_ids=job_ids,
+    )
+    execute(
+        connection,
+        f"""
+        UPDATE cf_processing_queue
+        SET status = 'COMPLETED',
+            finished_at = (SELECT max(published_at) FROM ({_PUBLISHED_BEFORE})),
+            generation = (SELECT max(generation) FROM ({_PUBLISHED_BEFORE}))
+        WHERE +status = 'QUEUED' AND {these} AND EXISTS ({_PUBLISHED_BEFORE})
+        """,  # noqa: S608
+        job_ids=job_ids,
+    )
+    execute(
+        connection,
+        f"""
+        UPDATE cf_processing_queue
+        SET status = 'ABORTED', reason = :reason, finished_at = :now,
+            generation = {_NEXT_GENERATION}
+        WHERE +status = 'QUEUED' AND {these}
+        """,  # noqa: S608
+        job_ids=job_ids,
+        reason=reason,
+        now=_now(),
+    )
+
+
 def set_reason(connection: Connection, job_ids: Sequence[int], reason: str) -> None:
     """Say why decided jobs are not completed yet."""
     execute(
@@ -388,7 +479,7 @@ def describe(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
     return execute(
         connection,
         """
-        SELECT j.id, j.fence, j.attempts, j.plugin_id, p.name AS plugin_name,
+        SELECT j.id, j.fence, j.attempts, j.generation, j.plugin_id, p.name AS plugin_name,
                p.version AS plugin_version, p.artifact_hash,
                CAST(p.manifest AS BLOB) AS manifest,  -- text may be damaged
                v.id AS version_id, v.ordinal, v.content_hash, v.size_bytes,

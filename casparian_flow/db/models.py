@@ -510,6 +510,8 @@ class ProcessingJob(Base):
     """Daemons that died while a guest ran it; see `engine.dispatch`."""
     created_at: Mapped[datetime] = mapped_column(default=utcnow)
     finished_at: Mapped[datetime | None]
+    generation: Mapped[int] = mapped_column(server_default=text("0"))
+    """Which rebuild of its outputs the next attempt makes; 0: none (`db.rebuild`)."""
 
 
 class DismissedFailure(Base):
@@ -548,7 +550,7 @@ class Output(Base):
 
     __tablename__ = "cf_output"
     __table_args__ = (
-        UniqueConstraint("job_id", "topic", "uri"),
+        UniqueConstraint("job_id", "topic", "uri", "generation"),
         CheckConstraint(f"state IN ({_STATES})", name="state"),
         CheckConstraint("(state = 'PUBLISHED') = (published_at IS NOT NULL)", name="published"),
         Index("ix_cf_output_topic", "topic", "state"),
@@ -573,6 +575,8 @@ class Output(Base):
     published_at: Mapped[datetime | None]
     slot: Mapped[str] = mapped_column(default="", server_default="", index=True)
     """`protocol.Output.location_slot`; what an earlier release planned may have none."""
+    generation: Mapped[int] = mapped_column(default=0, server_default=text("0"))
+    """That of its job when it was planned."""
 
 
 _DEBT = "told <> state || '/' || mode"
@@ -603,6 +607,60 @@ class Visibility(Base):
     """Since when it is not visible; NULL while it is."""
     changed_at: Mapped[datetime]
     """When `state` last changed."""
+
+
+class Rebuild(Base):
+    """Outputs of a plugin that are made again, beside those that stand, and take their place
+    together (`db.rebuild`)."""
+
+    __tablename__ = "cf_rebuild"
+    __table_args__ = (
+        CheckConstraint("outcome IN ('', 'done', 'cancelled')", name="outcome"),
+        CheckConstraint("(outcome = '') = (ended_at IS NULL)", name="ended"),
+        Index(
+            "ix_cf_rebuild_open", "plugin_name", unique=True, sqlite_where=text("ended_at IS NULL")
+        ),
+    )
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    plugin_name: Mapped[str]
+    topic: Mapped[str] = mapped_column(default="", server_default="")
+    """Of the plugin; empty: all of its topics."""
+    started_at: Mapped[datetime] = mapped_column(default=utcnow)
+    ended_at: Mapped[datetime | None]
+    """NULL while it is open."""
+    outcome: Mapped[str] = mapped_column(default="", server_default="")
+    """`done` or `cancelled`; empty while it is open."""
+    problem: Mapped[str] = mapped_column(default="", server_default="")
+    """Why a sink cannot show it, though it is done; else empty."""
+
+
+class RebuildJob(Base):
+    """A job of a rebuild."""
+
+    __tablename__ = "cf_rebuild_job"
+
+    rebuild_id: Mapped[int] = mapped_column(ForeignKey("cf_rebuild.id"), primary_key=True)
+    job_id: Mapped[int] = mapped_column(
+        ForeignKey("cf_processing_queue.id"), primary_key=True, index=True
+    )
+    generation: Mapped[int]
+    """Of the outputs that the job makes for the rebuild."""
+    was: Mapped[str]
+    """The job's status before the rebuild; empty where the rebuild made the job."""
+
+
+class LeftOutput(Base):
+    """An output that stays behind: in a sink that its topic does not go to any more, after a
+    rebuild into the present ones, or of a topic that a user removed."""
+
+    __tablename__ = "cf_left_output"
+
+    output_id: Mapped[int] = mapped_column(
+        ForeignKey("cf_output.id"), primary_key=True, autoincrement=False
+    )
+    rebuild_id: Mapped[int | None] = mapped_column(ForeignKey("cf_rebuild.id"))
+    """NULL where a user removed the topic."""
 
 
 class IdFloor(Base):

@@ -17,6 +17,7 @@ from casparian_flow.db.models import (
     REMOVED,
     ForgottenOutput,
     JobStatus,
+    LeftOutput,
     Output,
     OutputState,
     ProcessingJob,
@@ -41,13 +42,13 @@ def plan(connection: Connection, decided: Sequence[tuple[int, list[OutputRecord]
         connection,
         """
         INSERT INTO cf_output (job_id, topic, uri, location, mode, output_key, slot, state, stage,
-                               target, rows, size_bytes, digest)
-        VALUES (?, ?, ?, ?, ?, ?, ?, 'PLANNED', ?, '', ?, ?, ?)
-        ON CONFLICT (job_id, topic, uri) DO NOTHING
+                               target, rows, size_bytes, digest, generation)
+        VALUES (?, ?, ?, ?, ?, ?, ?, 'PLANNED', ?, '', ?, ?, ?, ?)
+        ON CONFLICT (job_id, topic, uri, generation) DO NOTHING
         """,
         [
             (job_id, o.topic, o.uri, o.location, o.mode, o.output_key, o.location_slot, o.stage,
-             o.rows, o.size_bytes, o.digest)
+             o.rows, o.size_bytes, o.digest, o.generation)
             for job_id, staged in decided
             for o in staged
         ],
@@ -151,6 +152,7 @@ def restore(connection: Connection, output_ids: Sequence[int]) -> list[int]:
     keys = select(Output.output_key).where(Output.id.in_(owed))
     connection.execute(delete(ForgottenOutput).where(ForgottenOutput.output_key.in_(keys)))
     connection.execute(delete(Visibility).where(Visibility.output_id.in_(owed)))
+    connection.execute(delete(LeftOutput).where(LeftOutput.output_id.in_(owed)))
     planned = {"state": OutputState.PLANNED, "published_at": None, "target": ""}
     connection.execute(update(Output).where(Output.id.in_(owed)).values(planned))
     visibility.refresh(connection, visibility.of_jobs(connection, queued))
@@ -162,12 +164,13 @@ def restore_removed(connection: Connection, plugin: str) -> list[int]:
     they would stand now; the jobs."""
     ids = returned_ids(
         connection,
-        """
+        f"""
         SELECT o.id FROM cf_visibility s JOIN cf_output o ON o.id = s.output_id
         JOIN cf_processing_queue j ON j.id = o.job_id
         JOIN cf_plugin p ON p.id = j.plugin_id
         WHERE s.state = :removed AND j.plugin_name = :plugin AND j.status = 'COMPLETED'
         AND o.output_key NOT IN (SELECT output_key FROM cf_forgotten_output)
+        AND o.id NOT IN (SELECT output_id FROM cf_left_output) AND NOT {visibility.CANCELLED}
         AND p.artifact_hash = (
             SELECT a.artifact_hash FROM cf_plugin_config c
             JOIN cf_plugin a ON a.name = c.plugin_name AND a.version = c.active_version
@@ -178,7 +181,7 @@ def restore_removed(connection: Connection, plugin: str) -> list[int]:
             WHERE k.file_version_id = j.file_version_id AND k.plugin_name = j.plugin_name
             AND n.topic = o.topic AND n.location = o.location AND t.state <> :removed
             AND q.artifact_hash = p.artifact_hash)
-        """,
+        """,  # noqa: S608
         removed=REMOVED,
         plugin=plugin,
     )
@@ -246,10 +249,12 @@ o.topic {_SUFFIX} AND EXISTS (
 
 _FIRST = """
 NOT EXISTS (SELECT 1 FROM cf_output p WHERE p.job_id = o.job_id AND +p.topic = o.topic
-            AND +p.state = 'PUBLISHED' AND p.id < o.id{condition})
+            AND +p.state = 'PUBLISHED'
+            AND (p.generation > o.generation OR p.generation = o.generation AND p.id < o.id)
+            {condition})
 """
-"""Of the outputs of a job in one topic, the one that is counted. The `+` keeps SQLite from looking
-through every output of the topic, where the job has a few."""
+"""Of the outputs of a job in one topic, the one that is counted: of the last rebuild. The `+` keeps
+SQLite from looking through every output of the topic, where the job has a few."""
 
 
 def _of_job(which: str) -> str:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, text
 
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import route_text
+from casparian_flow.db.visibility import CANCELLED, OPEN
 
 
 def broken(connection: Connection) -> Iterator[str]:
@@ -58,17 +59,19 @@ def _without_job(connection: Connection) -> Iterator[str]:
                 )
 
 
-# One row for each version slot: (version, plugin, topic, sink).
-_SLOTS = """
+# One row for each version slot: (version, plugin, topic, sink). What a rebuild has not shown yet is
+# not promised to readers; what one has left behind keeps its place and shows nothing.
+_SLOTS = f"""
 SELECT v.location_id, v.id AS version_id, v.ordinal, j.plugin_name, o.topic, o.location,
        max(o.job_id) AS job, group_concat(o.job_id, ' and ') AS jobs,
        sum(s.state = 'current') AS is_current,
        sum(s.state IN ('current', 'past')) AS is_seen,
        sum(s.state = 'retracted') AS is_hidden_on_request,
        sum(s.state IN ('current', 'past', 'retracted')) AS stand,
-       sum(f.output_key IS NOT NULL) AS forgotten,
-       max(s.state <> 'removed' AND f.output_key IS NULL AND p.artifact_hash = a.artifact_hash)
-           AS has_active,
+       sum(f.output_key IS NOT NULL) AS forgotten, sum(b.output_id IS NOT NULL) AS is_left,
+       sum(s.state <> 'removed') AS in_sink,
+       max(s.state <> 'removed' AND b.output_id IS NULL AND f.output_key IS NULL
+           AND p.artifact_hash = a.artifact_hash) AS has_active,
        max(s.state IN ('current', 'past', 'retracted') AND p.artifact_hash = a.artifact_hash)
            AS active_stands
 FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
@@ -76,15 +79,17 @@ JOIN cf_file_version v ON v.id = j.file_version_id
 JOIN cf_plugin p ON p.id = j.plugin_id
 LEFT JOIN cf_visibility s ON s.output_id = o.id
 LEFT JOIN cf_forgotten_output f ON f.output_key = o.output_key
+LEFT JOIN cf_left_output b ON b.output_id = o.id
 LEFT JOIN cf_plugin_config c ON c.plugin_name = j.plugin_name
 LEFT JOIN cf_plugin a ON a.name = c.plugin_name AND a.version = c.active_version
 WHERE o.state = 'PUBLISHED' AND j.status = 'COMPLETED'
+AND NOT {OPEN} AND NOT {CANCELLED}
 GROUP BY v.location_id, v.id, j.plugin_name, o.topic, o.location
-"""
+"""  # noqa: S608
 
 _WRONG = f"""
 WITH slots AS ({_SLOTS}), placed AS (
-    SELECT *, max(CASE WHEN stand THEN ordinal END) OVER place AS newest,
+    SELECT *, max(CASE WHEN stand OR is_left THEN ordinal END) OVER place AS newest,
            sum(is_current) OVER place AS currents,
            version_id IN (SELECT file_version_id FROM cf_retracted_version) AS is_retracted
     FROM slots WINDOW place AS (PARTITION BY location_id, plugin_name, topic, location)
@@ -96,7 +101,8 @@ WITH slots AS ({_SLOTS}), placed AS (
         WHEN has_active AND stand AND NOT active_stands THEN 'not active'
         WHEN is_current AND ordinal < newest THEN 'old'
         WHEN is_seen AND NOT is_current AND ordinal = newest THEN 'not current'
-        WHEN NOT stand AND NOT forgotten THEN 'unseen' END AS fault
+        WHEN NOT stand AND NOT forgotten AND NOT is_left
+             AND (in_sink OR ordinal >= coalesce(newest, 0)) THEN 'unseen' END AS fault
     FROM placed
 )
 SELECT fault, r.name AS source, l.rel_path, k.ordinal, k.plugin_name, k.topic, k.location, k.job,

@@ -54,7 +54,12 @@ class Facts(NamedTuple):
     is_retracted: bool
     """Whether its version is."""
     is_withdrawn: bool
-    """Whether its file is gone and takes its rows along."""
+    """Whether its file is gone and takes its rows along, or it was left behind in a sink that its
+    topic left, or its topic was removed (`db.rebuild`)."""
+    generation: int = 0
+    """Of its job's outputs; above 0 where they were rebuilt."""
+    is_apart: bool = False
+    """Whether it takes no place: its rebuild is not complete, or was cancelled."""
 
 
 def standing(facts: Iterable[Facts]) -> dict[int, State]:
@@ -63,6 +68,8 @@ def standing(facts: Iterable[Facts]) -> dict[int, State]:
     best: dict[tuple[Slot, int], Facts] = {}
     for one in facts:
         states[one.output_id] = State.HIDDEN
+        if one.is_apart:
+            continue
         place = (one.slot, one.version_id)
         other = best.get(place)
         if other is None or _rank(one) > _rank(other):
@@ -80,8 +87,8 @@ def standing(facts: Iterable[Facts]) -> dict[int, State]:
     return states
 
 
-def _rank(one: Facts) -> tuple[bool, int, int, int]:
-    return one.is_active, one.deployed, one.job_id, one.output_id
+def _rank(one: Facts) -> tuple[bool, int, int, int, int]:
+    return one.is_active, one.deployed, one.job_id, one.generation, one.output_id
 
 
 def is_visible(state: str, mode: str) -> bool:
@@ -131,7 +138,21 @@ def _ids(connection: Connection, query: str, ids: Iterable[int]) -> list[int]:
     return [row[0] for row in _driver(connection)(query, (json.dumps(list(ids)),))]
 
 
-# SQLite keeps the order of a CROSS JOIN: it finds the outputs of a few locations by index.
+OF_REBUILD = """
+SELECT 1 FROM cf_rebuild_job m JOIN cf_rebuild b ON b.id = m.rebuild_id
+WHERE m.job_id = o.job_id AND m.generation = o.generation
+"""
+"""Whether a rebuild `b` made the output `o`, by its job `m`."""
+
+CANCELLED = f"""
+EXISTS ({OF_REBUILD} AND b.outcome = 'cancelled'
+        AND m.was NOT IN ('QUEUED', 'RUNNING', 'COMMITTING'))
+"""
+"""Whether the output `o` was made for a rebuild that was cancelled. Jobs that others had queued
+before it are theirs."""
+
+OPEN = f"EXISTS ({OF_REBUILD} AND b.ended_at IS NULL)"
+
 _IGNORED = PASSED_OVER.replace("'", "''")
 
 _WITHDRAWN = f"""
@@ -140,6 +161,7 @@ l.gone_at IS NOT NULL AND r.on_delete = '{RETRACT}' AND l.problem <> '{_IGNORED}
 """Whether the deleted file `l` of the source root `r` took its rows along. What scans pass over is
 not deleted."""
 
+# SQLite keeps the order of a CROSS JOIN: it finds the outputs of a few locations by index.
 _FACTS = f"""
 SELECT o.id, v.location_id, j.plugin_name, o.topic, o.location, v.id, v.ordinal, j.plugin_id,
        o.job_id, EXISTS (SELECT 1 FROM cf_retracted_version WHERE file_version_id = v.id),
@@ -147,7 +169,8 @@ SELECT o.id, v.location_id, j.plugin_name, o.topic, o.location, v.id, v.ordinal,
                WHERE l.id = v.location_id AND {_WITHDRAWN}),
        EXISTS (SELECT 1 FROM cf_forgotten_output WHERE output_key = o.output_key),
        o.output_key, o.uri, o.mode, o.rows, o.target, s.state, s.mode, s.told, s.shown_at,
-       s.hidden_at, o.state = 'PUBLISHED'
+       s.hidden_at, o.state = 'PUBLISHED', o.generation, {OPEN}, {CANCELLED},
+       EXISTS (SELECT 1 FROM cf_left_output WHERE output_id = o.id)
 FROM cf_file_version v CROSS JOIN cf_processing_queue j ON j.file_version_id = v.id
 CROSS JOIN cf_output o ON o.job_id = j.id LEFT JOIN cf_visibility s ON s.output_id = o.id
 """  # noqa: S608
@@ -170,6 +193,11 @@ class _Known(NamedTuple):
     shown_at: str | None
     hidden_at: str | None
     is_published: bool
+    is_cancelled: bool
+    """Whether it was made for a rebuild that was cancelled: it is removed."""
+    is_left: bool
+    """Whether a rebuild left it behind in a sink that its topic left, or its topic was removed. It
+    keeps its place, also once it is removed, so that no older version shows instead."""
 
     @property
     def sink(self) -> str:
@@ -177,7 +205,13 @@ class _Known(NamedTuple):
 
     @property
     def is_candidate(self) -> bool:
-        return not (self.is_forgotten or self.state == REMOVED)
+        is_removed = self.state == REMOVED and not self.is_left
+        return not (self.is_forgotten or self.is_cancelled or is_removed)
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether the sink has yet to be told what was decided."""
+        return self.is_published and self.told != f"{self.state}/{self.known_mode}"
 
 
 def _read(query: Query, scope: Scope, planned: bool = False) -> Iterator[_Known]:
@@ -190,17 +224,18 @@ def _read(query: Query, scope: Scope, planned: bool = False) -> Iterator[_Known]
     for row in _rows(query, scope, planned):
         (number, location, plugin, topic, sink, version, ordinal, plugin_id, job, retracted,
          withdrawn, forgotten, key, uri, mode, *rest) = row  # fmt: skip
+        (rows, target, state, known_mode, told, shown_at, hidden_at, published, generation, waits,
+         cancelled, left) = rest  # fmt: skip
         is_active, deployed = artifacts.get(plugin_id, (False, 0))
         facts = Facts(
             number, (location, plugin, topic, sink), version, ordinal, is_active, deployed, job,
-            bool(retracted), bool(withdrawn),
+            bool(retracted), bool(withdrawn or left), generation, bool(waits or cancelled),
         )  # fmt: skip
-        rows, target, state, known_mode, told, shown_at, hidden_at, published = rest
         # A topic that went elsewhere keeps the mode that it had there.
         effective = modes.get((plugin, topic, uri), known_mode or mode)
         yield _Known(
             facts, bool(forgotten), key, effective, rows, target, state, known_mode, told or "",
-            shown_at, hidden_at, bool(published),
+            shown_at, hidden_at, bool(published), bool(cancelled), bool(left),
         )  # fmt: skip
 
 
@@ -320,7 +355,10 @@ def _decide(query: Query, scope: Scope) -> list[tuple[_Known, str]]:
     every = list(_read(query, scope))
     owner = _owners(every)
     states = standing(one.facts for one in every if _stands_for(one, owner))
-    return [(one, states.get(one.facts.output_id, REMOVED)) for one in every]
+    return [
+        (one, REMOVED if one.state == REMOVED else states.get(one.facts.output_id, REMOVED))
+        for one in every
+    ]
 
 
 def _owners(every: Iterable[_Known]) -> dict[tuple[str, str], int]:
@@ -356,7 +394,7 @@ def _save(
         shown_at = one.shown_at or (now if will else None)
         hidden_at = None if will else one.hidden_at or now
         told = one.told
-        if state == REMOVED and one.state != REMOVED and not one.is_forgotten:
+        if state == REMOVED != one.state and not (one.is_forgotten or one.is_cancelled):
             told = f"{REMOVED}/{one.mode}"  # the later output with the key is told
         if (one.state, one.known_mode, one.told) != (state, one.mode, told) or (
             (one.shown_at, one.hidden_at) != (shown_at, hidden_at)
@@ -420,8 +458,8 @@ SELECT o.id, o.output_key, o.topic, o.uri, o.location, coalesce(s.mode, o.mode),
        o.job_id,
        CASE WHEN json_valid(p.manifest)
             THEN (SELECT group_concat(value, '/') FROM json_each(p.manifest, '$.topics')) END,
-       o.stage, o.rows, o.size_bytes, o.digest, coalesce(s.state, ''), o.target, s.shown_at,
-       s.hidden_at, s.told
+       o.generation, o.stage, o.rows, o.size_bytes, o.digest, coalesce(s.state, ''), o.target,
+       s.shown_at, s.hidden_at, s.told
 FROM cf_output o CROSS JOIN cf_processing_queue j ON j.id = o.job_id
 CROSS JOIN cf_file_version v ON v.id = j.file_version_id
 LEFT JOIN cf_visibility s ON s.output_id = o.id
@@ -458,14 +496,14 @@ def every_record(connection: Connection) -> Iterator[Output]:
 
 def _record(row: Any) -> Output:
     (_, key, topic, uri, location, mode, source, path, ordinal, content_hash, file_bytes, plugin,
-     version, artifact, version_id, job_id, topics, stage, rows, size, digest, state, target,
-     shown_at, hidden_at) = row  # fmt: skip
+     version, artifact, version_id, job_id, topics, generation, stage, rows, size, digest, state,
+     target, shown_at, hidden_at) = row  # fmt: skip
     return Output(
         output_key=key, topic=topic, uri=uri, location=location, mode=mode, source=source,
         path=path, ordinal=ordinal, content_hash=content_hash, file_bytes=file_bytes,
         plugin=plugin, plugin_version=version, artifact_hash=artifact, version_id=version_id,
-        job_id=job_id, topics=topics or "", stage=stage, rows=rows, size_bytes=size,
-        digest=digest, state=_DECIDED.get(state, State.HIDDEN), target=target,
+        job_id=job_id, topics=topics or "", generation=generation, stage=stage, rows=rows,
+        size_bytes=size, digest=digest, state=_DECIDED.get(state, State.HIDDEN), target=target,
         shown_at=_time(shown_at), hidden_at=_time(hidden_at),
     )  # fmt: skip
 
@@ -524,6 +562,7 @@ def publications(
     every = list(_read(query, scope, planned=True))
     owner = _owners(every)
     expected = _Expected([one for one in every if one.is_published and _stands_for(one, owner)])
+    owed = {one.facts.slot for one in every if one.is_owed}
     due: dict[int, dict[str, list[Facts]]] = defaultdict(lambda: defaultdict(list))
     for one in every:
         if not one.is_published:
@@ -534,7 +573,9 @@ def publications(
         for name, outputs in by_store.items():
             own = {one.output_id: State.HIDDEN for one in outputs}
             changes: dict[int, State] = {}
-            if is_whole and name not in paused:
+            # What a slot's sink has not been told yet is told together with what comes.
+            waits = any(one.slot in owed for one in outputs)
+            if is_whole and name not in paused and not waits:
                 own, changes = expected.publish(outputs)
             drafts.append(_Draft(job_id, name, own, changes, is_whole))
     return _parts(connection, drafts, {one.facts.output_id: one.mode for one in every})
@@ -599,22 +640,37 @@ class Debt(NamedTuple):
     """Its rows are to be deleted."""
     told: str
     """What the sink was told last."""
+    rebuild: int
+    """The rebuild that is shown by it; 0: none."""
+    is_left: bool
+    """Whether a rebuild left it behind in a sink."""
 
 
 def debts(connection: Connection) -> dict[str, list[Debt]]:
     """The debts to each sink, by its location."""
     rows = _driver(connection)(
-        "SELECT s.output_id, s.state, s.told, EXISTS (SELECT 1 FROM cf_output o "
-        "JOIN cf_forgotten_output f ON f.output_key = o.output_key WHERE o.id = s.output_id) "
-        "FROM cf_visibility s WHERE s.told <> s.state || '/' || s.mode",
+        """
+        SELECT s.output_id, s.state, s.told,
+               EXISTS (SELECT 1 FROM cf_forgotten_output WHERE output_key = o.output_key),
+               coalesce((SELECT max(m.rebuild_id) FROM cf_rebuild_job m
+                         JOIN cf_rebuild b ON b.id = m.rebuild_id
+                         WHERE m.job_id = o.job_id AND m.generation = o.generation
+                         AND b.outcome = 'done' AND s.told LIKE 'hidden/%'),
+                        (SELECT rebuild_id FROM cf_left_output WHERE output_id = o.id), 0),
+               EXISTS (SELECT 1 FROM cf_left_output
+                       WHERE output_id = o.id AND rebuild_id IS NOT NULL)
+        FROM cf_visibility s CROSS JOIN cf_output o ON o.id = s.output_id
+        WHERE s.told <> s.state || '/' || s.mode
+        """,
         (),
     )
     owed = {row[0]: row[1:] for row in rows}
     found: dict[str, list[Debt]] = defaultdict(list)
     for number, output in records(connection, owed).items():
-        state, before, is_forgotten = owed[number]
+        state, before, is_forgotten, rebuild, is_left = owed[number]
         is_expired = state == REMOVED and not is_forgotten
-        found[output.location].append(Debt(number, output, state, is_expired, before))
+        debt = Debt(number, output, state, is_expired, before, rebuild, bool(is_left))
+        found[output.location].append(debt)
     return dict(found)
 
 
@@ -651,15 +707,17 @@ def committed(connection: Connection) -> list[dict[str, Any]]:
     # Plain rows: twice as fast as `_read`, for 20,000 outputs.
     rows = _rows(query, EVERYTHING, planned=False)
     owner = {(row[4], row[12]): row[0] for row in rows}
-    first: dict[tuple[int, str], Any] = {}
+    first: dict[tuple[int, str, int], Any] = {}
     for row in rows:
-        (number, _, _, topic, sink, _, _, _, job, _, _, forgotten, key, *_) = row
-        if not forgotten and row[17] != REMOVED and owner[sink, key] == number:
-            first.setdefault((job, topic), row)
+        (number, _, _, topic, sink, _, _, _, job, _, _, forgotten, key, *rest) = row
+        *_, generation, waits, cancelled, left = rest
+        is_out = forgotten or waits or cancelled or left or row[17] == REMOVED
+        if not is_out and owner[sink, key] == number:
+            first.setdefault((job, topic, generation), row)
     states = standing(
         Facts(
             row[0], row[1:4], row[5], row[6], *artifacts.get(row[7], (False, 0)), row[8],
-            bool(row[9]), bool(row[10]),
+            bool(row[9]), bool(row[10]), row[23],
         )
         for row in first.values()
     )  # fmt: skip
@@ -679,10 +737,14 @@ state = 'hidden' AND changed_at <= ? AND output_id NOT IN (
     JOIN cf_file_version v ON v.location_id = l.id
     JOIN cf_processing_queue j ON j.file_version_id = v.id
     JOIN cf_output o ON o.job_id = j.id
-    WHERE {_WITHDRAWN})
+    WHERE {_WITHDRAWN}
+    UNION ALL
+    SELECT o.id FROM cf_rebuild b JOIN cf_rebuild_job m ON m.rebuild_id = b.id
+    JOIN cf_output o ON o.job_id = m.job_id AND o.generation = m.generation
+    WHERE b.ended_at IS NULL)
 """  # noqa: S608
 """Outputs that have not stood since a time. Those of a deleted file that took its rows along wait
-for its return."""
+for its return, and those of an open rebuild for its end."""
 
 
 def has_expired(connection: Connection, before: datetime) -> bool:
@@ -699,3 +761,20 @@ def remove_expired(connection: Connection, before: datetime) -> int:
         (REMOVED, utcnow().isoformat(" "), before.isoformat(" ")),
     )
     return len(removed)
+
+
+def remove_absent(connection: Connection, location: str, there: Collection[str]) -> None:
+    """Decide that replaced outputs are removed whose keys a sink does not have: earlier releases
+    deleted the rows that a newer version replaced."""
+    rows = _driver(connection)(
+        """
+        SELECT o.id, o.output_key FROM cf_output o JOIN cf_visibility s ON s.output_id = o.id
+        WHERE o.location = ? AND o.rows > 0 AND s.mode = 'replace' AND s.state IN ('past', 'hidden')
+        """,
+        (location,),
+    )
+    now = utcnow().isoformat(" ")
+    if absent := [(REMOVED, now, number) for number, key in rows if key not in there]:
+        connection.exec_driver_sql(
+            "UPDATE cf_visibility SET state = ?, changed_at = ? WHERE output_id = ?", absent
+        )

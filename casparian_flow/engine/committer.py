@@ -7,7 +7,8 @@ step: decisions are in the ledger, and publishing is idempotent.
     decide     RUNNING -> COMMITTING with the planned outputs, guarded by the fence
     publish    give each store the outputs of each job, with the state that readers see of them, and
                the states of the outputs whose place they take
-    complete   outputs PUBLISHED, what stands decided anew, job COMPLETED, audit
+    complete   outputs PUBLISHED, what stands decided anew, job COMPLETED, audit; and rebuilds of
+               which every job has ended well are ended (`db.rebuild`)
     tell       tell the sinks what they do not know yet of that, and of what other commands decided
 
 Outputs of a job that writes to several stores are published hidden, and shown when every store has
@@ -33,7 +34,7 @@ from sqlalchemy import Connection
 from casparian_flow import durable
 from casparian_flow.config import JobSettings, OutputSettings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, jobs, outputs, versions, visibility
+from casparian_flow.db import audit, jobs, outputs, rebuild, versions, visibility
 from casparian_flow.db.access import Ledger, Work
 from casparian_flow.db.models import PAUSED, utcnow
 from casparian_flow.db.visibility import Part
@@ -311,10 +312,11 @@ class Committer:
                 audit.Event("commit", f"job {job_id}", {"outputs": targets})
                 for job_id, targets in outputs.targets(connection, finished).items()
             ]
+            events += rebuild.end(connection, [*finished, *results.refused])
             audit.append(connection, ACTOR, events)
             crashpoint("committer.completion_written")
 
-        finishable = await self._read(outputs.all_published)
+        finishable = await self._read(lambda c: outputs.all_published(c) or rebuild.is_over(c))
         if results.published or results.refused or finishable:
             await self._write(work)
             crashpoint("committer.completed")

@@ -83,11 +83,12 @@ class Dispatcher:
         it may have what their jobs would give (`db.adopt`)."""
         asked = adopt.asked(connection)
         avoided = {}
-        for uri in {row.uri for rows in topics.values() for row in rows}:
+        for topic, uri in {(row.topic_name, row.uri) for rows in topics.values() for row in rows}:
             try:
                 location = sinks.resolve(uri, self._settings.home)
+                sinks.check_reserved(location, topic, self._settings)
             except CasparianError:
-                continue
+                continue  # its jobs are claimed, and fail for that
             avoided[uri] = location not in asked or sinks.store(location) in paused
         names = {name for name, rows in topics.items() if any(avoided.get(row.uri) for row in rows)}
         return plugins.ids(connection, names)
@@ -159,8 +160,9 @@ class Dispatcher:
         location = sinks.resolve(uri, self._settings.home)
         sinks.check_reserved(location, topic, self._settings)
         key = (job.source, job.path, job.content_hash, str(job.ordinal), job.artifact_hash)
+        rebuilt = [f"generation {job.generation}"] if job.generation else []
         return Output(
-            output_key=key_of(*key, topic, uri),
+            output_key=key_of(*key, topic, uri, *rebuilt),
             topic=topic,
             uri=uri,
             location=location,
@@ -177,6 +179,7 @@ class Dispatcher:
             job_id=job.id,
             topics="/".join(topics),  # a topic's name has no slash
             split_bytes=self._settings.output.split_bytes,
+            generation=job.generation,
         )
 
 

@@ -275,7 +275,7 @@ def activate(
             f"; {counted(rest, 'job')} queued for what only later versions of {name} have "
             "processed: rows that they gave show until then"
         )
-    return "\n".join([message, *stays])
+    return "\n".join([message, *stays, *_older_work(ledger, name, version)])
 
 
 def make_active(

@@ -144,7 +144,7 @@ def _take(
     answered, failed = list[str](), dict[str, str]()
     for location in dict.fromkeys([*locations, *noted] if only is None else only):
         try:
-            found += sinks.open_sink(location, database).records(known)
+            found += sinks.records(location, database, known)
         except CasparianError as error:
             failed[location] = error.message
             if location in trusted:

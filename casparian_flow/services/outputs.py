@@ -19,7 +19,7 @@ from sqlalchemy import Connection, delete, insert, text
 
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import jobs, visibility
+from casparian_flow.db import jobs, rebuild, visibility
 from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.audit import Event
@@ -54,6 +54,18 @@ def tell_without_daemon(ledger: Ledger) -> list[str]:
 
 
 LATER = "readers do not see the change yet"
+
+
+def cancel_rebuild(ledger: Ledger, name: str) -> tuple[list[rebuild.Progress], list[str]]:
+    """Cancel the open rebuilds of a plugin or a topic.
+
+    Returns:
+        What they had done, and which sinks could not be told, a sentence each.
+
+    Raises:
+        NotFound: none is open.
+    """
+    return rebuild.cancel(ledger, name), tell(ledger)
 
 
 def forget(ledger: Ledger, name: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from casparian_flow import bundled, durable
 from casparian_flow.config import ScanSettings, Settings
-from casparian_flow.db import failures, jobs, kept, outputs, versions, views
+from casparian_flow.db import failures, jobs, kept, outputs, rebuild, versions, views
 from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.models import PAUSED, JobStatus
 from casparian_flow.db.plugins import EARLIER_FORM, in_earlier_form, only_adopted
@@ -58,6 +58,10 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         "sandbox": settings.guest.sandbox,
         "held_by": ledger.read(views.last_sandbox),
         "jobs": counts(ledger),
+        "rebuilds": [
+            {**each._asdict(), "stopped": len(each.stopped)}
+            for each in ledger.read(rebuild.progress)
+        ],
         "rows": amount.rows,
         "rejects": amount.rejects,
         "gone": ledger.read(outputs.of_gone)._asdict(),
@@ -185,6 +189,7 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
             found.append(Advice(words, f"casparian rules remove {rule['id']}"))
     if plugins:
         found += unrouted(ledger)
+    found += _advise_rebuilds(ledger)
     found += _copies(ledger)
     if of_jobs:
         found += _advise_jobs(ledger, tally, daemon is not None)
@@ -229,6 +234,18 @@ def _advise_jobs(ledger: Ledger, tally: dict[str, int], worked: bool) -> Iterato
         words = f"{some} {_be(gone)} gone unread: the job failed, then the file was deleted"
         command = "casparian jobs --status gone-unread   (then: casparian jobs dismiss --all-gone)"
         yield Advice(words, command, wrong=False)
+
+
+def _advise_rebuilds(ledger: Ledger) -> Iterator[Advice]:
+    """Advice on rebuilds that are not complete, and on topics that get no new rows."""
+    for each in ledger.read(rebuild.progress):
+        yield Advice(each.words, each.command, wrong=each.is_stuck)
+    for left in ledger.read(rebuild.undeclared):
+        words = (
+            f"{left.plugin} no longer declares the topic {left.topic}; {counted(left.rows, 'row')} "
+            f"{'stays' if left.rows == 1 else 'stay'}"
+        )
+        yield Advice(words, f"casparian topics remove {left.plugin} {left.topic}", wrong=False)
 
 
 def _be(number: int) -> str:

@@ -52,9 +52,9 @@ class SourceOptions(NamedTuple):
             _check_done_file(self.done_file)
         if self.on_delete not in (None, *ON_DELETE):
             raise SourceError(
-                f"{self.on_delete!r} cannot become of a deleted file's rows",
-                "keep: they stay, which is the default; retract: they are hidden until the file "
-                "is back",
+                f"{self.on_delete!r} is neither keep nor retract",
+                "keep: a deleted file's rows stay, which is the default; retract: they are hidden "
+                "until it is back",
             )
         ignore = None if self.ignore is None else "\n".join(self.ignore)
         given = {**self._asdict(), "ignore": ignore}

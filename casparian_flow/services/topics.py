@@ -15,10 +15,11 @@ from sqlalchemy import Connection, delete, insert, select
 from casparian_flow import config, durable, sink_uri
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import plugins, versions, visibility
+from casparian_flow.db import plugins, rebuild, versions, visibility
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.models import EmptyTopic, TopicConfig
+from casparian_flow.db.rebuild import Started
 from casparian_flow.db.visibility import Change, Scope
 from casparian_flow.engine import sinks
 from casparian_flow.errors import ConfigError, NotFound, counted
@@ -212,20 +213,25 @@ class TopicChange(NamedTuple):
     notes: list[str]
     """What stays in sinks that it went to before, and which sinks could not be told; a sentence
     each."""
+    rebuild: Started | None = None
+    """What brings that to the present sinks, where it was asked for."""
 
 
 def set_topic(
-    ledger: Ledger, settings: Settings, plugin: str, topic: str, uris: Sequence[str], mode: str
-) -> TopicChange:
+    ledger: Ledger, settings: Settings, plugin: str, topic: str, uris: Sequence[str], mode: str,
+    *, again: bool = False,
+) -> TopicChange:  # fmt: skip
     """Set the sinks that a topic goes to from now on.
 
     Args:
         uris: sinks as written.
         mode: of those that do not say one behind a `?`.
+        again: begin a rebuild of the topic too, into these sinks.
 
     Raises:
         NotFound: no such plugin.
         ConfigError: a sink's URI or a mode is not one we have.
+        ArtifactRefused, CasparianError: it cannot be rebuilt; nothing was changed.
     """
     known = ledger.read(lambda c: plugins.versions(c, plugin))
     if not known:
@@ -243,19 +249,89 @@ def set_topic(
         ]
         connection.execute(insert(TopicConfig), rows)
         change = visibility.refresh(connection, Scope(plugin=plugin, topic=topic))
+        started = None
+        if again:
+            with contextlib.suppress(NotFound):  # it has no rows
+                started = rebuild.begin(connection, plugin, topic)
+        until = " until the rebuild is complete" if started else ""
         stays = [
             f"{counted(usage.outputs, 'output')} ({counted(usage.rows, 'row')}) "
-            f"{'stays' if usage.outputs == 1 else 'stay'} in {usage.uri}"
+            f"{'stays' if usage.outputs == 1 else 'stay'} in {usage.uri}{until}"
             for usage in visibility.usage(connection, plugin, topic)
             if usage.uri not in {sink.uri for sink in sinks_now}
         ]
-        return TopicChange(sinks_now, declared, change, stays)
+        return TopicChange(sinks_now, declared, change, stays, started)
 
-    detail = {"sinks": [str(sink) for sink in sinks_now]}
-    done = ledger.change(work, lambda _: [Event("set-topic", f"topic {plugin} {topic}", detail)])
+    def events(done: TopicChange) -> list[Event]:
+        detail = {"sinks": [str(sink) for sink in sinks_now]}
+        begun = [rebuild.event(done.rebuild)] if done.rebuild else []
+        return [Event("set-topic", f"topic {plugin} {topic}", detail), *begun]
+
+    done = ledger.change(work, events)
     crashpoint("topics.set")
     inventory.note(settings, ledger)
     return done._replace(notes=[*done.notes, *outputs.tell(ledger)])
+
+
+class Removal(NamedTuple):
+    """What goes with a topic."""
+
+    change: Change
+    notes: list[str]
+    """Which sinks could not be told; a sentence each."""
+
+
+def check_removable(ledger: Ledger, plugin: str, topic: str) -> None:
+    """Return if `remove` would take the topic away.
+
+    Raises:
+        NotFound, ConfigError: as for `remove`.
+    """
+    ledger.read(lambda c: _check_removable(c, plugin, topic))
+
+
+def _check_removable(connection: Connection, plugin: str, topic: str) -> None:
+    known = plugins.versions(connection, plugin, stubs=True)
+    if not known:
+        raise NotFound(f"no plugin is named {plugin!r}", "casparian plugins")
+    version = plugins.active(connection, plugin) or str(known[-1])
+    manifest = plugins.find(connection, plugin, version).manifest
+    if manifest and topic in plugins.manifest_of(manifest).topics:
+        raise ConfigError(
+            f"{plugin} {version} declares the topic {topic!r}; nothing was changed",
+            f"casparian topics set {plugin} {topic} URI   (sends it elsewhere)",
+        )
+    this = (TopicConfig.plugin_name == plugin, TopicConfig.topic_name == topic)
+    configured = connection.execute(select(TopicConfig.id).where(*this)).first()
+    if not configured and not rebuild.has_outputs(connection, plugin, topic):
+        raise NotFound(f"{plugin} has no topic {topic!r}", "casparian topics")
+
+
+def remove(ledger: Ledger, plugin: str, topic: str) -> Removal:
+    """Take away a topic that a plugin ceased to declare: where it goes, and its rows.
+
+    The rows are hidden in every sink, and removed there when their time is over.
+
+    Raises:
+        NotFound: the plugin does not exist, or has neither rows nor a sink of such a topic.
+        ConfigError: the plugin declares the topic.
+    """
+
+    def work(connection: Connection) -> Change:
+        _check_removable(connection, plugin, topic)
+        for table in (TopicConfig, EmptyTopic):
+            this = (table.plugin_name == plugin, table.topic_name == topic)
+            connection.execute(delete(table).where(*this))
+        rebuild.leave_topic(connection, plugin, topic)
+        return visibility.refresh(connection, Scope(plugin=plugin, topic=topic))
+
+    def events(change: Change) -> list[Event]:
+        detail = {"outputs": change.hidden, "rows": change.hidden_rows}
+        return [Event("remove-topic", f"topic {plugin} {topic}", detail)]
+
+    change = ledger.change(work, events)
+    crashpoint("topics.removed")
+    return Removal(change, outputs.tell(ledger))
 
 
 def allow_empty(ledger: Ledger, plugin: str, topic: str, allow: bool) -> list[str]:

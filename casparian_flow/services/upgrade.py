@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
@@ -56,6 +57,8 @@ def upgrade(settings: Settings, ledger: Ledger) -> list[SinkUpgrade]:
     inventory.take(settings, ledger)
     for one in done:
         if not one.problem:
+            there = {o.output_key for o in sinks.records(one.location, settings.database, ())}
+            ledger.write(partial(visibility.remove_absent, location=one.location, there=there))
             one.changed = list(_changes(settings, ledger, one.location))
     outputs.tell(ledger)
     return done

@@ -90,8 +90,8 @@ MUTANTS = [
         [
             Edit(
                 "engine/sinks/parquet.py",
-                'if path not in self._left and os.path.lexists(f"{self._root}/{path}")',
-                "if False",
+                'os.path.lexists(f"{self._root}/{path}")\n            ]',
+                "False\n            ]",
             ),
             Edit(
                 "engine/sinks/parquet_moves.py",
@@ -127,8 +127,8 @@ MUTANTS = [
         [
             Edit(
                 "engine/dispatch.py",
-                "key_of(*key, topic, uri)",
-                "key_of(*key, topic, f'{uri}#{job.fence}')",
+                "key_of(*key, topic, uri, *rebuilt)",
+                "key_of(*key, topic, f'{uri}#{job.fence}', *rebuilt)",
             )
         ],
         ["tests/engine/test_dispatch.py::test_every_attempt_has_the_same_output_key"],
@@ -235,15 +235,15 @@ MUTANTS = [
         [
             Edit(
                 "engine/sinks/parquet.py",
-                "                parts.set_topic_columns(self._root / topic, columns)\n",
-                "                pass\n",
+                "                parts.set_topic_columns(place, columns)\n",
+                "",
             ),
             Edit(
                 "engine/sinks/parquet.py",
                 "            self.gone.update(parquet_moves.settle(self._root, self.record))\n",
                 "            self.gone.update(parquet_moves.settle(self._root, self.record))\n"
-                "            for topic, columns in self._columns.items():\n"
-                "                parts.set_topic_columns(self._root / topic, columns)\n",
+                "            for folder, columns in self._columns_before.items():\n"
+                "                parts.set_topic_columns(self._root / folder, columns)\n",
             ),
         ],
         [
@@ -297,10 +297,10 @@ MUTANTS = [
         [
             Edit(
                 "engine/sinks/sql.py",
-                "    change_outputs(schema_of, job.changes)\n",
+                "    change_outputs(schema_of, job.changes, fitted=job.outputs)\n",
                 "    if job.changes:\n"
                 + _COMMITTED
-                + "    change_outputs(schema_of, job.changes)\n",
+                + "    change_outputs(schema_of, job.changes, fitted=job.outputs)\n",
             )
         ],
         [f"{_SINKS}/test_sqlite_crashes.py::test_a_replacement_that_is_killed"],
@@ -364,7 +364,9 @@ MUTANTS = [
                 "return one.is_active, -one.deployed, one.job_id",
             )
         ],
-        [f"{_VISIBILITY}::test_what_stands_is_what_the_rules_say"],
+        [
+            f"{_VISIBILITY}::test_where_the_active_artifact_has_none_that_of_the_last_deployment_stands"
+        ],
     ),
     Mutant(
         "the active artifact is like any other",
@@ -432,7 +434,7 @@ MUTANTS = [
             Edit(
                 "db/visibility.py",
                 "state = 'hidden' AND changed_at <= ?",
-                "state IN ('hidden', 'past') AND changed_at <= ?",
+                "state IN ('hidden', 'current') AND changed_at <= ?",
             )
         ],
         [f"{_VISIBILITY}::test_what_does_not_stand_is_removed_in_time"],
@@ -465,8 +467,8 @@ MUTANTS = [
         [
             Edit(
                 "engine/sinks/parquet_moves.py",
-                "    if not entries:\n        return []\n",
-                "    if not entries:\n        return []\n    record.settled([], [])\n",
+                "        return []\n    leaving = {",
+                "        return []\n    record.settled([], [])\n    leaving = {",
             )
         ],
         [f"{_SINKS}/test_parquet_crashes.py::test_what_is_killed_goes_on[replace]"],

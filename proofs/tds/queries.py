@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from proofs.tds import catalog
 from proofs.tds.sql import Expression, Scope, Words
 from proofs.tds.tables import Column, Database, SqlError, Table, Transaction, fold
-from proofs.tds.values import BIGINT, INT, NVARCHAR_MAX, SqlType
+from proofs.tds.values import BIGINT, INT, NVARCHAR_MAX, SqlType, declared
 
 
 @dataclass
@@ -58,13 +58,15 @@ class Item:
     """The table that is written before the column."""
     counts: SqlType | None = None
     """It is the number of rows, in this type."""
-    largest: bool = False
-    """It is the largest of the values."""
+    extreme: Callable[..., Any] | None = None
+    """It is the largest or smallest of the values."""
+    kind: SqlType | None = None
+    """The type that it is cast to."""
 
     @property
     def gathers(self) -> bool:
         """Whether it is one value of many rows."""
-        return self.largest or self.counts is not None
+        return self.extreme is not None or self.counts is not None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Select:
     join: Join | None = None
     where: Expression | None = None
     groups: Sequence[Expression] = ()
+    united: Select | None = None
+    """`UNION ALL`: its rows follow. The double gives no column a type of both."""
 
     def shown(self, batch: Batch) -> Table:
         """The result as a table, for a view."""
@@ -116,6 +120,15 @@ class Select:
 
     def evaluate(self, batch: Batch) -> tuple[list[str], list[SqlType], list[tuple[Any, ...]]]:
         """Names, types and rows of the result."""
+        names, kinds, rows = self._evaluated(batch)
+        if self.united:
+            _, others, more = self.united.evaluate(batch)
+            if len(kinds) != len(others):
+                raise SqlError(205, "All queries combined using UNION must have equal lists.")
+            rows = [*rows, *more]
+        return names, kinds, rows
+
+    def _evaluated(self, batch: Batch) -> tuple[list[str], list[SqlType], list[tuple[Any, ...]]]:
         if not self.table:
             row = tuple(item.value(batch.scope({})) for item in self.items)
             return [item.name for item in self.items], [_kind(value) for value in row], [row]
@@ -131,6 +144,7 @@ class Select:
             rows = [tuple(item.value(scope) for item in self.items) for scope in scopes]
         kinds = [
             item.counts
+            or item.kind
             or (
                 table.columns[self._at(table, item)].kind
                 if item.column
@@ -166,7 +180,8 @@ class Select:
     def _counted(self, group: list[Scope]) -> tuple[Any, ...]:
         return tuple(
             len(group) if item.counts
-            else max((item.value(scope) for scope in group), default=None) if item.largest
+            else item.extreme((item.value(scope) for scope in group), default=None)
+            if item.extreme
             else item.value(group[0])
             for item in self.items
         )  # fmt: skip
@@ -180,13 +195,18 @@ def read_select(words: Words) -> Select:
     """
     items = [] if words.accept("*") else words.listed(lambda: _item(words))
     table = words.names() if words.accept("FROM") else ""
+    words.accept("WITH", "(", "READUNCOMMITTED", ")")  # what others have not committed is not seen
     alias = words.name() if table and words.accept("AS") else ""
     join = _join(words)
     where = words.expression() if words.accept("WHERE") else None
     groups = words.listed(words.expression) if words.accept("GROUP", "BY") else []
     if words.accept("ORDER", "BY"):  # they have the order in which they came: nobody asks another
         words.listed(words.expression)
-    return Select(items, table, alias, join, where, groups)
+    united = None
+    if words.accept("UNION", "ALL"):
+        words.expect("SELECT")
+        united = read_select(words)
+    return Select(items, table, alias, join, where, groups, united)
 
 
 def _join(words: Words) -> Join | None:
@@ -252,10 +272,20 @@ def _item(words: Words) -> Item:
         if words.accept(count, "(", "*", ")"):
             name = words.name() if words.accept("AS") else ""
             return Item(name, lambda scope: None, counts=kind)
-    if words.accept("MAX", "("):
-        value = words.expression()
-        words.expect(")")
-        return Item("", value, largest=True)
+    for name, extreme in (("MAX", max), ("MIN", min)):
+        if words.accept(name, "("):
+            value = words.expression()
+            words.expect(")")
+            return Item("", value, extreme=extreme)
+    if words.accept("CAST", "(", "NULL", "AS"):
+        start = words.place
+        words.name()
+        if words.accept("("):
+            words.listed(lambda: words.name() if words.is_a("name") else words.take("number"))
+            words.expect(")")
+        kind = declared(words.text(start))
+        words.expect(")", "AS")
+        return Item(words.name(), lambda scope: None, kind=kind)
     start = words.place
     value = words.expression()
     of, column = _only_name(words.text(start))

@@ -91,7 +91,7 @@ def test_a_new_version_that_fails_where_the_old_one_had_not_is_open_until_it_is_
     behaves.run("publish", behaves.plugin("behaves", worse), "--version", "1.0.1")
     behaves.run("backfill", "behaves", "--redo")
     behaves.run("scan", "--drain", code=1)
-    state(behaves, opened=2)
+    state(behaves, opened=3)
     behaves.run("plugins", "activate", "behaves", "1.0.0", "--reason", "1.0.1 reads nothing")
     state(behaves, opened=0)
 

@@ -106,19 +106,18 @@ def test_a_file_that_comes_back_with_another_content_is_worked(flow: Flow) -> No
     holds(flow.casparian)
 
 
-TOLD = {
-    "parquet": ["parquet.recorded", "parquet.moved", "parquet.settled"],
-    "sqlite": ["sql.change_written", "sql.changed", "telling.told", "telling.recorded"],
-}
-
-
-def each(*points: str) -> pytest.MarkDecorator:
-    """Each sink at each crash point: these of the scan, then its own."""
-    cases = [(scheme, at) for scheme in URIS for at in (*points, *TOLD[scheme])]
+def each(scan: str, parquet: str) -> pytest.MarkDecorator:
+    """Each sink at each crash point: those of the scan, its own, those of who tells it."""
+    points = {"parquet": parquet, "sqlite": "sql.change_written sql.changed"}
+    cases = [
+        (scheme, at)
+        for scheme in URIS
+        for at in f"{scan} {points[scheme]} telling.told telling.recorded".split()
+    ]
     return pytest.mark.parametrize(("flow", "at"), cases, indirect=["flow"])
 
 
-@each("scan.vanished")
+@each("scan.vanished", "parquet.recorded parquet.moved parquet.moved:2 parquet.settled")
 @pytest.mark.slow_but("sqlite-scan.vanished")
 def test_killed_while_rows_go(flow: Flow, at: str) -> None:
     (flow.source / "a.txt").unlink()
@@ -128,7 +127,10 @@ def test_killed_while_rows_go(flow: Flow, at: str) -> None:
     holds(flow.casparian)
 
 
-@each("scan.hashed", "scan.batch_written", "scan.batch_committed")
+@each(
+    "scan.hashed scan.batch_written scan.batch_committed",
+    "parquet.recorded parquet.linked parquet.unkept parquet.linked:2 parquet.settled",
+)
 @pytest.mark.slow
 def test_killed_while_rows_come_back(flow: Flow, at: str) -> None:
     (flow.source / "a.txt").unlink()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.commands import Casparian, asked, holds
+from tests.eventually import wait_until
 from tests.plugs import REJECTS
 
 
@@ -120,6 +122,17 @@ def test_rows_and_rejects_are_counted_and_versions_with_many_are_named(
     assert "3 (3.0 %)" in shouts.out("jobs")
     assert [job["rel_path"] for job in shouts.json("jobs", "--rejects")] == ["many.txt"]
     shouts.run("status", "--check")
+
+
+@pytest.mark.slow
+def test_a_daemon_counts_and_names_them_too(shouts: Casparian, source: Path) -> None:
+    (source / "many.txt").write_text("yes\n" * 97 + "!no\n" * 3)
+    with shouts.start("start") as daemon:
+        wait_until(lambda: shouts.json("status")["jobs"] == {"COMPLETED": 1})
+        daemon.send_signal(signal.SIGTERM)
+        said = daemon.communicate(timeout=60)[1]
+    assert said.splitlines()[-1] == "stopped: 1 completed, 97 rows, 3 rejects"
+    assert said.count("rejects: in/many.txt, version 1: 3 of 100 rejected (3.0 %)") == 1
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ PLAIN = [  # what differs from run to run and from machine to machine
     (r"(?<=the last plugin ran under )[^)]*", "LAYERS"),
     (r"\b\d[\d,.]*( \w+)? of \d[\d,.]*(?= (bytes|GiB))", "N of N"),
     (r"\([\d,]+ bytes\)", "(N bytes)"),
-    (r"(?<=artifact_size)( *)\d+|(?<=PUBLISHED)( *\d+ *)\d+(?= +/)", r"\1\2N"),
+    (r"(?<=artifact_size)( *)\d+|(?<=CURRENT)( *\d+ *)\d+(?= +/)", r"\1\2N"),
     (r"\b\d+ packages(?=,|\n)", "N packages"),
     (r"^  [\w.-]+==.*\n", ""),
     (r"(?<=\S) {2,}", "  "),
@@ -275,6 +275,7 @@ def look(scene: Scene) -> None:
     scene.run("jobs", "retry", "--failed")
     scene.run("files")
     scene.run("files", "--gone")
+    scene.run("files", "--copies")
     scene.run("files", "--unrouted")
     scene.run("files", "--unrouted", "--gone")
     scene.run("versions", "in/good.txt")
@@ -310,6 +311,8 @@ def outputs(scene: Scene) -> None:
     scene.run("verify")
     scene.run("retract", "in/good.txt")
     scene.run("outputs", "restore", good)
+    scene.run("retract", "in/good.txt", "--undo")
+    scene.run("outputs", "restore", good)
     scene.run("scan", "--drain")
     _output(scene, good).unlink()
     scene.run("outputs", "forget", good)
@@ -340,6 +343,15 @@ def change(scene: Scene) -> None:
     scene.run("topics", "set", "orders", "orders", "parquet://out", "--mode", "sometimes")
     scene.run("topics", "set", "orders", "orders", "parquet://../in/out")
     scene.run("topics", "set", "orders", "invoices", "parquet://output")
+    scene.run("topics", "remove", "orders", "orders", "--yes")
+    scene.run("topics", "remove", "orders", "sales", "--yes")
+    scene.run("topics", "remove", "orders", "invoices")
+    scene.run("topics", "remove", "orders", "invoices", "--yes")
+    scene.run("rebuild", "sales")
+    scene.run("rebuild", "orders", "--cancel")
+    scene.run("rebuild", "orders", "--dry-run")
+    scene.run("rebuild", "orders")
+    scene.run("rebuild", "orders")
     scene.run("topics", "set", "orders")
     scene.run("topics", "set", "orders", "--allow-empty")
     scene.run("topics", "set", "orders_rejects", "--allow-empty")
@@ -349,6 +361,9 @@ def change(scene: Scene) -> None:
     scene.run("scan", "--drain")
     scene.run("files", "--gone")
     scene.run("status")
+    scene.run("source", "set", "in", "--on-delete", "sometimes")
+    scene.run("source", "set", "in", "--on-delete", "retract")
+    scene.run("source", "set", "in", "--on-delete", "keep")
 
 
 def keys(scene: Scene) -> None:

@@ -286,6 +286,20 @@ def test_what_stands_is_what_the_rules_say(engine: Engine, world: World) -> None
         transaction.rollback()
 
 
+def test_where_the_active_artifact_has_none_that_of_the_last_deployment_stands(
+    engine: Engine,
+) -> None:
+    """Whichever job was the later one."""
+    jobs = [Job(1, 1, "p", 1, [("t", SINKS[0])]), Job(1, 1, "p", 0, [("t", SINKS[0])])]
+    world = World({"p": ["x", "y", "z"], "q": ["x"]}, {"p": 2, "q": 0}, set(), False, jobs,
+                  set(), set(), set())  # fmt: skip
+    with engine.connect() as connection, connection.begin() as transaction:
+        lay(connection, world)
+        visibility.refresh(connection)
+        assert states(connection) == {1: "current", 2: "hidden"}
+        transaction.rollback()
+
+
 @anew
 @given(worlds(decided=True).map(without_twins))
 def test_jobs_of_one_group_are_published_as_if_one_after_another(
@@ -366,7 +380,7 @@ def test_the_sink_is_owed_a_state_and_a_mode(engine: Engine) -> None:
                   set(), set(), set())  # fmt: skip
     with engine.connect() as connection, connection.begin() as transaction:
         lay(connection, world)
-        assert visibility.refresh(connection) == (2, 3, 0, 0)
+        assert visibility.refresh(connection) == (2, 3, 0, 0, 2)
         (owed,) = visibility.debts(connection).values()
         told = {d.output_id: (str(d.output.state), d.output.mode) for d in owed}
         assert told == {1: ("past", "append"), 2: ("current", "append")}
@@ -379,7 +393,7 @@ def test_the_sink_is_owed_a_state_and_a_mode(engine: Engine) -> None:
             )
         )
         change = visibility.refresh(connection, Scope(plugin="p", topic="t"))
-        assert change == (0, 0, 1, 1)
+        assert change == (0, 0, 1, 1, 0)
         assert change.words == "1 output (1 row) is hidden now"
         (owed,) = visibility.debts(connection).values()
         assert [(d.output_id, d.output.state, d.output.mode) for d in owed] == [

@@ -179,7 +179,7 @@ def test_a_new_version_says_what_older_ones_have_worked(tmp_path: Path, source: 
 
         words = asyncio.run(through_the_daemon())
         assert "deployed sees 1.3" in words
-        assert "have processed 1 file version;" in words
+        assert "have processed 1 file version: the rows that they gave stay;" in words
 
 
 def test_what_cannot_be_meant_is_said(tmp_path: Path, source: Path) -> None:

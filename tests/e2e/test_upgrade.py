@@ -116,7 +116,8 @@ def test_what_the_last_release_left_is_whole_under_todays_code(code: Path, tmp_p
         "whole": 7, "lite": 6, "lite_rejects": 1,
     }  # fmt: skip
 
-    assert killed_at_each_step(today) == 4
+    assert killed_at_each_step(today) == 47
+    today.run("upgrade")
     holds(today)
     assert rows(today.folder) == there
     assert today.json("status")["jobs"] == {"COMPLETED": 6, "FAILED": 1}

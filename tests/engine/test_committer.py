@@ -9,10 +9,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs, outputs, plugins, visibility
-from casparian_flow.db.access import Ledger, Work
+from casparian_flow.db.access import Ledger
 from casparian_flow.engine import committer, sinks
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.sinks.base import KEY_DIGITS
@@ -73,20 +74,19 @@ def test_a_late_receipt_whose_file_cannot_be_removed_does_no_harm(
         play(settings, story)
 
 
-@pytest.mark.parametrize("question", [outputs.all_published])
 def test_a_read_that_fails_is_tried_again(
-    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch, question: Work[Any]
+    ledger: Ledger, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(committer, "PAUSE_SECONDS", 0.01)
     job = add_job(ledger, fence=0, attempts=0)
-    real, failures = Ledger.read_soon, iter(["unable to open database file"])
+    real, failures = outputs.all_published, iter(["unable to open database file"])
 
-    async def read_soon(self: Ledger, work: Work[Any]) -> Any:
-        if work is question and (words := next(failures, "")):
+    def all_published(connection: Connection) -> list[int]:
+        if words := next(failures, ""):
             raise LedgerError(f"the ledger could not be read: {words}")
-        return await real(self, work)
+        return real(connection)
 
-    monkeypatch.setattr(Ledger, "read_soon", read_soon)
+    monkeypatch.setattr(outputs, "all_published", all_published)
 
     async def story(target: Attacked) -> None:
         peer = await joined(target, "w")

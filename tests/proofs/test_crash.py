@@ -56,15 +56,21 @@ UPGRADE = (
 """The steps that convert a SQLite sink of an earlier release."""
 
 RARE = {
+    "changes.source_set", "topics.removed",
+    *(f"rebuild.{step}" for step in ("written", "started", "ended", "cancel_written", "cancelled")),
     "connection.checkpointed", "retries.job_taken_back", "main.stage_swept",
     "stage.part_finished", "stage.folder_synced", "parquet.renamed", "parquet.rewritten",
     "parquet.exchanged", "parquet.renamed_in_turn",
-    "sql.rows_deleted", "sql.deletion_written", "sql.deleted",
+    "sql.rows_deleted", "sql.deletion_written", "sql.deleted", "committer.expired",
+    "schema.copied", "schema.backed_up", "architect.activated",
+    "outputs.forgotten", "outputs.withdrawn", "outputs.queued",
     *(f"sqlite.{step}" for step in UPGRADE),
 }  # fmt: skip
 """What only a log of four megabytes, a recovery, an output of several parts, two Workers that race,
-or a new version of what was retracted come to; tests/sinks/test_parquet_crashes.py tries those of
-Parquet, tests/sinks/test_sqlite_crashes.py and test_sqlite_upgrade.py those of SQLite."""
+an upgrade, or a command that no act is come to. tests/sinks/test_parquet_crashes.py tries those of
+Parquet, tests/sinks/test_sqlite_crashes.py and test_sqlite_upgrade.py those of SQLite,
+tests/db/test_earlier.py those of the ledger's upgrade, tests/services/test_standing.py the
+commands."""
 
 
 def documented() -> list[str]:

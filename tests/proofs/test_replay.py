@@ -60,14 +60,16 @@ def check_that_harm_is_noticed(folder: Path) -> None:
             return "\n".join(tables.problems())
 
         assert found("SELECT 1") == ""
-        copy = "INSERT INTO delimited SELECT * FROM delimited WHERE rowid = 1"
+        rows = "_cf_rows_delimited"
+        shown = "SELECT id FROM _cf_outputs WHERE topic = 'delimited' AND state = 'current'"
+        one = f"SELECT min(rowid) FROM {rows} WHERE _cf_output IN ({shown})"
+        copy = f"INSERT INTO {rows} SELECT * FROM {rows} WHERE rowid = ({one})"
         assert "are not those of the file" in found(copy)
-        assert found("DELETE FROM delimited WHERE rowid = (SELECT max(rowid) FROM delimited)") == ""
-        older = "(SELECT min(_cf_file_version_id) - 1 FROM delimited)"
+        assert found(f"DELETE FROM {rows} WHERE rowid = (SELECT max(rowid) FROM {rows})") == ""
         assert "should not be there" in found(
-            f"UPDATE delimited SET _cf_file_version_id = {older} WHERE rowid = 1"
+            "UPDATE _cf_outputs SET state = 'current' WHERE topic = 'delimited' AND state = 'past'"
         )
-        assert "are lost" in found("DELETE FROM delimited")
+        assert "are lost" in found(f"DELETE FROM {rows}")
         (file, *_) = (settings.home / "replace" / "delimited").glob("*.parquet")
         file.unlink()
         lost = [words for words in tables.problems() if words.startswith("parquet")]

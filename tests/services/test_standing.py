@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 import pytest
 from sqlalchemy import text
 
-from casparian_flow import config
+from casparian_flow import config, crashpoints
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs, outputs, views, visibility
 from casparian_flow.db.access import Ledger, open_ledger
@@ -207,12 +207,13 @@ def test_a_retraction_belongs_to_a_version(flow: Flow, opened: Ledger) -> None:
     assert flow.seen() == older
     flow.publish(opened, "bad", "1.0.1")
     flow.redo(opened)
-    assert flow.seen() == older, "it is not worked again while it is retracted"
+    redone = ["bad x"] if older else []
+    assert flow.seen() == redone, "it is not worked again while it is retracted"
     flow.check(opened)
     verbs.retract(opened, version, undo=True)
-    assert flow.seen() == before
+    assert flow.seen() == [*redone, "good y"]
     flow.redo(opened)
-    assert flow.seen() == ["bad y", *older]
+    assert flow.seen() == [*redone, "bad y"]
     verbs.retract(opened, version)
     architect.activate(opened, flow.settings, config.keys_folder(), "rows", "1.0.0", "bad")
     assert flow.seen() == older
@@ -350,3 +351,86 @@ def test_replaced_rows_are_kept_for_a_while(flow: Flow, opened: Ledger) -> None:
     assert sorted(listed(opened).values()) == ["CURRENT", "CURRENT", "REMOVED"]
     assert flow.seen() == ["bad x", "bad y"]
     flow.check(opened)
+
+
+class Died(BaseException):
+    """The process ends where it stands: nothing of ours catches this."""
+
+
+Verb = Callable[[Flow, Ledger], object]
+
+DECIDED: dict[str, tuple[Verb, list[str]]] = {
+    "retract.decided": (lambda flow, ledger: verbs.retract(ledger, "1"), []),
+    "outputs.forgotten": (lambda flow, ledger: verbs.forget(ledger, "2"), ["good x"]),
+    "outputs.withdrawn": (lambda flow, ledger: verbs.restore(ledger, "2"), ["bad x"]),
+    "outputs.queued": (lambda flow, ledger: verbs.restore(ledger, "2"), ["bad x"]),
+    "architect.activated": (
+        lambda flow, ledger: architect.activate(
+            ledger, flow.settings, config.keys_folder(), "rows", "1.0.0", "the other is bad"
+        ),
+        ["good x"],
+    ),
+    "topics.set": (
+        lambda flow, ledger: topics.set_topic(
+            ledger, flow.settings, "rows", "lines", [URIS[flow.scheme]], "append"
+        ),
+        ["bad x"],
+    ),
+}
+"""Crash point -> who comes to it, and what readers see after the next start."""
+
+
+@pytest.mark.parametrize("point", DECIDED)
+@pytest.mark.slow_but("retract.decided")
+def test_what_was_decided_before_a_death_is_seen_after_the_next_start(
+    point: str, settings: Settings, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Situation 24."""
+    flow = Flow(settings, source, "sqlite", "replace")
+    act, rows = DECIDED[point]
+
+    def die(name: str) -> None:
+        if name == point:
+            raise Died
+
+    with open_ledger(settings.database) as ledger:
+        flow.publish(ledger, "good", "1.0.0")
+        flow.work(ledger, a="x")
+        flow.publish(ledger, "bad", "1.0.1")
+        flow.redo(ledger)
+        if point.startswith("outputs."):
+            lose(flow)
+        with monkeypatch.context() as armed, pytest.raises(Died):
+            armed.setattr(crashpoints, "_react", die)
+            act(flow, ledger)
+        if point == "outputs.withdrawn":
+            assert verify(settings, ledger).problems
+            act(flow, ledger)  # `verify` names what is missing, and the same call restores it
+    with open_ledger(settings.database) as ledger:
+        flow.work(ledger)
+        assert flow.seen() == rows
+        flow.check(ledger)
+
+
+def lose(flow: Flow) -> None:
+    """Delete the rows `bad x` from the sink."""
+    with closing(sqlite3.connect(flow.settings.home / "out.sqlite3")) as connection:
+        connection.execute("DELETE FROM _cf_rows_lines WHERE line = 'bad x'")
+        connection.commit()
+
+
+def test_what_was_decided_to_expire_is_deleted_after_the_next_start(
+    settings: Settings, source: Path
+) -> None:
+    flow = Flow(settings, source, "sqlite", "replace")
+    with open_ledger(settings.database) as ledger:
+        flow.publish(ledger, "good", "1.0.0")
+        flow.work(ledger, a="x")
+        flow.publish(ledger, "bad", "1.0.1")
+        flow.redo(ledger)
+        assert ledger.write(lambda c: visibility.remove_expired(c, utcnow())) == 1
+        flow.work(ledger)
+        assert flow.seen() == ["bad x"]
+        with closing(sqlite3.connect(settings.home / "out.sqlite3")) as connection:
+            assert connection.execute("SELECT count(*) FROM _cf_rows_lines").fetchone() == (1,)
+        flow.check(ledger)

@@ -24,10 +24,15 @@ CREATE TABLE [dbo].[_cf_outputs] (
     [file_version_id] bigint NULL,
     [source_hash] nvarchar(64) NULL,
     [plugin_version] nvarchar(255) NULL,
-    [facts] nvarchar(max) NOT NULL
+    [facts] nvarchar(max) NOT NULL,
+    [table_number] bigint NOT NULL
 );
 
 CREATE INDEX _cf_view ON [dbo].[_cf_outputs] (view_name, topic) INCLUDE (state, mode, file_version_id, job_id, source_hash, plugin_version);
+
+CREATE INDEX _cf_table ON [dbo].[_cf_outputs] (view_name, table_number, state);
+
+SELECT MIN(table_number) FROM [dbo].[_cf_outputs] WITH (READUNCOMMITTED) WHERE view_name = ? AND table_number > ? AND id <> ?;
 
 SELECT topic FROM [dbo].[_cf_outputs] WHERE view_name = ? AND topic <> ?;
 
@@ -51,9 +56,9 @@ DROP TABLE IF EXISTS [dbo].[casparian_stage_tag-1-041627790ec4743be696bdccfb39e2
 
 CREATE TABLE [dbo].[casparian_stage_tag-1-041627790ec4743be696bdccfb39e291] ([id] bigint NULL, [a ]]]] b] nvarchar(max) NULL);
 
-SELECT [id], [output_key], [topic], [view_name], [mode], [state], [rows], [digest], [published_at], [shown_at], [hidden_at], [job_id], [file_version_id], [source_hash], [plugin_version], [facts] FROM [dbo].[_cf_outputs] WHERE [output_key] = ?;
+SELECT [id], [output_key], [topic], [view_name], [mode], [state], [rows], [digest], [published_at], [shown_at], [hidden_at], [job_id], [file_version_id], [source_hash], [plugin_version], [facts], [table_number] FROM [dbo].[_cf_outputs] WHERE [output_key] = ?;
 
-INSERT INTO [dbo].[_cf_outputs] ([output_key], [topic], [view_name], [mode], [state], [rows], [digest], [published_at], [shown_at], [hidden_at], [job_id], [file_version_id], [source_hash], [plugin_version], [facts]) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
+INSERT INTO [dbo].[_cf_outputs] ([output_key], [topic], [view_name], [mode], [state], [rows], [digest], [published_at], [shown_at], [hidden_at], [job_id], [file_version_id], [source_hash], [plugin_version], [facts], [table_number]) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 SELECT [id] FROM [dbo].[_cf_outputs] WHERE [output_key] = ?;
 
@@ -103,7 +108,7 @@ SELECT _cf_output, COUNT_BIG(*) FROM [dbo].[_cf_rows_sales] GROUP BY _cf_output;
 
 SELECT MAX(id) FROM [dbo].[_cf_outputs];
 
-SELECT [id], [output_key], [topic], [view_name], [mode], [state], [rows], [digest], [published_at], [shown_at], [hidden_at], [job_id], [file_version_id], [source_hash], [plugin_version], [facts] FROM [dbo].[_cf_outputs] WHERE id > ? AND id <= ?;
+SELECT [id], [output_key], [topic], [view_name], [mode], [state], [rows], [digest], [published_at], [shown_at], [hidden_at], [job_id], [file_version_id], [source_hash], [plugin_version], [facts], [table_number] FROM [dbo].[_cf_outputs] WHERE id > ? AND id <= ?;
 
 -- the records are listed
 
@@ -121,7 +126,7 @@ SELECT _cf_file_version_id, _cf_job_id, _cf_source_hash, _cf_plugin_version, COU
 
 EXEC sp_rename @objname = ?, @newname = ?;
 
-INSERT INTO [dbo].[_cf_outputs] ([output_key], [topic], [mode], [rows], [digest], [published_at], [facts], [view_name], [state], [shown_at], [hidden_at], [file_version_id], [job_id], [source_hash], [plugin_version]) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
+INSERT INTO [dbo].[_cf_outputs] ([output_key], [topic], [mode], [rows], [digest], [published_at], [facts], [view_name], [state], [shown_at], [hidden_at], [file_version_id], [job_id], [source_hash], [plugin_version], [table_number]) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
 
 DROP TABLE IF EXISTS [dbo].[_cf_outputs_earlier];
 

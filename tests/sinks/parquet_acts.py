@@ -126,6 +126,25 @@ class Change(Story):
         place.sink.change(self.after)
 
 
+class Rebuild(Story):
+    """Files and parts with a mended type take the place of others: the folder is exchanged."""
+
+    def prepare(self, place: Place) -> None:
+        for job, rows in ((1, 2), (2, 5)):
+            self.before(place, job, rows)
+        for job, rows in ((3, 2), (4, 3)):
+            stage = place.stage(job, split_bytes=1, generation=1, state=State.HIDDEN)
+            for start in range(0, rows, GROUP_ROWS):
+                texts = [f"mended {n}" for n in range(start, min(start + GROUP_ROWS, rows))]
+                stage.write(pa.record_batch({"n": texts}))
+            self.known += place.show(sinks.seal([stage])[0])
+        self.after = [*told(State.HIDDEN, *self.known[:2]), *told(State.CURRENT, *self.known[2:])]
+        self.jobs_between = ({1, 2}, {3, 4})
+
+    def act(self, place: Place) -> None:
+        place.sink.change(self.after)
+
+
 class Delete(Story):
     """A visible file, a visible folder, a kept file, and one that has no file."""
 
@@ -174,6 +193,7 @@ def stories() -> list[Story]:
         Change(
             "replace to append", mode="replace", rows=(2, 2, 2), then_mode="append", then="PC C"
         ),
+        Rebuild("rebuild"),
         Delete("delete"),
         Upgrade("upgrade"),
     ]

@@ -196,10 +196,11 @@ UPGRADING = [
     "mssql.upgraded",
 ]  # fmt: skip
 SWEEPING = "mssql.stage_swept"
+DROPPING = "sql.table_dropped"
 
 
 def test_every_crash_point_is_tried() -> None:
-    tried = {*PUBLISHING, *CHANGING, *DELETING, *UPGRADING, SWEEPING}
+    tried = {*PUBLISHING, *CHANGING, *DELETING, *UPGRADING, SWEEPING, DROPPING}
     assert tried == {n for n in crashpoints.known() if n.startswith(("mssql.", "sql."))}
 
 
@@ -244,6 +245,29 @@ def test_a_deletion(tmp_path: Path, nursery: Nursery) -> None:
         return here.show(*(output(here, job) for job in (1, 2, 3)))[:2]
 
     assert held_against(tmp_path, nursery, "delete", prepare) == DELETING
+
+
+def rebuilt(here: ServerPlace) -> tuple[list[Output], list[Output]]:
+    """An output, and what a rebuild is to show in its place, from a table of its own."""
+    mended = {"n": ["x"], "name": [7]}
+    stage = {"key": "new", "generation": 1, "attempt": "tag-new", "state": State.HIDDEN}
+    return here.show(output(here, 1)), here.show(here.sealed(mended, 1, **stage))
+
+
+def test_a_rebuild(tmp_path: Path, nursery: Nursery) -> None:
+    def prepare(here: ServerPlace) -> list[Output]:
+        old, new = rebuilt(here)
+        return [*as_told(old, State.HIDDEN), *as_told(new, State.CURRENT)]
+
+    names = held_against(tmp_path, nursery, "change", prepare)
+    assert set(names) == {*CHANGING, "sql.view_made"}
+
+
+@pytest.mark.slow
+def test_a_rebuild_that_is_taken_back(tmp_path: Path, nursery: Nursery) -> None:
+    """The second table goes with its output."""
+    names = held_against(tmp_path, nursery, "delete", lambda here: rebuilt(here)[1])
+    assert set(names) == {*DELETING, "sql.view_made", DROPPING}
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from tests.sinks.stages import Place
 
 
 @pytest.mark.parametrize("story", stories(), ids=lambda story: story.name)
-@pytest.mark.slow_but("redo, a file", "upgrade", "roll back", "replace to append")
+@pytest.mark.slow_but("redo, a file", "upgrade", "roll back", "replace to append", "rebuild")
 def test_what_is_killed_goes_on(story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory, where there is such a filesystem: what a dead process wrote is there as well."""
     small_groups(monkeypatch.setattr)

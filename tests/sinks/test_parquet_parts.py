@@ -161,7 +161,7 @@ def test_folders_are_exchanged(
 ) -> None:
     """In one step where the filesystem can."""
     if not swaps:
-        monkeypatch.setattr(parquet_moves, "_swap", lambda *_: False)
+        monkeypatch.setattr(parquet_moves, "swap", lambda *_: False)
     (older,) = parquet.show(large(parquet, slot="s"))
     hidden = msgspec.structs.replace(older, state=State.HIDDEN)
     (newer,) = parquet.show(large(parquet, job=2, slot="s"), changes=[hidden])

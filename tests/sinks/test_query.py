@@ -297,8 +297,7 @@ def test_few_of_many_outputs_are_found_by_the_index(sqlite: Place) -> None:
     assert asked("SELECT sum(id)::INT FROM sales", outputs[::10]) == [(1 + 11 + 21 + 31,)]
     assert asked("SELECT sum(id)::INT FROM sales", outputs[::2]) == [(sum(range(1, 41, 2)),)]
     keys = {output.output_key: 1 for output in outputs[::10]}
-    rows = query_sqlite.find_rows(sqlite.database, TOPIC, keys)
-    assert rows is not None
+    (rows,) = query_sqlite.find_rows(sqlite.database, TOPIC, keys)
     with closing(sqlite3.connect(sqlite.database)) as connection:
         plan = str(connection.execute("EXPLAIN QUERY PLAN " + rows.select(["id"])).fetchall())
     assert "_cf_output_of_sales" in plan

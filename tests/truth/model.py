@@ -85,8 +85,11 @@ class Job:
     artifact: Artifact
     rebuild: int = 0
     """Of which rebuild it is; 0: of none."""
+    was: str = ""
+    """Its status before the rebuild; empty if the rebuild made it."""
     status: str = "queued"
-    """queued, done, failed; expired: its rows did not stand, and are kept no longer."""
+    """queued, done, failed; expired: its rows did not stand, and are kept no longer; cancelled: its
+    rebuild was."""
     ended: int = 0
     """When, in the order of all that happened."""
 
@@ -193,7 +196,8 @@ class Model:
     # What users ask.
 
     def publish(self, plugin: str, release: str, artifact: Artifact) -> None:
-        """Deploy an artifact under a version; the greatest version is active from then on."""
+        """Deploy an artifact under a version; the greatest version is active from then on. What it
+        worked under another version, and has no rows of any more, is queued."""
         deployed = self.ledger.deployed.setdefault(plugin, {})
         if release in deployed and (plugin, release) not in self.ledger.stubs:
             return
@@ -202,6 +206,8 @@ class Model:
         self.ledger.stubs.discard((plugin, release))
         if release == max(r for r in deployed if (plugin, r) not in self.ledger.stubs):
             self._make_active(plugin, release)
+            own = [j for j in self.ledger.jobs if (j.plugin, j.artifact) == (plugin, artifact)]
+            self._redo(plugin, {job.version for job in own if job.status == "expired"})
         self._queue_missing()
 
     def activate(self, plugin: str, release: str) -> int:
@@ -273,11 +279,27 @@ class Model:
         self.ledger.on_delete = what
 
     def rebuild(self, plugin: str) -> None:
-        """Work everything that stands again, into the present sinks."""
-        number = self._next()
+        """Work everything that stands again, into the present sinks. A rebuild of the plugin that
+        has not ended is cancelled."""
+        for job in [j for j in self.ledger.jobs if j.plugin == plugin]:
+            if job.rebuild not in self.ledger.complete:
+                self._cancel(job)
+        number, active = self._next(), self.artifact(plugin)
         for version in dict.fromkeys(o.version for o in self.ledger.outputs if o.plugin == plugin):
-            if self._is_there(version):
+            if not self._is_there(version) or not version.path.endswith(active.suffix):
+                continue
+            mine = [j for j in self.ledger.jobs if (j.version, j.plugin) == (version, plugin)]
+            waits = [j for j in mine if j.artifact == active and j.status in _UNWORKED]
+            for job in waits:
+                job.rebuild, job.was, job.status = number, job.status, "queued"
+            if not waits:
                 self._queue(version, plugin, number)
+
+    def _cancel(self, job: Job) -> None:
+        if job.was != "queued":  # else somebody had asked for it before
+            job.status = "cancelled"
+            self._drop(output for output in self.ledger.outputs if output.job == job.number)
+        job.rebuild = 0
 
     def backup(self) -> None:
         self._backup = copy.deepcopy(self.ledger)
@@ -292,6 +314,7 @@ class Model:
                 self.ledger.modes.setdefault(topic, lost.modes[topic])
         worked = {output.version for output in lost.outputs}
         self.ledger.retracted |= lost.retracted & worked
+        self._end_rebuilds()
 
     def _adopt(self, output: Output) -> None:
         location = self.ledger.locations.setdefault(output.version.path, Location())
@@ -300,8 +323,10 @@ class Model:
         if output.release not in deployed:
             deployed[output.release] = output.artifact
             self.ledger.stubs.add((output.plugin, output.release))
+        known = [job.rebuild for job in self.ledger.jobs if job.number == output.job]
         jobs = [job for job in self.ledger.jobs if job.number != output.job]
-        self.ledger.jobs = [*jobs, Job(*output[:5], status="done", ended=self._next())]
+        adopted = Job(*output[:5], rebuild=next(iter(known), 0), status="done", ended=self._next())
+        self.ledger.jobs = [*jobs, adopted]
         self.ledger.outputs.append(output)
 
     # What happens.
@@ -517,6 +542,8 @@ class Model:
 
     def _failure(self, failed: Job) -> str:
         path, ordinal, _ = failed.version
+        if failed.rebuild not in self.ledger.complete:
+            return "open"  # its rebuild waits for it
         for job in self.ledger.jobs:
             same = (job.version.path, job.plugin) == (path, failed.plugin)
             if same and job.status == "done" and job.version.ordinal >= ordinal:
@@ -534,6 +561,8 @@ class Model:
             if state == "current" and o.version != self.ledger.locations[o.version.path].last
         }
 
+
+_UNWORKED = ("queued", "failed", "cancelled")
 
 _SHOWN = {"current": {"current"}, "history": {"current", "past"}}
 

@@ -22,7 +22,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from casparian_flow import config
-from casparian_flow.db import backfill, failures, jobs, views
+from casparian_flow.db import backfill, failures, jobs, rebuild, views
 from casparian_flow.db.access import Ledger, get_engine
 from casparian_flow.db.models import FileLocation, FileVersion, SourceRoot
 from casparian_flow.engine import committer, dispatch, sinks
@@ -33,7 +33,7 @@ from casparian_flow.engine.runner import Runner, _by_topic, _discard, _flat, rel
 from casparian_flow.engine.sinks import query as sink_query
 from casparian_flow.engine.sinks import sqlite
 from casparian_flow.engine.sinks.stage import Stage
-from casparian_flow.errors import PluginFailed, SinkUnavailable
+from casparian_flow.errors import NotFound, PluginFailed, SinkUnavailable
 from casparian_flow.protocol import Artifact as Deployed
 from casparian_flow.protocol import Assignment, Output, Welcome
 from casparian_flow.sdk import BasePlugin
@@ -262,6 +262,17 @@ class Product:
     def set_topic(self, plugin: str, topic: str, sinks: dict[str, str]) -> None:
         uris = [f"{self.uris[sink]}?mode={mode}" for sink, mode in sinks.items()]
         topics.set_topic(self.ledger, self.settings, plugin, topic, uris, "append")
+
+    def remove_topic(self, plugin: str, topic: str) -> None:
+        topics.remove(self.ledger, plugin, topic)
+
+    def rebuild(self, plugin: str) -> None:
+        """A rebuild that is open is cancelled first."""
+        with contextlib.suppress(NotFound):
+            rebuild.cancel(self.ledger, plugin)
+            outputs.tell(self.ledger)
+        with contextlib.suppress(NotFound):
+            rebuild.start(self.ledger, plugin)
 
     def set_on_delete(self, what: str) -> None:
         name = self.source.name

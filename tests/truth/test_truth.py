@@ -13,6 +13,7 @@ from tests.truth.product import Product
 from tests.truth.walks import Difference, Step, Teller
 
 RUNS = 20
+SEED = 4100
 STEPS = 40
 QUICK = 4
 """So many of the runs are among the quick tests."""
@@ -20,8 +21,9 @@ QUICK = 4
 
 @pytest.mark.parametrize("run", range(RUNS))
 @pytest.mark.slow_but(*map(str, range(QUICK)))
-def test_model_and_product_show_the_same(run: int, tmp_path: Path, seed: int) -> None:
-    walks.compare(tmp_path, seed, STEPS)
+def test_model_and_product_show_the_same(run: int, tmp_path: Path) -> None:
+    """These walks are always the same; the proof draws new ones."""
+    walks.compare(tmp_path, SEED + run, STEPS)
 
 
 def test_a_walk_does_of_everything() -> None:

@@ -15,7 +15,7 @@ import functools
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -255,6 +255,23 @@ def open_sink(location: str, database: DatabaseSettings) -> Sink:
     from casparian_flow.engine.sinks.sqlite import SqliteSink
 
     return SqliteSink(Path(location.removeprefix(PREFIXES["sqlite"])))
+
+
+def records(location: str, database: DatabaseSettings, known: Collection[str]) -> Iterable[Output]:
+    """What `Sink.records` of the sink lists, as it is asked at each start and scan.
+
+    The record of a Parquet sink is read without pyarrow, which takes half a second to import.
+
+    Raises:
+        SinkUnavailable: the sink exists and cannot be read.
+    """
+    if location.startswith(PREFIXES["parquet"]):
+        from casparian_flow.engine.sinks import parquet_record
+
+        listed = parquet_record.listed(Path(location.removeprefix(PREFIXES["parquet"])), known)
+        if listed is not None:
+            return listed
+    return open_sink(location, database).records(known)
 
 
 def store(location: str) -> str:

@@ -81,7 +81,8 @@ def otherwise(settles: str, column: str) -> str:
         )
     return (
         f". If the files are of another kind, give them their own topic: {settles}. If they "
-        f"are of the same kind, {same}"
+        f"are of the same kind, {same}. If this version of the plugin mends the column: casparian "
+        "rebuild PLUGIN"
     )
 
 
@@ -92,13 +93,14 @@ def lineage_of(output: Output) -> tuple[int, int, str, str]:
 
 def facts_in(output: Output) -> dict[str, str]:
     """The facts of an output that its sink keeps, in footers and in its record."""
+    rebuilt = {"generation": str(output.generation)} if output.generation else {}
     return {
         "topic": output.topic, "output_key": output.output_key, "mode": output.mode,
         "ordinal": str(output.ordinal), "source": output.source, "path": output.path.hex(),
         "size_bytes": str(output.file_bytes), "artifact_hash": output.artifact_hash,
         "plugin": output.plugin, "topics": output.topics, "uri": output.uri,
         "file_version_id": str(output.version_id), "job_id": str(output.job_id),
-        "source_hash": output.content_hash, "plugin_version": output.plugin_version,
+        "source_hash": output.content_hash, "plugin_version": output.plugin_version, **rebuilt,
     }  # fmt: skip
 
 
@@ -130,6 +132,7 @@ def output_of(location: str, facts: Mapping[str, str], **found: Any) -> Output:
         version_id=int(facts["file_version_id"]),
         job_id=int(facts["job_id"]),
         topics=facts.get("topics", ""),
+        generation=int(facts.get("generation", 0)),
         **found,
     )
 

@@ -260,10 +260,10 @@ def stage_table(stage: str) -> str:
 def _staged(session: Session, schema: MssqlSchema, output: Output) -> Iterator[None]:
     """Load an output's rows into a stage table, which exists while the block runs."""
     with reading(output) as staged:
-        columns = schema.prepare(output, staged.schema_arrow)
+        number, columns = schema.prepare(output, staged.schema_arrow)
         names = [column.name for column in columns]
         if not output.rows:
-            schema.staged[output.output_key] = Staged("", names)
+            schema.staged[output.output_key] = Staged("", names, number)
             yield
             return
         # Columns of nulls only are not loaded; a table has at least one, and so have rows.
@@ -279,7 +279,7 @@ def _staged(session: Session, schema: MssqlSchema, output: Output) -> Iterator[N
         crashpoint("mssql.stage_made")
         _load(session, schema.table(table), staged, loaded, output.rows)
         crashpoint("mssql.loaded")
-    schema.staged[output.output_key] = Staged(table, names)
+    schema.staged[output.output_key] = Staged(table, names, number)
     try:
         yield
     finally:

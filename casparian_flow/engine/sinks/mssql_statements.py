@@ -37,7 +37,8 @@ _LEDGER = f"""
     [file_version_id] bigint NULL,
     [source_hash] nvarchar(64) NULL,
     [plugin_version] nvarchar(255) NULL,
-    [facts] nvarchar(max) NOT NULL
+    [facts] nvarchar(max) NOT NULL,
+    [table_number] bigint NOT NULL
 """
 
 
@@ -145,13 +146,14 @@ def other_topics(ledger: str, view: str, topic: str) -> Statement:
 
 
 def create_ledger(schema: str) -> list[Statement]:
-    """Create the sink's ledger, and an index with all that views read of it, so that readers of
-    one view do not wait for who changes outputs of another."""
+    """Create the sink's ledger, an index with all that views read of it, so that readers of one
+    view do not wait for who changes outputs of another, and one that finds a view's tables."""
     ledger = qualified(schema, LEDGER)
     read = "state, mode, file_version_id, job_id, source_hash, plugin_version"
     return [
         Statement(f"CREATE TABLE {ledger} ({_LEDGER})"),
         Statement(f"CREATE INDEX _cf_view ON {ledger} (view_name, topic) INCLUDE ({read})"),
+        Statement(f"CREATE INDEX _cf_table ON {ledger} (view_name, table_number, state)"),
     ]
 
 

@@ -27,8 +27,8 @@ from casparian_flow.engine.sinks.mssql_types import (
     declared_as,
     fold,
 )
-from casparian_flow.engine.sinks.sql import LEDGER, ROWS, Schema
-from casparian_flow.errors import SinkConflict
+from casparian_flow.engine.sinks.sql import LEDGER, Schema, rows_prefix
+from casparian_flow.errors import OutputRefused, SinkConflict
 from casparian_flow.protocol import Output
 
 
@@ -39,6 +39,8 @@ class Staged(NamedTuple):
     """The stage table; empty if the output has no rows."""
     names: Sequence[str]
     """The columns to copy."""
+    number: int
+    """The number of the table that they are for; 0 if none is."""
 
 
 class MssqlSchema(Schema):
@@ -51,6 +53,7 @@ class MssqlSchema(Schema):
 
     own_topic_hint = "rename that table, or give the topic another table"
     number_of_rows = "COUNT_BIG(*)"
+    dirty_hint = " WITH (READUNCOMMITTED)"
 
     def __init__(self, session: Session, schema: str) -> None:
         if not schema:
@@ -118,15 +121,30 @@ class MssqlSchema(Schema):
         """See `Schema.view_of`."""
         return table_of(output.location)[1]
 
-    def rows_table(self, view: str) -> str:
+    def rows_table(self, view: str, number: int = 1) -> str:
         """See `Schema.rows_table`."""
-        return named_after(ROWS, view)
+        return named_after(rows_prefix(number), view)
+
+    def null(self, kind: str) -> str:
+        """See `Schema.null`. A bare NULL would be an integer, and so would the column."""
+        return f"CAST(NULL AS {kind})"
+
+    def misfit(self, view: str, numbers: Sequence[int]) -> str:
+        """See `Schema.misfit`. A union has one type, and a value that is not of it is an error for
+        whoever reads, or is rounded."""
+        found: dict[str, str] = {}
+        for table in (self.rows_table(view, number) for number in reversed(numbers)):
+            for name, kind in self.columns(table).items():
+                first = found.setdefault(fold(name), kind)
+                if not _are_one(first, kind):
+                    return f"column {name!r} is {first} in one and {kind} in others"
+        return ""
 
     def is_name(self, view: str) -> bool:
         """See `Schema.is_name`."""
         return _is_short(view)
 
-    def load(self, output: Output, number: int) -> None:
+    def load(self, output: Output, number: int) -> int:
         """See `Schema.load`. The rows are in a stage table.
 
         Raises:
@@ -138,13 +156,14 @@ class MssqlSchema(Schema):
         if staged.table:
             copied = self.session.change(
                 statements.insert_staged(
-                    self.table(self.rows_table(self.view_of(output))), self.table(staged.table),
-                    staged.names, number,
+                    self.table(self.rows_table(self.view_of(output), staged.number)),
+                    self.table(staged.table), staged.names, number,
                 )
             )  # fmt: skip
             if copied != output.rows:
                 raise Refused(Fault(Kind.RETRY, f"{copied} rows were in {staged.table}"))
             crashpoint("mssql.rows_written")
+        return staged.number
 
     def make_ledger(self) -> None:
         """Create the sink's ledger, unless there is one."""
@@ -164,14 +183,15 @@ class MssqlSchema(Schema):
         given = [f"{state} {right} to {who}" for state, right, who in rows]
         return [f"rights to give again: {'; '.join(given)}"] if given else []
 
-    def prepare(self, output: Output, arrow: Any) -> list[Column]:
-        """Have a topic's table with the columns of an output, and the views.
+    def prepare(self, output: Output, arrow: Any) -> tuple[int, list[Column]]:
+        """Have a table of the topic with the columns of an output, and the views.
 
         Args:
             arrow: the Arrow schema of the staged rows, including the lineage columns.
 
         Returns:
-            the output's columns that the table takes, fitted to it; not those of nulls only.
+            the table's number, and the output's columns that it takes, fitted to it; not those of
+            nulls only.
 
         Raises:
             SinkConflict: the view's name is taken, or it has another topic's rows.
@@ -180,9 +200,10 @@ class MssqlSchema(Schema):
         incoming = columns_of(arrow)
         own = [column for column in incoming if column.name not in LINEAGE]
         if not own:  # a plugin that published no batch has given no columns
-            return []
+            return 0, []
         view = self.view_of(output)
-        table = self.rows_table(view)
+        number = self._table_for(output, incoming)
+        table = self.rows_table(view, number)
         existing = self._by_fold(table)
         self._check_topic(view, output.topic)
         if not existing or _missing(own, existing) or not self._is_our_view(view):
@@ -193,15 +214,37 @@ class MssqlSchema(Schema):
                 self.make_views(view)
             crashpoint("mssql.table_ready")
             existing = self._by_fold(table)
-        return [
-            column.fit(existing[fold(column.name)].type).named(existing[fold(column.name)].name)
-            for column in incoming
-            if column.declared and fold(column.name) in existing
-        ]
+        return number, _fitted(incoming, existing)
 
-    def _query(self, view: str, shown: str) -> str:
-        """What a view selects. It reads no outputs of other views, which may be locked now."""
-        return f"{super()._query(view, shown)} AND o.view_name = {statements.text(view)}"
+    def _table_for(self, output: Output, incoming: Sequence[Column]) -> int:
+        """The number of the table for an output's rows."""
+        view = self.view_of(output)
+
+        def types(number: int) -> dict[str, Declared]:
+            return self._by_fold(self.rows_table(view, number))
+
+        def is_alike(number: int) -> bool:
+            there = types(number)
+            return all(
+                there[fold(c.name)].type == c.declared
+                for c in incoming
+                if c.declared and fold(c.name) in there
+            )
+
+        def fits(number: int) -> bool:
+            try:
+                _fitted(incoming, types(number))
+            except OutputRefused:
+                return False
+            return True
+
+        return self.choose_table(
+            view, 0, is_rebuilt=output.generation > 0, is_alike=is_alike, fits=fits
+        )
+
+    def scope(self, view: str) -> str:
+        """See `Schema.scope`. A view reads no outputs of other views, which may be locked now."""
+        return f" AND o.view_name = {statements.text(view)}"
 
     def _by_fold(self, table: str) -> dict[str, Declared]:
         return {fold(name): Declared(name, kind) for name, kind in self.columns(table).items()}
@@ -224,6 +267,28 @@ class MssqlSchema(Schema):
                 "untouched",
                 f"give topic {topic!r} a table of its own",
             )
+
+
+def _fitted(incoming: Iterable[Column], existing: Mapping[str, Declared]) -> list[Column]:
+    """The columns that a table has, fitted to it."""
+    return [
+        column.fit(existing[fold(column.name)].type).named(existing[fold(column.name)].name)
+        for column in incoming
+        if column.declared and fold(column.name) in existing
+    ]
+
+
+_WHOLE = ("tinyint", "smallint", "int", "bigint")
+
+
+def _are_one(kind: str, other: str) -> bool:
+    """Whether a union holds every value of both types as it is."""
+    bases = [each.partition("(")[0] for each in (kind, other)]
+    return (
+        kind == other
+        or all(base in _WHOLE for base in bases)
+        or (bases[0] == bases[1] and bases[0] != "decimal")
+    )
 
 
 def named_after(prefix: str, table: str) -> str:

@@ -133,7 +133,7 @@ class _Table:
         record = self.schema.insert(
             {
                 **told, "view_name": self.name, "state": str(state), "shown_at": shown_at,
-                "hidden_at": "", **named,
+                "hidden_at": "", **named, "table_number": 1 if told["rows"] else 0,
             }
         )  # fmt: skip
         self.outputs.append(record)

@@ -15,6 +15,10 @@ that one rename exchanges them. If the name is in use it is the output key.
 Readers use the columns in the topic's `_common_metadata`. A Worker writes an output with the
 topic's columns, united by the rule in `topic_schema.py`. If the topic's columns have changed by
 the time of publishing, the staged file is rewritten with the new ones first.
+
+A rebuilt output keeps columns of its own if they are not the topic's: those of all rebuilt outputs
+of the topic are united in the folder where they are kept. When they are shown, the topic's columns
+are united anew from the files that are to be visible.
 """
 
 from __future__ import annotations
@@ -33,9 +37,22 @@ import pyarrow.parquet as pq
 
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import parquet_moves, parquet_record, parts
+from casparian_flow.engine.sinks import (
+    parquet_exchange,
+    parquet_moves,
+    parquet_record,
+    parts,
+    topic_schema,
+)
 from casparian_flow.engine.sinks.base import KEY_DIGITS, is_disk_fault, lost, unavailable
-from casparian_flow.engine.sinks.parquet_record import KEPT, Entry, Record, entry_of, is_visible
+from casparian_flow.engine.sinks.parquet_record import (
+    KEPT,
+    STAGE,
+    Entry,
+    Record,
+    entry_of,
+    is_visible,
+)
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.engine.sinks.topic_schema import (
     LINEAGE_FIELDS,
@@ -46,6 +63,9 @@ from casparian_flow.engine.sinks.topic_schema import (
 )
 from casparian_flow.errors import JobError, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Output, Publication, State
+
+_LISTED = 20
+"""How many files a message names."""
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
 
@@ -66,6 +86,8 @@ class ParquetSink:
         folder = self.root / output.topic
 
         def united(columns: Any) -> Any:
+            if output.generation:  # what the topic will be when it is shown is not known yet
+                return unite(pa.schema([]), columns)
             return as_staged(parts.topic_columns(folder), columns)
 
         def known() -> list[str]:
@@ -134,16 +156,11 @@ class ParquetSink:
         """See `Sink.records`. Without a record, files that the ledger may not know are read."""
         try:
             with self._reading() as record:
-                entries = [
-                    entry
-                    for entry in (record.all() if record else self._entries_of_old(known))
-                    if entry.state == State.RETRACTED or entry.output_key not in known
-                ]
+                recorded = record.all() if record else self._entries_of_old(known)
+                entries = parquet_record.unknown(recorded, known)
         except OSError as error:
             raise unavailable(error, self.root) from error
-        for entry in entries:
-            with contextlib.suppress(ValueError, KeyError):
-                yield entry.output(self.root)
+        yield from parquet_record.outputs_of(entries, self.root)
 
     def upgrade(self) -> list[str]:
         """See `Sink.upgrade`. Builds the record from footers; visible files stay as they are."""
@@ -281,9 +298,12 @@ class _Plan:
         self._checked: set[tuple[str, str]] = set()
         """Topics and modes whose folders `_check_folder` found well."""
         self._columns: dict[str, Any] = {}
-        """Each topic's columns as the plan leaves them."""
+        """Columns as the plan leaves them, by folder: each topic's, and those of its kept outputs
+        that were rebuilt."""
         self._columns_before: dict[str, Any] = {}
         """Those in its `_common_metadata`; None if there is none."""
+        self._anew: set[str] = set()
+        """Topics whose columns change together with their files."""
         self._taken: set[str] = set()
         """Names in topics, without an ending, that the plan gives to outputs."""
         self._left: set[str] = set()
@@ -298,9 +318,10 @@ class _Plan:
         planned = (self._entries.get(output.output_key) for output in told if output.visible)
         if any(entry and is_visible(entry.source) for entry in planned):
             self.carry_out()  # it is planned to leave: one plan does not bring it back as well
-        saved = self._entries, self._columns, self._taken, self._left
-        self._entries, self._columns, self._taken, self._left = (
-            dict(self._entries), dict(self._columns), set(self._taken), set(self._left),
+        saved = self._entries, self._columns, self._anew, self._taken, self._left
+        self._entries, self._columns, self._anew, self._taken, self._left = (
+            dict(self._entries), dict(self._columns), set(self._anew), set(self._taken),
+            set(self._left),
         )  # fmt: skip
         output = told[0]
         try:
@@ -309,18 +330,19 @@ class _Plan:
                 is_lost = entry and entry.disk and output.stage and not self._is_there(entry)
                 if not entry or is_lost:
                     self._entries[output.output_key] = self._staged(output)
+                    self._check_name(output)
             self.tell(told)
             return None
         except (JobError, OSError, pa.ArrowException, IndexError) as error:
-            self._entries, self._columns, self._taken, self._left = saved
+            self._entries, self._columns, self._anew, self._taken, self._left = saved
             return error if isinstance(error, JobError) else self._fault(error, output)
 
     def tell(self, outputs: Sequence[Output]) -> None:
         """Plan the state and mode of outputs, and where their files will be.
 
         Raises:
-            SinkConflict: an output that is to be visible is gone or altered, or another program's
-                file has its name.
+            SinkConflict: an output that is to be visible is gone or altered, another program's
+                file has its name, or its columns cannot be shown with those of files that stay.
             OSError: the disk refused.
         """
         arriving: list[Output] = []
@@ -340,6 +362,8 @@ class _Plan:
                 self._entries[output.output_key] = entry.moved(entry.kept_path)
         for output, stem in _paired(arriving, leaving):
             self._appear(output, stem)
+        for topic in dict.fromkeys(o.topic for o in arriving if self._is_other(o)):
+            self._unite_anew(topic)
 
     def delete(self) -> None:
         """Plan that all outputs are deleted.
@@ -368,11 +392,15 @@ class _Plan:
         Raises:
             SinkUnavailable, OSError: the disk refused. What is recorded is done by the next call.
         """
-        for topic, columns in self._columns.items():
-            before = self._columns_before[topic]
+        for folder, columns in self._columns.items():
+            before = self._columns_before[folder]
             if before is None or not columns.equals(before):
-                parts.set_topic_columns(self._root / topic, columns)
-                self._columns_before[topic] = columns
+                place = self._root / folder
+                if folder in self._anew:
+                    place = self._root / parquet_exchange.COLUMNS / folder
+                    durable.make_folder(place, mode=0o700)
+                parts.set_topic_columns(place, columns)
+                self._columns_before[folder] = columns
         changed = [each for key, each in self._entries.items() if each != self._before.get(key)]
         if self.record and (changed or self._deleted):
             self.record.put(changed, self._deleted)
@@ -383,6 +411,7 @@ class _Plan:
                 durable.remove(copy)
         self._entries = {key: each.settled() for key, each in self._entries.items()}
         self._before, self._taken, self._left = dict(self._entries), set(), set()
+        self._anew = set()
 
     def published(self, output: Output) -> Output:
         """An output as it is now."""
@@ -421,8 +450,7 @@ class _Plan:
             stem: the name of the output whose place it takes; empty if there is none.
         """
         entry, topic = self._entries[output.output_key], output.topic
-        slot = output.location_slot if output.mode == "replace" else output.version_slot
-        for name in filter(None, (stem, slot[:KEY_DIGITS], entry.output_key[:KEY_DIGITS])):
+        for name in filter(None, (stem, _slot_of(output), entry.output_key[:KEY_DIGITS])):
             if f"{topic}/{name}" in self._taken:
                 continue
             there = [
@@ -475,8 +503,12 @@ class _Plan:
         if (output.topic, output.mode) not in self._checked:
             self._check_folder(output)
         staged = own_columns(pq.read_schema(files[0]))
-        wanted = self._widened(output, unite(self._known(output.topic), staged), staged)
-        self._columns[output.topic] = wanted
+        folder, known = output.topic, self._known(output.topic)
+        if output.generation and topic_schema.is_mended(known, staged):
+            folder = f"{KEPT}/{output.topic}"
+            known = self._known_of_rebuild(output.topic, folder)
+        wanted = self._widened(output, unite(known, staged), staged)
+        self._columns[folder] = wanted
         digest = output.digest
         if any(wanted.field(field.name).type != field.type for field in staged):
             columns = pa.schema([*wanted, *LINEAGE_FIELDS])
@@ -494,6 +526,76 @@ class _Plan:
             self._columns_before[topic] = columns if parts.has_topic_columns(folder) else None
             return columns
         return self._columns[topic]
+
+    def _known_of_rebuild(self, topic: str, folder: str) -> Any:
+        """The columns so far of a topic's rebuilt outputs, if nobody has seen any of them yet."""
+        if folder not in self._columns:
+            path = self._root / folder
+            durable.make_folder(path, mode=0o700)
+            is_begun = self.record and self.record.is_rebuilding(topic)
+            if is_begun and parts.has_topic_columns(path):
+                self._columns_before[folder] = parts.topic_columns(path)
+                return self._columns_before[folder]
+            self._columns_before[folder] = None
+            return pa.schema([])
+        return self._columns[folder]
+
+    def _is_other(self, output: Output) -> bool:
+        """Whether an output that becomes visible has other columns than its topic.
+
+        What is staged has been united with the topic's columns, unless it was rebuilt.
+        """
+        entry = self._entries[output.output_key]
+        if entry.source.startswith(STAGE) and not output.generation:
+            return False
+        if not os.path.lexists(self._root / entry.disk):
+            return False
+        known, own = self._known(entry.topic), self._own(entry)
+        is_mended = bool(output.generation) and topic_schema.is_mended(known, own)
+        return is_mended or any(
+            field.name not in known.names
+            or not topic_schema.is_within(field.type, known.field(field.name))
+            for field in own
+        )
+
+    def _own(self, entry: Entry) -> Any:
+        return own_columns(pq.read_schema(parts.files(self._root / entry.disk)[0]))
+
+    def _unite_anew(self, topic: str) -> None:
+        """Plan the columns of a topic as those of all outputs that will stand.
+
+        Raises:
+            SinkConflict: files that stay have other types.
+            OSError: the disk refused.
+        """
+        assert self.record
+        entries = {**self.record.of_topic(topic), **self._entries}
+        stand = [e for e in entries.values() if e.topic == topic and e.stands and e.disk]
+        stand.sort(key=lambda entry: -entry.generation)
+        columns, misfits = parts.united([self._root / entry.disk for entry in stand])
+        stay = [f"{self._root}/{stand[number].path}" for number in misfits]
+        if stay:
+            more = f" and {len(stay) - _LISTED} more" if len(stay) > _LISTED else ""
+            raise SinkConflict(
+                f"topic {topic!r} cannot show what was rebuilt, and nothing was changed: columns "
+                f"of files that stay have other types: {', '.join(stay[:_LISTED])}{more}",
+                "retract those versions, or keep their files so that they can be rebuilt as well",
+            )
+        self._anew.add(topic)
+        self._columns[topic] = columns
+
+    def _check_name(self, output: Output) -> None:
+        """Check, before an output is kept, that its name is free for when it is shown.
+
+        Raises:
+            SinkConflict: another program's file has it.
+        """
+        entry = self._entries[output.output_key]
+        if output.visible or not entry.disk:
+            return
+        for path in (f"{output.topic}/{_slot_of(output)}{end}" for end in (".parquet", "")):
+            if path not in self._left and os.path.lexists(f"{self._root}/{path}"):
+                self._adopted(entry, path)
 
     def _widened(self, output: Output, columns: Any, staged: Any) -> Any:
         """The topic's columns, with number columns widened as the output needs them.
@@ -590,6 +692,12 @@ def _paired(
         free = [each for same in places.values() for each in same]
     for output in arriving:
         yield output, names.get(output.output_key, "")
+
+
+def _slot_of(output: Output) -> str:
+    """The name of an output's file, after its slot."""
+    slot = output.location_slot if output.mode == "replace" else output.version_slot
+    return slot[:KEY_DIGITS]
 
 
 def _stem(path: str) -> str:

@@ -5,16 +5,16 @@ existing name, or if it is a folder of parts by `rename`. An output that takes t
 gets its name: the older file is linked to the kept ones first, then the newer one is renamed onto
 it, so a reader sees one of them at any time. Two folders are exchanged by `renameat2`. Where the
 filesystem has no exchange, or where a folder takes the place of a file, the older one goes first,
-and a reader may see neither for an instant.
+and a reader may see neither for an instant. If much changes, or if the columns do, the topic's
+whole folder is exchanged first (`parquet_exchange`), and what is below finds it done.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,8 +23,9 @@ import pyarrow as pa
 
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import parts
+from casparian_flow.engine.sinks import parquet_exchange, parts
 from casparian_flow.engine.sinks.base import KEY_DIGITS, is_disk_fault, output_of
+from casparian_flow.engine.sinks.parquet_exchange import is_same, swap, take_out
 from casparian_flow.engine.sinks.parquet_record import (
     KEPT,
     STAGE,
@@ -55,6 +56,7 @@ def settle(root: Path, record: Record) -> list[str]:
     """
     entries = record.moving()
     if not entries:
+        parquet_exchange.forget_columns(root)
         return []
     leaving = {entry.source: entry for entry in entries if is_visible(entry.source)}
     arriving = [entry for entry in entries if is_visible(entry.path)]
@@ -63,10 +65,12 @@ def settle(root: Path, record: Record) -> list[str]:
         durable.make_folder(folder, mode=0o700)
     for topic in {entry.topic for entry in arriving}:
         durable.make_folder(root / topic)
+    parquet_exchange.settle(root, entries, names)
+    parquet_exchange.settle_columns(root)
     replaced = [leaving.pop(entry.path, None) for entry in arriving]
     _keep_replaced(root, arriving, replaced)
     for entry in leaving.values():
-        _take_out(root / entry.source, root / entry.kept_path)
+        take_out(root / entry.source, root / entry.kept_path)
     gone, staying = [], []
     for entry, older in zip(arriving, replaced, strict=True):
         if not _show(root, entry, older):
@@ -94,7 +98,7 @@ def _keep_replaced(root: Path, arriving: list[Entry], replaced: list[Entry | Non
         # The rename consumes the newer file: while it is there, the older one has its name.
         if older and os.path.isfile(root / entry.source) and os.path.isfile(root / older.source):
             name, kept = root / older.source, root / older.kept_path
-            if not _is_same(name, kept):
+            if not is_same(name, kept):
                 durable.remove(kept)
                 os.link(name, kept)
                 crashpoint("parquet.kept")
@@ -119,7 +123,7 @@ def _show(root: Path, entry: Entry, older: Entry | None) -> bool:
         try:
             os.link(source, target)
         except FileExistsError:
-            if not _is_same(source, target):
+            if not is_same(source, target):
                 raise _in_the_way(target) from None
         crashpoint("parquet.linked")
         if not entry.source.startswith(STAGE):
@@ -137,17 +141,17 @@ def _exchange(root: Path, entry: Entry, older: Entry) -> bool:
     """Let a folder of parts take the name of another one; see `_show`."""
     target, kept = root / entry.path, root / entry.kept_path
     if entry.source != entry.kept_path:  # a stage may be swept while the older parts are in it
-        _take_out(root / entry.source, kept)
+        take_out(root / entry.source, kept)
     if not names(target, entry.output_key):
         if not os.path.lexists(kept):
             return _was_shown(root, entry, older)
-        if not _swap(kept, target):
-            _take_out(target, root / older.kept_path)
+        if not swap(kept, target):
+            take_out(target, root / older.kept_path)
             kept.rename(target)
             crashpoint("parquet.renamed_in_turn")
             return True
         crashpoint("parquet.exchanged")
-    _take_out(kept, root / older.kept_path)
+    take_out(kept, root / older.kept_path)
     return True
 
 
@@ -159,11 +163,11 @@ def _was_shown(root: Path, entry: Entry, older: Entry | None) -> bool:
     if names(root / entry.path, entry.output_key):
         return True
     if entry.source.startswith(STAGE):
-        if older and _is_same(root / older.source, root / older.kept_path):
+        if older and is_same(root / older.source, root / older.kept_path):
             (root / older.kept_path).unlink()
         return False
     if older:
-        _take_out(root / older.source, root / older.kept_path)
+        take_out(root / older.source, root / older.kept_path)
     return True
 
 
@@ -171,35 +175,8 @@ def _keep(root: Path, entry: Entry) -> bool:
     """Move an output that was not visible to the kept ones; False as `_show`."""
     kept = root / entry.kept_path
     if entry.source != entry.kept_path:
-        _take_out(root / entry.source, kept)
+        take_out(root / entry.source, kept)
     return os.path.lexists(kept) or not entry.source.startswith(STAGE)
-
-
-def _take_out(path: Path, kept: Path) -> None:
-    """Move an output to the kept ones, if it is still there."""
-    if not os.path.lexists(path):
-        return
-    if _is_same(path, kept):  # a rename does nothing if both are names of one file
-        path.unlink()
-    else:
-        durable.remove(kept)
-        path.rename(kept)
-    crashpoint("parquet.moved")
-
-
-def _is_same(path: Path | str, other: Path | str) -> bool:
-    try:
-        return os.path.samestat(os.lstat(path), os.lstat(other))
-    except FileNotFoundError:
-        return False
-
-
-def _swap(path: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where that cannot be done."""
-    renameat2: Callable[..., int] | None = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    names_of = os.fsencode(path), os.fsencode(other)
-    return bool(renameat2 and not renameat2(here, names_of[0], here, names_of[1], exchange))
 
 
 def _in_the_way(path: str) -> SinkUnavailable:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -60,6 +60,16 @@ class Entry(msgspec.Struct, frozen=True):
         """`.parquet` for a file; empty for a folder of parts."""
         is_file = self.disk.removesuffix(".fitted").endswith((".parquet", ".part"))
         return ".parquet" if is_file else ""
+
+    @property
+    def stands(self) -> bool:
+        """Whether readers see it, or ask for it as a past version."""
+        return self.state in (State.CURRENT, State.PAST)
+
+    @property
+    def generation(self) -> int:
+        """How often its job has been rebuilt."""
+        return int(msgspec.json.decode(self.facts, type=dict[str, str]).get("generation", 0))
 
     @property
     def kept_path(self) -> str:
@@ -182,6 +192,16 @@ class Record:
         row = self._connection.execute(query, [path]).fetchone()
         return str(row[0]) if row else ""
 
+    def of_topic(self, topic: str) -> dict[str, Entry]:
+        """The entries of a topic, by key."""
+        query = "WHERE topic = ? ORDER BY id"
+        return {entry.output_key: entry for entry in self._select(query, topic)}
+
+    def is_rebuilding(self, topic: str) -> bool:
+        """Whether it has rebuilt outputs that nobody has seen yet."""
+        where = "WHERE topic = ? AND shown_at = '' AND path <> '' AND state = 'hidden'"
+        return any(entry.generation for entry in self._select(where, topic))
+
     def moving(self) -> list[Entry]:
         """The entries whose files are still to move."""
         return list(self._select("WHERE source <> '' ORDER BY id"))
@@ -255,6 +275,35 @@ def opened(root: Path, *, write: bool) -> Iterator[Record | None]:
             yield record if write or record.exists else None
     except sqlite3.Error as error:
         raise _unavailable(error, path) from error
+
+
+def listed(root: Path, known: Collection[str]) -> list[Output] | None:
+    """What `Sink.records` lists, of a sink that has a record and nothing left to move; else None.
+
+    Raises:
+        SinkUnavailable: the record cannot be read.
+    """
+    with opened(root, write=False) as record:
+        if not record or record.moving():
+            return None
+        entries = unknown(record.all(), known)
+    return list(outputs_of(entries, root))
+
+
+def unknown(entries: Iterable[Entry], known: Collection[str]) -> list[Entry]:
+    """Those that the ledger does not know, and all retracted ones."""
+    return [
+        entry
+        for entry in entries
+        if entry.state == State.RETRACTED or entry.output_key not in known
+    ]
+
+
+def outputs_of(entries: Iterable[Entry], root: Path) -> Iterator[Output]:
+    """The outputs of these entries, but for those whose facts cannot be read."""
+    for entry in entries:
+        with contextlib.suppress(ValueError, KeyError):
+            yield entry.output(root)
 
 
 def _unavailable(error: sqlite3.Error, path: Path) -> SinkUnavailable:

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from casparian_flow.engine.sinks.topic_schema import (
     LINEAGE_FIELDS,
     fit,
     is_exact,
+    is_within,
     own_columns,
     widened,
 )
@@ -267,6 +268,35 @@ def are_within_double(outputs: Iterable[Path], name: str) -> bool:
         if is_disk_fault(error):
             raise
         return False
+
+
+def united(outputs: Sequence[Path]) -> tuple[Any, list[int]]:
+    """The columns that readers of finished outputs need, those of the first ones first.
+
+    Returns:
+        the columns, and the places in the list of outputs that cannot be read with them.
+
+    Raises:
+        OSError, pa.ArrowException: an output cannot be read.
+    """
+    own = [own_columns(pq.read_schema(files(output)[0])) for output in outputs]
+    columns = pa.schema([])
+    for each in own:
+        columns = widened(columns, each)
+    misfits = [
+        number
+        for number, (output, each) in enumerate(zip(outputs, own, strict=True))
+        if not all(_reads(output, field, columns.field(field.name)) for field in each)
+    ]
+    return columns, misfits
+
+
+def _reads(output: Path, field: Any, column: Any) -> bool:
+    """Whether a reader of a column takes a file's one for it, and every value exactly."""
+    is_cast = pa.types.is_integer(field.type) and pa.types.is_floating(column.type)
+    return is_within(field.type, column) and (
+        not is_cast or are_within_double([output], field.name)
+    )
 
 
 def _is_within_double(path: Path, name: str) -> bool:

@@ -247,7 +247,7 @@ def _opened(database: Any, name: str, outputs: Sequence[Output], shown: bool) ->
         else:
             path = Path(location.removeprefix(PREFIXES["sqlite"]))
             promised = {output["output_key"]: output["rows"] for output in with_rows}
-            if rows := find_rows(path, topic, promised):
+            for rows in find_rows(path, topic, promised):
                 types = {c.name: _TYPES[c.type] for c in rows.schema(rows.names())}
                 table.stored += [rows] if shown else []
                 table.parts += [] if shown else [_empty(types)]

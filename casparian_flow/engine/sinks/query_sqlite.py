@@ -16,7 +16,9 @@ import contextlib
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,8 +40,8 @@ FEW = 4
 BUSY_SECONDS = 5.0
 """How long to wait for another program's lock."""
 
-ROWS = "_cf_rows_"
-"""How the name of a topic's table begins."""
+FIRST = "_cf_rows_"
+"""How the name of a topic's first table begins."""
 
 NO_COLUMN = "_cf_none"
 """A column of nulls: the only one of a stream of which just the number of rows is asked for."""
@@ -73,7 +75,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of some outputs of a topic in one database."""
+    """The rows of some outputs of a topic in one table."""
 
     uri: str
     table: str
@@ -105,8 +107,9 @@ class Rows:
         return f"SELECT {samples} UNION ALL SELECT {', '.join(values)}{rest}"
 
 
-def find_rows(path: Path, topic: str, promised: Mapping[str, int]) -> Rows | None:
-    """Find the rows of outputs in a SQLite sink; None if they have no rows and no table.
+def find_rows(path: Path, topic: str, promised: Mapping[str, int]) -> list[Rows]:
+    """Find the rows of outputs in a SQLite sink, those of each of the topic's tables; if they have
+    no rows, the newest table, for its columns; nothing if there is no table.
 
     They are found by output key, because an adopted output has the job id of an earlier ledger.
 
@@ -120,28 +123,41 @@ def find_rows(path: Path, topic: str, promised: Mapping[str, int]) -> Rows | Non
     uri = f"{path.as_uri()}?mode=ro"
     opened = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
     with contextlib.closing(opened) as connection:
-        table = ROWS + topic
-        is_old = not _declared(connection, table)  # of an earlier release
-        owner, table = ("job_id", topic) if is_old else ("id", table)
+        is_old = "table_number" not in _declared(connection, "_cf_outputs")  # of an earlier release
+        owner, number = ("job_id", "1") if is_old else ("id", "table_number")
         recorded = connection.execute(
-            f"SELECT output_key, {owner}, rows FROM _cf_outputs "  # noqa: S608
+            f"SELECT output_key, {owner}, rows, {number} FROM _cf_outputs "  # noqa: S608
             "WHERE topic = ? COLLATE NOCASE AND rows > 0",
             [topic],
         ).fetchall()
-        if lost := promised.keys() - {key for key, _, _ in recorded}:
+        if lost := promised.keys() - {key for key, *_ in recorded}:
             raise unrecorded(path, topic, len(lost))
-        kinds = _kinds(connection, topic, table)
-        ours = [(number, rows) for key, number, rows in recorded if key in promised]
-        others = [(number, rows) for key, number, rows in recorded if key not in promised]
-        if not kinds:
-            if ours:
-                raise sqlite3.OperationalError(f"no such table: {topic}")
-            return None
-        column = "r._cf_job_id" if is_old else "r._cf_output"
-        return Rows(
-            uri, table, _columns(kinds, is_old), _condition(column, ours, others),
-            _batch_rows(connection),
-        )  # fmt: skip
+        by_table: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
+        for key, which, rows, table_number in recorded:
+            by_table[table_number].append((key, which, rows))
+        with_ours = sorted(n for n, of in by_table.items() if any(k in promised for k, *_ in of))
+        found = []
+        for table_number in with_ours or [max(by_table, default=1)]:
+            table = topic if is_old else _rows_table(topic, table_number)
+            kinds = _kinds(connection, table)
+            of = by_table[table_number]
+            ours = [(which, rows) for key, which, rows in of if key in promised]
+            others = [(which, rows) for key, which, rows in of if key not in promised]
+            if not kinds and ours:
+                raise sqlite3.OperationalError(f"no such table: {table}")
+            column = "r._cf_job_id" if is_old else "r._cf_output"
+            found += [
+                Rows(
+                    uri, table, _columns(kinds, is_old), _condition(column, ours, others),
+                    _batch_rows(connection),
+                )
+            ] if kinds else []  # fmt: skip
+        return found
+
+
+def _rows_table(topic: str, number: int) -> str:
+    """The same as `Schema.rows_table`."""
+    return f"_cf_rows{number if number > 1 else ''}_{topic}"
 
 
 def quote(name: str) -> str:
@@ -167,14 +183,15 @@ def unrecorded(place: Path, topic: str, number: int) -> CasparianError:
     )
 
 
-def _kinds(connection: sqlite3.Connection, topic: str, table: str) -> dict[str, tuple[str, str]]:
+def _kinds(connection: sqlite3.Connection, table: str) -> dict[str, tuple[str, str]]:
     """Name -> declared and current type of a table's columns."""
+    owner = _folded(table).removeprefix(FIRST)
     declared = _declared(connection, table)
     found = {name: (kind, kind) for name, kind in declared.items()}
     if _declared(connection, "_cf_columns"):
         by_name = {_folded(name): name for name in declared}
         for name, before, kind in connection.execute(
-            "SELECT name, declared, type FROM _cf_columns WHERE topic = ?", [_folded(topic)]
+            "SELECT name, declared, type FROM _cf_columns WHERE topic = ?", [owner]
         ):
             if (mine := by_name.get(name)) and declared[mine] == before:
                 found[mine] = (before, kind)
@@ -260,7 +277,7 @@ class Stream:
     names: Sequence[str]
     filters: Sequence[str]
     """Conditions, in SQL, that every row which the question needs meets."""
-    opened: list[Iterator[Any]] = field(default_factory=list)
+    opened: list[_Scan] = field(default_factory=list)
     """The scans so far; `close` ends them."""
 
     def __arrow_c_schema__(self) -> Any:
@@ -268,16 +285,16 @@ class Stream:
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> Any:
         schema = self.rows.schema(self.names)
-        scan = self._scan(schema)
+        scan = _Scan(self._scan(schema))
         self.opened.append(scan)
         return pa.RecordBatchReader.from_batches(schema, scan).__arrow_c_stream__(requested_schema)
 
     def close(self) -> None:
-        """End the scans that were not read to their ends. No thread may be reading them."""
+        """End the scans that were not read to their ends."""
         for scan in self.opened:
-            scan.close()  # type: ignore[attr-defined]
+            scan.close()
 
-    def _scan(self, schema: Any) -> Iterator[Any]:
+    def _scan(self, schema: Any) -> Generator[Any, None, None]:
         with _asked(self.rows, self.rows.select(self.names, self.filters)) as reader:
             if not self.names:
                 yield from _nulls(schema, reader.read_all().column(0)[0].as_py())
@@ -296,6 +313,30 @@ class Stream:
                 )
             if array.type == pa.string():
                 array.validate(full=True)
+
+
+class _Scan:
+    """The batches of one scan. A thread of DuckDB may still read when the question is over: `close`
+    waits for its batch, and it gets no other."""
+
+    def __init__(self, batches: Generator[Any, None, None]) -> None:
+        self._batches = batches
+        self._reading = threading.Lock()
+        self._over = False
+
+    def __iter__(self) -> _Scan:
+        return self
+
+    def __next__(self) -> Any:
+        with self._reading:
+            if self._over:
+                raise StopIteration
+            return next(self._batches)
+
+    def close(self) -> None:
+        with self._reading:
+            self._over = True
+            self._batches.close()
 
 
 @contextlib.contextmanager

@@ -1,14 +1,18 @@
 """What all sinks in SQL databases do: rows never move, and a state says who sees them.
 
     _cf_rows_<topic>     the topic's rows; `_cf_output` in each names its output
+    _cf_rows2_<topic>    rows of a rebuild whose columns have other types; `_cf_rows3_` and so on
     _cf_outputs          the sink's ledger: each output's facts and state
     <topic>              view: the rows of current outputs, and of past ones unless the mode is
                          `replace`, with the lineage columns of their outputs
     <topic>_current      view: the rows of current outputs
     <topic>_history      view: the rows of current and past outputs
 
-So a change of what readers see is an UPDATE of a few rows in `_cf_outputs`. `Schema` does this on
-top of what a dialect supplies: `sqlite.py` and `mssql.py`. The statements here are in the SQL that
+So a change of what readers see is an UPDATE of a few rows in `_cf_outputs`. A topic with several
+tables of rows has views that unite them by column name, the newest first; a table without an output
+that stands is left out, so its types do not count. A further table goes with its last output; the
+first one stays, with what other people made on it. `Schema` does this on top of what a dialect
+supplies: `sqlite.py` and `mssql.py`. The statements here are in the SQL that
 both have, with `?` for values.
 """
 
@@ -35,21 +39,25 @@ from typing import Any
 from msgspec import structs
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks.base import LINEAGE, facts_in, output_of
+from casparian_flow.engine.sinks.base import facts_in, output_of
+from casparian_flow.engine.sinks.sql_views import united
 from casparian_flow.errors import JobError, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Output, Publication, State
 
 LEDGER = "_cf_outputs"
 
 ROWS = "_cf_rows_"
-"""How the name of a topic's table begins."""
+"""How the name of a topic's first table begins; see `rows_prefix`."""
 
 RECORDED = (
     "id", "output_key", "topic", "view_name", "mode", "state", "rows", "digest", "published_at",
     "shown_at", "hidden_at", "job_id", "file_version_id", "source_hash", "plugin_version", "facts",
+    "table_number",
 )  # fmt: skip
 """The columns of the ledger. Times are ISO 8601 in UTC, empty for never. The database gives `id`;
-`view_name` is the topic's view, which the location of a SQL Server sink names."""
+`view_name` is the topic's view, which the location of a SQL Server sink names; `table_number` says
+which of the topic's tables has the rows, 0 if none has. An index over view_name, table_number and
+state finds the tables."""
 
 VIEWS = {
     "": "(o.state = 'current' OR o.state = 'past' AND o.mode <> 'replace')",
@@ -163,14 +171,23 @@ class SqlSink(ABC):
 
     def records(self, known: Container[str]) -> Iterator[Output]:
         """See `Sink.records`. Reads the ledger in the database, of any release."""
-        with contextlib.suppress(SinkConflict), self.reading() as schema_of:
-            if schema_of:
-                schema = schema_of(self.location)
-                for record in schema.records(self.view):
-                    is_known = record["output_key"] in known
-                    if not is_known or record.get("state") == State.RETRACTED:
-                        with contextlib.suppress(ValueError, KeyError):
-                            yield schema.output(record, self.location)
+        try:
+            with self.reading() as schema_of:
+                if schema_of:
+                    schema = schema_of(self.location)
+                    for record in schema.records(self.view):
+                        is_known = record["output_key"] in known
+                        if not is_known or record.get("state") == State.RETRACTED:
+                            with contextlib.suppress(ValueError, KeyError):
+                                yield schema.output(record, self.location)
+        except SinkConflict as error:  # it is no database: not the same as one without outputs
+            raise SinkUnavailable(error.message, error.hint or "put the database back") from error
+
+
+def rows_prefix(number: int) -> str:
+    """How the name of a topic's n-th table begins. No other topic's table has such a name, which
+    `_cf_rows_<topic>_2` might be."""
+    return ROWS if number == 1 else f"_cf_rows{number}_"
 
 
 def lock_keys(outputs: Sequence[Output]) -> list[str]:
@@ -197,21 +214,27 @@ def publish_job(schema_of: SchemaOf, job: Publication) -> list[Output]:
             record = schema.add(output)
             crashpoint("sql.recorded")
             if output.stage:
-                schema.load(output, record["id"])
+                record = schema.assign(record, schema.load(output, record["id"]))
                 crashpoint("sql.rows_loaded")
         else:
             record = schema.mark(found, output)
         published.append(schema.as_published(output, record))
-    change_outputs(schema_of, job.changes)
+    change_outputs(schema_of, job.changes, fitted=job.outputs)
     crashpoint("sql.job_written")
     return published
 
 
-def change_outputs(schema_of: SchemaOf, outputs: Sequence[Output]) -> None:
-    """Give outputs the state and mode that they have here; within one transaction.
+def change_outputs(
+    schema_of: SchemaOf, outputs: Sequence[Output], fitted: Sequence[Output] = ()
+) -> None:
+    """Give outputs the state and mode that they have here, and views the tables of those that
+    stand; within one transaction.
+
+    Args:
+        fitted: outputs that were published in the same transaction.
 
     Raises:
-        SinkConflict: rows that are to be visible are not whole.
+        SinkConflict: rows that are to be visible are not whole, or not all can be shown together.
     """
     for output in outputs:
         schema = schema_of(output.location)
@@ -222,6 +245,11 @@ def change_outputs(schema_of: SchemaOf, outputs: Sequence[Output]) -> None:
                     schema.check_whole(record)
                 schema.mark(record, output)
                 crashpoint("sql.marked")
+    # The views of one location and topic once, after all of its outputs have their states.
+    for output in {(o.location, o.topic): o for o in (*outputs, *fitted)}.values():
+        schema = schema_of(output.location)
+        if schema.has_ledger():
+            schema.fit_views(schema.view_of(output))
 
 
 def now() -> str:
@@ -275,9 +303,13 @@ class Schema(ABC):
         """Create a view, or give it this query; grants and triggers stay."""
 
     @abstractmethod
-    def load(self, output: Output, number: int) -> None:
-        """Insert the staged rows of an output into the topic's table, with this `_cf_output`. Have
-        the table and its columns first (and `make_views`), unless that is done already.
+    def load(self, output: Output, number: int) -> int:
+        """Insert the staged rows of an output into one of the topic's tables (`choose_table`),
+        with this `_cf_output`. Have the table and its columns first (and `make_views`), unless
+        that is done already.
+
+        Returns:
+            the table's number; 0 if the output has no columns and needs none.
 
         Raises:
             JobError: the rows cannot be read, or the database cannot hold them.
@@ -291,16 +323,34 @@ class Schema(ABC):
         """The view that shows an output."""
         return output.topic
 
-    def rows_table(self, view: str) -> str:
-        """The table with a view's rows."""
-        return ROWS + view
+    def rows_table(self, view: str, number: int = 1) -> str:
+        """The n-th table with a view's rows."""
+        return rows_prefix(number) + view
+
+    def null(self, kind: str) -> str:
+        """A null of a declared type, for a view over tables that lack a column."""
+        return "NULL"
+
+    def drop(self, table: str) -> None:
+        """Drop a table of rows."""
+        self.send(f"DROP TABLE {self.table(table)}")
+
+    def misfit(self, view: str, numbers: Sequence[int]) -> str:
+        """Why the rows of these tables of a view cannot be shown together; empty if they can, as
+        where each value has a type of its own."""
+        return ""
 
     def is_name(self, view: str) -> bool:
         """Whether a view may have this name; too long ones are not created."""
         return True
 
-    ledger_hint = ""
-    """What follows the ledger's name in a view, such as a lock hint."""
+    def scope(self, view: str) -> str:
+        """A further condition on the outputs `o` that a view reads, such as that it reads no locked
+        ones; it begins with AND."""
+        return ""
+
+    dirty_hint = ""
+    """What follows the ledger's name where tables are looked up: no lock is waited for."""
 
     number_of_rows = "COUNT(*)"
     """Counts rows, however many."""
@@ -392,6 +442,7 @@ class Schema(ABC):
             "shown_at": time if output.visible else "", "hidden_at": "", "job_id": output.job_id,
             "file_version_id": output.version_id, "source_hash": output.content_hash,
             "plugin_version": output.plugin_version, "facts": json.dumps(facts_in(output)),
+            "table_number": 1 if output.stage else 0,
         }  # fmt: skip
         return self.insert(record)
 
@@ -406,6 +457,13 @@ class Schema(ABC):
         (made,) = self._select(["id"], f"WHERE {self.quote('output_key')} = ?",
                                record["output_key"])  # fmt: skip
         return {**record, **made}
+
+    def assign(self, record: Record, number: int) -> Record:
+        """Record which table has an output's rows."""
+        if record["table_number"] != number:
+            statement = f"UPDATE {self.table(LEDGER)} SET table_number = ? WHERE id = ?"  # noqa: S608
+            self.send(statement, number, record["id"])
+        return {**record, "table_number": number}
 
     def mark(self, record: Record, output: Output) -> Record:
         """Give a recorded output the state and mode of `output`."""
@@ -434,11 +492,16 @@ class Schema(ABC):
         )  # fmt: skip
 
     def delete(self, record: Record) -> None:
-        """Delete an output's rows and its record."""
-        rows = self.rows_table(record["view_name"])
-        if self.has(rows):
+        """Delete an output's rows and its record, and a further table with its last output."""
+        view, number = record["view_name"], record["table_number"]
+        rows = self.rows_table(view, number)
+        if number and self.has(rows):
             self.send(f"DELETE FROM {self.table(rows)} WHERE _cf_output = ?", record["id"])  # noqa: S608
         self.send(f"DELETE FROM {self.table(LEDGER)} WHERE id = ?", record["id"])  # noqa: S608
+        if number > 1 and number not in self.tables(view) and self.has(self.rows_table(view)):
+            self.make_views(view)
+            self.drop(rows)
+            crashpoint("sql.table_dropped")
 
     def _select(self, names: Sequence[str], where: str = "", *values: Any) -> list[Record]:
         listed = ", ".join(map(self.quote, names))
@@ -451,9 +514,70 @@ class Schema(ABC):
 
     # Rows and views.
 
+    def tables(self, view: str, apart_from: int = 0) -> list[int]:
+        """The numbers of a view's tables that have outputs, from the first one on.
+
+        Args:
+            apart_from: `id` of an output that does not count.
+        """
+        query = (
+            f"SELECT MIN(table_number) FROM {self.table(LEDGER)}{self.dirty_hint} "  # noqa: S608
+            "WHERE view_name = ? AND table_number > ? AND id <> ?"
+        )
+        found: list[int] = []
+        while self.has_ledger():
+            ((number,),) = self.ask(query, view, found[-1] if found else 0, apart_from)
+            if number is None:
+                break
+            found.append(number)
+        return found
+
+    def _standing(self, view: str, apart_from: int = 0) -> list[int]:
+        """Those of its tables that have outputs that stand; if none has, the newest one."""
+        query = (
+            f"SELECT MIN(id) FROM {self.table(LEDGER)}{self.dirty_hint} WHERE view_name = ? "  # noqa: S608
+            "AND table_number = ? AND state = ? AND id <> ?"
+        )
+        numbers = self.tables(view, apart_from)
+        if len(numbers) < 2:
+            return numbers or [1]
+        return [
+            number
+            for number in numbers
+            if any(self.ask(query, view, number, str(s), apart_from)[0][0] for s in _SEEN)
+        ] or numbers[-1:]
+
+    def choose_table(
+        self, view: str, own: int, *, is_rebuilt: bool, is_alike: Callable[[int], bool],
+        fits: Callable[[int], bool],
+    ) -> int:  # fmt: skip
+        """The number of the table for an output's rows.
+
+        The newest table that takes them; none that is older than all tables that stand, or its
+        types would come back. What is rebuilt leaves a table that stands unless the types are the
+        same, and opens a new one if no table takes it; so does the first output of a topic that
+        has no other.
+
+        Args:
+            own: `id` of the output; 0 if it is not recorded yet.
+            is_rebuilt: whether the output's generation is above 0.
+            is_alike: whether a table's types are exactly the output's.
+            fits: whether a table takes the output's values.
+        """
+        numbers, standing = self.tables(view, own), self._standing(view, own)
+        may_open = is_rebuilt or not numbers
+        open_ones = [n for n in reversed(numbers or [1]) if n >= standing[0]]
+        if not may_open and len(open_ones) == 1:
+            return open_ones[0]
+        for number in open_ones:
+            takes = is_alike if is_rebuilt and number in standing else fits
+            if not self.columns(self.rows_table(view, number)) or takes(number):
+                return number
+        return open_ones[0] + 1 if may_open else open_ones[0]
+
     def count(self, record: Record) -> int:
         """How many rows of an output there are."""
-        rows = self.rows_table(record["view_name"])
+        rows = self.rows_table(record["view_name"], record["table_number"])
         if not self.has(rows):
             return 0
         query = f"SELECT {self.number_of_rows} FROM {self.table(rows)} WHERE _cf_output = ?"  # noqa: S608
@@ -478,13 +602,13 @@ class Schema(ABC):
         Raises:
             SinkConflict: it has.
         """
-        if not self.has(self.rows_table(view)):
-            return
-        table, ledger = self.table(self.rows_table(view)), self.table(LEDGER)
-        (theirs,) = self.ask(
-            f"SELECT {self.number_of_rows} FROM {table} AS r LEFT JOIN {ledger} AS o {_JOINED} "  # noqa: S608
-            "WHERE o.id IS NULL OR o.facts = ''"
-        )[0]
+        theirs, ledger = 0, self.table(LEDGER)
+        for name in (self.rows_table(view, number) for number in {1, *self.tables(view)}):
+            if self.has(name):
+                theirs += self.ask(
+                    f"SELECT {self.number_of_rows} FROM {self.table(name)} AS r "  # noqa: S608
+                    f"LEFT JOIN {ledger} AS o {_JOINED} WHERE o.id IS NULL OR o.facts = ''"
+                )[0][0]
         if theirs:
             raise SinkConflict(
                 f"{self.target(view)} has {theirs} rows that Casparian Flow did not write, and the "
@@ -505,33 +629,50 @@ class Schema(ABC):
                 self.own_topic_hint,
             )
 
+    def fit_views(self, view: str) -> None:
+        """Let the views of a topic with several tables show those that stand now.
+
+        Raises:
+            SinkConflict: their rows cannot be shown together.
+        """
+        if self.tables(view) in ([], [1]):
+            return
+        standing = self._standing(view)
+        if fault := self.misfit(view, standing):
+            query = (
+                f"SELECT job_id FROM {self.table(LEDGER)} WHERE view_name = ? "  # noqa: S608
+                "AND table_number > 0 AND table_number < ? AND state IN ('current', 'past')"
+            )
+            found = sorted({job for (job,) in self.ask(query, view, standing[-1]) if job})
+            jobs = ", ".join(map(str, found))
+            raise SinkConflict(
+                f"{self.target(view)} cannot show what was rebuilt beside the rows of jobs {jobs}, "
+                f"which stay: {fault}; nothing was changed",
+                "retract those versions, or keep their files so that they can be rebuilt as well",
+            )
+        self.make_views(view)
+
     def make_views(self, view: str) -> None:
-        """Create the views of a topic, or give them the columns that its table has now.
+        """Create the views of a topic, or give them the columns that its tables have now.
 
         Another topic's view, or another program's table, keeps its name.
         """
+        standing = self._standing(view)
         for suffix, shown in VIEWS.items():
             name = view + suffix
             is_taken = self.has(self.rows_table(name)) or (
                 self.has(name) and not self._is_our_view(name)
             )
             if not suffix or (self.is_name(name) and not is_taken):
-                self.put_view(name, self._query(view, shown))
+                self.put_view(name, self._query(view, standing, shown))
                 crashpoint("sql.view_made")
 
-    def _query(self, view: str, shown: str) -> str:
-        """What a view selects. A table of an earlier release has the lineage columns too: they
-        keep their place among the columns."""
-        q = self.quote
-        rows = self.rows_table(view)
-        columns = {self.fold(name): f"r.{q(name)} AS {q(name)}" for name in self.columns(rows)}
-        del columns["_cf_output"]
-        for name in LINEAGE:
-            columns[name] = f"o.{q(name.removeprefix('_cf_'))} AS {q(name)}"
-        return (
-            f"SELECT {', '.join(columns.values())} FROM {self.table(rows)} AS r "  # noqa: S608
-            f"JOIN {self.table(LEDGER)} AS o{self.ledger_hint} {_JOINED} WHERE {shown}"
-        )
+    def _query(self, view: str, numbers: Sequence[int], shown: str) -> str:
+        """What a view selects from its tables, the newest first."""
+        names = [self.rows_table(view, number) for number in reversed(numbers)]
+        rest = f"JOIN {self.table(LEDGER)} AS o {_JOINED} WHERE {shown}{self.scope(view)}"
+        tables = {self.table(name): self.columns(name) for name in names}
+        return united(tables, rest, self.quote, self.fold, self.null)
 
     def _is_our_view(self, name: str) -> bool:
         return _JOINED in self.definition(name)
@@ -553,14 +694,17 @@ class Schema(ABC):
         if is_earlier := self.is_earlier():  # rows name their job; only those shown are there
             counted, by = self._counts(view, "_cf_job_id"), "job_id"
         else:
-            counted, by = self._counts(self.rows_table(view), "_cf_output"), "id"
+            totals: Counter[int] = Counter()
+            for number in {1, *self.tables(view)}:
+                totals.update(self._counts(self.rows_table(view, number), "_cf_output"))
+            counted, by = totals, "id"
         promised: Counter[int] = Counter()
         for each in self.records(view):
             if not is_earlier or each.get("state", "shown") == "shown":
                 promised[each[by]] += each["rows"]
             if each["output_key"] in asked:
                 known[each["output_key"]] = each
-        is_there = is_earlier or self._is_our_view(view)
+        text = self.definition(view)
         found = []
         for output in outputs:
             record = known.get(output.output_key, {})
@@ -570,8 +714,10 @@ class Schema(ABC):
                     f"{counted.get(number, 0)} rows of job {record['job_id']} instead of the "
                     f"{promised[number]} published"
                 )
-            if not fault and output.visible and output.rows and not is_there:
-                fault = f"the view {view!r} is gone, or another program's"
+            if not fault and output.visible and output.rows and not is_earlier:
+                table = self.table(self.rows_table(view, record["table_number"]))
+                if _JOINED not in text or f"FROM {table} AS r" not in text:
+                    fault = f"the view {view!r} is gone, or another program's"
             found.append(fault)
         return list(filter(None, found))
 

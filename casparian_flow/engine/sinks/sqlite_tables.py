@@ -1,7 +1,8 @@
 """The tables of a SQLite database, and how the columns of an output fit to them.
 
 `_cf_rows_<topic>` has `_cf_output` and the topic's columns; a table that an earlier release made
-has the lineage columns too, and they are filled, for the sake of other people's triggers.
+has the lineage columns too, and they are filled, for the sake of other people's triggers. What a
+rebuild has mended may be in further tables (`sql.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from casparian_flow.engine.sinks.columns import (
     is_text,
     pieces,
 )
-from casparian_flow.engine.sinks.sql import LEDGER, Schema
+from casparian_flow.engine.sinks.sql import LEDGER, ROWS, Schema
 from casparian_flow.engine.sinks.stage import reading
 from casparian_flow.engine.sinks.topic_schema import EXACT_IN_DOUBLE
 from casparian_flow.errors import OutputRefused
@@ -55,34 +56,38 @@ def declared(connection: sqlite3.Connection, table: str) -> dict[str, str]:
     return dict(connection.execute("SELECT name, type FROM pragma_table_info(?)", [table]))
 
 
-def column_types(connection: sqlite3.Connection, topic: str, table: str) -> dict[str, str]:
-    """Name -> current type of the columns of a topic's table; empty for one without a type."""
+def column_types(connection: sqlite3.Connection, table: str) -> dict[str, str]:
+    """Name -> current type of the columns of a table of rows; empty for one without a type."""
     found = declared(connection, table)
     if not declared(connection, "_cf_columns"):
         return found
-    rows = connection.execute("SELECT * FROM _cf_columns WHERE topic = ?", [fold(topic)])
+    rows = connection.execute("SELECT * FROM _cf_columns WHERE topic = ?", [_owner(table)])
     later = {(name, before): kind for _, name, before, kind in map(tuple, rows)}
     return {name: later.get((fold(name), kind), kind) for name, kind in found.items()}
+
+
+def _owner(table: str) -> str:
+    """What `_cf_columns` has as the topic: that of a first table, or the name of a further one."""
+    return fold(table).removeprefix(ROWS)
 
 
 class _Fit:
     """Fits an output's columns to a table, which must have all of them.
 
     Args:
-        table: the table of the topic's rows.
+        table: a table of the topic's rows.
         staged: the output's file (`pyarrow.parquet.ParquetFile`).
         settles: the command to suggest if a column is refused.
     """
 
     def __init__(
-        self, connection: sqlite3.Connection, topic: str, table: str, staged: Any, settles: str
+        self, connection: sqlite3.Connection, table: str, staged: Any, settles: str
     ) -> None:
         self._connection = connection
-        self._topic = topic
         self._table = table
         self._staged = staged
         self._settles = settles
-        types = column_types(connection, topic, table)
+        types = column_types(connection, table)
         self._kinds = {fold(name): kind for name, kind in types.items()}
 
     def column(self, column: Column) -> Column:
@@ -132,7 +137,7 @@ class _Fit:
         self._connection.execute(_TABLE)
         self._connection.execute(
             "INSERT OR REPLACE INTO _cf_columns VALUES (?, ?, ?, ?)",
-            [fold(self._topic), name, before[name], kind],
+            [_owner(self._table), name, before[name], kind],
         )
 
 
@@ -153,9 +158,9 @@ def quote(name: str) -> str:
 
 
 def fit_table(
-    connection: sqlite3.Connection, topic: str, table: str, staged: Any, settles: str
+    connection: sqlite3.Connection, table: str, staged: Any, settles: str
 ) -> list[Column]:
-    """Create a topic's table, or add the columns that it lacks.
+    """Create a table of rows, or add the columns that it lacks.
 
     Returns:
         the columns to load, fitted to the table; none if the output has none of its own.
@@ -170,14 +175,14 @@ def fit_table(
     existing = {fold(name) for name in declared(connection, table)}
     if not existing:
         create_table(connection, table, own)
-        index_outputs(connection, topic, table)
+        index_outputs(connection, table)
         return own
     for column in own:
         if fold(column.name) not in existing:
             connection.execute(
                 f"ALTER TABLE {quote(table)} ADD COLUMN {quote(column.name)} {column.declared}"
             )
-    fitting = _Fit(connection, topic, table, staged, settles)
+    fitting = _Fit(connection, table, staged, settles)
     taken = (c for c in incoming if c.name not in LINEAGE or c.name in existing)
     return [fitting.column(column) for column in taken]
 
@@ -188,9 +193,9 @@ def create_table(connection: sqlite3.Connection, table: str, own: Sequence[Colum
     connection.execute(f"CREATE TABLE {quote(table)} (_cf_output INTEGER NOT NULL{described})")
 
 
-def index_outputs(connection: sqlite3.Connection, topic: str, table: str) -> None:
+def index_outputs(connection: sqlite3.Connection, table: str) -> None:
     """Create the index by which the rows of an output are counted and deleted."""
-    index = quote(f"_cf_output_of_{topic}")
+    index = quote(table.replace("_cf_rows", "_cf_output_of", 1))
     connection.execute(f"CREATE INDEX {index} ON {quote(table)} (_cf_output)")
 
 
@@ -200,16 +205,21 @@ INSERT_ROWS = 16 << 10
 _LEDGER = f"""
 CREATE TABLE IF NOT EXISTS {LEDGER} (
     id INTEGER PRIMARY KEY, output_key TEXT NOT NULL UNIQUE, topic TEXT NOT NULL,
-    view_name TEXT NOT NULL, mode TEXT NOT NULL, state TEXT NOT NULL, rows INTEGER NOT NULL,
-    digest TEXT NOT NULL, published_at TEXT NOT NULL, shown_at TEXT NOT NULL,
+    view_name TEXT NOT NULL COLLATE NOCASE, mode TEXT NOT NULL, state TEXT NOT NULL,
+    rows INTEGER NOT NULL, digest TEXT NOT NULL, published_at TEXT NOT NULL, shown_at TEXT NOT NULL,
     hidden_at TEXT NOT NULL, job_id INTEGER, file_version_id INTEGER, source_hash TEXT,
-    plugin_version TEXT, facts TEXT NOT NULL
+    plugin_version TEXT, facts TEXT NOT NULL, table_number INTEGER NOT NULL
 )"""
+_LEDGER_INDEX = f"""
+CREATE INDEX IF NOT EXISTS {LEDGER}_by_table ON {LEDGER} (view_name, table_number, state)
+"""
 
 
 def make_ledger(connection: sqlite3.Connection) -> None:
     """Create the sink's ledger, unless there is one."""
     connection.execute(_LEDGER)
+    if "table_number" in declared(connection, LEDGER):  # else of an earlier release
+        connection.execute(_LEDGER_INDEX)
 
 
 class SqliteSchema(Schema):
@@ -274,16 +284,23 @@ class SqliteSchema(Schema):
         """See `Schema.target`."""
         return f"{self.place}:{view}"
 
-    def load(self, output: Output, number: int) -> None:
+    def drop(self, table: str) -> None:
+        """See `Schema.drop`."""
+        super().drop(table)
+        if self.columns("_cf_columns"):
+            self.send("DELETE FROM _cf_columns WHERE topic = ?", _owner(table))
+
+    def load(self, output: Output, number: int) -> int:
         """See `Schema.load`."""
         view = self.view_of(output)
-        table = self.rows_table(view)
         try:
             with reading(output) as staged:
                 names = staged.schema_arrow.names
-                taken = fit_table(self.connection, view, table, staged, own_topic(output))
+                which = self._table_for(output, number, staged)
+                table = self.rows_table(view, which)
+                taken = fit_table(self.connection, table, staged, own_topic(output))
                 if not taken:  # a plugin that published no batch has given no columns
-                    return
+                    return 0
                 self.check_ours(view)
                 self.make_views(view)
                 crashpoint("sqlite.table_fitted")
@@ -304,6 +321,32 @@ class SqliteSchema(Schema):
         except OutputRefused as error:
             message = f"topic {output.topic!r}: {error.message}"
             raise type(error)(message, error.hint) from error
+        return which
+
+    def _table_for(self, output: Output, number: int, staged: Any) -> int:
+        """The number of the table for an output's rows."""
+        view = self.view_of(output)
+        incoming = {fold(c.name): c.declared for c in columns_of(staged.schema_arrow)}
+
+        def is_alike(which: int) -> bool:
+            types = column_types(self.connection, self.rows_table(view, which))
+            pairs = ((kind, incoming.get(fold(name), "")) for name, kind in types.items())
+            return all(not one or not other or one == other for one, other in pairs)
+
+        def fits(which: int) -> bool:
+            self.connection.execute("SAVEPOINT trial")
+            try:
+                fit_table(self.connection, self.rows_table(view, which), staged, "")
+            except OutputRefused:
+                return False
+            finally:
+                self.connection.execute("ROLLBACK TO trial")
+                self.connection.execute("RELEASE trial")
+            return True
+
+        return self.choose_table(
+            view, number, is_rebuilt=output.generation > 0, is_alike=is_alike, fits=fits
+        )
 
 
 # Checks while an output is staged, before its job is decided: the topic's table is created in an

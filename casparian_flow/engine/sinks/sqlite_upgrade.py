@@ -121,7 +121,7 @@ class _Topic:
         self._give_numbers(State.RETRACTED)
         send(f"DROP INDEX IF EXISTS {quote(f'_cf_job_of_{self.name}')}")
         self._admit_equal_rows()
-        index_outputs(self.schema.connection, self.name, self.table)
+        index_outputs(self.schema.connection, self.table)
         crashpoint("sqlite.table_upgraded")
 
     def restore_triggers(self) -> None:
@@ -140,6 +140,7 @@ class _Topic:
                 "output_key": key, "topic": self.name, "view_name": self.name, "mode": mode,
                 "state": str(state), "rows": rows, "digest": digest, "published_at": time,
                 "shown_at": time if shown else "", "hidden_at": "", **named, "facts": facts,
+                "table_number": 1 if rows else 0,
             }
         )  # fmt: skip
         self.outputs.append(record)

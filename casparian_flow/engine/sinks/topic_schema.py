@@ -111,6 +111,32 @@ def as_staged(known: Any, columns: Any) -> Any:
     return united
 
 
+def is_within(kind: Any, field: Any) -> bool:
+    """Whether readers of a topic's column can read a file's column of this type."""
+    wide = wider(kind, field.type)
+    return bool(kind == field.type or pa.types.is_null(kind) or wide == field.type)
+
+
+def is_mended(known: Any, columns: Any) -> bool:
+    """Whether a rebuilt output has a column of another type than its topic."""
+    return any(
+        field.name in known.names and not _are_alike(known.field(field.name).type, field.type)
+        for field in columns
+    )
+
+
+def _are_alike(kind: Any, other: Any) -> bool:
+    """Whether two types are the same, or one is null, or they differ in offsets only."""
+    kind, other = type_that_may(_plain(kind)), type_that_may(_plain(other))
+    offsets = ("text", "binary")
+    return (
+        kind == other
+        or (_is_open(kind) and _are_kin(kind, other))
+        or (_is_open(other) and _are_kin(other, kind))
+        or (_family(kind) in offsets and _are_kin(kind, other))
+    )
+
+
 def is_exact(column: Any, kind: Any) -> bool:
     """Whether every value of a number column fits a type exactly."""
     try:
