@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,10 @@ import pytest
 
 from casparian_flow import config
 from casparian_flow.cli import main
+from proofs.crash.nursery import Nursery, Order
 from tests.conftest import POLICY
 from tests.daemons import CLI, Process
+from tests.plugs import remembered
 
 COMMAND = [sys.executable, "-W", "error::ResourceWarning", "-m", CLI]
 SECONDS = 300.0
@@ -41,6 +46,7 @@ class Casparian:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
             pytest.MonkeyPatch.context() as patch,
+            remembered(),
             pytest.raises(SystemExit) as ended,
         ):
             patch.setattr(sys, "argv", ["casparian", *map(str, arguments)])
@@ -59,13 +65,14 @@ class Casparian:
 
     def killed(self, at: str, *arguments: str | Path) -> bool:
         """Whether a command died at a crash point; False: it came to its end without it."""
-        environment = {**os.environ, "CASPARIAN_CRASH_AT": at}
-        done = subprocess.run(
-            [*COMMAND, *map(str, arguments)], cwd=self.folder, env=environment,
-            capture_output=True, timeout=SECONDS, check=False,
-        )  # fmt: skip
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-        return done.returncode != 0
+        with tempfile.NamedTemporaryFile() as said:
+            order = Order(
+                [*map(str, arguments)], said.name, at,
+                folder=str(self.folder), environment=dict(os.environ),
+            )  # fmt: skip
+            code = _nursery().run(order)
+            assert code in (0, -signal.SIGKILL), said.read().decode()
+        return code != 0
 
     def start(self, *arguments: str) -> Process:
         """A command that goes on; what it says is piped."""
@@ -84,6 +91,14 @@ class Casparian:
         file = self.folder / f"{name}.py"
         file.write_text(source)
         return file
+
+
+@functools.cache
+def _nursery() -> Nursery:
+    """Of all commands that are killed; it ends with this process."""
+    made = Nursery(dict(os.environ))
+    atexit.register(made.close)
+    return made
 
 
 def _held(done: subprocess.CompletedProcess[str], code: int) -> subprocess.CompletedProcess[str]:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db.access import Ledger
 from casparian_flow.engine import locking
 from casparian_flow.protocol import Deploy
+from casparian_flow.security import gatekeeper
 from casparian_flow.services import architect
 
 
@@ -124,7 +131,36 @@ def publish(ledger: Ledger, settings: Settings, name: str, source: str, version:
 
 def publish_file(ledger: Ledger, settings: Settings, file: Path, version: str) -> str:
     source, manifest = architect.read_plugin(file)
-    lock = locking.lock_dependencies(file)
     keys = config.keys_folder()
-    signed = architect.sign(ledger, file, source, lock, manifest.name, version, keys)
-    return architect.deploy(ledger, settings, signed)
+    with remembered():
+        lock = locking.lock_dependencies(file)
+        signed = architect.sign(ledger, file, source, lock, manifest.name, version, keys)
+        return architect.deploy(ledger, settings, signed)
+
+
+# The suite publishes a thousand times, and most of a publication is waiting for uv.
+
+_inspect = functools.cache(gatekeeper.inspect)
+_resolve = locking.resolve
+_resolved: dict[tuple[object, ...], str] = {}
+
+
+def _resolve_once(plugin: Path, extra: Sequence[str], *declared: Path) -> str:
+    """What the same requirements, under the same settings of uv, were resolved to before."""
+    if any((plugin.parent / name).exists() for name in ("uv.toml", "pyproject.toml")):
+        return _resolve(plugin, extra, *declared)
+    uvs = sorted((name, value) for name, value in os.environ.items() if name.startswith("UV_"))
+    asked = (*extra, *(file.read_bytes() for file in declared), *uvs)
+    if asked not in _resolved:
+        _resolved[asked] = _resolve(plugin, extra, *declared)
+    return _resolved[asked]
+
+
+@contextlib.contextmanager
+def remembered() -> Iterator[None]:
+    """Ask uv and the Gatekeeper once in a process about what is published again: the same bytes get
+    the same answer. What fails is asked again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gatekeeper, "inspect", _inspect)
+        patch.setattr(locking, "resolve", _resolve_once)
+        yield

@@ -58,6 +58,12 @@ class Order(msgspec.Struct, frozen=True):
     stops: bool = False
     """At that hit it stops, as by SIGSTOP, and waits to be killed."""
 
+    folder: str = ""
+    """Where it runs; empty: where the nursery does."""
+
+    environment: dict[str, str] | None = None
+    """Its own; None: that of the nursery."""
+
 
 class Ended(msgspec.Struct, frozen=True):
     """What became of it."""
@@ -153,6 +159,10 @@ def _obey(order: Order) -> None:
         output = os.open(order.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        if order.environment is not None:
+            os.environ.clear()
+            os.environ.update(order.environment)
+        os.chdir(order.folder or os.curdir)
         spring = _stop if order.stops else crashpoints.die
         if order.at or order.log:
             crashpoints.arm(Trap(order.at, order.log, spring))

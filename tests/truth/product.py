@@ -37,14 +37,13 @@ from casparian_flow.errors import NotFound, PluginFailed, SinkUnavailable
 from casparian_flow.protocol import Artifact as Deployed
 from casparian_flow.protocol import Assignment, Output, Welcome
 from casparian_flow.sdk import BasePlugin
-from casparian_flow.security import gatekeeper
 from casparian_flow.services import architect, backup, inventory, outputs, sources, topics
 from casparian_flow.services import jobs as job_verbs
 from casparian_flow.services.scout import Scout
 from casparian_flow.services.verify import verify
 from tests.disks import mount, unmount
 from tests.factories import add_root
-from tests.plugs import LOCK
+from tests.plugs import LOCK, remembered
 from tests.truth.model import Artifact, Row
 
 CONFIG = """
@@ -78,9 +77,6 @@ class Handler(BasePlugin):
 URIS = {"parquet": "parquet://{}", "sqlite": "sqlite:///{}/rows.sqlite3"}
 
 STRANGER = b"of another program"
-
-# The same bytes get the same answer, and a process each time would take most of a test's time.
-_inspect = functools.lru_cache(gatekeeper.inspect)
 
 
 class InProcess(Runner):
@@ -226,7 +222,7 @@ class Product:
         file, keys = Path(f"{plugin}.py"), config.keys_folder()
         source = source_of(plugin, artifact).encode()
         signed = architect.sign(self.ledger, file, source, LOCK, plugin, release, keys)
-        with _remembered():
+        with remembered():
             architect.deploy(self.ledger, self.settings, signed)
 
     def activate(self, plugin: str, release: str) -> int:
@@ -499,13 +495,3 @@ class Product:
 
     def _queued(self) -> int:
         return self.ledger.read(jobs.counts).get("QUEUED", 0)
-
-
-@contextlib.contextmanager
-def _remembered() -> Iterator[None]:
-    """The Gatekeeper's answers for bytes that it has seen, without another process."""
-    real, gatekeeper.inspect = gatekeeper.inspect, _inspect
-    try:
-        yield
-    finally:
-        gatekeeper.inspect = real
