@@ -8,13 +8,14 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -124,6 +125,39 @@ def add_source(casparian: Casparian) -> Path:
     folder.mkdir()
     casparian.run("source", "add", folder, "--settle", "0")
     return folder
+
+
+T = TypeVar("T")
+
+
+class Kept:
+    """What many tests begin with, made once: a folder with a flow and its source root.
+
+    Each test gets it at the same place with the same contents, whatever the one before did.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[str, Any] = {}
+
+    def begun(self, name: str, make: Callable[[Casparian, Path], T]) -> T:
+        """What `make` made of an initialised flow and its source root, as it was then.
+
+        Args:
+            name: tells apart what is made in different ways.
+            make: returns nothing that a test changes.
+        """
+        place, kept = self._folder / name, self._folder / f"{name}.kept"
+        if name in self._made:
+            shutil.rmtree(place)
+            shutil.copytree(kept, place, symlinks=True)
+        else:
+            place.mkdir()
+            casparian = initialized(place / "flow")
+            self._made[name] = make(casparian, add_source(casparian))
+            shutil.copytree(place, kept, symlinks=True)
+        made: T = self._made[name]
+        return made
 
 
 def asked(casparian: Casparian, table: str = "lines") -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Casparian, add_source, initialized
+from tests.commands import Casparian, Kept, add_source, initialized
 from tests.plugs import ROWS
 
 Run = Callable[..., object]
@@ -41,6 +41,11 @@ def casparian(tmp_path: Path) -> Casparian:
 @pytest.fixture
 def source(casparian: Casparian) -> Path:
     return add_source(casparian)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Kept:
+    return Kept(tmp_path_factory.mktemp("kept"))
 
 
 @pytest.fixture

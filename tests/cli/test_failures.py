@@ -6,18 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Casparian, holds
+from tests.commands import Casparian, Kept, holds
 from tests.plugs import BEHAVES, ROWS
 
 
-@pytest.fixture
-def behaves(casparian: Casparian, source: Path) -> Casparian:
-    """`a.do` has failed, `b.do` has not."""
+def _behaves(casparian: Casparian, source: Path) -> Casparian:
     casparian.run("publish", casparian.plugin("behaves", BEHAVES), "--version", "1.0.0")
     (source / "a.do").write_text("raise")
     (source / "b.do").write_text("fine")
     casparian.run("scan", "--drain", code=1)
     return casparian
+
+
+@pytest.fixture
+def behaves(kept: Kept) -> Casparian:
+    """`a.do` has failed, `b.do` has not."""
+    return kept.begun("behaves", _behaves)
+
+
+@pytest.fixture
+def inbox(behaves: Casparian) -> Path:
+    return behaves.folder.parent / "in"
 
 
 def state(casparian: Casparian, *, opened: int, gone: int = 0) -> None:
@@ -38,9 +47,9 @@ def state(casparian: Casparian, *, opened: int, gone: int = 0) -> None:
     holds(casparian)
 
 
-def test_a_failure_closes_when_the_file_is_mended(behaves: Casparian, source: Path) -> None:
+def test_a_failure_closes_when_the_file_is_mended(behaves: Casparian, inbox: Path) -> None:
     state(behaves, opened=1)
-    (source / "a.do").write_text("fine now")
+    (inbox / "a.do").write_text("fine now")
     behaves.run("scan", "--drain")
     state(behaves, opened=0)
     (job,) = behaves.json("jobs", "--status", "mended")
@@ -50,17 +59,17 @@ def test_a_failure_closes_when_the_file_is_mended(behaves: Casparian, source: Pa
 
 
 @pytest.mark.slow
-def test_a_newer_version_that_fails_too_closes_nothing(behaves: Casparian, source: Path) -> None:
-    (source / "a.do").write_text("undeclared")
+def test_a_newer_version_that_fails_too_closes_nothing(behaves: Casparian, inbox: Path) -> None:
+    (inbox / "a.do").write_text("undeclared")
     behaves.run("scan", "--drain", code=1)
     state(behaves, opened=2)
-    (source / "a.do").write_text("fine at last")
+    (inbox / "a.do").write_text("fine at last")
     behaves.run("scan", "--drain")
     state(behaves, opened=0)
 
 
 @pytest.mark.slow
-def test_another_plugin_mends_nothing(behaves: Casparian, source: Path) -> None:
+def test_another_plugin_mends_nothing(behaves: Casparian, inbox: Path) -> None:
     other = ROWS.replace("*.txt", "*.do").replace('"lines"', '"more"')
     behaves.run("publish", behaves.plugin("other", other))
     behaves.run("scan", "--drain")
@@ -82,9 +91,9 @@ def test_a_failure_closes_when_the_version_succeeds_under_another_artifact(
 
 @pytest.mark.slow
 def test_a_new_version_that_fails_where_the_old_one_had_not_is_open_until_it_is_rolled_back(
-    behaves: Casparian, source: Path
+    behaves: Casparian, inbox: Path
 ) -> None:
-    (source / "a.do").write_text("fine now")
+    (inbox / "a.do").write_text("fine now")
     behaves.run("scan", "--drain")
     state(behaves, opened=0)
     worse = BEHAVES.replace('if what == "raise":', "if True:")
@@ -98,16 +107,16 @@ def test_a_new_version_that_fails_where_the_old_one_had_not_is_open_until_it_is_
 
 @pytest.mark.slow
 def test_what_is_deleted_is_gone_unread_until_it_is_dismissed(
-    behaves: Casparian, source: Path
+    behaves: Casparian, inbox: Path
 ) -> None:
-    (source / "a.do").unlink()
+    (inbox / "a.do").unlink()
     behaves.run("scan")
     state(behaves, opened=0, gone=1)
     assert "1 version is gone unread" in behaves.err("status")
-    (source / "a.do").write_text("raise")
+    (inbox / "a.do").write_text("raise")
     behaves.run("scan", "--drain")
     state(behaves, opened=1)
-    (source / "a.do").unlink()
+    (inbox / "a.do").unlink()
     behaves.run("scan")
     assert "1 failure dismissed" in behaves.out("jobs", "dismiss", "--all-gone")
     state(behaves, opened=0)
@@ -131,12 +140,12 @@ def test_a_person_may_accept_a_failure_and_a_retry_takes_that_back(behaves: Casp
 
 
 @pytest.mark.slow
-def test_a_drain_speaks_of_its_own_run(behaves: Casparian, source: Path) -> None:
-    (source / "c.do").write_text("fine too")
+def test_a_drain_speaks_of_its_own_run(behaves: Casparian, inbox: Path) -> None:
+    (inbox / "c.do").write_text("fine too")
     done = behaves.run("scan", "--drain")
     assert "1 job COMPLETED; 1 row" in done.stdout
     assert "1 job failed in earlier runs" in done.stderr
-    (source / "d.do").write_text("prose")
+    (inbox / "d.do").write_text("prose")
     done = behaves.run("scan", "--drain", code=1)
     assert "1 job FAILED" in done.stdout
     assert "failed: in/d.do" in done.stderr

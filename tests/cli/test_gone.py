@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
 
-from tests.commands import Casparian, asked, holds
+from tests.commands import Casparian, Kept, asked, holds
 from tests.eventually import wait_until
 from tests.plugs import REJECTS, ROWS
 
@@ -53,8 +54,8 @@ class Flow:
 
 
 @pytest.fixture(params=list(URIS))
-def flow(request: pytest.FixtureRequest, casparian: Casparian, source: Path) -> Flow:
-    return Flow(casparian, source, request.param)
+def flow(request: pytest.FixtureRequest, kept: Kept) -> Flow:
+    return kept.begun(request.param, partial(Flow, scheme=request.param))
 
 
 ALL = ["old", "one", "three", "two"]

@@ -7,12 +7,13 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
 
-from tests.commands import Casparian, asked, holds
+from tests.commands import Casparian, Kept, asked, holds
 from tests.plugs import plugin
 
 URIS = {"sqlite": "sqlite:///{}.sqlite3", "parquet": "parquet://{}"}
@@ -75,8 +76,8 @@ class Flow:
 
 
 @pytest.fixture(params=SCHEMES)
-def flow(request: pytest.FixtureRequest, casparian: Casparian, source: Path) -> Flow:
-    return Flow(casparian, source, request.param)
+def flow(request: pytest.FixtureRequest, kept: Kept) -> Flow:
+    return kept.begun(request.param, partial(Flow, scheme=request.param))
 
 
 @pytest.mark.slow_but("sqlite")
