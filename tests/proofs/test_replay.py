@@ -24,13 +24,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.slow
 def test_the_first_commits_one_by_one(tmp_path: Path) -> None:
-    figures = replay(tmp_path, "sp500", Way(commits=50))
+    figures = replay(tmp_path, "sp500", Way(commits=20))
     assert figures["versions"] == figures["COMPLETED"]
 
 
 @pytest.mark.slow
 def test_identical_rewrites_give_no_version(tmp_path: Path) -> None:
-    replay(tmp_path, "countries", Way(commits=25))
+    replay(tmp_path, "countries", Way(commits=10))
 
 
 def test_a_flood(tmp_path: Path) -> None:
