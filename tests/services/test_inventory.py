@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.scout import roots
 from tests.conftest import write_config
 from tests.daemons import work_off
-from tests.eventually import PATIENCE
+from tests.eventually import PATIENCE, eventually
 from tests.factories import add_root
 from tests.plugs import ROWS, publish
 
@@ -86,7 +87,13 @@ async def until(daemon: main.Daemon, done: Callable[[dict[str, int]], bool]) -> 
 def test_jobs_wait_for_a_sink_that_a_lost_ledger_cannot_ask(
     flow: Flow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inventory, "AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(inventory, "AGAIN_SECONDS", 0.05)
+    take, asked = inventory._take, []
+
+    def counted(*arguments: Any, **options: Any) -> list[str]:
+        asked.append(arguments)
+        return take(*arguments, **options)
+
     with open_ledger(flow.settings.database) as ledger:
         flow.publish(ledger)
         flow.work(ledger, a="a1", b="b1")
@@ -102,7 +109,8 @@ def test_jobs_wait_for_a_sink_that_a_lost_ledger_cannot_ask(
         async with main.running(flow.settings, "test", workers=1, watch=True) as daemon:
             (words,) = daemon.adopted
             assert f"sink {flow.location} cannot be asked" in words
-            await asyncio.sleep(0.5)
+            monkeypatch.setattr(inventory, "_take", counted)
+            await eventually(lambda: len(asked) > 2)  # in vain
             assert await daemon.ledger.read_soon(jobs.counts) == {"QUEUED": 2}
             advice = report.advise(flow.settings, daemon.ledger)
             assert [a for a in advice if flow.location in a.words]
