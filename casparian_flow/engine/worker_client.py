@@ -33,6 +33,7 @@ import zmq.asyncio
 from casparian_flow import protocol
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine import canary, wire
+from casparian_flow.engine.bridge import QUIT_SECONDS
 from casparian_flow.engine.runner import Runner, released
 from casparian_flow.errors import CasparianError, DaemonGone, ExitCode, ProtocolError, leave
 from casparian_flow.protocol import (
@@ -197,7 +198,8 @@ HUNG_SECONDS = 2.0
 """How long a killed run may take to end before the Worker leaves without it."""
 
 CLOSE_SECONDS = 1.0
-"""How long closing the guests may take; the others end with this process."""
+"""How long closing the guests may take beyond what one has to quit by itself; the others end with
+this process."""
 
 PREFETCH_SECONDS = 0.25
 """Seconds of work that a Worker requests ahead: many short jobs, or one long job."""
@@ -278,7 +280,8 @@ class Worker:
         if self._runner:
             self._runner.halt(kill=True)
             closing = self._thread.run(self._runner.close)
-            done, _ = await asyncio.wait([closing], timeout=CLOSE_SECONDS)
+            quitting = 0.0 if self._hung.is_set() else QUIT_SECONDS
+            done, _ = await asyncio.wait([closing], timeout=quitting + CLOSE_SECONDS)
             if not done:
                 log.error("worker %s hangs in a call and is abandoned; its jobs go back to the "
                     "queue", self._name)  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from casparian_flow import config
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Ledger
@@ -17,8 +18,8 @@ from casparian_flow.errors import ExitCode
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
-from tests.daemons import environment, outcomes, said, work_off
-from tests.eventually import PATIENCE
+from tests.daemons import CLI, WORK_SECONDS, environment, outcomes, said, start, work_off
+from tests.eventually import PATIENCE, wait_until
 from tests.factories import add_root
 from tests.plugs import BEHAVES, publish
 
@@ -44,11 +45,9 @@ main()
 """
 
 
-def persisting(tmp_path: Path) -> Settings:
-    from casparian_flow import config
-
-    file = write_config(tmp_path / "flow").home / "global_config.toml"
-    file.write_text(file.read_text().replace("[jobs]", "[jobs]\ndrain_seconds = 0.5"))
+def configured(tmp_path: Path, old: str, new: str) -> Settings:
+    file = write_config(tmp_path / "flow").home / config.FILE_NAME
+    file.write_text(file.read_text().replace(old, new))
     return config.load(str(file))
 
 
@@ -60,7 +59,7 @@ def persisting(tmp_path: Path) -> Settings:
 def test_sigterm_ends_a_daemon_whose_worker_hangs_and_no_job_is_lost(
     ledger: Ledger, tmp_path: Path, source: Path, patch: str
 ) -> None:
-    settings = persisting(tmp_path)
+    settings = configured(tmp_path, "[jobs]", "[jobs]\ndrain_seconds = 0.5")
     root = add_root(ledger, source)
     publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
     for n in range(3):
@@ -82,3 +81,25 @@ def test_sigterm_ends_a_daemon_whose_worker_hangs_and_no_job_is_lost(
     assert work_off(settings) == {"COMPLETED": 3}
     assert {reason for _, reason in outcomes(ledger).values()} == {""}
     assert verify(settings, ledger).problems == []
+
+
+def test_a_guest_that_takes_its_time_to_quit_is_waited_for(
+    ledger: Ledger, tmp_path: Path, source: Path
+) -> None:
+    """Within what it has to quit: nobody hangs, and nothing is left of it."""
+    late = BEHAVES.replace('what == "raise"', 'what == "late"').replace(
+        'raise ValueError("no such thing")', "atexit.register(time.sleep, 1.5)"
+    )
+    late = late.replace("import ctypes", "import atexit, ctypes")
+    settings = configured(tmp_path, "allow = [", 'allow = ["import:atexit", ')
+    root = add_root(ledger, source)
+    publish(ledger, settings, "behaves", late, "1.0.0")
+    (source / "a.do").write_text("late")
+    scan(ledger, root)
+    with start(settings, CLI, "start", "--workers", "1") as daemon:
+        wait_until(lambda: ledger.read(jobs.counts) == {"COMPLETED": 1}, WORK_SECONDS)
+        daemon.send_signal(signal.SIGTERM)
+        words = daemon.communicate(timeout=PATIENCE)[1]
+    assert daemon.returncode == 0, words
+    assert "hangs" not in words
+    assert list(settings.database.guests_folder.iterdir()) == []
