@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 
@@ -300,8 +300,17 @@ def test_where_the_active_artifact_has_none_that_of_the_last_deployment_stands(
         transaction.rollback()
 
 
+FOLLOWS = World(
+    {"p": ["x"], "q": ["x"]}, {"p": 0, "q": None}, set(), False,
+    [Job(1, 1, "p", 0, [("t", SINKS[0])]), Job(1, 2, "p", 0, [("t", SINKS[0])], decided=True)],
+    set(), set(), set(),
+)  # fmt: skip
+"""What is decided takes the place of what is published."""
+
+
 @anew
 @given(worlds(decided=True).map(without_twins))
+@example(FOLLOWS)
 def test_jobs_of_one_group_are_published_as_if_one_after_another(
     engine: Engine, world: World
 ) -> None:
