@@ -27,6 +27,7 @@ from tests.plugs import BEHAVES, ROWS, publish
 SCANS = 8
 """`python -m proofs.chaos kills` has hundreds, and kills them too."""
 AT_ONCE = 4
+JOBS = 24
 
 
 @pytest.mark.slow
@@ -66,7 +67,7 @@ def test_sigterm_while_jobs_run_leaves_nothing_running_and_the_rest_is_finished_
     settings = write_config(tmp_path / "flow")
     root = add_root(ledger, source)
     publish(ledger, settings, "behaves", BEHAVES, "1.0.0")
-    for n in range(50):
+    for n in range(JOBS):
         (source / f"{n}.do").write_text(f"slow {0.1 + n / 1000}")
     scan(ledger, root)
     with start(settings, CLI, "start") as process:
@@ -81,5 +82,5 @@ def test_sigterm_while_jobs_run_leaves_nothing_running_and_the_rest_is_finished_
     assert not [guest for guest in guests if guest.is_running()]
     casparian = Casparian(settings.home)
     casparian.process("scan", "--drain")
-    assert ledger.read(jobs.counts) == {"COMPLETED": 50}
+    assert ledger.read(jobs.counts) == {"COMPLETED": JOBS}
     casparian.process("verify")

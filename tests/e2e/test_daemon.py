@@ -104,12 +104,12 @@ def test_a_job_that_runs_too_long_is_killed_with_its_reason(
     ledger: Ledger, source: Path, settings: Settings
 ) -> None:
     root = add_root(ledger, source)
-    manifest = BEHAVES.replace('topic="done")', 'topic="done", timeout_seconds=1.0)')
+    manifest = BEHAVES.replace('topic="done")', 'topic="done", timeout_seconds=0.3)')
     publish(ledger, settings, "behaves", manifest, "1.0.0")
     (source / "hang.do").write_text("hang")
     scan(ledger, root)
     assert work_off(settings) == {"FAILED": 1}
-    assert "longer than 1 s" in outcomes(ledger)["hang.do"][1]
+    assert "longer than 0.3 s" in outcomes(ledger)["hang.do"][1]
     assert guests() == []
 
 

@@ -150,6 +150,7 @@ def test_uv_runs_no_program_that_files_beside_a_plugin_name(
     declare("small", 'keyring-provider = "subprocess"\n[pip]\ntorch-backend = "auto"\n')
     assert "small==1.0" in lock_dependencies(plugin)
     monkeypatch.delenv("UV_NO_INDEX")
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")  # else it waits between them
     closed = "http://user@127.0.0.1:9"  # nobody listens on it
     declare("nobody", f'keyring-provider = "subprocess"\nindex-url = "{closed}/simple"\n')
     with pytest.raises(PluginError):

@@ -52,8 +52,7 @@ def configured(tmp_path: Path, old: str, new: str) -> Settings:
 
 
 @pytest.mark.parametrize(
-    "patch",
-    ["Stage.write = hang", "Stage.write = spin", "sinks.seal = hang", "runner.bundle = hang"],
+    "patch", ["Stage.write = hang", "Stage.write = spin", "runner.bundle = hang"]
 )
 @pytest.mark.slow_but("Stage.write = hang")
 def test_sigterm_ends_a_daemon_whose_worker_hangs_and_no_job_is_lost(
