@@ -20,9 +20,16 @@ from casparian_flow.protocol import Deploy
 from casparian_flow.security import gatekeeper
 from casparian_flow.services import architect
 
+WITHOUT_PANDAS = f"""
+# /// script
+# dependencies = ["{locking.PYARROW}"]
+# ///
+"""
+"""Where pandas is installed, pyarrow imports it for the first array: half of what a guest costs."""
+
 
 def plugin(manifest: str, body: str, imports: str = "") -> str:
-    """The source of a plugin.
+    """The source of a plugin, which may import pyarrow.
 
     Args:
         manifest: the arguments of its `PluginMetadata`.
@@ -38,7 +45,7 @@ def plugin(manifest: str, body: str, imports: str = "") -> str:
         "class Handler(BasePlugin):\n"
         "    def execute(self, file_path: str):\n"
         + textwrap.indent(textwrap.dedent(body).strip("\n"), " " * 8)
-        + "\n"
+        + f"\n{WITHOUT_PANDAS}"
     )
 
 
@@ -150,7 +157,7 @@ def _resolve_once(plugin: Path, extra: Sequence[str], *declared: Path) -> str:
     if any((plugin.parent / name).exists() for name in ("uv.toml", "pyproject.toml")):
         return _resolve(plugin, extra, *declared)
     uvs = sorted((name, value) for name, value in os.environ.items() if name.startswith("UV_"))
-    asked = (*extra, *(file.read_bytes() for file in declared), *uvs)
+    asked = (*extra, *(repr(locking.script_block(file)) for file in declared), *uvs)
     if asked not in _resolved:
         _resolved[asked] = _resolve(plugin, extra, *declared)
     return _resolved[asked]
