@@ -410,7 +410,7 @@ MUTANTS = [
                 "        states[one.output_id] = State.PAST\n",
             )
         ],
-        [f"{_STANDING}::test_the_good_bytes_published_again_are_a_label[sqlite-append]"],
+        [f"{_STANDING}::test_the_good_bytes_published_again_are_a_label[parquet-append]"],
     ),
     Mutant(
         "the mode of a topic is ignored",
