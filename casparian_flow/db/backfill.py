@@ -33,10 +33,7 @@ SELECT v.id, l.path,
                AND q.artifact_hash = p.artifact_hash) AS own,
        EXISTS (SELECT 1 FROM cf_processing_queue j
                WHERE j.file_version_id = v.id AND j.plugin_name = p.name
-               AND j.status IN ('COMPLETED', 'FAILED')) AND NOT EXISTS (
-               SELECT 1 FROM cf_processing_queue j
-               WHERE j.file_version_id = v.id AND j.plugin_name = p.name
-               AND j.plugin_id <= p.id) AS of_later,
+               AND j.status IN ('COMPLETED', 'FAILED')) AS had,
        EXISTS (SELECT 1 FROM cf_processing_queue j
                WHERE j.file_version_id = v.id AND j.plugin_name = p.name
                AND j.status IN ('QUEUED', 'RUNNING', 'COMMITTING')) AS waits,
@@ -62,8 +59,8 @@ class Choice(NamedTuple):
     """Only versions recorded at or after this time: ISO 8601 with a space, UTC."""
     redo: bool = False
     """Those too that another version of the plugin has worked: the active one's rows then stand."""
-    of_later: bool = False
-    """Only those that versions of the plugin have worked which were all deployed later."""
+    had: bool = False
+    """Only those that a version of the plugin has worked or failed at."""
 
 
 class Backfill(NamedTuple):
@@ -161,7 +158,7 @@ def _candidates(
         if wanted is None:
             continue
         routed += 1
-        if row.own or (choice.of_later and not row.of_later):
+        if row.own or (choice.had and not row.had):
             continue
         if row.waits:
             waits += 1

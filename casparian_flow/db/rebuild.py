@@ -456,6 +456,33 @@ def leave_topic(connection: Connection, plugin: str, topic: str) -> None:
     execute(connection, statement, plugin=plugin, topic=topic)
 
 
+def take_back(
+    connection: Connection, plugin: str, version: str, topics: Sequence[str]
+) -> list[str]:
+    """Take back what a version gave to topics that were removed: it declares them, and is active
+    again. The caller decides anew what stands.
+
+    Returns:
+        Those topics.
+    """
+    rows: Sequence[Any] = execute(
+        connection,
+        """
+        SELECT o.topic, o.id FROM cf_left_output f JOIN cf_output o ON o.id = f.output_id
+        JOIN cf_processing_queue j ON j.id = o.job_id JOIN cf_plugin p ON p.id = j.plugin_id
+        JOIN cf_plugin this ON this.name = p.name AND this.artifact_hash = p.artifact_hash
+        WHERE f.rebuild_id IS NULL AND this.name = :plugin AND this.version = :version
+        AND o.topic IN (SELECT value FROM json_each(:topics))
+        """,
+        plugin=plugin,
+        version=version,
+        topics=list(topics),
+    ).all()
+    statement = "DELETE FROM cf_left_output WHERE output_id = ?"
+    execute_many(connection, statement, [(number,) for _, number in rows])
+    return sorted({topic for topic, _ in rows})
+
+
 class Undeclared(NamedTuple):
     """A topic that the active version of its plugin does not declare, and an earlier one did."""
 

@@ -21,14 +21,14 @@ from sqlalchemy import Connection
 from casparian_flow import bundled
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, backfill, plugins, trust, versions, visibility
+from casparian_flow.db import audit, backfill, plugins, rebuild, trust, versions, visibility
 from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.backfill import Choice
 from casparian_flow.db.models import Plugin
 from casparian_flow.db.routing import Routing
-from casparian_flow.db.visibility import Scope
+from casparian_flow.db.visibility import Change, Scope
 from casparian_flow.engine.locking import check_lock
 from casparian_flow.errors import (
     ArtifactRefused,
@@ -147,6 +147,17 @@ class _Recorded(NamedTuple):
     events: list[Event]
 
 
+class _Activated(NamedTuple):
+    """What became of a version that was made the active one."""
+
+    change: Change
+    again: str
+    """A clause about jobs that were queued again."""
+    words: list[str]
+    """A sentence each: what its MANIFEST says of sinks and is not so, since a topic stays where it
+    is; that its patterns match more files than before; which rows are in other sinks."""
+
+
 class _DryRun(Exception):
     """Takes back what the transaction did; carries what it was going to say."""
 
@@ -250,16 +261,12 @@ def activate(
             raise ArtifactRefused(refusal, f"casparian plugins show {name} {version}")
         manifest = plugins.manifest_of(plugin.manifest)
         sinks = topics.of_manifest(settings, manifest, versions.active_paths(connection))
-        messages = make_active(connection, settings, name, version, manifest, sinks)
-        removed = db_outputs.restore_removed(connection, name)
-        change = visibility.refresh(connection, Scope(plugin=name))
+        change, again, messages = make_active(connection, settings, name, version, manifest, sinks)
         shown = f"; {change.words}" if change.words else ""
         if change.versions:
             some = counted(change.versions, "file version")
             shown = f"; the rows that it gave of {some} show at once: {change.words}"
-        if removed:
-            shown += f"; {counted(len(removed), 'job')} queued again, whose rows were removed"
-        return _Recorded([shown, *messages], [event])
+        return _Recorded([shown + again, *messages], [event])
 
     shown, *stays = ledger.change(work, lambda done: done.events).messages
     crashpoint("architect.activated")
@@ -268,11 +275,11 @@ def activate(
     message = f"{name} {version} gets new jobs{shown}"
     if queued:
         message += f"; {counted(queued, 'job')} queued for known files"
-    # What only later artifacts have worked shows their rows until this one has worked it.
-    rest = backfill.backfill(ledger, Choice(name, redo=True, of_later=True)).queued
+    # What only other artifacts have worked shows their rows until this one has worked it.
+    rest = backfill.backfill(ledger, Choice(name, redo=True, had=True)).queued
     if rest:
         message += (
-            f"; {counted(rest, 'job')} queued for what only later versions of {name} have "
+            f"; {counted(rest, 'job')} queued for what only other versions of {name} have "
             "processed: rows that they gave show until then"
         )
     return "\n".join([message, *stays, *_older_work(ledger, name, version)])
@@ -285,17 +292,16 @@ def make_active(
     version: str,
     manifest: Manifest,
     sinks: list[TopicSink],
-) -> list[str]:
-    """Make a deployed version the active one: its rules, subscriptions and topics.
-
-    Returns:
-        A sentence each: what its MANIFEST says of sinks and is not so, since a topic stays where
-        it is; and that its patterns match more files than before.
-    """
+) -> _Activated:
+    """Make a deployed version the active one: its rules, subscriptions and topics; and decide anew
+    what stands."""
     tag = f"plugin:{name}"
     widened = plugins.replace_rules(connection, tag, manifest.patterns, manifest.priority)
     plugins.subscribe(connection, name, [tag, *manifest.subscriptions], version)
     plugins.add_topics(connection, name, sinks)
+    back = rebuild.take_back(connection, name, version, manifest.topics)
+    removed = db_outputs.restore_removed(connection, name)
+    change = visibility.refresh(connection, Scope(plugin=name))
     now = plugins.topics(connection).get(name, [])
     words = []
     if widened:
@@ -312,7 +318,15 @@ def make_active(
                 f"MANIFEST's sink; to use that: casparian topics set {name} {topic} "
                 f"{' '.join(quote(str(sink)) for sink in declared)}"
             )
-    return words
+    for topic in back:
+        words += [
+            f"topic {topic} had been removed, and is declared again: {sentence}; to bring its rows "
+            f"to the present sink: casparian rebuild {topic}"
+            for sentence in topics.staying(connection, name, topic)
+        ]
+    count = counted(len(removed), "job")
+    again = f"; {count} queued again, whose rows were removed" if removed else ""
+    return _Activated(change, again, words)
 
 
 def _examine(
@@ -390,14 +404,11 @@ def _record(connection: Connection, settings: Settings, candidate: _Candidate) -
     newest = plugins.newest(connection, name, trusted)
     if newest != version:
         return _Recorded([f"{words}, but not active: {newest} is newer"], events)
-    stays = make_active(connection, settings, name, version, candidate.manifest, candidate.sinks)
-    removed = db_outputs.restore_removed(connection, name)
-    change = visibility.refresh(connection, Scope(plugin=name))
-    if change.words:
-        words += f"; {change.words}"
-    if removed:
-        words += f"; {counted(len(removed), 'job')} queued again, whose rows were removed"
-    return _Recorded([words, *stays], events)
+    change, again, stays = make_active(
+        connection, settings, name, version, candidate.manifest, candidate.sinks
+    )
+    shown = f"; {change.words}" if change.words else ""
+    return _Recorded([words + shown + again, *stays], events)
 
 
 def _introduce(connection: Connection, candidate: _Candidate) -> tuple[Trust, list[Event]]:

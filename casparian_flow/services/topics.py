@@ -254,12 +254,7 @@ def set_topic(
             with contextlib.suppress(NotFound):  # it has no rows
                 started = rebuild.begin(connection, plugin, topic)
         until = " until the rebuild is complete" if started else ""
-        stays = [
-            f"{counted(usage.outputs, 'output')} ({counted(usage.rows, 'row')}) "
-            f"{'stays' if usage.outputs == 1 else 'stay'} in {usage.uri}{until}"
-            for usage in visibility.usage(connection, plugin, topic)
-            if usage.uri not in {sink.uri for sink in sinks_now}
-        ]
+        stays = [f"{sentence}{until}" for sentence in staying(connection, plugin, topic)]
         return TopicChange(sinks_now, declared, change, stays, started)
 
     def events(done: TopicChange) -> list[Event]:
@@ -271,6 +266,19 @@ def set_topic(
     crashpoint("topics.set")
     inventory.note(settings, ledger)
     return done._replace(notes=[*done.notes, *outputs.tell(ledger)])
+
+
+def staying(connection: Connection, plugin: str, topic: str) -> list[str]:
+    """What a topic shows in sinks that it does not go to; a sentence each."""
+    this = (TopicConfig.plugin_name == plugin, TopicConfig.topic_name == topic)
+    rows = connection.execute(select(TopicConfig.uri, TopicConfig.mode).where(*this))
+    present = {of_row(topic, row.uri, row.mode).uri for row in rows}
+    return [
+        f"{counted(usage.outputs, 'output')} ({counted(usage.rows, 'row')}) "
+        f"{'stays' if usage.outputs == 1 else 'stay'} in {usage.uri}"
+        for usage in visibility.usage(connection, plugin, topic)
+        if usage.uri not in present
+    ]
 
 
 class Removal(NamedTuple):

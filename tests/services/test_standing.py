@@ -133,11 +133,30 @@ def test_a_plugin_that_is_rolled_back_shows_its_rows_at_once(flow: Flow, opened:
         opened, flow.settings, config.keys_folder(), "rows", "1.0.0", "the other is bad"
     )
     assert "the rows that it gave of 1 file version show at once: 1 output (1 row) is" in said
-    assert "1 job queued for what only later versions of rows have processed" in said
+    assert "1 job queued for what only other versions of rows have processed" in said
     assert flow.seen() == ["bad y", "good x"]
     work_off(flow.settings)
     assert flow.seen() == ["good x", "good y"]
     flow.check(opened)
+
+
+def test_a_removed_topic_that_comes_back_in_another_sink_is_named(
+    settings: Settings, source: Path
+) -> None:
+    """It was sent elsewhere before it was removed: nothing remembers where it went."""
+    flow = Flow(settings, source, "parquet", "append")
+    other = plugin('pattern="*.txt", topic="other"', "pass")
+    with open_ledger(settings.database) as ledger:
+        flow.publish(ledger, "good", "1.0.0")
+        topics.set_topic(ledger, settings, "rows", "lines", [URIS["sqlite"]], "append")
+        flow.work(ledger, a="x")
+        publish(ledger, settings, "rows", other, "1.0.1")
+        topics.remove(ledger, "rows", "lines")
+        said = architect.activate(ledger, settings, config.keys_folder(), "rows", "1.0.0", "back")
+        assert f"1 output (1 row) stays in {URIS['sqlite']}" in said
+        assert "casparian rebuild lines" in said
+        assert ledger.read(views.committed)[0]["rows"] == 1
+        flow.check(ledger)
 
 
 def test_what_was_removed_is_made_again_when_its_plugin_is_active(

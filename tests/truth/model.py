@@ -118,6 +118,8 @@ class Ledger:
     active: dict[str, str] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
+    removed: list[Output] = field(default_factory=list)
+    """Of topics that were removed."""
     retracted: set[Version] = field(default_factory=set)
     sinks: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     """(plugin, topic) -> the sinks that its rows go to from now on."""
@@ -211,26 +213,27 @@ class Model:
         self._queue_missing()
 
     def activate(self, plugin: str, release: str) -> int:
-        """What it has worked shows at once; what only later ones have worked is queued for it, and
-        what it worked and has no rows of any more: how much."""
+        """What it has worked shows at once; what only other versions of the plugin have had is
+        queued for it, and what it worked and has no rows of any more: how much."""
         self._make_active(plugin, release)
-        order = list(self.ledger.deployed[plugin])
-        earlier = {
-            job.version
-            for job in self.ledger.jobs
-            if job.plugin == plugin
-            and order.index(job.release) <= order.index(release)
-            and (job.artifact != self.artifact(plugin) or job.status != "expired")
-        }
-        return self._redo(
-            plugin, {j.version for j in self.ledger.jobs if j.plugin == plugin} - earlier
-        )
+        return self._redo(plugin, {j.version for j in self.ledger.jobs if j.plugin == plugin})
 
     def _make_active(self, plugin: str, release: str) -> None:
         self.ledger.active[plugin] = release
         for topic in self.ledger.deployed[plugin][release].topics:
             if (plugin, topic) not in self.ledger.sinks:
                 self.set_topic(plugin, topic, {self.default_sink: "append"})
+        back = [o for o in self.ledger.removed if self._gives(plugin, o)]
+        self.ledger.removed = [o for o in self.ledger.removed if o not in back]
+        self.ledger.outputs += back
+
+    def _gives(self, plugin: str, output: Output) -> bool:
+        """Whether the plugin's active artifact gave it, or would."""
+        active = self.artifact(plugin)
+        return (output.plugin, output.artifact) == (
+            plugin,
+            active,
+        ) and output.topic in active.topics
 
     def redo(self, plugin: str) -> int:
         """Queue every version that the active artifact has not worked: how many."""
@@ -271,9 +274,12 @@ class Model:
         self.ledger.modes.update({(plugin, topic, sink): mode for sink, mode in sinks.items()})
 
     def remove_topic(self, plugin: str, topic: str) -> None:
-        """Of a topic that the active version does not declare."""
+        """Of a topic that the active version does not declare. Its rows come back when what gave
+        them is active again."""
         self.ledger.sinks.pop((plugin, topic), None)
-        self._drop(o for o in self.ledger.outputs if (o.plugin, o.topic) == (plugin, topic))
+        dropped = [o for o in self.ledger.outputs if (o.plugin, o.topic) == (plugin, topic)]
+        self._drop(dropped)
+        self.ledger.removed += dropped
 
     def set_on_delete(self, what: str) -> None:
         self.ledger.on_delete = what
@@ -346,7 +352,8 @@ class Model:
         sinks = {output.sink for output in self.ledger.outputs}
         stand = {o for sink in sinks for o in self._standing(self._in(sink))}
         lost = [output for output in self.ledger.outputs if output not in stand]
-        numbers = {output.job for output in lost}
+        numbers = {output.job for output in (*lost, *self.ledger.removed)}
+        self.ledger.removed = []
         for job in self.ledger.jobs:
             if job.number in numbers:
                 job.status = "expired"

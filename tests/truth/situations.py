@@ -669,15 +669,63 @@ def t10_removed_rows_come_again_with_the_same_bytes(s: Story) -> None:
     s.shows("a.txt 1 good one")
 
 
-def t11_going_forward_again_does_no_more_than_publishing(s: Story) -> None:
+def t11_going_forward_takes_the_rest_along(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.write("b.txt", "two")
+    s.settle()
+    s.publish("p", "1.0.1", BAD)
+    s.redo("p")
+    s.work()
+    assert s.activate("p", "1.0.0") == 0
+    s.write("b.txt", "three")
+    s.settle()
+    s.shows("a.txt 1 good one", "b.txt 2 good three", past=["b.txt 1 good two"])
+    assert s.activate("p", "1.0.1") == 1
+    s.shows("a.txt 1 bad one", "b.txt 2 good three", past=["b.txt 1 bad two"])
+    s.work()
+    s.shows("a.txt 1 bad one", "b.txt 2 bad three", past=["b.txt 1 bad two"])
+
+
+def t12_a_version_that_never_ran_is_activated(s: Story) -> None:
     s.begin("p", GOOD)
     s.write("a.txt", "one")
     s.settle()
     s.publish("p", "1.0.1", BAD)
     s.activate("p", "1.0.0")
-    assert s.activate("p", "1.0.1") == 0
-    s.work()
+    assert s.activate("p", "1.0.1") == 1
     s.shows("a.txt 1 good one")
+    s.work()
+    s.shows("a.txt 1 bad one")
+
+
+def t13_a_removed_topic_is_declared_again(s: Story) -> None:
+    s.begin("p", TWO)
+    s.write("a.txt", "one !two")
+    s.write("b.txt", "!three")
+    s.settle()
+    s.publish("p", "1.0.1", GOOD)
+    s.remove_topic("p", "marked")
+    s.write("a.txt", "!four")
+    s.settle()
+    s.shows(topic="marked")
+    assert s.activate("p", "1.0.0") == 1
+    s.set_topic("p", "marked", {"S1": s.mode})
+    s.shows("a.txt 1 two !two", "b.txt 1 two !three", topic="marked")
+    s.work()
+    s.shows("a.txt 2 two !four", "b.txt 1 two !three", topic="marked", past=["a.txt 1 two !two"])
+
+
+def t14_a_removed_topic_whose_rows_are_no_longer_there_is_worked_again(s: Story) -> None:
+    s.begin("p", TWO)
+    s.write("a.txt", "one !two")
+    s.settle()
+    s.publish("p", "1.0.1", GOOD)
+    s.remove_topic("p", "marked")
+    s.expire()
+    assert s.activate("p", "1.0.0") == 1
+    s.work()
+    s.shows("a.txt 1 two !two", topic="marked")
 
 
 SITUATIONS = [
