@@ -87,6 +87,12 @@ def after(connection: Connection, number: int, limit: int) -> list[Content]:
     return [Content._make(row) for row in execute(connection, query, number=number, limit=limit)]
 
 
+def numbers(connection: Connection, wanted: Iterable[int]) -> set[int]:
+    """Those of these numbers that a content has."""
+    query = f"SELECT id FROM cf_kept_content WHERE id IN {_LISTED}"  # noqa: S608
+    return set(execute(connection, query, listed=list(wanted)).scalars())
+
+
 def last_number(connection: Connection) -> int:
     """The highest number that a content has ever had."""
     query = text("SELECT seq FROM sqlite_sequence WHERE name = 'cf_kept_content'")

@@ -20,7 +20,7 @@ import errno
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from casparian_flow.crashpoints import crashpoint
@@ -128,6 +128,15 @@ class SmallContents:
             return set()
         query = "SELECT id FROM content INDEXED BY content_id WHERE id > ? AND id <= ? LIMIT ?"
         return {row[0] for row in connection.execute(query, (after, until, limit))}
+
+    def find(self, hashes: Collection[str]) -> list[tuple[int, str, int]]:
+        """Number, hash and size of those of these contents that the file has. Reads all of it."""
+        connection = self._opened()
+        if connection is None or not hashes:
+            return []
+        wanted = set(hashes)
+        rows = connection.execute("SELECT id, content_hash, length(bytes) FROM content ORDER BY id")
+        return [(row[0], row[1].hex(), row[2]) for row in rows if row[1].hex() in wanted]
 
     def delete(self, numbers: Iterable[int]) -> None:
         """Delete contents; later ones take the room."""

@@ -26,13 +26,13 @@ from sqlalchemy import Connection
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import adopt
+from casparian_flow.db import adopt, kept
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.adopt import Adoption, Mark
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, LedgerError, counted
 from casparian_flow.protocol import Output
-from casparian_flow.services import outputs
+from casparian_flow.services import outputs, store_upkeep
 
 log = logging.getLogger(__name__)
 
@@ -155,12 +155,15 @@ def _take(
     if not found and not failed and not doubtful and trusted.issuperset(answered):
         return []
 
-    def work(connection: Connection) -> list[Adoption]:
-        adopted = adopt.adopt(connection, found, set(answered) - trusted)
-        adopt.note_asked(connection, answered, failed, doubt=doubted)
-        return adopted
+    with store_upkeep.nameless(ledger, (output.content_hash for output in found)) as contents:
 
-    adopted = ledger.write(work)
+        def work(connection: Connection) -> list[Adoption]:
+            adopted = adopt.adopt(connection, found, set(answered) - trusted)
+            kept.add(connection, contents)
+            adopt.note_asked(connection, answered, failed, doubt=doubted)
+            return adopted
+
+        adopted = ledger.write(work)
     crashpoint("inventory.adopted")
     messages = [_words(one) for one in adopted if one.outputs]
     if adopted or doubtful:

@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import kept, routing
+from casparian_flow.db import kept, routing, versions
 from casparian_flow.db.access import Ledger, write_copy
 from casparian_flow.db.kept import Content
 from casparian_flow.durable import exclusive
@@ -31,8 +31,45 @@ COPY_CHUNK = 500
 """Contents copied between two looks at the ledger: 8 MiB of small ones."""
 
 
+@contextlib.contextmanager
+def nameless(ledger: Ledger, hashes: Iterable[str]) -> Iterator[list[Content]]:
+    """Those of these contents that the store has and no row of the ledger names: an earlier ledger
+    recorded them. The block records them; nobody deletes them meanwhile."""
+    folder = ledger.database.store_folder
+    wanted = set(hashes)
+    with contextlib.ExitStack() as stack:
+        contents: list[Content] = []
+        if wanted and folder.is_dir():
+            try:
+                stack.enter_context(exclusive(folder / "lock"))
+                contents = _nameless(
+                    ledger, wanted - ledger.read(partial(kept.known, hashes=wanted))
+                )
+            except FAULTS as error:
+                log.warning("the store cannot be read: %s", words(error))
+        yield contents
+
+
+def _nameless(ledger: Ledger, hashes: set[str]) -> list[Content]:
+    folder = ledger.database.store_folder
+    with contextlib.closing(SmallContents(folder)) as small:
+        rows = small.find(hashes)
+        last = max(ledger.read(kept.last_number), small.last() if hashes else 0)
+    taken = ledger.read(partial(kept.numbers, wanted=[number for number, *_ in rows]))
+    found = {row[1]: Content(*row, False) for row in rows if row[0] not in taken}
+    for digest in sorted(hashes - found.keys()):
+        with contextlib.suppress(FileNotFoundError):
+            size = content_file(folder, digest).stat().st_size
+            last += 1
+            found[digest] = Content(last, digest, size, True)
+    return list(found.values())
+
+
 def sweep(ledger: Ledger) -> None:
     """Delete bytes that no row of the ledger names, and rows without bytes; then fit the budget.
+
+    A ledger without a source root names nothing, and deletes nothing: it may be a new one in the
+    place of one that was lost. Adding the roots brings back what the sinks know of (`nameless`).
 
     Raises:
         OSError, sqlite3.Error: the store cannot be read or written.
@@ -45,6 +82,8 @@ def sweep(ledger: Ledger) -> None:
         if folder.is_dir():
             stack.enter_context(exclusive(folder / "lock"))
         clear_dead(folder)
+        if not ledger.read(versions.active_paths):
+            return
         lost = 0
         for contents, numbers in _chunks(ledger, small):
             rows = {content.id for content in contents if not content.in_file}

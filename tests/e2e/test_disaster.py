@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 from collections import Counter
 from contextlib import closing
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, views
+from casparian_flow.db import jobs, rebuild, views
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.models import (
     FileLocation,
@@ -25,7 +26,7 @@ from casparian_flow.db.models import (
     SourceRoot,
 )
 from casparian_flow.engine.sinks import query
-from casparian_flow.services import backup, inventory
+from casparian_flow.services import backup, inventory, store_upkeep
 from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.scout import Scout
 from casparian_flow.services.verify import verify
@@ -162,6 +163,27 @@ def test_a_lost_ledger_finds_what_it_had_published(flow: Flow) -> None:
             ("a.txt", 1), ("a.txt", 2), ("a.txt", 3),
         }  # fmt: skip
         assert problems(flow, ledger) == []
+
+
+@one_sink
+def test_a_lost_ledger_finds_the_bytes_that_the_store_has(flow: Flow) -> None:
+    large = "x" * 20_000
+    with open_ledger(flow.settings.database) as ledger:
+        flow.work(ledger, flow.publish(ledger), a="a1", b=large)
+        flow.work(ledger, Root(1, str(flow.source), "source", "", 0.0), a="a2", b="b2")
+    flow.lose()
+    with open_ledger(flow.settings.database) as ledger:
+        store_upkeep.sweep(ledger)  # a daemon starts before the roots are added again
+        root = flow.publish(ledger)
+        flow.work(ledger, root)
+        store_upkeep.sweep(ledger)
+        for words in ("a1", "a2", large, "b2"):
+            assert store_upkeep.has_whole(ledger, sha256(words.encode()).hexdigest())
+        assert problems(flow, ledger) == []
+        (started,) = rebuild.start(ledger, "rows")
+        assert (started.jobs, started.left_out) == (4, [])
+        work_off(flow.settings)
+        assert asked(ledger, "SELECT line FROM lines_history") == ["a1", "a2", "b2", large]
 
 
 @one_sink
