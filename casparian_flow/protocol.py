@@ -91,6 +91,8 @@ class Output(Record, frozen=True):
     generation: int = 0
     """How often its job has been rebuilt; above 0 it is part of the output key. The columns of a
     rebuilt output may differ from those of the topic."""
+    keeps_columns: bool = False
+    """Whether they may not, although it is rebuilt: other rows stay in the topic (`db.rebuild`)."""
 
     stage: str = ""
     """Absolute path of the staged file, or of the folder with its parts; empty if the plugin gave

@@ -54,6 +54,8 @@ def rebuild(
 
 def report(started: Started, *, dry_run: bool = False) -> None:
     """Say what was begun."""
+    from casparian_flow.engine.sinks import PREFIXES
+
     what = f"topic {started.topic} of {started.plugin}" if started.topic else started.plugin
     would = "would be " if dry_run else ""
     context.say(
@@ -62,6 +64,12 @@ def report(started: Started, *, dry_run: bool = False) -> None:
     )
     if started.waiting:
         context.say(f"{started.waiting:,} of them waited or ran before")
+    for topic, location in started.beside:
+        if location.startswith(PREFIXES["parquet"]):
+            context.note(
+                f"note: other rows of topic {topic} stay in {location}, where all have the same "
+                "columns: a job that gives it columns of other types fails, and the old rows stay"
+            )
     if not started.left_out:
         return
     context.say(f"{counted(len(started.left_out), 'version')} left out, whose rows stay:")

@@ -33,6 +33,13 @@ GONE = "its bytes are neither in the store nor in its file"
 UNWANTED = "no rule brings it to the plugin any more"
 
 
+class Staying(NamedTuple):
+    """A topic in a sink in which other rows stay beside what is rebuilt."""
+
+    topic: str
+    location: str
+
+
 class LeftOut(NamedTuple):
     """A version that is not rebuilt: its rows stay."""
 
@@ -54,6 +61,8 @@ class Started(NamedTuple):
     waiting: int
     """Of the jobs: those that were queued or at work before."""
     left_out: list[LeftOut]
+    beside: list[Staying]
+    """Where other rows stay."""
 
     @property
     def name(self) -> str:
@@ -69,6 +78,8 @@ class _Found(NamedTuple):
     """Job id -> its status."""
     lacking: list[tuple[int, JobRequest]]
     left_out: list[LeftOut]
+    versions: list[int]
+    """Ids of those that are worked again."""
 
 
 def start(ledger: Ledger, name: str, *, dry_run: bool = False) -> list[Started]:
@@ -109,7 +120,8 @@ def begin(connection: Connection, plugin: str, topic: str, *, dry_run: bool = Fa
         crashpoint("rebuild.written")
     waiting = sum(status in jobs.UNFINISHED for status in found.existing.values())
     number = len(found.existing) + len(found.lacking)
-    return Started(plugin, found.version, topic, number, waiting, found.left_out)
+    beside = _staying(connection, plugin, found.versions, utcnow().isoformat(" "))
+    return Started(plugin, found.version, topic, number, waiting, found.left_out, beside)
 
 
 def event(started: Started) -> Event:
@@ -186,6 +198,7 @@ def _find(connection: Connection, plugin: str, topic: str) -> _Found:
     existing: dict[int, str] = {}
     lacking: list[tuple[int, JobRequest]] = []
     left_out: list[LeftOut] = []
+    again: list[int] = []
     values = {"plugin": plugin, "topic": topic, "plugin_id": active.id}
     for row in execute(connection, _VERSIONS, **values):
         requests = routing.job_requests(route_text(row.path))
@@ -193,7 +206,9 @@ def _find(connection: Connection, plugin: str, topic: str) -> _Found:
         if wanted is None or not row.kept:
             why = GONE if wanted else UNWANTED
             left_out.append(LeftOut(row.source, row.rel_path, row.ordinal, why))
-        elif row.job_id is None:
+            continue
+        again.append(row.id)
+        if row.job_id is None:
             lacking.append((row.id, wanted))
         else:
             existing[row.job_id] = row.status
@@ -207,7 +222,7 @@ def _find(connection: Connection, plugin: str, topic: str) -> _Found:
             f"{first.rel_path}, and {first.why}",
             f"casparian rebuild {topic or plugin} --dry-run   (lists them)",
         )
-    return _Found(active.version, existing, lacking, left_out)
+    return _Found(active.version, existing, lacking, left_out, again)
 
 
 def _active(connection: Connection, plugin: str) -> Any:
@@ -266,6 +281,68 @@ def _queue(connection: Connection, plugin: str, topic: str, found: _Found) -> No
         "SELECT ?, id, generation, ? FROM cf_processing_queue WHERE id = ?",
         [(rebuild, status, number) for number, status in was.items()],
     )
+
+
+# Rows that stay beside those that are rebuilt.
+
+
+class Open(NamedTuple):
+    """An open rebuild, as far as it decides what `staying_beside` finds."""
+
+    id: int
+    plugin: str
+    started_at: str
+    retracted: int
+    """How many versions are: their rows are in nobody's way."""
+
+
+def open_of(connection: Connection, job_id: int) -> Open | None:
+    """The open rebuild that a job is of."""
+    query = """
+        SELECT b.id, b.plugin_name, b.started_at, (SELECT count(*) FROM cf_retracted_version)
+        FROM cf_rebuild_job m JOIN cf_rebuild b ON b.id = m.rebuild_id
+        WHERE m.job_id = :job_id AND b.ended_at IS NULL
+        """
+    row = execute(connection, query, job_id=job_id).first()
+    return Open._make(row) if row else None
+
+
+def staying_beside(connection: Connection, own: Open) -> set[tuple[str, str]]:
+    """The topics and sink locations in which rows stay that a rebuild does not work again. Where
+    all files of a topic have the same columns, it cannot give it others."""
+    versions = returned_ids(
+        connection,
+        """
+        SELECT j.file_version_id FROM cf_rebuild_job m
+        JOIN cf_processing_queue j ON j.id = m.job_id WHERE m.rebuild_id = :id
+        """,
+        id=own.id,
+    )
+    found = _staying(connection, own.plugin, versions, own.started_at)
+    return {(each.topic, each.location) for each in found}
+
+
+def _staying(
+    connection: Connection, plugin: str, versions: Sequence[int], before: str
+) -> list[Staying]:
+    """Where rows stay that were published before a time, in topics of a plugin, and are not its
+    own of these versions."""
+    rows: Sequence[Any] = execute(
+        connection,
+        """
+        SELECT DISTINCT o.topic, o.location FROM cf_output o
+        JOIN cf_visibility s ON s.output_id = o.id JOIN cf_processing_queue j ON j.id = o.job_id
+        WHERE s.state IN ('current', 'past') AND o.rows > 0 AND o.published_at <= :before
+        AND o.topic IN (SELECT topic_name FROM cf_topic_config WHERE plugin_name = :plugin)
+        AND (j.plugin_name <> :plugin
+             OR j.file_version_id NOT IN (SELECT value FROM json_each(:versions)))
+        ORDER BY 1, 2
+        """,
+        plugin=plugin,
+        versions=list(versions),
+        before=before,
+    ).all()
+    return [Staying(*row) for row in rows]
 
 
 # The end.

@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from casparian_flow import sink_uri
 from casparian_flow.config import JobSettings, Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import adopt, audit, jobs, plugins, trust
+from casparian_flow.db import adopt, audit, jobs, plugins, rebuild, trust
 from casparian_flow.db.jobs import AttemptResult, add_attempts, counted_attempts
 from casparian_flow.db.models import Plugin
 from casparian_flow.engine import contents, endings, sinks
@@ -49,6 +49,8 @@ class Dispatcher:
         self._epoch = epoch
         self._tag = ledger_tag(settings.database.path)
         self._small = contents.SmallContents(settings.database.store_folder)
+        self._staying: dict[rebuild.Open, set[tuple[str, str]]] = {}
+        """Topics and sink locations in which other rows stay beside what a rebuild makes."""
 
     def claim(
         self, connection: Connection, worker: str, limit: int, paused: frozenset[str]
@@ -68,13 +70,28 @@ class Dispatcher:
             name = job.plugin_name
             try:
                 made = self._assignment(job, topics.get(name, []), empty.get(name, []))
-                assignments.append(made)
+                assignments.append(self._kept_apart(connection, made) if job.generation else made)
             except CasparianError as error:
                 # For example, a user wrote an invalid sink URI into the table.
                 jobs.fail(connection, job.id, job.fence, error.message)
                 event = audit.Event("fail", f"job {job.id}", {"reason": error.message})
                 audit.append(connection, "sentinel", [event])
         return assignments
+
+    def _kept_apart(self, connection: Connection, made: Assignment) -> Assignment:
+        """An assignment of a rebuild, with what its topics may not change."""
+        own = rebuild.open_of(connection, made.job_id)
+        if own is None:
+            return made
+        if own not in self._staying:
+            self._staying = {own: rebuild.staying_beside(connection, own)}
+        outputs = [
+            msgspec.structs.replace(output, keeps_columns=True)
+            if (output.topic, output.location) in self._staying[own]
+            else output
+            for output in made.outputs
+        ]
+        return msgspec.structs.replace(made, outputs=outputs)
 
     def _avoided(
         self, connection: Connection, topics: dict[str, list[Any]], paused: frozenset[str]

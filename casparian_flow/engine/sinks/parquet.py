@@ -86,7 +86,9 @@ class ParquetSink:
         folder = self.root / output.topic
 
         def united(columns: Any) -> Any:
-            if output.generation:  # what the topic will be when it is shown is not known yet
+            if (
+                output.generation and not output.keeps_columns
+            ):  # what the topic will be when it is shown is not known yet
                 return unite(pa.schema([]), columns)
             return as_staged(parts.topic_columns(folder), columns)
 

@@ -210,7 +210,17 @@ class Stage:
         for value, field in values:
             constant = pa.repeat(pa.scalar(value, field.type), given.num_rows)
             given = given.append_column(field, constant)
-        table = fit(self._plan.topic, given, self._schema, self._settles)
+        try:
+            table = fit(self._plan.topic, given, self._schema, self._settles)
+        except OutputRefused as error:
+            if not self._plan.keeps_columns:
+                raise
+            raise OutputRefused(
+                f"{error.message}; the rebuild cannot give the topic other columns, since rows "
+                "that it leaves out stay there",
+                f"casparian rebuild {self._plan.plugin} --cancel   (then retract or restore what "
+                "it leaves out, or send the topic to another sink)",
+            ) from error
         with self._storing(table.drop_columns([field.name for field in LINEAGE_FIELDS])):
             self._parts.write(table)
         self._rows += self._pending_rows
