@@ -49,12 +49,18 @@ def query(
     """
     from casparian_flow.db import views
     from casparian_flow.engine.sinks.query import answer
+    from casparian_flow.services import inventory
 
     if as_json and as_csv:
         raise typer.BadParameter("use --json or --csv, not both")
     most = context.wanted(limit, every or (limit is None and (as_json or as_csv)))
-    with context.opened(ctx) as (_, ledger):
+    with context.opened(ctx) as (settings, ledger):
         outputs = ledger.read(views.committed)
+        if inventory.may_be_older(settings.database, ledger):
+            context.note(
+                "note: this ledger may be older than its sinks, and the answer too"
+                "\n  try: casparian scan   (asks the sinks)"
+            )
     with answer(sql, outputs) as reader:
         names, rows = list(reader.schema.names), _Rows(reader)
         if as_csv:

@@ -270,6 +270,14 @@ def _artifacts(query: Query) -> dict[int, tuple[bool, int]]:
     }
 
 
+def modes(connection: Connection) -> dict[tuple[str, str], dict[str, str]]:
+    """(plugin, topic) -> sink URI -> mode, as topics are configured now."""
+    found: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for (plugin, topic, uri), mode in _modes(_driver(connection)).items():
+        found[plugin, topic][uri] = mode
+    return found
+
+
 def _modes(query: Query) -> dict[tuple[str, str, str], str]:
     """(plugin, topic, sink URI) -> mode, as topics are configured now."""
     modes = {}

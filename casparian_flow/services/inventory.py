@@ -17,16 +17,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from shlex import quote
 
 from sqlalchemy import Connection
 
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import adopt, kept
+from casparian_flow.db import adopt, kept, visibility
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.adopt import Adoption, Mark
 from casparian_flow.engine import sinks
@@ -57,13 +59,27 @@ def before_scan(database: DatabaseSettings, ledger: Ledger) -> list[str]:
     """`take` from the sinks that the ledger has used, unless a daemon runs: it has done so."""
     if durable.daemon_lock_holder(database.daemon_lock) is not None:
         return []
-    return _take(database, ledger, [])
+    return _logged(_take(database, ledger, []))
 
 
 def before_first_scan(ledger: Ledger) -> None:
     """`take` from the sinks that the ledger has used, before a source root is scanned first: their
     outputs of it could not be adopted without it. A sink that cannot be asked is asked later."""
-    _take(ledger.database, ledger, [], doubted=True)
+    _logged(_take(ledger.database, ledger, [], doubted=True))
+
+
+def _logged(messages: list[str]) -> list[str]:
+    for message in messages:
+        log.warning("%s", message)
+    return messages
+
+
+def may_be_older(database: DatabaseSettings, ledger: Ledger) -> bool:
+    """Whether the ledger was restored, or is a new one in the place of another, and its sinks were
+    not asked yet: they may have more than it knows. Looks at the ledger and one small file."""
+    beside = _beside(database)
+    is_known = beside is not None or ledger.read(adopt.used)
+    return bool(is_known) and ledger.read(partial(adopt.is_doubtful, beside=beside))
 
 
 def waiting(settings: Settings, ledger: Ledger) -> dict[str, str]:
@@ -100,7 +116,8 @@ async def keep_asking(settings: Settings, ledger: Ledger, on_change: Callable[[]
             before = await asyncio.to_thread(waiting, settings, ledger)
             before |= await ledger.read_soon(adopt.unasked)
             if before:
-                await asyncio.to_thread(_take, settings.database, ledger, list(before), only=before)
+                asked = partial(_take, settings.database, ledger, list(before), only=before)
+                _logged(await asyncio.to_thread(asked))
                 left = await ledger.read_soon(adopt.unasked)
                 pause = AGAIN_SECONDS if left.keys() >= before.keys() else ASK_SECONDS
                 on_change()
@@ -166,19 +183,19 @@ def _take(
         adopted = ledger.write(work)
     crashpoint("inventory.adopted")
     messages = [_words(one) for one in adopted if one.outputs]
+    if adopted:
+        fresh = [output for output in found if output.output_key not in known]
+        messages += ledger.read(partial(_moved, found=fresh))
     if adopted or doubtful:
         messages += outputs.tell(ledger)
-    for message in messages:
-        log.warning("%s", message)
     for location, why in failed.items():
         if doubted or location not in trusted:
             message = (
                 f"sink {location} cannot be asked what it has: {why}; no job that writes there is "
                 "begun until it can"
             )
-            messages.append(message)
-            if said.get(location) != why:  # a daemon asks again and again
-                log.warning("%s", message)
+            if only is None or said.get(location) != why:  # a daemon asks again and again
+                messages.append(message)
     return messages
 
 
@@ -188,6 +205,39 @@ def _words(adoption: Adoption) -> str:
         "know (it was lost, or is older than its sinks): adopted, so that they are not made "
         "twice"
     )
+
+
+def _moved(connection: Connection, found: Iterable[Output]) -> list[str]:
+    """A sentence for each topic that went to other sinks, or in another mode, when its sinks got
+    what was adopted than by this ledger, which is older."""
+    configured = visibility.modes(connection)
+    went: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for output in sorted(found, key=lambda output: output.job_id):
+        went[output.plugin, output.topic][output.uri] = output.mode
+    messages = []
+    for (plugin, topic), then in sorted(went.items()):
+        now = configured.get((plugin, topic), {})
+        if not now or then.items() <= now.items():
+            continue
+        back = f"casparian topics set {plugin} {topic} " + " ".join(
+            quote(f"{uri}?mode={mode}") for uri, mode in then.items()
+        )
+        words = f"topic {topic} of {plugin} went to {_named(then)} since this ledger was copied"
+        again = [
+            f"{counted(usage.rows, 'row')} in {usage.uri}"
+            for usage in visibility.usage(connection, plugin, topic)
+            if usage.uri not in then
+        ]
+        if again:
+            words += f", and shows again {', '.join(again)}"
+        else:
+            words += f"; by this ledger it goes to {_named(now)}"
+        messages.append(f"{words}; to have it as it was: {back}{' --rebuild' if again else ''}")
+    return messages
+
+
+def _named(sinks_and_modes: Mapping[str, str]) -> str:
+    return ", ".join(f"{uri} (mode {mode})" for uri, mode in sinks_and_modes.items())
 
 
 def _configured(settings: Settings, ledger: Ledger) -> list[str]:

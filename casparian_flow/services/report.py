@@ -177,10 +177,7 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
     for name, version in ledger.read(in_earlier_form):
         words = f"plugin {name} {version} may not run: {EARLIER_FORM}"
         found.append(Advice(words, f"casparian publish {bundled.argument(name)}"))
-    for location, why in inventory.waiting(settings, ledger).items():
-        if why:
-            words = f"sink {location} cannot be asked what it has: {why}; its jobs wait"
-            found.append(Advice(words, "fix that; a daemon asks it every few seconds"))
+    found += _advise_sinks(settings, ledger)
     for root in roots:
         found += _advise_on(root, settings.scan, daemon is not None)
     for rule in ledger.read(views.rules):
@@ -195,6 +192,17 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
         found += _advise_jobs(ledger, tally, daemon is not None)
     found += _advise_store(settings, ledger, tally.get("SUPERSEDED", 0))
     return found
+
+
+def _advise_sinks(settings: Settings, ledger: Ledger) -> Iterator[Advice]:
+    """Advice on sinks that may have more than the ledger knows."""
+    if inventory.may_be_older(settings.database, ledger):
+        words = "this ledger may be older than its sinks: rows may be shown that are not current"
+        yield Advice(words, "casparian scan   (asks the sinks; or: casparian start)")
+    for location, why in inventory.waiting(settings, ledger).items():
+        if why:
+            words = f"sink {location} cannot be asked what it has: {why}; its jobs wait"
+            yield Advice(words, "fix that; a daemon asks it every few seconds")
 
 
 def unrouted(ledger: Ledger) -> list[Advice]:
