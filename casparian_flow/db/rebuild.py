@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, text
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import jobs, plugins, trust, visibility
+from casparian_flow.db import failures, jobs, plugins, trust, visibility
 from casparian_flow.db.access import Ledger, execute, execute_many, returned_ids
 from casparian_flow.db.audit import Event, actor
 from casparian_flow.db.models import JobStatus, Plugin, utcnow
@@ -395,7 +395,7 @@ def end(connection: Connection, ended_jobs: Sequence[int]) -> list[Event]:
     for rebuild, plugin in connection.execute(text(_OVER)).all():
         left_out = _superseded(connection, rebuild)
         jobs.put_back(connection, left_out, "")
-        again = jobs.retry(connection, _failed_meanwhile(connection, rebuild))
+        again = jobs.retry(connection, _failed(connection, rebuild))
         now = utcnow().isoformat(" ")
         execute(
             connection,
@@ -426,20 +426,36 @@ def _superseded(connection: Connection, rebuild: int) -> list[int]:
     )
 
 
-def _failed_meanwhile(connection: Connection, rebuild: int) -> list[int]:
-    """Jobs of the plugin's active artifact that failed while the rebuild was open and are not its
-    own: what it mends may have been in their way."""
+def _failed(connection: Connection, rebuild: int) -> list[int]:
+    """Jobs of the plugin's active artifact whose failure is open, and which are not the rebuild's
+    own: what it mends, such as a column's type, may have been in their way."""
     return returned_ids(
         connection,
-        """
+        f"""
         SELECT j.id FROM cf_rebuild b JOIN cf_processing_queue j ON j.plugin_name = b.plugin_name
         JOIN cf_plugin p ON p.id = j.plugin_id
-        JOIN cf_plugin_config c ON c.plugin_name = p.name AND c.active_version = p.version
-        WHERE b.id = :rebuild AND j.status = 'FAILED' AND j.finished_at >= b.started_at
+        JOIN cf_plugin_config c ON c.plugin_name = p.name
+        JOIN cf_plugin a ON a.name = p.name AND a.version = c.active_version
+        WHERE b.id = :rebuild AND j.status = 'FAILED' AND p.artifact_hash = a.artifact_hash
         AND j.id NOT IN (SELECT job_id FROM cf_rebuild_job WHERE rebuild_id = b.id)
-        """,
+        AND {failures.STATE} = '{failures.OPEN}'
+        """,  # noqa: S608
         rebuild=rebuild,
     )
+
+
+def being_shown(connection: Connection) -> set[str]:
+    """Plugins of which a rebuild is complete and sinks have yet to be told to show it: until then
+    these refuse the types that it has mended."""
+    query = """
+        SELECT DISTINCT b.plugin_name FROM cf_visibility s
+        CROSS JOIN cf_output o ON o.id = s.output_id
+        CROSS JOIN cf_rebuild_job m ON m.job_id = o.job_id AND m.generation = o.generation
+        JOIN cf_rebuild b ON b.id = m.rebuild_id
+        WHERE s.told <> s.state || '/' || s.mode AND s.told LIKE 'hidden/%'
+        AND s.state IN ('current', 'past') AND b.outcome = 'done' AND b.problem = ''
+        """
+    return set(execute(connection, query).scalars())
 
 
 _OF_CANCELLED = """

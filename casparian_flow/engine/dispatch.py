@@ -96,8 +96,9 @@ class Dispatcher:
     def _avoided(
         self, connection: Connection, topics: dict[str, list[Any]], paused: frozenset[str]
     ) -> list[int]:
-        """Plugins that write to a paused sink, or to one that was not asked for its outputs yet:
-        it may have what their jobs would give (`db.adopt`)."""
+        """Plugins that write to a paused sink, to one that was not asked for its outputs yet, since
+        it may have what their jobs would give (`db.adopt`), or to one that is yet to show their
+        rebuild."""
         asked = adopt.asked(connection)
         avoided = {}
         for topic, uri in {(row.topic_name, row.uri) for rows in topics.values() for row in rows}:
@@ -108,7 +109,7 @@ class Dispatcher:
                 continue  # its jobs are claimed, and fail for that
             avoided[uri] = location not in asked or sinks.store(location) in paused
         names = {name for name, rows in topics.items() if any(avoided.get(row.uri) for row in rows)}
-        return plugins.ids(connection, names)
+        return plugins.ids(connection, names | rebuild.being_shown(connection))
 
     def _assignment(self, job: Any, placed: Sequence[Any], empty: list[str]) -> Assignment:
         manifest = plugins.manifest_of(job.manifest)

@@ -343,6 +343,28 @@ def test_a_rebuild_whose_rows_have_other_types_than_those_that_stay_is_refused_a
     holds(casparian)
 
 
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_an_edit_with_the_mended_type_comes_in_when_the_rebuild_is_complete(
+    casparian: Casparian, source: Path, when: str
+) -> None:
+    casparian.run("publish", casparian.plugin("rows", NUMBERS), "--version", "1.0.0")
+    casparian.run("topics", "set", "rows", "lines", "parquet://one", "--mode", "replace")
+    (source / "a.txt").write_text("1")
+    (source / "b.txt").write_text("2")
+    casparian.run("scan", "--drain")
+    casparian.run("publish", casparian.plugin("rows", WORDS), "--version", "1.0.1")
+    if when == "before":
+        (source / "b.txt").write_text("3")
+        casparian.run("scan", "--drain", code=1)
+        assert list(map(str, seen(casparian))) == ["1", "2"]
+    casparian.run("rebuild", "rows")
+    (source / "b.txt").write_text("3")
+    casparian.run("scan", "--drain")
+    assert seen(casparian) == ["no 1", "no 3"]
+    assert casparian.json("status")["jobs"] == {"COMPLETED": 5}
+    holds(casparian)
+
+
 @pytest.mark.slow
 def test_a_sink_that_cannot_show_it_goes_on_showing_the_old_rows(
     casparian: Casparian, source: Path

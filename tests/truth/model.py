@@ -14,7 +14,7 @@ and knows nothing of it. `Model` has a method for each event; a scan is an event
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -252,9 +252,17 @@ class Model:
 
     def retry(self) -> None:
         """Queue what has failed, and is not closed, once more."""
+        self._retry()
+
+    def _retry(self, rebuilt: Collection[str] = ()) -> None:
+        """
+        Args:
+            rebuilt: only what active artifacts of these plugins failed at.
+        """
         failed = [job for job in self.ledger.jobs if job.status == "failed"]
         for job in [job for job in failed if self._failure(job) == "open"]:
-            job.status = "queued"
+            if not rebuilt or (job.plugin in rebuilt and job.artifact == self.artifact(job.plugin)):
+                job.status = "queued"
 
     def retract(self, path: str, ordinal: int = 0) -> None:
         """Hide a version's rows, or those of all versions of a location that were worked."""
@@ -397,6 +405,7 @@ class Model:
             if all(job.status == "done" for job in jobs):
                 self.ledger.complete.add(number)
                 rebuilt = {(job.version, job.plugin) for job in jobs}
+                self._retry({job.plugin for job in jobs})
                 self._drop(
                     o
                     for o in self.ledger.outputs
