@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -86,6 +88,14 @@ def retract(
     with context.opened(ctx) as (_, ledger):
         done = outputs.retract(ledger, name, undo=undo)
     word = "reinstated" if undo else "retracted"
-    for row in [row for row in done if row.rows] or done:  # empty topics are no news
-        rows = counted(row.rows, "row")
-        context.say(f"{word}: {rows} of {row.rel_path} version {row.ordinal}: {row.target}")
+    for (path, version, topic), rows in _by_topic(done).items():
+        context.say(f"{word}: {counted(rows, 'row')} of {path} version {version} in topic {topic}")
+
+
+def _by_topic(done: Sequence[Any]) -> dict[tuple[str, int, str], int]:
+    """(path, version, topic) -> its rows, which each of its sinks has. Topics that got none are
+    left out, if others got some."""
+    by_sink: dict[tuple[str, int, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for row in [row for row in done if row.rows] or done:
+        by_sink[row.rel_path, row.ordinal, row.topic][row.location] += row.rows
+    return {name: max(rows.values()) for name, rows in by_sink.items()}

@@ -24,6 +24,7 @@ from casparian_flow.db.models import (
     Visibility,
     utcnow,
 )
+from casparian_flow.errors import counted
 from casparian_flow.protocol import Output as OutputRecord
 
 
@@ -106,16 +107,16 @@ def mark_published(connection: Connection, done: Mapping[int, OutputRecord]) -> 
     visibility.published(connection, done)
 
 
-def targets(connection: Connection, job_ids: Sequence[int]) -> dict[int, list[str]]:
-    """Job id -> a text for each of its published outputs: its target and number of rows."""
+def given(connection: Connection, job_ids: Sequence[int]) -> dict[int, list[str]]:
+    """Job id -> a text for each of its published outputs with rows: topic, sink and how many."""
     found: dict[int, list[str]] = {job_id: [] for job_id in job_ids}
     rows = connection.execute(
-        select(Output.job_id, Output.target, Output.topic, Output.rows)
-        .where(Output.job_id.in_(job_ids), Output.state == OutputState.PUBLISHED)
+        select(Output.job_id, Output.topic, Output.uri, Output.rows)
+        .where(Output.job_id.in_(job_ids), Output.state == OutputState.PUBLISHED, Output.rows > 0)
         .order_by(Output.id)
     )
-    for job_id, target, topic, count in rows:
-        found[job_id].append(f"{target or topic}: {count} rows")
+    for job_id, topic, uri, count in rows:
+        found[job_id].append(f"{topic} in {uri}: {counted(count, 'row')}")
     return found
 
 
@@ -222,8 +223,8 @@ def locations(connection: Connection) -> list[str]:
 def listed(connection: Connection, limit: int | None, topic: str | None) -> Page:
     """Published outputs, the newest first, as people and programs look at them."""
     query = f"""
-        SELECT job_id AS job, topic, state, rows, source, rel_path, ordinal AS version, target,
-               location AS sink, output_key
+        SELECT job_id AS job, topic, state, rows, source, rel_path, ordinal AS version,
+               CASE WHEN rows THEN target ELSE '' END AS target, location AS sink, output_key
         FROM ({NAMED}) WHERE :topic IS NULL OR topic = :topic ORDER BY job_id DESC
         """  # noqa: S608
     return page(connection, query, limit, topic=topic)

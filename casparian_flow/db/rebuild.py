@@ -664,7 +664,7 @@ class Progress(NamedTuple):
             return "casparian verify   (then: casparian retract what is in the way)"
         cancel = f"casparian rebuild {self.name} --cancel"
         if not self.stopped:
-            return f"casparian status   (or: {cancel})"
+            return f"casparian wait --idle   (or: {cancel})"
         some = " ".join(map(str, self.stopped[:5]))
         return f"casparian jobs retry {some}, or: {cancel}"
 

@@ -309,8 +309,8 @@ class Committer:
             finished = jobs.complete(connection, outputs.all_published(connection))
             visibility.refresh(connection, visibility.of_jobs(connection, finished))
             events += [
-                audit.Event("commit", f"job {job_id}", {"outputs": targets})
-                for job_id, targets in outputs.targets(connection, finished).items()
+                audit.Event("commit", f"job {job_id}", {"outputs": given})
+                for job_id, given in outputs.given(connection, finished).items()
             ]
             events += rebuild.end(connection, [*finished, *results.refused])
             audit.append(connection, ACTOR, events)

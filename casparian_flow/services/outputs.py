@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from casparian_flow.db.outputs import NAMED
 from casparian_flow.db.routing import resolve_argument
 from casparian_flow.engine import sinks, telling
 from casparian_flow.engine.sinks import PREFIXES, parquet_record
-from casparian_flow.errors import CasparianError, NotFound, SinkUnavailable
+from casparian_flow.errors import CasparianError, NotFound, SinkUnavailable, counted
 from casparian_flow.protocol import Output
 from casparian_flow.services import store_upkeep
 
@@ -167,7 +167,7 @@ def with_places(rows: Sequence[Row]) -> None:
     """
     topics: dict[tuple[Path, str], list[Row]] = defaultdict(list)
     for row in rows:
-        if row["sink"].startswith(PREFIXES["parquet"]):
+        if row["target"] and row["sink"].startswith(PREFIXES["parquet"]):
             root = Path(row["sink"].removeprefix(PREFIXES["parquet"]))
             topics[root, row["topic"]].append(row)
     for (root, topic), group in topics.items():
@@ -327,7 +327,7 @@ def retract(ledger: Ledger, name: str, *, undo: bool = False) -> list[Any]:
 
     ledger.change(work, events)
     crashpoint("retract.decided")
-    _tell_of(ledger, chosen)
+    _tell_of(ledger, chosen, "reinstated" if undo else "retracted")
     return chosen
 
 
@@ -349,22 +349,27 @@ def _told_again(ledger: Ledger, name: str, named: Sequence[Any], *, undo: bool) 
     again = [row for row in named if row.id in owed and row.state in decided]
     if not again:
         raise NotFound(_LACK[undo].format(name), "casparian outputs list")
-    _tell_of(ledger, again)
+    _tell_of(ledger, again, "reinstated" if undo else "retracted")
     return again
 
 
-def _tell_of(ledger: Ledger, rows: Iterable[Any]) -> None:
+def _tell_of(ledger: Ledger, rows: Sequence[Any], deed: str) -> None:
     """Tell the sinks their debts.
 
+    Args:
+        deed: what became of these outputs in the ledger.
+
     Raises:
-        SinkConflict, SinkUnavailable: one of these outputs could not be told.
+        SinkConflict, SinkUnavailable: one of them could not be told.
     """
     with telling.lock(ledger.database):
         done = telling.tell(ledger)
     for row in rows:
         error = done.away.get(sinks.store(row.location)) or done.conflicts.get(row.id)
         if error:
-            raise type(error)(f"{LATER}: {error.message}", error.hint) from error
+            some = f"{counted(len(rows), 'output')} {'is' if len(rows) == 1 else 'are'} {deed}"
+            words = f"{some} in the ledger, but {LATER}: {error.message}"
+            raise type(error)(words, error.hint) from error
 
 
 def _of_file(ledger: Ledger, name: str) -> list[Any]:

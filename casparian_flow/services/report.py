@@ -277,7 +277,7 @@ def _advise_on(root: Row, scan: ScanSettings, watched: bool) -> list[Advice]:
             f"file events for source root {name} are unreliable ({root['watch']}); reconnecting, "
             f"and scanning every {pause:g} s meanwhile"
         )
-        found.append(Advice(words, "casparian status   (those scans find the changes)"))
+        found.append(Advice(words, f"casparian scan {name}   (finds the changes now)"))
     if root["unreadable"]:
         words = f"source root {name}: {counted(root['unreadable'], 'file')} cannot be read"
         found.append(Advice(words, f"casparian files --source {name} --unreadable"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import Casparian, asked, holds
-from tests.plugs import QUIET, ROWS
+from tests.plugs import QUIET, ROWS, plugin
 
 OURS = "sqlite:///out.sqlite3"
 
@@ -194,4 +195,40 @@ def test_a_name_that_two_files_have_retracts_neither(
     assert asked(casparian) == [source.name]
     casparian.run("retract", "--undo", "other/a.txt")
     assert asked(casparian) == both
+    holds(casparian)
+
+
+TWO_TOPICS = plugin(
+    'pattern="*.txt", topic=["lines", "empty"]',
+    """
+        table = pa.table({"line": pa.array(open(file_path).read().split(), pa.string())})
+        self.publish("lines", table)
+    """,
+)
+
+
+def test_what_is_said_of_outputs_names_topics_and_no_place_that_is_ours(
+    casparian: Casparian, source: Path
+) -> None:
+    casparian.run("publish", casparian.plugin("rows", TWO_TOPICS))
+    casparian.run("topics", "set", "rows", "lines", "parquet://one", "sqlite:///two.sqlite3")
+    (source / "a.txt").write_text("1 2")
+    casparian.run("scan", "--drain")
+    (commit,) = (row for row in casparian.json("audit", "show") if row["action"] == "commit")
+    assert json.loads(commit["detail"]) == {
+        "outputs": ["lines in parquet://one: 2 rows", "lines in sqlite:///two.sqlite3: 2 rows"]
+    }
+    targets = {row["topic"]: row["target"] for row in casparian.json("outputs", "list")}
+    assert targets["empty"] == ""
+    said = casparian.out("retract", "in/a.txt")
+    assert said == "retracted: 2 rows of a.txt version 1 in topic lines\n"
+    (kept,) = (casparian.folder / "one" / ".casparian" / "kept" / "lines").glob("*.parquet")
+    content = kept.read_bytes()
+    kept.unlink()
+    done = casparian.run("retract", "in/a.txt", "--undo", code=1)
+    assert "reinstated in the ledger, but readers do not see the change yet" in done.stderr
+    assert "nothing was changed" not in done.stderr
+    assert f"casparian outputs restore {commit['subject'].removeprefix('job ')}" in done.stderr
+    kept.write_bytes(content)
+    casparian.run("retract", "in/a.txt", "--undo")
     holds(casparian)

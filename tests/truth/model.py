@@ -382,10 +382,14 @@ class Model:
 
     def work(self) -> None:
         """Every queued job is run, and what it gives is published."""
+        self._run_queued()
+        self._end_rebuilds()
+        self._run_queued()  # what they had tried again
+
+    def _run_queued(self) -> None:
         for job in self.ledger.jobs:
             if job.status == "queued" and self._is_there(job.version):
                 self._run(job)
-        self._end_rebuilds()
 
     def _run(self, job: Job) -> None:
         job.ended = self._next()

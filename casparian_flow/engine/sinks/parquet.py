@@ -441,8 +441,9 @@ class _Plan:
         path = self._root / entry.path
         if not entry.source and (fault := _difference_of_bytes(path, entry.digest)):
             raise SinkConflict(
-                f"{path} cannot be shown again, and nothing was changed: {fault}",
-                "restore that file, or run its job again: casparian outputs restore",
+                f"{path} cannot be shown again, and its sink was left as it is: {fault}",
+                "restore that file, or run its job again: casparian outputs restore "
+                f"{entry.job_id}",
             )
 
     def _appear(self, output: Output, stem: str) -> None:

@@ -69,7 +69,16 @@ class Entry(msgspec.Struct, frozen=True):
     @property
     def generation(self) -> int:
         """How often its job has been rebuilt."""
-        return int(msgspec.json.decode(self.facts, type=dict[str, str]).get("generation", 0))
+        return int(self._facts.get("generation", 0))
+
+    @property
+    def job_id(self) -> int:
+        """The job that gave it."""
+        return int(self._facts["job_id"])
+
+    @property
+    def _facts(self) -> dict[str, str]:
+        return msgspec.json.decode(self.facts, type=dict[str, str])
 
     @property
     def kept_path(self) -> str:
