@@ -786,3 +786,32 @@ def remove_absent(connection: Connection, location: str, there: Collection[str])
         connection.exec_driver_sql(
             "UPDATE cf_visibility SET state = ?, changed_at = ? WHERE output_id = ?", absent
         )
+
+
+def remove_deleted(connection: Connection, there: Mapping[str, Collection[str]]) -> None:
+    """Decide that outputs are removed which sinks have deleted since this ledger was copied: they
+    have another one of the same version, plugin and topic.
+
+    Args:
+        there: sink location -> the keys of what it has.
+    """
+    rows = _driver(connection)(
+        """
+        SELECT o.id, o.output_key, o.location, v.location_id, v.id, j.plugin_name, o.topic
+        FROM cf_output o JOIN cf_visibility s ON s.output_id = o.id
+        JOIN cf_processing_queue j ON j.id = o.job_id
+        JOIN cf_file_version v ON v.id = j.file_version_id
+        WHERE s.state <> ? AND o.location IN (SELECT value FROM json_each(?))
+        """,
+        (REMOVED, json.dumps(list(there))),
+    )
+    has = {row[4:] for row in rows if row[1] in there[row[2]]}
+    deleted = [row for row in rows if row[1] not in there[row[2]] and row[4:] in has]
+    now = utcnow().isoformat(" ")
+    if deleted:
+        connection.exec_driver_sql(
+            "UPDATE cf_visibility SET state = ?, told = ? || '/' || mode, changed_at = ? "
+            "WHERE output_id = ?",
+            [(REMOVED, REMOVED, now, row[0]) for row in deleted],
+        )
+        refresh(connection, Scope({row[3] for row in deleted}))

@@ -158,10 +158,15 @@ def _take(
     known, trusted = ledger.read(adopt.known_keys), ledger.read(adopt.asked)
     said = ledger.read(adopt.unasked)
     found: list[Output] = []
+    there: dict[str, set[str]] = {}
+    """What each sink has, where the ledger may know of outputs that it has no more."""
     answered, failed = list[str](), dict[str, str]()
     for location in dict.fromkeys([*locations, *noted] if only is None else only):
         try:
-            found += sinks.records(location, database, known)
+            records = list(sinks.records(location, database, () if doubtful else known))
+            found += records
+            if doubtful:
+                there[location] = {output.output_key for output in records}
         except CasparianError as error:
             failed[location] = error.message
             if location in trusted:
@@ -176,6 +181,7 @@ def _take(
 
         def work(connection: Connection) -> list[Adoption]:
             adopted = adopt.adopt(connection, found, set(answered) - trusted)
+            visibility.remove_deleted(connection, there)
             kept.add(connection, contents)
             adopt.note_asked(connection, answered, failed, doubt=doubted)
             return adopted

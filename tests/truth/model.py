@@ -141,6 +141,7 @@ class Model:
         self.refused: set[tuple[str, str]] = set()  # (topic, sink): the sink refuses it
         self.away: dict[str, Callable[[str, str], list[Row]]] = {}  # sink -> its rows when it went
         self._backup = Ledger()
+        self._deleted: set[Output] = set()  # by sinks, since nobody's slot was theirs
         self.count = 0
 
     # Events on disk. Nothing is noticed before the next scan.
@@ -326,6 +327,7 @@ class Model:
                 self._adopt(output)
                 topic = output.plugin, output.topic, output.sink
                 self.ledger.modes.setdefault(topic, lost.modes[topic])
+        self._forget(self._deleted & {*self.ledger.outputs, *self.ledger.removed})
         worked = {output.version for output in lost.outputs}
         self.ledger.retracted |= lost.retracted & worked
         self._end_rebuilds()
@@ -359,12 +361,16 @@ class Model:
         """The time is over that rows are kept which do not stand in any slot."""
         sinks = {output.sink for output in self.ledger.outputs}
         stand = {o for sink in sinks for o in self._standing(self._in(sink))}
-        lost = [output for output in self.ledger.outputs if output not in stand]
-        numbers = {output.job for output in (*lost, *self.ledger.removed)}
-        self.ledger.removed = []
+        self._forget({o for o in self.ledger.outputs if o not in stand} | {*self.ledger.removed})
+
+    def _forget(self, lost: set[Output]) -> None:
+        """Their sinks have deleted them."""
+        self._deleted |= lost
+        numbers = {output.job for output in lost}
         for job in self.ledger.jobs:
             if job.number in numbers:
                 job.status = "expired"
+        self.ledger.removed = [o for o in self.ledger.removed if o not in lost]
         self._drop(lost)
 
     def go_away(self, sink: str, _when: str = "early") -> None:

@@ -728,6 +728,24 @@ def t14_a_removed_topic_whose_rows_are_no_longer_there_is_worked_again(s: Story)
     s.shows("a.txt 1 two !two", topic="marked")
 
 
+def t15_a_restored_ledger_learns_what_its_sinks_have_deleted(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.settle()
+    s.backup()
+    s.publish("p", "1.0.1", BAD)
+    s.redo("p")
+    s.work()
+    s.expire()
+    s.restore()
+    s.shows("a.txt 1 bad one")
+    s.settle()
+    s.shows("a.txt 1 bad one")
+    assert s.activate("p", "1.0.0") == 1
+    s.work()
+    s.shows("a.txt 1 good one")
+
+
 SITUATIONS = [
     told for name, told in sorted(globals().items()) if name[:1] in "st" and name[1:3].isdigit()
 ]
