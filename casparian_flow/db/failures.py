@@ -28,6 +28,14 @@ JOIN cf_plugin p ON p.name = c.plugin_name AND p.version = c.active_version
 WHERE c.plugin_name = j.plugin_name
 """
 
+_ENDED = """
+CASE WHEN +done.status = 'COMPLETED' THEN done.finished_at
+     WHEN EXISTS (SELECT 1 FROM cf_rebuild_job m JOIN cf_rebuild b ON b.id = m.rebuild_id
+                  WHERE m.job_id = done.id AND m.was = 'COMPLETED' AND b.ended_at IS NULL)
+     THEN (SELECT max(o.published_at) FROM cf_output o WHERE o.job_id = done.id) END
+"""
+"""When the job `done` was completed, also if an open rebuild has it run again; else NULL."""
+
 # Not `finished_at` alone: an older version that was backfilled since may fail again. The `+` keeps
 # SQLite from the index on the status, by which it would read every completed job for each failure.
 _MENDED = f"""
@@ -36,9 +44,8 @@ EXISTS (
     JOIN cf_file_version other
         ON other.location_id = mine.location_id AND other.ordinal >= mine.ordinal
     JOIN cf_processing_queue done ON done.file_version_id = other.id
-    WHERE mine.id = j.file_version_id AND +done.status = 'COMPLETED'
-    AND done.plugin_name = j.plugin_name
-    AND (done.finished_at >= j.created_at OR (
+    WHERE mine.id = j.file_version_id AND done.plugin_name = j.plugin_name
+    AND ({_ENDED}) IS NOT NULL AND (({_ENDED}) >= j.created_at OR (
         (SELECT p.artifact_hash FROM cf_plugin p WHERE p.id = done.plugin_id) = ({_ACTIVE})
         AND (SELECT p.artifact_hash FROM cf_plugin p WHERE p.id = j.plugin_id) IS NOT ({_ACTIVE})
     ))

@@ -746,6 +746,22 @@ def t15_a_restored_ledger_learns_what_its_sinks_have_deleted(s: Story) -> None:
     s.shows("a.txt 1 good one")
 
 
+def t16_a_failure_that_is_mended_stays_so_during_a_rebuild(s: Story) -> None:
+    s.begin("p", TWO)
+    s.refuse("marked", "S1")
+    s.write("a.txt", "one !two")
+    s.settle()
+    s.accept("marked", "S1")
+    s.publish("p", "1.0.1", GOOD)
+    assert s.redo("p") == 1
+    s.work()
+    s.rebuild("p")
+    s.retry()
+    s.work()
+    s.shows("a.txt 1 good one")
+    s.shows(topic="marked")
+
+
 SITUATIONS = [
     told for name, told in sorted(globals().items()) if name[:1] in "st" and name[1:3].isdigit()
 ]
