@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, bindparam, delete, select, text, update
 
-from casparian_flow.db import jobs, visibility
+from casparian_flow.db import debts, jobs, visibility
 from casparian_flow.db.access import Page, execute_many, page, returned_ids
 from casparian_flow.db.models import (
     REMOVED,
@@ -104,7 +104,7 @@ def mark_published(connection: Connection, done: Mapping[int, OutputRecord]) -> 
             for number, o in done.items()
         ],
     )
-    visibility.published(connection, done)
+    debts.published(connection, done)
 
 
 def given(connection: Connection, job_ids: Sequence[int]) -> dict[int, list[str]]:

@@ -5,9 +5,9 @@ is current in the location slot: (location, plugin, topic, sink). `cf_visibility
 for each published output, and what its sink has confirmed; where they differ, that is a debt.
 
     refresh         decides anew, after a change of anything that `standing` looks at
-    publications    what the sinks are to publish for decided jobs, and what ceases to stand by it
-    debts, told     what the sinks are to be told, and that they have been
     committed       what `casparian query` reads
+
+What sinks are to publish and to be told by it is in `db.debts`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from datetime import datetime
 from typing import Any, NamedTuple
 
-import msgspec
 from sqlalchemy import Connection
 
 from casparian_flow import sink_uri
 from casparian_flow.db.models import PASSED_OVER, REMOVED, RETRACT, utcnow
 from casparian_flow.errors import ConfigError, counted
-from casparian_flow.protocol import Output, Publication, State
+from casparian_flow.protocol import State
 
 Query = Callable[[str, tuple[Any, ...]], Sequence[Any]]
 """Runs one driver-level statement; its rows."""
@@ -135,7 +134,7 @@ def of_versions(connection: Connection, version_ids: Iterable[int]) -> Scope:
 
 
 def _ids(connection: Connection, query: str, ids: Iterable[int]) -> list[int]:
-    return [row[0] for row in _driver(connection)(query, (json.dumps(list(ids)),))]
+    return [row[0] for row in query_of(connection)(query, (json.dumps(list(ids)),))]
 
 
 OF_REBUILD = """
@@ -176,7 +175,7 @@ CROSS JOIN cf_output o ON o.job_id = j.id LEFT JOIN cf_visibility s ON s.output_
 """  # noqa: S608
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """A row of `_FACTS`."""
 
     facts: Facts
@@ -214,7 +213,7 @@ class _Known(NamedTuple):
         return self.is_published and self.told != f"{self.state}/{self.known_mode}"
 
 
-def _read(query: Query, scope: Scope, planned: bool = False) -> Iterator[_Known]:
+def read(query: Query, scope: Scope, planned: bool = False) -> Iterator[Known]:
     """The outputs in a scope that are published.
 
     Args:
@@ -233,7 +232,7 @@ def _read(query: Query, scope: Scope, planned: bool = False) -> Iterator[_Known]
         )  # fmt: skip
         # A topic that went elsewhere keeps the mode that it had there.
         effective = modes.get((plugin, topic, uri), known_mode or mode)
-        yield _Known(
+        yield Known(
             facts, bool(forgotten), key, effective, rows, target, state, known_mode, told or "",
             shown_at, hidden_at, bool(published), bool(cancelled), bool(left),
         )  # fmt: skip
@@ -273,7 +272,7 @@ def _artifacts(query: Query) -> dict[int, tuple[bool, int]]:
 def modes(connection: Connection) -> dict[tuple[str, str], dict[str, str]]:
     """(plugin, topic) -> sink URI -> mode, as topics are configured now."""
     found: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
-    for (plugin, topic, uri), mode in _modes(_driver(connection)).items():
+    for (plugin, topic, uri), mode in _modes(query_of(connection)).items():
         found[plugin, topic][uri] = mode
     return found
 
@@ -292,7 +291,7 @@ def _modes(query: Query) -> dict[tuple[str, str, str], str]:
     return modes
 
 
-def _driver(connection: Connection) -> Query:
+def query_of(connection: Connection) -> Query:
     def query(statement: str, values: tuple[Any, ...]) -> Sequence[Any]:
         with contextlib.closing(connection.exec_driver_sql(statement, values)) as result:
             # Its own tuples: a third of the time that SQLAlchemy's rows take.
@@ -339,7 +338,7 @@ class Change(NamedTuple):
 
 def refresh(connection: Connection, scope: Scope = EVERYTHING) -> Change:
     """Decide what stands in a scope, in the caller's transaction, and record it."""
-    query = _driver(connection)
+    query = query_of(connection)
     now = utcnow().isoformat(" ")
     return _save(connection.exec_driver_sql, _decide(query, scope), now)
 
@@ -354,31 +353,31 @@ def fill(connection: sqlite3.Connection) -> None:
     _save(connection.executemany, _decide(query, EVERYTHING), now)
 
 
-def _decide(query: Query, scope: Scope) -> list[tuple[_Known, str]]:
+def _decide(query: Query, scope: Scope) -> list[tuple[Known, str]]:
     """Each output in a scope with the state that it gets.
 
     A key that two outputs have is of jobs of one artifact, which an earlier release allowed. The
     sink has its rows once: they are those of the later job.
     """
-    every = list(_read(query, scope))
-    owner = _owners(every)
-    states = standing(one.facts for one in every if _stands_for(one, owner))
+    every = list(read(query, scope))
+    owner = owners(every)
+    states = standing(one.facts for one in every if stands_for(one, owner))
     return [
         (one, REMOVED if one.state == REMOVED else states.get(one.facts.output_id, REMOVED))
         for one in every
     ]
 
 
-def _owners(every: Iterable[_Known]) -> dict[tuple[str, str], int]:
+def owners(every: Iterable[Known]) -> dict[tuple[str, str], int]:
     """Sink and output key -> the last output with the key."""
     return {(one.sink, one.output_key): one.facts.output_id for one in every}
 
 
-def _stands_for(one: _Known, owner: Mapping[tuple[str, str], int]) -> bool:
+def stands_for(one: Known, owner: Mapping[tuple[str, str], int]) -> bool:
     return one.is_candidate and owner[one.sink, one.output_key] == one.facts.output_id
 
 
-_SAVE = """
+SAVE = """
 INSERT INTO cf_visibility (output_id, state, mode, told, shown_at, hidden_at, changed_at)
 VALUES (?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT (output_id) DO UPDATE SET
@@ -390,7 +389,7 @@ ON CONFLICT (output_id) DO UPDATE SET
 
 def _save(
     write: Callable[[str, list[tuple[Any, ...]]], object],
-    decided: Iterable[tuple[_Known, str]],
+    decided: Iterable[tuple[Known, str]],
     now: str,
 ) -> Change:
     rows: list[tuple[Any, ...]] = []
@@ -415,7 +414,7 @@ def _save(
         elif was and not will:
             hidden, hidden_rows = hidden + 1, hidden_rows + one.rows
     if rows:
-        write(_SAVE, rows)
+        write(SAVE, rows)
     return Change(shown, shown_rows, hidden, hidden_rows, len(versions))
 
 
@@ -435,270 +434,26 @@ def usage(connection: Connection, plugin: str, topic: str) -> list[Usage]:
         WHERE o.topic = ? AND o.state = 'PUBLISHED' AND j.plugin_name = ? AND {SHOWN}
         GROUP BY o.uri ORDER BY o.uri
         """  # noqa: S608
-    rows = _driver(connection)(query, (topic, plugin))
+    rows = query_of(connection)(query, (topic, plugin))
     return [Usage(*row) for row in rows]
 
 
 def differences(connection: Connection) -> Iterator[str]:
     """A sentence for each output whose recorded state is not the one that `standing` decides."""
-    for one, state in _decide(_driver(connection), EVERYTHING):
+    for one, state in _decide(query_of(connection), EVERYTHING):
         decided, known = f"{state}/{one.mode}", f"{one.state}/{one.known_mode}"
         if decided != known:
             yield (
                 f"output {one.facts.output_id} of job {one.facts.job_id} is recorded as "
                 f"{known if one.state else 'nothing'} for readers, but is to be {decided}"
             )
-    strays = _driver(connection)(
+    strays = query_of(connection)(
         "SELECT s.output_id FROM cf_visibility s LEFT JOIN cf_output o ON o.id = s.output_id "
         "WHERE o.state IS NOT 'PUBLISHED' ORDER BY s.output_id",
         (),
     )
     for (number,) in strays:
         yield f"output {number} is recorded as published for readers, but is not published"
-
-
-# The records of outputs, as sinks get them.
-
-
-_RECORDS = """
-SELECT o.id, o.output_key, o.topic, o.uri, o.location, coalesce(s.mode, o.mode), r.name, l.path,
-       v.ordinal, v.content_hash, v.size_bytes, j.plugin_name, p.version, p.artifact_hash, v.id,
-       o.job_id,
-       CASE WHEN json_valid(p.manifest)
-            THEN (SELECT group_concat(value, '/') FROM json_each(p.manifest, '$.topics')) END,
-       o.generation, o.stage, o.rows, o.size_bytes, o.digest, coalesce(s.state, ''), o.target,
-       s.shown_at, s.hidden_at, s.told
-FROM cf_output o CROSS JOIN cf_processing_queue j ON j.id = o.job_id
-CROSS JOIN cf_file_version v ON v.id = j.file_version_id
-LEFT JOIN cf_visibility s ON s.output_id = o.id
-JOIN cf_plugin p ON p.id = j.plugin_id
-JOIN cf_file_location l ON l.id = v.location_id
-JOIN cf_source_root r ON r.id = l.source_root_id
-"""
-
-_DECIDED = {state.value: state for state in State}
-
-
-def records(connection: Connection, output_ids: Collection[int]) -> dict[int, Output]:
-    """Outputs by id, in the state that was decided last."""
-    rows = _driver(connection)(
-        f"{_RECORDS} WHERE o.id IN (SELECT value FROM json_each(?)) ORDER BY o.id",  # noqa: S608
-        (json.dumps(list(output_ids)),),
-    )
-    return {row[0]: _record(row[:-1]) for row in rows}
-
-
-def every_record(connection: Connection) -> Iterator[Output]:
-    """Every published output that was neither removed nor forgotten, in the order of ids, in the
-    state and mode that its sink was told last."""
-    rows = _driver(connection)(
-        f"{_RECORDS} WHERE o.state = 'PUBLISHED' AND s.state <> ? ORDER BY o.id",
-        (REMOVED,),
-    )
-    for *row, last in rows:
-        output, (state, _, mode) = _record(row), last.partition("/")
-        if state in _DECIDED:
-            output = msgspec.structs.replace(output, state=_DECIDED[state], mode=mode)
-        yield output
-
-
-def _record(row: Any) -> Output:
-    (_, key, topic, uri, location, mode, source, path, ordinal, content_hash, file_bytes, plugin,
-     version, artifact, version_id, job_id, topics, generation, stage, rows, size, digest, state,
-     target, shown_at, hidden_at) = row  # fmt: skip
-    return Output(
-        output_key=key, topic=topic, uri=uri, location=location, mode=mode, source=source,
-        path=path, ordinal=ordinal, content_hash=content_hash, file_bytes=file_bytes,
-        plugin=plugin, plugin_version=version, artifact_hash=artifact, version_id=version_id,
-        job_id=job_id, topics=topics or "", generation=generation, stage=stage, rows=rows,
-        size_bytes=size, digest=digest, state=_DECIDED.get(state, State.HIDDEN), target=target,
-        shown_at=_time(shown_at), hidden_at=_time(hidden_at),
-    )  # fmt: skip
-
-
-def _time(stored: str | None) -> str:
-    return f"{stored.replace(' ', 'T')}Z" if stored else ""
-
-
-# Telling the sinks.
-
-
-class Part(NamedTuple):
-    """What one store (`sinks.store`) is to be given of one decided job."""
-
-    job_id: int
-    store: str
-    publication: Publication
-    output_ids: list[int]
-    """Of the publication's outputs, in their order."""
-    change_ids: list[int]
-    is_whole: bool
-    """Whether the job has no outputs in other stores. Else its outputs are published hidden, and
-    shown when every store has taken its own."""
-
-
-class _Draft(NamedTuple):
-    """A `Part` whose outputs are still ids, with the state that each gets."""
-
-    job_id: int
-    store: str
-    outputs: dict[int, State]
-    changes: dict[int, State]
-    is_whole: bool
-
-
-def publications(
-    connection: Connection, store: Callable[[str], str], paused: Collection[str]
-) -> list[Part]:
-    """What decided jobs are to publish, in the order in which they are to be published.
-
-    Each job is decided as if those before it had been published. Those that fail leave debts.
-
-    Args:
-        store: from a sink's location to its store.
-        paused: stores that are not asked now; what they are to publish is not decided.
-    """
-    query = _driver(connection)
-    decided = query(
-        "SELECT DISTINCT j.id FROM cf_processing_queue j JOIN cf_output o ON o.job_id = j.id "
-        "WHERE j.status = 'COMMITTING' AND +o.state = 'PLANNED'",
-        (),
-    )
-    if not decided:
-        return []
-    scope = of_jobs(connection, (row[0] for row in decided))
-    every = list(_read(query, scope, planned=True))
-    owner = _owners(every)
-    expected = _Expected([one for one in every if one.is_published and _stands_for(one, owner)])
-    owed = {one.facts.slot for one in every if one.is_owed}
-    due: dict[int, dict[str, list[Facts]]] = defaultdict(lambda: defaultdict(list))
-    for one in every:
-        if not one.is_published:
-            due[one.facts.job_id][store(one.sink)].append(one.facts)
-    drafts: list[_Draft] = []
-    for job_id, by_store in due.items():
-        is_whole = len(by_store) == 1
-        for name, outputs in by_store.items():
-            own = {one.output_id: State.HIDDEN for one in outputs}
-            changes: dict[int, State] = {}
-            # What a slot's sink has not been told yet is told together with what comes.
-            waits = any(one.slot in owed for one in outputs)
-            if is_whole and name not in paused and not waits:
-                own, changes = expected.publish(outputs)
-            drafts.append(_Draft(job_id, name, own, changes, is_whole))
-    return _parts(connection, drafts, {one.facts.output_id: one.mode for one in every})
-
-
-class _Expected:
-    """The states of outputs as jobs are published one after another."""
-
-    def __init__(self, published: Iterable[_Known]) -> None:
-        self._slots: dict[Slot, dict[int, Facts]] = defaultdict(dict)
-        self._states: dict[int, str] = {}
-        for one in published:
-            self._slots[one.facts.slot][one.facts.output_id] = one.facts
-            self._states[one.facts.output_id] = one.state or ""
-
-    def publish(self, outputs: Sequence[Facts]) -> tuple[dict[int, State], dict[int, State]]:
-        """Add a job's outputs; their states, and those of others that change by them."""
-        for one in outputs:
-            self._slots[one.slot][one.output_id] = one
-        now: dict[int, State] = {}
-        for slot in {one.slot for one in outputs}:
-            now |= standing(self._slots[slot].values())
-        own = {one.output_id: now[one.output_id] for one in outputs}
-        changes = {
-            number: state
-            for number, state in now.items()
-            if number not in own and self._states[number] != state
-        }
-        self._states |= now
-        return own, changes
-
-
-def _parts(
-    connection: Connection, drafts: Sequence[_Draft], modes: Mapping[int, str]
-) -> list[Part]:
-    known = records(connection, modes.keys())
-
-    def outputs(states: Mapping[int, State]) -> list[Output]:
-        return [
-            msgspec.structs.replace(known[number], state=state, mode=modes[number])
-            for number, state in states.items()
-        ]
-
-    return [
-        Part(
-            draft.job_id, draft.store,
-            Publication(outputs=outputs(draft.outputs), changes=outputs(draft.changes)),
-            list(draft.outputs), list(draft.changes), draft.is_whole,
-        )
-        for draft in drafts
-    ]  # fmt: skip
-
-
-class Debt(NamedTuple):
-    """What a sink is to be told of one output."""
-
-    output_id: int
-    output: Output
-    state: str
-    """As decided; REMOVED too, whose output is hidden first."""
-    is_expired: bool
-    """Its rows are to be deleted."""
-    told: str
-    """What the sink was told last."""
-    rebuild: int
-    """The rebuild that is shown by it; 0: none."""
-    is_left: bool
-    """Whether a rebuild left it behind in a sink."""
-
-
-def debts(connection: Connection) -> dict[str, list[Debt]]:
-    """The debts to each sink, by its location."""
-    rows = _driver(connection)(
-        """
-        SELECT s.output_id, s.state, s.told,
-               EXISTS (SELECT 1 FROM cf_forgotten_output WHERE output_key = o.output_key),
-               coalesce((SELECT max(m.rebuild_id) FROM cf_rebuild_job m
-                         JOIN cf_rebuild b ON b.id = m.rebuild_id
-                         WHERE m.job_id = o.job_id AND m.generation = o.generation
-                         AND b.outcome = 'done' AND s.told LIKE 'hidden/%'),
-                        (SELECT rebuild_id FROM cf_left_output WHERE output_id = o.id), 0),
-               EXISTS (SELECT 1 FROM cf_left_output
-                       WHERE output_id = o.id AND rebuild_id IS NOT NULL)
-        FROM cf_visibility s CROSS JOIN cf_output o ON o.id = s.output_id
-        WHERE s.told <> s.state || '/' || s.mode
-        """,
-        (),
-    )
-    owed = {row[0]: row[1:] for row in rows}
-    found: dict[str, list[Debt]] = defaultdict(list)
-    for number, output in records(connection, owed).items():
-        state, before, is_forgotten, rebuild, is_left = owed[number]
-        is_expired = state == REMOVED and not is_forgotten
-        debt = Debt(number, output, state, is_expired, before, rebuild, bool(is_left))
-        found[output.location].append(debt)
-    return dict(found)
-
-
-def told(connection: Connection, states: Mapping[int, tuple[str, str]]) -> None:
-    """Record the state and mode of outputs that their sink has confirmed, by output id."""
-    rows = [(f"{state}/{mode}", number) for number, (state, mode) in states.items()]
-    if rows:
-        connection.exec_driver_sql("UPDATE cf_visibility SET told = ? WHERE output_id = ?", rows)
-
-
-def published(connection: Connection, outputs: Mapping[int, Output]) -> None:
-    """Record the state that outputs were published in, as decided and as told."""
-    now = utcnow().isoformat(" ")
-    rows = [
-        (number, o.state, o.mode, f"{o.state}/{o.mode}", now if o.visible else None,
-         None if o.visible else now, now)
-        for number, o in outputs.items()
-    ]  # fmt: skip
-    if rows:
-        connection.exec_driver_sql(_SAVE, rows)
 
 
 # What `casparian query` reads, and what is removed in time.
@@ -710,9 +465,9 @@ def committed(connection: Connection) -> list[dict[str, Any]]:
     A topic that goes to several sinks has the same rows in each, and is read from the first.
     `latest` marks those that are current.
     """
-    query = _driver(connection)
+    query = query_of(connection)
     artifacts = _artifacts(query)
-    # Plain rows: twice as fast as `_read`, for 20,000 outputs.
+    # Plain rows: twice as fast as `read`, for 20,000 outputs.
     rows = _rows(query, EVERYTHING, planned=False)
     owner = {(row[4], row[12]): row[0] for row in rows}
     first: dict[tuple[int, str, int], Any] = {}
@@ -758,12 +513,12 @@ for its return, and those of an open rebuild for its end."""
 def has_expired(connection: Connection, before: datetime) -> bool:
     """Whether `remove_expired` would remove any."""
     query = f"SELECT 1 FROM cf_visibility WHERE {_EXPIRED} LIMIT 1"  # noqa: S608
-    return bool(_driver(connection)(query, (before.isoformat(" "),)))
+    return bool(query_of(connection)(query, (before.isoformat(" "),)))
 
 
 def remove_expired(connection: Connection, before: datetime) -> int:
     """Decide that outputs which have not stood since a time are removed; how many."""
-    removed = _driver(connection)(
+    removed = query_of(connection)(
         f"UPDATE cf_visibility SET state = ?, changed_at = ? WHERE {_EXPIRED} "  # noqa: S608
         "RETURNING output_id",
         (REMOVED, utcnow().isoformat(" "), before.isoformat(" ")),
@@ -774,7 +529,7 @@ def remove_expired(connection: Connection, before: datetime) -> int:
 def remove_absent(connection: Connection, location: str, there: Collection[str]) -> None:
     """Decide that replaced outputs are removed whose keys a sink does not have: earlier releases
     deleted the rows that a newer version replaced."""
-    rows = _driver(connection)(
+    rows = query_of(connection)(
         """
         SELECT o.id, o.output_key FROM cf_output o JOIN cf_visibility s ON s.output_id = o.id
         WHERE o.location = ? AND o.rows > 0 AND s.mode = 'replace' AND s.state IN ('past', 'hidden')
@@ -795,7 +550,7 @@ def remove_deleted(connection: Connection, there: Mapping[str, Collection[str]])
     Args:
         there: sink location -> the keys of what it has.
     """
-    rows = _driver(connection)(
+    rows = query_of(connection)(
         """
         SELECT o.id, o.output_key, o.location, v.location_id, v.id, j.plugin_name, o.topic
         FROM cf_output o JOIN cf_visibility s ON s.output_id = o.id

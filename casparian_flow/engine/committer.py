@@ -34,10 +34,10 @@ from sqlalchemy import Connection
 from casparian_flow import durable
 from casparian_flow.config import JobSettings, OutputSettings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, jobs, outputs, rebuild, versions, visibility
+from casparian_flow.db import audit, debts, jobs, outputs, rebuild, versions, visibility
 from casparian_flow.db.access import Ledger, Work
+from casparian_flow.db.debts import Part
 from casparian_flow.db.models import PAUSED, utcnow
-from casparian_flow.db.visibility import Part
 from casparian_flow.engine import dispatch, sinks, telling
 from casparian_flow.errors import (
     CasparianError,
@@ -229,7 +229,7 @@ class Committer:
         }
         async with self._telling():
             parts = await self._read(
-                lambda c: visibility.publications(c, sinks.store, self._paused_until)
+                lambda c: debts.publications(c, sinks.store, self._paused_until)
             )
             await self._complete(await self._publish_all(parts))
             await self._tell()
@@ -297,7 +297,7 @@ class Committer:
         def work(connection: Connection) -> None:
             outputs.mark_published(connection, results.published)
             told = {number: (str(o.state), o.mode) for number, o in results.changed.items()}
-            visibility.told(connection, told)
+            debts.told(connection, told)
             stages.extend(outputs.mark_refused(connection, list(results.refused)))
             crashpoint("committer.outputs_marked")
             events = []

@@ -1,4 +1,4 @@
-"""Telling the sinks what readers are to see: the debts of `db.visibility`.
+"""Telling the sinks what readers are to see: `db.debts`.
 
 Whoever computes what a sink is to be given or told holds `lock` until the result is in the ledger,
 so that no sink is told an older state after a newer one.
@@ -19,9 +19,9 @@ from sqlalchemy import Connection
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import adopt, rebuild, visibility
+from casparian_flow.db import adopt, debts, rebuild
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.visibility import Debt
+from casparian_flow.db.debts import Debt
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, SinkConflict, SinkUnavailable, Unavailable
 from casparian_flow.protocol import Output, State
@@ -71,7 +71,7 @@ def tell(ledger: Ledger, paused: Collection[str] = (), skipped: Collection[int] 
     due: dict[str, list[Debt]] = defaultdict(list)
     left: dict[str, list[Debt]] = defaultdict(list)
     waiting: set[int] = set()
-    for location, group in ledger.read(visibility.debts).items():
+    for location, group in ledger.read(debts.owed).items():
         store = sinks.store(location)
         for debt in group:
             if debt.is_left:
@@ -117,7 +117,7 @@ def _tell_each(ledger: Ledger, due: Mapping[str, list[Debt]], done: Told) -> set
 def _record(
     connection: Connection, states: Mapping[int, tuple[str, str]], problems: Mapping[int, str]
 ) -> None:
-    visibility.told(connection, states)
+    debts.told(connection, states)
     for number, problem in problems.items():
         rebuild.note_problem(connection, number, problem)
 

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, delete, insert, text
 
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import jobs, rebuild, visibility
+from casparian_flow.db import debts, jobs, rebuild, visibility
 from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.audit import Event
@@ -194,7 +194,7 @@ def _key_at(ledger: Ledger, path: str) -> str:
 
 def _by_location(ledger: Ledger, output_ids: Collection[int]) -> dict[str, list[Output]]:
     groups = defaultdict(list)
-    for output in ledger.read(lambda c: visibility.records(c, output_ids)).values():
+    for output in ledger.read(lambda c: debts.records(c, output_ids)).values():
         groups[output.location].append(output)
     return groups
 
@@ -235,7 +235,7 @@ def _broken(ledger: Ledger, rows: Sequence[Any], name: str) -> list[Any]:
     Raises:
         CasparianError: there are none.
     """
-    found = ledger.read(lambda c: visibility.records(c, [row.id for row in rows]))
+    found = ledger.read(lambda c: debts.records(c, [row.id for row in rows]))
 
     def is_whole(row: Any) -> bool:
         return not sinks.open_sink(row.location, ledger.database).check([found[row.id]])
@@ -344,7 +344,7 @@ def _told_again(ledger: Ledger, name: str, named: Sequence[Any], *, undo: bool) 
         NotFound: they know.
         SinkConflict, SinkUnavailable: a sink still cannot be told.
     """
-    owed = {debt.output_id for group in ledger.read(visibility.debts).values() for debt in group}
+    owed = {debt.output_id for group in ledger.read(debts.owed).values() for debt in group}
     decided = STANDING if undo else (RETRACTED,)
     again = [row for row in named if row.id in owed and row.state in decided]
     if not again:

@@ -17,7 +17,7 @@ from functools import partial
 
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import visibility
+from casparian_flow.db import debts, visibility
 from casparian_flow.db.access import Ledger
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, counted
@@ -66,13 +66,13 @@ def upgrade(settings: Settings, ledger: Ledger) -> list[SinkUpgrade]:
 
 def _changes(settings: Settings, ledger: Ledger, location: str) -> Iterator[str]:
     """What the debts to a sink will make visible and invisible, topic by topic."""
-    debts = ledger.read(visibility.debts).get(location, [])
-    if not debts:
+    owed = ledger.read(debts.owed).get(location, [])
+    if not owed:
         return
     there = {o.output_key: o for o in sinks.open_sink(location, settings.database).records({})}
     shown: dict[str, list[Output]] = defaultdict(list)
     hidden: dict[str, list[Output]] = defaultdict(list)
-    for debt in debts:
+    for debt in owed:
         before = there.get(debt.output.output_key)
         will = debt.output.visible
         if before and debt.output.rows and before.visible != will:

@@ -10,9 +10,9 @@ from sqlalchemy import Connection
 
 from casparian_flow import durable
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, integrity, plugins, promises, seals, trust, visibility
+from casparian_flow.db import audit, debts, integrity, plugins, promises, seals, trust, visibility
 from casparian_flow.db.access import Ledger, driver
-from casparian_flow.db.visibility import Debt
+from casparian_flow.db.debts import Debt
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import Sink
 from casparian_flow.errors import CasparianError, counted
@@ -117,7 +117,7 @@ def _plugin_problems(connection: Connection, verdict: Verdict) -> Iterator[str]:
 def _collect(connection: Connection, expected: Expected) -> Iterator[str]:
     """Collect what the sinks should hold, in the state that each was told last. Damaged rows are
     left out: another check names them."""
-    for output in visibility.every_record(connection):
+    for output in debts.every_record(connection):
         if isinstance(output.rows, int) and isinstance(output.location, str):
             expected[output.location].append(output)
     yield from ()
@@ -126,12 +126,12 @@ def _collect(connection: Connection, expected: Expected) -> Iterator[str]:
 def _owed(ledger: Ledger) -> dict[str, dict[str, Debt]]:
     """Location of a sink -> what it is to be told of outputs, by their keys."""
     try:
-        debts = ledger.read(visibility.debts)
+        owed = ledger.read(debts.owed)
     except (CasparianError, ValueError, TypeError):
         return {}  # a damaged row, which another check names
     return {
         location: {debt.output.output_key: debt for debt in group}
-        for location, group in debts.items()
+        for location, group in owed.items()
     }
 
 

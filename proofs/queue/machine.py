@@ -24,7 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sqlalchemy import Connection, insert, select
 
 from casparian_flow.config import DatabaseSettings, JobSettings
-from casparian_flow.db import audit, integrity, jobs, outputs, visibility
+from casparian_flow.db import audit, debts, integrity, jobs, outputs
 from casparian_flow.db.access import Ledger, get_engine
 from casparian_flow.db.jobs import ALONE_AFTER
 from casparian_flow.db.models import (
@@ -271,7 +271,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(data=st.data(), refuse=st.booleans())
     def publish(self, data: st.DataObject, refuse: bool) -> None:
-        owed = self.ledger.read(lambda c: visibility.publications(c, str, ()))
+        owed = self.ledger.read(lambda c: debts.publications(c, str, ()))
         assert {(p.job_id, o.topic) for p in owed for o in p.publication.outputs} == {
             (job.id, topic) for job in self.of(C) for topic in job.planned
         }

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, text, update
 
 from casparian_flow.config import Settings
-from casparian_flow.db import integrity, jobs, outputs, schema, seals, visibility
+from casparian_flow.db import debts, integrity, jobs, outputs, schema, seals, visibility
 from casparian_flow.db.access import Ledger, driver, open_ledger
 from casparian_flow.db.models import JOB_ARROWS, JobStatus, ProcessingJob
 from casparian_flow.protocol import Output
@@ -166,7 +166,7 @@ def finish(connection: Connection, job: int) -> None:
 
 
 def publish(connection: Connection, job: int, refused: bool) -> None:
-    parts = [p for p in visibility.publications(connection, str, ()) if p.job_id == job]
+    parts = [p for p in debts.publications(connection, str, ()) if p.job_id == job]
     if refused and parts:
         outputs.mark_refused(connection, [job])
         jobs.refuse(connection, job, "never")

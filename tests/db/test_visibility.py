@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, Engine, text
 
 from casparian_flow.config import DatabaseSettings
-from casparian_flow.db import outputs, visibility
+from casparian_flow.db import debts, outputs, visibility
 from casparian_flow.db.access import get_engine
 from casparian_flow.db.models import REMOVED, utcnow
 from casparian_flow.db.visibility import Scope
@@ -319,7 +319,7 @@ def test_jobs_of_one_group_are_published_as_if_one_after_another(
         ids = lay(connection, world)
         visibility.refresh(connection)
         connection.execute(text("UPDATE cf_visibility SET told = state || '/' || mode"))
-        parts = visibility.publications(connection, str, ())
+        parts = debts.publications(connection, str, ())
         shown: dict[str, str] = {}
         wrote_twice = set()
         for part in parts:
@@ -333,7 +333,7 @@ def test_jobs_of_one_group_are_published_as_if_one_after_another(
             outputs.mark_published(connection, done)
         for part in parts:
             changes = zip(part.change_ids, part.publication.changes, strict=True)
-            visibility.told(connection, {n: (o.state, o.mode) for n, o in changes})
+            debts.told(connection, {n: (o.state, o.mode) for n, o in changes})
         connection.execute(text("UPDATE cf_processing_queue SET status = 'COMPLETED'"))
         visibility.refresh(connection)
         wanted = {ids[number]: state for number, state in expected(world).items()}
@@ -345,7 +345,7 @@ def test_jobs_of_one_group_are_published_as_if_one_after_another(
         }
         owed = {
             (int(debt.output.path), debt.output.plugin)
-            for group in visibility.debts(connection).values()
+            for group in debts.owed(connection).values()
             for debt in group
         }
         assert owed <= slots
@@ -390,11 +390,11 @@ def test_the_sink_is_owed_a_state_and_a_mode(engine: Engine) -> None:
     with engine.connect() as connection, connection.begin() as transaction:
         lay(connection, world)
         assert visibility.refresh(connection) == (2, 3, 0, 0, 2)
-        (owed,) = visibility.debts(connection).values()
+        (owed,) = debts.owed(connection).values()
         told = {d.output_id: (str(d.output.state), d.output.mode) for d in owed}
         assert told == {1: ("past", "append"), 2: ("current", "append")}
-        visibility.told(connection, told)
-        assert visibility.debts(connection) == {}
+        debts.told(connection, told)
+        assert debts.owed(connection) == {}
         connection.execute(
             text(
                 "INSERT INTO cf_topic_config (plugin_name, topic_name, uri, mode) "
@@ -404,7 +404,7 @@ def test_the_sink_is_owed_a_state_and_a_mode(engine: Engine) -> None:
         change = visibility.refresh(connection, Scope(plugin="p", topic="t"))
         assert change == (0, 0, 1, 1, 0)
         assert change.words == "1 output (1 row) is hidden now"
-        (owed,) = visibility.debts(connection).values()
+        (owed,) = debts.owed(connection).values()
         assert [(d.output_id, d.output.state, d.output.mode) for d in owed] == [
             (1, "past", "replace"), (2, "current", "replace"),
         ]  # fmt: skip
@@ -424,7 +424,7 @@ def test_what_does_not_stand_is_removed_in_time(engine: Engine) -> None:
         assert visibility.remove_expired(connection, utcnow()) == 1
         visibility.refresh(connection)
         assert states(connection) == {1: REMOVED, 2: "current"}
-        (owed,) = visibility.debts(connection).values()
+        (owed,) = debts.owed(connection).values()
         assert [d.output_id for d in owed if d.is_expired] == [1]
         transaction.rollback()
 

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, outputs, plugins, visibility
+from casparian_flow.db import debts, jobs, outputs, plugins
 from casparian_flow.db.access import Ledger
 from casparian_flow.engine import committer, sinks
 from casparian_flow.engine.committer import Committer
@@ -142,7 +142,7 @@ def test_what_a_job_has_published_before_leaves_no_staged_file(
         receipt = staged(job, fence, tmp_path / f"stage-{fence}", tmp_path / "sink")
         decide = partial(ours._decide, group=[committer._WorkerReceipt("w", receipt)])
         unwanted.append(ledger.write(decide))
-        for part in ledger.read(lambda c: visibility.publications(c, sinks.store, ())):
+        for part in ledger.read(lambda c: debts.publications(c, sinks.store, ())):
             done = dict(zip(part.output_ids, part.publication.outputs, strict=True))
             ledger.write(partial(outputs.mark_published, done=done))
         ledger.write(lambda c: jobs.complete(c, [job]))

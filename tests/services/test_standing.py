@@ -15,7 +15,7 @@ from sqlalchemy import text
 
 from casparian_flow import config, crashpoints
 from casparian_flow.config import Settings
-from casparian_flow.db import jobs, outputs, views, visibility
+from casparian_flow.db import debts, jobs, outputs, views, visibility
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.backfill import Choice, backfill
 from casparian_flow.db.models import utcnow
@@ -81,7 +81,7 @@ class Flow:
 
     def check(self, ledger: Ledger) -> None:
         assert verify(self.settings, ledger).problems == []
-        assert ledger.read(visibility.debts) == {}
+        assert ledger.read(debts.owed) == {}
 
 
 @pytest.fixture(params=[("sqlite", "replace"), ("parquet", "append")], ids="-".join)
@@ -218,9 +218,7 @@ def test_a_retraction_belongs_to_a_version(flow: Flow, opened: Ledger) -> None:
     flow.work(opened, a="y")
     before = flow.seen()
     second = opened.read(views.committed)[-1]
-    version = str(
-        opened.read(lambda c: visibility.records(c, [second["id"]]))[second["id"]].version_id
-    )
+    version = str(opened.read(lambda c: debts.records(c, [second["id"]]))[second["id"]].version_id)
     verbs.retract(opened, version)
     older = [] if "replace" in flow.uri else ["good x"]
     assert flow.seen() == older
@@ -289,7 +287,7 @@ def test_if_one_store_refuses_nothing_of_the_job_shows(
         assert work_off(settings) == {"COMPLETED": 1}
         assert set(listed(ledger).values()) == {"CURRENT"}
         assert verify(settings, ledger).problems == []
-        assert ledger.read(visibility.debts) == {}
+        assert ledger.read(debts.owed) == {}
 
 
 @pytest.mark.slow_but("sqlite-replace")
