@@ -21,8 +21,9 @@ from sqlalchemy import Connection
 from casparian_flow import bundled
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import audit, backfill, plugins, rebuild, trust, versions, visibility
+from casparian_flow.db import audit, backfill, plugins, trust, versions, visibility
 from casparian_flow.db import outputs as db_outputs
+from casparian_flow.db import topics as db_topics
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.backfill import Choice
@@ -299,7 +300,7 @@ def make_active(
     widened = plugins.replace_rules(connection, tag, manifest.patterns, manifest.priority)
     plugins.subscribe(connection, name, [tag, *manifest.subscriptions], version)
     plugins.add_topics(connection, name, sinks)
-    back = rebuild.take_back(connection, name, version, manifest.topics)
+    back = db_topics.take_back(connection, name, version, manifest.topics)
     removed = db_outputs.restore_removed(connection, name)
     change = visibility.refresh(connection, Scope(plugin=name))
     now = plugins.topics(connection).get(name, [])

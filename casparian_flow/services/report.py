@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from casparian_flow import bundled, durable
 from casparian_flow.config import ScanSettings, Settings
 from casparian_flow.db import failures, jobs, kept, outputs, rebuild, versions, views
+from casparian_flow.db import topics as db_topics
 from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.models import PAUSED, JobStatus
 from casparian_flow.db.plugins import EARLIER_FORM, in_earlier_form, only_adopted
@@ -248,7 +249,7 @@ def _advise_rebuilds(ledger: Ledger) -> Iterator[Advice]:
     """Advice on rebuilds that are not complete, and on topics that get no new rows."""
     for each in ledger.read(rebuild.progress):
         yield Advice(each.words, each.command, wrong=each.is_stuck)
-    for left in ledger.read(rebuild.undeclared):
+    for left in ledger.read(db_topics.undeclared):
         words = (
             f"{left.plugin} no longer declares the topic {left.topic}; {counted(left.rows, 'row')} "
             f"{'stays' if left.rows == 1 else 'stay'}"

@@ -16,6 +16,7 @@ from casparian_flow import config, durable, sink_uri
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import plugins, rebuild, versions, visibility
+from casparian_flow.db import topics as db_topics
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.models import EmptyTopic, TopicConfig
@@ -311,7 +312,7 @@ def _check_removable(connection: Connection, plugin: str, topic: str) -> None:
         )
     this = (TopicConfig.plugin_name == plugin, TopicConfig.topic_name == topic)
     configured = connection.execute(select(TopicConfig.id).where(*this)).first()
-    if not configured and not rebuild.has_outputs(connection, plugin, topic):
+    if not configured and not db_topics.has_outputs(connection, plugin, topic):
         raise NotFound(f"{plugin} has no topic {topic!r}", "casparian topics")
 
 
@@ -330,7 +331,7 @@ def remove(ledger: Ledger, plugin: str, topic: str) -> Removal:
         for table in (TopicConfig, EmptyTopic):
             this = (table.plugin_name == plugin, table.topic_name == topic)
             connection.execute(delete(table).where(*this))
-        rebuild.leave_topic(connection, plugin, topic)
+        db_topics.remove(connection, plugin, topic)
         return visibility.refresh(connection, Scope(plugin=plugin, topic=topic))
 
     def events(change: Change) -> list[Event]:
