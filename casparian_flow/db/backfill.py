@@ -15,6 +15,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import jobs, plugins
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.audit import Event
+from casparian_flow.db.kept import HAS_BYTES
 from casparian_flow.db.models import utcnow
 from casparian_flow.db.routing import JobRequest, Routing
 from casparian_flow.db.versions import route_text
@@ -23,10 +24,9 @@ from casparian_flow.errors import CasparianError, NotFound
 CHUNK = 5_000
 """Versions looked at in one read, and jobs queued in one transaction."""
 
-_VERSIONS = """
+_VERSIONS = f"""
 SELECT v.id, l.path,
-       (v.id = l.current_version_id AND l.gone_at IS NULL)
-         OR EXISTS (SELECT 1 FROM cf_kept_content k WHERE k.content_hash = v.content_hash) AS kept,
+       {HAS_BYTES} AS kept,
        EXISTS (SELECT 1 FROM cf_processing_queue j
                JOIN cf_plugin q ON q.id = j.plugin_id
                WHERE j.file_version_id = v.id AND j.plugin_name = p.name
@@ -46,7 +46,7 @@ JOIN cf_plugin p ON p.name = :plugin AND p.version = :version
 WHERE v.id > :after AND (:path IS NULL OR l.rel_path GLOB :path)
   AND (:since IS NULL OR v.detected_at >= :since)
 ORDER BY v.id LIMIT :chunk
-"""
+"""  # noqa: S608
 
 
 class Choice(NamedTuple):

@@ -33,6 +33,14 @@ _CURRENT = """
 """Contents that a file has now."""
 
 
+HAS_BYTES = """
+((v.id = l.current_version_id AND l.gone_at IS NULL)
+ OR EXISTS (SELECT 1 FROM cf_kept_content k WHERE k.content_hash = v.content_hash))
+"""
+"""Whether the bytes of the version `v` of the location `l` are in the store or in its file, as far
+as the ledger knows."""
+
+
 class Content(NamedTuple):
     """A content that is in the store, durable."""
 

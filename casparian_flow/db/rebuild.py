@@ -23,6 +23,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import failures, jobs, plugins, trust, visibility
 from casparian_flow.db.access import Ledger, execute, execute_many, returned_ids
 from casparian_flow.db.audit import Event, actor
+from casparian_flow.db.kept import HAS_BYTES
 from casparian_flow.db.models import JobStatus, Plugin, utcnow
 from casparian_flow.db.routing import JobRequest, Routing
 from casparian_flow.db.versions import route_text
@@ -159,8 +160,7 @@ def _chosen(connection: Connection, name: str) -> list[tuple[str, str]]:
 
 _VERSIONS = f"""
 SELECT v.id, l.path, r.name AS source, l.rel_path, v.ordinal,
-       (v.id = l.current_version_id AND l.gone_at IS NULL)
-         OR EXISTS (SELECT 1 FROM cf_kept_content k WHERE k.content_hash = v.content_hash) AS kept,
+       {HAS_BYTES} AS kept,
        (SELECT max(j.id) FROM cf_processing_queue j
         WHERE j.file_version_id = v.id AND j.plugin_id IN ({jobs.SAME_ARTIFACT})) AS job_id,
        (SELECT status FROM cf_processing_queue j
