@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from casparian_flow import sink_uri
 from casparian_flow.config import JobSettings, Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import adopt, audit, jobs, plugins, rebuild, trust
+from casparian_flow.db import asked, audit, jobs, plugins, rebuild, trust
 from casparian_flow.db.jobs import AttemptResult, add_attempts, counted_attempts
 from casparian_flow.db.models import Plugin
 from casparian_flow.engine import contents, endings, sinks
@@ -99,7 +99,7 @@ class Dispatcher:
         """Plugins that write to a paused sink, to one that was not asked for its outputs yet, since
         it may have what their jobs would give (`db.adopt`), or to one that is yet to show their
         rebuild."""
-        asked = adopt.asked(connection)
+        known = asked.known(connection)
         avoided = {}
         for topic, uri in {(row.topic_name, row.uri) for rows in topics.values() for row in rows}:
             try:
@@ -107,7 +107,7 @@ class Dispatcher:
                 sinks.check_reserved(location, topic, self._settings)
             except CasparianError:
                 continue  # its jobs are claimed, and fail for that
-            avoided[uri] = location not in asked or sinks.store(location) in paused
+            avoided[uri] = location not in known or sinks.store(location) in paused
         names = {name for name, rows in topics.items() if any(avoided.get(row.uri) for row in rows)}
         return plugins.ids(connection, names | rebuild.being_shown(connection))
 

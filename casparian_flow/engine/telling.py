@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import adopt, debts, rebuild
+from casparian_flow.db import asked, debts, rebuild
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.debts import Debt
 from casparian_flow.engine import sinks
@@ -67,7 +67,7 @@ def tell(ledger: Ledger, paused: Collection[str] = (), skipped: Collection[int] 
         LedgerError: the ledger could not be read or written.
     """
     done = Told()
-    unasked = ledger.read(adopt.unasked)  # they may have newer outputs than the ledger knows
+    unasked = ledger.read(asked.unknown)  # they may have newer outputs than the ledger knows
     due: dict[str, list[Debt]] = defaultdict(list)
     left: dict[str, list[Debt]] = defaultdict(list)
     waiting: set[int] = set()

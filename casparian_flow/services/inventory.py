@@ -6,7 +6,7 @@ when a daemon starts, before scans, before the first scan of a source root, and 
 as soon as a topic goes to a sink that was never asked.
 
 A sink that cannot be asked is named, and jobs that would write there wait until it was. A ledger
-that is known to have all its outputs waits for none (see `db.adopt`).
+that is known to have all its outputs waits for none (see `db.asked`).
 
 Two files beside the ledger outlive it: `<database>.sinks` lists the sinks that it has used, so that
 a new ledger in its place asks them too; `<database>.epoch` has its id and its last epoch.
@@ -28,9 +28,10 @@ from sqlalchemy import Connection
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import adopt, kept, visibility
+from casparian_flow.db import adopt, asked, kept, visibility
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.adopt import Adoption, Mark
+from casparian_flow.db.adopt import Adoption
+from casparian_flow.db.asked import Mark
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, LedgerError, counted
 from casparian_flow.protocol import Output
@@ -78,24 +79,24 @@ def may_be_older(database: DatabaseSettings, ledger: Ledger) -> bool:
     """Whether the ledger was restored, or is a new one in the place of another, and its sinks were
     not asked yet: they may have more than it knows. Looks at the ledger and one small file."""
     beside = _beside(database)
-    is_known = beside is not None or ledger.read(adopt.used)
-    return bool(is_known) and ledger.read(partial(adopt.is_doubtful, beside=beside))
+    is_known = beside is not None or ledger.read(asked.used)
+    return bool(is_known) and ledger.read(partial(asked.is_doubtful, beside=beside))
 
 
 def waiting(settings: Settings, ledger: Ledger) -> dict[str, str]:
     """The sinks that topics go to and that were not asked yet -> why; empty if nobody tried."""
-    failed = ledger.read(adopt.unasked)
-    asked = ledger.read(adopt.asked)
+    failed = ledger.read(asked.unknown)
+    known = ledger.read(asked.known)
     return {
         location: failed.get(location, "")
         for location in _configured(settings, ledger)
-        if location not in asked
+        if location not in known
     }
 
 
 def every_location(settings: Settings, ledger: Ledger) -> list[str]:
     """The sinks that topics go to, that the ledger has used, or that any output is in."""
-    used = ledger.read(adopt.used)
+    used = ledger.read(asked.used)
     return list(dict.fromkeys([*_configured(settings, ledger), *_noted(settings.database), *used]))
 
 
@@ -114,11 +115,11 @@ async def keep_asking(settings: Settings, ledger: Ledger, on_change: Callable[[]
         pause = ASK_SECONDS
         try:
             before = await asyncio.to_thread(waiting, settings, ledger)
-            before |= await ledger.read_soon(adopt.unasked)
+            before |= await ledger.read_soon(asked.unknown)
             if before:
-                asked = partial(_take, settings.database, ledger, list(before), only=before)
-                _logged(await asyncio.to_thread(asked))
-                left = await ledger.read_soon(adopt.unasked)
+                ask = partial(_take, settings.database, ledger, list(before), only=before)
+                _logged(await asyncio.to_thread(ask))
+                left = await ledger.read_soon(asked.unknown)
                 pause = AGAIN_SECONDS if left.keys() >= before.keys() else ASK_SECONDS
                 on_change()
         except LedgerError as error:
@@ -128,7 +129,7 @@ async def keep_asking(settings: Settings, ledger: Ledger, on_change: Callable[[]
 
 def begin(database: DatabaseSettings, ledger: Ledger) -> None:
     """Note beside the ledger which epoch has begun."""
-    ours = ledger.read(adopt.mark)
+    ours = ledger.read(asked.mark)
     durable.write_once(_epoch_file(database), f"{ours.ledger_id} {ours.epoch}\n".encode())
     crashpoint("inventory.marked")
 
@@ -150,13 +151,13 @@ def _take(
     """
     noted = _noted(database)
     _note(database, noted, locations)
-    doubtful = ledger.read(partial(adopt.is_doubtful, beside=_beside(database)))
+    doubtful = ledger.read(partial(asked.is_doubtful, beside=_beside(database)))
     if doubtful:
-        ledger.write(adopt.doubt)
+        ledger.write(asked.doubt)
         crashpoint("inventory.doubted")
         begin(database, ledger)
-    known, trusted = ledger.read(adopt.known_keys), ledger.read(adopt.asked)
-    said = ledger.read(adopt.unasked)
+    known, trusted = ledger.read(adopt.known_keys), ledger.read(asked.known)
+    said = ledger.read(asked.unknown)
     found: list[Output] = []
     there: dict[str, set[str]] = {}
     """What each sink has, where the ledger may know of outputs that it has no more."""
@@ -183,7 +184,7 @@ def _take(
             adopted = adopt.adopt(connection, found, set(answered) - trusted)
             visibility.remove_deleted(connection, there)
             kept.add(connection, contents)
-            adopt.note_asked(connection, answered, failed, doubt=doubted)
+            asked.note(connection, answered, failed, doubt=doubted)
             return adopted
 
         adopted = ledger.write(work)
@@ -248,7 +249,7 @@ def _named(sinks_and_modes: Mapping[str, str]) -> str:
 
 def _configured(settings: Settings, ledger: Ledger) -> list[str]:
     """The locations that topics go to."""
-    uris = ledger.read(adopt.configured)
+    uris = ledger.read(asked.configured)
     return _locations({settings.output.default_uri, *uris}, settings.home)
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, insert, text
 from sqlalchemy.exc import IntegrityError
 
 from casparian_flow.config import Settings
-from casparian_flow.db import adopt, jobs, plugins, trust
+from casparian_flow.db import adopt, asked, jobs, plugins, trust
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.adopt import Adoption
 from casparian_flow.db.models import JobStatus, ProcessingJob
@@ -384,10 +384,10 @@ def test_no_job_is_claimed_for_a_sink_that_was_not_asked(
         return len(ledger.write(lambda c: dispatcher.claim(c, "w", 9, frozenset())))
 
     assert claimed() == 0
-    ledger.write(lambda c: adopt.note_asked(c, [], {place: "it is away"}, doubt=False))
+    ledger.write(lambda c: asked.note(c, [], {place: "it is away"}, doubt=False))
     assert claimed() == 0
-    assert ledger.read(adopt.unasked) == {place: "it is away"}
-    ledger.write(lambda c: adopt.note_asked(c, [place], {}, doubt=False))
+    assert ledger.read(asked.unknown) == {place: "it is away"}
+    ledger.write(lambda c: asked.note(c, [place], {}, doubt=False))
     assert claimed() == 1
 
 
@@ -395,22 +395,22 @@ def test_a_ledger_that_is_older_than_its_sinks_doubts_what_it_knows(
     ledger: Ledger, root: Root, tmp_path: Path
 ) -> None:
     def note(connection: Connection) -> None:
-        adopt.note_asked(connection, [SINK], {}, doubt=False)
+        asked.note(connection, [SINK], {}, doubt=False)
 
-    assert ledger.read(lambda c: adopt.is_doubtful(c, None))
+    assert ledger.read(lambda c: asked.is_doubtful(c, None))
     ledger.write(note)
     ledger.write(plugins.begin_epoch)
-    beside = ledger.read(adopt.mark)
-    assert not ledger.read(lambda c: adopt.is_doubtful(c, beside))
-    assert ledger.read(lambda c: adopt.is_doubtful(c, beside._replace(epoch=beside.epoch + 1)))
-    assert ledger.read(lambda c: adopt.is_doubtful(c, beside._replace(ledger_id="another")))
-    ledger.write(lambda c: adopt.note_asked(c, [], {SINK: "it is away"}, doubt=False))
-    assert ledger.read(adopt.asked) == {SINK}
-    ledger.write(lambda c: adopt.note_asked(c, [], {SINK: "it is away"}, doubt=True))
-    assert ledger.read(adopt.asked) == set()
+    beside = ledger.read(asked.mark)
+    assert not ledger.read(lambda c: asked.is_doubtful(c, beside))
+    assert ledger.read(lambda c: asked.is_doubtful(c, beside._replace(epoch=beside.epoch + 1)))
+    assert ledger.read(lambda c: asked.is_doubtful(c, beside._replace(ledger_id="another")))
+    ledger.write(lambda c: asked.note(c, [], {SINK: "it is away"}, doubt=False))
+    assert ledger.read(asked.known) == {SINK}
+    ledger.write(lambda c: asked.note(c, [], {SINK: "it is away"}, doubt=True))
+    assert ledger.read(asked.known) == set()
     ledger.write(note)
     take(ledger, output("a1"))
     ledger.copy(tmp_path / "copy")
-    ledger.write(adopt.doubt)
-    assert ledger.read(adopt.asked) == set()
+    ledger.write(asked.doubt)
+    assert ledger.read(asked.known) == set()
     assert states(ledger) == {"a1": ("current", "")}

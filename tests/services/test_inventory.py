@@ -14,7 +14,7 @@ import pytest
 
 from casparian_flow import main
 from casparian_flow.config import Settings
-from casparian_flow.db import adopt, jobs, plugins
+from casparian_flow.db import asked, jobs, plugins
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.services import backup, inventory, report, topics
 from casparian_flow.services.scan import Root, scan
@@ -202,7 +202,7 @@ def test_a_sink_that_a_topic_goes_to_while_a_daemon_runs_is_asked_first(
             assert daemon.watch is not None
             daemon.watch.ring()
             await until(daemon, lambda counts: counts.get("COMPLETED", 0) >= 3)
-            assert not await ledger.read_soon(adopt.unasked)
+            assert not await ledger.read_soon(asked.unknown)
 
     asyncio.run(story())
     assert flow.lines() == ["a1", "a2", "b1"]
