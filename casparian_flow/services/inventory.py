@@ -18,7 +18,7 @@ import asyncio
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -79,6 +79,8 @@ def may_be_older(database: DatabaseSettings, ledger: Ledger) -> bool:
     """Whether the ledger was restored, or is a new one in the place of another, and its sinks were
     not asked yet: they may have more than it knows. Looks at the ledger and one small file."""
     beside = _beside(database)
+    if "" in ledger.read(asked.unknown).values():
+        return True  # it was doubted, and nobody has asked since
     is_known = beside is not None or ledger.read(asked.used)
     return bool(is_known) and ledger.read(partial(asked.is_doubtful, beside=beside))
 
@@ -158,41 +160,27 @@ def _take(
         begin(database, ledger)
     known, trusted = ledger.read(adopt.known_keys), ledger.read(asked.known)
     said = ledger.read(asked.unknown)
-    found: list[Output] = []
-    there: dict[str, set[str]] = {}
-    """What each sink has, where the ledger may know of outputs that it has no more."""
-    answered, failed = list[str](), dict[str, str]()
-    for location in dict.fromkeys([*locations, *noted] if only is None else only):
-        try:
-            records = list(sinks.records(location, database, () if doubtful else known))
-            found += records
-            if doubtful:
-                there[location] = {output.output_key for output in records}
-        except CasparianError as error:
-            failed[location] = error.message
-            if location in trusted:
-                log.warning("cannot list the outputs in sink %s: %s", location, error.message)
-        else:
-            answered.append(location)
-
-    if not found and not failed and not doubtful and trusted.issuperset(answered):
+    wanted = dict.fromkeys([*locations, *noted] if only is None else only)
+    found, there, failed = _ask(database, wanted, known, trusted)
+    fresh = there.keys() - trusted
+    if not found and not failed and not doubtful and not fresh:
         return []
 
     with store_upkeep.nameless(ledger, (output.content_hash for output in found)) as contents:
 
         def work(connection: Connection) -> list[Adoption]:
-            adopted = adopt.adopt(connection, found, set(answered) - trusted)
-            visibility.remove_deleted(connection, there)
+            adopted = adopt.adopt(connection, found, fresh)
+            visibility.remove_deleted(connection, {location: there[location] for location in fresh})
             kept.add(connection, contents)
-            asked.note(connection, answered, failed, doubt=doubted)
+            asked.note(connection, there, failed, doubt=doubted)
             return adopted
 
         adopted = ledger.write(work)
     crashpoint("inventory.adopted")
     messages = [_words(one) for one in adopted if one.outputs]
     if adopted:
-        fresh = [output for output in found if output.output_key not in known]
-        messages += ledger.read(partial(_moved, found=fresh))
+        new = [output for output in found if output.output_key not in known]
+        messages += ledger.read(partial(_moved, found=new))
     if adopted or doubtful:
         messages += outputs.tell(ledger)
     for location, why in failed.items():
@@ -204,6 +192,37 @@ def _take(
             if only is None or said.get(location) != why:  # a daemon asks again and again
                 messages.append(message)
     return messages
+
+
+def _ask(
+    database: DatabaseSettings,
+    locations: Iterable[str],
+    known: Collection[str],
+    trusted: Collection[str],
+) -> tuple[list[Output], dict[str, set[str]], dict[str, str]]:
+    """Ask these sinks: of those whose outputs the ledger knows, only for what it may lack.
+
+    Args:
+        known: keys of the ledger's outputs.
+        trusted: the sinks whose outputs it knows.
+
+    Returns:
+        What they have; the keys of it for each that answered; why the others did not.
+    """
+    found: list[Output] = []
+    there: dict[str, set[str]] = {}
+    failed: dict[str, str] = {}
+    for location in locations:
+        try:
+            records = list(sinks.records(location, database, known if location in trusted else ()))
+        except CasparianError as error:
+            failed[location] = error.message
+            if location in trusted:
+                log.warning("cannot list the outputs in sink %s: %s", location, error.message)
+        else:
+            found += records
+            there[location] = {output.output_key for output in records}
+    return found, there, failed
 
 
 def _words(adoption: Adoption) -> str:
