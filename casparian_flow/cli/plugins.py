@@ -167,7 +167,8 @@ def activate(
 ) -> None:
     """Make a version the one that gets new jobs.
 
-    For going back to an older version, or to one that was disabled.
+    For going back to an older version, or to one that was disabled. Its rows show where it has
+    some; what only other versions have processed is queued for it.
     """
     from casparian_flow import config
     from casparian_flow.services import architect
