@@ -99,7 +99,11 @@ def start(ledger: Ledger, name: str, *, dry_run: bool = False) -> list[Started]:
 
     def work(connection: Connection) -> list[Started]:
         chosen = _chosen(connection, name)
-        return [begin(connection, *each, dry_run=dry_run) for each in chosen]
+        begun = [begin(connection, *each, dry_run=dry_run) for each in chosen]
+        if len(begun) == 1:
+            return begun
+        # Rows of the other plugins are rebuilt as well.
+        return [one if one.left_out else one._replace(beside=[]) for one in begun]
 
     if dry_run:
         return ledger.read(work)
@@ -287,19 +291,22 @@ def _queue(connection: Connection, plugin: str, topic: str, found: _Found) -> No
 
 
 class Open(NamedTuple):
-    """An open rebuild, as far as it decides what `staying_beside` finds."""
+    """An open rebuild, and what else decides what `staying_beside` finds."""
 
     id: int
     plugin: str
     started_at: str
     retracted: int
     """How many versions are: their rows are in nobody's way."""
+    last: int
+    """Id of the last rebuild: rows of another one do not stay either."""
 
 
 def open_of(connection: Connection, job_id: int) -> Open | None:
     """The open rebuild that a job is of."""
     query = """
-        SELECT b.id, b.plugin_name, b.started_at, (SELECT count(*) FROM cf_retracted_version)
+        SELECT b.id, b.plugin_name, b.started_at, (SELECT count(*) FROM cf_retracted_version),
+               (SELECT max(id) FROM cf_rebuild)
         FROM cf_rebuild_job m JOIN cf_rebuild b ON b.id = m.rebuild_id
         WHERE m.job_id = :job_id AND b.ended_at IS NULL
         """
@@ -308,25 +315,17 @@ def open_of(connection: Connection, job_id: int) -> Open | None:
 
 
 def staying_beside(connection: Connection, own: Open) -> set[tuple[str, str]]:
-    """The topics and sink locations in which rows stay that a rebuild does not work again. Where
-    all files of a topic have the same columns, it cannot give it others."""
-    versions = returned_ids(
-        connection,
-        """
-        SELECT j.file_version_id FROM cf_rebuild_job m
-        JOIN cf_processing_queue j ON j.id = m.job_id WHERE m.rebuild_id = :id
-        """,
-        id=own.id,
-    )
-    found = _staying(connection, own.plugin, versions, own.started_at)
+    """The topics and sink locations in which rows stay that no rebuild works again. Where all files
+    of a topic have the same columns, this one cannot give it others."""
+    found = _staying(connection, own.plugin, (), own.started_at)
     return {(each.topic, each.location) for each in found}
 
 
 def _staying(
     connection: Connection, plugin: str, versions: Sequence[int], before: str
 ) -> list[Staying]:
-    """Where rows stay that were published before a time, in topics of a plugin, and are not its
-    own of these versions."""
+    """Where rows stay that were published before a time, in topics of a plugin, and are neither of
+    an open rebuild nor the plugin's own of these versions."""
     rows: Sequence[Any] = execute(
         connection,
         """
@@ -334,8 +333,12 @@ def _staying(
         JOIN cf_visibility s ON s.output_id = o.id JOIN cf_processing_queue j ON j.id = o.job_id
         WHERE s.state IN ('current', 'past') AND o.rows > 0 AND o.published_at <= :before
         AND o.topic IN (SELECT topic_name FROM cf_topic_config WHERE plugin_name = :plugin)
-        AND (j.plugin_name <> :plugin
-             OR j.file_version_id NOT IN (SELECT value FROM json_each(:versions)))
+        AND NOT (j.plugin_name = :plugin
+                 AND j.file_version_id IN (SELECT value FROM json_each(:versions)))
+        AND NOT EXISTS (
+            SELECT 1 FROM cf_processing_queue k JOIN cf_rebuild_job m ON m.job_id = k.id
+            JOIN cf_rebuild b ON b.id = m.rebuild_id AND b.ended_at IS NULL
+            WHERE k.file_version_id = j.file_version_id AND k.plugin_name = j.plugin_name)
         ORDER BY 1, 2
         """,
         plugin=plugin,

@@ -343,6 +343,23 @@ def test_a_rebuild_whose_rows_have_other_types_than_those_that_stay_is_refused_a
     holds(casparian)
 
 
+def test_two_plugins_mend_the_type_of_their_topic_together(
+    casparian: Casparian, source: Path
+) -> None:
+    for version, code in (("1.0.0", NUMBERS), ("1.0.1", WORDS)):
+        for name, number in (("rows", "1"), ("more", "2")):
+            own = code.replace("*.txt", f"{name}*.txt")
+            casparian.run("publish", casparian.plugin(name, own), "--version", version)
+            casparian.run("topics", "set", name, "lines", "parquet://one")
+            (source / f"{name}.txt").write_text(number)
+        if version == "1.0.0":
+            casparian.run("scan", "--drain")
+    casparian.run("rebuild", "lines")
+    casparian.run("scan", "--drain")
+    assert seen(casparian) == ["no 1", "no 2"]
+    holds(casparian)
+
+
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_an_edit_with_the_mended_type_comes_in_when_the_rebuild_is_complete(
     casparian: Casparian, source: Path, when: str
