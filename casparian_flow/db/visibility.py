@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -543,12 +543,18 @@ def remove_absent(connection: Connection, location: str, there: Collection[str])
         )
 
 
-def remove_deleted(connection: Connection, there: Mapping[str, Collection[str]]) -> None:
-    """Decide that outputs are removed which sinks have deleted since this ledger was copied: they
-    have another one of the same version, plugin and topic.
+def remove_deleted(
+    connection: Connection, there: Mapping[str, Collection[str]]
+) -> dict[tuple[str, str], int]:
+    """Decide that outputs are removed which sinks have deleted since this ledger was copied: there
+    is another one of the same version, plugin and topic. A sink that has nothing at all was emptied
+    by somebody else: what it lacks is missing.
 
     Args:
         there: sink location -> the keys of what it has.
+
+    Returns:
+        (sink location, topic) -> how many.
     """
     rows = query_of(connection)(
         """
@@ -561,7 +567,9 @@ def remove_deleted(connection: Connection, there: Mapping[str, Collection[str]])
         (REMOVED, json.dumps(list(there))),
     )
     has = {row[4:] for row in rows if row[1] in there[row[2]]}
-    deleted = [row for row in rows if row[1] not in there[row[2]] and row[4:] in has]
+    deleted = [
+        row for row in rows if there[row[2]] and row[1] not in there[row[2]] and row[4:] in has
+    ]
     now = utcnow().isoformat(" ")
     if deleted:
         connection.exec_driver_sql(
@@ -570,3 +578,4 @@ def remove_deleted(connection: Connection, there: Mapping[str, Collection[str]])
             [(REMOVED, REMOVED, now, row[0]) for row in deleted],
         )
         refresh(connection, Scope({row[3] for row in deleted}))
+    return Counter((row[2], row[6]) for row in deleted)

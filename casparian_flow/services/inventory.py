@@ -167,10 +167,13 @@ def _take(
         return []
 
     with store_upkeep.nameless(ledger, (output.content_hash for output in found)) as contents:
+        deleted: dict[tuple[str, str], int] = {}
 
         def work(connection: Connection) -> list[Adoption]:
+            deleted.clear()
             adopted = adopt.adopt(connection, found, fresh)
-            visibility.remove_deleted(connection, {location: there[location] for location in fresh})
+            asked_now = {location: there[location] for location in fresh}
+            deleted.update(visibility.remove_deleted(connection, asked_now))
             kept.add(connection, contents)
             asked.note(connection, there, failed, doubt=doubted)
             return adopted
@@ -178,6 +181,7 @@ def _take(
         adopted = ledger.write(work)
     crashpoint("inventory.adopted")
     messages = [_words(one) for one in adopted if one.outputs]
+    messages += [_words_of_deleted(*each) for each in deleted.items()]
     if adopted:
         new = [output for output in found if output.output_key not in known]
         messages += ledger.read(partial(_moved, found=new))
@@ -230,6 +234,15 @@ def _words(adoption: Adoption) -> str:
         f"{adoption.location} holds {counted(adoption.outputs, 'output')} that this ledger did not "
         "know (it was lost, or is older than its sinks): adopted, so that they are not made "
         "twice"
+    )
+
+
+def _words_of_deleted(place: tuple[str, str], count: int) -> str:
+    location, topic = place
+    return (
+        f"{location} no longer has {counted(count, 'output')} of topic {topic} that this ledger "
+        "knew: others of the same file versions stand in their place; to make all of it anew: "
+        f"casparian rebuild {topic}"
     )
 
 

@@ -66,3 +66,20 @@ def test_a_mode_that_was_set_since_the_backup_is_named(
     said = casparian.err("scan")
     assert "by this ledger it goes to parquet://output (mode append)" in said
     assert "casparian topics set rows lines 'parquet://output?mode=replace'\n" in said
+
+
+def test_a_sink_that_somebody_emptied_misses_its_outputs_and_has_not_deleted_them(
+    casparian: Casparian, source: Path, tmp_path: Path
+) -> None:
+    casparian.run("publish", casparian.plugin("rows", ROWS))
+    casparian.run("topics", "set", "rows", "lines", "parquet://one", "parquet://two")
+    (source / "a.txt").write_text("1")
+    casparian.run("scan", "--drain")
+    casparian.run("backup", tmp_path / "copy")
+    ledger = casparian.folder / "casparian_flow.sqlite3"
+    for file in casparian.folder.glob(f"{ledger.name}*"):
+        file.unlink()
+    shutil.copyfile(tmp_path / "copy", ledger)
+    shutil.rmtree(casparian.folder / "one")
+    assert "no longer has" not in casparian.err("scan")
+    assert str(casparian.folder / "one") in casparian.out("verify", code=1)
