@@ -301,7 +301,7 @@ class Ledger:
         keeps the ids of rows, the triggers, and the numbers that mark the file as a ledger.
 
         The copy does not have which sinks were asked: by the time somebody uses it they may have
-        more, so that they are asked again (`db.adopt`).
+        more, so that they are asked again (`db.asked`).
 
         Raises:
             LedgerError: the ledger is damaged, or the file cannot be written.
