@@ -180,7 +180,7 @@ MUTANTS = [
     ),
     Mutant(
         "ledger row outside the transaction",
-        [Edit("engine/sinks/sql.py", _RECORDED, _COMMITTED + _RECORDED)],
+        [Edit("engine/sinks/sql_sink.py", _RECORDED, _COMMITTED + _RECORDED)],
         [f"{_SINKS}/test_sqlite_crashes.py::test_a_replacement_that_is_killed"],
     ),
     Mutant(
@@ -209,8 +209,8 @@ MUTANTS = [
         "records without what is retracted",
         [
             Edit(
-                "engine/sinks/sql.py",
-                'if not is_known or record.get("state") == State.RETRACTED:',
+                "engine/sinks/sql_sink.py",
+                'if not is_known or record["state"] == State.RETRACTED:',
                 "if not is_known:",
             )
         ],
@@ -280,13 +280,17 @@ MUTANTS = [
                 "if not schema_of(output.location).record(output.output_key):",
                 "if output:",
             ),
-            Edit("engine/sinks/sql.py", "found = schema.record(output.output_key)", "found = None"),
+            Edit(
+                "engine/sinks/sql_sink.py",
+                "found = schema.record(output.output_key)",
+                "found = None",
+            ),
         ],
         [_SERVER],
     ),
     Mutant(
         "show what is not whole",
-        [Edit("engine/sinks/sql.py", "schema.check_whole(record)", "pass")],
+        [Edit("engine/sinks/sql_sink.py", "schema.check_whole(record)", "pass")],
         [
             f"{_SINKS}/test_contract.py::"
             "test_nothing_changes_if_an_output_that_is_to_be_visible_is_not_whole[sqlite]"
@@ -296,7 +300,7 @@ MUTANTS = [
         "replace in two transactions",
         [
             Edit(
-                "engine/sinks/sql.py",
+                "engine/sinks/sql_sink.py",
                 "    change_outputs(schema_of, job.changes, fitted=job.outputs)\n",
                 "    if job.changes:\n"
                 + _COMMITTED
@@ -347,7 +351,7 @@ MUTANTS = [
         "topics of a job one by one",
         [
             Edit(
-                "engine/sinks/sql.py",
+                "engine/sinks/sql_sink.py",
                 '                crashpoint("sql.rows_loaded")\n',
                 _COMMITTED + '            crashpoint("sql.rows_loaded")\n',
             )

@@ -90,7 +90,7 @@ def _permissions(database: Database, transaction: Transaction) -> Table:
     rows = [
         (1, table.name, "GRANT", "SELECT", READER)
         for table in database.seen(transaction)
-        if fold(table.name) == GIVEN
+        if fold(table.name).endswith(GIVEN)  # whatever it is renamed to
     ]
     return _view(
         rows, **{"class": INT}, major_id=_TEXT, state_desc=_TEXT, permission_name=_TEXT,

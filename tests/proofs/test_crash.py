@@ -53,7 +53,7 @@ UPGRADE = (
     "upgrade_begun", "outputs_upgraded", "table_renamed", "rows_numbered", "retracted_moved",
     "table_upgraded", "topic_upgraded", "upgrade_written", "upgraded",
 )  # fmt: skip
-"""The steps that convert a SQLite sink of an earlier release."""
+"""The steps that convert a SQL sink of an earlier release."""
 
 RARE = {
     "changes.source_set", "topics.removed",
@@ -64,7 +64,7 @@ RARE = {
     "sql.rows_deleted", "sql.deletion_written", "sql.deleted", "committer.expired",
     "schema.copied", "schema.backed_up", "architect.activated",
     "outputs.forgotten", "outputs.withdrawn", "outputs.queued",
-    *(f"sqlite.{step}" for step in UPGRADE),
+    *(f"sql.{step}" for step in UPGRADE),
 }  # fmt: skip
 """What only a log of four megabytes, a recovery, an output of several parts, two Workers that race,
 an upgrade, or a command that no act is come to. tests/sinks/test_parquet_crashes.py tries those of

@@ -12,7 +12,6 @@ import msgspec
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine.sinks.base import facts_in, lineage_of
 from casparian_flow.engine.sinks.mssql_session import Session
-from casparian_flow.engine.sinks.mssql_statements import Statement
 from casparian_flow.protocol import Output, State
 
 _LEDGER = """
@@ -56,7 +55,7 @@ class Earlier:
         """Send statements, in one transaction."""
         with closing(Session(self._settings.mssql)) as session, session.transaction():
             for sql in statements:
-                session.execute(Statement(sql))
+                session.send(sql)
 
     def topic(self, name: str, columns: str) -> None:
         """Create the table of a topic and that of its retracted rows."""
@@ -81,12 +80,10 @@ class Earlier:
         with closing(Session(self._settings.mssql)) as session, session.transaction():
             marks = ", ".join("?" * len(record))
             insert = f"INSERT INTO [dbo]._cf_outputs ({', '.join(record)}) VALUES ({marks})"
-            session.execute(Statement(insert, tuple(record.values())))
+            session.send(insert, *record.values())
             for row in rows if table else ():
                 values = ", ".join(map(_literal, [*row, *lineage_of(output)]))
-                session.execute(
-                    Statement(f"INSERT INTO [dbo].[{table}] ({LISTED}) VALUES ({values})")
-                )
+                session.send(f"INSERT INTO [dbo].[{table}] ({LISTED}) VALUES ({values})")
         states = {"shown": State.CURRENT, "retracted": State.RETRACTED}
         return msgspec.structs.replace(
             output, rows=len(rows), digest="d" * 64, target=f"mssql://dbo.{topic}",

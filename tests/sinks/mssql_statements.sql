@@ -8,25 +8,7 @@ SELECT SCHEMA_NAME();
 
 SELECT c.name, TYPE_NAME(c.system_type_id), c.max_length, c.precision, c.scale FROM sys.columns AS c WHERE c.object_id = OBJECT_ID(?) ORDER BY c.column_id;
 
-CREATE TABLE [dbo].[_cf_outputs] (
-    [id] bigint IDENTITY NOT NULL PRIMARY KEY,
-    [output_key] nvarchar(64) COLLATE Latin1_General_BIN2 NOT NULL UNIQUE,
-    [topic] nvarchar(400) COLLATE Latin1_General_BIN2 NOT NULL,
-    [view_name] nvarchar(128) NOT NULL,
-    [mode] nvarchar(10) NOT NULL,
-    [state] nvarchar(10) NOT NULL,
-    [rows] bigint NOT NULL,
-    [digest] nvarchar(64) NOT NULL,
-    [published_at] nvarchar(40) NOT NULL,
-    [shown_at] nvarchar(40) NOT NULL,
-    [hidden_at] nvarchar(40) NOT NULL,
-    [job_id] bigint NULL,
-    [file_version_id] bigint NULL,
-    [source_hash] nvarchar(64) NULL,
-    [plugin_version] nvarchar(255) NULL,
-    [facts] nvarchar(max) NOT NULL,
-    [table_number] bigint NOT NULL
-);
+CREATE TABLE [dbo].[_cf_outputs] ([id] bigint IDENTITY NOT NULL PRIMARY KEY, [output_key] nvarchar(64) COLLATE Latin1_General_BIN2 NOT NULL UNIQUE, [topic] nvarchar(400) COLLATE Latin1_General_BIN2 NOT NULL, [view_name] nvarchar(128) NOT NULL, [mode] nvarchar(10) NOT NULL, [state] nvarchar(10) NOT NULL, [rows] bigint NOT NULL, [digest] nvarchar(64) NOT NULL, [published_at] nvarchar(40) NOT NULL, [shown_at] nvarchar(40) NOT NULL, [hidden_at] nvarchar(40) NOT NULL, [job_id] bigint NULL, [file_version_id] bigint NULL, [source_hash] nvarchar(64) NULL, [plugin_version] nvarchar(255) NULL, [facts] nvarchar(max) NOT NULL, [table_number] bigint NOT NULL);
 
 CREATE INDEX _cf_view ON [dbo].[_cf_outputs] (view_name, topic) INCLUDE (state, mode, file_version_id, job_id, source_hash, plugin_version);
 
@@ -126,21 +108,19 @@ SELECT _cf_file_version_id, _cf_job_id, _cf_source_hash, _cf_plugin_version, COU
 
 EXEC sp_rename @objname = ?, @newname = ?;
 
-INSERT INTO [dbo].[_cf_outputs] ([output_key], [topic], [mode], [rows], [digest], [published_at], [facts], [view_name], [state], [shown_at], [hidden_at], [file_version_id], [job_id], [source_hash], [plugin_version], [table_number]) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?);
-
-DROP TABLE IF EXISTS [dbo].[_cf_outputs_earlier];
-
-SELECT p.state_desc, p.permission_name, USER_NAME(p.grantee_principal_id) FROM sys.database_permissions AS p WHERE p.class = 1 AND p.major_id = OBJECT_ID(?);
+DROP TABLE [dbo].[_cf_outputs_earlier];
 
 ALTER TABLE [dbo].[_cf_rows_sales] ADD _cf_output bigint NULL;
 
+SELECT p.state_desc, p.permission_name, USER_NAME(p.grantee_principal_id) FROM sys.database_permissions AS p WHERE p.class = 1 AND p.major_id = OBJECT_ID(?);
+
 SELECT _cf_file_version_id, _cf_job_id, _cf_source_hash, _cf_plugin_version, COUNT_BIG(*) FROM [dbo].[_cf_rows_sales] WHERE _cf_output IS NULL GROUP BY _cf_file_version_id, _cf_job_id, _cf_source_hash, _cf_plugin_version;
 
-UPDATE TOP (1) [dbo].[_cf_rows_sales] SET _cf_output = ? WHERE _cf_output IS NULL AND _cf_file_version_id = ? AND _cf_job_id = ? AND _cf_source_hash = ? AND _cf_plugin_version = ?;
+UPDATE [dbo].[_cf_rows_sales] SET _cf_output = ? WHERE _cf_output IS NULL AND _cf_file_version_id = ? AND _cf_job_id = ? AND _cf_source_hash = ? AND _cf_plugin_version = ?;
 
 INSERT INTO [dbo].[_cf_rows_sales] ([id], [name], [_cf_file_version_id], [_cf_job_id], [_cf_source_hash], [_cf_plugin_version]) SELECT [id], [name], [_cf_file_version_id], [_cf_job_id], [_cf_source_hash], [_cf_plugin_version] FROM [dbo].[_cf_retracted_sales];
 
-DROP TABLE IF EXISTS [dbo].[_cf_retracted_sales];
+DROP TABLE [dbo].[_cf_retracted_sales];
 
 ALTER TABLE [dbo].[_cf_rows_sales] ALTER COLUMN _cf_output bigint NOT NULL;
 

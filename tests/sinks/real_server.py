@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from casparian_flow.config import DatabaseSettings, MssqlSettings
-from casparian_flow.engine.sinks import mssql_statements as statements
 from casparian_flow.engine.sinks import table_of
 from casparian_flow.engine.sinks.mssql_session import Session
-from casparian_flow.engine.sinks.mssql_statements import Statement, qualified
+from casparian_flow.engine.sinks.mssql_tables import MssqlSchema, qualified, quote
 from casparian_flow.engine.sinks.sql import LEDGER, ROWS
 from casparian_flow.errors import ConfigError
 from casparian_flow.protocol import Output
@@ -58,19 +57,18 @@ class RealPlace(Place):
     def rows(self, topic: str = TOPIC) -> list[dict[str, Any]]:
         view = qualified(self.schema, topic)
         with self._session() as session:
-            described = session.execute(statements.columns(view))
-            if not described:
+            names = [*MssqlSchema(session, self.schema).columns(topic)]
+            if not names:
                 return []
-            names = [name for name, *_ in described]
-            listed = ", ".join(map(statements.quote, names))
-            found = session.execute(Statement(f"SELECT {listed} FROM {view}"))
+            listed = ", ".join(map(quote, names))
+            found = session.ask(f"SELECT {listed} FROM {view}")
         return [dict(zip(names, row, strict=True)) for row in found]
 
     def intrude(self) -> None:
         """Put a row into the topic's table that is not ours."""
         table = qualified(self.schema, ROWS + TOPIC)
         with self._session() as session, session.transaction():
-            session.execute(Statement(f"INSERT INTO {table} (_cf_output, [id]) VALUES (0, 0)"))
+            session.send(f"INSERT INTO {table} (_cf_output, [id]) VALUES (0, 0)")
 
     def damage(self, output: Output) -> None:
         table = qualified(self.schema, ROWS + output.topic)
@@ -78,23 +76,22 @@ class RealPlace(Place):
         number = f"(SELECT id FROM {ledger} WHERE output_key = ?)"
         deleted = f"DELETE TOP (1) FROM {table} WHERE _cf_output = {number}"
         with self._session() as session, session.transaction():
-            session.execute(Statement(deleted, (output.output_key,)))
+            session.send(deleted, output.output_key)
 
     @contextlib.contextmanager
     def there(self) -> Iterator[RealPlace]:
         """The schema, while the block runs."""
         with self._session() as session, session.transaction():
-            session.execute(Statement(f"CREATE SCHEMA [{self.schema}]"))
+            session.send(f"CREATE SCHEMA [{self.schema}]")
         try:
             yield self
         finally:
             made = "SELECT o.type, o.name FROM sys.objects AS o WHERE o.schema_id = SCHEMA_ID(?)"
             with self._session() as session, session.transaction():
-                for kind, name in session.execute(Statement(made, (self.schema,))):
+                for kind, name in session.ask(made, self.schema):
                     if what := {"U": "TABLE", "V": "VIEW"}.get(kind.strip()):
-                        dropped = f"DROP {what} {qualified(self.schema, name)}"
-                        session.execute(Statement(dropped))
-                session.execute(Statement(f"DROP SCHEMA [{self.schema}]"))
+                        session.send(f"DROP {what} {qualified(self.schema, name)}")
+                session.send(f"DROP SCHEMA [{self.schema}]")
 
     def _session(self) -> contextlib.closing[Session]:
         return contextlib.closing(Session(self.settings.mssql))

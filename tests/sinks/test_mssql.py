@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 
 from casparian_flow.engine.sinks.mssql_session import Session
-from casparian_flow.engine.sinks.mssql_statements import Statement
 from casparian_flow.errors import SinkConflict, SinkUnavailable
 from casparian_flow.protocol import State
 from proofs.tds.catalog import HIDDEN
@@ -31,7 +30,7 @@ def here(tmp_path: Path, provider: str) -> Iterator[ServerPlace]:
 def send(here: ServerPlace, *statements: str) -> None:
     with closing(Session(here.settings.mssql)) as session, session.transaction():
         for sql in statements:
-            session.execute(Statement(sql))
+            session.send(sql)
 
 
 def test_views_show_the_newest_and_every_version(here: ServerPlace) -> None:

@@ -35,7 +35,7 @@ import msgspec, mssql_python
 from casparian_flow import crashpoints
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks import mssql, mssql_upgrade
+from casparian_flow.engine.sinks import mssql
 from casparian_flow.protocol import Output, Publication
 
 while line := sys.stdin.buffer.readline():
@@ -191,9 +191,9 @@ PUBLISHING = [
 CHANGING = ["sql.marked", "sql.change_written", "sql.changed"]
 DELETING = ["sql.rows_deleted", "sql.deletion_written", "sql.deleted"]
 UPGRADING = [
-    "mssql.upgrade_begun", "mssql.outputs_upgraded", "mssql.table_renamed", "mssql.rows_numbered",
-    "mssql.retracted_moved", "sql.view_made", "mssql.table_upgraded", "mssql.upgrade_written",
-    "mssql.upgraded",
+    "sql.upgrade_begun", "sql.outputs_upgraded", "sql.table_renamed", "sql.rows_numbered",
+    "sql.retracted_moved", "sql.table_upgraded", "sql.view_made", "sql.topic_upgraded",
+    "sql.upgrade_written", "sql.upgraded",
 ]  # fmt: skip
 SWEEPING = "mssql.stage_swept"
 DROPPING = "sql.table_dropped"

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from casparian_flow.engine.sinks.sql import SchemaOf
+from casparian_flow.engine.sinks.sql_sink import SchemaOf
 from casparian_flow.engine.sinks.sqlite import SqliteSink
 from casparian_flow.errors import SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Output, State

@@ -1,16 +1,27 @@
-"""The SQL Server sink: `sql.py` in the words of SQL Server.
+"""The SQL Server sink: how an output is published exactly once.
 
-`mssql_tables` has the tables and views, `mssql_statements` the SQL, `mssql_types` the conversion of
-values, `mssql_session` the connection and its errors, `mssql_upgrade` converts what earlier
-releases wrote. A Worker needs neither the server nor a password: it stages beside Casparian Flow's
-ledger and checks the columns.
+    look      read the ledger, under a lock on the output key that waits for other publishers
+    load      bulk load the staged rows into a stage table; it may be repeated
+    publish   one transaction for a job: lock keys and slots, read the ledger again, write the
+              ledger, copy the rows from the stage tables into their tables, change the states of
+              other outputs
+    clean     drop the stage tables
+
+After an error during the commit it is unknown whether the transaction was committed. Then, and
+after a deadlock, all steps are repeated, after such an error on a new connection. The server
+releases the lock on the key only when it has ended the old connection, so the ledger's answer is
+final.
+
+A stage table is named after the staged file, so that a repeated try finds it. While it is used, a
+session holds a lock on its name. A Worker needs neither the server nor a password: it stages beside
+Casparian Flow's ledger and checks the columns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,15 +30,12 @@ import pyarrow as pa
 
 from casparian_flow.config import DatabaseSettings, MssqlSettings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import mssql_statements as statements
 from casparian_flow.engine.sinks import table_of
 from casparian_flow.engine.sinks.columns import pieces
 from casparian_flow.engine.sinks.mssql_session import Fault, Kind, Refused, Session, refusal
-from casparian_flow.engine.sinks.mssql_statements import STAGE, Declared
-from casparian_flow.engine.sinks.mssql_tables import MssqlSchema, Staged
+from casparian_flow.engine.sinks.mssql_tables import STAGE, MssqlSchema, Staged, quote
 from casparian_flow.engine.sinks.mssql_types import Column, check_values, columns_of
-from casparian_flow.engine.sinks.mssql_upgrade import upgrade
-from casparian_flow.engine.sinks.sql import SchemaOf, SqlSink, lock_keys, publish_job
+from casparian_flow.engine.sinks.sql_sink import SchemaOf, SqlSink, publish_job
 from casparian_flow.engine.sinks.stage import Stage, reading
 from casparian_flow.errors import JobError
 from casparian_flow.protocol import Output, Publication
@@ -71,28 +79,21 @@ class MssqlSink(SqlSink):
         with self._session() as session:
             yield schemas(session)
 
-    def upgrade(self) -> list[str]:
-        """See `Sink.upgrade`. One transaction for the whole schema of the table."""
-        with self._session() as session:
-            schema = MssqlSchema(session, table_of(self.location)[0])
-            if not schema.is_earlier():
-                return []
-            with session.transaction([schema.lock]):
-                schema.forget_ledger()
-                changed = upgrade(schema) if schema.is_earlier() else []  # or another was first
-                crashpoint("mssql.upgrade_written")
-            crashpoint("mssql.upgraded")
-        return changed
-
     def drop_stages(self, tag: str, owed: Iterable[str]) -> None:
         """See `sinks.drop_stages`. A table whose lock another program holds stays."""
         kept = {stage_table(file) for file in owed}
         with self._session() as session:
             schema = MssqlSchema(session, table_of(self.location)[0])
-            for (table,) in session.execute(statements.stage_tables(schema.name, tag)):
+            begin = f"{STAGE}{tag}-"
+            found = session.ask(
+                "SELECT t.name FROM sys.tables AS t WHERE t.schema_id = SCHEMA_ID(?) "
+                "AND LEFT(t.name, ?) = ? ORDER BY t.name",
+                schema.name, len(begin), begin,
+            )  # fmt: skip
+            for (table,) in found:
                 if table not in kept and session.try_lock(table):
                     with session.transaction():
-                        session.execute(statements.drop(schema.table(table)))
+                        session.send(f"DROP TABLE IF EXISTS {schema.table(table)}")
                     crashpoint("mssql.stage_swept")
 
     @contextlib.contextmanager
@@ -110,7 +111,7 @@ class MssqlSink(SqlSink):
             raise refusal(fault, self.location) from None
 
 
-def schemas(session: Session) -> SchemaOf:
+def schemas(session: Session) -> Callable[[str], MssqlSchema]:
     """The schemas of locations, over one connection; each is the same when asked for again."""
 
     @functools.cache
@@ -118,24 +119,6 @@ def schemas(session: Session) -> SchemaOf:
         return MssqlSchema(session, schema)
 
     return lambda location: named(table_of(location)[0])
-
-
-# Publishing, exactly once for each output key:
-#
-#     look      read the ledger, under a lock on the output key that waits for other publishers
-#     load      bulk load the staged rows into a stage table; it may be repeated
-#     publish   one transaction for a job: lock keys and slots, read the ledger again, write the
-#               ledger, copy the rows from the stage tables into their tables, change the states of
-#               other outputs
-#     clean     drop the stage tables
-#
-# After an error during the commit it is unknown whether the transaction was committed. Then, and
-# after a deadlock, all steps are repeated, after such an error on a new connection. The server
-# releases the lock on the key only when it has ended the old connection, so the ledger's answer is
-# final.
-#
-# A stage table is named after the staged file, so that a repeated try finds it. While it is used, a
-# session holds a lock on its name.
 
 
 BATCH_ROWS = 64 << 10
@@ -210,9 +193,18 @@ def _try(session: Session, job: Publication) -> list[Output]:
     """
     schema_of = schemas(session)
     locks = _locks([*job.outputs, *job.changes])
+    new = []
+    with session.transaction(locks):
+        for output in job.outputs:
+            schema_of(output.location).check_form()
+            if not schema_of(output.location).record(output.output_key):
+                new.append(output)
+    for output in new:
+        schema_of(output.location).make_ledger()
     with contextlib.ExitStack() as stack:
-        for output in _look(session, schema_of, job, locks):
-            stack.enter_context(_staged(session, _schema(schema_of, output), output))
+        for output in new:
+            if output.stage:
+                stack.enter_context(_staged(session, schema_of(output.location), output))
         with session.transaction(locks):
             crashpoint("mssql.begun")
             published = publish_job(schema_of, job)
@@ -221,34 +213,9 @@ def _try(session: Session, job: Publication) -> list[Output]:
     return published
 
 
-def _look(
-    session: Session, schema_of: SchemaOf, job: Publication, locks: Sequence[str]
-) -> list[Output]:
-    """The outputs of a job that are not recorded yet and have rows to load; their ledgers are there
-    then.
-
-    Raises:
-        SinkUnavailable: an earlier release made a ledger.
-    """
-    with session.transaction(locks):
-        new = []
-        for output in job.outputs:
-            schema_of(output.location).check_form()
-            if not schema_of(output.location).record(output.output_key):
-                new.append(output)
-    for output in new:
-        _schema(schema_of, output).make_ledger()
-    return [output for output in new if output.stage]
-
-
-def _schema(schema_of: SchemaOf, output: Output) -> MssqlSchema:
-    schema = schema_of(output.location)
-    assert isinstance(schema, MssqlSchema)
-    return schema
-
-
 def _locks(outputs: Sequence[Output]) -> list[str]:
-    return [f"casparian:{key}" for key in lock_keys(outputs)]
+    """What is locked to change these outputs: their keys and location slots."""
+    return [f"casparian:{key}" for o in outputs for key in (o.output_key, o.location_slot)]
 
 
 def stage_table(stage: str) -> str:
@@ -270,12 +237,11 @@ def _staged(session: Session, schema: MssqlSchema, output: Output) -> Iterator[N
         loaded = columns or columns_of(staged.schema_arrow)[-1:]
         table = stage_table(output.stage)
         session.lock(table, session=True)
-        described = [Declared(column.name, column.loaded) for column in loaded]
+        drop = f"DROP TABLE IF EXISTS {schema.table(table)}"
+        described = ", ".join(f"{quote(c.name)} {c.loaded} NULL" for c in loaded)
         with session.transaction():
-            session.execute(
-                statements.drop(schema.table(table)),
-                statements.create(schema.table(table), described),
-            )
+            session.send(drop)
+            session.send(f"CREATE TABLE {schema.table(table)} ({described})")
         crashpoint("mssql.stage_made")
         _load(session, schema.table(table), staged, loaded, output.rows)
         crashpoint("mssql.loaded")
@@ -285,8 +251,8 @@ def _staged(session: Session, schema: MssqlSchema, output: Output) -> Iterator[N
     finally:
         with contextlib.suppress(Refused):  # then a repeated try, or `drop_stages`, removes it
             with session.transaction():
-                session.execute(statements.drop(schema.table(table)))
-            session.execute(statements.unlock(table))
+                session.send(drop)
+            session.unlock(table)
 
 
 def _load(session: Session, table: str, staged: Any, columns: Sequence[Column], rows: int) -> None:

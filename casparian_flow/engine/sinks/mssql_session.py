@@ -14,11 +14,10 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from enum import Enum, auto
+from itertools import chain
 from typing import Any, NamedTuple
 
 from casparian_flow.config import MssqlSettings
-from casparian_flow.engine.sinks import mssql_statements as statements
-from casparian_flow.engine.sinks.mssql_statements import Statement
 from casparian_flow.engine.sinks.sql import LEDGER
 from casparian_flow.errors import (
     ConfigError,
@@ -28,16 +27,19 @@ from casparian_flow.errors import (
     SinkUnavailable,
 )
 
-# Classification of errors. The driver reports them in two forms, and drops the server's error
-# number in the first:
+LOGIN_SECONDS = 15
+"""Timeout for opening a connection."""
+
+
+# The driver reports errors in two forms, and drops the server's error number in the first:
 #
 #     a statement, a login    the name of the SQLSTATE (`Serialization failure`), and the message
 #     a bulk load             `Sql Error: 1205: Class 13: ...`, or a message of the driver itself
 #
 # So an error is known by its number if it has one, else by its SQLSTATE, else by its message, which
-# is in English (`mssql_statements.begin_session`). Exactly-once does not depend on this: after any
-# error, the next try begins by reading the ledger. An unknown error pauses the sink, and the
-# server's own message is shown.
+# is in English (`Session`). Exactly-once does not depend on this: after any error, the next try
+# begins by reading the ledger. An unknown error pauses the sink, and the server's own message is
+# shown.
 
 
 class Kind(Enum):
@@ -69,120 +71,91 @@ RIGHTS = (
     "continue by themselves"
 )
 _LOGIN = "see [mssql] in the configuration, CASPARIAN_MSSQL and CASPARIAN_MSSQL_PASSWORD"
-_CONVERT = "convert the column in the plugin, or widen it in the table"
 
-_DEADLOCK = Fault(Kind.RETRY, "it cancelled this transaction because of a deadlock")
 _LOCKED = Fault(Kind.PAUSE, "another program holds a lock for too long",
                 "find it (sys.dm_tran_locks); the jobs then continue by themselves")  # fmt: skip
-_FULL = Fault(Kind.PAUSE, "its disk or its transaction log is full", _SPACE)
-_DENIED = Fault(Kind.PAUSE, "the login lacks the permission", RIGHTS)
-_NO_LOGIN = Fault(Kind.PAUSE, "it refuses this login", _LOGIN)
-_AWAY = Fault(Kind.PAUSE, "the database is not writable now",
-              "make it online and writable; the jobs then continue by themselves")  # fmt: skip
 _GONE = Fault(Kind.LOST, "the connection is lost",
               "make sure it can be reached; the jobs then continue by themselves")  # fmt: skip
 _SLOW = Fault(Kind.PAUSE, "it took too long",
               "find out what it waits for, or raise mssql.timeout_seconds; the jobs then continue "
               "by themselves")  # fmt: skip
-_TAKEN = Fault(Kind.CONFLICT, "another object has that name; it was left untouched",
-               "rename it, or give the topic another table")  # fmt: skip
-_UNFIT = Fault(Kind.REFUSE, "the rows do not fit into the table", _CONVERT)
-_RULE = Fault(Kind.REFUSE, "a constraint of the table forbids the rows",
-              "change the table's constraints and triggers, or the plugin")  # fmt: skip
-_WIDE = Fault(Kind.REFUSE, "a row has more than the 8060 bytes of a page",
-              "publish fewer columns, or a column of lists")  # fmt: skip
 
-_NUMBERS = {
-    1205: _DEADLOCK, 3960: _DEADLOCK,
-    1222: _LOCKED,
-    1101: _FULL, 1105: _FULL, 9002: _FULL, 1121: _FULL, 40544: _FULL,
-    229: _DENIED, 230: _DENIED, 262: _DENIED, 297: _DENIED, 300: _DENIED, 916: _DENIED,
-    1088: _DENIED, 2557: _DENIED, 2760: _DENIED, 3704: _DENIED, 15247: _DENIED,
-    4060: _NO_LOGIN, 18452: _NO_LOGIN, 18456: _NO_LOGIN, 18470: _NO_LOGIN, 18486: _NO_LOGIN,
-    18487: _NO_LOGIN, 18488: _NO_LOGIN, 40615: _NO_LOGIN,
-    924: _AWAY, 927: _AWAY, 942: _AWAY, 945: _AWAY, 976: _AWAY, 978: _AWAY, 983: _AWAY, 3906: _AWAY,
-    3908: _AWAY, 701: _AWAY, 802: _AWAY, 8645: _AWAY, 8651: _AWAY, 823: _AWAY, 824: _AWAY,
-    10928: _AWAY, 10929: _AWAY, 40197: _AWAY, 40501: _AWAY, 40613: _AWAY, 49918: _AWAY,
-    49919: _AWAY, 49920: _AWAY,
-    64: _GONE, 121: _GONE, 233: _GONE, 596: _GONE, 6005: _GONE, 10053: _GONE, 10054: _GONE,
-    10060: _GONE,
-    2714: _TAKEN,
-    220: _UNFIT, 232: _UNFIT, 241: _UNFIT, 242: _UNFIT, 245: _UNFIT, 248: _UNFIT, 257: _UNFIT,
-    2628: _UNFIT, 4863: _UNFIT, 4864: _UNFIT, 4815: _UNFIT, 7339: _UNFIT, 8023: _UNFIT,
-    8114: _UNFIT, 8115: _UNFIT, 8152: _UNFIT, 9420: _UNFIT,
-    515: _RULE, 547: _RULE, 2601: _RULE, 2627: _RULE, 3609: _RULE,
-    271: _RULE, 273: _RULE,
-    511: _WIDE, 1701: _WIDE, 1702: _WIDE, 1708: _WIDE,
-}  # fmt: skip
-"""Error number of the server -> fault."""
+_UNFIT = Fault(Kind.REFUSE, "the rows do not fit into the table",
+               "convert the column in the plugin, or widen it in the table")  # fmt: skip
 
-_STATES = {
-    "Serialization failure": _DEADLOCK,                              # 40001
-    "Timeout expired": _SLOW,                                        # HYT00
-    "Operation canceled": _SLOW,                                     # HY008
-    "Connection timeout expired": _GONE,                             # HYT01
-    "Client unable to establish connection": _GONE,                  # 08001
-    "Connection not open": _GONE,                                    # 08003
-    "Server rejected the connection": _NO_LOGIN,                     # 08004
-    "Connection failure during transaction": _GONE,                  # 08007
-    "Communication link failure": _GONE,                             # 08S01
-    "Statement completion unknown": _GONE,                           # 40003
-    "Invalid authorization specification": _NO_LOGIN,                # 28000
-    "String data, right-truncated": _UNFIT,                          # 22001: 2628, 8152
-    "Numeric value out of range": _UNFIT,                            # 22003: 220, 8115
-    "Invalid datetime format": _UNFIT,                               # 22007: 241
-    "Datetime field overflow": _UNFIT,                               # 22008: 242
-    "Invalid character value for cast specification": _UNFIT,        # 22018: 245
-    "Integrity constraint violation": _RULE,                         # 23000: 515, 547, 2627
-    "Base table or view already exists": _TAKEN,                     # 42S01: 2714
-}  # fmt: skip
-"""The driver's name of an SQLSTATE -> fault."""
-
-_SAID = [
-    (r"deadlock", _DEADLOCK),
-    (r"Lock request time ?out", _LOCKED),
-    (r"transaction log for database .* is full|Could not allocate", _FULL),
-    (r"permission (was )?denied|not have permission|permissions? .* denied|"
-     r"does not exist or you do not have permission", _DENIED),
-    (r"Login failed|Cannot open database", _NO_LOGIN),
-    (r"read-only|not currently available|cannot be opened|single-user|middle of a restore", _AWAY),
-    (r"already an object named", _TAKEN),
-    (r"would be truncated", _UNFIT),
-    (r"Cannot create a row of size|row size", _WIDE),
-    (r"timed out|Timeout Error", _SLOW),
-    (r"\b(IO error|Io error|Connection Error|Connection closed|TLS Error|Protocol Error): |"
-     r"connection (has been|was|is) (closed|reset|broken|lost)|closed connection|10054|Broken pipe",
-     _GONE),
-    (r"Usage Error|Type Conversion Error|Cannot map Arrow", _UNFIT),
+_FAULTS: list[tuple[Fault, set[int], set[str], str]] = [
+    (Fault(Kind.RETRY, "it cancelled this transaction because of a deadlock"),
+     {1205, 3960}, {"Serialization failure"}, r"deadlock"),
+    (_LOCKED, {1222}, set(), r"Lock request time ?out"),
+    (Fault(Kind.PAUSE, "its disk or its transaction log is full", _SPACE),
+     {1101, 1105, 9002, 1121, 40544}, set(),
+     r"transaction log for database .* is full|Could not allocate"),
+    (Fault(Kind.PAUSE, "the login lacks the permission", RIGHTS),
+     {229, 230, 262, 297, 300, 916, 1088, 2557, 2760, 3704, 15247}, set(),
+     r"permission (was )?denied|not have permission|permissions? .* denied|"
+     r"does not exist or you do not have permission"),
+    (Fault(Kind.PAUSE, "it refuses this login", _LOGIN),
+     {4060, 18452, 18456, 18470, 18486, 18487, 18488, 40615},
+     {"Server rejected the connection", "Invalid authorization specification"},
+     r"Login failed|Cannot open database"),
+    (Fault(Kind.PAUSE, "the database is not writable now",
+           "make it online and writable; the jobs then continue by themselves"),
+     {924, 927, 942, 945, 976, 978, 983, 3906, 3908, 701, 802, 8645, 8651, 823, 824,
+      10928, 10929, 40197, 40501, 40613, 49918, 49919, 49920}, set(),
+     r"read-only|not currently available|cannot be opened|single-user|middle of a restore"),
+    (Fault(Kind.CONFLICT, "another object has that name; it was left untouched",
+           "rename it, or give the topic another table"),
+     {2714}, {"Base table or view already exists"}, r"already an object named"),
+    (_UNFIT,
+     {220, 232, 241, 242, 245, 248, 257, 2628, 4863, 4864, 4815, 7339, 8023, 8114, 8115, 8152,
+      9420},
+     {"String data, right-truncated", "Numeric value out of range", "Invalid datetime format",
+      "Datetime field overflow", "Invalid character value for cast specification"},
+     r"would be truncated"),
+    (Fault(Kind.REFUSE, "a row has more than the 8060 bytes of a page",
+           "publish fewer columns, or a column of lists"),
+     {511, 1701, 1702, 1708}, set(), r"Cannot create a row of size|row size"),
+    (Fault(Kind.REFUSE, "a constraint of the table forbids the rows",
+           "change the table's constraints and triggers, or the plugin"),
+     {515, 547, 2601, 2627, 3609, 271, 273}, {"Integrity constraint violation"}, r"(?!)"),
+    (_SLOW, set(), {"Timeout expired", "Operation canceled"}, r"timed out|Timeout Error"),
+    (_GONE,
+     {64, 121, 233, 596, 6005, 10053, 10054, 10060},
+     {"Connection timeout expired", "Client unable to establish connection", "Connection not open",
+      "Connection failure during transaction", "Communication link failure",
+      "Statement completion unknown"},
+     r"\b(IO error|Io error|Connection Error|Connection closed|TLS Error|Protocol Error): |"
+     r"connection (has been|was|is) (closed|reset|broken|lost)|closed connection|10054|"
+     r"Broken pipe"),
+    (_UNFIT, set(), set(), r"Usage Error|Type Conversion Error|Cannot map Arrow"),
 ]  # fmt: skip
-"""Patterns of messages and their faults; the first match counts."""
+"""Faults and how each is known: error numbers of the server, the driver's names of SQLSTATEs, a
+pattern of messages; the first match counts."""
 
 _SQL_ERROR = re.compile(r"Sql Error: (\d+): Class \d+: State \d+: (.*?) on \S* in ", re.DOTALL)
 
-UNKNOWN = Fault(Kind.PAUSE, "it cannot take the rows", "the jobs then continue by themselves")
+_UNKNOWN = Fault(Kind.PAUSE, "it cannot take the rows", "the jobs then continue by themselves")
 
 
 def fault_of(error: Exception) -> Fault:
     """Classify an error of the driver; the server's own message follows ours."""
-    own = said(error)
-    known = _by_number(error) or _STATES.get(getattr(error, "driver_error", "")) or _by_words(own)
-    kind, message, hint = known or UNKNOWN
-    if message == _SLOW.words and re.search(r"[Ll]ock request time ?out", own):
-        kind, message, hint = _LOCKED  # both are HYT00
-    if kind is Kind.REFUSE and LEDGER in own:
-        kind = Kind.RETRY  # another process has just published this key: read the ledger again
-    return Fault(kind, f"{message}: {own}", hint)
+    own, state = _said(error), getattr(error, "driver_error", "")
+    numbers = [int(found[1]) for found in _SQL_ERROR.finditer(str(error))]
+    known = chain(
+        (fault for n in numbers for fault, has, _, _ in _FAULTS if n in has),
+        (fault for fault, _, has, _ in _FAULTS if state in has),
+        (fault for fault, _, _, words in _FAULTS if re.search(words, own)),
+    )
+    fault = next(known, _UNKNOWN)
+    if fault is _SLOW and re.search(r"[Ll]ock request time ?out", own):
+        fault = _LOCKED  # both are HYT00
+    if fault.kind is Kind.REFUSE and LEDGER in own:
+        # Another process has just published this key: read the ledger again.
+        fault = fault._replace(kind=Kind.RETRY)
+    return fault._replace(words=f"{fault.words}: {own}")
 
 
-def unreached(fault: Fault) -> Fault:
-    """The fault of a connection that could not be opened: nothing was lost with it."""
-    if fault.kind is not Kind.LOST:
-        return fault
-    message = fault.words.replace(_GONE.words, "it cannot be reached")
-    return Fault(Kind.PAUSE, message, fault.hint)
-
-
-def said(error: Exception) -> str:
+def _said(error: Exception) -> str:
     """The server's message, without the driver's prefixes."""
     text = str(getattr(error, "ddbc_error", "")) or str(error)
     if found := _SQL_ERROR.search(text):
@@ -204,19 +177,6 @@ def refusal(fault: Fault, place: str) -> JobError:
         case _:
             return SinkUnavailable(f"cannot write {place}: {fault.words}", fault.hint)
 
-
-def _by_number(error: Exception) -> Fault | None:
-    """The fault of the first known number; one message may have several errors in it."""
-    numbers = (int(found[1]) for found in _SQL_ERROR.finditer(str(error)))
-    return next((_NUMBERS[number] for number in numbers if number in _NUMBERS), None)
-
-
-def _by_words(message: str) -> Fault | None:
-    return next((fault for pattern, fault in _SAID if re.search(pattern, message)), None)
-
-
-LOGIN_SECONDS = 15
-"""Timeout for opening a connection."""
 
 _BRACED = re.compile(r"\{(?:[^}]|\}\})*\}")
 _ENCRYPTS = re.compile(r"(?:^|;)\s*encrypt\s*=", re.IGNORECASE)
@@ -289,35 +249,38 @@ class Session:
     def __init__(self, settings: MssqlSettings) -> None:
         self._settings = settings
         self._connection = _connect(settings)
+        # Errors roll back the transaction, statements report how many rows they changed, messages
+        # are in English, and waiting for a lock has a timeout.
+        wait = round(settings.lock_seconds * 1000)
         with self.transaction():
-            self.execute(statements.begin_session(settings.lock_seconds))
+            self.send(
+                "SET XACT_ABORT ON; SET NOCOUNT OFF; SET LANGUAGE us_english; "
+                f"SET LOCK_TIMEOUT {wait}"
+            )
 
     def close(self) -> None:
         """Close the connection; the server rolls back and releases its locks."""
         with contextlib.suppress(Exception):  # it may be lost already
             self._connection.close()
 
-    def execute(self, *sent: Statement) -> list[tuple[Any, ...]]:
-        """Send statements one after another; returns the rows of the last.
+    def ask(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """The rows that a statement returns.
 
         Raises:
-            Refused: one failed; the caller must roll back the earlier ones.
-        """
-        rows: list[tuple[Any, ...]] = []
-        for statement in sent:
-            with _told(), contextlib.closing(self._connection.cursor()) as cursor:
-                cursor.execute(statement.sql, statement.values)
-                rows = [tuple(row) for row in cursor.fetchall()] if cursor.description else []
-        return rows
-
-    def change(self, statement: Statement) -> int:
-        """Send a statement that changes rows; returns their number.
-
-        Raises:
-            Refused: as `execute`.
+            Refused: it failed; the caller must roll back what came before.
         """
         with _told(), contextlib.closing(self._connection.cursor()) as cursor:
-            cursor.execute(statement.sql, statement.values)
+            cursor.execute(sql, values)
+            return [tuple(row) for row in cursor.fetchall()]
+
+    def send(self, sql: str, *values: Any) -> int:
+        """Send a statement; returns how many rows it changed.
+
+        Raises:
+            Refused: as `ask`.
+        """
+        with _told(), contextlib.closing(self._connection.cursor()) as cursor:
+            cursor.execute(sql, values)
             return int(cursor.rowcount)
 
     @contextlib.contextmanager
@@ -355,16 +318,28 @@ class Session:
         Raises:
             Refused: another session held it for longer than `lock_seconds`.
         """
-        wait = self._settings.lock_seconds
-        ((given,),) = self.execute(statements.lock(resource, wait, session=session))
+        owner = "Session" if session else "Transaction"
+        given = self._applock(resource, owner, self._settings.lock_seconds)
         if given < 0:
             unknown = Fault(Kind.PAUSE, f"cannot get a lock (sp_getapplock returned {given})")
             raise Refused(_GIVEN.get(given, unknown))
 
     def try_lock(self, resource: str) -> bool:
         """Take a session's lock if it is free; returns whether it was taken."""
-        ((given,),) = self.execute(statements.lock(resource, 0, session=True))
-        return bool(given >= 0)
+        return self._applock(resource, "Session", 0) >= 0
+
+    def unlock(self, resource: str) -> None:
+        """Release a session's lock."""
+        self.send("EXEC sp_releaseapplock @Resource = ?, @LockOwner = 'Session'", resource)
+
+    def _applock(self, resource: str, owner: str, seconds: float) -> int:
+        """0 or 1 if the lock is granted, else negative."""
+        ((given,),) = self.ask(
+            "SET NOCOUNT ON; DECLARE @given int; EXEC @given = sp_getapplock @Resource = ?, "
+            f"@LockMode = 'Exclusive', @LockOwner = '{owner}', @LockTimeout = ?; SELECT @given",
+            resource, round(seconds * 1000),
+        )  # fmt: skip
+        return int(given)
 
     def load(self, table: str, rows: Any) -> int:
         """Bulk load a pyarrow RecordBatchReader into a table, named as `qualified` returned it;
@@ -418,7 +393,11 @@ def _connect(settings: MssqlSettings) -> Any:
                 connection_string(settings), timeout=LOGIN_SECONDS, ConnectRetryCount="0"
             )
     except Refused as refused:
-        raise Refused(unreached(refused.fault)) from None
+        fault = refused.fault
+        if fault.kind is Kind.LOST:  # it was not opened: nothing was lost with it
+            words = fault.words.replace(_GONE.words, "it cannot be reached")
+            fault = fault._replace(kind=Kind.PAUSE, words=words)
+        raise Refused(fault) from None
     except (ValueError, driver.ConnectionStringParseError):
         # Its message may quote a part of a password that has a semicolon in it.
         raise SinkUnavailable(

@@ -1,24 +1,28 @@
 """The tables and views of a schema of SQL Server, and how the columns of an output fit to them.
 
+    <schema>._cf_outputs               the sink's ledger: a row for each output
+    <schema>._cf_rows_<table>          the topic's rows
+    <schema>.<table>                   view of the rows that stand; <table>_current, <table>_history
+    <schema>.casparian_stage_<...>     rows on their way into a `_cf_rows_<table>`
+
 `_cf_rows_<table>` has `_cf_output` and the topic's columns; a table that an earlier release made
 has the lineage columns too, and they are filled, for the sake of other people's triggers.
 
 Tables, columns and views are made in a transaction of their own before rows are written, under a
 lock on the schema. It is never undone: the next attempt needs them.
+tests/sinks/mssql_statements.sql shows all statements as they are sent.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks import mssql_statements as statements
 from casparian_flow.engine.sinks import table_of
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.engine.sinks.mssql_session import RIGHTS, Fault, Kind, Refused, Session
-from casparian_flow.engine.sinks.mssql_statements import Declared, Statement, qualified
 from casparian_flow.engine.sinks.mssql_types import (
     NAME_LIMIT,
     Column,
@@ -27,9 +31,28 @@ from casparian_flow.engine.sinks.mssql_types import (
     declared_as,
     fold,
 )
-from casparian_flow.engine.sinks.sql import LEDGER, Schema, rows_prefix
+from casparian_flow.engine.sinks.sql import LEDGER, Schema
 from casparian_flow.errors import OutputRefused, SinkConflict
 from casparian_flow.protocol import Output
+
+STAGE = "casparian_stage_"
+"""How the name of every stage table begins."""
+
+_EXACT = "COLLATE Latin1_General_BIN2"
+"""The collation of keys: bytes are compared, whatever the database's own collation."""
+
+_TYPES = {
+    "serial": "bigint IDENTITY", "number": "bigint", "key": f"nvarchar(64) {_EXACT}",
+    "topic": f"nvarchar(400) {_EXACT}", "name": "nvarchar(128)", "word": "nvarchar(10)",
+    "hash": "nvarchar(64)", "time": "nvarchar(40)", "label": "nvarchar(255)",
+    "text": "nvarchar(max)",
+}  # fmt: skip
+
+_READ = "state, mode, file_version_id, job_id, source_hash, plugin_version"
+"""What views read of the ledger. An index has it all, so that readers of one view do not wait for
+who changes outputs of another."""
+
+_WHOLE = ("tinyint", "smallint", "int", "bigint")
 
 
 class Staged(NamedTuple):
@@ -43,6 +66,16 @@ class Staged(NamedTuple):
     """The number of the table that they are for; 0 if none is."""
 
 
+def quote(name: str) -> str:
+    """A name in brackets."""
+    return "[" + name.replace("]", "]]") + "]"
+
+
+def qualified(schema: str, name: str) -> str:
+    """The name of a table or view with its schema, in brackets."""
+    return f"{quote(schema)}.{quote(name)}"
+
+
 class MssqlSchema(Schema):
     """A schema of SQL Server.
 
@@ -52,12 +85,17 @@ class MssqlSchema(Schema):
     """
 
     own_topic_hint = "rename that table, or give the topic another table"
+    types = _TYPES
+    ledger_indexes = (
+        f"CREATE INDEX _cf_view ON {{}} (view_name, topic) INCLUDE ({_READ})",
+        "CREATE INDEX _cf_table ON {} (view_name, table_number, state)",
+    )
     number_of_rows = "COUNT_BIG(*)"
     dirty_hint = " WITH (READUNCOMMITTED)"
 
     def __init__(self, session: Session, schema: str) -> None:
         if not schema:
-            ((schema,),) = session.execute(statements.default_schema())
+            ((schema,),) = session.ask("SELECT SCHEMA_NAME()")
         self.session = session
         self.name = schema
         self.place = f"schema {schema} of SQL Server"
@@ -67,34 +105,31 @@ class MssqlSchema(Schema):
         """Output key -> where its rows are."""
 
     def ask(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        """See `Schema.ask`."""
-        return self.session.execute(Statement(sql, values))
+        return self.session.ask(sql, *values)
 
     def send(self, sql: str, *values: Any) -> int:
-        """See `Schema.send`."""
-        return self.session.change(Statement(sql, values))
+        return self.session.send(sql, *values)
 
     def quote(self, name: str) -> str:
-        """See `Schema.quote`."""
-        return statements.quote(name)
+        return quote(name)
 
     def table(self, name: str) -> str:
-        """See `Schema.table`."""
         return qualified(self.name, name)
 
     def fold(self, name: str) -> str:
-        """See `Schema.fold`."""
         return fold(name)
 
     def columns(self, name: str) -> Mapping[str, str]:
-        """See `Schema.columns`."""
-        rows = self.session.execute(statements.columns(self.table(name)))
+        rows = self.ask(
+            "SELECT c.name, TYPE_NAME(c.system_type_id), c.max_length, c.precision, c.scale "
+            "FROM sys.columns AS c WHERE c.object_id = OBJECT_ID(?) ORDER BY c.column_id",
+            self.table(name),
+        )
         return {column: declared_as(*described) for column, *described in rows}
 
     def has(self, name: str) -> bool:
         """See `Schema.has`. Procedures and other objects share the names of tables, too."""
-        ((number,),) = self.session.execute(statements.object_id(self.table(name)))
-        return number is not None
+        return self.ask("SELECT OBJECT_ID(?)", self.table(name)) != [(None,)]
 
     def definition(self, view: str) -> str:
         """See `Schema.definition`.
@@ -102,32 +137,37 @@ class MssqlSchema(Schema):
         Raises:
             Refused: the login may not see whether the view is ours.
         """
-        ((number, text),) = self.session.execute(statements.definition(self.table(view)))
+        asked = "SELECT OBJECT_ID(?, 'V'), OBJECT_DEFINITION(OBJECT_ID(?, 'V'))"
+        ((number, text),) = self.ask(asked, self.table(view), self.table(view))
         if number is not None and text is None:
             words = f"the login may not see the definition of the view {view!r}"
             raise Refused(Fault(Kind.PAUSE, words, RIGHTS))
         return text or ""
 
     def put_view(self, view: str, query: str) -> None:
-        """See `Schema.put_view`."""
         if not self.definition(view).endswith(f" AS {query}"):
-            self.session.execute(statements.put_view(self.table(view), query))
+            self.send(f"CREATE OR ALTER VIEW {self.table(view)} AS {query}")
 
     def target(self, view: str) -> str:
-        """See `Schema.target`."""
         return f"mssql://{self.name}.{view}"
 
     def view_of(self, output: Output) -> str:
-        """See `Schema.view_of`."""
         return table_of(output.location)[1]
 
-    def rows_table(self, view: str, number: int = 1) -> str:
-        """See `Schema.rows_table`."""
-        return named_after(rows_prefix(number), view)
+    def named(self, prefix: str, view: str) -> str:
+        return named_after(prefix, view)
 
     def null(self, kind: str) -> str:
         """See `Schema.null`. A bare NULL would be an integer, and so would the column."""
         return f"CAST(NULL AS {kind})"
+
+    def is_name(self, view: str) -> bool:
+        return _is_short(view)
+
+    def scope(self, view: str) -> str:
+        """See `Schema.scope`. A view reads no outputs of other views, which may be locked now."""
+        literal = view.replace("'", "''")
+        return f" AND o.view_name = N'{literal}'"
 
     def misfit(self, view: str, numbers: Sequence[int]) -> str:
         """See `Schema.misfit`. A union has one type, and a value that is not of it is an error for
@@ -140,9 +180,16 @@ class MssqlSchema(Schema):
                     return f"column {name!r} is {first} in one and {kind} in others"
         return ""
 
-    def is_name(self, view: str) -> bool:
-        """See `Schema.is_name`."""
-        return _is_short(view)
+    def index_outputs(self, table: str) -> None:
+        self.send(f"CREATE INDEX _cf_output_of ON {self.table(table)} (_cf_output)")
+
+    def make_ledger(self) -> None:
+        """Create the sink's ledger, unless there is one."""
+        if not self.has_ledger():
+            with self.session.transaction([self.lock]):
+                if not self.has_ledger():  # another process may have created it
+                    self.create_ledger()
+                    crashpoint("mssql.ledger_made")
 
     def load(self, output: Output, number: int) -> int:
         """See `Schema.load`. The rows are in a stage table.
@@ -154,34 +201,32 @@ class MssqlSchema(Schema):
         if staged is None:
             raise Refused(Fault(Kind.RETRY, "another program has just deleted the same output"))
         if staged.table:
-            copied = self.session.change(
-                statements.insert_staged(
-                    self.table(self.rows_table(self.view_of(output), staged.number)),
-                    self.table(staged.table), staged.names, number,
-                )
-            )  # fmt: skip
+            # Without parameters: a name may have a question mark in it.
+            table = self.table(self.rows_table(self.view_of(output), staged.number))
+            listed = "".join(f", {quote(name)}" for name in staged.names)
+            chosen = "".join(f", s.{quote(name)}" for name in staged.names)
+            copied = self.send(
+                f"INSERT INTO {table} (_cf_output{listed}) "  # noqa: S608
+                f"SELECT {number}{chosen} FROM {self.table(staged.table)} AS s"
+            )
             if copied != output.rows:
                 raise Refused(Fault(Kind.RETRY, f"{copied} rows were in {staged.table}"))
             crashpoint("mssql.rows_written")
         return staged.number
 
-    def make_ledger(self) -> None:
-        """Create the sink's ledger, unless there is one."""
-        if not self.has_ledger():
-            with self.session.transaction([self.lock]):
-                if not self.has_ledger():  # another process may have created it
-                    self.session.execute(*statements.create_ledger(self.name))
-                    crashpoint("mssql.ledger_made")
+    # The columns of a table of rows; `incoming` are those of an output.
 
-    def rename(self, table: str, name: str) -> None:
-        """Give a table another name; it keeps its indexes, triggers and rights."""
-        self.session.execute(statements.rename(self.table(table), name))
+    def is_alike(self, table: str, incoming: Any) -> bool:
+        there = self._by_fold(table)
+        own = {fold(column.name): column.declared for column in incoming if column.declared}
+        return all(there[name][1] == kind for name, kind in own.items() if name in there)
 
-    def rights(self, name: str) -> list[str]:
-        """Who was given rights on a table itself, a sentence for all."""
-        rows = self.session.execute(statements.rights(self.table(name)))
-        given = [f"{state} {right} to {who}" for state, right, who in rows]
-        return [f"rights to give again: {'; '.join(given)}"] if given else []
+    def fits(self, table: str, incoming: Any) -> bool:
+        try:
+            self._fitted(table, incoming)
+        except OutputRefused:
+            return False
+        return True
 
     def prepare(self, output: Output, arrow: Any) -> tuple[int, list[Column]]:
         """Have a table of the topic with the columns of an output, and the views.
@@ -202,10 +247,10 @@ class MssqlSchema(Schema):
         if not own:  # a plugin that published no batch has given no columns
             return 0, []
         view = self.view_of(output)
-        number = self._table_for(output, incoming)
+        number = self.choose_table(output, 0, incoming)
         table = self.rows_table(view, number)
-        existing = self._by_fold(table)
         self._check_topic(view, output.topic)
+        existing = self._by_fold(table)
         if not existing or _missing(own, existing) or not self._is_our_view(view):
             with self.session.transaction([self.lock]):
                 self.check_ours(view)
@@ -213,82 +258,83 @@ class MssqlSchema(Schema):
                 self._make(table, own)
                 self.make_views(view)
             crashpoint("mssql.table_ready")
-            existing = self._by_fold(table)
-        return number, _fitted(incoming, existing)
+        return number, self._fitted(table, incoming)
 
-    def _table_for(self, output: Output, incoming: Sequence[Column]) -> int:
-        """The number of the table for an output's rows."""
-        view = self.view_of(output)
+    def _fitted(self, table: str, incoming: Sequence[Column]) -> list[Column]:
+        """The columns that a table has, fitted to it.
 
-        def types(number: int) -> dict[str, Declared]:
-            return self._by_fold(self.rows_table(view, number))
+        Raises:
+            OutputRefused: one has another type in the table.
+        """
+        existing = self._by_fold(table)
+        taken = [c for c in incoming if c.declared and fold(c.name) in existing]
+        return [c.fit(kind, name) for c in taken for name, kind in [existing[fold(c.name)]]]
 
-        def is_alike(number: int) -> bool:
-            there = types(number)
-            return all(
-                there[fold(c.name)].type == c.declared
-                for c in incoming
-                if c.declared and fold(c.name) in there
-            )
-
-        def fits(number: int) -> bool:
-            try:
-                _fitted(incoming, types(number))
-            except OutputRefused:
-                return False
-            return True
-
-        return self.choose_table(
-            view, 0, is_rebuilt=output.generation > 0, is_alike=is_alike, fits=fits
-        )
-
-    def scope(self, view: str) -> str:
-        """See `Schema.scope`. A view reads no outputs of other views, which may be locked now."""
-        return f" AND o.view_name = {statements.text(view)}"
-
-    def _by_fold(self, table: str) -> dict[str, Declared]:
-        return {fold(name): Declared(name, kind) for name, kind in self.columns(table).items()}
+    def _by_fold(self, table: str) -> dict[str, tuple[str, str]]:
+        """Name, folded -> name and type of a table's columns."""
+        return {fold(name): (name, kind) for name, kind in self.columns(table).items()}
 
     def _make(self, table: str, own: Sequence[Column]) -> None:
         existing = self._by_fold(table)  # another process may have created it
         missing = _missing(own, existing)
         ours = {*map(fold, LINEAGE), "_cf_output"}
         check_count(len((existing.keys() | {fold(column.name) for column in missing}) - ours))
+        listed = ", ".join(f"{quote(column.name)} {column.declared} NULL" for column in missing)
         if not existing:
-            self.session.execute(*statements.create_rows(self.table(table), missing))
+            listed = ", ".join(filter(None, ["_cf_output bigint NOT NULL", listed]))
+            self.send(f"CREATE TABLE {self.table(table)} ({listed})")
+            self.index_outputs(table)
         elif missing:
-            self.session.execute(statements.add_columns(self.table(table), missing))
+            self.send(f"ALTER TABLE {self.table(table)} ADD {listed}")
 
     def _check_topic(self, view: str, topic: str) -> None:
-        found = statements.other_topics(self.table(LEDGER), view, topic)
-        if others := self.session.execute(found):
+        query = f"SELECT topic FROM {self.table(LEDGER)} WHERE view_name = ? AND topic <> ?"  # noqa: S608
+        if others := self.ask(query, view, topic):
             raise SinkConflict(
                 f"{self.target(view)} has the rows of topic {others[0][0]!r}; it was left "
                 "untouched",
                 f"give topic {topic!r} a table of its own",
             )
 
+    # For an upgrade.
 
-def _fitted(incoming: Iterable[Column], existing: Mapping[str, Declared]) -> list[Column]:
-    """The columns that a table has, fitted to it."""
-    return [
-        column.fit(existing[fold(column.name)].type).named(existing[fold(column.name)].name)
-        for column in incoming
-        if column.declared and fold(column.name) in existing
-    ]
+    def hold(self) -> None:
+        self.session.lock(self.lock)
 
+    def rename(self, table: str, name: str) -> None:
+        self.send("EXEC sp_rename @objname = ?, @newname = ?", self.table(table), name)
 
-_WHOLE = ("tinyint", "smallint", "int", "bigint")
+    def set_apart(self, table: str) -> tuple[list[str], list[str]]:
+        """Rights on the table do not go over to the view that takes its name: they are told."""
+        name = self.table(table)
+        rows = self.ask(
+            "SELECT p.state_desc, p.permission_name, USER_NAME(p.grantee_principal_id) "
+            "FROM sys.database_permissions AS p WHERE p.class = 1 AND p.major_id = OBJECT_ID(?)",
+            name,
+        )
+        given = [f"{state} {right} to {who}" for state, right, who in rows]
+        again = [
+            f"ALTER TABLE {name} ALTER COLUMN _cf_output bigint NOT NULL",
+            f"DROP INDEX IF EXISTS _cf_job ON {name}",
+        ]
+        return again, [f"rights to give again: {'; '.join(given)}"] if given else []
 
+    def number(self, table: str, lineage: Sequence[Any], output: int, most: int = 0) -> None:
+        these = " AND ".join(
+            f"{name} IS NULL" if value is None else f"{name} = ?"
+            for name, value in zip(LINEAGE, lineage, strict=True)
+        )
+        top = f"TOP ({most:d}) " if most else ""
+        self.send(
+            f"UPDATE {top}{self.table(table)} SET _cf_output = ? "  # noqa: S608
+            f"WHERE _cf_output IS NULL AND {these}",
+            output, *(value for value in lineage if value is not None),
+        )  # fmt: skip
 
-def _are_one(kind: str, other: str) -> bool:
-    """Whether a union holds every value of both types as it is."""
-    bases = [each.partition("(")[0] for each in (kind, other)]
-    return (
-        kind == other
-        or all(base in _WHOLE for base in bases)
-        or (bases[0] == bases[1] and bases[0] != "decimal")
-    )
+    def compared(self, view: str) -> Iterator[Any]:
+        """How many rows there are of each lineage: the rows themselves are never rewritten."""
+        listed, of = ", ".join(LINEAGE), self.table(view)
+        yield from self.ask(f"SELECT {listed}, {self.number_of_rows} FROM {of} GROUP BY {listed}")  # noqa: S608
 
 
 def named_after(prefix: str, table: str) -> str:
@@ -301,10 +347,16 @@ def _is_short(name: str) -> bool:
     return len(name.encode("utf-16-le")) // 2 <= NAME_LIMIT
 
 
-def _missing(wanted: Iterable[Column], existing: Mapping[str, Declared]) -> list[Declared]:
+def _are_one(kind: str, other: str) -> bool:
+    """Whether a union holds every value of both types as it is."""
+    bases = [each.partition("(")[0] for each in (kind, other)]
+    return (
+        kind == other
+        or all(base in _WHOLE for base in bases)
+        or (bases[0] == bases[1] and bases[0] != "decimal")
+    )
+
+
+def _missing(wanted: Sequence[Column], existing: Mapping[str, Any]) -> list[Column]:
     """The columns that a table lacks; a column of nulls is added later, with its type."""
-    return [
-        Declared(column.name, column.declared)
-        for column in wanted
-        if column.declared and fold(column.name) not in existing
-    ]
+    return [c for c in wanted if c.declared and fold(c.name) not in existing]

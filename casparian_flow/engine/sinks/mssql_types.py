@@ -116,25 +116,22 @@ class Column:
             else:
                 _exact(_decoded(values), self.plain)
 
-    def fit(self, declared: str) -> Column:
-        """The column for a table that declares it with another type.
+    def fit(self, declared: str, name: str = "") -> Column:
+        """The column for a table that declares it with this type.
+
+        Args:
+            name: the table's spelling of the name; empty: the same.
 
         Raises:
             OutputRefused: the values would change in the table.
         """
-        if not self.declared or declared == self.declared:
-            return self
-        fitted = replace(self, declared=declared)
+        fitted = replace(self, name=name or self.name, declared=declared)
         if fitted.loaded == self.loaded or _are_numbers(declared, self.declared):
             return fitted
         raise self._refused(
             f"is {declared} in the table, not {self.declared}",
             "convert the column in the plugin, or give it another name",
         )
-
-    def named(self, name: str) -> Column:
-        """The same column with the table's spelling of its name."""
-        return replace(self, name=name)
 
     @contextmanager
     def _holding(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What all sinks in SQL databases do: rows never move, and a state says who sees them.
+"""The tables and views of a SQL database: rows never move, and a state says who sees them.
 
     _cf_rows_<topic>     the topic's rows; `_cf_output` in each names its output
     _cf_rows2_<topic>    rows of a rebuild whose columns have other types; `_cf_rows3_` and so on
@@ -11,9 +11,10 @@
 So a change of what readers see is an UPDATE of a few rows in `_cf_outputs`. A topic with several
 tables of rows has views that unite them by column name, the newest first; a table without an output
 that stands is left out, so its types do not count. A further table goes with its last output; the
-first one stays, with what other people made on it. `Schema` does this on top of what a dialect
-supplies: `sqlite.py` and `mssql.py`. The statements here are in the SQL that
-both have, with `?` for values.
+first one stays, with what other people made on it.
+
+`Schema` has the statements, in the SQL that SQLite and SQL Server both have, with `?` for values.
+`sqlite_tables.py` and `mssql_tables.py` supply where the two differ.
 """
 
 from __future__ import annotations
@@ -21,41 +22,43 @@ from __future__ import annotations
 import contextlib
 import json
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
-from collections.abc import (
-    Callable,
-    Collection,
-    Container,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from msgspec import structs
-
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.engine.sinks.base import facts_in, output_of
-from casparian_flow.engine.sinks.sql_views import united
-from casparian_flow.errors import JobError, SinkConflict, SinkUnavailable
-from casparian_flow.protocol import Output, Publication, State
+from casparian_flow.engine.sinks.base import LINEAGE, facts_in, output_of
+from casparian_flow.errors import SinkConflict, SinkUnavailable
+from casparian_flow.protocol import Output, State
 
 LEDGER = "_cf_outputs"
 
 ROWS = "_cf_rows_"
-"""How the name of a topic's first table begins; see `rows_prefix`."""
+"""How the name of a topic's first table begins; see `Schema.rows_table`."""
 
-RECORDED = (
-    "id", "output_key", "topic", "view_name", "mode", "state", "rows", "digest", "published_at",
-    "shown_at", "hidden_at", "job_id", "file_version_id", "source_hash", "plugin_version", "facts",
-    "table_number",
-)  # fmt: skip
-"""The columns of the ledger. Times are ISO 8601 in UTC, empty for never. The database gives `id`;
-`view_name` is the topic's view, which the location of a SQL Server sink names; `table_number` says
+_COLUMNS = {
+    "id": "{serial} NOT NULL PRIMARY KEY",
+    "output_key": "{key} NOT NULL UNIQUE",
+    "topic": "{topic} NOT NULL",
+    "view_name": "{name} NOT NULL",
+    "mode": "{word} NOT NULL",
+    "state": "{word} NOT NULL",
+    "rows": "{number} NOT NULL",
+    "digest": "{hash} NOT NULL",
+    "published_at": "{time} NOT NULL",
+    "shown_at": "{time} NOT NULL",
+    "hidden_at": "{time} NOT NULL",
+    "job_id": "{number} NULL",
+    "file_version_id": "{number} NULL",
+    "source_hash": "{hash} NULL",
+    "plugin_version": "{label} NULL",
+    "facts": "{text} NOT NULL",
+    "table_number": "{number} NOT NULL",
+}
+"""The columns of the ledger; a dialect has the types. Times are ISO 8601 in UTC, empty for never.
+The database gives `id`; `view_name` is the topic's view, which the location of a SQL Server sink
+names; `facts` is empty for rows of other programs, which an upgrade found; `table_number` says
 which of the topic's tables has the rows, 0 if none has. An index over view_name, table_number and
 state finds the tables."""
 
@@ -72,184 +75,17 @@ _JOINED = "ON o.id = r._cf_output"
 _PAGE = 5000
 """How many outputs of the ledger are read at once."""
 
-_SEEN = (State.CURRENT, State.PAST)
+SEEN = (State.CURRENT, State.PAST)
 """States of outputs whose rows some view shows."""
 
-_SINCE = {"shown": (*_SEEN, State.HIDDEN), "replaced": (State.PAST, State.HIDDEN)}
+EARLIER = {"shown": State.CURRENT, "replaced": State.HIDDEN, "retracted": State.RETRACTED}
+"""What earlier releases wrote as the state, and what it is today."""
+
+_SINCE = {"shown": (*SEEN, State.HIDDEN), "replaced": (State.PAST, State.HIDDEN)}
 """What earlier releases wrote -> the states that the ledger may have for the output."""
 
 Record = dict[str, Any]
 """A row of the ledger, by column."""
-
-SchemaOf = Callable[[str], "Schema"]
-"""The schema of a location, in the open transaction."""
-
-
-class SqlSink(ABC):
-    """A sink in a SQL database.
-
-    Args:
-        location: as `sinks.resolve` returned it.
-        view: the only topic's view that belongs to the sink; empty if all of the database do.
-    """
-
-    def __init__(self, location: str, view: str = "") -> None:
-        self.location = location
-        self.view = view
-
-    @abstractmethod
-    def publish_jobs(self, jobs: Sequence[Publication]) -> list[list[Output] | JobError]:
-        """Publish each job with `publish_job`, wholly or not at all."""
-
-    @abstractmethod
-    def writing(self, outputs: Sequence[Output]) -> AbstractContextManager[SchemaOf]:
-        """A transaction that changes these outputs; committed unless the block raises.
-
-        Raises:
-            JobError: the database's own errors, classified.
-        """
-
-    @abstractmethod
-    def reading(self) -> AbstractContextManager[SchemaOf | None]:
-        """A connection for reading; None if the database does not exist.
-
-        Raises:
-            SinkConflict: it is no database.
-            SinkUnavailable: it cannot be read.
-        """
-
-    def publish(self, jobs: Sequence[Publication]) -> list[list[Output] | JobError]:
-        """See `Sink.publish`."""
-        outcomes = self.publish_jobs(jobs)
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            if not isinstance(outcome, JobError):
-                for output in job.outputs:
-                    if output.stage:
-                        with contextlib.suppress(OSError):
-                            Path(output.stage).unlink()
-                        crashpoint("sql.unstaged")
-        return outcomes
-
-    def change(self, outputs: Sequence[Output]) -> None:
-        """See `Sink.change`. One transaction."""
-        if not outputs:
-            return
-        with self.writing(outputs) as schema_of:
-            change_outputs(schema_of, outputs)
-            crashpoint("sql.change_written")
-        crashpoint("sql.changed")
-
-    def delete(self, outputs: Sequence[Output]) -> None:
-        """See `Sink.delete`. One transaction."""
-        if not outputs:
-            return
-        with self.writing(outputs) as schema_of:
-            for output in outputs:
-                schema = schema_of(output.location)
-                schema.check_form()
-                if record := schema.record(output.output_key):
-                    schema.delete(record)
-                    crashpoint("sql.rows_deleted")
-            crashpoint("sql.deletion_written")
-        crashpoint("sql.deleted")
-
-    def check(self, outputs: Sequence[Output]) -> list[str]:
-        """See `Sink.check`. Counts each table's rows once, for all of its outputs."""
-        targets: dict[str, list[Output]] = defaultdict(list)
-        for output in outputs:
-            targets[output.target].append(output)
-        faults: list[str] = []
-        for target, of in targets.items():
-            try:
-                with self.reading() as schema_of:
-                    schema = schema_of and schema_of(of[0].location)
-                    found = schema.faults(of) if schema else ["the database is gone"] * len(of)
-                    faults += [f"{target}: {fault}" for fault in found]
-            except JobError as error:
-                faults += [f"{target}: {error.message}" for _ in of]
-        return faults
-
-    def records(self, known: Container[str]) -> Iterator[Output]:
-        """See `Sink.records`. Reads the ledger in the database, of any release."""
-        try:
-            with self.reading() as schema_of:
-                if schema_of:
-                    schema = schema_of(self.location)
-                    for record in schema.records(self.view):
-                        is_known = record["output_key"] in known
-                        if not is_known or record.get("state") == State.RETRACTED:
-                            with contextlib.suppress(ValueError, KeyError):
-                                yield schema.output(record, self.location)
-        except SinkConflict as error:  # it is no database: not the same as one without outputs
-            raise SinkUnavailable(error.message, error.hint or "put the database back") from error
-
-
-def rows_prefix(number: int) -> str:
-    """How the name of a topic's n-th table begins. No other topic's table has such a name, which
-    `_cf_rows_<topic>_2` might be."""
-    return ROWS if number == 1 else f"_cf_rows{number}_"
-
-
-def lock_keys(outputs: Sequence[Output]) -> list[str]:
-    """What a dialect locks to change these outputs: their keys and location slots."""
-    return sorted({key for o in outputs for key in (o.output_key, o.location_slot)})
-
-
-def publish_job(schema_of: SchemaOf, job: Publication) -> list[Output]:
-    """Record a job's outputs and load their rows, then change the states of others; within one
-    transaction, which the caller commits, or rolls back if this raises.
-
-    Raises:
-        JobError: the rows cannot be read, or the database cannot hold them.
-        Exception: the driver's own errors.
-    """
-    published = []
-    for output in job.outputs:
-        schema = schema_of(output.location)
-        schema.check_form()
-        found = schema.record(output.output_key)
-        if found is None:
-            if output.mode == "error":
-                schema.check_only_ours(schema.view_of(output))
-            record = schema.add(output)
-            crashpoint("sql.recorded")
-            if output.stage:
-                record = schema.assign(record, schema.load(output, record["id"]))
-                crashpoint("sql.rows_loaded")
-        else:
-            record = schema.mark(found, output)
-        published.append(schema.as_published(output, record))
-    change_outputs(schema_of, job.changes, fitted=job.outputs)
-    crashpoint("sql.job_written")
-    return published
-
-
-def change_outputs(
-    schema_of: SchemaOf, outputs: Sequence[Output], fitted: Sequence[Output] = ()
-) -> None:
-    """Give outputs the state and mode that they have here, and views the tables of those that
-    stand; within one transaction.
-
-    Args:
-        fitted: outputs that were published in the same transaction.
-
-    Raises:
-        SinkConflict: rows that are to be visible are not whole, or not all can be shown together.
-    """
-    for output in outputs:
-        schema = schema_of(output.location)
-        if schema.has_ledger():
-            schema.check_form()
-            if record := schema.record(output.output_key):
-                if output.state in _SEEN and record["state"] not in _SEEN:
-                    schema.check_whole(record)
-                schema.mark(record, output)
-                crashpoint("sql.marked")
-    # The views of one location and topic once, after all of its outputs have their states.
-    for output in {(o.location, o.topic): o for o in (*outputs, *fitted)}.values():
-        schema = schema_of(output.location)
-        if schema.has_ledger():
-            schema.fit_views(schema.view_of(output))
 
 
 def now() -> str:
@@ -260,11 +96,19 @@ def now() -> str:
 class Schema(ABC):
     """The ledger, tables and views of one schema, in an open transaction."""
 
+    # What a dialect supplies.
+
     place: str
     """For messages: the database or schema."""
     own_topic_hint = "rename that table, or give the topic another sink"
-
-    # What a dialect supplies.
+    types: Mapping[str, str]
+    """The types of the ledger's columns."""
+    ledger_indexes: Sequence[str]
+    """The statements that make the ledger's indexes; `{}` is the ledger."""
+    number_of_rows = "COUNT(*)"
+    """Counts rows, however many."""
+    dirty_hint = ""
+    """What follows the ledger's name where tables are looked up: no lock is waited for."""
 
     @abstractmethod
     def ask(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
@@ -278,9 +122,9 @@ class Schema(ABC):
     def quote(self, name: str) -> str:
         """The name of a column, quoted."""
 
+    @abstractmethod
     def table(self, name: str) -> str:
         """The name of a table or view of the schema, quoted and qualified."""
-        return self.quote(name)
 
     @abstractmethod
     def fold(self, name: str) -> str:
@@ -316,16 +160,37 @@ class Schema(ABC):
         """
 
     @abstractmethod
+    def is_alike(self, table: str, incoming: Any) -> bool:
+        """Whether a table's types are exactly those of an output's columns.
+
+        Args:
+            incoming: the columns, as the dialect has them.
+        """
+
+    @abstractmethod
+    def fits(self, table: str, incoming: Any) -> bool:
+        """Whether a table takes the values of an output's columns."""
+
+    @abstractmethod
     def target(self, view: str) -> str:
         """`Output.target` of the view's outputs."""
+
+    @abstractmethod
+    def index_outputs(self, table: str) -> None:
+        """Create the index by which the rows of an output are counted and deleted."""
 
     def view_of(self, output: Output) -> str:
         """The view that shows an output."""
         return output.topic
 
+    def named(self, prefix: str, view: str) -> str:
+        """The name of a table that belongs to a view."""
+        return prefix + view
+
     def rows_table(self, view: str, number: int = 1) -> str:
-        """The n-th table with a view's rows."""
-        return rows_prefix(number) + view
+        """The n-th table with a view's rows. No other topic's table has such a name, which
+        `_cf_rows_<topic>_2` might be."""
+        return self.named(ROWS if number == 1 else f"_cf_rows{number}_", view)
 
     def null(self, kind: str) -> str:
         """A null of a declared type, for a view over tables that lack a column."""
@@ -345,15 +210,39 @@ class Schema(ABC):
         return True
 
     def scope(self, view: str) -> str:
-        """A further condition on the outputs `o` that a view reads, such as that it reads no locked
-        ones; it begins with AND."""
+        """A further condition on the outputs `o` that a view reads; it begins with AND."""
         return ""
 
-    dirty_hint = ""
-    """What follows the ledger's name where tables are looked up: no lock is waited for."""
+    # What it supplies for `sql_upgrade.upgrade`.
 
-    number_of_rows = "COUNT(*)"
-    """Counts rows, however many."""
+    @abstractmethod
+    def hold(self) -> None:
+        """Wait for others who make tables, until the end of the transaction."""
+
+    @abstractmethod
+    def rename(self, table: str, name: str) -> None:
+        """Give a table another name; it keeps its indexes and triggers, and other people's views
+        go on naming what they name."""
+
+    @abstractmethod
+    def set_apart(self, table: str) -> tuple[list[str], list[str]]:
+        """Take from a table what minds that its rows are numbered.
+
+        Returns:
+            the statements to send afterwards, and sentences on what others should know.
+        """
+
+    @abstractmethod
+    def number(self, table: str, lineage: Sequence[Any], output: int, most: int = 0) -> None:
+        """Give rows of a lineage that have no `_cf_output` this one; at most so many, if not 0.
+
+        Raises:
+            SinkConflict: the table's columns do not allow to choose some.
+        """
+
+    @abstractmethod
+    def compared(self, view: str) -> Iterator[Any]:
+        """What readers of a view must see as before, in any order."""
 
     # The ledger.
 
@@ -365,9 +254,15 @@ class Schema(ABC):
         self._ledger = self._ledger or list(self.columns(LEDGER))
         return bool(self._ledger)
 
-    def forget_ledger(self) -> None:
-        """Look at the ledger again: it was exchanged."""
-        self._ledger = ()
+    def create_ledger(self) -> None:
+        """Create the sink's ledger and its indexes."""
+        ledger = self.table(LEDGER)
+        kinds = {name: kind.format_map(self.types) for name, kind in _COLUMNS.items()}
+        described = ", ".join(f"{self.quote(name)} {kind}" for name, kind in kinds.items())
+        self.send(f"CREATE TABLE {ledger} ({described})")
+        for index in self.ledger_indexes:
+            self.send(index.format(ledger))
+        self._ledger = list(_COLUMNS)
 
     def check_form(self) -> None:
         """Check that the ledger, if there is one, is in today's form.
@@ -389,47 +284,56 @@ class Schema(ABC):
         """What is recorded of an output."""
         if not self.has_ledger():
             return None
-        found = self._select(RECORDED, f"WHERE {self.quote('output_key')} = ?", key)
+        found = self._select(_COLUMNS, f"WHERE {self.quote('output_key')} = ?", key)
         return found[0] if found else None
 
     def records(self, view: str = "") -> Iterator[Record]:
-        """What is recorded of all outputs of a view, or of all; in the form of any release."""
+        """What is recorded of all outputs of a view, or of all. Records of earlier releases are in
+        today's form, without `id` and with their own word for the state."""
         if not self.has_ledger():
             return
-        names = [*self._ledger]
-        column = next((name for name in ("view_name", "table_name") if name in names), "topic")
-        pages: Iterable[list[Record]]
-        if self.is_earlier():
-            pages = [self._select(names)]
-        else:
-            ((last,),) = self.ask(f"SELECT MAX(id) FROM {self.table(LEDGER)}")  # noqa: S608
-            pages = (
-                self._select(names, "WHERE id > ? AND id <= ?", start, start + _PAGE)
-                for start in range(0, last or 0, _PAGE)
-            )
-        for page in pages:
-            page.sort(key=lambda record: record.get("id", 0))
-            for record in page:
-                if not view or self.fold(record[column]) == self.fold(view):
-                    yield record
+        for record in self._earlier_records() if self.is_earlier() else self._all_records():
+            if not view or self.fold(record["view_name"]) == self.fold(view):
+                yield record
+
+    def _all_records(self) -> Iterator[Record]:
+        ((last,),) = self.ask(f"SELECT MAX(id) FROM {self.table(LEDGER)}")  # noqa: S608
+        for start in range(0, last or 0, _PAGE):
+            page = self._select(_COLUMNS, "WHERE id > ? AND id <= ?", start, start + _PAGE)
+            yield from sorted(page, key=lambda record: record["id"])
+
+    def _earlier_records(self) -> Iterator[Record]:
+        for earlier in self._select(self._ledger):
+            time = earlier["published_at"]
+            with contextlib.suppress(ValueError):  # one whose facts are damaged is left out
+                facts = {name: str(value) for name, value in earlier.items() if name != "facts"}
+                facts |= json.loads(earlier.get("facts") or "{}")
+                yield {
+                    "output_key": earlier["output_key"], "topic": earlier["topic"],
+                    "view_name": earlier.get("table_name") or earlier["topic"],
+                    "mode": earlier.get("mode", "append"), "state": earlier.get("state", "shown"),
+                    "rows": earlier["rows"], "digest": earlier["digest"],
+                    "published_at": time if isinstance(time, str)
+                    else time.replace(tzinfo=UTC).isoformat(timespec="microseconds"),
+                    "shown_at": "", "hidden_at": "", "job_id": earlier["job_id"],
+                    "file_version_id": earlier["file_version_id"],
+                    "source_hash": facts.get("source_hash"),
+                    "plugin_version": facts.get("plugin_version"), "facts": json.dumps(facts),
+                    "table_number": 1 if earlier["rows"] else 0,
+                }  # fmt: skip
 
     def output(self, record: Record, location: str) -> Output:
         """A recorded output.
 
         Raises:
-            ValueError, KeyError: it lacks facts.
+            ValueError, KeyError: it lacks facts, as the records of other programs' rows do.
         """
-        if "id" in record and not record["facts"]:
-            raise KeyError("facts")  # rows of another program, which `upgrade` found
-        told = {name: str(value) for name, value in record.items() if value is not None}
-        facts = {**told, **json.loads(record.get("facts") or "{}")}
-        state = told.get("state", "shown")
-        view = told.get("view_name") or told.get("table_name") or told["topic"]
+        state = record["state"]
         return output_of(
-            location, {**facts, "mode": told.get("mode", "append")}, rows=int(record["rows"]),
-            digest=record["digest"], target=self.target(view),
-            state={"shown": State.CURRENT, "replaced": State.HIDDEN}.get(state) or State(state),
-            shown_at=told.get("shown_at", ""), hidden_at=told.get("hidden_at", ""),
+            location, {**json.loads(record["facts"]), "mode": record["mode"]},
+            rows=int(record["rows"]), digest=record["digest"],
+            target=self.target(record["view_name"]), state=EARLIER.get(state) or State(state),
+            shown_at=record["shown_at"], hidden_at=record["hidden_at"],
         )  # fmt: skip
 
     def add(self, output: Output) -> Record:
@@ -448,14 +352,13 @@ class Schema(ABC):
 
     def insert(self, record: Record) -> Record:
         """Insert a row into the ledger; returns it with its `id`."""
-        names = ", ".join(map(self.quote, record))
-        marks = ", ".join("?" * len(record))
-        self.send(
-            f"INSERT INTO {self.table(LEDGER)} ({names}) VALUES ({marks})",  # noqa: S608
-            *record.values(),
-        )
-        (made,) = self._select(["id"], f"WHERE {self.quote('output_key')} = ?",
-                               record["output_key"])  # fmt: skip
+        # SQL Server's driver would ask the server for the type of a NULL.
+        told = {name: value for name, value in record.items() if value is not None}
+        names, marks = ", ".join(map(self.quote, told)), ", ".join("?" * len(told))
+        insert = f"INSERT INTO {self.table(LEDGER)} ({names}) VALUES ({marks})"  # noqa: S608
+        self.send(insert, *told.values())
+        key = record["output_key"]
+        (made,) = self._select(["id"], f"WHERE {self.quote('output_key')} = ?", key)
         return {**record, **made}
 
     def assign(self, record: Record, number: int) -> Record:
@@ -483,14 +386,6 @@ class Schema(ABC):
             )  # fmt: skip
         return changed
 
-    def as_published(self, output: Output, record: Record) -> Output:
-        """An output as `Sink.publish` returns it."""
-        return structs.replace(
-            output, rows=int(record["rows"]), digest=record["digest"],
-            target=self.target(record["view_name"]), shown_at=record["shown_at"],
-            hidden_at=record["hidden_at"],
-        )  # fmt: skip
-
     def delete(self, record: Record) -> None:
         """Delete an output's rows and its record, and a further table with its last output."""
         view, number = record["view_name"], record["table_number"]
@@ -503,7 +398,7 @@ class Schema(ABC):
             self.drop(rows)
             crashpoint("sql.table_dropped")
 
-    def _select(self, names: Sequence[str], where: str = "", *values: Any) -> list[Record]:
+    def _select(self, names: Collection[str], where: str = "", *values: Any) -> list[Record]:
         listed = ", ".join(map(self.quote, names))
         query = f"SELECT {listed} FROM {self.table(LEDGER)} {where}"  # noqa: S608
         return [dict(zip(names, row, strict=True)) for row in self.ask(query, *values)]
@@ -544,13 +439,10 @@ class Schema(ABC):
         return [
             number
             for number in numbers
-            if any(self.ask(query, view, number, str(s), apart_from)[0][0] for s in _SEEN)
+            if any(self.ask(query, view, number, str(s), apart_from)[0][0] for s in SEEN)
         ] or numbers[-1:]
 
-    def choose_table(
-        self, view: str, own: int, *, is_rebuilt: bool, is_alike: Callable[[int], bool],
-        fits: Callable[[int], bool],
-    ) -> int:  # fmt: skip
+    def choose_table(self, output: Output, own: int, incoming: Any) -> int:
         """The number of the table for an output's rows.
 
         The newest table that takes them; none that is older than all tables that stand, or its
@@ -560,18 +452,18 @@ class Schema(ABC):
 
         Args:
             own: `id` of the output; 0 if it is not recorded yet.
-            is_rebuilt: whether the output's generation is above 0.
-            is_alike: whether a table's types are exactly the output's.
-            fits: whether a table takes the output's values.
+            incoming: its columns, for `is_alike` and `fits`.
         """
+        view, is_rebuilt = self.view_of(output), output.generation > 0
         numbers, standing = self.tables(view, own), self._standing(view, own)
         may_open = is_rebuilt or not numbers
         open_ones = [n for n in reversed(numbers or [1]) if n >= standing[0]]
         if not may_open and len(open_ones) == 1:
             return open_ones[0]
         for number in open_ones:
-            takes = is_alike if is_rebuilt and number in standing else fits
-            if not self.columns(self.rows_table(view, number)) or takes(number):
+            takes = self.is_alike if is_rebuilt and number in standing else self.fits
+            table = self.rows_table(view, number)
+            if not self.columns(table) or takes(table, incoming):
                 return number
         return open_ones[0] + 1 if may_open else open_ones[0]
 
@@ -668,11 +560,29 @@ class Schema(ABC):
                 crashpoint("sql.view_made")
 
     def _query(self, view: str, numbers: Sequence[int], shown: str) -> str:
-        """What a view selects from its tables, the newest first."""
-        names = [self.rows_table(view, number) for number in reversed(numbers)]
-        rest = f"JOIN {self.table(LEDGER)} AS o {_JOINED} WHERE {shown}{self.scope(view)}"
-        tables = {self.table(name): self.columns(name) for name in names}
-        return united(tables, rest, self.quote, self.fold, self.null)
+        """What a view selects from its tables, whose columns are united by name: those of the
+        newest come first. A table of an earlier release has the lineage columns too, and they keep
+        their place."""
+        tables = [self.rows_table(view, number) for number in reversed(numbers)]
+        columns = [self.columns(table) for table in tables]
+        united: dict[str, tuple[str, str]] = {}
+        for name, kind in (pair for each in columns for pair in each.items()):
+            united.setdefault(self.fold(name), (name, kind))
+        del united["_cf_output"]
+        queries = []
+        for table, each in zip(tables, columns, strict=True):
+            own = {self.fold(name): f"r.{self.quote(name)}" for name in each}
+            chosen = {
+                folded: f"{own.get(folded) or self.null(kind)} AS {self.quote(name)}"
+                for folded, (name, kind) in united.items()
+            }
+            for name in LINEAGE:
+                chosen[name] = f"o.{self.quote(name.removeprefix('_cf_'))} AS {self.quote(name)}"
+            queries.append(
+                f"SELECT {', '.join(chosen.values())} FROM {self.table(table)} AS r "  # noqa: S608
+                f"JOIN {self.table(LEDGER)} AS o {_JOINED} WHERE {shown}{self.scope(view)}"
+            )
+        return " UNION ALL ".join(queries)
 
     def _is_our_view(self, name: str) -> bool:
         return _JOINED in self.definition(name)
@@ -700,7 +610,7 @@ class Schema(ABC):
             counted, by = totals, "id"
         promised: Counter[int] = Counter()
         for each in self.records(view):
-            if not is_earlier or each.get("state", "shown") == "shown":
+            if not is_earlier or each["state"] == "shown":
                 promised[each[by]] += each["rows"]
             if each["output_key"] in asked:
                 known[each["output_key"]] = each
@@ -726,7 +636,7 @@ def _unlike(output: Output, record: Record) -> str:
     """What a record does not have as the ledger has it."""
     if (record.get("rows"), record.get("digest")) != (output.rows, output.digest):
         return f"its table {LEDGER} does not list the output of job {output.job_id}"
-    state, mode = record.get("state", "shown"), record.get("mode", "")
+    state, mode = record["state"], record["mode"]
     expected = _SINCE.get(state, (state,))
     if output.state in expected and (state != State.PAST or mode == output.mode):
         return ""

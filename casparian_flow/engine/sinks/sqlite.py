@@ -1,8 +1,7 @@
-"""The SQLite sink: `sql.py` in SQLite's words.
+"""The SQLite sink: how a database is opened, locked and written, and what its errors mean.
 
 One call of `publish` is one transaction with a savepoint for each job, so a job that is refused
-undoes only its own changes. `sqlite_tables.py` has the tables and fits columns to them,
-`columns.py` converts values, `sqlite_upgrade.py` converts databases of earlier releases.
+undoes only its own changes.
 """
 
 from __future__ import annotations
@@ -17,14 +16,8 @@ from pathlib import Path
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks.base import unavailable
-from casparian_flow.engine.sinks.sql import SchemaOf, SqlSink, publish_job
-from casparian_flow.engine.sinks.sqlite_tables import (
-    SqliteSchema,
-    check_table,
-    check_values,
-    make_ledger,
-)
-from casparian_flow.engine.sinks.sqlite_upgrade import upgrade
+from casparian_flow.engine.sinks.sql_sink import SchemaOf, SqlSink, publish_job
+from casparian_flow.engine.sinks.sqlite_tables import SqliteSchema, check_table, check_values
 from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
 from casparian_flow.protocol import Output, Publication
@@ -71,18 +64,20 @@ class SqliteSink(SqlSink):
         """See `SqlSink.publish_jobs`. One transaction for all jobs."""
         try:
             with self._transaction() as connection:
-                make_ledger(connection)
+                schema = SqliteSchema(connection, self.path)
+                if not schema.has_ledger():
+                    schema.create_ledger()
                 crashpoint("sqlite.ledger_ready")
-                outcomes = [self._publish(connection, job) for job in jobs]
+                outcomes = [self._publish(schema, job) for job in jobs]
                 if all(isinstance(outcome, JobError) for outcome in outcomes):
                     connection.rollback()  # if nothing was published, no ledger is created either
                 return outcomes
         except (OSError, sqlite3.Error) as error:
             return [self._refusal(error)] * len(jobs)
 
-    def _publish(self, connection: sqlite3.Connection, job: Publication) -> list[Output] | JobError:
+    def _publish(self, schema: SqliteSchema, job: Publication) -> list[Output] | JobError:
         """Publish a job in a savepoint."""
-        schema = SqliteSchema(connection, self.path)
+        connection = schema.connection
         connection.execute("SAVEPOINT job")
         try:
             outcome: list[Output] | JobError = publish_job(lambda _: schema, job)
@@ -128,19 +123,6 @@ class SqliteSink(SqlSink):
             raise SinkUnavailable(
                 f"cannot read {self.path}: {error}", "make it readable, and try again"
             ) from error
-
-    def upgrade(self) -> list[str]:
-        """See `Sink.upgrade`. One transaction."""
-        with self.reading() as schema_of:
-            if not schema_of or not schema_of(self.location).is_earlier():
-                return []
-        with self.writing([]) as schema_of:
-            schema = schema_of(self.location)
-            assert isinstance(schema, SqliteSchema)
-            changed = upgrade(schema) if schema.is_earlier() else []  # or another process was first
-            crashpoint("sqlite.upgrade_written")
-        crashpoint("sqlite.upgraded")
-        return changed
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -1,14 +1,19 @@
 """The tables of a SQLite database, and how the columns of an output fit to them.
 
 `_cf_rows_<topic>` has `_cf_output` and the topic's columns; a table that an earlier release made
-has the lineage columns too, and they are filled, for the sake of other people's triggers. What a
-rebuild has mended may be in further tables (`sql.py`).
+has the lineage columns too, and they are filled, for the sake of other people's triggers.
+
+SQLite cannot change a column's declared type, but each value has a type of its own. So
+`_cf_columns` has the current type of columns whose type changed: a column of nulls is declared
+without a type and gets one with its first values, and an INTEGER column may become REAL. An entry
+is valid only while the column is still declared as the entry says.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import chain
@@ -32,194 +37,28 @@ from casparian_flow.engine.sinks.columns import (
 from casparian_flow.engine.sinks.sql import LEDGER, ROWS, Schema
 from casparian_flow.engine.sinks.stage import reading
 from casparian_flow.engine.sinks.topic_schema import EXACT_IN_DOUBLE
-from casparian_flow.errors import OutputRefused
+from casparian_flow.errors import OutputRefused, SinkConflict
 from casparian_flow.protocol import Output
 
-# SQLite cannot change a column's declared type, but each value has a type of its own. So
-# `_cf_columns` has the current type of columns whose type changed: a column of nulls is declared
-# without a type and gets one with its first values, and an INTEGER column may become REAL. An entry
-# is valid only while the column is still declared as the entry says.
+INSERT_ROWS = 16 << 10
+"""The most rows of a staged file that are converted to Python values at once."""
 
+CELL_BYTES = 1_000_000_000
+"""SQLite's default limit of a value and of a row (SQLITE_MAX_LENGTH), which distributions keep."""
 
-BATCH_ROWS = 16 << 10
-"""Rows of a staged file that are checked at once."""
+_TYPES = defaultdict(lambda: "TEXT", serial="INTEGER", number="INTEGER", name="TEXT COLLATE NOCASE")
 
-_TABLE = """
+_CURRENT_TYPES = """
 CREATE TABLE IF NOT EXISTS _cf_columns (
     topic TEXT NOT NULL, name TEXT NOT NULL, declared TEXT NOT NULL, type TEXT NOT NULL,
     PRIMARY KEY (topic, name)
 )"""
-
-
-def declared(connection: sqlite3.Connection, table: str) -> dict[str, str]:
-    """Name -> declared type of a table's columns; empty if there is no such table."""
-    return dict(connection.execute("SELECT name, type FROM pragma_table_info(?)", [table]))
-
-
-def column_types(connection: sqlite3.Connection, table: str) -> dict[str, str]:
-    """Name -> current type of the columns of a table of rows; empty for one without a type."""
-    found = declared(connection, table)
-    if not declared(connection, "_cf_columns"):
-        return found
-    rows = connection.execute("SELECT * FROM _cf_columns WHERE topic = ?", [_owner(table)])
-    later = {(name, before): kind for _, name, before, kind in map(tuple, rows)}
-    return {name: later.get((fold(name), kind), kind) for name, kind in found.items()}
-
-
-def _owner(table: str) -> str:
-    """What `_cf_columns` has as the topic: that of a first table, or the name of a further one."""
-    return fold(table).removeprefix(ROWS)
-
-
-class _Fit:
-    """Fits an output's columns to a table, which must have all of them.
-
-    Args:
-        table: a table of the topic's rows.
-        staged: the output's file (`pyarrow.parquet.ParquetFile`).
-        settles: the command to suggest if a column is refused.
-    """
-
-    def __init__(
-        self, connection: sqlite3.Connection, table: str, staged: Any, settles: str
-    ) -> None:
-        self._connection = connection
-        self._table = table
-        self._staged = staged
-        self._settles = settles
-        types = column_types(connection, table)
-        self._kinds = {fold(name): kind for name, kind in types.items()}
-
-    def column(self, column: Column) -> Column:
-        """A column as the table takes its values.
-
-        Raises:
-            OutputRefused: it has another type in the table.
-        """
-        kind = self._kinds.get(fold(column.name), column.declared)
-        if not kind and column.declared:
-            self._settle(column)
-        elif (kind, column.declared) == ("INTEGER", "REAL") and not _is_whole(column, self._staged):
-            self._widen(column)
-            kind = "REAL"
-        return fit(column, kind, self._settles)
-
-    def _settle(self, column: Column) -> None:
-        """Give a column without a type the output's, unless the table has values of another."""
-        storage = column.declared.lower()
-        if not self._has(column, f"typeof({{}}) NOT IN ('null', '{storage}')"):
-            self._note(column, column.declared)
-
-    def _widen(self, column: Column) -> None:
-        """Let an INTEGER column accept REALs.
-
-        Raises:
-            OutputRefused: it has a whole number that a REAL cannot hold exactly.
-        """
-        if self._has(column, f"{{0}} > {EXACT_IN_DOUBLE} OR {{0}} < -{EXACT_IN_DOUBLE}"):
-            raise OutputRefused(
-                f"column {column.name!r} ({column.kind}) is INTEGER in the table, and has whole "
-                f"numbers that a REAL cannot hold exactly{otherwise(self._settles, column.name)}",
-                "convert the column in the plugin, or give it another name",
-            )
-        self._note(column, "REAL")
-
-    def _has(self, column: Column, condition: str) -> bool:
-        """Whether some row fulfils a condition, whether anybody sees it or not."""
-        chosen = condition.format(quote(column.name))
-        query = f"SELECT 1 FROM {quote(self._table)} WHERE {chosen} LIMIT 1"  # noqa: S608
-        return self._connection.execute(query).fetchone() is not None
-
-    def _note(self, column: Column, kind: str) -> None:
-        table = declared(self._connection, self._table)
-        before = {fold(name): declared_as for name, declared_as in table.items()}
-        name = fold(column.name)
-        self._connection.execute(_TABLE)
-        self._connection.execute(
-            "INSERT OR REPLACE INTO _cf_columns VALUES (?, ?, ?, ?)",
-            [_owner(self._table), name, before[name], kind],
-        )
-
-
-def _is_whole(column: Column, staged: Any) -> bool:
-    """Whether all numbers of a staged column are integers of 64 bits."""
-    whole = replace(column, plain=pa.int64())
-    try:
-        for batch in staged.iter_batches(BATCH_ROWS, columns=[column.name]):
-            whole.check(batch.column(batch.schema.get_field_index(column.name)))
-    except OutputRefused:
-        return False
-    return True
+"""A first table's `topic` is the topic's name; a further one's is its own name."""
 
 
 def quote(name: str) -> str:
     """A name quoted for a statement."""
     return '"' + name.replace('"', '""') + '"'
-
-
-def fit_table(
-    connection: sqlite3.Connection, table: str, staged: Any, settles: str
-) -> list[Column]:
-    """Create a table of rows, or add the columns that it lacks.
-
-    Returns:
-        the columns to load, fitted to the table; none if the output has none of its own.
-
-    Raises:
-        OutputRefused: a column has another type in the table.
-    """
-    incoming = columns_of(staged.schema_arrow)
-    own = [column for column in incoming if column.name not in LINEAGE]
-    if not own:
-        return []
-    existing = {fold(name) for name in declared(connection, table)}
-    if not existing:
-        create_table(connection, table, own)
-        index_outputs(connection, table)
-        return own
-    for column in own:
-        if fold(column.name) not in existing:
-            connection.execute(
-                f"ALTER TABLE {quote(table)} ADD COLUMN {quote(column.name)} {column.declared}"
-            )
-    fitting = _Fit(connection, table, staged, settles)
-    taken = (c for c in incoming if c.name not in LINEAGE or c.name in existing)
-    return [fitting.column(column) for column in taken]
-
-
-def create_table(connection: sqlite3.Connection, table: str, own: Sequence[Column]) -> None:
-    """Create the table for a topic's rows."""
-    described = "".join(f", {quote(column.name)} {column.declared}" for column in own)
-    connection.execute(f"CREATE TABLE {quote(table)} (_cf_output INTEGER NOT NULL{described})")
-
-
-def index_outputs(connection: sqlite3.Connection, table: str) -> None:
-    """Create the index by which the rows of an output are counted and deleted."""
-    index = quote(table.replace("_cf_rows", "_cf_output_of", 1))
-    connection.execute(f"CREATE INDEX {index} ON {quote(table)} (_cf_output)")
-
-
-INSERT_ROWS = 16 << 10
-"""The most rows that are converted to Python values at once."""
-
-_LEDGER = f"""
-CREATE TABLE IF NOT EXISTS {LEDGER} (
-    id INTEGER PRIMARY KEY, output_key TEXT NOT NULL UNIQUE, topic TEXT NOT NULL,
-    view_name TEXT NOT NULL COLLATE NOCASE, mode TEXT NOT NULL, state TEXT NOT NULL,
-    rows INTEGER NOT NULL, digest TEXT NOT NULL, published_at TEXT NOT NULL, shown_at TEXT NOT NULL,
-    hidden_at TEXT NOT NULL, job_id INTEGER, file_version_id INTEGER, source_hash TEXT,
-    plugin_version TEXT, facts TEXT NOT NULL, table_number INTEGER NOT NULL
-)"""
-_LEDGER_INDEX = f"""
-CREATE INDEX IF NOT EXISTS {LEDGER}_by_table ON {LEDGER} (view_name, table_number, state)
-"""
-
-
-def make_ledger(connection: sqlite3.Connection) -> None:
-    """Create the sink's ledger, unless there is one."""
-    connection.execute(_LEDGER)
-    if "table_number" in declared(connection, LEDGER):  # else of an earlier release
-        connection.execute(_LEDGER_INDEX)
 
 
 class SqliteSchema(Schema):
@@ -230,132 +69,265 @@ class SqliteSchema(Schema):
         path: the database.
     """
 
+    types = _TYPES
+    ledger_indexes = (f"CREATE INDEX {LEDGER}_by_table ON {{}} (view_name, table_number, state)",)
+
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self.connection = connection
         self.place = str(path)
 
     def ask(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-        """See `Schema.ask`."""
         return self.connection.execute(sql, values).fetchall()
 
     def send(self, sql: str, *values: Any) -> int:
-        """See `Schema.send`."""
         return self.connection.execute(sql, values).rowcount
 
     def quote(self, name: str) -> str:
-        """See `Schema.quote`."""
+        return quote(name)
+
+    def table(self, name: str) -> str:
         return quote(name)
 
     def fold(self, name: str) -> str:
-        """See `Schema.fold`."""
         return fold(name)
 
     def columns(self, name: str) -> Mapping[str, str]:
-        """See `Schema.columns`."""
-        return declared(self.connection, name)
+        return dict(self.ask("SELECT name, type FROM pragma_table_info(?)", name))
 
     def has(self, name: str) -> bool:
-        """See `Schema.has`."""
         # Indexes share the names of tables and views.
         query = "SELECT 1 FROM sqlite_master WHERE name = ? COLLATE NOCASE AND type <> 'trigger'"
         return bool(self.ask(query, name))
 
     def definition(self, view: str) -> str:
-        """See `Schema.definition`."""
         query = "SELECT sql FROM sqlite_master WHERE name = ? COLLATE NOCASE AND type = 'view'"
         return str(next(iter(self.ask(query, view)), [""])[0])
 
     def put_view(self, view: str, query: str) -> None:
-        """See `Schema.put_view`."""
         text = f"CREATE VIEW {quote(view)} AS {query}"
         if self.definition(view) == text:
             return
-        triggers = self.ask(
-            "SELECT sql FROM sqlite_master WHERE tbl_name = ? COLLATE NOCASE AND type = 'trigger'",
-            view,
-        )
+        triggers = self._made_on(view, "type = 'trigger'")
         self.send(f"DROP VIEW IF EXISTS {quote(view)}")
         self.send(text)
         self.ask(f"SELECT * FROM {quote(view)} LIMIT 0")  # noqa: S608  too many columns?
-        for (trigger,) in triggers:
+        for _, trigger in triggers:
             self.send(trigger)
 
     def target(self, view: str) -> str:
-        """See `Schema.target`."""
         return f"{self.place}:{view}"
 
+    def index_outputs(self, table: str) -> None:
+        index = quote(table.replace("_cf_rows", "_cf_output_of", 1))
+        self.send(f"CREATE INDEX {index} ON {quote(table)} (_cf_output)")
+
     def drop(self, table: str) -> None:
-        """See `Schema.drop`."""
         super().drop(table)
         if self.columns("_cf_columns"):
             self.send("DELETE FROM _cf_columns WHERE topic = ?", _owner(table))
 
     def load(self, output: Output, number: int) -> int:
-        """See `Schema.load`."""
         view = self.view_of(output)
         try:
             with reading(output) as staged:
-                names = staged.schema_arrow.names
-                which = self._table_for(output, number, staged)
+                which = self.choose_table(output, number, staged)
                 table = self.rows_table(view, which)
-                taken = fit_table(self.connection, table, staged, own_topic(output))
+                taken = self._fit_table(table, staged, own_topic(output))
                 if not taken:  # a plugin that published no batch has given no columns
                     return 0
                 self.check_ours(view)
                 self.make_views(view)
                 crashpoint("sqlite.table_fitted")
-                listed = ", ".join(quote(column.name) for column in taken)
-                marks = ", ".join("?" * len(taken))
-                statement = (
-                    f"INSERT INTO {quote(table)} (_cf_output, {listed}) "  # noqa: S608
-                    f"VALUES ({number}, {marks})"
-                )
-                places = [names.index(column.name) for column in taken]
-                for batch in chain.from_iterable(map(pieces, staged.iter_batches(INSERT_ROWS))):
-                    values = [
-                        column.values(batch.column(place))
-                        for column, place in zip(taken, places, strict=True)
-                    ]
-                    self.connection.executemany(statement, zip(*values, strict=True))
-                    crashpoint("sqlite.rows_written")
+                self._insert(table, taken, staged, number)
         except OutputRefused as error:
             message = f"topic {output.topic!r}: {error.message}"
             raise type(error)(message, error.hint) from error
         return which
 
-    def _table_for(self, output: Output, number: int, staged: Any) -> int:
-        """The number of the table for an output's rows."""
-        view = self.view_of(output)
-        incoming = {fold(c.name): c.declared for c in columns_of(staged.schema_arrow)}
+    def _insert(self, table: str, taken: Sequence[Column], staged: Any, number: int) -> None:
+        listed = ", ".join(quote(column.name) for column in taken)
+        marks = ", ".join("?" * len(taken))
+        statement = f"INSERT INTO {quote(table)} (_cf_output, {listed}) VALUES ({number}, {marks})"  # noqa: S608
+        names = staged.schema_arrow.names
+        places = [names.index(column.name) for column in taken]
+        for batch in chain.from_iterable(map(pieces, staged.iter_batches(INSERT_ROWS))):
+            values = [
+                column.values(batch.column(place))
+                for column, place in zip(taken, places, strict=True)
+            ]
+            self.connection.executemany(statement, zip(*values, strict=True))
+            crashpoint("sqlite.rows_written")
 
-        def is_alike(which: int) -> bool:
-            types = column_types(self.connection, self.rows_table(view, which))
-            pairs = ((kind, incoming.get(fold(name), "")) for name, kind in types.items())
-            return all(not one or not other or one == other for one, other in pairs)
+    # The columns of a table of rows; `incoming` is the staged file.
 
-        def fits(which: int) -> bool:
-            self.connection.execute("SAVEPOINT trial")
-            try:
-                fit_table(self.connection, self.rows_table(view, which), staged, "")
-            except OutputRefused:
-                return False
-            finally:
-                self.connection.execute("ROLLBACK TO trial")
-                self.connection.execute("RELEASE trial")
-            return True
+    def is_alike(self, table: str, incoming: Any) -> bool:
+        own = {fold(c.name): c.declared for c in columns_of(incoming.schema_arrow)}
+        pairs = ((kind, own.get(name, "")) for name, kind in self._kinds(table).items())
+        return all(not one or not other or one == other for one, other in pairs)
 
-        return self.choose_table(
-            view, number, is_rebuilt=output.generation > 0, is_alike=is_alike, fits=fits
-        )
+    def fits(self, table: str, incoming: Any) -> bool:
+        self.send("SAVEPOINT trial")
+        try:
+            self._fit_table(table, incoming, "")
+        except OutputRefused:
+            return False
+        finally:
+            self.send("ROLLBACK TO trial")
+            self.send("RELEASE trial")
+        return True
+
+    def _kinds(self, table: str) -> dict[str, str]:
+        """Name, folded -> current type of the columns of a table; empty for one without a type."""
+        found = self.columns(table)
+        later: dict[tuple[str, str], str] = {}
+        if self.columns("_cf_columns"):
+            query = "SELECT name, declared, type FROM _cf_columns WHERE topic = ?"
+            later = {(name, was): kind for name, was, kind in self.ask(query, _owner(table))}
+        return {fold(n): later.get((fold(n), kind), kind) for n, kind in found.items()}
+
+    def _fit_table(self, table: str, staged: Any, settles: str) -> list[Column]:
+        """Create a table of rows, or add the columns that it lacks.
+
+        Args:
+            staged: the output's file (`pyarrow.parquet.ParquetFile`).
+            settles: the command to suggest if a column is refused.
+
+        Returns:
+            the columns to load, fitted to the table; none if the output has none of its own.
+
+        Raises:
+            OutputRefused: a column has another type in the table.
+        """
+        incoming = columns_of(staged.schema_arrow)
+        own = [column for column in incoming if column.name not in LINEAGE]
+        existing = {fold(name) for name in self.columns(table)}
+        if not own:
+            return []
+        if not existing:
+            create_table(self.connection, table, own)
+            self.index_outputs(table)
+            return own
+        for column in own:
+            if fold(column.name) not in existing:
+                described = f"{quote(column.name)} {column.declared}"
+                self.send(f"ALTER TABLE {quote(table)} ADD COLUMN {described}")
+        kinds = self._kinds(table)
+        taken = (c for c in incoming if c.name not in LINEAGE or c.name in existing)
+        return [self._fitted(table, c, kinds[fold(c.name)], staged, settles) for c in taken]
+
+    def _fitted(
+        self, table: str, column: Column, kind: str, staged: Any, settles: str
+    ) -> Column:  # fmt: skip
+        """A column as the table, where it has this type, takes its values.
+
+        Raises:
+            OutputRefused: the table cannot take them, or would not hold its own exactly.
+        """
+        name, declared = quote(column.name), column.declared
+        if not kind and declared:  # it gets a type now, unless it has values of another
+            if not self._any(table, f"typeof({name}) NOT IN ('null', '{declared.lower()}')"):
+                self._note(table, column.name, declared)
+        elif (kind, declared) == ("INTEGER", "REAL") and not _is_whole(column, staged):
+            if self._any(table, f"{name} > {EXACT_IN_DOUBLE} OR {name} < -{EXACT_IN_DOUBLE}"):
+                raise OutputRefused(
+                    f"column {column.name!r} ({column.kind}) is INTEGER in the table, and has "
+                    "whole numbers that a REAL cannot hold exactly"
+                    f"{otherwise(settles, column.name)}",
+                    "convert the column in the plugin, or give it another name",
+                )
+            kind = "REAL"
+            self._note(table, column.name, kind)
+        return fit(column, kind, settles)
+
+    def _any(self, table: str, condition: str) -> bool:
+        """Whether some row fulfils a condition, whether anybody sees it or not."""
+        return bool(self.ask(f"SELECT 1 FROM {quote(table)} WHERE {condition} LIMIT 1"))  # noqa: S608
+
+    def _note(self, table: str, column: str, kind: str) -> None:
+        """Note the current type of a column."""
+        declared = {fold(name): kind for name, kind in self.columns(table).items()}[fold(column)]
+        self.send(_CURRENT_TYPES)
+        self.send(
+            "INSERT OR REPLACE INTO _cf_columns VALUES (?, ?, ?, ?)",
+            _owner(table), fold(column), declared, kind,
+        )  # fmt: skip
+
+    # For an upgrade; the connection has `legacy_alter_table`.
+
+    def _made_on(self, table: str, which: str) -> list[tuple[Any, ...]]:
+        """Name and text of the triggers or indexes on a table or view."""
+        query = "SELECT name, sql FROM sqlite_master WHERE tbl_name = ? COLLATE NOCASE AND "
+        return self.ask(query + which, table)
+
+    def hold(self) -> None:
+        """The transaction is the only one that writes."""
+
+    def rename(self, table: str, name: str) -> None:
+        self.send(f"ALTER TABLE {quote(table)} RENAME TO {quote(name)}")
+
+    def set_apart(self, table: str) -> tuple[list[str], list[str]]:
+        """Triggers wait until rows no longer change. Unique indexes become ordinary ones: rows of
+        earlier versions stay in the table from now on."""
+        again, notes = [], []
+        for name, text in self._made_on(table, "type = 'trigger'"):
+            self.send(f"DROP TRIGGER {quote(name)}")
+            again.append(text)
+        for name, text in self._made_on(table, "sql LIKE 'CREATE UNIQUE INDEX %'"):
+            self.send(f"DROP INDEX {quote(name)}")
+            again.append(text.replace(" UNIQUE", "", 1))
+            notes.append(f"its index {name!r} is no longer unique, since versions are kept")
+        jobs = quote(f"_cf_job_of_{table.removeprefix(ROWS)}")
+        self.send(f"CREATE INDEX IF NOT EXISTS {jobs} ON {quote(table)} (_cf_job_id)")
+        return [f"DROP INDEX {jobs}", *again], notes
+
+    def number(self, table: str, lineage: Sequence[Any], output: int, most: int = 0) -> None:
+        these = f"_cf_output IS NULL AND {' AND '.join(f'{name} IS ?' for name in LINEAGE)}"
+        if most:
+            taken = {fold(name) for name in self.columns(table)}
+            rowid = next((name for name in ("rowid", "_rowid_", "oid") if name not in taken), None)
+            if rowid is None:
+                raise SinkConflict(
+                    f"table {table!r} has equal rows of two outputs, and columns for every name "
+                    "of SQLite's row number, so that they cannot be told apart; nothing was "
+                    "changed",
+                    "rename one of the columns rowid, _rowid_ and oid",
+                )
+            chosen = f"SELECT {rowid} FROM {quote(table)} WHERE {these} LIMIT {most:d}"  # noqa: S608
+            these = f"{rowid} IN ({chosen})"
+        update = f"UPDATE {quote(table)} SET _cf_output = ? WHERE {these}"  # noqa: S608
+        self.send(update, output, *lineage)
+
+    def compared(self, view: str) -> Iterator[Any]:
+        """All its rows."""
+        listed = ", ".join(map(quote, sorted(self.columns(view))))
+        yield from self.connection.execute(f"SELECT {listed} FROM {quote(view)}")  # noqa: S608
+
+
+def _owner(table: str) -> str:
+    """What `_cf_columns` has as the topic of a table."""
+    return fold(table).removeprefix(ROWS)
+
+
+def create_table(connection: sqlite3.Connection, table: str, own: Sequence[Column]) -> None:
+    """Create the table for a topic's rows."""
+    described = "".join(f", {quote(column.name)} {column.declared}" for column in own)
+    connection.execute(f"CREATE TABLE {quote(table)} (_cf_output INTEGER NOT NULL{described})")
+
+
+def _is_whole(column: Column, staged: Any) -> bool:
+    """Whether all numbers of a staged column are integers of 64 bits."""
+    whole = replace(column, plain=pa.int64())
+    try:
+        for batch in staged.iter_batches(INSERT_ROWS, columns=[column.name]):
+            whole.check(batch.column(batch.schema.get_field_index(column.name)))
+    except OutputRefused:
+        return False
+    return True
 
 
 # Checks while an output is staged, before its job is decided: the topic's table is created in an
 # empty database in memory, where SQLite refuses reserved names, equal names and too many columns.
 # Whether an existing table has room for more columns is only found when it is published.
-
-
-CELL_BYTES = 1_000_000_000
-"""SQLite's default limit of a value and of a row (SQLITE_MAX_LENGTH), which distributions keep."""
 
 
 def check_table(topic: str, schema: Any) -> None:
