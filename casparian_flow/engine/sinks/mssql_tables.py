@@ -246,16 +246,20 @@ class MssqlSchema(Schema):
         own = [column for column in incoming if column.name not in LINEAGE]
         if not own:  # a plugin that published no batch has given no columns
             return 0, []
+        wanted = [column for column in own if column.declared]  # others once their type is known
+        names = {fold(column.name) for column in wanted}
         view = self.view_of(output)
         number = self.choose_table(output, 0, incoming)
         table = self.rows_table(view, number)
         self._check_topic(view, output.topic)
-        existing = self._by_fold(table)
-        if not existing or _missing(own, existing) or not self._is_our_view(view):
+        existing = self._by_fold(table).keys()
+        if not existing or names - existing or not self._is_our_view(view):
             with self.session.transaction([self.lock]):
                 self.check_ours(view)
                 self._check_topic(view, output.topic)
-                self._make(table, own)
+                existing = self._by_fold(table).keys()  # another process may have created it
+                check_count(len((existing | names) - {*map(fold, LINEAGE), "_cf_output"}))
+                self.widen(table, wanted)
                 self.make_views(view)
             crashpoint("mssql.table_ready")
         return number, self._fitted(table, incoming)
@@ -273,19 +277,6 @@ class MssqlSchema(Schema):
     def _by_fold(self, table: str) -> dict[str, tuple[str, str]]:
         """Name, folded -> name and type of a table's columns."""
         return {fold(name): (name, kind) for name, kind in self.columns(table).items()}
-
-    def _make(self, table: str, own: Sequence[Column]) -> None:
-        existing = self._by_fold(table)  # another process may have created it
-        missing = _missing(own, existing)
-        ours = {*map(fold, LINEAGE), "_cf_output"}
-        check_count(len((existing.keys() | {fold(column.name) for column in missing}) - ours))
-        listed = ", ".join(f"{quote(column.name)} {column.declared} NULL" for column in missing)
-        if not existing:
-            listed = ", ".join(filter(None, ["_cf_output bigint NOT NULL", listed]))
-            self.send(f"CREATE TABLE {self.table(table)} ({listed})")
-            self.index_outputs(table)
-        elif missing:
-            self.send(f"ALTER TABLE {self.table(table)} ADD {listed}")
 
     def _check_topic(self, view: str, topic: str) -> None:
         query = f"SELECT topic FROM {self.table(LEDGER)} WHERE view_name = ? AND topic <> ?"  # noqa: S608
@@ -355,8 +346,3 @@ def _are_one(kind: str, other: str) -> bool:
         or all(base in _WHOLE for base in bases)
         or (bases[0] == bases[1] and bases[0] != "decimal")
     )
-
-
-def _missing(wanted: Sequence[Column], existing: Mapping[str, Any]) -> list[Column]:
-    """The columns that a table lacks; a column of nulls is added later, with its type."""
-    return [c for c in wanted if c.declared and fold(c.name) not in existing]

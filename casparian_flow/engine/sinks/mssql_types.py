@@ -1,26 +1,9 @@
-"""How Arrow columns become SQL Server columns without changing a value.
+"""How Arrow columns become SQL Server columns without changing a value (docs/types.md).
 
-    boolean                     bit
-    uint8; int8, int16          tinyint; smallint
-    uint16, int32               int
-    uint32, int64               bigint
-    uint64                      decimal(20,0), which also holds values above 2**63-1
-    float16, float32; float64   real; float; NaN, infinities and subnormals are refused
-    decimal of p digits         decimal(p,s); one of more than 38 digits is refused
-    date32, date64              date
-    time32, time64              time(7)
-    timestamp                   datetime2(7); with a zone datetimeoffset(7), in UTC
-    duration                    bigint, nanoseconds
-    string                      nvarchar(max)
-    binary                      varbinary(max)
-    list, map, struct           nvarchar(max), JSON as in `columns`
-    null                        (none): the column is added once its type is known
-
-A dictionary or extension type is stored as its values. SQL Server's times have a resolution of
-100 ns: finer values are refused, and so are dates outside of the years 1 to 9999.
-
-A number column whose type in the table differs accepts values that fit it exactly. Columns that a
-user narrowed to `nvarchar(n)` or `varbinary(n)` accept what fits into them.
+`_declared` says which type each becomes; a dictionary or extension type is stored as its values,
+and lists, maps and structs as JSON. A number column whose type in the table differs accepts values
+that fit it exactly. Columns that a user narrowed to `nvarchar(n)` or `varbinary(n)` accept what
+fits into them.
 """
 
 from __future__ import annotations

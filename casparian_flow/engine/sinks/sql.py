@@ -264,6 +264,26 @@ class Schema(ABC):
             self.send(index.format(ledger))
         self._ledger = list(_COLUMNS)
 
+    def widen(self, table: str, wanted: Sequence[Any]) -> None:
+        """Create a table of rows, or add the columns that it lacks.
+
+        Args:
+            wanted: the dialect's columns, with `name` and `declared`.
+        """
+        existing = {self.fold(name) for name in self.columns(table)}
+        described = [
+            f"{self.quote(column.name)} {column.declared} NULL"
+            for column in wanted
+            if self.fold(column.name) not in existing
+        ]
+        if existing:
+            for column in described:
+                self.send(f"ALTER TABLE {self.table(table)} ADD {column}")
+        else:
+            listed = ", ".join([f"_cf_output {self.types['number']} NOT NULL", *described])
+            self.send(f"CREATE TABLE {self.table(table)} ({listed})")
+            self.index_outputs(table)
+
     def check_form(self) -> None:
         """Check that the ledger, if there is one, is in today's form.
 

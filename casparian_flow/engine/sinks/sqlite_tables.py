@@ -200,19 +200,11 @@ class SqliteSchema(Schema):
         """
         incoming = columns_of(staged.schema_arrow)
         own = [column for column in incoming if column.name not in LINEAGE]
-        existing = {fold(name) for name in self.columns(table)}
         if not own:
             return []
-        if not existing:
-            create_table(self.connection, table, own)
-            self.index_outputs(table)
-            return own
-        for column in own:
-            if fold(column.name) not in existing:
-                described = f"{quote(column.name)} {column.declared}"
-                self.send(f"ALTER TABLE {quote(table)} ADD COLUMN {described}")
+        self.widen(table, own)
         kinds = self._kinds(table)
-        taken = (c for c in incoming if c.name not in LINEAGE or c.name in existing)
+        taken = [column for column in incoming if fold(column.name) in kinds]
         return [self._fitted(table, c, kinds[fold(c.name)], staged, settles) for c in taken]
 
     def _fitted(
@@ -308,12 +300,6 @@ def _owner(table: str) -> str:
     return fold(table).removeprefix(ROWS)
 
 
-def create_table(connection: sqlite3.Connection, table: str, own: Sequence[Column]) -> None:
-    """Create the table for a topic's rows."""
-    described = "".join(f", {quote(column.name)} {column.declared}" for column in own)
-    connection.execute(f"CREATE TABLE {quote(table)} (_cf_output INTEGER NOT NULL{described})")
-
-
 def _is_whole(column: Column, staged: Any) -> bool:
     """Whether all numbers of a staged column are integers of 64 bits."""
     whole = replace(column, plain=pa.int64())
@@ -336,19 +322,20 @@ def check_table(topic: str, schema: Any) -> None:
     Raises:
         OutputRefused: it cannot; the message names a column if one is the reason.
     """
-    ours = [Column(name, pa.null(), pa.null(), "") for name in LINEAGE]
-    columns = [*columns_of(schema), *ours]
+    columns = columns_of(schema)
     with closing(sqlite3.connect(":memory:")) as trial:
         room = trial.getlimit(sqlite3.SQLITE_LIMIT_COLUMN)  # of a view's columns, too
-        if len(columns) > room:
+        free = room - len(LINEAGE)
+        if len(columns) > free:
             raise OutputRefused(
-                f"topic {topic!r} has {len(columns) - len(ours)} columns: from column "
-                f"{columns[room - len(ours)].name!r} on they do not fit: a table of SQLite has "
-                f"room for {room}, with the lineage columns",
+                f"topic {topic!r} has {len(columns)} columns: from column {columns[free].name!r} "
+                f"on they do not fit: a table of SQLite has room for {room}, with the lineage "
+                "columns",
                 "publish fewer columns, or columns of lists; or use Parquet: casparian topics set",
             )
         try:
-            create_table(trial, topic, columns[: -len(ours)])
+            described = ", ".join(f"{quote(c.name)} {c.declared}" for c in columns)
+            trial.execute(f"CREATE TABLE {quote(topic)} (_cf_output, {described})")
         except sqlite3.Error as error:
             raise OutputRefused(
                 f"topic {topic!r}: SQLite cannot have such a table: {error}",
