@@ -17,8 +17,6 @@ class Batch:
     """Where statements run."""
 
     database: Database
-    session: Transaction
-    """Holds the locks that outlive a transaction."""
     transaction: Transaction
     """The connection's, or that of the statement in hand."""
     variables: dict[str, Any]
@@ -233,7 +231,7 @@ def rows_of(database: Database, name: str) -> list[dict[str, Any]]:
     now = database.snapshot()
     if database.find(now, name) is None:
         return []
-    table = Batch(database, now, now, {}).table(name)
+    table = Batch(database, now, {}).table(name)
     names = [column.name for column in table.columns]
     return [dict(zip(names, row, strict=True)) for row in table.rows]
 

@@ -142,7 +142,7 @@ class Session:
                 raise ValueError(f"procedure {procedure} with {values}")
 
     def _batch(self, transaction: Transaction, variables: Mapping[str, Any]) -> Batch:
-        return Batch(self._database, self._session, transaction, dict(variables))
+        return Batch(self._database, transaction, dict(variables))
 
     def _prepare(self, text: str, declared: str | None) -> int:
         handle = next(self._handles)

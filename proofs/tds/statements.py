@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
 
 from proofs.tds import catalog, tokens
 from proofs.tds.queries import Batch, Item, Select, insert, read_select
@@ -315,7 +314,7 @@ def _read_declare(words: Words) -> tuple[str, Run]:
 
 
 def _read_execute(words: Words) -> tuple[str, Run]:
-    """`sp_getapplock`, `sp_releaseapplock` and `sp_rename`."""
+    """`sp_getapplock` and `sp_rename`."""
     result = ""
     if words.is_a("variable"):
         result = words.take("variable")
@@ -324,24 +323,21 @@ def _read_execute(words: Words) -> tuple[str, Run]:
     arguments = dict(words.listed(lambda: _argument(words)))
     if procedure == "sp_rename":
         return "rename", lambda batch: _rename(batch, arguments)
-    if procedure not in {"sp_getapplock", "sp_releaseapplock"}:
+    if procedure != "sp_getapplock":
         raise words.unknown("a procedure of the sink")
 
     def run(batch: Batch) -> list[Answer]:
         scope = batch.scope({})
         given = {name: value(scope) for name, value in arguments.items()}
         resource = f"applock {given.pop('@resource')}"
-        owner = batch.session if given.pop("@lockowner") == "Session" else batch.transaction
-        if procedure == "sp_releaseapplock":
-            batch.database.release(owner, resource)
-            return [Answer()]
+        assert given.pop("@lockowner") == "Transaction"
         assert given.pop("@lockmode") == "Exclusive"
         seconds = given.pop("@locktimeout") / 1000
-        batch.variables[result] = _applock(batch, owner, resource, seconds)
+        batch.variables[result] = _applock(batch, resource, seconds)
         assert not given, given
         return [Answer()]
 
-    return "applock" if procedure == "sp_getapplock" else "release", run
+    return "applock", run
 
 
 def _rename(batch: Batch, arguments: Mapping[str, Expression]) -> list[Answer]:
@@ -358,10 +354,10 @@ def _rename(batch: Batch, arguments: Mapping[str, Expression]) -> list[Answer]:
     return [Answer()]
 
 
-def _applock(batch: Batch, owner: Any, resource: str, seconds: float) -> int:
+def _applock(batch: Batch, resource: str, seconds: float) -> int:
     """Its return code: 0 given, -1 not in time, -3 the victim of a deadlock."""
     try:
-        batch.database.acquire(owner, resource, seconds)
+        batch.database.acquire(batch.transaction, resource, seconds)
     except SqlError as error:
         return {1222: -1, 1205: -3}[error.number]
     return 0

@@ -198,19 +198,6 @@ class Database:
             self._holders[resource] = transaction
             transaction.held.add(resource)
 
-    def release(self, transaction: Transaction, resource: str) -> None:
-        """Let go one resource before the end.
-
-        Raises:
-            SqlError: it is not held.
-        """
-        with self._freed:
-            if resource not in transaction.held:
-                raise SqlError(1223, "Cannot release the application lock: it is not held.")
-            transaction.held.remove(resource)
-            del self._holders[resource]
-            self._freed.notify_all()
-
     def commit(self, transaction: Transaction) -> None:
         """Let everybody see what it changed."""
         with self._freed:

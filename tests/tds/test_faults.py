@@ -180,10 +180,10 @@ def test_f82_a_commit_nobody_knows_of_is_looked_up(
             for said in entry.said
             if said.name in {"applock", "bulk rows", record, INSERT} or order.is_lookup(said)
         ]
-        # Locks are taken on the key and the file's slot, then one on the stage table. The record's
-        # number is asked for when it is written.
+        # Locks are taken on the key and the file's slot. The record's number is asked for when it
+        # is written.
         asked = ["applock", "applock", "lookup"]
-        again = ["applock", "bulk rows", *asked, record, "lookup", INSERT]
+        again = ["bulk rows", *asked, record, "lookup", INSERT]
         assert said == [*asked, *(asked if executed else again)]
 
 

@@ -12,9 +12,9 @@ after a deadlock, all steps are repeated, after such an error on a new connectio
 releases the lock on the key only when it has ended the old connection, so the ledger's answer is
 final.
 
-A stage table is named after the staged file, so that a repeated try finds it. While it is used, a
-session holds a lock on its name. A Worker needs neither the server nor a password: it stages beside
-Casparian Flow's ledger and checks the columns.
+A stage table is named after the staged file, so that a repeated try finds it. Whether it has all
+of the output's rows is counted when they are copied. A Worker needs neither the server nor a
+password: it stages beside Casparian Flow's ledger and checks the columns.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class MssqlSink(SqlSink):
             yield schemas(session)
 
     def drop_stages(self, tag: str, owed: Iterable[str]) -> None:
-        """See `sinks.drop_stages`. A table whose lock another program holds stays."""
+        """See `sinks.drop_stages`."""
         kept = {stage_table(file) for file in owed}
         with self._session() as session:
             schema = MssqlSchema(session, table_of(self.location)[0])
@@ -91,7 +91,7 @@ class MssqlSink(SqlSink):
                 schema.name, len(begin), begin,
             )  # fmt: skip
             for (table,) in found:
-                if table not in kept and session.try_lock(table):
+                if table not in kept:
                     with session.transaction():
                         session.send(f"DROP TABLE IF EXISTS {schema.table(table)}")
                     crashpoint("mssql.stage_swept")
@@ -236,7 +236,6 @@ def _staged(session: Session, schema: MssqlSchema, output: Output) -> Iterator[N
         # Columns of nulls only are not loaded; a table has at least one, and so have rows.
         loaded = columns or columns_of(staged.schema_arrow)[-1:]
         table = stage_table(output.stage)
-        session.lock(table, session=True)
         drop = f"DROP TABLE IF EXISTS {schema.table(table)}"
         described = ", ".join(f"{quote(c.name)} {c.loaded} NULL" for c in loaded)
         with session.transaction():
@@ -249,10 +248,9 @@ def _staged(session: Session, schema: MssqlSchema, output: Output) -> Iterator[N
     try:
         yield
     finally:
-        with contextlib.suppress(Refused):  # then a repeated try, or `drop_stages`, removes it
-            with session.transaction():
-                session.send(drop)
-            session.unlock(table)
+        # If this fails, a repeated try, or `drop_stages`, removes it.
+        with contextlib.suppress(Refused), session.transaction():
+            session.send(drop)
 
 
 def _load(session: Session, table: str, staged: Any, columns: Sequence[Column], rows: int) -> None:

@@ -309,37 +309,20 @@ class Session:
         except Refused as refused:
             raise Refused(refused.fault._replace(kind=Kind.LOST)) from None
 
-    def lock(self, resource: str, *, session: bool = False) -> None:
-        """Take an application lock (`sp_getapplock`).
-
-        Args:
-            session: hold it until the connection ends, instead of the transaction.
+    def lock(self, resource: str) -> None:
+        """Take an application lock (`sp_getapplock`) until the end of the transaction.
 
         Raises:
             Refused: another session held it for longer than `lock_seconds`.
         """
-        owner = "Session" if session else "Transaction"
-        given = self._applock(resource, owner, self._settings.lock_seconds)
+        ((given,),) = self.ask(
+            "SET NOCOUNT ON; DECLARE @given int; EXEC @given = sp_getapplock @Resource = ?, "
+            "@LockMode = 'Exclusive', @LockOwner = 'Transaction', @LockTimeout = ?; SELECT @given",
+            resource, round(self._settings.lock_seconds * 1000),
+        )  # fmt: skip
         if given < 0:
             unknown = Fault(Kind.PAUSE, f"cannot get a lock (sp_getapplock returned {given})")
             raise Refused(_GIVEN.get(given, unknown))
-
-    def try_lock(self, resource: str) -> bool:
-        """Take a session's lock if it is free; returns whether it was taken."""
-        return self._applock(resource, "Session", 0) >= 0
-
-    def unlock(self, resource: str) -> None:
-        """Release a session's lock."""
-        self.send("EXEC sp_releaseapplock @Resource = ?, @LockOwner = 'Session'", resource)
-
-    def _applock(self, resource: str, owner: str, seconds: float) -> int:
-        """0 or 1 if the lock is granted, else negative."""
-        ((given,),) = self.ask(
-            "SET NOCOUNT ON; DECLARE @given int; EXEC @given = sp_getapplock @Resource = ?, "
-            f"@LockMode = 'Exclusive', @LockOwner = '{owner}', @LockTimeout = ?; SELECT @given",
-            resource, round(seconds * 1000),
-        )  # fmt: skip
-        return int(given)
 
     def load(self, table: str, rows: Any) -> int:
         """Bulk load a pyarrow RecordBatchReader into a table, named as `qualified` returned it;
