@@ -37,7 +37,7 @@ from casparian_flow.engine.sinks.mssql_tables import STAGE, MssqlSchema, Staged,
 from casparian_flow.engine.sinks.mssql_types import Column, check_values, columns_of
 from casparian_flow.engine.sinks.sql_sink import SchemaOf, SqlSink, publish_job
 from casparian_flow.engine.sinks.stage import Stage, reading
-from casparian_flow.errors import JobError
+from casparian_flow.errors import JobError, SinkUnavailable
 from casparian_flow.protocol import Output, Publication
 
 
@@ -60,8 +60,8 @@ class MssqlSink(SqlSink):
 
     def publish_jobs(self, jobs: Sequence[Publication]) -> list[list[Output] | JobError]:
         """See `SqlSink.publish_jobs`. One transaction for each job."""
-        with contextlib.closing(Publisher(self._settings)) as publisher:
-            return [publisher.publish(job) for job in jobs]
+        with contextlib.closing(_Publisher(self._settings)) as publisher:
+            return [publisher.away or publisher.publish(job) for job in jobs]
 
     @contextlib.contextmanager
     def writing(self, outputs: Sequence[Output]) -> Iterator[SchemaOf]:
@@ -98,13 +98,9 @@ class MssqlSink(SqlSink):
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[Session]:
-        """A new connection.
-
-        Raises:
-            SinkUnavailable: the server refuses, or cannot be reached.
-        """
+        """A new connection; what goes wrong with it is SinkUnavailable."""
         try:
-            with contextlib.closing(Session(self._settings)) as session:
+            with contextlib.closing(Session(self._settings, self.location)) as session:
                 yield session
         except Refused as refused:
             fault = refused.fault._replace(kind=Kind.PAUSE)
@@ -128,8 +124,8 @@ TRIES = 3
 """How often to try to publish a job's outputs before the sink is paused."""
 
 
-class Publisher:
-    """Publishes one job after another on one connection, replaced if it is lost. Must be closed.
+class _Publisher:
+    """Publishes one job after another on one connection, replaced if it is lost.
 
     Args:
         settings: the server.
@@ -138,7 +134,9 @@ class Publisher:
     def __init__(self, settings: MssqlSettings) -> None:
         self._settings = settings
         self._session: Session | None = None
-        self._away: JobError | None = None
+        self.away: SinkUnavailable | None = None
+        """Why there is no connection. Later jobs then fail without another try, because each may
+        take long and other sinks wait."""
 
     def close(self) -> None:
         """Close the connection."""
@@ -147,16 +145,17 @@ class Publisher:
         self._session = None
 
     def publish(self, job: Publication) -> list[Output] | JobError:
-        """Publish a job; see `Sink.publish`.
-
-        If the server cannot be reached, later jobs fail without another try, because each may take
-        long and other sinks wait.
-        """
+        """Publish a job; see `Sink.publish`."""
         place = ", ".join(dict.fromkeys(output.location for output in job.outputs))
         fault: JobError
         for _ in range(TRIES):
             try:
-                return _try(self._connected(place), job)
+                self._session = self._session or Session(self._settings, place)
+            except SinkUnavailable as error:
+                self.away = error
+                return error
+            try:
+                return _try(self._session, job)
             except Refused as refused:
                 fault = refusal(refused.fault, place)
                 if refused.fault.kind is Kind.LOST:
@@ -166,22 +165,6 @@ class Publisher:
             except JobError as error:
                 return error
         return fault
-
-    def _connected(self, place: str) -> Session:
-        """The connection; opened if there is none.
-
-        Raises:
-            SinkUnavailable: connecting fails, or has failed before.
-        """
-        if self._away:
-            raise self._away
-        if self._session is None:
-            try:
-                self._session = Session(self._settings)
-            except Refused as refused:
-                self._away = refusal(refused.fault._replace(kind=Kind.PAUSE), place)
-                raise self._away from None
-        return self._session
 
 
 def _try(session: Session, job: Publication) -> list[Output]:

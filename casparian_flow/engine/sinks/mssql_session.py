@@ -240,23 +240,31 @@ class Session:
 
     Args:
         settings: the server, the login and the timeouts.
+        place: for messages: what it is opened for.
 
     Raises:
-        SinkUnavailable: no server is configured, or the driver is not installed.
-        Refused: the server refuses the login, or cannot be reached.
+        SinkUnavailable: no server is configured, the driver is not installed, or the server
+            refuses the login or cannot be reached.
     """
 
-    def __init__(self, settings: MssqlSettings) -> None:
+    def __init__(self, settings: MssqlSettings, place: str = "SQL Server") -> None:
         self._settings = settings
-        self._connection = _connect(settings)
-        # Errors roll back the transaction, statements report how many rows they changed, messages
-        # are in English, and waiting for a lock has a timeout.
         wait = round(settings.lock_seconds * 1000)
-        with self.transaction():
-            self.send(
-                "SET XACT_ABORT ON; SET NOCOUNT OFF; SET LANGUAGE us_english; "
-                f"SET LOCK_TIMEOUT {wait}"
-            )
+        try:
+            self._connection = _connect(settings)
+            # Errors roll back the transaction, statements report how many rows they changed,
+            # messages are in English, and waiting for a lock has a timeout.
+            with self.transaction():
+                self.send(
+                    "SET XACT_ABORT ON; SET NOCOUNT OFF; SET LANGUAGE us_english; "
+                    f"SET LOCK_TIMEOUT {wait}"
+                )
+        except Refused as refused:
+            words = refused.fault.words
+            if refused.fault.kind is Kind.LOST:  # it was not opened: nothing was lost with it
+                words = words.replace(_GONE.words, "it cannot be reached")
+            fault = refused.fault._replace(kind=Kind.PAUSE, words=words)
+            raise refusal(fault, place) from None
 
     def close(self) -> None:
         """Close the connection; the server rolls back and releases its locks."""
@@ -375,12 +383,6 @@ def _connect(settings: MssqlSettings) -> Any:
             connection = driver.connect(
                 connection_string(settings), timeout=LOGIN_SECONDS, ConnectRetryCount="0"
             )
-    except Refused as refused:
-        fault = refused.fault
-        if fault.kind is Kind.LOST:  # it was not opened: nothing was lost with it
-            words = fault.words.replace(_GONE.words, "it cannot be reached")
-            fault = fault._replace(kind=Kind.PAUSE, words=words)
-        raise Refused(fault) from None
     except (ValueError, driver.ConnectionStringParseError):
         # Its message may quote a part of a password that has a semicolon in it.
         raise SinkUnavailable(

@@ -91,6 +91,7 @@ class MssqlSchema(Schema):
         "CREATE INDEX _cf_table ON {} (view_name, table_number, state)",
     )
     number_of_rows = "COUNT_BIG(*)"
+    null = "CAST(NULL AS {})"  # a bare NULL would be an integer, and so would the column
     dirty_hint = " WITH (READUNCOMMITTED)"
 
     def __init__(self, session: Session, schema: str) -> None:
@@ -156,10 +157,6 @@ class MssqlSchema(Schema):
 
     def named(self, prefix: str, view: str) -> str:
         return named_after(prefix, view)
-
-    def null(self, kind: str) -> str:
-        """See `Schema.null`. A bare NULL would be an integer, and so would the column."""
-        return f"CAST(NULL AS {kind})"
 
     def is_name(self, view: str) -> bool:
         return _is_short(view)

@@ -107,6 +107,8 @@ class Schema(ABC):
     """The statements that make the ledger's indexes; `{}` is the ledger."""
     number_of_rows = "COUNT(*)"
     """Counts rows, however many."""
+    null = "NULL"
+    """A null of a type, `{}`, for a view over tables that lack a column."""
     dirty_hint = ""
     """What follows the ledger's name where tables are looked up: no lock is waited for."""
 
@@ -191,10 +193,6 @@ class Schema(ABC):
         """The n-th table with a view's rows. No other topic's table has such a name, which
         `_cf_rows_<topic>_2` might be."""
         return self.named(ROWS if number == 1 else f"_cf_rows{number}_", view)
-
-    def null(self, kind: str) -> str:
-        """A null of a declared type, for a view over tables that lack a column."""
-        return "NULL"
 
     def drop(self, table: str) -> None:
         """Drop a table of rows."""
@@ -390,13 +388,13 @@ class Schema(ABC):
 
     def mark(self, record: Record, output: Output) -> Record:
         """Give a recorded output the state and mode of `output`."""
-        was, time = self._is_visible(record), now()
-        changed = {**record, "state": str(output.state), "mode": output.mode}
-        is_visible = self._is_visible(changed)
-        if is_visible:
-            changed |= {"shown_at": record["shown_at"] or time, "hidden_at": ""}
-        elif was:
-            changed["hidden_at"] = time
+        shown_at, hidden_at, time = record["shown_at"], record["hidden_at"], now()
+        if output.visible:
+            shown_at, hidden_at = shown_at or time, ""
+        elif shown_at and not hidden_at:
+            hidden_at = time
+        told = {"state": str(output.state), "mode": output.mode}
+        changed = {**record, **told, "shown_at": shown_at, "hidden_at": hidden_at}
         if changed != record:
             names = ("state", "mode", "shown_at", "hidden_at")
             assigned = ", ".join(f"{self.quote(name)} = ?" for name in names)
@@ -422,10 +420,6 @@ class Schema(ABC):
         listed = ", ".join(map(self.quote, names))
         query = f"SELECT {listed} FROM {self.table(LEDGER)} {where}"  # noqa: S608
         return [dict(zip(names, row, strict=True)) for row in self.ask(query, *values)]
-
-    def _is_visible(self, record: Record) -> bool:
-        state, mode = record["state"], record["mode"]
-        return bool(state == State.CURRENT or (state == State.PAST and mode != "replace"))
 
     # Rows and views.
 
@@ -487,24 +481,21 @@ class Schema(ABC):
                 return number
         return open_ones[0] + 1 if may_open else open_ones[0]
 
-    def count(self, record: Record) -> int:
-        """How many rows of an output there are."""
-        rows = self.rows_table(record["view_name"], record["table_number"])
-        if not self.has(rows):
-            return 0
-        query = f"SELECT {self.number_of_rows} FROM {self.table(rows)} WHERE _cf_output = ?"  # noqa: S608
-        return int(self.ask(query, record["id"])[0][0])
-
     def check_whole(self, record: Record) -> None:
         """Check that an output has as many rows as were published.
 
         Raises:
             SinkConflict: it has not.
         """
-        if record["rows"] and (count := self.count(record)) != record["rows"]:
+        view, count = record["view_name"], 0
+        rows = self.rows_table(view, record["table_number"])
+        if record["rows"] and self.has(rows):
+            query = f"SELECT {self.number_of_rows} FROM {self.table(rows)} WHERE _cf_output = ?"  # noqa: S608
+            ((count,),) = self.ask(query, record["id"])
+        if count != record["rows"]:
             raise SinkConflict(
-                f"{self.target(record['view_name'])} has {count} rows of job {record['job_id']} "
-                f"instead of the {record['rows']} published; nothing was changed",
+                f"{self.target(view)} has {count} rows of job {record['job_id']} instead of the "
+                f"{record['rows']} published; nothing was changed",
                 f"casparian outputs restore {record['job_id']}",
             )
 
@@ -593,7 +584,7 @@ class Schema(ABC):
         for table, each in zip(tables, columns, strict=True):
             own = {self.fold(name): f"r.{self.quote(name)}" for name in each}
             chosen = {
-                folded: f"{own.get(folded) or self.null(kind)} AS {self.quote(name)}"
+                folded: f"{own.get(folded) or self.null.format(kind)} AS {self.quote(name)}"
                 for folded, (name, kind) in united.items()
             }
             for name in LINEAGE:
