@@ -32,8 +32,6 @@ CREATE OR ALTER VIEW [dbo].[sales_current] AS SELECT r.[id] AS [id], r.[a ]]]] b
 
 CREATE OR ALTER VIEW [dbo].[sales_history] AS SELECT r.[id] AS [id], r.[a ]]]] b] AS [a ]]]] b], o.[file_version_id] AS [_cf_file_version_id], o.[job_id] AS [_cf_job_id], o.[source_hash] AS [_cf_source_hash], o.[plugin_version] AS [_cf_plugin_version] FROM [dbo].[_cf_rows_sales] AS r JOIN [dbo].[_cf_outputs] AS o ON o.id = r._cf_output WHERE o.state IN ('current', 'past') AND o.view_name = N'sales';
 
-SET NOCOUNT ON; DECLARE @given int; EXEC @given = sp_getapplock @Resource = ?, @LockMode = 'Exclusive', @LockOwner = 'Session', @LockTimeout = ?; SELECT @given;
-
 DROP TABLE IF EXISTS [dbo].[casparian_stage_tag-1-041627790ec4743be696bdccfb39e291];
 
 CREATE TABLE [dbo].[casparian_stage_tag-1-041627790ec4743be696bdccfb39e291] ([id] bigint NULL, [a ]]]] b] nvarchar(max) NULL);
@@ -45,8 +43,6 @@ INSERT INTO [dbo].[_cf_outputs] ([output_key], [topic], [view_name], [mode], [st
 SELECT [id] FROM [dbo].[_cf_outputs] WHERE [output_key] = ?;
 
 INSERT INTO [dbo].[_cf_rows_sales] (_cf_output, [id], [a ]]]] b]) SELECT 1, s.[id], s.[a ]]]] b] FROM [dbo].[casparian_stage_tag-1-041627790ec4743be696bdccfb39e291] AS s;
-
-EXEC sp_releaseapplock @Resource = ?, @LockOwner = 'Session';
 
 -- one with another column, that takes its place
 

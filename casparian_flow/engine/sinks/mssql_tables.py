@@ -211,14 +211,10 @@ class MssqlSchema(Schema):
             crashpoint("mssql.rows_written")
         return staged.number
 
-    # The columns of a table of rows; `incoming` are those of an output.
+    # The columns of a table of rows.
 
-    def is_alike(self, table: str, incoming: Any) -> bool:
-        there = self._by_fold(table)
-        own = {fold(column.name): column.declared for column in incoming if column.declared}
-        return all(there[name][1] == kind for name, kind in own.items() if name in there)
-
-    def fits(self, table: str, incoming: Any) -> bool:
+    def _fits(self, table: str, incoming: Sequence[Column]) -> bool:
+        """Whether a table takes the values of an output."""
         try:
             self._fitted(table, incoming)
         except OutputRefused:
@@ -246,15 +242,15 @@ class MssqlSchema(Schema):
         wanted = [column for column in own if column.declared]  # others once their type is known
         names = {fold(column.name) for column in wanted}
         view = self.view_of(output)
-        number = self.choose_table(output, 0, incoming)
+        number = self.choose_table(output, 0, incoming, lambda table: self._fits(table, incoming))
         table = self.rows_table(view, number)
         self._check_topic(view, output.topic)
-        existing = self._by_fold(table).keys()
+        existing = self.kinds(table).keys()
         if not existing or names - existing or not self._is_our_view(view):
             with self.session.transaction([self.lock]):
                 self.check_ours(view)
                 self._check_topic(view, output.topic)
-                existing = self._by_fold(table).keys()  # another process may have created it
+                existing = self.kinds(table).keys()  # another process may have created it
                 check_count(len((existing | names) - {*map(fold, LINEAGE), "_cf_output"}))
                 self.widen(table, wanted)
                 self.make_views(view)
@@ -267,13 +263,9 @@ class MssqlSchema(Schema):
         Raises:
             OutputRefused: one has another type in the table.
         """
-        existing = self._by_fold(table)
-        taken = [c for c in incoming if c.declared and fold(c.name) in existing]
-        return [c.fit(kind, name) for c in taken for name, kind in [existing[fold(c.name)]]]
-
-    def _by_fold(self, table: str) -> dict[str, tuple[str, str]]:
-        """Name, folded -> name and type of a table's columns."""
-        return {fold(name): (name, kind) for name, kind in self.columns(table).items()}
+        found = {fold(name): (kind, name) for name, kind in self.columns(table).items()}
+        taken = (c for c in incoming if c.declared and fold(c.name) in found)
+        return [column.fit(*found[fold(column.name)]) for column in taken]
 
     def _check_topic(self, view: str, topic: str) -> None:
         query = f"SELECT topic FROM {self.table(LEDGER)} WHERE view_name = ? AND topic <> ?"  # noqa: S608

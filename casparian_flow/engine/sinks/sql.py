@@ -23,7 +23,7 @@ import contextlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -162,24 +162,16 @@ class Schema(ABC):
         """
 
     @abstractmethod
-    def is_alike(self, table: str, incoming: Any) -> bool:
-        """Whether a table's types are exactly those of an output's columns.
-
-        Args:
-            incoming: the columns, as the dialect has them.
-        """
-
-    @abstractmethod
-    def fits(self, table: str, incoming: Any) -> bool:
-        """Whether a table takes the values of an output's columns."""
-
-    @abstractmethod
     def target(self, view: str) -> str:
         """`Output.target` of the view's outputs."""
 
     @abstractmethod
     def index_outputs(self, table: str) -> None:
         """Create the index by which the rows of an output are counted and deleted."""
+
+    def kinds(self, table: str) -> dict[str, str]:
+        """Name, folded -> type of the columns of a table of rows; empty for one without a type."""
+        return {self.fold(name): kind for name, kind in self.columns(table).items()}
 
     def view_of(self, output: Output) -> str:
         """The view that shows an output."""
@@ -268,7 +260,7 @@ class Schema(ABC):
         Args:
             wanted: the dialect's columns, with `name` and `declared`.
         """
-        existing = {self.fold(name) for name in self.columns(table)}
+        existing = self.kinds(table)
         described = [
             f"{self.quote(column.name)} {column.declared} NULL"
             for column in wanted
@@ -456,7 +448,9 @@ class Schema(ABC):
             if any(self.ask(query, view, number, str(s), apart_from)[0][0] for s in SEEN)
         ] or numbers[-1:]
 
-    def choose_table(self, output: Output, own: int, incoming: Any) -> int:
+    def choose_table(
+        self, output: Output, own: int, columns: Sequence[Any], fits: Callable[[str], bool]
+    ) -> int:
         """The number of the table for an output's rows.
 
         The newest table that takes them; none that is older than all tables that stand, or its
@@ -466,7 +460,8 @@ class Schema(ABC):
 
         Args:
             own: `id` of the output; 0 if it is not recorded yet.
-            incoming: its columns, for `is_alike` and `fits`.
+            columns: its columns, with `name` and `declared`.
+            fits: whether a table takes its values.
         """
         view, is_rebuilt = self.view_of(output), output.generation > 0
         numbers, standing = self.tables(view, own), self._standing(view, own)
@@ -475,9 +470,15 @@ class Schema(ABC):
         if not may_open and len(open_ones) == 1:
             return open_ones[0]
         for number in open_ones:
-            takes = self.is_alike if is_rebuilt and number in standing else self.fits
             table = self.rows_table(view, number)
-            if not self.columns(table) or takes(table, incoming):
+            kinds = self.kinds(table)
+            is_alike = all(
+                kinds.get(self.fold(column.name)) in (None, "", column.declared)
+                for column in columns
+                if column.declared
+            )
+            takes = is_alike if is_rebuilt and number in standing else not kinds or fits(table)
+            if takes:
                 return number
         return open_ones[0] + 1 if may_open else open_ones[0]
 

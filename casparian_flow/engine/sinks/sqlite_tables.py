@@ -130,7 +130,10 @@ class SqliteSchema(Schema):
         view = self.view_of(output)
         try:
             with reading(output) as staged:
-                which = self.choose_table(output, number, staged)
+                columns = columns_of(staged.schema_arrow)
+                which = self.choose_table(
+                    output, number, columns, lambda table: self._fits(table, staged)
+                )
                 table = self.rows_table(view, which)
                 taken = self._fit_table(table, staged, own_topic(output))
                 if not taken:  # a plugin that published no batch has given no columns
@@ -158,17 +161,13 @@ class SqliteSchema(Schema):
             self.connection.executemany(statement, zip(*values, strict=True))
             crashpoint("sqlite.rows_written")
 
-    # The columns of a table of rows; `incoming` is the staged file.
+    # The columns of a table of rows.
 
-    def is_alike(self, table: str, incoming: Any) -> bool:
-        own = {fold(c.name): c.declared for c in columns_of(incoming.schema_arrow)}
-        pairs = ((kind, own.get(name, "")) for name, kind in self._kinds(table).items())
-        return all(not one or not other or one == other for one, other in pairs)
-
-    def fits(self, table: str, incoming: Any) -> bool:
+    def _fits(self, table: str, staged: Any) -> bool:
+        """Whether a table takes the values of an output."""
         self.send("SAVEPOINT trial")
         try:
-            self._fit_table(table, incoming, "")
+            self._fit_table(table, staged, "")
         except OutputRefused:
             return False
         finally:
@@ -176,14 +175,13 @@ class SqliteSchema(Schema):
             self.send("RELEASE trial")
         return True
 
-    def _kinds(self, table: str) -> dict[str, str]:
-        """Name, folded -> current type of the columns of a table; empty for one without a type."""
-        found = self.columns(table)
+    def kinds(self, table: str) -> dict[str, str]:
         later: dict[tuple[str, str], str] = {}
         if self.columns("_cf_columns"):
             query = "SELECT name, declared, type FROM _cf_columns WHERE topic = ?"
             later = {(name, was): kind for name, was, kind in self.ask(query, _owner(table))}
-        return {fold(n): later.get((fold(n), kind), kind) for n, kind in found.items()}
+        declared = super().kinds(table)
+        return {name: later.get((name, kind), kind) for name, kind in declared.items()}
 
     def _fit_table(self, table: str, staged: Any, settles: str) -> list[Column]:
         """Create a table of rows, or add the columns that it lacks.
@@ -203,7 +201,7 @@ class SqliteSchema(Schema):
         if not own:
             return []
         self.widen(table, own)
-        kinds = self._kinds(table)
+        kinds = self.kinds(table)
         taken = [column for column in incoming if fold(column.name) in kinds]
         return [self._fitted(table, c, kinds[fold(c.name)], staged, settles) for c in taken]
 
@@ -237,7 +235,7 @@ class SqliteSchema(Schema):
 
     def _note(self, table: str, column: str, kind: str) -> None:
         """Note the current type of a column."""
-        declared = {fold(name): kind for name, kind in self.columns(table).items()}[fold(column)]
+        declared = super().kinds(table)[fold(column)]
         self.send(_CURRENT_TYPES)
         self.send(
             "INSERT OR REPLACE INTO _cf_columns VALUES (?, ?, ?, ?)",
