@@ -14,7 +14,7 @@ CREATE INDEX _cf_view ON [dbo].[_cf_outputs] (view_name, topic) INCLUDE (state, 
 
 CREATE INDEX _cf_table ON [dbo].[_cf_outputs] (view_name, table_number, state);
 
-SELECT MIN(table_number) FROM [dbo].[_cf_outputs] WITH (READUNCOMMITTED) WHERE view_name = ? AND table_number > ? AND id <> ?;
+SELECT MIN(table_number) FROM [dbo].[_cf_outputs] WITH (READUNCOMMITTED) WHERE view_name = ? AND table_number > ?;
 
 SELECT topic FROM [dbo].[_cf_outputs] WHERE view_name = ? AND topic <> ?;
 
@@ -43,6 +43,8 @@ INSERT INTO [dbo].[_cf_outputs] ([output_key], [topic], [view_name], [mode], [st
 SELECT [id] FROM [dbo].[_cf_outputs] WHERE [output_key] = ?;
 
 INSERT INTO [dbo].[_cf_rows_sales] (_cf_output, [id], [a ]]]] b]) SELECT 1, s.[id], s.[a ]]]] b] FROM [dbo].[casparian_stage_tag-1-041627790ec4743be696bdccfb39e291] AS s;
+
+UPDATE [dbo].[_cf_outputs] SET table_number = ? WHERE id = ?;
 
 -- one with another column, that takes its place
 

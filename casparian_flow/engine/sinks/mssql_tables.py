@@ -24,12 +24,13 @@ from casparian_flow.engine.sinks import table_of
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.engine.sinks.mssql_session import RIGHTS, Fault, Kind, Refused, Session
 from casparian_flow.engine.sinks.mssql_types import (
-    NAME_LIMIT,
     Column,
+    are_one,
     check_count,
     columns_of,
     declared_as,
     fold,
+    is_short,
 )
 from casparian_flow.engine.sinks.sql import LEDGER, Schema
 from casparian_flow.errors import OutputRefused, SinkConflict
@@ -51,8 +52,6 @@ _TYPES = {
 _READ = "state, mode, file_version_id, job_id, source_hash, plugin_version"
 """What views read of the ledger. An index has it all, so that readers of one view do not wait for
 who changes outputs of another."""
-
-_WHOLE = ("tinyint", "smallint", "int", "bigint")
 
 
 class Staged(NamedTuple):
@@ -159,7 +158,7 @@ class MssqlSchema(Schema):
         return named_after(prefix, view)
 
     def is_name(self, view: str) -> bool:
-        return _is_short(view)
+        return is_short(view)
 
     def scope(self, view: str) -> str:
         """See `Schema.scope`. A view reads no outputs of other views, which may be locked now."""
@@ -173,7 +172,7 @@ class MssqlSchema(Schema):
         for table in (self.rows_table(view, number) for number in reversed(numbers)):
             for name, kind in self.columns(table).items():
                 first = found.setdefault(fold(name), kind)
-                if not _are_one(first, kind):
+                if not are_one(first, kind):
                     return f"column {name!r} is {first} in one and {kind} in others"
         return ""
 
@@ -242,7 +241,7 @@ class MssqlSchema(Schema):
         wanted = [column for column in own if column.declared]  # others once their type is known
         names = {fold(column.name) for column in wanted}
         view = self.view_of(output)
-        number = self.choose_table(output, 0, incoming, lambda table: self._fits(table, incoming))
+        number = self.choose_table(output, incoming, lambda name: self._fits(name, incoming))
         table = self.rows_table(view, number)
         self._check_topic(view, output.topic)
         existing = self.kinds(table).keys()
@@ -320,18 +319,4 @@ class MssqlSchema(Schema):
 def named_after(prefix: str, table: str) -> str:
     """The name of a table that belongs to another one; at most 128 characters."""
     whole = prefix + table
-    return whole if _is_short(whole) else prefix + hashlib.sha256(table.encode()).hexdigest()[:16]
-
-
-def _is_short(name: str) -> bool:
-    return len(name.encode("utf-16-le")) // 2 <= NAME_LIMIT
-
-
-def _are_one(kind: str, other: str) -> bool:
-    """Whether a union holds every value of both types as it is."""
-    bases = [each.partition("(")[0] for each in (kind, other)]
-    return (
-        kind == other
-        or all(base in _WHOLE for base in bases)
-        or (bases[0] == bases[1] and bases[0] != "decimal")
-    )
+    return whole if is_short(whole) else prefix + hashlib.sha256(table.encode()).hexdigest()[:16]

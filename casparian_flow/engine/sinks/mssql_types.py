@@ -8,6 +8,7 @@ fits into them.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -74,8 +75,7 @@ class Column:
     def plain(self) -> Any:
         """The Arrow type in which the values are given to the driver."""
         if self.declared.startswith("decimal"):
-            precision, scale = _digits(self.declared)
-            return pa.decimal128(precision, scale)
+            return pa.decimal128(*map(int, re.findall(r"\d+", self.declared)))  # digits, scale
         if self.declared.startswith("datetime"):
             unit = "ns" if _unwrapped(self.kind).unit == "ns" else "us"
             return pa.timestamp(unit, "UTC" if self.declared == "datetimeoffset(7)" else None)
@@ -139,7 +139,7 @@ def columns_of(schema: Any) -> list[Column]:
     found = [Column(field.name, field.type, _declared(field), field.name) for field in schema]
     names = Counter(fold(column.name) for column in found)
     for column in found:
-        if len(column.name.encode("utf-16-le")) // 2 > NAME_LIMIT:
+        if not is_short(column.name):
             raise OutputRefused(
                 f"column {column.name[:40]!r}... has a name of more than {NAME_LIMIT} characters",
                 "rename the column in the plugin",
@@ -177,6 +177,11 @@ def check_count(count: int) -> None:
             "besides the lineage columns",
             "publish fewer columns, or a column of lists",
         )
+
+
+def is_short(name: str) -> bool:
+    """Whether SQL Server can have a name of this length."""
+    return len(name.encode("utf-16-le")) // 2 <= NAME_LIMIT
 
 
 def fold(name: str) -> str:
@@ -302,12 +307,13 @@ def _check_moment(array: Any) -> None:
         raise ValueError("it is outside of the years 1 to 9999, or of a day")
 
 
+def are_one(one: str, other: str) -> bool:
+    """Whether a union of columns of both types holds every value as it is."""
+    bases = {one.partition("(")[0], other.partition("(")[0]}
+    return one == other or bases <= _INTEGERS or (len(bases) == 1 and bases != {"decimal"})
+
+
 def _are_numbers(one: str, other: str) -> bool:
     """Whether values of one number type can be checked to fit the other exactly."""
     bases = {one.partition("(")[0], other.partition("(")[0]}
     return bases <= _INTEGERS | {"decimal"} or bases <= _INTEGERS | {"real", "float"}
-
-
-def _digits(declared: str) -> tuple[int, int]:
-    precision, _, scale = declared.removeprefix("decimal(").removesuffix(")").partition(",")
-    return int(precision), int(scale)

@@ -356,7 +356,7 @@ class Schema(ABC):
             "shown_at": time if output.visible else "", "hidden_at": "", "job_id": output.job_id,
             "file_version_id": output.version_id, "source_hash": output.content_hash,
             "plugin_version": output.plugin_version, "facts": json.dumps(facts_in(output)),
-            "table_number": 1 if output.stage else 0,
+            "table_number": 0,
         }  # fmt: skip
         return self.insert(record)
 
@@ -373,7 +373,7 @@ class Schema(ABC):
 
     def assign(self, record: Record, number: int) -> Record:
         """Record which table has an output's rows."""
-        if record["table_number"] != number:
+        if number:
             statement = f"UPDATE {self.table(LEDGER)} SET table_number = ? WHERE id = ?"  # noqa: S608
             self.send(statement, number, record["id"])
         return {**record, "table_number": number}
@@ -403,7 +403,7 @@ class Schema(ABC):
         if number and self.has(rows):
             self.send(f"DELETE FROM {self.table(rows)} WHERE _cf_output = ?", record["id"])  # noqa: S608
         self.send(f"DELETE FROM {self.table(LEDGER)} WHERE id = ?", record["id"])  # noqa: S608
-        if number > 1 and number not in self.tables(view) and self.has(self.rows_table(view)):
+        if number > 1 and number not in self.tables(view)[0] and self.has(self.rows_table(view)):
             self.make_views(view)
             self.drop(rows)
             crashpoint("sql.table_dropped")
@@ -415,41 +415,30 @@ class Schema(ABC):
 
     # Rows and views.
 
-    def tables(self, view: str, apart_from: int = 0) -> list[int]:
-        """The numbers of a view's tables that have outputs, from the first one on.
-
-        Args:
-            apart_from: `id` of an output that does not count.
-        """
-        query = (
-            f"SELECT MIN(table_number) FROM {self.table(LEDGER)}{self.dirty_hint} "  # noqa: S608
-            "WHERE view_name = ? AND table_number > ? AND id <> ?"
-        )
-        found: list[int] = []
-        while self.has_ledger():
-            ((number,),) = self.ask(query, view, found[-1] if found else 0, apart_from)
-            if number is None:
-                break
-            found.append(number)
-        return found
-
-    def _standing(self, view: str, apart_from: int = 0) -> list[int]:
-        """Those of its tables that have outputs that stand; if none has, the newest one."""
-        query = (
-            f"SELECT MIN(id) FROM {self.table(LEDGER)}{self.dirty_hint} WHERE view_name = ? "  # noqa: S608
-            "AND table_number = ? AND state = ? AND id <> ?"
-        )
-        numbers = self.tables(view, apart_from)
+    def tables(self, view: str) -> tuple[list[int], list[int]]:
+        """The numbers of a view's tables that have outputs, from the first one on; and of those
+        that have outputs that stand, or if none has, of the newest one."""
+        if not self.has_ledger():
+            return [], [1]
+        ledger = f"{self.table(LEDGER)}{self.dirty_hint} WHERE view_name = ?"
+        after = f"SELECT MIN(table_number) FROM {ledger} AND table_number > ?"  # noqa: S608
+        stands = f"SELECT MIN(id) FROM {ledger} AND table_number = ? AND state = ?"  # noqa: S608
+        numbers: list[int] = []
+        ((number,),) = self.ask(after, view, 0)
+        while number is not None:
+            numbers.append(number)
+            ((number,),) = self.ask(after, view, number)
         if len(numbers) < 2:
-            return numbers or [1]
-        return [
+            return numbers, numbers or [1]
+        standing = [
             number
             for number in numbers
-            if any(self.ask(query, view, number, str(s), apart_from)[0][0] for s in SEEN)
-        ] or numbers[-1:]
+            if any(self.ask(stands, view, number, str(state))[0][0] for state in SEEN)
+        ]
+        return numbers, standing or numbers[-1:]
 
     def choose_table(
-        self, output: Output, own: int, columns: Sequence[Any], fits: Callable[[str], bool]
+        self, output: Output, columns: Sequence[Any], fits: Callable[[str], bool]
     ) -> int:
         """The number of the table for an output's rows.
 
@@ -459,12 +448,11 @@ class Schema(ABC):
         has no other.
 
         Args:
-            own: `id` of the output; 0 if it is not recorded yet.
             columns: its columns, with `name` and `declared`.
             fits: whether a table takes its values.
         """
         view, is_rebuilt = self.view_of(output), output.generation > 0
-        numbers, standing = self.tables(view, own), self._standing(view, own)
+        numbers, standing = self.tables(view)
         may_open = is_rebuilt or not numbers
         open_ones = [n for n in reversed(numbers or [1]) if n >= standing[0]]
         if not may_open and len(open_ones) == 1:
@@ -507,7 +495,7 @@ class Schema(ABC):
             SinkConflict: it has.
         """
         theirs, ledger = 0, self.table(LEDGER)
-        for name in (self.rows_table(view, number) for number in {1, *self.tables(view)}):
+        for name in (self.rows_table(view, number) for number in {1, *self.tables(view)[0]}):
             if self.has(name):
                 theirs += self.ask(
                     f"SELECT {self.number_of_rows} FROM {self.table(name)} AS r "  # noqa: S608
@@ -539,9 +527,9 @@ class Schema(ABC):
         Raises:
             SinkConflict: their rows cannot be shown together.
         """
-        if self.tables(view) in ([], [1]):
+        numbers, standing = self.tables(view)
+        if numbers in ([], [1]):
             return
-        standing = self._standing(view)
         if fault := self.misfit(view, standing):
             query = (
                 f"SELECT job_id FROM {self.table(LEDGER)} WHERE view_name = ? "  # noqa: S608
@@ -561,7 +549,7 @@ class Schema(ABC):
 
         Another topic's view, or another program's table, keeps its name.
         """
-        standing = self._standing(view)
+        _, standing = self.tables(view)
         for suffix, shown in VIEWS.items():
             name = view + suffix
             is_taken = self.has(self.rows_table(name)) or (
@@ -617,7 +605,7 @@ class Schema(ABC):
             counted, by = self._counts(view, "_cf_job_id"), "job_id"
         else:
             totals: Counter[int] = Counter()
-            for number in {1, *self.tables(view)}:
+            for number in {1, *self.tables(view)[0]}:
                 totals.update(self._counts(self.rows_table(view, number), "_cf_output"))
             counted, by = totals, "id"
         promised: Counter[int] = Counter()

@@ -63,14 +63,13 @@ class SqliteSink(SqlSink):
     def publish_jobs(self, jobs: Sequence[Publication]) -> list[list[Output] | JobError]:
         """See `SqlSink.publish_jobs`. One transaction for all jobs."""
         try:
-            with self._transaction() as connection:
-                schema = SqliteSchema(connection, self.path)
+            with self._transaction() as schema:
                 if not schema.has_ledger():
                     schema.create_ledger()
                 crashpoint("sqlite.ledger_ready")
                 outcomes = [self._publish(schema, job) for job in jobs]
                 if all(isinstance(outcome, JobError) for outcome in outcomes):
-                    connection.rollback()  # if nothing was published, no ledger is created either
+                    schema.connection.rollback()  # nothing was published: create no ledger either
                 return outcomes
         except (OSError, sqlite3.Error) as error:
             return [self._refusal(error)] * len(jobs)
@@ -98,8 +97,7 @@ class SqliteSink(SqlSink):
                 yield lambda _: SqliteSchema(nothing, self.path)
             return
         try:
-            with self._transaction() as connection:
-                schema = SqliteSchema(connection, self.path)
+            with self._transaction() as schema:
                 yield lambda _: schema
         except (OSError, sqlite3.Error) as error:
             raise self._refusal(error, _topics(outputs)) from error
@@ -125,7 +123,7 @@ class SqliteSink(SqlSink):
             ) from error
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self) -> Iterator[SqliteSchema]:
         """A transaction that may write; rolled back if the block raises.
 
         All our processes take a lock for it: SQLite before 3.51.3 may corrupt a WAL database when
@@ -149,7 +147,7 @@ class SqliteSink(SqlSink):
             with connection:
                 connection.execute("BEGIN IMMEDIATE")
                 crashpoint("sqlite.begun")
-                yield connection
+                yield SqliteSchema(connection, self.path)
                 crashpoint("sqlite.all_written")
             crashpoint("sqlite.committed")
 

@@ -131,9 +131,7 @@ class SqliteSchema(Schema):
         try:
             with reading(output) as staged:
                 columns = columns_of(staged.schema_arrow)
-                which = self.choose_table(
-                    output, number, columns, lambda table: self._fits(table, staged)
-                )
+                which = self.choose_table(output, columns, lambda name: self._fits(name, staged))
                 table = self.rows_table(view, which)
                 taken = self._fit_table(table, staged, own_topic(output))
                 if not taken:  # a plugin that published no batch has given no columns
