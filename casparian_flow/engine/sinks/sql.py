@@ -367,8 +367,8 @@ class Schema(ABC):
         names, marks = ", ".join(map(self.quote, told)), ", ".join("?" * len(told))
         insert = f"INSERT INTO {self.table(LEDGER)} ({names}) VALUES ({marks})"  # noqa: S608
         self.send(insert, *told.values())
-        key = record["output_key"]
-        (made,) = self._select(["id"], f"WHERE {self.quote('output_key')} = ?", key)
+        where = f"WHERE {self.quote('output_key')} = ?"
+        (made,) = self._select(["id"], where, record["output_key"])
         return {**record, **made}
 
     def assign(self, record: Record, number: int) -> Record:
@@ -465,7 +465,8 @@ class Schema(ABC):
                 for column in columns
                 if column.declared
             )
-            takes = is_alike if is_rebuilt and number in standing else not kinds or fits(table)
+            must_be_alike = is_rebuilt and number in standing
+            takes = is_alike if must_be_alike else not kinds or fits(table)
             if takes:
                 return number
         return open_ones[0] + 1 if may_open else open_ones[0]
