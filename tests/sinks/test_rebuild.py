@@ -18,7 +18,13 @@ from casparian_flow import crashpoints
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import parquet_exchange, parts
 from casparian_flow.engine.sinks import query as queries
-from casparian_flow.errors import JobError, OutputRefused, SinkConflict, SinkUnavailable
+from casparian_flow.errors import (
+    CasparianError,
+    JobError,
+    OutputRefused,
+    SinkConflict,
+    SinkUnavailable,
+)
 from casparian_flow.protocol import Output, State
 from tests.sinks import forks
 from tests.sinks.stages import TOPIC, Place
@@ -101,6 +107,58 @@ def test_a_mended_type(place: Place, name: str) -> None:
     place.sink.delete(old)
     assert [row["_cf_job_id"] for row in place.rows()] == [1, 2, 3, 9]
     assert place.check([*new, late]) == []
+
+
+BESIDE = {
+    "text to integer": ["7", "7"],
+    "integer to text": ["007", "7"],
+    "integer to decimal": [Decimal("7.50"), Decimal(7)],
+    "double to integer": [7.0, 7.0],
+    "date to timestamp": ["2026-01-31 12:00:00", "2026-01-31"],
+    "text to list": ["[7]", "7"],
+}
+"""What was mended -> what a query shows of the new value beside the old one."""
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_value_that_was_mended_beside_one_that_was_not(parquet: Place, name: str) -> None:
+    """What the folder cannot show, a query does: no value is cast to a type that does not hold it.
+
+    At the seven that is a double and the seven that is a whole number, it is the type which says
+    that they are equal.
+    """
+    old = parquet.show(*(parquet.sealed(batch(name, job, mended=False), job) for job in (1, 2)))
+    (new,) = parquet.show(rebuilt(parquet, name, 1))
+    values = asked([new, old[1]], f"SELECT v FROM {TOPIC} ORDER BY id")["v"].to_pylist()
+    assert values == BESIDE[name]
+    assert [type(value) for value in values] == [type(value) for value in BESIDE[name]]
+
+
+@pytest.mark.of_a_folder
+def test_a_double_shows_only_whole_numbers_that_it_is(place: Place) -> None:
+    odd = (1 << 53) + 1
+    old = place.show(*(place.sealed({"v": [v]}, job) for job, v in enumerate((odd, 5, 1 << 60))))
+    (new,) = place.show(
+        place.sealed(
+            {"v": [0.5]}, key="new", generation=1, attempt="b", state=State.HIDDEN
+        )
+    )  # fmt: skip
+    question = f"SELECT v FROM {TOPIC} ORDER BY v"
+    assert asked([new, *old[1:]], question)["v"].to_pylist() == [0.5, 5.0, float(1 << 60)]
+    with pytest.raises(CasparianError, match=str(odd)):
+        asked([new, *old], question)
+    assert len(asked([new, *old], f"SELECT _cf_job_id FROM {TOPIC}")) == 4
+
+
+def test_bytes_and_text_are_not_shown_as_one_column(parquet: Place) -> None:
+    old = parquet.show(*(parquet.sealed({"v": [v]}, job) for job, v in enumerate((b"\xff", b"x"))))
+    (new,) = parquet.show(
+        parquet.sealed({"v": ["x"]}, 1, key="new", generation=1, attempt="b", state=State.HIDDEN)
+    )
+    with pytest.raises(CasparianError, match="casparian rebuild"):
+        asked([new, old[0]])
+    assert len(asked([new, old[0]], f"SELECT _cf_job_id FROM {TOPIC}")) == 2
+    assert asked([new], f"SELECT v FROM {TOPIC}")["v"].to_pylist() == ["x"]
 
 
 @pytest.mark.of_a_folder

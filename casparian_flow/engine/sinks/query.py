@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -148,6 +148,14 @@ def _in_words(duckdb: Any, outputs: Sequence[Output]) -> Iterator[None]:
         ) from error
 
 
+class _Part(NamedTuple):
+    """Some rows of a table."""
+
+    select: str
+    columns: Mapping[str, str]
+    """Name -> DuckDB type."""
+
+
 @dataclass
 class _Table:
     """A table that a query may name."""
@@ -155,8 +163,8 @@ class _Table:
     name: str
     shown: bool
     """Whether it has rows."""
-    parts: list[str] = field(default_factory=list)
-    """SELECTs from its files."""
+    parts: list[_Part] = field(default_factory=list)
+    """What its files have."""
     stored: list[Rows] = field(default_factory=list)
     """Its rows in SQLite sinks."""
     folders: set[str] = field(default_factory=set)
@@ -168,9 +176,14 @@ class _Table:
         Args:
             streams: the SELECTs from `stored`.
         """
-        parts = [*self.parts, *streams] or [_empty(_LINEAGE_TYPES)]
-        united = " UNION ALL BY NAME ".join(f"({part})" for part in parts)
+        stored = zip(streams, map(_types_of, self.stored), strict=True)
+        parts = [*self.parts, *(_Part(*each) for each in stored)] or [_empty(_LINEAGE_TYPES)]
+        united = " UNION ALL BY NAME ".join(f"({part})" for part in _alike(self.name, parts))
         return f"SELECT * FROM ({united}){'' if self.shown else ' LIMIT 0'}"  # noqa: S608
+
+
+def _types_of(rows: Rows) -> dict[str, str]:
+    return {column.name: _TYPES[column.type] for column in rows.schema(rows.names())}
 
 
 def _tables(outputs: Sequence[Output]) -> dict[str, tuple[list[Output], bool]]:
@@ -199,7 +212,7 @@ def _define(database: Any, question: str, outputs: Sequence[Output]) -> list[_Ta
         topic = wanted[0]["topic"]
         name = topic if topic.lower() == lowered else topic + HISTORY
         if asks_for_names(question):
-            found.append(_Table(name, False, ["SELECT NULL AS unopened"]))
+            found.append(_Table(name, False, [_empty({"unopened": _NULL})]))
         elif _names(question, name):
             found.append(_opened(database, name, wanted, shown))
         elif asks_catalog(question) and not any(map(_on_server, wanted)):
@@ -242,15 +255,14 @@ def _opened(database: Any, name: str, outputs: Sequence[Output], shown: bool) ->
         if location.startswith(PREFIXES["parquet"]):
             root = Path(location.removeprefix(PREFIXES["parquet"]))
             targets = _targets(root, topic, with_rows)
-            table.parts += _files(database, name, root / topic, targets, shown)
+            table.parts += _files(database, name, root, topic, targets, shown)
             table.folders |= {str(Path(target).parent) for target in targets}
         else:
             path = Path(location.removeprefix(PREFIXES["sqlite"]))
             promised = {output["output_key"]: output["rows"] for output in with_rows}
             for rows in find_rows(path, topic, promised):
-                types = {c.name: _TYPES[c.type] for c in rows.schema(rows.names())}
                 table.stored += [rows] if shown else []
-                table.parts += [] if shown else [_empty(types)]
+                table.parts += [] if shown else [_empty(_types_of(rows))]
     return table
 
 
@@ -282,48 +294,81 @@ def _on_disk(root: Path, path: str, source: str) -> str:
 
 
 def _files(
-    database: Any, name: str, folder: Path, targets: Sequence[str], shown: bool
-) -> list[str]:
-    """The SELECT from files of a topic in a Parquet sink; none if there is nothing to tell.
+    database: Any, name: str, root: Path, topic: str, targets: Sequence[str], shown: bool
+) -> list[_Part]:
+    """What the files of a topic in a Parquet sink have; nothing if there is nothing to tell.
+
+    All files in the topic's folder can be read with its `_common_metadata`. One that is not visible
+    there may have other types: a rebuilt one that the folder cannot show, or one that a rebuild has
+    left behind.
 
     Args:
         name: of the table.
-        folder: the topic's.
+        root: the sink's folder.
         targets: the files, or folders of parts.
         shown: whether their rows are asked for.
     """
-    columns = _columns(database, folder / COLUMNS_FILE)
+    common = root / topic / COLUMNS_FILE
+    columns = _schemas(database, [str(common)])[str(common)] if os.path.exists(common) else {}
     if columns and not (targets and shown):
         return [_empty(columns)]
-    if not targets:
-        return []
-    # Not in the text of the view, which DuckDB parses each time the view is used.
-    listed = f"files of {name} in {folder}"
-    database.execute(f"SET VARIABLE {quote(listed)} = ?", [list(map(_pattern, targets))])
-    if columns:
-        described = ", ".join(
-            f"{_text(name)}: {{name: {_text(name)}, type: {_text(kind)}, default_value: NULL}}"
-            for name, kind in columns.items()
-        )
-        how = f"schema = MAP {{{described}}}"
-    else:
-        how = "union_by_name = true"
-    files = f"getvariable({_text(listed)})"
-    return [f"SELECT * FROM read_parquet({files}, {how}, hive_partitioning = false)"]  # noqa: S608
+    kept = [target for target in targets if target.startswith(f"{root / parquet_record.KEPT}/")]
+    own = _schemas(database, list(map(_first, kept))) if kept else {}
+    groups: dict[tuple[tuple[str, str], ...], list[str]] = {tuple(columns.items()): []}
+    for target in targets:
+        types = own.get(_first(target), columns)
+        is_common = types.items() <= columns.items()
+        groups.setdefault(tuple((columns if is_common else types).items()), []).append(target)
+    return [
+        _read(database, f"files of {name} in {root / topic}, {number}", of, dict(types))
+        for number, (types, of) in enumerate(groups.items())
+        if of
+    ]
 
 
-def _columns(database: Any, path: Path) -> dict[str, str]:
-    """Name -> DuckDB type of the columns in a `_common_metadata`; empty if it cannot tell them.
+def _read(database: Any, listed: str, targets: Sequence[str], columns: Mapping[str, str]) -> _Part:
+    """What files have.
 
-    It cannot if two names differ only in case: DuckDB renames one of them in each file.
+    Args:
+        listed: a name for the list of files.
+        columns: name -> type; empty if they are to be found out.
     """
-    if not os.path.exists(path):
-        return {}
-    source = _text(glob.escape(str(path)))
-    described = database.execute(f"DESCRIBE SELECT * FROM read_parquet({source})").fetchall()  # noqa: S608
-    named = database.execute(f"SELECT name FROM parquet_schema({source})").fetchall()  # noqa: S608
-    columns = {row[0]: row[1] for row in described}
-    return columns if columns.keys() <= {name for (name,) in named} else {}
+    # Not in the text of the view, which DuckDB parses each time the view is used.
+    database.execute(f"SET VARIABLE {quote(listed)} = ?", [list(map(_pattern, targets))])
+    described = ", ".join(
+        f"{_text(name)}: {{name: {_text(name)}, type: {_text(kind)}, default_value: NULL}}"
+        for name, kind in columns.items()
+    )
+    # DuckDB takes names that differ only in case for one, and renames the second in each file.
+    is_plain = len({name.casefold() for name in columns}) == len(columns) > 0
+    how = f"schema = MAP {{{described}}}" if is_plain else "union_by_name = true"
+    files = f"getvariable({_text(listed)})"
+    select = f"SELECT * FROM read_parquet({files}, {how}, hive_partitioning = false)"  # noqa: S608
+    if not is_plain:
+        columns = {row[0]: row[1] for row in database.execute(f"DESCRIBE {select}").fetchall()}
+    return _Part(select, columns)
+
+
+def _schemas(database: Any, files: Sequence[str]) -> dict[str, dict[str, str]]:
+    """File -> name -> DuckDB type of its columns."""
+    query = "SELECT file_name, name, coalesce(num_children, 0), duckdb_type FROM parquet_schema(?)"
+    rows = database.execute(query, [[*map(glob.escape, files)]]).fetchall()
+    found: dict[str, dict[str, str]] = {}
+    inside = 0
+    """How many of the next rows describe the inside of a column."""
+    for file, name, children, kind in rows:
+        if file not in found:  # the first row of a file is its root
+            found[file], inside = {}, 0
+        elif inside:
+            inside += children - 1
+        else:
+            found[file][name], inside = kind, children
+    return found
+
+
+def _first(target: str) -> str:
+    """The first file of an output."""
+    return target if target.endswith(".parquet") else f"{target}/part-00000.parquet"
 
 
 def _pattern(target: str) -> str:
@@ -331,14 +376,77 @@ def _pattern(target: str) -> str:
     return glob.escape(target) + ("" if target.endswith(".parquet") else "/*.parquet")
 
 
-def _empty(columns: Mapping[str, str]) -> str:
-    """A SELECT without rows.
+def _empty(columns: Mapping[str, str]) -> _Part:
+    """Columns without rows.
 
     Args:
         columns: name -> type.
     """
     nulls = ", ".join(f"NULL::{kind} AS {quote(name)}" for name, kind in columns.items())
-    return f"SELECT {nulls} WHERE false"
+    return _Part(f"SELECT {nulls} WHERE false", columns)
+
+
+# What one table unites may have a column in several types: DuckDB would cast some to the type of
+# others, also where values change. So those that do not fit each other exactly are cast here.
+
+_WHOLE = {"TINYINT": 3, "SMALLINT": 5, "INTEGER": 10, "BIGINT": 19, "HUGEINT": 39,
+          "UTINYINT": 3, "USMALLINT": 5, "UINTEGER": 10, "UBIGINT": 20, "BOOLEAN": 1}  # fmt: skip
+"""Types of whole numbers -> how many digits they may have. SQLite has booleans as numbers."""
+_FLOATING = {"FLOAT", "DOUBLE"}
+_DECIMAL = re.compile(r"DECIMAL\((\d+),(\d+)\)")
+_NULL = '"NULL"'
+
+
+def _alike(table: str, parts: Sequence[_Part]) -> list[str]:
+    """The SELECTs of parts, cast where a column has several types."""
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for part in parts:
+        for name, kind in part.columns.items():
+            kinds[name.casefold()].add(kind)
+    targets = {name: _common(of) for name, of in kinds.items()}
+    selects = []
+    for part in parts:
+        casts = {
+            name: _cast(table, name, kind, targets[name.casefold()], kinds[name.casefold()])
+            for name, kind in part.columns.items()
+            if targets[name.casefold()] not in ("", kind)
+        }
+        listed = ", ".join(f"{cast} AS {quote(name)}" for name, cast in casts.items())
+        replaced = f"SELECT * REPLACE ({listed}) FROM ({part.select})"  # noqa: S608
+        selects.append(replaced if casts else part.select)
+    return selects
+
+
+def _common(kinds: set[str]) -> str:
+    """The type that all values of these types are to be cast to; empty if DuckDB unites them
+    exactly."""
+    kinds = kinds - {_NULL}
+    if len(kinds) < 2 or kinds <= _WHOLE.keys() or kinds <= _FLOATING:
+        return ""
+    if kinds <= (_WHOLE.keys() | _FLOATING) - {"BOOLEAN"}:
+        return "DOUBLE"
+    decimals = [_DECIMAL.fullmatch(kind) for kind in kinds - _WHOLE.keys()]
+    if all(decimals) and "BOOLEAN" not in kinds:
+        sizes = [(int(found[1]), int(found[2])) for found in decimals if found]
+        sizes += [(_WHOLE[kind], 0) for kind in kinds & _WHOLE.keys()]
+        if max(width - scale for width, scale in sizes) + max(s for _, s in sizes) <= 38:
+            return ""
+    return _NULL if "BLOB" in kinds else "VARCHAR"
+
+
+def _cast(table: str, name: str, kind: str, target: str, kinds: set[str]) -> str:
+    """A column's values as another type, exactly; an error for who asks for one that cannot be."""
+    told = f"column {name} of {table} is {' and '.join(sorted(kinds))} in different outputs"
+    column = quote(name)
+    if target == _NULL:
+        return f"error({_text(f'{told}, which cannot be shown together: casparian rebuild')})"
+    if target == "DOUBLE" and kind in _WHOLE:
+        fault = f"error({_text(f'{told}, and no DOUBLE is exactly ')} || {column})"
+        exact = f"{column} IS NULL OR TRY_CAST({column}::DOUBLE AS {kind}) = {column}"
+        return f"CASE WHEN {exact} THEN {column}::DOUBLE ELSE {fault} END"
+    if kind.endswith("]") or kind.startswith(("STRUCT", "MAP")):
+        return f"to_json({column})::VARCHAR"
+    return f"{column}::{target}"
 
 
 def _create_views(duckdb: Any, database: Any, asked: str, tables: Sequence[_Table]) -> list[Stream]:
