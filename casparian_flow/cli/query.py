@@ -46,9 +46,12 @@ def query(
     Each topic is a table with the rows of each file's latest version; <topic>_history has the rows
     of every version. SHOW TABLES lists the tables, DESCRIBE <topic> shows the columns. A query only
     reads, and reads no files but the outputs.
+
+    If a query names _cf_path, each topic also has a column of that name: each row's file, as
+    SOURCE/path.
     """
     from casparian_flow.db import views
-    from casparian_flow.engine.sinks.query import answer
+    from casparian_flow.engine.sinks.query import answer, asks_for_paths
     from casparian_flow.services import inventory
 
     if as_json and as_csv:
@@ -56,12 +59,13 @@ def query(
     most = context.wanted(limit, every or (limit is None and (as_json or as_csv)))
     with context.opened(ctx) as (settings, ledger):
         outputs = ledger.read(views.committed)
+        paths = ledger.read(views.paths) if asks_for_paths(sql) else None
         if inventory.may_be_older(settings.database, ledger):
             context.note(
                 "note: this ledger may be older than its sinks, and the answer too"
                 "\n  try: casparian scan   (asks the sinks)"
             )
-    with answer(sql, outputs) as reader:
+    with answer(sql, outputs, paths) as reader:
         names, rows = list(reader.schema.names), _Rows(reader)
         if as_csv:
             writer = csv.writer(_Terminal() if sys.stdout.isatty() else sys.stdout,

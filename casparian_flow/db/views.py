@@ -338,6 +338,20 @@ def committed(connection: Connection) -> list[Row]:
     return visibility.committed(connection)
 
 
+def paths(connection: Connection) -> dict[str, str]:
+    """Output key -> the file of each output, as `SOURCE/path`."""
+    rows = connection.exec_driver_sql(
+        """
+        SELECT o.output_key, r.name || '/' || l.rel_path
+        FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
+        JOIN cf_file_version v ON v.id = j.file_version_id
+        JOIN cf_file_location l ON l.id = v.location_id
+        JOIN cf_source_root r ON r.id = l.source_root_id
+        """
+    )
+    return {row[0]: row[1] for row in rows}
+
+
 class Waiting(NamedTuple):
     """Counts of unfinished jobs."""
 

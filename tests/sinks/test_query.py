@@ -20,12 +20,14 @@ import msgspec
 import pyarrow as pa
 import pytest
 
+from casparian_flow.engine import sinks
+from casparian_flow.engine.sinks import parts, query_sqlite
 from casparian_flow.engine.sinks import query as queries
-from casparian_flow.engine.sinks import query_sqlite
 from casparian_flow.engine.sinks.query import answer
 from casparian_flow.engine.sinks.query_sqlite import conjuncts
 from casparian_flow.errors import CasparianError
 from casparian_flow.protocol import Output, State
+from tests.disks import in_memory, or_skip, remount
 from tests.sinks.earlier import Earlier
 from tests.sinks.stages import TOPIC, Place
 
@@ -365,3 +367,102 @@ def test_a_scan_ends_when_its_rows_are_no_longer_asked_for(
     opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
               if os.path.lexists(f"/proc/self/fd/{fd}")]  # fmt: skip
     assert str(sqlite.database) not in opened
+
+
+PATHS = {
+    "SELECT id FROM sales WHERE _cf_path = 'inbox/2.csv' ORDER BY id": [(2,), (20,)],
+    "SELECT * EXCLUDE (_cf_file_version_id, _cf_job_id, _cf_source_hash, _cf_plugin_version) "
+    "FROM sales WHERE _cf_path >= 'inbox/2.csv' AND id > 2 ORDER BY id": [
+        (3, "inbox/3.csv"), (20, "inbox/2.csv"),
+    ],
+    "SELECT _cf_path, count(*) FROM sales GROUP BY ALL ORDER BY ALL": [
+        ("inbox/1.csv", 1), ("inbox/2.csv", 2), ("inbox/3.csv", 1),
+    ],
+    "SELECT a.id, b.id AS other FROM sales a JOIN sales_history b USING (_cf_path) "
+    "WHERE a.id = 3": [(3, 3)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["parquet", "sqlite", "earlier", "parts"])
+def test_the_file_of_each_row(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its output, whatever ids the rows have: an earlier ledger may have given them."""
+    place = Place("parquet" if kind in ("parquet", "parts") else "sqlite", tmp_path)
+    ids = ([1], [2, 20], [3])
+    if kind == "earlier":
+        earlier = Earlier(place)
+        earlier.topic(TOPIC, "id INTEGER")
+        outputs = [
+            earlier.add(place.output(job), [(n,) for n in of]) for job, of in enumerate(ids, 1)
+        ]
+    else:
+        states = [State.CURRENT, State.HIDDEN, State.RETRACTED]
+        stages = [
+            place.stage(job, state=state, version_id=7, split_bytes=int(kind == "parts"))
+            for job, state in enumerate(states, 1)
+        ]
+        monkeypatch.setattr(parts, "GROUP_ROWS", 1)
+        for stage, of in zip(stages, ids, strict=True):
+            for n in of:
+                stage.write(pa.record_batch({"id": [n]}))
+        outputs = place.show(*sinks.seal(stages))
+        assert Path(outputs[1].target).is_dir() == (kind == "parts")
+    paths = {output.output_key: f"inbox/{output.job_id}.csv" for output in outputs}
+    for question, rows in PATHS.items():
+        with answer(question, [*map(listed, outputs)], paths) as reader:
+            assert [tuple(row.values()) for row in reader.read_all().to_pylist()] == rows
+    assert "_cf_path" not in str(asked("DESCRIBE sales", outputs))
+
+
+@pytest.mark.of_a_folder
+def test_a_topic_without_rows_has_the_column_of_files_too(place: Place) -> None:
+    outputs = place.show(place.sealed({"id": []}, 1))
+    with answer("SELECT _cf_path FROM sales", [*map(listed, outputs)], {}) as reader:
+        assert reader.read_all().to_pylist() == []
+
+
+@pytest.mark.of_a_folder
+def test_a_sink_on_a_read_only_disk(place: Place, tmp_path: Path) -> None:
+    """SQLite may not make the files that it needs beside a database with a WAL."""
+    with in_memory(tmp_path / "disk", "1m") as disk:
+        place = Place(place.scheme, disk)
+        outputs = place.show(place.sealed({"id": [1, 2]}))
+        for file in disk.glob("out/*-shm"):
+            file.unlink()
+        remount(disk, "ro")
+        assert asked("SELECT id FROM sales", outputs) == [(1,), (2,)]
+        assert asked("SELECT count(*) FROM sales", outputs) == [(2,)]
+
+
+def test_a_wal_on_a_read_only_disk(tmp_path: Path) -> None:
+    with in_memory(tmp_path / "disk", "1m") as disk:
+        place = Place("sqlite", disk)
+        outputs = place.show(place.sealed({"id": [1, 2]}))
+        with closing(sqlite3.connect(place.database)) as connection:
+            connection.execute("PRAGMA wal_autocheckpoint = 0")
+            connection.execute("UPDATE _cf_rows_sales SET id = 3 WHERE id = 2")
+            connection.commit()
+            wal = Path(f"{place.database}-wal").read_bytes()
+        Path(f"{place.database}-wal").write_bytes(wal)
+        remount(disk, "ro")
+        with pytest.raises(CasparianError, match="WAL") as refused:
+            asked("SELECT id FROM sales", outputs)
+        assert f"sqlite3 {place.database}" in refused.value.hint
+
+
+def test_a_file_that_changes_on_a_read_only_disk(
+    sqlite: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be mounted elsewhere too, and be written there."""
+    (output,) = sqlite.show(sqlite.sealed({"id": list(range(500))}))
+    monkeypatch.setattr(query_sqlite, "BATCH_ROWS", 64)
+    here = tmp_path / "here"
+    here.mkdir()
+    with or_skip(here, "--bind", sqlite.database.parent):
+        remount(here, "bind,ro")
+        database = here / sqlite.database.name
+        (rows,) = query_sqlite.find_rows(database, TOPIC, {output.output_key: 500})
+        reader = pa.RecordBatchReader.from_stream(query_sqlite.Stream(rows, ["id"], []))
+        assert len(reader.read_next_batch()) > 0
+        os.utime(sqlite.database)
+        with pytest.raises(pa.ArrowInvalid, match="was changed"):
+            reader.read_all()

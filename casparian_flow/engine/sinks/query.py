@@ -27,11 +27,13 @@ import pyarrow as pa
 from casparian_flow.engine.sinks import PREFIXES, SERVER, parquet_record
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.engine.sinks.query_sqlite import (
+    KEY,
     Blank,
     Needs,
     Rows,
     Stream,
     find_rows,
+    literal,
     needs,
     planned_name,
     quote,
@@ -40,6 +42,9 @@ from casparian_flow.engine.sinks.query_sqlite import (
 from casparian_flow.errors import CasparianError, NotFound
 
 HISTORY = "_history"
+
+PATH = "_cf_path"
+"""A column of a query that names it: the file of each row, as `SOURCE/path`."""
 
 MEMORY = "256MiB"
 """What DuckDB may use before it writes to disk. A query that it cannot answer so is run again with
@@ -61,11 +66,18 @@ _TYPES = {
 
 
 @contextlib.contextmanager
-def answer(question: str, outputs: Sequence[Output]) -> Iterator[Any]:
+def answer(
+    question: str,
+    outputs: Sequence[Output],
+    paths: Mapping[str, str] | None = None,
+) -> Iterator[Any]:
     """Run one SELECT. Yields its rows as a pyarrow RecordBatchReader, valid inside the block.
 
     Each topic is a table with the rows of the latest version of each file; `<topic>_history` has
     the rows of all versions.
+
+    Args:
+        paths: the file of each output, by output key; None if the query does not ask for them.
 
     Raises:
         NotFound: the query names a table that does not exist; the message lists the topics.
@@ -81,14 +93,17 @@ def answer(question: str, outputs: Sequence[Output]) -> Iterator[Any]:
         ) from error
     with _in_words(duckdb, outputs), contextlib.ExitStack() as stack:
         try:
-            reader = stack.enter_context(_answered(duckdb, question, outputs, MEMORY))
+            reader = stack.enter_context(_answered(duckdb, question, outputs, paths, MEMORY))
         except duckdb.OutOfMemoryException:
-            reader = stack.enter_context(_answered(duckdb, question, outputs, ""))
+            reader = stack.enter_context(_answered(duckdb, question, outputs, paths, ""))
         yield reader
 
 
 @contextlib.contextmanager
-def _answered(duckdb: Any, question: str, outputs: Sequence[Output], memory: str) -> Iterator[Any]:
+def _answered(
+    duckdb: Any, question: str, outputs: Sequence[Output], paths: Mapping[str, str] | None,
+    memory: str,
+) -> Iterator[Any]:  # fmt: skip
     """As `answer`, with DuckDB's errors.
 
     Args:
@@ -105,7 +120,7 @@ def _answered(duckdb: Any, question: str, outputs: Sequence[Output], memory: str
         with contextlib.ExitStack() as after, duckdb.connect(config=settings) as database:
             asked = reading(duckdb, database, question)
             database.execute("SET TimeZone = 'UTC'")
-            tables = _define(database, question, outputs)
+            tables = _define(database, question, outputs, paths)
             for stream in _create_views(duckdb, database, asked, tables):
                 after.callback(stream.close)  # once DuckDB has stopped its threads
             _lock(database, {folder for table in tables for folder in table.folders})
@@ -163,6 +178,8 @@ class _Table:
     name: str
     shown: bool
     """Whether it has rows."""
+    paths: dict[str, str] | None = None
+    """The file of the rows with a key (`KEY`), if the query asks."""
     parts: list[_Part] = field(default_factory=list)
     """What its files have."""
     stored: list[Rows] = field(default_factory=list)
@@ -178,8 +195,20 @@ class _Table:
         """
         stored = zip(streams, map(_types_of, self.stored), strict=True)
         parts = [*self.parts, *(_Part(*each) for each in stored)] or [_empty(_LINEAGE_TYPES)]
+        parts += [] if self.paths is None else [_empty({KEY: "VARCHAR"})]
         united = " UNION ALL BY NAME ".join(f"({part})" for part in _alike(self.name, parts))
-        return f"SELECT * FROM ({united}){'' if self.shown else ' LIMIT 0'}"  # noqa: S608
+        united = f"SELECT * FROM ({united})"  # noqa: S608
+        if self.paths is not None:
+            united = (
+                f"SELECT r.* EXCLUDE ({KEY}), f.path AS {PATH} FROM ({united}) r "  # noqa: S608
+                f"LEFT JOIN {quote(self.paths_name)} f ON f.key = r.{KEY}"
+            )
+        return united + ("" if self.shown else " LIMIT 0")
+
+    @property
+    def paths_name(self) -> str:
+        """What `paths` are registered as."""
+        return f"files of {self.name}"
 
 
 def _types_of(rows: Rows) -> dict[str, str]:
@@ -202,7 +231,9 @@ def _tables(outputs: Sequence[Output]) -> dict[str, tuple[list[Output], bool]]:
     }
 
 
-def _define(database: Any, question: str, outputs: Sequence[Output]) -> list[_Table]:
+def _define(
+    database: Any, question: str, outputs: Sequence[Output], paths: Mapping[str, str] | None
+) -> list[_Table]:
     """Find what the tables consist of that the query may use.
 
     If the query asks for the catalog, the tables that it does not name have no rows.
@@ -212,18 +243,18 @@ def _define(database: Any, question: str, outputs: Sequence[Output]) -> list[_Ta
         topic = wanted[0]["topic"]
         name = topic if topic.lower() == lowered else topic + HISTORY
         if asks_for_names(question):
-            found.append(_Table(name, False, [_empty({"unopened": _NULL})]))
+            found.append(_Table(name, False, parts=[_empty({"unopened": _NULL})]))
         elif _names(question, name):
-            found.append(_opened(database, name, wanted, shown))
+            found.append(_opened(database, name, wanted, shown, paths))
         elif asks_catalog(question) and not any(map(_on_server, wanted)):
-            found.append(_opened(database, name, wanted, False))
+            found.append(_opened(database, name, wanted, False, paths))
     return found
 
 
 def _lock(database: Any, folders: set[str]) -> None:
     """Restrict the connection to these folders, and forbid further changes of its settings."""
     paths = (path for folder in folders for path in (folder, glob.escape(folder)))
-    allowed = ", ".join(map(_text, paths))
+    allowed = ", ".join(map(literal, paths))
     database.execute(f"SET allowed_directories = [{allowed}]")
     database.execute("SET enable_external_access = false")
     database.execute("SET lock_configuration = true")
@@ -238,9 +269,12 @@ def _names(question: str, table: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(table)}(?!\w)", question, re.IGNORECASE) is not None
 
 
-def _opened(database: Any, name: str, outputs: Sequence[Output], shown: bool) -> _Table:
+def _opened(
+    database: Any, name: str, outputs: Sequence[Output], shown: bool,
+    paths: Mapping[str, str] | None,
+) -> _Table:  # fmt: skip
     """Look up the columns of a topic and where its rows are."""
-    table = _Table(name, shown)
+    table = _Table(name, shown, None if paths is None else {})
     by_place: dict[tuple[str, str], list[Output]] = defaultdict(list)
     for output in outputs:
         by_place[output["location"], output["topic"]].append(output)
@@ -252,22 +286,26 @@ def _opened(database: Any, name: str, outputs: Sequence[Output], shown: bool) ->
             )
     for (location, topic), group in by_place.items():
         with_rows = [output for output in group if output["rows"]]
+        keys: dict[str, str] = {}
         if location.startswith(PREFIXES["parquet"]):
             root = Path(location.removeprefix(PREFIXES["parquet"]))
-            targets = _targets(root, topic, with_rows)
-            table.parts += _files(database, name, root, topic, targets, shown)
-            table.folders |= {str(Path(target).parent) for target in targets}
+            keys = _targets(root, topic, with_rows)
+            table.parts += _files(database, table, root, topic, list(keys))
+            table.folders |= {str(Path(target).parent) for target in keys}
         else:
             path = Path(location.removeprefix(PREFIXES["sqlite"]))
             promised = {output["output_key"]: output["rows"] for output in with_rows}
-            for rows in find_rows(path, topic, promised):
+            for rows in find_rows(path, topic, promised, keyed=paths is not None):
                 table.stored += [rows] if shown else []
                 table.parts += [] if shown else [_empty(_types_of(rows))]
+                keys |= rows.keys
+        if paths is not None and table.paths is not None:
+            table.paths |= {key: paths.get(output, "") for key, output in keys.items()}
     return table
 
 
-def _targets(root: Path, topic: str, outputs: Sequence[Output]) -> list[str]:
-    """The files, or folders of parts, of outputs in a Parquet sink.
+def _targets(root: Path, topic: str, outputs: Sequence[Output]) -> dict[str, str]:
+    """The files, or folders of parts, of outputs in a Parquet sink, with their output keys.
 
     The sink's record says where they are: a file gets another name when what it shows changes, and
     its name may then be that of another output. A sink of an earlier release has no record.
@@ -277,11 +315,12 @@ def _targets(root: Path, topic: str, outputs: Sequence[Output]) -> list[str]:
     """
     with parquet_record.opened(root, write=False) as record:
         if not record:
-            return list(dict.fromkeys(output["target"] for output in outputs))
+            return {output["target"]: output["output_key"] for output in outputs}
         places = record.places(topic)
     if lost := [o for o in outputs if o["output_key"] not in places]:
         raise unrecorded(root, topic, len(lost))
-    return [str(root / _on_disk(root, *places[o["output_key"]])) for o in outputs]
+    keys = [output["output_key"] for output in outputs]
+    return {str(root / _on_disk(root, *places[key])): key for key in keys}
 
 
 def _on_disk(root: Path, path: str, source: str) -> str:
@@ -294,7 +333,7 @@ def _on_disk(root: Path, path: str, source: str) -> str:
 
 
 def _files(
-    database: Any, name: str, root: Path, topic: str, targets: Sequence[str], shown: bool
+    database: Any, table: _Table, root: Path, topic: str, targets: Sequence[str]
 ) -> list[_Part]:
     """What the files of a topic in a Parquet sink have; nothing if there is nothing to tell.
 
@@ -303,14 +342,12 @@ def _files(
     left behind.
 
     Args:
-        name: of the table.
         root: the sink's folder.
         targets: the files, or folders of parts.
-        shown: whether their rows are asked for.
     """
     common = root / topic / COLUMNS_FILE
     columns = _schemas(database, [str(common)])[str(common)] if os.path.exists(common) else {}
-    if columns and not (targets and shown):
+    if columns and not (targets and table.shown):
         return [_empty(columns)]
     kept = [target for target in targets if target.startswith(f"{root / parquet_record.KEPT}/")]
     own = _schemas(database, list(map(_first, kept))) if kept else {}
@@ -320,13 +357,15 @@ def _files(
         is_common = types.items() <= columns.items()
         groups.setdefault(tuple((columns if is_common else types).items()), []).append(target)
     return [
-        _read(database, f"files of {name} in {root / topic}, {number}", of, dict(types))
+        _read(database, table, f"{table.name} in {root}, {number}", of, dict(types))
         for number, (types, of) in enumerate(groups.items())
         if of
     ]
 
 
-def _read(database: Any, listed: str, targets: Sequence[str], columns: Mapping[str, str]) -> _Part:
+def _read(
+    database: Any, table: _Table, listed: str, targets: Sequence[str], columns: Mapping[str, str]
+) -> _Part:
     """What files have.
 
     Args:
@@ -335,17 +374,23 @@ def _read(database: Any, listed: str, targets: Sequence[str], columns: Mapping[s
     """
     # Not in the text of the view, which DuckDB parses each time the view is used.
     database.execute(f"SET VARIABLE {quote(listed)} = ?", [list(map(_pattern, targets))])
-    described = ", ".join(
-        f"{_text(name)}: {{name: {_text(name)}, type: {_text(kind)}, default_value: NULL}}"
+    types = ", ".join(
+        f"{literal(name)}: {{name: {literal(name)}, type: {literal(kind)}, default_value: NULL}}"
         for name, kind in columns.items()
     )
     # DuckDB takes names that differ only in case for one, and renames the second in each file.
     is_plain = len({name.casefold() for name in columns}) == len(columns) > 0
-    how = f"schema = MAP {{{described}}}" if is_plain else "union_by_name = true"
-    files = f"getvariable({_text(listed)})"
-    select = f"SELECT * FROM read_parquet({files}, {how}, hive_partitioning = false)"  # noqa: S608
+    how = f"schema = MAP {{{types}}}" if is_plain else "union_by_name = true"
+    files = f"getvariable({literal(listed)})"
+    source = f"read_parquet({files}, {how}, hive_partitioning = false"
     if not is_plain:
-        columns = {row[0]: row[1] for row in database.execute(f"DESCRIBE {select}").fetchall()}
+        described = f"DESCRIBE SELECT * FROM {source})"  # noqa: S608
+        told = database.execute(described).fetchall()
+        columns = {row[0]: row[1] for row in told}
+    if table.paths is None:
+        return _Part(f"SELECT * FROM {source})", columns)  # noqa: S608
+    key = rf"regexp_replace({KEY}, '/part-[0-9]+\.parquet$', '')"
+    select = f"SELECT * REPLACE ({key} AS {KEY}) FROM {source}, filename = '{KEY}')"  # noqa: S608
     return _Part(select, columns)
 
 
@@ -439,9 +484,9 @@ def _cast(table: str, name: str, kind: str, target: str, kinds: set[str]) -> str
     told = f"column {name} of {table} is {' and '.join(sorted(kinds))} in different outputs"
     column = quote(name)
     if target == _NULL:
-        return f"error({_text(f'{told}, which cannot be shown together: casparian rebuild')})"
+        return f"error({literal(f'{told}, which cannot be shown together: casparian rebuild')})"
     if target == "DOUBLE" and kind in _WHOLE:
-        fault = f"error({_text(f'{told}, and no DOUBLE is exactly ')} || {column})"
+        fault = f"error({literal(f'{told}, and no DOUBLE is exactly ')} || {column})"
         exact = f"{column} IS NULL OR TRY_CAST({column}::DOUBLE AS {kind}) = {column}"
         return f"CASE WHEN {exact} THEN {column}::DOUBLE ELSE {fault} END"
     if kind.endswith("]") or kind.startswith(("STRUCT", "MAP")):
@@ -480,6 +525,10 @@ def _put_views(
     """
     numbers = itertools.count()
     for table in tables:
+        if table.paths is not None:
+            files = {"key": list(table.paths), "path": list(table.paths.values())}
+            kinds = pa.schema([("key", pa.string()), ("path", pa.string())])
+            database.register(table.paths_name, pa.table(files, kinds))
         selects = []
         for number in itertools.islice(numbers, len(table.stored)):
             database.register(_registered(number), sources[number])
@@ -514,10 +563,6 @@ def _streamed(number: int, stream: Stream) -> str:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
 
 
 # The check that a query is one read-only statement.
@@ -590,6 +635,11 @@ def reading(duckdb: Any, database: Any, question: str) -> str:
 def asks_for_names(question: str) -> bool:
     """Whether the query is `SHOW TABLES`, which needs no file to be opened."""
     return _SHOW_TABLES.fullmatch(question) is not None
+
+
+def asks_for_paths(question: str) -> bool:
+    """Whether the query names `PATH`. If so, it is a column of each topic, also in `SELECT *`."""
+    return _names(question, PATH)
 
 
 def asks_catalog(question: str) -> bool:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import shlex
 import sqlite3
 import threading
 from collections import defaultdict
@@ -42,6 +44,9 @@ BUSY_SECONDS = 5.0
 
 FIRST = "_cf_rows_"
 """How the name of a topic's first table begins."""
+
+KEY = "_cf_key"
+"""A column that names the output of each row: in a Parquet sink by its file."""
 
 NO_COLUMN = "_cf_none"
 """A column of nulls: the only one of a stream of which just the number of rows is asked for."""
@@ -73,16 +78,77 @@ class Column(NamedTuple):
     """SQL for its value; `r` is the row, `o` the entry of its output in the record."""
 
 
+class File(NamedTuple):
+    """A database that is only read."""
+
+    path: Path
+    uri: str
+    seen: tuple[int, ...]
+    """The status of a file that cannot change and is read as such; else empty."""
+
+    def check(self) -> None:
+        """Check that a file which cannot change has not: what was read before may be wrong.
+
+        Raises:
+            sqlite3.OperationalError: it was changed, through another mount, say.
+        """
+        if self.seen and self.seen != _status(self.path):
+            raise sqlite3.OperationalError(f"{self.path} was changed while it was read; ask again")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[File, sqlite3.Connection]]:
+    """Open a database to read it.
+
+    To read one with a WAL, SQLite makes files beside it. Where the filesystem is read-only it reads
+    the file alone, if no WAL is there.
+
+    Raises:
+        CasparianError: SQLite would have to make files where it may not.
+    """
+    file = File(path, f"{path.as_uri()}?mode=ro", ())
+    with contextlib.suppress(OSError):  # it is reported below
+        is_fixed = os.statvfs(path).f_flag & os.ST_RDONLY
+        if is_fixed and not any(os.path.exists(f"{path}{end}") for end in ("-wal", "-journal")):
+            file = File(path, f"{file.uri}&immutable=1", _status(path))
+    try:
+        with contextlib.closing(
+            sqlite3.connect(file.uri, uri=True, timeout=BUSY_SECONDS)
+        ) as connection:
+            yield file, connection
+            file.check()
+    except sqlite3.OperationalError as error:
+        if path.exists() and not os.access(path.parent, os.W_OK) and _is_denied(error):
+            raise CasparianError(
+                f"{path} cannot be read: SQLite must make files beside it to read its WAL, and may "
+                f"not write in {path.parent}",
+                "give the user that runs casparian write permission there; or, where the file can "
+                f"be written: sqlite3 {shlex.quote(str(path))} 'PRAGMA journal_mode = DELETE'",
+            ) from error
+        raise
+
+
+def _status(path: Path) -> tuple[int, ...]:
+    look = os.stat(path)
+    return look.st_ino, look.st_size, look.st_mtime_ns, os.path.exists(f"{path}-wal")
+
+
+def _is_denied(error: sqlite3.Error) -> bool:
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of some outputs of a topic in one table."""
 
-    uri: str
+    file: File
     table: str
     columns: Sequence[Column]
     condition: str
     """SQL that selects the outputs' rows."""
     batch_rows: int
+    keys: Mapping[str, str]
+    """The output key for each value of the column `KEY`, if there is one."""
 
     def names(self) -> list[str]:
         """The names of the columns."""
@@ -107,7 +173,9 @@ class Rows:
         return f"SELECT {samples} UNION ALL SELECT {', '.join(values)}{rest}"
 
 
-def find_rows(path: Path, topic: str, promised: Mapping[str, int]) -> list[Rows]:
+def find_rows(
+    path: Path, topic: str, promised: Mapping[str, int], *, keyed: bool = False
+) -> list[Rows]:
     """Find the rows of outputs in a SQLite sink, those of each of the topic's tables; if they have
     no rows, the newest table, for its columns; nothing if there is no table.
 
@@ -115,14 +183,13 @@ def find_rows(path: Path, topic: str, promised: Mapping[str, int]) -> list[Rows]
 
     Args:
         promised: output key -> how many rows the ledger says it has.
+        keyed: whether the rows have the column `KEY`.
 
     Raises:
         CasparianError: the sink does not record an output that has rows.
         sqlite3.Error: the database is absent or damaged, or not a sink.
     """
-    uri = f"{path.as_uri()}?mode=ro"
-    opened = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
-    with contextlib.closing(opened) as connection:
+    with _opened(path) as (file, connection):
         is_old = "table_number" not in _declared(connection, "_cf_outputs")  # of an earlier release
         owner, number = ("job_id", "1") if is_old else ("id", "table_number")
         recorded = connection.execute(
@@ -146,11 +213,13 @@ def find_rows(path: Path, topic: str, promised: Mapping[str, int]) -> list[Rows]
             if not kinds and ours:
                 raise sqlite3.OperationalError(f"no such table: {table}")
             column = "r._cf_job_id" if is_old else "r._cf_output"
+            columns, prefix = _columns(kinds, is_old), f"{file.uri} {table} "
+            if keyed:
+                columns.append(Column(KEY, "TEXT", f"{literal(prefix)} || {column}"))
+            keys = {f"{prefix}{which}": key for key, which, _ in of if keyed}
+            condition = _condition(column, ours, others)
             found += [
-                Rows(
-                    uri, table, _columns(kinds, is_old), _condition(column, ours, others),
-                    _batch_rows(connection),
-                )
+                Rows(file, table, columns, condition, _batch_rows(connection), keys)
             ] if kinds else []  # fmt: skip
         return found
 
@@ -163,6 +232,11 @@ def _rows_table(topic: str, number: int) -> str:
 def quote(name: str) -> str:
     """A name quoted for a statement of SQLite or DuckDB."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def literal(value: str) -> str:
+    """A text in a statement of SQLite or DuckDB."""
+    return "'" + value.replace("'", "''") + "'"
 
 
 def _folded(name: str) -> str:
@@ -297,10 +371,13 @@ class Stream:
     def _scan(self, schema: Any) -> Generator[Any, None, None]:
         with _asked(self.rows, self.rows.select(self.names, self.filters)) as reader:
             if not self.names:
-                yield from _nulls(schema, reader.read_all().column(0)[0].as_py())
+                count = reader.read_all().column(0)[0].as_py()
+                self.rows.file.check()
+                yield from _nulls(schema, count)
                 return
             begin = 1  # the first row is the one of samples
             for batch in reader:
+                self.rows.file.check()
                 self._check(batch, schema)
                 yield pa.RecordBatch.from_arrays(batch.slice(begin).columns, schema=schema)
                 begin = 0
@@ -346,7 +423,7 @@ def _asked(rows: Rows, query: str) -> Iterator[Any]:
     import adbc_driver_sqlite
 
     with (
-        adbc_driver_sqlite.connect(rows.uri) as database,
+        adbc_driver_sqlite.connect(rows.file.uri) as database,
         manager.AdbcConnection(database) as connection,
         manager.AdbcStatement(connection) as statement,
     ):
