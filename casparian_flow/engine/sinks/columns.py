@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -186,25 +186,38 @@ def check_inside(array: Any, *, in_json: bool) -> None:
         ValueError: a value cannot be stored.
     """
     types = pa.types
+    for leaf in leaves(array):
+        if types.is_duration(leaf.type):
+            leaf.cast(pa.duration("ns"))
+        elif types.is_temporal(leaf.type):
+            if pc.any(pc.starts_with(_plain_texts(leaf), "<")).as_py():
+                raise ValueError("a date or time is out of range")
+        elif types.is_floating(leaf.type) and len(leaf.drop_null()):
+            if in_json and not pc.all(pc.is_finite(leaf)).as_py():
+                raise ValueError("JSON has no NaN and no infinity; publish null instead")
+            if pc.any(pc.is_nan(leaf)).as_py():
+                raise ValueError("it has no NaN; publish null instead")
+
+
+def leaves(array: Any) -> Iterator[Any]:
+    """The arrays without nesting that an array consists of, by their plain types."""
+    array = unwrapped(array)
+    if pa.types.is_map(array.type):
+        array = as_list(array)
+    if pa.types.is_struct(array.type):
+        for child in array.flatten():
+            yield from leaves(child)
+    elif pa.types.is_nested(array.type) and not pa.types.is_union(array.type):
+        yield from leaves(array.flatten())
+    else:
+        yield array
+
+
+def unwrapped(array: Any) -> Any:
+    """The values of an array whose type stores them as another type."""
     while is_wrapped(kind := array.type):
-        array = array.dictionary_decode() if types.is_dictionary(kind) else array.storage
-    if types.is_map(kind):
-        check_inside(as_list(array), in_json=in_json)
-    elif types.is_struct(kind):
-        for field in array.flatten():
-            check_inside(field, in_json=in_json)
-    elif types.is_nested(kind):
-        check_inside(array.flatten(), in_json=in_json)
-    elif types.is_duration(kind):
-        array.cast(pa.duration("ns"))
-    elif types.is_temporal(kind):
-        if pc.any(pc.starts_with(_plain_texts(array), "<")).as_py():
-            raise ValueError("a date or time is out of range")
-    elif types.is_floating(kind) and len(array.drop_null()):
-        if in_json and not pc.all(pc.is_finite(array)).as_py():
-            raise ValueError("JSON has no NaN and no infinity; publish null instead")
-        if pc.any(pc.is_nan(array)).as_py():
-            raise ValueError("it has no NaN; publish null instead")
+        array = array.dictionary_decode() if pa.types.is_dictionary(kind) else array.storage
+    return array
 
 
 def as_list(array: Any) -> Any:
@@ -217,9 +230,8 @@ def as_list(array: Any) -> Any:
 
 def _values(array: Any) -> list[Any]:
     """The exact Python values of an Arrow array, for SQLite or JSON."""
-    types = pa.types
-    while is_wrapped(kind := array.type):
-        array = array.dictionary_decode() if types.is_dictionary(kind) else array.storage
+    types, array = pa.types, unwrapped(array)
+    kind = array.type
     if types.is_map(kind):
         return _values(as_list(array))
     if types.is_struct(kind):
@@ -275,14 +287,21 @@ def values_in(array: Any) -> int:
     return count
 
 
-def pieces(batch: Any) -> Iterator[Any]:
-    """Slice a batch into whole rows of at most `VALUES_AT_ONCE` values."""
-    if batch.num_rows < 2 or sum(map(values_in, batch.columns)) <= VALUES_AT_ONCE:
+def pieces(
+    batch: Any, size: Callable[[Any], int] | None = None, most: int | None = None
+) -> Iterator[Any]:
+    """Slice a batch into whole rows of at most a size; by default `VALUES_AT_ONCE` values."""
+    if batch.num_rows < 2 or (size or values_of)(batch) <= (most or VALUES_AT_ONCE):
         yield batch
         return
     half = batch.num_rows // 2
     for part in (batch.slice(0, half), batch.slice(half)):
-        yield from pieces(part)
+        yield from pieces(part, size, most)
+
+
+def values_of(batch: Any) -> int:
+    """How many values a batch has, counting nested ones too."""
+    return sum(map(values_in, batch.columns))
 
 
 def check_cells(array: Any) -> None:

@@ -28,7 +28,7 @@ from casparian_flow.engine.sinks.base import (
     own_topic,
     unavailable,
 )
-from casparian_flow.engine.sinks.columns import values_in
+from casparian_flow.engine.sinks.columns import leaves, pieces, values_of
 from casparian_flow.engine.sinks.topic_schema import LINEAGE_FIELDS, fit
 from casparian_flow.engine.sizes import VALUE_BYTES
 from casparian_flow.errors import OutputRefused
@@ -128,10 +128,10 @@ class Stage:
         check_dates(self._plan.topic, batch)
         self._check_values(batch)
         self._batches += 1
-        for piece, size in _pieces(batch):
+        for piece in pieces(batch, _size, GROUP_BYTES):
             self._pending.append(piece)
             self._pending_rows += piece.num_rows
-            self._pending_bytes += size
+            self._pending_bytes += _size(piece)
             if self._pending_rows >= parts.GROUP_ROWS or self._pending_bytes >= GROUP_BYTES:
                 self._flush()
 
@@ -258,19 +258,9 @@ def reading(output: Output) -> Iterator[Any]:
         raise lost(output, error) from error
 
 
-def _pieces(batch: Any) -> Iterator[tuple[Any, int]]:
-    """Split a batch into pieces of at most GROUP_BYTES, or of one row; each with its size.
-
-    The size counts VALUE_BYTES for each value: nulls take room when written, though not in Arrow.
-    """
-    values = sum(map(values_in, batch.columns))
-    size = max(batch.nbytes, VALUE_BYTES * values)
-    if size <= GROUP_BYTES or batch.num_rows < 2:
-        yield batch, size
-        return
-    half = batch.num_rows // 2
-    for part in (batch.slice(0, half), batch.slice(half)):
-        yield from _pieces(part)
+def _size(batch: Any) -> int:
+    """The bytes of a batch. Nulls take room when written, though not in Arrow."""
+    return int(max(batch.nbytes, VALUE_BYTES * values_of(batch)))
 
 
 def _check_plan(plan: Output) -> None:
@@ -329,8 +319,13 @@ def check_dates(topic: str, batch: Any) -> None:
     Raises:
         OutputRefused: it cannot hold one; the message names the column.
     """
+    types = pa.types
     for field, column in zip(batch.schema, batch.columns, strict=True):
-        for dates in _dates(column):
+        kind = field.type.value_type if types.is_dictionary(field.type) else field.type
+        is_extension = isinstance(kind, pa.BaseExtensionType)
+        if not (types.is_date64(kind) or types.is_nested(kind) or is_extension):
+            continue
+        for dates in filter(lambda leaf: types.is_date64(leaf.type), leaves(column)):
             try:
                 dates.cast(pa.date32())
             except pa.ArrowInvalid as error:
@@ -339,22 +334,3 @@ def check_dates(topic: str, batch: Any) -> None:
                     f"{error}",
                     "convert the column in the plugin",
                 ) from error
-
-
-def _dates(array: Any) -> Iterator[Any]:
-    """The arrays of `date64` in an array, at any depth."""
-    types, kind = pa.types, array.type
-    if types.is_date64(kind):
-        yield array
-    elif isinstance(kind, pa.BaseExtensionType):
-        yield from _dates(array.storage)
-    elif types.is_dictionary(kind):
-        yield from _dates(array.dictionary)
-    elif types.is_map(kind):
-        yield from _dates(array.keys)
-        yield from _dates(array.items)
-    elif types.is_struct(kind):
-        for child in array.flatten():
-            yield from _dates(child)
-    elif types.is_nested(kind) and not types.is_union(kind):
-        yield from _dates(array.flatten())

@@ -29,13 +29,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from casparian_flow.engine.sinks.base import LINEAGE, otherwise
-from casparian_flow.engine.sinks.columns import as_list
+from casparian_flow.engine.sinks.columns import is_binary, is_text, leaves
 from casparian_flow.errors import OutputRefused
 
 LINEAGE_FIELDS: tuple[Any, ...] = tuple(
@@ -54,20 +54,34 @@ EXACT_IN_DOUBLE = 1 << 53
 """A double holds every whole number from minus this to this exactly."""
 
 
-def unite(known: Any, columns: Any) -> Any:
+def unite(known: Any, columns: Any, number: Callable[[Any, Any], Any] | None = None) -> Any:
     """A topic's columns after an output is added.
 
     Args:
         known: the topic's columns so far; an empty schema for a new topic.
         columns: the output's columns, without the lineage columns.
+        number: called for a number column that is too narrow for the output, with the wider type
+            and the output's; returns the column's type. Without it, the column keeps its own.
     """
     kinds = {field.name: type_that_may(field.type) for field in known}
     for field in columns:
-        kind = type_that_may(_plain(field.type))
-        before = kinds.get(field.name)
+        own = _plain(field.type)
+        kind, before = type_that_may(own), kinds.get(field.name)
         if before is None or (_is_open(before) and _are_kin(before, kind)):
             kinds[field.name] = kind
+        elif number and (wide := wider(before, own)):
+            kinds[field.name] = number(wide, own)
     return pa.schema(kinds.items())
+
+
+def widened(known: Any, columns: Any) -> Any:
+    """As `unite`, but with number columns widened to the output's types."""
+    return unite(known, columns, lambda wide, _: wide)
+
+
+def as_staged(known: Any, columns: Any) -> Any:
+    """As `unite`, but numbers that may widen a column keep their type until it is published."""
+    return unite(known, columns, lambda _, own: own)
 
 
 def wider(kind: Any, other: Any) -> Any:
@@ -88,27 +102,6 @@ def wider(kind: Any, other: Any) -> Any:
         signed = [pa.types.is_signed_integer(each) for each in (kind, other)]
         return other if signed[0] == signed[1] and other.bit_width > kind.bit_width else None
     return None if kind == pa.float64() else pa.float64()
-
-
-def widened(known: Any, columns: Any) -> Any:
-    """As `unite`, but with number columns widened to the output's types."""
-    united = unite(known, columns)
-    for number, field in enumerate(united):
-        if field.name in columns.names:
-            wide = wider(field.type, _plain(columns.field(field.name).type))
-            united = united.set(number, field.with_type(wide or field.type))
-    return united
-
-
-def as_staged(known: Any, columns: Any) -> Any:
-    """As `unite`, but numbers that may widen a column keep their type until it is published."""
-    united = unite(known, columns)
-    for number, field in enumerate(united):
-        if field.name in columns.names:
-            kind = _plain(columns.field(field.name).type)
-            if wider(field.type, kind):
-                united = united.set(number, field.with_type(kind))
-    return united
 
 
 def is_within(kind: Any, field: Any) -> bool:
@@ -197,24 +190,10 @@ def _exact(array: Any, kind: Any) -> Any:
     # cast without it, and compare.
     cast = array.cast(kind, safe=not pa.types.is_floating(kind))
     cast.validate()  # pyarrow 26 sometimes returns too few nulls in lists
-    for new, old in zip(_leaves(cast), _leaves(array), strict=True):
+    for new, old in zip(leaves(cast), leaves(array), strict=True):
         if not (pa.types.is_null(old.type) or _bits(new.cast(old.type)).equals(_bits(old))):
             raise pa.ArrowInvalid("the values differ")
     return cast
-
-
-def _leaves(array: Any) -> Iterator[Any]:
-    """The arrays without nesting that an array consists of."""
-    if pa.types.is_map(array.type):
-        array = as_list(array)
-    kind = array.type
-    if pa.types.is_struct(kind):
-        for child in array.flatten():
-            yield from _leaves(child)
-    elif pa.types.is_nested(kind):
-        yield from _leaves(array.flatten())
-    else:
-        yield array
 
 
 def _bits(array: Any) -> Any:
@@ -264,11 +243,8 @@ def _family(kind: Any) -> str:
 _FAMILIES: dict[str, tuple[Any, ...]] = {
     "number": (pa.types.is_integer, pa.types.is_floating),
     "decimal": (pa.types.is_decimal,),
-    "text": (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
-    "binary": (
-        pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view,
-        pa.types.is_fixed_size_binary,
-    ),
+    "text": (is_text,),
+    "binary": (is_binary,),
     "date": (pa.types.is_date,),
     "time": (pa.types.is_time,),
     "duration": (pa.types.is_duration,),
