@@ -242,7 +242,7 @@ MUTANTS = [
                 "engine/sinks/parquet.py",
                 "            self.gone.update(parquet_moves.settle(self._root, self.record))\n",
                 "            self.gone.update(parquet_moves.settle(self._root, self.record))\n"
-                "            for folder, columns in self._columns_before.items():\n"
+                "            for folder, (columns, _) in self._found.items():\n"
                 "                parts.set_topic_columns(self._root / folder, columns)\n",
             ),
         ],

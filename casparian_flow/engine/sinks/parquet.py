@@ -28,6 +28,7 @@ import errno
 import glob
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,10 @@ def _difference_of_bytes(path: Path, digest: str) -> str:
     return ""
 
 
+_PLANNED = ("_entries", "_columns", "_anew", "_taken", "_left")
+"""What a plan is; taken back if a job of it fails."""
+
+
 class _Plan:
     """What one call changes, planned job by job before anything is changed.
 
@@ -302,8 +307,8 @@ class _Plan:
         self._columns: dict[str, Any] = {}
         """Columns as the plan leaves them, by folder: each topic's, and those of its kept outputs
         that were rebuilt."""
-        self._columns_before: dict[str, Any] = {}
-        """Those in its `_common_metadata`; None if there is none."""
+        self._found: dict[str, tuple[Any, bool]] = {}
+        """Columns before the plan, by folder, and whether its `_common_metadata` has them."""
         self._anew: set[str] = set()
         """Topics whose columns change together with their files."""
         self._taken: set[str] = set()
@@ -320,23 +325,19 @@ class _Plan:
         planned = (self._entries.get(output.output_key) for output in told if output.visible)
         if any(entry and is_visible(entry.source) for entry in planned):
             self.carry_out()  # it is planned to leave: one plan does not bring it back as well
-        saved = self._entries, self._columns, self._anew, self._taken, self._left
-        self._entries, self._columns, self._anew, self._taken, self._left = (
-            dict(self._entries), dict(self._columns), set(self._anew), set(self._taken),
-            set(self._left),
-        )  # fmt: skip
+        saved = {name: copy(getattr(self, name)) for name in _PLANNED}
         output = told[0]
         try:
             for output in job.outputs:
                 entry = self._entries.get(output.output_key)
-                is_lost = entry and entry.disk and output.stage and not self._is_there(entry)
+                is_lost = entry and entry.disk and output.stage and not self._has(entry.disk)
                 if not entry or is_lost:
                     self._entries[output.output_key] = self._staged(output)
                     self._check_name(output)
             self.tell(told)
             return None
         except (JobError, OSError, pa.ArrowException, IndexError) as error:
-            self._entries, self._columns, self._anew, self._taken, self._left = saved
+            vars(self).update(saved)
             return error if isinstance(error, JobError) else self._fault(error, output)
 
     def tell(self, outputs: Sequence[Output]) -> None:
@@ -395,22 +396,20 @@ class _Plan:
             SinkUnavailable, OSError: the disk refused. What is recorded is done by the next call.
         """
         for folder, columns in self._columns.items():
-            before = self._columns_before[folder]
-            if before is None or not columns.equals(before):
-                place = self._root / folder
-                if folder in self._anew:
-                    place = self._root / parquet_exchange.COLUMNS / folder
-                    durable.make_folder(place, mode=0o700)
+            if self._found[folder] != (columns, True):
+                is_anew = folder in self._anew
+                place = self._root / (parquet_exchange.COLUMNS if is_anew else "") / folder
+                durable.make_folder(place, mode=0o700)
                 parts.set_topic_columns(place, columns)
-                self._columns_before[folder] = columns
+                self._found[folder] = columns, True
         changed = [each for key, each in self._entries.items() if each != self._before.get(key)]
         if self.record and (changed or self._deleted):
             self.record.put(changed, self._deleted)
             crashpoint("parquet.recorded")
             self.gone.update(parquet_moves.settle(self._root, self.record))
-        for copy in self._copies:
+        for fitted in self._copies:
             with contextlib.suppress(OSError):
-                durable.remove(copy)
+                durable.remove(fitted)
         self._entries = {key: each.settled() for key, each in self._entries.items()}
         self._before, self._taken, self._left = dict(self._entries), set(), set()
         self._anew = set()
@@ -423,8 +422,8 @@ class _Plan:
             hidden_at=entry.hidden_at, target=f"{self._root}/{entry.path or entry.topic}",
         )  # fmt: skip
 
-    def _is_there(self, entry: Entry) -> bool:
-        return os.path.lexists(f"{self._root}/{entry.disk}")
+    def _has(self, path: str) -> bool:
+        return os.path.lexists(f"{self._root}/{path}")
 
     def _left_by(self, entry: Entry, before: Entry) -> Entry:
         """The entry of an output that ceases to be visible; its name is free."""
@@ -456,12 +455,8 @@ class _Plan:
         for name in filter(None, (stem, _slot_of(output), entry.output_key[:KEY_DIGITS])):
             if f"{topic}/{name}" in self._taken:
                 continue
-            there = [
-                path
-                for path in (f"{topic}/{name}.parquet", f"{topic}/{name}")
-                if path not in self._left and os.path.lexists(f"{self._root}/{path}")
-            ]
-            new = self._adopted(entry, there[0]) if there else None
+            there = self._named(f"{topic}/{name}")
+            new = self._adopted(entry, there) if there else None
             if new or not there:
                 new = new or entry.moved(f"{topic}/{name}{entry.suffix}")
                 self._entries[output.output_key] = new
@@ -509,11 +504,13 @@ class _Plan:
         folder, known = output.topic, self._known(output.topic)
         if output.generation and topic_schema.is_mended(known, staged):
             folder = f"{KEPT}/{output.topic}"
-            known = self._known_of_rebuild(output.topic, folder)
-        wanted = self._widened(output, unite(known, staged), staged)
+            is_begun = self.record and self.record.is_rebuilding(output.topic)
+            known = self._known(folder, is_new=not is_begun)
+        is_same = staged == known
+        wanted = known if is_same else self._widened(output, unite(known, staged), staged)
         self._columns[folder] = wanted
         digest = output.digest
-        if any(wanted.field(field.name).type != field.type for field in staged):
+        if not is_same and any(wanted.field(each.name).type != each.type for each in staged):
             columns = pa.schema([*wanted, *LINEAGE_FIELDS])
             stage = parts.rewritten(stage, output.topic, columns)
             self._copies.append(stage)
@@ -521,27 +518,22 @@ class _Plan:
             crashpoint("parquet.rewritten")
         return entry_of(output, str(stage).removeprefix(f"{self._root}/"), digest)
 
-    def _known(self, topic: str) -> Any:
-        """A topic's columns so far. Raises SinkConflict and OSError as `parts.topic_columns`."""
-        if topic not in self._columns:
-            folder = self._root / topic
-            columns = parts.topic_columns(folder)
-            self._columns_before[topic] = columns if parts.has_topic_columns(folder) else None
-            return columns
-        return self._columns[topic]
+    def _known(self, folder: str, is_new: bool = False) -> Any:
+        """The columns so far: of a topic, or of those of its kept outputs that were rebuilt.
 
-    def _known_of_rebuild(self, topic: str, folder: str) -> Any:
-        """The columns so far of a topic's rebuilt outputs, if nobody has seen any of them yet."""
-        if folder not in self._columns:
-            path = self._root / folder
-            durable.make_folder(path, mode=0o700)
-            is_begun = self.record and self.record.is_rebuilding(topic)
-            if is_begun and parts.has_topic_columns(path):
-                self._columns_before[folder] = parts.topic_columns(path)
-                return self._columns_before[folder]
-            self._columns_before[folder] = None
-            return pa.schema([])
-        return self._columns[folder]
+        Args:
+            is_new: there are none, whatever an earlier rebuild has left.
+
+        Raises:
+            SinkConflict, OSError: as `parts.topic_columns`.
+        """
+        if folder not in self._columns and folder not in self._found:
+            place = self._root / folder
+            is_written = not is_new and parts.has_topic_columns(place)
+            is_empty = not is_written and folder.startswith(KEPT)
+            columns = pa.schema([]) if is_empty else parts.topic_columns(place)
+            self._found[folder] = columns, is_written
+        return self._columns.get(folder, self._found[folder][0])
 
     def _is_other(self, output: Output) -> bool:
         """Whether an output that becomes visible has other columns than its topic.
@@ -551,7 +543,7 @@ class _Plan:
         entry = self._entries[output.output_key]
         if entry.source.startswith(STAGE) and not output.generation:
             return False
-        if not os.path.lexists(self._root / entry.disk):
+        if not self._has(entry.disk):
             return False
         known, own = self._known(entry.topic), self._own(entry)
         is_mended = bool(output.generation) and topic_schema.is_mended(known, own)
@@ -594,11 +586,14 @@ class _Plan:
             SinkConflict: another program's file has it.
         """
         entry = self._entries[output.output_key]
-        if output.visible or not entry.disk:
-            return
-        for path in (f"{output.topic}/{_slot_of(output)}{end}" for end in (".parquet", "")):
-            if path not in self._left and os.path.lexists(f"{self._root}/{path}"):
-                self._adopted(entry, path)
+        there = self._named(f"{output.topic}/{_slot_of(output)}")
+        if there and entry.disk and not output.visible:
+            self._adopted(entry, there)
+
+    def _named(self, name: str) -> str:
+        """The file or folder of that name which the plan leaves there; empty if there is none."""
+        paths = (f"{name}.parquet", name)
+        return next((p for p in paths if p not in self._left and self._has(p)), "")
 
     def _widened(self, output: Output, columns: Any, staged: Any) -> Any:
         """The topic's columns, with number columns widened as the output needs them.
