@@ -382,3 +382,22 @@ def test_a_record_that_is_damaged_is_said(parquet: Place) -> None:
     record.unlink()
     assert parquet.sink.upgrade()
     assert [each.output_key for each in parquet.sink.records(())] == [made.output_key]
+
+
+def test_a_publication_reads_only_the_entries_that_it_changes(parquet: Place) -> None:
+    """Not those of the years before: each of its statements uses an index."""
+    parquet.show(*(parquet.sealed({"id": [job]}, job) for job in range(1, 4)))
+    asked: list[str] = []
+    with parquet_record.opened(parquet.home / "out", write=True) as record:
+        assert record
+        entries = list(record.entries([parquet.output(2).output_key]).values())
+        record._connection.set_trace_callback(asked.append)
+        record.put(entries)
+        record.moving()
+        record.settled([], entries)
+        record._connection.set_trace_callback(None)
+        told = [each for each in asked if each.startswith(("SELECT", "UPDATE"))]
+        assert len(told) == 2
+        for statement in told:
+            plan = record._connection.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall()
+            assert "USING INDEX outputs_moving" in str(plan[0]), plan

@@ -504,8 +504,7 @@ class _Plan:
         folder, known = output.topic, self._known(output.topic)
         if output.generation and topic_schema.is_mended(known, staged):
             folder = f"{KEPT}/{output.topic}"
-            is_begun = self.record and self.record.is_rebuilding(output.topic)
-            known = self._known(folder, is_new=not is_begun)
+            known = self._known(folder)
         is_same = staged == known
         wanted = known if is_same else self._widened(output, unite(known, staged), staged)
         self._columns[folder] = wanted
@@ -518,22 +517,22 @@ class _Plan:
             crashpoint("parquet.rewritten")
         return entry_of(output, str(stage).removeprefix(f"{self._root}/"), digest)
 
-    def _known(self, folder: str, is_new: bool = False) -> Any:
-        """The columns so far: of a topic, or of those of its kept outputs that were rebuilt.
-
-        Args:
-            is_new: there are none, whatever an earlier rebuild has left.
+    def _known(self, folder: str) -> Any:
+        """The columns so far: of a topic, or of those of its kept outputs that were rebuilt and
+        that nobody has seen yet.
 
         Raises:
             SinkConflict, OSError: as `parts.topic_columns`.
         """
         if folder not in self._columns and folder not in self._found:
             place = self._root / folder
-            is_written = not is_new and parts.has_topic_columns(place)
-            is_empty = not is_written and folder.startswith(KEPT)
+            is_kept = folder.startswith(KEPT)
+            is_left = is_kept and not (self.record and self.record.is_rebuilding(place.name))
+            is_written = not is_left and parts.has_topic_columns(place)
+            is_empty = is_kept and not is_written
             columns = pa.schema([]) if is_empty else parts.topic_columns(place)
             self._found[folder] = columns, is_written
-        return self._columns.get(folder, self._found[folder][0])
+        return self._columns[folder] if folder in self._columns else self._found[folder][0]
 
     def _is_other(self, output: Output) -> bool:
         """Whether an output that becomes visible has other columns than its topic.

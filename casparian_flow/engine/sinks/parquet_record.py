@@ -213,7 +213,8 @@ class Record:
 
     def moving(self) -> list[Entry]:
         """The entries whose files are still to move."""
-        return list(self._select("WHERE source <> '' ORDER BY id"))
+        # The sign keeps SQLite from reading every entry in the order of their ids.
+        return list(self._select("WHERE source <> '' ORDER BY +id"))
 
     def all(self) -> Iterator[Entry]:
         """Every entry, in the order of their arrival."""
