@@ -34,7 +34,6 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
@@ -58,7 +57,6 @@ from casparian_flow.engine.sinks.stage import Stage
 from casparian_flow.engine.sinks.topic_schema import (
     LINEAGE_FIELDS,
     as_staged,
-    own_columns,
     unite,
     wider,
 )
@@ -130,15 +128,11 @@ class ParquetSink:
 
     def change(self, outputs: Sequence[Output]) -> None:
         """See `Sink.change`. Outputs of one slot are exchanged by one rename."""
-        with self._changing(outputs) as plan:
-            plan.tell(outputs)
-            plan.carry_out()
+        self._do(outputs, lambda plan: plan.tell(outputs))
 
     def delete(self, outputs: Sequence[Output]) -> None:
         """See `Sink.delete`. A visible file that was altered is never removed."""
-        with self._changing(outputs) as plan:
-            plan.delete()
-            plan.carry_out()
+        self._do(outputs, _Plan.delete)
 
     def check(self, outputs: Sequence[Output]) -> list[str]:
         """See `Sink.check`. Reads every byte of every output that has rows."""
@@ -159,11 +153,10 @@ class ParquetSink:
         """See `Sink.records`. Without a record, files that the ledger may not know are read."""
         try:
             with self._reading() as record:
-                recorded = record.all() if record else self._entries_of_old(known)
-                entries = parquet_record.unknown(recorded, known)
+                entries = record.all() if record else self._entries_of_old(known)
+                return iter(parquet_record.outputs(self.root, entries, known))
         except OSError as error:
             raise unavailable(error, self.root) from error
-        yield from parquet_record.outputs_of(entries, self.root)
 
     def upgrade(self) -> list[str]:
         """See `Sink.upgrade`. Builds the record from footers; visible files stay as they are."""
@@ -214,15 +207,13 @@ class ParquetSink:
             parquet_moves.settle(self.root, record)
             yield _Plan(self.root, record, [output.output_key for output in outputs])
 
-    @contextlib.contextmanager
-    def _changing(self, outputs: Sequence[Output]) -> Iterator[_Plan]:
-        """As `_planning`, for outputs that may not be here; OSErrors are SinkUnavailable."""
+    def _do(self, outputs: Sequence[Output], change: Callable[[_Plan], None]) -> None:
+        """Change outputs, if anything was ever published here; OSErrors are SinkUnavailable."""
         try:
-            if self._is_new():
-                yield _Plan(self.root, None, [])
-                return
-            with self._planning(outputs) as plan:
-                yield plan
+            if not self._is_new():
+                with self._planning(outputs) as plan:
+                    change(plan)
+                    plan.carry_out()
         except OSError as error:
             raise refused(error, self.root) from error
 
@@ -290,14 +281,14 @@ class _Plan:
     """What one call changes, planned job by job before anything is changed.
 
     Args:
-        record: the sink's; None if there is no sink, and so nothing to change.
+        record: the sink's.
         keys: the output keys that the call names.
     """
 
-    def __init__(self, root: Path, record: Record | None, keys: Sequence[str]) -> None:
+    def __init__(self, root: Path, record: Record, keys: Sequence[str]) -> None:
         self.record = record
         self._root = root
-        self._before = record.entries(keys) if record else {}
+        self._before = record.entries(keys)
         self._entries = dict(self._before)
         self.gone: set[str] = set()
         """Keys of outputs whose staged files vanished before they were published."""
@@ -403,7 +394,7 @@ class _Plan:
                 parts.set_topic_columns(place, columns)
                 self._found[folder] = columns, True
         changed = [each for key, each in self._entries.items() if each != self._before.get(key)]
-        if self.record and (changed or self._deleted):
+        if changed or self._deleted:
             self.record.put(changed, self._deleted)
             crashpoint("parquet.recorded")
             self.gone.update(parquet_moves.settle(self._root, self.record))
@@ -476,7 +467,6 @@ class _Plan:
         if footer and (key, footer.rows) == (entry.output_key, entry.rows):
             digest = parts.digest(self._root / path)
             return msgspec.structs.replace(entry, path=path, source="", digest=digest)
-        assert self.record
         other = self.record.entries([key]).get(key)
         if other is None or other.path != path:
             raise _foreign(self._root / path)
@@ -495,12 +485,11 @@ class _Plan:
         if not output.stage:
             return entry_of(output, "", "")
         stage = Path(output.stage)
-        files = parts.files(stage)
-        if (size := sum(file.stat().st_size for file in files)) != output.size_bytes:
+        if (size := parts.size(stage)) != output.size_bytes:
             raise lost(output, f"it has {size} bytes, not {output.size_bytes}")
         if (output.topic, output.mode) not in self._checked:
             self._check_folder(output)
-        staged = own_columns(pq.read_schema(files[0]))
+        staged = parts.own_schema(stage)
         folder, known = output.topic, self._known(output.topic)
         if output.generation and topic_schema.is_mended(known, staged):
             folder = f"{KEPT}/{output.topic}"
@@ -527,7 +516,7 @@ class _Plan:
         if folder not in self._columns and folder not in self._found:
             place = self._root / folder
             is_kept = folder.startswith(KEPT)
-            is_left = is_kept and not (self.record and self.record.is_rebuilding(place.name))
+            is_left = is_kept and not self.record.is_rebuilding(place.name)
             is_written = not is_left and parts.has_topic_columns(place)
             is_empty = is_kept and not is_written
             columns = pa.schema([]) if is_empty else parts.topic_columns(place)
@@ -544,16 +533,13 @@ class _Plan:
             return False
         if not self._has(entry.disk):
             return False
-        known, own = self._known(entry.topic), self._own(entry)
+        known, own = self._known(entry.topic), parts.own_schema(self._root / entry.disk)
         is_mended = bool(output.generation) and topic_schema.is_mended(known, own)
         return is_mended or any(
             field.name not in known.names
             or not topic_schema.is_within(field.type, known.field(field.name))
             for field in own
         )
-
-    def _own(self, entry: Entry) -> Any:
-        return own_columns(pq.read_schema(parts.files(self._root / entry.disk)[0]))
 
     def _unite_anew(self, topic: str) -> None:
         """Plan the columns of a topic as those of all outputs that will stand.
@@ -562,7 +548,6 @@ class _Plan:
             SinkConflict: files that stay have other types.
             OSError: the disk refused.
         """
-        assert self.record
         entries = {**self.record.of_topic(topic), **self._entries}
         stand = [e for e in entries.values() if e.topic == topic and e.stands and e.disk]
         stand.sort(key=lambda entry: -entry.generation)
@@ -633,7 +618,7 @@ class _Plan:
         topic, folder = output.topic, self._root / output.topic
         if os.stat(output.stage).st_dev != folder.stat().st_dev:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), output.stage, None, str(folder))
-        ours = self.record.paths(topic) if self.record and output.mode == "error" else set()
+        ours = self.record.paths(topic) if output.mode == "error" else set()
         for path in sorted(folder.iterdir()) if output.mode == "error" else ():
             is_other = f"{topic}/{path.name}" not in ours and not path.name.startswith((".", "_"))
             if is_other and not parquet_moves.footer_of(path):

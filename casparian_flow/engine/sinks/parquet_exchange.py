@@ -51,7 +51,7 @@ def settle(root: Path, entries: Sequence[Entry], names: Names) -> None:
         if os.path.lexists(other):  # another process was killed
             _finish(root, folder, other, moving, names)
         if _is_much(root, topic, moving) and _can(root, folder, moving):
-            _keep(root, moving)
+            keep(root, [e for e in moving if is_visible(e.source) and e.suffix])
             _build(root, folder, other, moving)
             if not swap(other, folder):
                 durable.remove(other)
@@ -121,18 +121,19 @@ def _can(root: Path, folder: Path, moving: Sequence[Entry]) -> bool:
         )
 
 
-def _keep(root: Path, moving: Sequence[Entry]) -> None:
-    """Give each file that leaves the folder a second name, durably."""
+def keep(root: Path, leaving: Sequence[Entry]) -> None:
+    """Give visible files a second name among the kept ones, durably."""
     folders = set()
-    for entry in moving:
+    for entry in leaving:
         name, kept = root / entry.source, root / entry.kept_path
-        if is_visible(entry.source) and entry.suffix and not is_same(name, kept):
+        if not is_same(name, kept):
             durable.remove(kept)
             os.link(name, kept)
-            crashpoint("parquet.leaving_kept")
-            folders.add(kept.parent)
-    for each in folders:
-        durable.fsync_path(each)
+            crashpoint("parquet.kept")
+        folders.add(kept.parent)
+    for folder in folders:
+        durable.fsync_path(folder)
+        crashpoint("parquet.kept_synced")
 
 
 def _build(root: Path, folder: Path, other: Path, moving: Sequence[Entry]) -> None:

@@ -25,7 +25,7 @@ from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks import parquet_exchange, parts
 from casparian_flow.engine.sinks.base import KEY_DIGITS, is_disk_fault, output_of
-from casparian_flow.engine.sinks.parquet_exchange import is_same, swap, take_out
+from casparian_flow.engine.sinks.parquet_exchange import is_same, keep, swap, take_out
 from casparian_flow.engine.sinks.parquet_record import (
     KEPT,
     STAGE,
@@ -68,7 +68,14 @@ def settle(root: Path, record: Record) -> list[str]:
     parquet_exchange.settle(root, entries, names)
     parquet_exchange.settle_columns(root)
     replaced = [leaving.pop(entry.path, None) for entry in arriving]
-    _keep_replaced(root, arriving, replaced)
+    # The rename consumes the newer file: while it is there, the older one has its name.
+    pairs = [(entry, older) for entry, older in zip(arriving, replaced, strict=True) if older]
+    both = [
+        older
+        for entry, older in pairs
+        if all(os.path.isfile(root / e.source) for e in (entry, older))
+    ]
+    keep(root, both)
     for entry in leaving.values():
         take_out(root / entry.source, root / entry.kept_path)
     gone, staying = [], []
@@ -89,23 +96,6 @@ def settle(root: Path, record: Record) -> list[str]:
     record.settled([*gone, *(entry.output_key for entry in deleted)], staying)
     crashpoint("parquet.settled")
     return gone
-
-
-def _keep_replaced(root: Path, arriving: list[Entry], replaced: list[Entry | None]) -> None:
-    """Give each file that is about to be replaced a second name, durably."""
-    folders = set()
-    for entry, older in zip(arriving, replaced, strict=True):
-        # The rename consumes the newer file: while it is there, the older one has its name.
-        if older and os.path.isfile(root / entry.source) and os.path.isfile(root / older.source):
-            name, kept = root / older.source, root / older.kept_path
-            if not is_same(name, kept):
-                durable.remove(kept)
-                os.link(name, kept)
-                crashpoint("parquet.kept")
-            folders.add(kept.parent)
-    for folder in folders:
-        durable.fsync_path(folder)
-        crashpoint("parquet.kept_synced")
 
 
 def _show(root: Path, entry: Entry, older: Entry | None) -> bool:

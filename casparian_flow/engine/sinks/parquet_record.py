@@ -296,24 +296,18 @@ def listed(root: Path, known: Collection[str]) -> list[Output] | None:
     with opened(root, write=False) as record:
         if not record or record.moving():
             return None
-        entries = unknown(record.all(), known)
-    return list(outputs_of(entries, root))
+        return outputs(root, record.all(), known)
 
 
-def unknown(entries: Iterable[Entry], known: Collection[str]) -> list[Entry]:
-    """Those that the ledger does not know, and all retracted ones."""
-    return [
-        entry
-        for entry in entries
-        if entry.state == State.RETRACTED or entry.output_key not in known
-    ]
-
-
-def outputs_of(entries: Iterable[Entry], root: Path) -> Iterator[Output]:
-    """The outputs of these entries, but for those whose facts cannot be read."""
+def outputs(root: Path, entries: Iterable[Entry], known: Collection[str]) -> list[Output]:
+    """The outputs that the ledger does not know, and all retracted ones; without those whose facts
+    cannot be read."""
+    found = []
     for entry in entries:
-        with contextlib.suppress(ValueError, KeyError):
-            yield entry.output(root)
+        if entry.state == State.RETRACTED or entry.output_key not in known:
+            with contextlib.suppress(ValueError, KeyError):
+                found.append(entry.output(root))
+    return found
 
 
 def _unavailable(error: sqlite3.Error, path: Path) -> SinkUnavailable:

@@ -153,6 +153,23 @@ def files(path: Path) -> list[Path]:
     return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
+def _opened(path: Path) -> Iterator[Any]:
+    """Each file of an output, open until the next is asked for."""
+    for file in files(path):
+        with file.open("rb") as opened, pq.ParquetFile(opened) as source:
+            yield source
+
+
+def own_schema(path: Path) -> Any:
+    """The columns of an output, without the lineage columns.
+
+    Raises:
+        OSError, pa.ArrowException, IndexError: it cannot be read, or is damaged.
+    """
+    with files(path)[0].open("rb") as file:  # given a path, Arrow's errors lack the errno
+        return own_columns(pq.read_schema(file))
+
+
 def size(path: Path) -> int:
     """Size of an output's files in bytes. Raises OSError as `files`."""
     return sum(file.stat().st_size for file in files(path))
@@ -220,18 +237,15 @@ def rewritten(path: Path, topic: str, columns: Any) -> Path:
     durable.remove(copy)  # left by a process that crashed
     if path.is_dir():
         copy.mkdir()
-    for file in files(path):
-        with file.open("rb") as opened, pq.ParquetFile(opened) as source:
-            facts = {k: v for k, v in (source.metadata.metadata or {}).items() if k[:10] == _OURS}
-            schema = columns.with_metadata(facts)
-            settles = own_topic(output_of("", facts_of(facts)))
-            target = copy / file.name if path.is_dir() else copy
-            with pq.ParquetWriter(
-                target, schema, compression="zstd", compression_level=1
-            ) as writer:
-                for number in range(source.num_row_groups):
-                    table = fit(topic, source.read_row_group(number), schema, settles)
-                    writer.write_table(table, row_group_size=GROUP_ROWS)
+    for file, source in zip(files(path), _opened(path), strict=True):
+        facts = {k: v for k, v in (source.metadata.metadata or {}).items() if k[:10] == _OURS}
+        schema = columns.with_metadata(facts)
+        settles = own_topic(output_of("", facts_of(facts)))
+        target = copy / file.name if path.is_dir() else copy
+        with pq.ParquetWriter(target, schema, compression="zstd", compression_level=1) as writer:
+            for number in range(source.num_row_groups):
+                table = fit(topic, source.read_row_group(number), schema, settles)
+                writer.write_table(table, row_group_size=GROUP_ROWS)
     make_durable(copy)
     durable.fsync_path(copy.parent)
     return copy
@@ -243,13 +257,12 @@ def are_exact(path: Path, name: str, kind: Any) -> bool:
     Raises:
         OSError, pa.ArrowException: the output cannot be read.
     """
-    for file in files(path):
-        with file.open("rb") as opened, pq.ParquetFile(opened) as source:
-            number = _leaf(source, name)
-            for group in range(source.num_row_groups):
-                column = source.read_row_group(group, columns=[name]).column(0)
-                if number is None or not is_exact(column, kind):
-                    return False
+    for source in _opened(path):
+        number = _leaf(source, name)
+        for group in range(source.num_row_groups):
+            column = source.read_row_group(group, columns=[name]).column(0)
+            if number is None or not is_exact(column, kind):
+                return False
     return True
 
 
@@ -263,7 +276,7 @@ def are_within_double(outputs: Iterable[Path], name: str) -> bool:
         OSError: the disk refused to read a file.
     """
     try:
-        return all(_is_within_double(file, name) for path in outputs for file in files(path))
+        return all(_is_within_double(file, name) for path in outputs for file in _opened(path))
     except (OSError, pa.ArrowException) as error:
         if is_disk_fault(error):
             raise
@@ -279,7 +292,7 @@ def united(outputs: Sequence[Path]) -> tuple[Any, list[int]]:
     Raises:
         OSError, pa.ArrowException: an output cannot be read.
     """
-    own = [own_columns(pq.read_schema(files(output)[0])) for output in outputs]
+    own = list(map(own_schema, outputs))
     columns = pa.schema([])
     for each in own:
         columns = widened(columns, each)
@@ -299,17 +312,16 @@ def _reads(output: Path, field: Any, column: Any) -> bool:
     )
 
 
-def _is_within_double(path: Path, name: str) -> bool:
-    with path.open("rb") as opened, pq.ParquetFile(opened) as source:
-        number = _leaf(source, name)
-        for group in range(source.num_row_groups) if number is not None else ():
-            column = source.metadata.row_group(group).column(number)
-            stats = column.statistics if column.is_stats_set else None
-            if stats is None or not stats.has_min_max:
-                if stats is None or stats.null_count != column.num_values:
-                    return False
-            elif not -EXACT_IN_DOUBLE <= stats.min <= stats.max <= EXACT_IN_DOUBLE:
+def _is_within_double(source: Any, name: str) -> bool:
+    number = _leaf(source, name)
+    for group in range(source.num_row_groups) if number is not None else ():
+        column = source.metadata.row_group(group).column(number)
+        stats = column.statistics if column.is_stats_set else None
+        if stats is None or not stats.has_min_max:
+            if stats is None or stats.null_count != column.num_values:
                 return False
+        elif not -EXACT_IN_DOUBLE <= stats.min <= stats.max <= EXACT_IN_DOUBLE:
+            return False
     return True
 
 
@@ -405,9 +417,7 @@ def _columns_of_outputs(folder: Path) -> Any:
     for output in list_outputs(folder):
         try:
             told = read_footer(output)
-            with files(output)[0].open("rb") as file:
-                schema = own_columns(pq.read_schema(file))
-            found.append((int(told.facts["job_id"]), output.name, schema))
+            found.append((int(told.facts["job_id"]), output.name, own_schema(output)))
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             if is_disk_fault(error) and not isinstance(error, FileNotFoundError):
                 raise
