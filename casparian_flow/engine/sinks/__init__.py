@@ -177,22 +177,15 @@ def resolve(uri: str, home: Path) -> str:
 
 def target_of(location: str, topic: str) -> Path | None:
     """The folder or database that holds a topic's rows; None for a table of SQL Server."""
-    scheme = location.partition("://")[0]
-    path = Path(location.removeprefix(PREFIXES.get(scheme, "")))
-    return {"parquet": path / topic, "sqlite": path}.get(scheme)
+    if location.startswith(SERVER):
+        return None
+    is_folder = location.startswith(PREFIXES["parquet"])
+    return path_of(location) / topic if is_folder else path_of(location)
 
 
-def check_not_ledger(location: str, database: Path) -> None:
-    """Check that a sink is not the ledger's own database.
-
-    Raises:
-        ConfigError: it is, under this path or through a link.
-    """
-    path = Path(location.removeprefix(PREFIXES["sqlite"]))
-    if location.startswith(PREFIXES["sqlite"]) and _is_same(path, database):
-        raise ConfigError(
-            f"the sink {path} is the ledger itself", "give the topic a database of its own"
-        )
+def path_of(location: str) -> Path:
+    """The folder of a Parquet sink, or the database of a SQLite sink."""
+    return Path(location.removeprefix(PREFIXES[location.partition("://")[0]]))
 
 
 def _is_same(path: Path, other: Path) -> bool:
@@ -251,10 +244,10 @@ def open_sink(location: str, database: DatabaseSettings) -> Sink:
     if location.startswith(PREFIXES["parquet"]):
         from casparian_flow.engine.sinks.parquet import ParquetSink
 
-        return ParquetSink(Path(location.removeprefix(PREFIXES["parquet"])))
+        return ParquetSink(path_of(location))
     from casparian_flow.engine.sinks.sqlite import SqliteSink
 
-    return SqliteSink(Path(location.removeprefix(PREFIXES["sqlite"])))
+    return SqliteSink(path_of(location))
 
 
 def records(location: str, database: DatabaseSettings, known: Collection[str]) -> Iterable[Output]:
@@ -268,7 +261,7 @@ def records(location: str, database: DatabaseSettings, known: Collection[str]) -
     if location.startswith(PREFIXES["parquet"]):
         from casparian_flow.engine.sinks import parquet_record
 
-        listed = parquet_record.listed(Path(location.removeprefix(PREFIXES["parquet"])), known)
+        listed = parquet_record.listed(path_of(location), known)
         if listed is not None:
             return listed
     return open_sink(location, database).records(known)
@@ -341,7 +334,6 @@ def check_reserved(location: str, topic: str, settings: Settings) -> None:
     target = target_of(location, topic)
     if target is None:
         return
-    check_not_ledger(location, settings.database.path)
     is_file = location.startswith(PREFIXES["sqlite"])
     for fault in _faults(str(target), is_file, settings):
         raise ConfigError(f"topic {topic!r} cannot go to {target}: {fault}", _ELSEWHERE)
@@ -382,6 +374,8 @@ def check_reserved_content(location: str, topic: str) -> None:
 
 def _faults(target: str, is_file: bool, settings: Settings) -> Iterator[str]:
     """What is wrong with a target, by its own path and its real path."""
+    if is_file and _is_same(Path(target), settings.database.path):
+        yield "it is the ledger itself"
     for path in _names(target):
         if fault := _fault_of_name(path, is_file, settings.database.path, settings.home):
             yield fault

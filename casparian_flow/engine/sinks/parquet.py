@@ -618,8 +618,9 @@ class _Plan:
         topic, folder = output.topic, self._root / output.topic
         if os.stat(output.stage).st_dev != folder.stat().st_dev:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), output.stage, None, str(folder))
-        ours = self.record.paths(topic) if output.mode == "error" else set()
-        for path in sorted(folder.iterdir()) if output.mode == "error" else ():
+        is_strict = output.mode == "error"
+        ours = {path for path, _ in self.record.places(topic).values()} if is_strict else set()
+        for path in sorted(folder.iterdir()) if is_strict else ():
             is_other = f"{topic}/{path.name}" not in ours and not path.name.startswith((".", "_"))
             if is_other and not parquet_moves.footer_of(path):
                 raise SinkConflict(

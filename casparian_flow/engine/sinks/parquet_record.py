@@ -182,17 +182,10 @@ class Record:
         where = "WHERE output_key IN (SELECT value FROM json_each(?))"
         return {entry.output_key: entry for entry in self._select(where, wanted)}
 
-    def paths(self, topic: str) -> set[str]:
-        """Where a topic's outputs are."""
-        query = "SELECT path FROM outputs WHERE topic = ?"
-        return (
-            {path for (path,) in self._connection.execute(query, [topic])} if self.exists else set()
-        )
-
     def places(self, topic: str) -> dict[str, tuple[str, str]]:
         """Output key -> path and source of each output of a topic that has a file."""
         query = "SELECT output_key, path, source FROM outputs WHERE topic = ? AND path <> ''"
-        rows = self._connection.execute(query, [topic])
+        rows = self._connection.execute(query, [topic]) if self.exists else ()
         return {key: (path, source) for key, path, source in rows}
 
     def key_at(self, path: str) -> str:

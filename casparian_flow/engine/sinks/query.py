@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from casparian_flow.engine.sinks import PREFIXES, SERVER, parquet_record
+from casparian_flow.engine.sinks import PREFIXES, SERVER, parquet_record, path_of
 from casparian_flow.engine.sinks.base import LINEAGE
 from casparian_flow.engine.sinks.query_sqlite import (
     KEY,
@@ -288,14 +288,13 @@ def _opened(
         with_rows = [output for output in group if output["rows"]]
         keys: dict[str, str] = {}
         if location.startswith(PREFIXES["parquet"]):
-            root = Path(location.removeprefix(PREFIXES["parquet"]))
+            root = path_of(location)
             keys = _targets(root, topic, with_rows)
             table.parts += _files(database, table, root, topic, list(keys))
             table.folders |= {str(Path(target).parent) for target in keys}
         else:
-            path = Path(location.removeprefix(PREFIXES["sqlite"]))
             promised = {output["output_key"]: output["rows"] for output in with_rows}
-            for rows in find_rows(path, topic, promised, keyed=paths is not None):
+            for rows in find_rows(path_of(location), topic, promised, keyed=paths is not None):
                 table.stored += [rows] if shown else []
                 table.parts += [] if shown else [_empty(_types_of(rows))]
                 keys |= rows.keys
