@@ -90,8 +90,8 @@ MUTANTS = [
         [
             Edit(
                 "engine/sinks/parquet.py",
-                'os.path.lexists(f"{self._root}/{path}")\n            ]',
-                "False\n            ]",
+                "new = self._adopted(entry, there) if there else None",
+                'new, there = None, ""',
             ),
             Edit(
                 "engine/sinks/parquet_moves.py",
@@ -463,7 +463,7 @@ MUTANTS = [
     # Files of the Parquet sink.
     Mutant(
         "replaced without a second name",
-        [Edit("engine/sinks/parquet_moves.py", "os.link(name, kept)", "pass")],
+        [Edit("engine/sinks/parquet_exchange.py", "os.link(name, kept)", "pass")],
         [f"{_SINKS}/test_parquet_modes.py::test_a_name_is_never_without_a_file"],
     ),
     Mutant(
