@@ -327,7 +327,7 @@ MUTANTS = [
         [
             Edit(
                 "engine/sinks/parquet.py",
-                "if os.path.lexists(path) and not parquet_moves.names(path, entry.output_key):",
+                "if os.path.lexists(path) and not parts.names(path, entry.output_key):",
                 "if False:",
             )
         ],

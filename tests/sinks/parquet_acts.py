@@ -221,7 +221,7 @@ def make_old(place: Place, retracted: list[Output]) -> None:
         hidden.mkdir(parents=True, exist_ok=True)
         Path(output.target).rename(hidden / Path(output.target).name)
     for path in [*root.glob("[!.]*/*"), *(root / parquet_moves.HIDDEN).glob("*/*")]:
-        if footer := parquet_moves.footer_of(path):
+        if footer := parts.footer_of(path):
             suffix = "" if path.is_dir() else ".parquet"
             if footer.facts["mode"] != "replace":
                 path.rename(path.with_name(footer.facts["output_key"][:32] + suffix))

@@ -255,7 +255,7 @@ class ParquetSink:
             return path, ""  # an earlier release kept no others
         if fault := _difference_of_bytes(path, output.digest):
             return path, fault
-        footer = parquet_moves.footer_of(path)
+        footer = parts.footer_of(path)
         told = (footer.facts["output_key"], footer.rows) if footer else None
         if told != (output.output_key, output.rows):
             return path, f"it is not the output of job {output.job_id} with {output.rows} rows"
@@ -422,7 +422,7 @@ class _Plan:
         self._taken.discard(entry.path.removesuffix(".parquet"))
         if entry.source:
             return entry
-        if os.path.lexists(path) and not parquet_moves.names(path, entry.output_key):
+        if os.path.lexists(path) and not parts.names(path, entry.output_key):
             raise _foreign(path)
         self._left.add(entry.path)
         return msgspec.structs.replace(entry, was=f"{before.state} {before.mode}")
@@ -462,7 +462,7 @@ class _Plan:
         Raises:
             SinkConflict: something else has it.
         """
-        footer = parquet_moves.footer_of(self._root / path)
+        footer = parts.footer_of(self._root / path)
         key = footer.facts["output_key"] if footer else ""
         if footer and (key, footer.rows) == (entry.output_key, entry.rows):
             digest = parts.digest(self._root / path)
@@ -622,7 +622,7 @@ class _Plan:
         ours = {path for path, _ in self.record.places(topic).values()} if is_strict else set()
         for path in sorted(folder.iterdir()) if is_strict else ():
             is_other = f"{topic}/{path.name}" not in ours and not path.name.startswith((".", "_"))
-            if is_other and not parquet_moves.footer_of(path):
+            if is_other and not parts.footer_of(path):
                 raise SinkConflict(
                     f"topic {topic!r} is in mode error, and Casparian Flow did not write {path}",
                     "move it elsewhere, then retry the job; or choose another mode: casparian "

@@ -31,16 +31,12 @@ OTHERS = f"{durable.STATE_FOLDER}/exchange"
 COLUMNS = f"{durable.STATE_FOLDER}/columns"
 """Where the columns are, in a folder for each topic, that a topic gets with the next settlement."""
 
-Names = Callable[[Path, str], bool]
-"""Whether the file at a path is the output with this key."""
 
-
-def settle(root: Path, entries: Sequence[Entry], names: Names) -> None:
+def settle(root: Path, entries: Sequence[Entry]) -> None:
     """Exchange the folders of the topics that change much; all else is left to the caller.
 
     Args:
         entries: whose files are to move.
-        names: see `parquet_moves.names`.
 
     Raises:
         OSError: the disk refused.
@@ -49,7 +45,7 @@ def settle(root: Path, entries: Sequence[Entry], names: Names) -> None:
         moving = [entry for entry in entries if entry.topic == topic]
         folder, other = root / topic, root / OTHERS / topic
         if os.path.lexists(other):  # another process was killed
-            _finish(root, folder, other, moving, names)
+            _finish(root, folder, other, moving)
         if _is_much(root, topic, moving) and _can(root, folder, moving):
             keep(root, [e for e in moving if is_visible(e.source) and e.suffix])
             _build(root, folder, other, moving)
@@ -60,7 +56,7 @@ def settle(root: Path, entries: Sequence[Entry], names: Names) -> None:
             durable.fsync_path(root)
             durable.fsync_path(other.parent)
             crashpoint("parquet.exchange_synced")
-            _finish(root, folder, other, moving, names)
+            _finish(root, folder, other, moving)
 
 
 def settle_columns(root: Path) -> None:
@@ -167,17 +163,17 @@ def _link(source: Path, target: Path) -> None:
     durable.fsync_path(target)
 
 
-def _finish(root: Path, folder: Path, other: Path, moving: Sequence[Entry], names: Names) -> None:
+def _finish(root: Path, folder: Path, other: Path, moving: Sequence[Entry]) -> None:
     """Take out of the other folder what is still needed, and remove it.
 
     The folders may not have been exchanged yet, or it may have been begun to remove the other one.
     """
     for entry in moving:
         path, kept = other / Path(entry.source).name, root / entry.kept_path
-        if is_visible(entry.source) and names(path, entry.output_key):
+        if is_visible(entry.source) and parts.names(path, entry.output_key):
             take_out(path, kept)
     for entry in moving:
-        is_shown = is_visible(entry.path) and names(root / entry.path, entry.output_key)
+        is_shown = is_visible(entry.path) and parts.names(root / entry.path, entry.output_key)
         if is_shown and not is_visible(entry.source):
             durable.remove(root / entry.source)
             crashpoint("parquet.source_removed")

@@ -19,12 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
-import pyarrow as pa
 
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks import parquet_exchange, parts
-from casparian_flow.engine.sinks.base import KEY_DIGITS, is_disk_fault, output_of
+from casparian_flow.engine.sinks.base import KEY_DIGITS, output_of
 from casparian_flow.engine.sinks.parquet_exchange import is_same, keep, swap, take_out
 from casparian_flow.engine.sinks.parquet_record import (
     KEPT,
@@ -65,7 +64,7 @@ def settle(root: Path, record: Record) -> list[str]:
         durable.make_folder(folder, mode=0o700)
     for topic in {entry.topic for entry in arriving}:
         durable.make_folder(root / topic)
-    parquet_exchange.settle(root, entries, names)
+    parquet_exchange.settle(root, entries)
     parquet_exchange.settle_columns(root)
     replaced = [leaving.pop(entry.path, None) for entry in arriving]
     # The rename consumes the newer file: while it is there, the older one has its name.
@@ -132,7 +131,7 @@ def _exchange(root: Path, entry: Entry, older: Entry) -> bool:
     target, kept = root / entry.path, root / entry.kept_path
     if entry.source != entry.kept_path:  # a stage may be swept while the older parts are in it
         take_out(root / entry.source, kept)
-    if not names(target, entry.output_key):
+    if not parts.names(target, entry.output_key):
         if not os.path.lexists(kept):
             return _was_shown(root, entry, older)
         if not swap(kept, target):
@@ -150,7 +149,7 @@ def _was_shown(root: Path, entry: Entry, older: Entry | None) -> bool:
 
     Else the output that it was to replace stays.
     """
-    if names(root / entry.path, entry.output_key):
+    if parts.names(root / entry.path, entry.output_key):
         return True
     if entry.source.startswith(STAGE):
         if older and is_same(root / older.source, root / older.kept_path):
@@ -180,27 +179,6 @@ def _in_the_way(path: str) -> SinkUnavailable:
 # Outputs as their footers describe them.
 
 
-def footer_of(path: Path) -> parts.Footer | None:
-    """The footer of an output of ours; None if something else is there, or nothing.
-
-    Raises:
-        OSError: the disk refused to read it.
-    """
-    try:
-        footer = parts.read_footer(path)
-        return footer if "output_key" in footer.facts and "job_id" in footer.facts else None
-    except (OSError, ValueError, pa.ArrowException) as error:
-        if is_disk_fault(error) and not isinstance(error, FileNotFoundError | IsADirectoryError):
-            raise
-        return None
-
-
-def names(path: Path, output_key: str) -> bool:
-    """Whether a file's footer names this output. Raises OSError as `footer_of`."""
-    footer = footer_of(path)
-    return footer is not None and footer.facts["output_key"] == output_key
-
-
 def found(root: Path, known: Collection[str] = ()) -> Iterator[tuple[Path, Output]]:
     """The outputs in a sink without a record.
 
@@ -220,7 +198,7 @@ def found(root: Path, known: Collection[str] = ()) -> Iterator[tuple[Path, Outpu
             if folder.parent == root and path.name.removesuffix(".parquet") in stems:
                 continue
             with contextlib.suppress(ValueError, KeyError):
-                if (footer := footer_of(path)) and footer.facts["topic"] == folder.name:
+                if (footer := parts.footer_of(path)) and footer.facts["topic"] == folder.name:
                     state = _state(path.relative_to(root), footer.facts.get("mode", ""))
                     yield path, output_of("", footer.facts, rows=footer.rows, state=state)
 

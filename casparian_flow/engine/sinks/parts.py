@@ -223,6 +223,27 @@ def read_footer(path: Path) -> Footer:
     return Footer(facts[-1], sum(footer.num_rows for footer in footers))
 
 
+def footer_of(path: Path) -> Footer | None:
+    """The footer of an output of ours; None if something else is there, or nothing.
+
+    Raises:
+        OSError: the disk refused to read it.
+    """
+    try:
+        footer = read_footer(path)
+        return footer if "output_key" in footer.facts and "job_id" in footer.facts else None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if is_disk_fault(error) and not isinstance(error, FileNotFoundError | IsADirectoryError):
+            raise
+        return None
+
+
+def names(path: Path, output_key: str) -> bool:
+    """Whether a file's footer names this output. Raises OSError as `footer_of`."""
+    footer = footer_of(path)
+    return footer is not None and footer.facts["output_key"] == output_key
+
+
 def rewritten(path: Path, topic: str, columns: Any) -> Path:
     """Write a durable copy of a finished output beside it, with other columns and the same facts.
 
@@ -415,12 +436,9 @@ def _columns_of_outputs(folder: Path) -> Any:
     """The columns in the outputs' footers, united in the order of their jobs."""
     found = []
     for output in list_outputs(folder):
-        try:
-            told = read_footer(output)
-            found.append((int(told.facts["job_id"]), output.name, own_schema(output)))
-        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-            if is_disk_fault(error) and not isinstance(error, FileNotFoundError):
-                raise
+        with contextlib.suppress(FileNotFoundError, ValueError):  # one that moves meanwhile
+            if footer := footer_of(output):
+                found.append((int(footer.facts["job_id"]), output.name, own_schema(output)))
     united = pa.schema([])
     for _, _, schema in sorted(found, key=lambda each: each[:2]):
         united = widened(united, schema)
