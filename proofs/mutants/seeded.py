@@ -463,7 +463,7 @@ MUTANTS = [
     # Files of the Parquet sink.
     Mutant(
         "replaced without a second name",
-        [Edit("engine/sinks/parquet_exchange.py", "os.link(name, kept)", "pass")],
+        [Edit("engine/sinks/parquet_moves.py", "os.link(name, kept)", "pass")],
         [f"{_SINKS}/test_parquet_modes.py::test_a_name_is_never_without_a_file"],
     ),
     Mutant(

@@ -16,7 +16,7 @@ import pytest
 
 from casparian_flow import crashpoints
 from casparian_flow.engine import sinks
-from casparian_flow.engine.sinks import parquet_exchange, parts
+from casparian_flow.engine.sinks import parquet_moves, parts
 from casparian_flow.engine.sinks import query as queries
 from casparian_flow.errors import (
     CasparianError,
@@ -109,7 +109,7 @@ def test_a_mended_type(place: Place, name: str) -> None:
     assert place.check([*new, late]) == []
 
 
-BESIDE = {
+BESIDE: dict[str, list[Any]] = {
     "text to integer": ["7", "7"],
     "integer to text": ["007", "7"],
     "integer to decimal": [Decimal("7.50"), Decimal(7)],
@@ -314,7 +314,7 @@ def test_what_others_write_meanwhile_is_kept(
     old, new = shown(parquet, 2)
     folder = parquet.home / "out" / TOPIC
     (folder / "_SUCCESS").write_text("old")
-    other = parquet.home / "out" / parquet_exchange.OTHERS / TOPIC
+    other = parquet.home / "out" / parquet_moves.OTHERS / TOPIC
 
     def write(point: str) -> None:
         if point == f"parquet.{'exchange_built' if where == 'built' else 'folders_exchanged'}":
@@ -334,7 +334,7 @@ def test_without_an_exchange_the_files_move_one_by_one(
 ) -> None:
     """As on a filesystem or kernel that has none."""
     old, new = shown(parquet, 12)
-    monkeypatch.setattr(parquet_exchange, "swap", lambda *_: False)
+    monkeypatch.setattr(parquet_moves, "swap", lambda *_: False)
     old, new = exchange(parquet, old, new)
     assert parquet.check([*old, *new]) == []
     assert [row["v"] for row in parquet.rows()] == [7] * 12

@@ -38,7 +38,6 @@ import pyarrow as pa
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.engine.sinks import (
-    parquet_exchange,
     parquet_moves,
     parquet_record,
     parts,
@@ -389,7 +388,7 @@ class _Plan:
         for folder, columns in self._columns.items():
             if self._found[folder] != (columns, True):
                 is_anew = folder in self._anew
-                place = self._root / (parquet_exchange.COLUMNS if is_anew else "") / folder
+                place = self._root / (parquet_moves.COLUMNS if is_anew else "") / folder
                 durable.make_folder(place, mode=0o700)
                 parts.set_topic_columns(place, columns)
                 self._found[folder] = columns, True
