@@ -133,6 +133,15 @@ def test_what_does_more_than_read_is_refused(asked: Casparian, web: list[str]) -
         assert web[1:] == [], sql
 
 
+@pytest.mark.parametrize("topic", ["Lines", "kept"])
+def test_the_file_of_each_row_is_told_to_who_asks(asked: Casparian, topic: str) -> None:
+    question = f"SELECT _cf_path, count(*) AS n FROM {topic} GROUP BY ALL ORDER BY ALL"
+    assert asked.json("query", question) == [
+        {"_cf_path": "in/a.txt", "n": 2}, {"_cf_path": "in/b.txt", "n": 1},
+    ]  # fmt: skip
+    assert "_cf_path" not in asked.json("query", f"SELECT * FROM {topic}")[0]
+
+
 READS_ELSEWHERE = [
     "FROM read_text('/etc/passwd')",
     "FROM read_blob('{ledger}')",
