@@ -207,7 +207,8 @@ class Model:
         deployed.pop(release, None)
         deployed[release] = artifact
         self.ledger.stubs.discard((plugin, release))
-        if release == max(r for r in deployed if (plugin, r) not in self.ledger.stubs):
+        known = [r for r in deployed if (plugin, r) not in self.ledger.stubs]
+        if release == max(known, key=_number):
             self._make_active(plugin, release)
             own = [j for j in self.ledger.jobs if (j.plugin, j.artifact) == (plugin, artifact)]
             self._redo(plugin, {job.version for job in own if job.status == "expired"})
@@ -599,6 +600,10 @@ def _rows(outputs: Iterable[Output]) -> list[Row]:
         for output in outputs
         for line in output.artifact.rows(output.topic, output.version.content)
     )
+
+
+def _number(release: str) -> list[int]:
+    return [int(part) for part in release.split(".")]
 
 
 def _name(path: str) -> str:

@@ -353,7 +353,8 @@ class Product:
             inventory.take(self.settings, self.ledger)  # as a daemon does again and again
         done: set[int] = set()
         while claimed := self._claim():
-            if waiting := [job for job in claimed if job.job_id in done]:
+            waiting = [job for job in claimed if job.job_id in done]
+            if self._away and waiting:  # else a rebuild that ended has it tried again
                 self._finish([released(job) for job in claimed])  # their sink is away
                 assert len(waiting) == len(claimed)
                 break
