@@ -481,7 +481,11 @@ def describe(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
         """
         SELECT j.id, j.fence, j.attempts, j.generation, j.plugin_id, p.name AS plugin_name,
                p.version AS plugin_version, p.artifact_hash,
-               CAST(p.manifest AS BLOB) AS manifest,  -- text may be damaged
+               CAST(coalesce(nullif(p.manifest, ''), (
+                   SELECT whole.manifest FROM cf_plugin whole  -- of the same bytes, for a stub
+                   WHERE whole.name = p.name AND whole.artifact_hash = p.artifact_hash
+                     AND whole.manifest <> '' ORDER BY whole.id DESC LIMIT 1
+               ), '') AS BLOB) AS manifest,  -- text may be damaged
                v.id AS version_id, v.ordinal, v.content_hash, v.size_bytes,
                l.path, l.rel_path, r.name AS source, r.path AS root_path,
                k.id AS kept_id, k.in_file AS kept_in_file

@@ -762,6 +762,18 @@ def t16_a_failure_that_is_mended_stays_so_during_a_rebuild(s: Story) -> None:
     s.shows(topic="marked")
 
 
+def t17_what_a_restored_ledger_adopts_is_rebuilt_by_the_same_bytes(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.backup()
+    s.write("a.txt", "one")
+    s.publish("p", "1.0.1", GOOD)
+    s.settle()
+    s.restore()
+    s.rebuild("p")
+    s.work()
+    s.shows("a.txt 1 good one")
+
+
 SITUATIONS = [
     told for name, told in sorted(globals().items()) if name[:1] in "st" and name[1:3].isdigit()
 ]
