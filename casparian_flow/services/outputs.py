@@ -110,6 +110,7 @@ def forget(ledger: Ledger, name: str) -> list[str]:
 FORGOTTEN = "FORGOTTEN"
 STANDING = ("CURRENT", "PAST")
 RETRACTED = "RETRACTED"
+HIDDEN = "HIDDEN"
 
 
 def restore(ledger: Ledger, name: str) -> list[int]:
@@ -308,7 +309,7 @@ def retract(ledger: Ledger, name: str, *, undo: bool = False) -> list[Any]:
             next call, or by the daemon.
     """
     named = _of_file(ledger, name)
-    chosen = [row for row in named if row.state in ((RETRACTED,) if undo else STANDING)]
+    chosen = _chosen(named, undo=undo)
     if not chosen:
         return _told_again(ledger, name, named, undo=undo)
     versions = sorted({row.version_id for row in chosen})
@@ -329,6 +330,17 @@ def retract(ledger: Ledger, name: str, *, undo: bool = False) -> list[Any]:
     crashpoint("retract.decided")
     _tell_of(ledger, chosen, "reinstated" if undo else "retracted")
     return chosen
+
+
+def _chosen(named: Sequence[Any], *, undo: bool) -> list[Any]:
+    """The outputs to be retracted or reinstated. Where nothing shows, as of a deleted file whose
+    rows went with it, those that would show when it comes back."""
+    retracted = [row for row in named if row.state == RETRACTED]
+    if undo:
+        return retracted
+    shown = [row for row in named if row.state in STANDING]
+    done = {row.version_id for row in retracted}
+    return shown or [row for row in named if row.state == HIDDEN and row.version_id not in done]
 
 
 def _detail(row: Any) -> dict[str, Any]:

@@ -774,6 +774,21 @@ def t17_what_a_restored_ledger_adopts_is_rebuilt_by_the_same_bytes(s: Story) -> 
     s.shows("a.txt 1 good one")
 
 
+def t18_a_version_of_a_deleted_file_is_retracted(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.set_on_delete("retract")
+    s.write("a.txt", "one")
+    s.settle()
+    s.delete("a.txt")
+    s.settle()
+    s.retract("a.txt", 1)
+    s.write("a.txt", "one")
+    s.settle()
+    s.shows()
+    s.reinstate("a.txt", 1)
+    s.shows("a.txt 1 good one")
+
+
 SITUATIONS = [
     told for name, told in sorted(globals().items()) if name[:1] in "st" and name[1:3].isdigit()
 ]
