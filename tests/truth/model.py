@@ -216,9 +216,13 @@ class Model:
 
     def activate(self, plugin: str, release: str) -> int:
         """What it has worked shows at once; what only other versions of the plugin have had is
-        queued for it, and what it worked and has no rows of any more: how much."""
+        queued for it, and what it worked and has no rows of any more, and what lacks a job (a
+        restored ledger may have lost it): how much."""
         self._make_active(plugin, release)
-        return self._redo(plugin, {j.version for j in self.ledger.jobs if j.plugin == plugin})
+        before = len(self.ledger.jobs)
+        self._redo(plugin, {j.version for j in self.ledger.jobs if j.plugin == plugin})
+        self._queue_missing()
+        return len(self.ledger.jobs) - before
 
     def _make_active(self, plugin: str, release: str) -> None:
         self.ledger.active[plugin] = release
