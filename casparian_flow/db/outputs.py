@@ -172,6 +172,7 @@ def restore_removed(connection: Connection, plugin: str) -> list[int]:
         WHERE s.state = :removed AND j.plugin_name = :plugin AND j.status = 'COMPLETED'
         AND o.output_key NOT IN (SELECT output_key FROM cf_forgotten_output)
         AND o.id NOT IN (SELECT output_id FROM cf_left_output) AND NOT {visibility.CANCELLED}
+        AND j.file_version_id NOT IN (SELECT file_version_id FROM cf_retracted_version)
         AND p.artifact_hash = (
             SELECT a.artifact_hash FROM cf_plugin_config c
             JOIN cf_plugin a ON a.name = c.plugin_name AND a.version = c.active_version

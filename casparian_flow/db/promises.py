@@ -60,7 +60,8 @@ def _without_job(connection: Connection) -> Iterator[str]:
 
 
 # One row for each version slot: (version, plugin, topic, sink). What a rebuild has not shown yet is
-# not promised to readers; what one has left behind keeps its place and shows nothing.
+# not promised to readers, and what its jobs gave before stands until then; what one has left behind
+# keeps its place and shows nothing.
 _SLOTS = f"""
 SELECT v.location_id, v.id AS version_id, v.ordinal, j.plugin_name, o.topic, o.location,
        max(o.job_id) AS job, group_concat(o.job_id, ' and ') AS jobs,
@@ -82,7 +83,9 @@ LEFT JOIN cf_forgotten_output f ON f.output_key = o.output_key
 LEFT JOIN cf_left_output b ON b.output_id = o.id
 LEFT JOIN cf_plugin_config c ON c.plugin_name = j.plugin_name
 LEFT JOIN cf_plugin a ON a.name = c.plugin_name AND a.version = c.active_version
-WHERE o.state = 'PUBLISHED' AND j.status = 'COMPLETED'
+WHERE o.state = 'PUBLISHED' AND (j.status = 'COMPLETED' OR j.id IN (
+    SELECT m.job_id FROM cf_rebuild_job m JOIN cf_rebuild b ON b.id = m.rebuild_id
+    WHERE b.ended_at IS NULL))
 AND NOT {OPEN} AND NOT {CANCELLED}
 GROUP BY v.location_id, v.id, j.plugin_name, o.topic, o.location
 """  # noqa: S608

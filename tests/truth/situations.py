@@ -789,6 +789,35 @@ def t18_a_version_of_a_deleted_file_is_retracted(s: Story) -> None:
     s.shows("a.txt 1 good one")
 
 
+def t19_an_open_rebuild_is_backed_up(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.settle()
+    s.publish("p", "1.0.1", BAD)
+    s.write("a.txt", "two")
+    s.settle()
+    s.rebuild("p")
+    s.backup()
+    s.shows("a.txt 2 bad two", past=["a.txt 1 good one"])
+    s.work()
+    s.shows("a.txt 2 bad two", past=["a.txt 1 bad one"])
+
+
+def t20_removed_rows_of_a_retracted_version_are_not_worked_again(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.write("b.txt", "two")
+    s.settle()
+    s.publish("p", "1.0.1", BAD)
+    s.redo("p")
+    s.work()
+    s.retract("a.txt", 1)
+    s.expire()
+    assert s.activate("p", "1.0.0") == 1
+    s.work()
+    s.shows("b.txt 1 good two")
+
+
 SITUATIONS = [
     told for name, told in sorted(globals().items()) if name[:1] in "st" and name[1:3].isdigit()
 ]
