@@ -252,7 +252,8 @@ class Model:
             jobs = [j for j in self.ledger.jobs if (j.version, j.plugin) == (version, plugin)]
             own = [j for j in jobs if j.artifact == self.artifact(plugin)]
             busy = any(j.status == "queued" for j in jobs)
-            if self._is_there(version) and not busy and all(j.status == "expired" for j in own):
+            expired = all(j.status == "expired" for j in own)
+            if self._is_there(version) and expired and (own or not busy):
                 queued += self._queue(version, plugin)
         return queued
 
