@@ -212,7 +212,7 @@ def settled(written: Written) -> dict[str, str]:
 
 def reads_otherwise(written: Written) -> bool:
     """Whether another delimiter cuts every record into one number of fields, too."""
-    quote = written.options.get("quote", '"')
+    quote, escape = written.options.get("quote", '"'), written.options.get("escape", "")
     for delimiter in {*SINGLE, *re.findall(r"[^\w\s\"',;]{2,4}", written.text)} - {
         written.delimiter
     }:
@@ -224,6 +224,7 @@ def reads_otherwise(written: Written) -> bool:
                 delimiter=delimiter,
                 quotechar=quote if len(quote) == 1 else None,
                 quoting=csv.QUOTE_MINIMAL if len(quote) == 1 else csv.QUOTE_NONE,
+                escapechar=escape if len(escape) == 1 else None,
             )
             counts = {len(row) - 1 for row in reader if row}
         if len(counts) == 1 and counts != {0}:

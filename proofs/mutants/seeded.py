@@ -447,7 +447,7 @@ MUTANTS = [
         "what is published takes no place",
         [
             Edit(
-                "db/visibility.py",
+                "db/debts.py",
                 "changes=outputs(draft.changes)),\n            list(draft.outputs), "
                 "list(draft.changes),",
                 "changes=[]),\n            list(draft.outputs), [],",
