@@ -292,14 +292,22 @@ def remove(folder: Path) -> bool:
         return True
 
 
-# The bundle: the folder that a guest imports `casparian_flow` from, with the guest's side, the sdk
-# and the sandbox only. Since its code activates the sandbox, it is compared byte by byte at each
-# use (byte code too), and made again if anything differs.
+# The bundle: the folder that a guest imports `casparian_flow` from, with the guest's side, the sdk,
+# what holds rows against a contract, and the sandbox only. Since its code activates the sandbox, it
+# is compared byte by byte at each use (byte code too), and made again if anything differs.
 
 BUNDLED = (
     "__init__.py",
+    "candidates.py",
+    "cells.py",
+    "contract.py",
+    "intake.py",
+    "path_patterns.py",
     "sdk.py",
+    "survey.py",
+    "time_formats.py",
     "trees.py",
+    "typed.py",
     "engine/__init__.py",
     "engine/attempt.py",
     "engine/frames.py",

@@ -19,7 +19,9 @@ DEMO = {
     "stations.tsv": ("delimited", {"delimited": 4}),
     "sensors.jsonl": ("json_records", {"json": 4, "json_rejects": 1}),
     "stock.xlsx": ("excel_sheets", {"excel": 5}),
-    "web_access.log": ("access_log", {"access_log": 4, "access_log_rejects": 1}),
+    "sales_2025-01.csv": ("delimited", {"delimited": 3}),
+    "sales_2025-02.csv": ("delimited", {"delimited": 3}),
+    "visits_2025-01.csv": ("delimited", {"delimited": 3}),
 }
 
 

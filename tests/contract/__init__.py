@@ -1,0 +1,1 @@
+"""Contracts of tables: their language, exact conversion, and what is proposed."""
