@@ -230,6 +230,12 @@ class OnlyRejects(JobError):
     retryable = False
 
 
+class Held(JobError):
+    """The version does not fit the table's contract, and waits until a person has decided."""
+
+    retryable = False
+
+
 class Superseded(JobError):
     """The content of the job's version is gone, since its file was changed or deleted."""
 

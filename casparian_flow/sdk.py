@@ -79,7 +79,7 @@ _CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
 class PluginMetadata:
     """A plugin's description. It is read from the source without running it.
 
-    Use literals only: strings, numbers, lists, tuples and dicts.
+    Use literals only: strings, numbers, True, False, None, lists, tuples and dicts.
     """
 
     pattern: str | Sequence[str]
@@ -121,6 +121,14 @@ class PluginMetadata:
     options: Mapping[str, str | int | bool] = field(default_factory=dict)
     """Options and their default values. `casparian publish plugin.py --option delimiter=";"`
     replaces a value here before the plugin is signed. The plugin reads `MANIFEST.options`."""
+
+    contract: Mapping[str, Any] = field(default_factory=dict)
+    """What a table is: its files, its columns and their types, and what becomes of the rest. A
+    plugin with a contract is a table; `casparian table add` writes it."""
+
+    catch_all: bool = False
+    """Whether the plugin reads any file of its kind. It does not get the files of a table, and is
+    none itself once it has a contract."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,13 +246,15 @@ def column_names(cells: Iterable[str | None], taken: Iterable[str] = ()) -> list
     """
     names: list[str] = []
     seen = {name.casefold() for name in taken}
+    last: dict[str, int] = {}  # else thousands of equal cells would take a square of tries
     for position, cell in enumerate(cells, start=1):
         base = printable(" ".join((cell or "").split()))[:100] or f"column_{position}"
         base = f"x{base}" if base.lower().startswith("_cf_") else base
-        name, count = base, 1
+        name, count = base, last.get(base.casefold(), 1)
         while name.casefold() in seen:
             count += 1
             name = f"{base}_{count}"
+        last[base.casefold()] = count
         seen.add(name.casefold())
         names.append(name)
     return names

@@ -171,3 +171,36 @@ def remembered() -> Iterator[None]:
         patch.setattr(gatekeeper, "inspect", _inspect)
         patch.setattr(locking, "resolve", _resolve_once)
         yield
+
+
+HOLDS = plugin(
+    'pattern="*.txt", topic="lines"',
+    """
+        from casparian_flow.contract import Held
+
+        with open(file_path) as file:
+            lines = file.read().splitlines()
+        if "new" in lines:
+            raise Held("held: column rabatt is new")
+        if "fake" in lines:
+            raise ValueError("held: I want attention")
+        self.publish("lines", pa.table({"line": pa.array(lines, pa.string())}))
+    """,
+)
+"""Holds a file back that has the line `new`, and fails at one that has the line `fake`."""
+
+
+def table(name: str, files: str, source: str = "") -> str:
+    """A table in what the ledger sees of it: it publishes the lines of its files."""
+    contract = {
+        "table": name, "files": [files], "source": source,
+        "columns": [{"name": "line", "type": "text"}],
+    }  # fmt: skip
+    return ROWS.replace(
+        'pattern="*.txt", topic="lines"',
+        f'pattern="{files}", topic="lines", catch_all=True, contract={contract!r}',
+    )
+
+
+CATCH_ALL = ROWS.replace('pattern="*.txt"', 'pattern="*.txt", catch_all=True')
+"""Any text file is its, unless a table has it."""

@@ -39,21 +39,27 @@ def jobs(
             help="Only jobs of a file's latest version with more than 1 % rejects.",
         ),
     ] = False,
+    held: Annotated[
+        bool,
+        typer.Option("--held", help="Only versions that wait for a person; as --status HELD."),
+    ] = False,
     limit: Limit = None,
     every: All = False,
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first.
 
-    A failed job is listed as FAILED while somebody must act, later as MENDED, GONE UNREAD or
-    DISMISSED.
+    A failed job is listed as FAILED while somebody must act, or as HELD where its version does not
+    fit a table's contract; later as MENDED, GONE UNREAD or DISMISSED.
     """
     if ctx.invoked_subcommand is not None:
         return
-    from casparian_flow.db import rebuild, views
+    from casparian_flow.db import failures, rebuild, views
 
+    if held and status:
+        raise typer.BadParameter("--held and --status cannot be combined")
     most = context.wanted(limit, every)
-    ledgers, failure = _statuses(status)
+    ledgers, failure = _statuses(failures.HELD if held else status)
     with context.opened(ctx) as (_, ledger):
         named = _with_rejects(ledger) if rejects else None
         rows = ledger.read(
@@ -81,11 +87,11 @@ def _statuses(asked: str | None) -> tuple[str | None, str | None]:
     if asked is None:
         return None, None
     words = asked.upper().replace("-", " ").replace("_", " ")
-    closed = {state.upper(): state for state in failures.CLOSED}
-    if words in closed:
-        return JobStatus.FAILED, closed[words]
+    apart = {state.upper(): state for state in (failures.HELD, *failures.CLOSED)}
+    if words in apart:
+        return JobStatus.FAILED, apart[words]
     if words not in list(JobStatus):
-        known = ", ".join([*JobStatus, *closed])
+        known = ", ".join([*JobStatus, *apart])
         raise typer.BadParameter(f"{asked!r} is no status; use {known}")
     return words, failures.OPEN if words == JobStatus.FAILED else None
 
@@ -101,12 +107,12 @@ def _in_words(job: dict[str, Any]) -> dict[str, Any]:
     from casparian_flow.db import failures
     from casparian_flow.db.outputs import NAMED_PERCENT
 
-    closed = job["failure"] in failures.CLOSED
+    apart = job["failure"] in (failures.HELD, *failures.CLOSED)
     total = job["rows"] + job["rejects"]
     share = 100 * job["rejects"] / total if total else 0
     named = f" ({share:.1f} %)" if share > NAMED_PERCENT else ""
     return {
-        "status": job["failure"].upper() if closed else job["status"],
+        "status": job["failure"].upper() if apart else job["status"],
         "rows": job["rows"] or None,
         "rejects": f"{job['rejects']}{named}" if job["rejects"] else None,
     }

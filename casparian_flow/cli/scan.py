@@ -63,7 +63,7 @@ def scan(
     """Scan once for changed files and queue their jobs.
 
     For cron; it may also run beside a daemon. With --drain it exits with 1 if a job of this run
-    failed; failures of earlier runs do not count.
+    failed or is held; those of earlier runs do not count.
     """
     import asyncio
 
@@ -204,7 +204,7 @@ def _verdict(
     from casparian_flow.errors import SourceError
     from casparian_flow.services.report import advise
 
-    failed = _print_jobs(here, wanted, reason, quiet) if wanted else False
+    waits = _print_jobs(here, wanted, reason, quiet) if wanted else False
     # The jobs were reported above.
     advice = advise(here.settings, here.ledger, of_jobs=not wanted)
     context.advise(each for each in advice if each.wrong or not quiet)
@@ -213,18 +213,19 @@ def _verdict(
             raise SourceError(
                 report.problem, "mount or restore it; until then its files count as unchanged"
             )
-    if failed or reason:
+    if waits or reason:
         return ExitCode.INTERRUPTED if reason == _STOPPED else ExitCode.FAILED
     partial = any(r.unreadable or r.unsettled or r.held for r in reports)
     return ExitCode.PARTIAL if partial else ExitCode.DONE
 
 
 def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> bool:
-    """Print how these jobs ended; returns whether any has an open failure.
+    """Print how these jobs ended; returns whether any has an open failure or is held.
 
     All of them were unfinished at the start, so any failure is of this run.
     """
     from casparian_flow.db import failures, outputs
+    from casparian_flow.services import report
 
     if not quiet:
         context.say(_became(here, wanted))
@@ -238,10 +239,17 @@ def _print_jobs(here: Here, wanted: Sequence[int], reason: str, quiet: bool) -> 
     opened = here.ledger.read(lambda c: failures.job_ids(c, failures.OPEN))
     failed = sorted(set(opened).intersection(wanted))
     _print_failed(here, failed)
+    waiting = report.held(here.ledger, wanted)
+    context.advise(waiting)
     if earlier := len(opened) - len(failed):
         words = f"{counted(earlier, 'job')} failed in earlier runs"
         context.note(f"{words}\n  try: casparian jobs --status FAILED")
-    return bool(failed)
+    held = here.ledger.read(lambda c: failures.job_ids(c, failures.HELD))
+    if earlier := len(set(held).difference(wanted)):
+        some = counted(earlier, "version")
+        be = "is" if earlier == 1 else "are"
+        context.note(f"{some} {be} held since earlier runs\n  try: casparian jobs --held")
+    return bool(failed or waiting)
 
 
 def _became(here: Here, wanted: Sequence[int]) -> str:

@@ -153,7 +153,7 @@ def _counts(here: Here) -> str:
     from casparian_flow.services.report import counts
 
     found = counts(here.ledger)
-    shown = ("QUEUED", "RUNNING", "COMMITTING", "COMPLETED", "FAILED", "gone unread")
+    shown = ("QUEUED", "RUNNING", "COMMITTING", "COMPLETED", "FAILED", "held", "gone unread")
     return ", ".join(f"{found[s]:,} {s.lower()}" for s in shown if s in found) or "no jobs"
 
 

@@ -65,6 +65,9 @@ def _print_status(found: dict[str, Any]) -> None:
         context.say(f"{len(written)} of {found['still_written_in_all']:,}")
     columns = "plugin topic started_at jobs ended_well stopped problem"
     _section("rebuilds", found["rebuilds"], columns)
+    for table in found["tables"]:
+        table["instead_of"] = ", ".join(table["instead_of"])
+    _section("tables", found["tables"], "name version files rows rejects instead_of")
     _section("plugins", found["plugins"], "name version topics subscriptions")
     _section("sinks", found["sinks"], "uri topics rows place")
     _section("why jobs wait or failed", found["reasons"], "status jobs example reason")
@@ -170,6 +173,7 @@ def files(
     """List the known files.
 
     Each with its current version, that version's jobs, and how many rows readers see of the file.
+    `table` is the table that has the file, and in brackets the plugin that would have it else.
     """
     from casparian_flow.db import views
 
@@ -187,7 +191,7 @@ def files(
         else:
             rows = ledger.read(lambda c: views.files(c, most, source, gone, unreadable))
             when = "gone_at" if gone else "detected_at"
-            columns = f"size_bytes versions content_hash rows {when} jobs problem"
+            columns = f"size_bytes versions content_hash rows {when} table jobs problem"
             empty = "no matching files\n  try: casparian status"
     context.listing(rows, as_json, f"source rel_path {columns}", empty)
 

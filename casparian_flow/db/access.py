@@ -467,7 +467,7 @@ def _refusal(error: Exception) -> Exception:
 
 Row = dict[str, Any]
 
-_BOOLEANS = {"active", "current", "latest", "may_be_empty"}
+_BOOLEANS = {"active", "current", "is_table", "latest", "may_be_empty"}
 
 
 class Page(list[Row]):

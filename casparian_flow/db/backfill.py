@@ -6,6 +6,8 @@ worked that. Older versions, and what another artifact has worked, are queued by
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,12 +27,20 @@ CHUNK = 5_000
 """Versions looked at in one read, and jobs queued in one transaction."""
 
 _VERSIONS = f"""
-SELECT v.id, l.path,
+SELECT v.id, l.path, r.id AS root_id,
        {HAS_BYTES} AS kept,
        EXISTS (SELECT 1 FROM cf_processing_queue j
                JOIN cf_plugin q ON q.id = j.plugin_id
                WHERE j.file_version_id = v.id AND j.plugin_name = p.name
                AND q.artifact_hash = p.artifact_hash) AS own,
+       (SELECT CASE WHEN +j.status IN ('FAILED', 'ABORTED') THEN j.id END
+        FROM cf_processing_queue j JOIN cf_plugin q ON q.id = j.plugin_id
+        WHERE j.file_version_id = v.id AND j.plugin_name = p.name
+        AND q.artifact_hash = p.artifact_hash ORDER BY j.id DESC LIMIT 1) AS stopped,
+       (SELECT CASE WHEN count(*) = sum(+j.status = 'ABORTED' AND j.reason GLOB '{jobs.TAKEN}*')
+                    THEN max(j.id) END
+        FROM cf_processing_queue j
+        WHERE j.file_version_id = v.id AND j.plugin_name = p.name) AS taken,
        EXISTS (SELECT 1 FROM cf_processing_queue j
                WHERE j.file_version_id = v.id AND j.plugin_name = p.name
                AND j.status IN ('COMPLETED', 'FAILED')) AS had,
@@ -45,6 +55,7 @@ JOIN cf_source_root r ON r.id = l.source_root_id AND r.active
 JOIN cf_plugin p ON p.name = :plugin AND p.version = :version
 WHERE v.id > :after AND (:path IS NULL OR l.rel_path GLOB :path)
   AND (:since IS NULL OR v.detected_at >= :since)
+  AND (:versions IS NULL OR v.id IN (SELECT value FROM json_each(:versions)))
 ORDER BY v.id LIMIT :chunk
 """  # noqa: S608
 
@@ -61,6 +72,10 @@ class Choice(NamedTuple):
     """Those too that another version of the plugin has worked: the active one's rows then stand."""
     had: bool = False
     """Only those that a version of the plugin has worked or failed at."""
+    versions: Sequence[int] | None = None
+    """Only these, by their ids."""
+    retry: bool = False
+    """Those too whose job of the active artifact has FAILED or was aborted: that job again."""
 
 
 class Backfill(NamedTuple):
@@ -112,13 +127,19 @@ def backfill(ledger: Ledger, choice: Choice, *, dry_run: bool = False) -> Backfi
         subject = f"plugin {choice.plugin} {version}"
         return [Event("backfill", subject, {"jobs": len(job_ids), **detail})]
 
+    def queue(
+        connection: Connection, lacking: list[tuple[int, JobRequest]], stopped: list[int]
+    ) -> list[int]:
+        again = jobs.retry(connection, stopped)
+        return again + add(connection, lacking, utcnow().isoformat(" "))
+
     done = Backfill(version)
     last: int | None = 0
     while last is not None:
         read = partial(_candidates, choice=choice, version=version, routing=routing, after=last)
-        last, lacking, counts = ledger.read(read)
-        if lacking and not dry_run:
-            work = partial(add, pairs=lacking, now=utcnow().isoformat(" "))
+        last, lacking, stopped, counts = ledger.read(read)
+        if (lacking or stopped) and not dry_run:
+            work = partial(queue, lacking=lacking, stopped=stopped)
             counts = counts._replace(queued=len(ledger.change(work, events, wake=False)))
             crashpoint("backfill.queued")
         done = done.plus(counts)
@@ -132,53 +153,62 @@ def of_others(connection: Connection, plugin: str, version: str) -> Backfill:
     routing, done = Routing(connection), Backfill(version)
     last: int | None = 0
     while last is not None:
-        last, _, counts = _candidates(connection, Choice(plugin), version, routing, last)
+        last, _, _, counts = _candidates(connection, Choice(plugin), version, routing, last)
         done = done.plus(counts)
     return done
 
 
 def _candidates(
     connection: Connection, choice: Choice, version: str, routing: Routing, after: int
-) -> tuple[int | None, list[tuple[int, JobRequest]], Backfill]:
+) -> tuple[int | None, list[tuple[int, JobRequest]], list[int], Backfill]:
     """Look at the next versions of files, in the order they were recorded.
 
     Returns:
         The last version id that was looked at, None when there are no more; the versions to queue,
-        with the job of each; and their counts, as if those jobs were queued.
+        with the job of each; jobs that are there and are to be queued again, which a table had
+        taken and has given back, or which are to be retried; and the counts, as if all those were
+        queued.
     """
     values = {
         "plugin": choice.plugin, "version": version, "path": choice.path, "since": choice.since,
         "after": after, "chunk": CHUNK,
+        "versions": None if choice.versions is None else json.dumps(list(choice.versions)),
     }  # fmt: skip
     rows = connection.execute(text(_VERSIONS), values).all()
     lacking: list[tuple[int, JobRequest]] = []
+    stopped: list[int] = []
     routed = bytes_gone = worked = waits = again = retracted = 0
     for row in rows:
         wanted = _wanted(routing, row, choice.plugin)
         if wanted is None:
             continue
         routed += 1
-        if row.own or (choice.had and not row.had):
+        again_job = row.stopped if choice.retry else None
+        if row.taken and (row.own or not choice.redo):
+            again_job = row.taken
+        if (row.own and not again_job) or (choice.had and not row.had):
             continue
         if row.waits:
             waits += 1
         elif row.retracted:
             retracted += 1
-        elif row.worked and not choice.redo:
+        elif row.worked and not choice.redo and not again_job:
             worked += 1
             again += bool(row.kept)
         elif not row.kept:
             bytes_gone += 1
+        elif again_job:
+            stopped.append(again_job)
         else:
             lacking.append((row.id, wanted))
     last = rows[-1].id if rows else None
-    queued = len(lacking)
+    queued = len(lacking) + len(stopped)
     counts = Backfill(version, queued, routed, bytes_gone, worked, waits, again, retracted)
-    return last, lacking, counts
+    return last, lacking, stopped, counts
 
 
 def _wanted(routing: Routing, row: Any, plugin: str) -> JobRequest | None:
-    requests = routing.job_requests(route_text(row.path))
+    requests = routing.job_requests(route_text(row.path), row.root_id)
     return next((wanted for wanted in requests if wanted.plugin_name == plugin), None)
 
 

@@ -3,24 +3,31 @@
 open          a user has to act; also, whatever else holds, while an open rebuild waits for it
 mended        since the job was queued, the plugin has completed a newer version of its
               location, or the same version with another artifact; or the plugin's active
-              artifact had completed that version before
+              artifact had completed that version before; or it was held, and a newer job of the
+              plugin has the version: what that one comes to counts
 dismissed     a user has accepted it, and the job was not claimed again since
-gone unread   neither, and the file was deleted
+held          neither, and the version does not fit its table's contract: a person has to decide
+gone unread   none of these, and the file was deleted
 open          none of these
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from sqlalchemy import Connection
 
-from casparian_flow.db.access import execute, returned_ids
+from casparian_flow.db.access import Row, execute, returned_ids, rows
 from casparian_flow.db.models import utcnow
 
 OPEN, MENDED, DISMISSED, GONE_UNREAD = "open", "mended", "dismissed", "gone unread"
+HELD = "held"
 
 CLOSED = (MENDED, DISMISSED, GONE_UNREAD)
+
+WAITING = (OPEN, HELD)
+"""A person has to act."""
 
 _ACTIVE = """
 SELECT p.artifact_hash FROM cf_plugin_config c
@@ -66,11 +73,24 @@ EXISTS (SELECT 1 FROM cf_rebuild_job m JOIN cf_rebuild b ON b.id = m.rebuild_id
         WHERE m.job_id = j.id AND b.ended_at IS NULL)
 """
 
+# Each contract that held a version has a job of its own. One that was aborted decides nothing.
+_OUTDONE = """
+EXISTS (SELECT 1 FROM cf_processing_queue newer
+        WHERE newer.file_version_id = j.file_version_id AND newer.plugin_name = j.plugin_name
+        AND newer.id > j.id AND +newer.status NOT IN ('ABORTED', 'SUPERSEDED'))
+"""
+
+# The host begins the reason so where the plugin raised `contract.Held`, and no other reason.
+_HELD = "j.reason GLOB 'held: *'"
+
 STATE = f"""
 CASE WHEN j.status <> 'FAILED' THEN ''
+     WHEN {_HELD} AND {_AWAITED} THEN '{HELD}'
      WHEN {_AWAITED} THEN '{OPEN}'
      WHEN {_MENDED} THEN '{MENDED}'
+     WHEN {_HELD} AND {_OUTDONE} THEN '{MENDED}'
      WHEN {_DISMISSED} THEN '{DISMISSED}'
+     WHEN {_HELD} THEN '{HELD}'
      WHEN {_GONE} THEN '{GONE_UNREAD}'
      ELSE '{OPEN}' END
 """
@@ -117,6 +137,33 @@ def job_ids(
         state=state,
         plugin=plugin,
         path=path,
+    )
+
+
+def held(connection: Connection, job_ids: Sequence[int] | None = None) -> list[Row]:
+    """The held versions of each plugin: plugin, is_table, versions, and one of them with its
+    reason.
+
+    Args:
+        job_ids: only of these jobs.
+    """
+    return rows(
+        connection,
+        f"""
+        SELECT j.plugin_name AS plugin, count(*) AS versions, max(j.id) AS job,
+               r.name AS source, l.rel_path, v.ordinal AS version, j.reason,
+               EXISTS (SELECT 1 FROM cf_plugin p WHERE p.id = j.plugin_id AND
+                       json_valid(p.manifest) AND json_type(p.manifest, '$.contract.columns')
+                       IS NOT NULL) AS is_table
+        FROM cf_processing_queue j JOIN cf_file_version v ON v.id = j.file_version_id
+        JOIN cf_file_location l ON l.id = v.location_id
+        JOIN cf_source_root r ON r.id = l.source_root_id
+        WHERE j.status = 'FAILED'
+          AND (:job_ids IS NULL OR j.id IN (SELECT value FROM json_each(:job_ids)))
+          AND {STATE} = '{HELD}'
+        GROUP BY j.plugin_name ORDER BY j.plugin_name
+        """,  # noqa: S608
+        job_ids=None if job_ids is None else json.dumps(list(job_ids)),
     )
 
 

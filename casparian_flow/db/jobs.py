@@ -361,6 +361,50 @@ def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
     )
 
 
+TAKEN = "the file belongs to table "
+"""What the reason of an aborted job of a catch-all plugin begins with, if a table took its file."""
+
+
+def give_up(connection: Connection, yielded: Sequence[tuple[int, str, str]]) -> None:
+    """Abort the queued jobs of catch-all plugins whose file a table has taken, but for those of an
+    open rebuild: the rows that they replace stay.
+
+    Args:
+        yielded: version id, catch-all plugin and table, each.
+    """
+    execute_many(
+        connection,
+        """
+        UPDATE cf_processing_queue SET status = 'ABORTED', reason = ?, finished_at = ?
+        WHERE file_version_id = ? AND plugin_name = ? AND +status = 'QUEUED'
+          AND NOT EXISTS (SELECT 1 FROM cf_rebuild_job m JOIN cf_rebuild b ON b.id = m.rebuild_id
+                          WHERE m.job_id = cf_processing_queue.id AND b.ended_at IS NULL)
+        """,
+        [(f"{TAKEN}{table}", _now(), version, plugin) for version, plugin, table in yielded],
+    )
+
+
+def take_back(connection: Connection, wanted: Sequence[tuple[int, str]]) -> list[int]:
+    """Queue the jobs again that were aborted because a table had taken the file; their ids.
+
+    Args:
+        wanted: version id and plugin, each.
+    """
+    rows = execute(
+        connection,
+        f"""
+        SELECT id, file_version_id, plugin_name FROM cf_processing_queue
+        WHERE +status = 'ABORTED' AND reason GLOB '{TAKEN}*'
+          AND file_version_id IN (SELECT value FROM json_each(:versions))
+        """,  # noqa: S608
+        versions={version for version, _ in wanted},
+    ).all()
+    pairs = set(wanted)
+    return retry(
+        connection, [row.id for row in rows if (row.file_version_id, row.plugin_name) in pairs]
+    )
+
+
 def revive(connection: Connection, version_ids: Sequence[int]) -> list[int]:
     """Queue the superseded jobs of versions whose bytes a scan has found in their files again."""
     return returned_ids(
@@ -487,7 +531,7 @@ def describe(connection: Connection, job_ids: Sequence[int]) -> Sequence[Any]:
                      AND whole.manifest <> '' ORDER BY whole.id DESC LIMIT 1
                ), '') AS BLOB) AS manifest,  -- text may be damaged
                v.id AS version_id, v.ordinal, v.content_hash, v.size_bytes,
-               l.path, l.rel_path, r.name AS source, r.path AS root_path,
+               l.path, l.rel_path, r.id AS root_id, r.name AS source, r.path AS root_path,
                k.id AS kept_id, k.in_file AS kept_in_file
         FROM cf_processing_queue j
         JOIN cf_plugin p ON p.id = j.plugin_id

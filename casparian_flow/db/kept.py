@@ -245,10 +245,12 @@ def versions(connection: Connection, root_id: int, path: bytes, rel_path: str) -
     """
     query = """
         SELECT r.name AS source, r.path AS root_path, l.id AS location_id, l.path, l.rel_path,
-               v.ordinal, v.content_hash, v.size_bytes, v.id = l.current_version_id AS current
+               v.id AS version_id, v.ordinal, v.content_hash, v.size_bytes,
+               v.id = l.current_version_id AS current, k.id AS kept_id, k.in_file AS kept_in_file
         FROM cf_file_location l
         JOIN cf_source_root r ON r.id = l.source_root_id
         JOIN cf_file_version v ON v.location_id = l.id
+        LEFT JOIN cf_kept_content k ON k.content_hash = v.content_hash
         WHERE l.source_root_id = :root_id AND (l.path = :path OR l.rel_path = :rel_path)
         ORDER BY l.id, v.ordinal
         """

@@ -314,7 +314,7 @@ def stale(connection: Connection) -> Seen:
     failed at. The `+` keeps SQLite from reading every completed job."""
     return _seen(
         connection,
-        """
+        f"""
         SELECT s.output_id FROM cf_processing_queue unworked
         JOIN cf_file_version newer ON newer.id = unworked.file_version_id
         JOIN cf_file_location l ON l.id = newer.location_id AND l.gone_at IS NULL
@@ -324,12 +324,66 @@ def stale(connection: Connection) -> Seen:
         JOIN cf_output o ON o.job_id = j.id JOIN cf_visibility s ON s.output_id = o.id
         WHERE unworked.status IN
             ('QUEUED', 'RUNNING', 'COMMITTING', 'FAILED', 'ABORTED', 'SUPERSEDED')
+        AND NOT (unworked.status = 'ABORTED' AND unworked.reason GLOB '{jobs.TAKEN}*')
         AND s.state = 'current' AND o.rows > 0 AND NOT EXISTS (
             SELECT 1 FROM cf_file_version w JOIN cf_processing_queue k ON k.file_version_id = w.id
             WHERE w.location_id = l.id AND w.ordinal >= newer.ordinal
             AND k.plugin_name = unworked.plugin_name AND +k.status = 'COMPLETED')
-        """,
+        """,  # noqa: S608
     )
+
+
+def of_plugins(connection: Connection, plugins: Sequence[str]) -> dict[str, Seen]:
+    """Plugin -> the files of which readers may see rows that it gave; none where they see none."""
+    query = text(
+        f"""
+        WITH chosen AS MATERIALIZED ({_OF_PLUGINS})
+        SELECT j.plugin_name, {_SUMS} {_CHOSEN} GROUP BY 1
+        """
+    )
+    found = connection.execute(query, {"plugins": json.dumps(list(plugins))})
+    return {plugin: Seen(*counts) for plugin, *counts in found}
+
+
+def left_to_tables(
+    connection: Connection, tables: Sequence[str], plugins: Sequence[str]
+) -> dict[tuple[str, str], Seen]:
+    """Table and plugin -> the files that the table has, or had, of which readers may see rows that
+    the plugin gave."""
+    query = text(
+        f"""
+        WITH chosen AS MATERIALIZED ({_OF_PLUGINS}), owned AS MATERIALIZED (
+            SELECT DISTINCT w.location_id, k.plugin_name AS owner FROM cf_processing_queue k
+            JOIN cf_file_version w ON w.id = k.file_version_id
+            WHERE k.plugin_name IN (SELECT value FROM json_each(:tables)))
+        SELECT owned.owner, j.plugin_name, {_SUMS}
+        {_CHOSEN.replace(" WHERE", " JOIN owned ON owned.location_id = v.location_id WHERE")}
+        GROUP BY 1, 2
+        """  # noqa: S608
+    )
+    names = {"tables": json.dumps(list(tables)), "plugins": json.dumps(list(plugins))}
+    found = connection.execute(query, names)
+    return {(table, plugin): Seen(*counts) for table, plugin, *counts in found}
+
+
+_OF_PLUGINS = f"""
+SELECT s.output_id FROM cf_visibility s JOIN cf_output o ON o.id = s.output_id
+JOIN cf_processing_queue j ON j.id = o.job_id
+WHERE j.plugin_name IN (SELECT value FROM json_each(:plugins)) AND o.rows > 0
+AND {visibility.SHOWN}
+"""  # noqa: S608
+
+_SUMS = f"""
+count(DISTINCT v.location_id),
+coalesce(sum(CASE WHEN {_REJECTED} THEN 0 ELSE o.rows END), 0),
+coalesce(sum(CASE WHEN {_REJECTED} THEN o.rows ELSE 0 END), 0)
+"""
+
+_CHOSEN = f"""
+FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
+JOIN cf_file_version v ON v.id = j.file_version_id
+ WHERE o.id IN chosen AND {_FIRST.format(condition=" AND p.id IN chosen")}
+"""
 
 
 def _seen(connection: Connection, chosen: str) -> Seen:
@@ -337,17 +391,7 @@ def _seen(connection: Connection, chosen: str) -> Seen:
     Args:
         chosen: a query of the ids of outputs.
     """
-    query = text(
-        f"""
-        WITH chosen AS MATERIALIZED ({chosen})
-        SELECT count(DISTINCT v.location_id),
-               coalesce(sum(CASE WHEN {_REJECTED} THEN 0 ELSE o.rows END), 0),
-               coalesce(sum(CASE WHEN {_REJECTED} THEN o.rows ELSE 0 END), 0)
-        FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
-        JOIN cf_file_version v ON v.id = j.file_version_id
-        WHERE o.id IN chosen AND {_FIRST.format(condition=" AND p.id IN chosen")}
-        """  # noqa: S608
-    )
+    query = text(f"WITH chosen AS MATERIALIZED ({chosen}) SELECT {_SUMS} {_CHOSEN}")
     return Seen(*connection.execute(query).one())
 
 

@@ -27,7 +27,7 @@ def broken(connection: Connection) -> Iterator[str]:
 
 # A source root that was routed by other rules than today's waits for its next scan.
 _PRESENT = """
-SELECT r.name AS source, l.path, l.rel_path, v.id, v.ordinal
+SELECT r.name AS source, r.id AS root_id, l.path, l.rel_path, v.id, v.ordinal
 FROM cf_source_root r CROSS JOIN cf_scan_state s ON s.source_root_id = r.id
 CROSS JOIN cf_file_location l ON l.source_root_id = r.id
 JOIN cf_file_version v ON v.id = l.current_version_id
@@ -50,7 +50,7 @@ def _without_job(connection: Connection) -> Iterator[str]:
     for version, plugin in connection.exec_driver_sql(_JOBS):
         known[version].add(plugin)
     for row in connection.execute(text(_PRESENT), {"routed": routing.fingerprint}):
-        for wanted in routing.job_requests(route_text(row.path)):
+        for wanted in routing.job_requests(route_text(row.path), row.root_id):
             if wanted.plugin_name not in known[row.id]:
                 yield (
                     f"{row.source}/{row.rel_path} version {row.ordinal} has no job of plugin "

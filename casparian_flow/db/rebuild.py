@@ -112,6 +112,65 @@ def start(ledger: Ledger, name: str, *, dry_run: bool = False) -> list[Started]:
     return done
 
 
+class Restarted(NamedTuple):
+    """A rebuild that was begun in the place of one that had become outdated."""
+
+    cancelled: Progress
+    started: Started | None
+    """None: nothing of the plugin stands."""
+
+
+def restart(ledger: Ledger, plugin: str) -> list[Restarted]:
+    """Cancel a plugin's open rebuild whose jobs are of an artifact that is not the active one, and
+    begin one of all its topics with the active one, in one transaction. The caller tells the sinks.
+
+    Raises:
+        ArtifactRefused, CasparianError: as for `start`; nothing was cancelled.
+    """
+
+    def work(connection: Connection) -> list[Restarted]:
+        done = []
+        for each in outdated(connection, plugin):
+            _cancel(connection, each)
+            try:
+                done.append(Restarted(each, begin(connection, plugin, "")))
+            except NotFound:
+                done.append(Restarted(each, None))
+        crashpoint("rebuild.restart_written")
+        return done
+
+    def events(done: list[Restarted]) -> list[Event]:
+        made = []
+        for cancelled, started in done:
+            made += [_cancelled(cancelled), *([event(started)] if started else [])]
+        return made
+
+    if not ledger.read(lambda c: outdated(c, plugin)):
+        return []
+    done = ledger.change(work, events)
+    crashpoint("rebuild.restarted")
+    return done
+
+
+def outdated(connection: Connection, plugin: str) -> list[Progress]:
+    """The open rebuild of a plugin, if its jobs are of an artifact that is not the active one."""
+    query = """
+        SELECT EXISTS (
+            SELECT 1 FROM cf_rebuild_job m JOIN cf_processing_queue j ON j.id = m.job_id
+            JOIN cf_plugin p ON p.id = j.plugin_id
+            JOIN cf_plugin_config c ON c.plugin_name = p.name
+            JOIN cf_plugin a ON a.name = p.name AND a.version = c.active_version
+            WHERE m.rebuild_id = :rebuild AND p.artifact_hash <> a.artifact_hash)
+        """
+    return [
+        each
+        for each in progress(connection)
+        if each.plugin == plugin
+        and each.is_open
+        and execute(connection, query, rebuild=each.id).scalar()
+    ]
+
+
 def begin(connection: Connection, plugin: str, topic: str, *, dry_run: bool = False) -> Started:
     """Begin a rebuild of a plugin, or of one of its topics, in the caller's transaction.
 
@@ -163,7 +222,7 @@ def _chosen(connection: Connection, name: str) -> list[tuple[str, str]]:
 
 
 _VERSIONS = f"""
-SELECT v.id, l.path, r.name AS source, l.rel_path, v.ordinal,
+SELECT v.id, l.path, r.id AS root_id, r.name AS source, l.rel_path, v.ordinal,
        {HAS_BYTES} AS kept,
        (SELECT max(j.id) FROM cf_processing_queue j
         WHERE j.file_version_id = v.id AND j.plugin_id IN ({jobs.SAME_ARTIFACT})) AS job_id,
@@ -205,7 +264,7 @@ def _find(connection: Connection, plugin: str, topic: str) -> _Found:
     again: list[int] = []
     values = {"plugin": plugin, "topic": topic, "plugin_id": active.id}
     for row in execute(connection, _VERSIONS, **values):
-        requests = routing.job_requests(route_text(row.path))
+        requests = routing.job_requests(route_text(row.path), row.root_id)
         wanted = next((each for each in requests if each.plugin_name == plugin), None)
         if wanted is None or not row.kept:
             why = GONE if wanted else UNWANTED
@@ -505,17 +564,16 @@ def cancel(ledger: Ledger, name: str) -> list[Progress]:
         return chosen
 
     def events(done: list[Progress]) -> list[Event]:
-        return [
-            Event(
-                "cancel-rebuild", f"plugin {each.plugin}",
-                {"topic": each.topic, "jobs": each.jobs, "ended_well": each.ended_well},
-            )
-            for each in done
-        ]  # fmt: skip
+        return [_cancelled(each) for each in done]
 
     done = ledger.change(work, events)
     crashpoint("rebuild.cancelled")
     return done
+
+
+def _cancelled(done: Progress) -> Event:
+    detail = {"topic": done.topic, "jobs": done.jobs, "ended_well": done.ended_well}
+    return Event("cancel-rebuild", f"plugin {done.plugin}", detail)
 
 
 def _cancel(connection: Connection, rebuild: Progress) -> None:
@@ -551,6 +609,8 @@ class Progress(NamedTuple):
     """FAILED, ABORTED or both."""
     problem: str
     """Why a sink cannot show it; else empty."""
+    is_held: bool
+    """Whether a table's contract holds one of them, and would again."""
 
     @property
     def name(self) -> str:
@@ -580,6 +640,8 @@ class Progress(NamedTuple):
         cancel = f"casparian rebuild {self.name} --cancel"
         if not self.stopped:
             return f"casparian wait --idle   (or: {cancel})"
+        if self.is_held:
+            return f"casparian table accept {self.plugin}, or: {cancel}"
         some = " ".join(map(str, self.stopped[:5]))
         return f"casparian jobs retry {some}, or: {cancel}"
 
@@ -593,7 +655,9 @@ def progress(connection: Connection) -> list[Progress]:
                count(j.id), coalesce(sum(j.status IN ('COMPLETED', 'SUPERSEDED')), 0),
                json_group_array(j.id) FILTER (WHERE j.status IN ('FAILED', 'ABORTED')),
                group_concat(DISTINCT j.status) FILTER (WHERE j.status IN ('FAILED', 'ABORTED')),
-               b.problem
+               b.problem, coalesce(max(j.status = 'FAILED' AND j.reason GLOB 'held: *' AND EXISTS (
+                   SELECT 1 FROM cf_plugin p WHERE p.id = j.plugin_id AND json_valid(p.manifest)
+                   AND json_type(p.manifest, '$.contract.table') IS NOT NULL)), 0)
         FROM cf_rebuild b LEFT JOIN cf_rebuild_job m ON m.rebuild_id = b.id
         LEFT JOIN cf_processing_queue j ON j.id = m.job_id
         WHERE b.ended_at IS NULL OR b.problem <> '' GROUP BY b.id ORDER BY b.id
@@ -602,10 +666,10 @@ def progress(connection: Connection) -> list[Progress]:
     return [
         Progress(
             number, plugin, topic, started, bool(is_open), count, well, sorted(json.loads(stopped)),
-            " or ".join(sorted((statuses or "").split(","))), problem,
+            " or ".join(sorted((statuses or "").split(","))), problem, bool(is_held),
         )
         for (number, plugin, topic, started, is_open, count, well, stopped, statuses,
-             problem) in rows
+             problem, is_held) in rows
     ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, and_, select
+from sqlalchemy import ColumnElement, Connection, and_, literal_column, select
 from wcmatch import glob
 
 from casparian_flow.db.models import Plugin, PluginConfig, RoutingRule, SourceRoot
@@ -61,6 +61,38 @@ class _Rule(NamedTuple):
     priority: int
 
 
+class Taker(NamedTuple):
+    """An active plugin."""
+
+    plugin_id: int
+    name: str
+    version: str
+    is_table: bool
+    is_catch_all: bool
+    root_ids: frozenset[int] | None
+    """The source roots whose files it takes; None: of every one."""
+
+
+class Routed(NamedTuple):
+    """Who gets a file."""
+
+    jobs: list[JobRequest]
+    tables: list[str]
+    """Of those that get it, the tables."""
+    yielding: list[str]
+    """The catch-all plugins that would get it if no table did."""
+
+
+def _said(part: str) -> ColumnElement[Any]:
+    """What the MANIFEST of a plugin says; an earlier release's says none of it."""
+    return literal_column(f"CASE WHEN json_valid(cf_plugin.manifest) THEN {part} END")
+
+
+_TABLE = _said("json_type(cf_plugin.manifest, '$.contract.table') IS NOT NULL")
+_CATCH_ALL = _said("json_extract(cf_plugin.manifest, '$.catch_all')")
+_SOURCE = _said("json_extract(cf_plugin.manifest, '$.contract.source')")
+
+
 class Routing:
     """The rules and subscriptions as of one moment."""
 
@@ -83,7 +115,15 @@ class Routing:
             except (ValueError, re.error):
                 continue
         plugins = connection.execute(
-            select(Plugin.id, Plugin.name, PluginConfig.subscription_tags)
+            select(
+                Plugin.id,
+                Plugin.name,
+                Plugin.version,
+                PluginConfig.subscription_tags,
+                _TABLE,
+                _CATCH_ALL,
+                _SOURCE,
+            )
             .join(
                 PluginConfig,
                 and_(
@@ -93,25 +133,49 @@ class Routing:
             )
             .order_by(Plugin.id)
         ).all()
-        self._subscribers: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        for plugin_id, name, tags in plugins:
+        # What the fingerprint covers: a source root matters only where a table names one.
+        named = {source for *_, source in plugins if source}
+        roots = [(r.id, r.name) for r in every_root(connection) if r.active and r.name in named]
+        self.takers: list[Taker] = []
+        """The active plugins."""
+        self._subscribers: dict[str, list[Taker]] = defaultdict(list)
+        for plugin_id, name, version, tags, is_table, is_catch_all, source in plugins:
+            ids = frozenset(i for i, root in roots if root == source) if source else None
+            yields = bool(is_catch_all) and not is_table
+            taker = Taker(plugin_id, name, version, bool(is_table), yields, ids)
+            self.takers.append(taker)
             for tag in tags_of(tags):
-                self._subscribers[tag].append((plugin_id, name))
-        facts = repr([[tuple(row) for row in rules], [tuple(row) for row in plugins]])
+                self._subscribers[tag].append(taker)
+        facts = repr([[tuple(row) for row in rules], [tuple(row) for row in plugins], roots])
         self.fingerprint = hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()
 
     def tags(self, path: str) -> set[str]:
         """The tags a relative path gets: those of all rules that match."""
         return {rule.tag for rule in self._rules if rule.pattern.match(path)}
 
-    def job_requests(self, path: str) -> list[JobRequest]:
-        """The jobs a version at this relative path gives, one a plugin."""
-        best: dict[tuple[int, str], int] = {}
+    def route(self, path: str, root_id: int) -> Routed:
+        """Who gets a version at this relative path below a source root.
+
+        A file that is a table's is not routed to plugins that take any file of its kind.
+        """
+        best: dict[Taker, int] = {}
         for rule in self._rules:
             if rule.tag in self._subscribers and rule.pattern.match(path):
-                for plugin in self._subscribers[rule.tag]:
-                    best[plugin] = max(rule.priority, best.get(plugin, rule.priority))
-        return [JobRequest(*plugin, priority) for plugin, priority in best.items()]
+                for taker in self._subscribers[rule.tag]:
+                    if taker.root_ids is None or root_id in taker.root_ids:
+                        best[taker] = max(rule.priority, best.get(taker, rule.priority))
+        tables = [taker.name for taker in best if taker.is_table]
+        yielding = [taker.name for taker in best if tables and taker.is_catch_all]
+        jobs = [
+            JobRequest(taker.plugin_id, taker.name, priority)
+            for taker, priority in best.items()
+            if taker.name not in yielding
+        ]
+        return Routed(jobs, tables, yielding)
+
+    def job_requests(self, path: str, root_id: int) -> list[JobRequest]:
+        """The jobs a version at this relative path below a source root gives, one a plugin."""
+        return self.route(path, root_id).jobs
 
 
 # Source roots by what a person types.

@@ -28,7 +28,7 @@ from casparian_flow.db.models import (
     Unsettled,
     utcnow,
 )
-from casparian_flow.db.routing import Routing
+from casparian_flow.db.routing import JobRequest, Routing
 from casparian_flow.db.visibility import Change, Scope
 
 ROUTE_CHUNK = 5_000
@@ -227,7 +227,7 @@ def record(
         [
             (version_id, request)
             for path, version_id in wanting.items()
-            for request in routing.job_requests(route_text(path))
+            for request in routing.job_requests(route_text(path), root_id)
         ],
         now,
     )
@@ -326,7 +326,8 @@ def route_chunk(
     """Queue the jobs that the current versions of the next locations lack under this routing.
 
     A plugin with a job for the version gets none, whichever of its artifacts the job has: redoing
-    that is a `backfill`.
+    that is a `backfill`. The queued job of a catch-all plugin is aborted where a table has taken
+    the file meanwhile, and queued again where it has given the file back.
 
     Returns:
         The last of these location ids (None when there are no more), and the new jobs' ids.
@@ -343,13 +344,17 @@ def route_chunk(
     ).all()
     if not rows:
         return None, []
-    pairs = [
-        (version_id, request)
-        for _, path, version_id in rows
-        if version_id is not None
-        for request in routing.job_requests(route_text(path))
-    ]
-    return rows[-1][0], jobs.enqueue(connection, pairs, utcnow().isoformat(" "))
+    pairs: list[tuple[int, JobRequest]] = []
+    yielded: list[tuple[int, str, str]] = []
+    for _, path, version_id in rows:
+        if version_id is not None:
+            routed = routing.route(route_text(path), root_id)
+            pairs += [(version_id, request) for request in routed.jobs]
+            table = ", ".join(routed.tables)
+            yielded += [(version_id, plugin, table) for plugin in routed.yielding]
+    jobs.give_up(connection, yielded)
+    queued = jobs.take_back(connection, [(v, request.plugin_name) for v, request in pairs])
+    return rows[-1][0], queued + jobs.enqueue(connection, pairs, utcnow().isoformat(" "))
 
 
 # Present locations, and marking those that are gone.

@@ -21,7 +21,8 @@ from casparian_flow.db import outputs as published
 from casparian_flow.db.access import Page, Row, page
 from casparian_flow.db.access import rows as _rows
 from casparian_flow.db.models import PASSED_OVER
-from casparian_flow.db.routing import compile_pattern
+from casparian_flow.db.routing import Routing, compile_pattern
+from casparian_flow.db.versions import route_text
 
 EVERY = (1 << 63) - 1
 """An id that no row exceeds."""
@@ -77,7 +78,11 @@ def plugins(connection: Connection) -> list[Row]:
                p.deployed_at,
                (SELECT group_concat(DISTINCT topic_name) FROM cf_topic_config
                 WHERE plugin_name = p.name) AS topics,
-               coalesce(c.subscription_tags, '') AS subscriptions
+               coalesce(c.subscription_tags, '') AS subscriptions,
+               CASE WHEN NOT json_valid(p.manifest) THEN ''
+                    WHEN json_type(p.manifest, '$.contract.table') IS NOT NULL THEN 'table'
+                    WHEN json_extract(p.manifest, '$.catch_all') THEN 'catch-all'
+                    ELSE '' END AS kind
         FROM cf_plugin p LEFT JOIN cf_plugin_config c ON c.plugin_name = p.name
         ORDER BY p.name, p.id
         """,
@@ -260,14 +265,18 @@ def job_ids(
 
 
 def reasons(connection: Connection, limit: int | None) -> Page:
-    """Why jobs wait or have failed (open failures only); the commonest reason first."""
+    """Why jobs wait, are held or have failed (open failures only); the commonest reason first."""
     return page(
         connection,
         f"""
-        SELECT status, reason, count(*) AS jobs, max(id) AS example FROM cf_processing_queue j
-        WHERE status IN ('FAILED', 'QUEUED', 'COMMITTING') AND reason <> ''
-          AND {failures.STATE} IN ('', '{failures.OPEN}')
-        GROUP BY status, reason ORDER BY status, jobs DESC, reason
+        WITH judged AS (
+            SELECT id, status, reason, {failures.STATE} AS failure FROM cf_processing_queue j
+            WHERE status IN ('FAILED', 'QUEUED', 'COMMITTING') AND reason <> ''
+        )
+        SELECT CASE failure WHEN '{failures.HELD}' THEN 'HELD' ELSE status END AS status, reason,
+               count(*) AS jobs, max(id) AS example FROM judged
+        WHERE failure IN ('', '{failures.OPEN}', '{failures.HELD}')
+        GROUP BY 1, reason ORDER BY 1, jobs DESC, reason
         """,  # noqa: S608
         limit,
     )
@@ -286,11 +295,12 @@ def files(
         gone: deleted locations instead of present ones.
         unreadable: only those that the last scan could not read.
     """
-    return page(
+    found = page(
         connection,
         f"""
         SELECT r.name AS source, l.rel_path, v.size_bytes, v.ordinal AS versions, v.content_hash,
                v.detected_at, l.gone_at, l.problem, {published.ROWS_OF_FILE} AS "rows",
+               '' AS "table", l.path, r.id AS root_id,
                (SELECT group_concat(j.plugin_name || ' ' || j.status, ', ')
                 FROM cf_processing_queue j WHERE j.file_version_id = v.id) AS jobs
         FROM cf_file_location l
@@ -302,6 +312,15 @@ def files(
         """,  # noqa: S608
         limit, source=source, gone=gone, unreadable=unreadable,
     )  # fmt: skip
+    routing = Routing(connection)
+    has_tables = any(taker.is_table for taker in routing.takers)
+    for row in found:
+        path, root_id = row.pop("path"), row.pop("root_id")
+        if has_tables:
+            routed = routing.route(route_text(path), root_id)
+            instead = f" (not {', '.join(routed.yielding)})" if routed.yielding else ""
+            row["table"] = ", ".join(routed.tables) + instead
+    return found
 
 
 def versions(connection: Connection, root_id: int, path: bytes, rel_path: str) -> list[Row]:

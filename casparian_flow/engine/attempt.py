@@ -116,11 +116,12 @@ class PluginRun:
             frames = frames.tb_next
         text = "".join(traceback.format_exception(type(error), error, frames))[-TRACEBACK_LIMIT:]
         last_line = text.rstrip().rpartition("\n")[2]
-        failure = {
-            "kind": "refused" if self._refusal else "exception",
-            "message": printable(str(self._refusal) if self._refusal else last_line),
-            "traceback": printable(text),
-        }
+        failure = {"kind": "exception", "message": last_line, "traceback": printable(text)}
+        if self._refusal:
+            failure |= {"kind": "refused", "message": str(self._refusal)}
+        elif is_held(error):
+            failure = {"kind": "held", "message": str(error), "traceback": ""}
+        failure["message"] = printable(failure["message"])
         self.send(FrameKind.FAILED, json.dumps(failure).encode())
 
     def send(self, kind: FrameKind, payload: bytes = b"") -> None:
@@ -214,6 +215,12 @@ class PluginRun:
             return sizes.measure(memoryview(stream)).unfolded_bytes
         except sizes.Unfit as error:
             raise self._refuse(ValueError(f"topic {topic!r} was given {error}")) from error
+
+
+def is_held(error: BaseException) -> bool:
+    """Whether the plugin raised `contract.Held`; a plugin that has not imported it cannot."""
+    module = sys.modules.get("casparian_flow.contract")
+    return module is not None and isinstance(error, module.Held)
 
 
 class SentTopic:

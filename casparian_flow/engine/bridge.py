@@ -40,6 +40,7 @@ from casparian_flow.engine.guest_process import (
 )
 from casparian_flow.errors import (
     GuestDied,
+    Held,
     JobError,
     OutOfMemory,
     OutputRefused,
@@ -66,8 +67,8 @@ class Guest:
     """A process that runs one plugin over one file after another.
 
     Call `load` once, `run` for each file, and `close` at the end (or use it in a `with`). The guest
-    can run the next file after PluginFailed or OutputRefused; any other error kills it and its
-    children.
+    can run the next file after PluginFailed, OutputRefused or Held; any other error kills it and
+    its children.
 
     Args:
         python: the interpreter of the plugin's environment.
@@ -180,6 +181,7 @@ class Guest:
 
         Raises:
             PluginFailed, OutOfMemory: the plugin raised; the traceback is in the log.
+            Held: the plugin holds the version back for a person to decide.
             OutputRefused: the plugin published something that is not a table or does not fit the
                 topic.
             PluginTimeout: the run exceeded its time and was killed.
@@ -279,7 +281,7 @@ class Guest:
         try:
             self._wire.settimeout(timeout_seconds)
             yield
-        except (PluginFailed, OutputRefused):
+        except (PluginFailed, OutputRefused, Held):
             if self._process.returncode is None:
                 self._finish()
             raise
@@ -465,7 +467,7 @@ MESSAGE_LIMIT = 2_000
 class Failure(Record, frozen=True):
     """A guest's FAILED: an attempt that ended without output."""
 
-    kind: Literal["refused", "exception"]
+    kind: Literal["refused", "exception", "held"]
     message: str
     traceback: str
 
@@ -479,6 +481,8 @@ class Failure(Record, frozen=True):
         message = self.message
         if len(message) > MESSAGE_LIMIT:
             message = f"{message[:MESSAGE_LIMIT]}... ({len(message)} characters)"
+        if self.kind == "held":  # no other failure's words begin so
+            return Held(f"held: {message.removeprefix('held: ')}", "casparian jobs --held")
         if self.kind == "refused":
             return OutputRefused(
                 f"{who}: {message}", "fix the plugin and publish it under a new version"

@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 from casparian_flow import sink_uri
 from casparian_flow.config import JobSettings, Settings
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import asked, audit, jobs, plugins, rebuild, trust
+from casparian_flow.db import asked, audit, jobs, plugins, rebuild, taken, trust
 from casparian_flow.db.jobs import AttemptResult, add_attempts, counted_attempts
 from casparian_flow.db.models import Plugin
 from casparian_flow.engine import contents, endings, sinks
@@ -66,7 +66,11 @@ class Dispatcher:
         crashpoint("dispatch.claim_written")
         assignments = []
         empty = plugins.may_be_empty(connection) if job_ids else {}
-        for job in jobs.describe(connection, job_ids) if job_ids else []:
+        claimed = jobs.describe(connection, job_ids) if job_ids else []
+        given_up = taken.give_up(connection, [job for job in claimed if job.fence > 1])
+        for job in claimed:
+            if job.id in given_up:
+                continue
             name = job.plugin_name
             try:
                 made = self._assignment(job, topics.get(name, []), empty.get(name, []))

@@ -23,6 +23,8 @@ _LETTERS = {"t": "\t", "n": "\n", "r": "\r", "0": "\0", "\\": "\\"}
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True,
           "false": False, "no": False, "off": False, "0": False}  # fmt: skip
 _BOM = b"\xef\xbb\xbf"
+LINE = 80
+"""Characters of a list or dict that is written on one line."""
 
 
 class Choices(NamedTuple):
@@ -34,6 +36,10 @@ class Choices(NamedTuple):
     """New names, in the order of the MANIFEST's topics and as many."""
     options: Mapping[str, str] = {}
     """Option -> its value as typed."""
+    contract: Mapping[str, Any] = {}
+    """The whole contract, which makes the plugin a table."""
+    sinks: Mapping[str, Sequence[str]] = {}
+    """Topic, by its new name -> its sinks: all that the MANIFEST then has."""
 
 
 NOTHING = Choices()
@@ -83,9 +89,13 @@ def choose(source: bytes, file_name: str, choices: Choices) -> Chosen:
     if choices.topics:
         renamed = _renamed(fields, file_name, choices.topics)
         notes = list(_mentions(tree, writer.call, file_name, renamed))
-        writer.topics(fields, renamed)
+        writer.topics(fields, renamed, sinks=not choices.sinks)
     for option, text in choices.options.items():
         writer.option(fields, option, _option_value(fields, file_name, option, text))
+    if choices.contract:
+        writer.field(fields, "contract", dict(choices.contract))
+    if choices.sinks:
+        writer.field(fields, "sinks", {name: list(uris) for name, uris in choices.sinks.items()})
     changed = writer.edited()
     if read_manifest(changed, file_name) != of_fields(fields, file_name):
         raise PluginError(
@@ -110,7 +120,7 @@ class _Writer:
         self._new: list[str] = []
         """Keyword arguments to add to the call."""
 
-    def field(self, fields: dict[str, Any], name: str, value: str | list[str]) -> None:
+    def field(self, fields: dict[str, Any], name: str, value: object) -> None:
         """Set a field, replacing its present value if it has one."""
         fields[name] = value
         if name in self._keywords:
@@ -118,16 +128,24 @@ class _Writer:
         else:
             self._new.append(f"{name}={_literal(value)}")
 
-    def topics(self, fields: dict[str, Any], renamed: Mapping[str, str]) -> None:
-        """Rename topics wherever the call names them; lists keep their form."""
+    def topics(
+        self, fields: dict[str, Any], renamed: Mapping[str, str], *, sinks: bool = True
+    ) -> None:
+        """Rename topics wherever the call names them; lists keep their form.
+
+        Args:
+            sinks: also in the MANIFEST's sinks, which nothing else replaces.
+        """
         for node in _texts_of(self._keywords.get("topic")):
             self._replace(node, renamed[str(node.value)])
         if "topic" in fields:
             topic = fields["topic"]
             many = isinstance(topic, list)
             fields["topic"] = [renamed[name] for name in topic] if many else renamed[topic]
-        sinks = self._keywords.get("sinks")
-        for key in sinks.keys if isinstance(sinks, ast.Dict) else ():
+        if not sinks:
+            return
+        placed = self._keywords.get("sinks")
+        for key in placed.keys if isinstance(placed, ast.Dict) else ():
             if isinstance(key, ast.Constant):
                 self._replace(key, renamed[str(key.value)])
         if "sinks" in fields:
@@ -187,12 +205,32 @@ def _texts_of(node: ast.expr | None) -> Iterator[ast.Constant]:
             yield item
 
 
-def _literal(value: object) -> str:
-    """A Python literal on one line, in double quotes where that needs no escape."""
+def _literal(value: object, indent: str = "    ") -> str:
+    """A Python literal, in double quotes where that needs no escape.
+
+    It is on one line if that has room there, so that a difference between two versions of a plugin
+    names the column that changed.
+
+    Args:
+        indent: what the line begins with.
+    """
+    inner = indent + "    "
     if isinstance(value, list):
-        return f"[{', '.join(map(_literal, value))}]"
+        items = [_literal(item, inner) for item in value]
+        return _collected("[", items, "]", indent)
+    if isinstance(value, dict):
+        items = [f"{_literal(key)}: {_literal(item, inner)}" for key, item in value.items()]
+        return _collected("{", items, "}", indent)
     text = repr(value)
     return f'"{text[1:-1]}"' if text.startswith("'") and '"' not in text else text
+
+
+def _collected(left: str, items: Sequence[str], right: str, indent: str) -> str:
+    line = f"{left}{', '.join(items)}{right}"
+    if len(line) <= LINE and "\n" not in line:
+        return line
+    lines = "".join(f"{indent}    {item},\n" for item in items)
+    return f"{left}\n{lines}{indent}{right}"
 
 
 def _renamed(fields: dict[str, Any], file_name: str, chosen: Sequence[str]) -> dict[str, str]:

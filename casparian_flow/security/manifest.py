@@ -10,6 +10,7 @@ import ast
 import contextlib
 import difflib
 import io
+import math
 import re
 import tokenize
 import warnings
@@ -20,7 +21,7 @@ from typing import Any
 import msgspec
 from packaging.version import InvalidVersion, Version
 
-from casparian_flow import sink_uri
+from casparian_flow import contract, sink_uri
 from casparian_flow.errors import ConfigError, PluginError
 
 SOURCE_LIMIT = 1 << 20
@@ -82,6 +83,11 @@ _LIMIT = 10**9
 """Larger numbers are mistakes, and some would not fit a database column."""
 _BYTES_LIMIT = 1 << 50
 
+CONTRACT_DEPTH = 8
+CONTRACT_VALUES = 50_000
+CONTRACT_CHARACTERS = 256 << 10
+"""A table of a thousand columns, each with a list of values, is within these."""
+
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A plugin's MANIFEST, checked; `sdk.PluginMetadata` explains the fields."""
@@ -103,6 +109,19 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     scratch_bytes: int = 0
     network: bool = False
     options: dict[str, str | int | bool] = msgspec.field(default_factory=dict)
+    contract: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Values that JSON can hold; empty: the plugin is no table."""
+    catch_all: bool = False
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the plugin publishes typed rows by a contract."""
+        return bool(self.contract) and not contract.is_survey(self.contract)
+
+    @property
+    def yields_to_tables(self) -> bool:
+        """Whether a file that belongs to a table is none of this plugin's."""
+        return self.catch_all and not self.contract
 
     def sinks_of(self, topic: str) -> list[str]:
         """The sink URIs of a topic; empty if the configuration shall choose."""
@@ -149,6 +168,8 @@ def of_fields(fields: dict[str, Any], file_name: str) -> Manifest:
         scratch_bytes=fields.get("scratch_bytes", 0),
         network=fields.get("network", False),
         options=fields.get("options", {}),
+        contract=fields.get("contract", {}),
+        catch_all=fields.get("catch_all", False),
     )
     for fault, hint in _faults(manifest):
         raise PluginError(f"{file_name}: {fault}", hint)
@@ -190,6 +211,9 @@ class Module:
             value = self._literal(keyword.value)
             if value is None:
                 continue
+            if field == "contract" and (again := _key_twice(keyword.value)):
+                what = f"the contract has {self._shown(again)} twice"
+                raise self._error(again, what, "keep one of them")
             if not accepts(value):
                 shown = self._shown(keyword.value)
                 raise self._error(keyword, f"{field} must be {wanted}, not {shown}", EXAMPLE)
@@ -294,6 +318,19 @@ def _bound(statement: ast.stmt) -> list[str]:
     return []
 
 
+def _key_twice(node: ast.expr) -> ast.expr | None:
+    """A key that a dict in a literal has twice: Python keeps one value, and drops the other."""
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Dict):
+            seen: set[object] = set()
+            for key in inner.keys:
+                if isinstance(key, ast.Constant):
+                    if key.value in seen:
+                        return key
+                    seen.add(key.value)
+    return None
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -333,6 +370,10 @@ def _is_options(value: object) -> bool:
     )
 
 
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
+
+
 _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "pattern": (_is_texts, "a string or a list of strings"),
     "topic": (_is_texts, "a string or a list of strings"),
@@ -346,6 +387,8 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "scratch_bytes": (_is_bytes, "a number of bytes, such as 100_000_000"),
     "network": (_is_flag, "True or False"),
     "options": (_is_options, "a dict of strings to strings, whole numbers, True or False"),
+    "contract": (_is_dict, "a dict"),
+    "catch_all": (_is_flag, "True or False"),
 }
 """Fields of `sdk.PluginMetadata`: a check of the value, and its description for messages."""
 
@@ -397,6 +440,7 @@ def _faults(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield f"subscription {tag[:80]!r} has a comma in it", "write it as two subscriptions"
     yield from _faults_of_sinks(manifest)
     yield from _faults_of_options(manifest)
+    yield from _faults_of_contract(manifest)
     texts = {
         "pattern": manifest.patterns,
         "subscription": manifest.subscriptions,
@@ -420,6 +464,54 @@ def _faults_of_options(manifest: Manifest) -> Iterator[tuple[str, str]]:
             )
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
             yield f"option {name!r} has characters that are not Unicode text", "remove them"
+
+
+def _faults_of_contract(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """The first fault of a contract."""
+    hint = "write it with: casparian table add   (docs/table_reference.md has its words)"
+    if fault := _unfit(manifest.contract):
+        yield f"the contract has {fault}", hint
+    elif manifest.contract:
+        try:
+            contract.check(manifest.contract)
+        except contract.ContractError as error:
+            yield str(error), hint
+
+
+def _unfit(literal: object) -> str:
+    """What a literal has that no JSON can hold, or more of it than a contract ever needs."""
+    waiting: list[tuple[object, int]] = [(literal, 1)]
+    values = characters = 0
+    while waiting:
+        value, depth = waiting.pop()
+        values += 1
+        match value:
+            case str():
+                characters += len(value)
+                fault = "text that is not Unicode" if re.search("[\ud800-\udfff]", value) else ""
+            case None | bool():
+                fault = ""
+            case int():
+                whole = -(1 << 63) <= value < 1 << 63
+                fault = "" if whole else "a whole number of more than 64 bits"
+            case float():
+                fault = "" if math.isfinite(value) else "a number that is not finite"
+            case list():
+                fault = ""
+                waiting += [(item, depth + 1) for item in value]
+            case dict():
+                named = all(isinstance(key, str) for key in value)
+                fault = "" if named else "a key that is no string"
+                waiting += [(part, depth + 1) for pair in value.items() for part in pair]
+            case _:
+                fault = f"a value of the type {type(value).__name__}"
+        if depth > CONTRACT_DEPTH:
+            fault = f"values nested more than {CONTRACT_DEPTH} deep"
+        if values > CONTRACT_VALUES or characters > CONTRACT_CHARACTERS:
+            fault = f"more than {CONTRACT_VALUES} values or {CONTRACT_CHARACTERS} characters"
+        if fault:
+            return fault
+    return ""
 
 
 def _faults_of_sinks(manifest: Manifest) -> Iterator[tuple[str, str]]:

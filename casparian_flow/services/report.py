@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from casparian_flow import bundled, durable
 from casparian_flow.config import ScanSettings, Settings
-from casparian_flow.db import failures, jobs, kept, outputs, rebuild, versions, views
+from casparian_flow.db import failures, jobs, kept, outputs, rebuild, taken, versions, views
 from casparian_flow.db import topics as db_topics
 from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.models import PAUSED, JobStatus
@@ -71,6 +71,7 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
         "reasons_in_all": reasons.total,
         "rejected_most": named,
         "rejected_most_in_all": named.total,
+        "tables": ledger.read(taken.listed),
         "plugins": [row for row in ledger.read(views.plugins) if row["active"]],
         "sinks": _sinks(settings, topics),
         "advice": [advice._asdict() for advice in advise(settings, ledger)],
@@ -78,16 +79,17 @@ def status(settings: Settings, ledger: Ledger) -> dict[str, Any]:
 
 
 def counts(ledger: Ledger) -> dict[str, int]:
-    """Jobs by their status: FAILED are those whose failure is open, and `gone unread` are apart
-    (`db.failures`)."""
+    """Jobs by their status: FAILED are those whose failure is open; those that are held and those
+    that are gone unread are apart (`db.failures`)."""
     found = ledger.read(jobs.counts)
     if JobStatus.FAILED in found:
         del found[JobStatus.FAILED]
         states = ledger.read(failures.counts)
         if opened := states.get(failures.OPEN):
             found[JobStatus.FAILED] = opened
-        if gone := states.get(failures.GONE_UNREAD):
-            found[failures.GONE_UNREAD] = gone
+        for apart in (failures.HELD, failures.GONE_UNREAD):
+            if number := states.get(apart):
+                found[apart] = number
     return found
 
 
@@ -189,6 +191,7 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
         found += unrouted(ledger)
     found += _advise_rebuilds(ledger)
     found += _copies(ledger)
+    found += _left_to_tables(ledger)
     if of_jobs:
         found += _advise_jobs(ledger, tally, daemon is not None)
     found += _advise_store(settings, ledger, tally.get("SUPERSEDED", 0))
@@ -225,6 +228,19 @@ def _copies(ledger: Ledger) -> Iterator[Advice]:
         yield Advice(words, command, wrong=False)
 
 
+def _left_to_tables(ledger: Ledger) -> Iterator[Advice]:
+    """Advice on rows that a catch-all plugin gave of files before a table got them, if any."""
+    for table in ledger.read(taken.listed):
+        for left in table["left"]:
+            stay = "stays" if left["rows"] == 1 else "stay"
+            words = (
+                f"table {table['name']} has {counted(left['files'], 'file')} that plugin "
+                f"{left['plugin']} read before: {counted(left['rows'], 'row')} of {left['plugin']} "
+                f"{stay}"
+            )
+            yield Advice(words, "casparian files   (names the table of each file)", wrong=False)
+
+
 def _advise_jobs(ledger: Ledger, tally: dict[str, int], worked: bool) -> Iterator[Advice]:
     """Advice on jobs that wait, are paused or have failed."""
     queued, failed, gone = (tally.get(s, 0) for s in ("QUEUED", "FAILED", failures.GONE_UNREAD))
@@ -238,11 +254,32 @@ def _advise_jobs(ledger: Ledger, tally: dict[str, int], worked: bool) -> Iterato
     if failed:
         command = "casparian jobs --status FAILED   (then: casparian jobs retry, or dismiss)"
         yield Advice(f"{counted(failed, 'job')} failed", command)
+    yield from held(ledger)
     if gone:
         some = counted(gone, "version")
         words = f"{some} {_be(gone)} gone unread: the job failed, then the file was deleted"
         command = "casparian jobs --status gone-unread   (then: casparian jobs dismiss --all-gone)"
         yield Advice(words, command, wrong=False)
+
+
+def held(ledger: Ledger, job_ids: Sequence[int] | None = None) -> list[Advice]:
+    """Advice on versions that wait for a person to decide, by plugin.
+
+    Args:
+        job_ids: only of these jobs.
+    """
+    found = []
+    for row in ledger.read(lambda c: failures.held(c, job_ids)):
+        some = counted(row["versions"], "version")
+        what = f"table {row['plugin']}" if row["is_table"] else f"plugin {row['plugin']}"
+        words = (
+            f"{what}: {some} {_be(row['versions'])} held, such as {row['source']}/"
+            f"{row['rel_path']}, version {row['version']}: {row['reason'].removeprefix('held: ')}"
+        )
+        listed = "casparian jobs --held lists them"
+        command = f"casparian table accept {row['plugin']}   ({listed})"
+        found.append(Advice(words, command if row["is_table"] else "casparian jobs --held"))
+    return found
 
 
 def _advise_rebuilds(ledger: Ledger) -> Iterator[Advice]:

@@ -111,7 +111,7 @@ def test_every_subscriber_gets_one_job_at_the_highest_priority(ledger: Ledger) -
         rule(connection, "sales*", "sales", 50)
         return Routing(connection)
 
-    wanted = {w.plugin_id: w.priority for w in ledger.write(work).job_requests("sales.csv")}
+    wanted = {w.plugin_id: w.priority for w in ledger.write(work).job_requests("sales.csv", 1)}
     assert wanted == {first: 50, second: 5}
 
 
@@ -120,7 +120,7 @@ def test_only_the_active_version_of_a_plugin_takes_jobs(ledger: Ledger) -> None:
     newer = add_plugin(ledger, "p", "1.1.0")
     ledger.write(lambda c: rule(c, "*", "csv"))
     ledger.write(lambda c: plugins.subscribe(c, "p", [], "1.1.0"))
-    assert [w.plugin_id for w in ledger.read(Routing).job_requests("x")] == [newer]
+    assert [w.plugin_id for w in ledger.read(Routing).job_requests("x", 1)] == [newer]
 
 
 def test_the_fingerprint_follows_what_people_change(ledger: Ledger) -> None:

@@ -23,6 +23,10 @@ from casparian_flow.engine.bridge import Failure, Guest
 from casparian_flow.engine.environments import BUNDLED, bundle
 from casparian_flow.errors import (
     GuestDied,
+    Held,
+    JobError,
+    OutputRefused,
+    PluginFailed,
     PluginTimeout,
     Unavailable,
 )
@@ -344,3 +348,31 @@ def test_a_module_that_is_imported_too_long_is_told_apart_from_a_slow_job(start:
     with pytest.raises(PluginTimeout, match="to be imported") as caught:
         guest.load(0.5)
     assert "top level" in caught.value.hint
+
+
+HELD = "from casparian_flow.contract import Held"
+
+
+@pytest.mark.parametrize(
+    ("body", "fault", "words"),
+    [
+        (f"{HELD}; raise Held('held: column a is new')", Held, "held: column a is new"),
+        (f"{HELD}; raise Held('column a is new')", Held, "held: column a is new"),
+        (f"{HELD}; raise type('Mine', (Held,), {{}})('x')", Held, "held: x"),
+        (f"{HELD}; raise Held('x' * 99_999)", Held, "(99999 characters)"),
+        ("raise type('Held', (Exception,), {})('held: x')", PluginFailed, "plugin demo 1.0.0: "),
+        (f"{HELD}\ntry: self.publish('u', None)\nexcept ValueError: raise Held('x')",
+         OutputRefused, "topic 'u' is not declared"),
+    ],
+)  # fmt: skip
+def test_a_held_version_is_told_apart_by_its_type(
+    start: Start, body: str, fault: type[JobError], words: str
+) -> None:
+    with closing(loaded(start, body)) as guest:
+        with pytest.raises(JobError) as caught:
+            run(guest)
+        assert type(caught.value) is fault
+        assert words in caught.value.message
+        assert caught.value.message.startswith("held: ") == (fault is Held)
+        assert len(caught.value.message) < 3_000
+        assert guest.alive

@@ -248,6 +248,76 @@ def test_the_source_that_is_written(call: str, choices: dict[str, Any], wanted: 
     assert choose(plugin(call), "p.py", Choices(**choices)).source == plugin(wanted)
 
 
+CONTRACT = {
+    "language": 1,
+    "table": "sales",
+    "files": ["s*"],
+    "lines": False,
+    "columns": [
+        {"name": "order", "type": "integer", "required": True, "missingValues": ["", "k.A.", '"']},
+        {"name": "day", "type": "date", "format": "%d.%m.%Y"},
+    ],
+}
+
+
+SURVEY = {"survey": {"tokens": ["ü", {"b": [1, -2.5, True, None]}]}}
+
+
+def test_a_contract_is_laid_out_with_a_line_for_each_column() -> None:
+    call = '\n    pattern="*",\n    topic=["rows", "rows_rejects"],\n    catch_all=True,\n'
+    sinks = {"sales": ["parquet://output?mode=replace"]}
+    choices = Choices(
+        "sales", ["s*"], ["sales", "sales_rejects"], {}, contract=CONTRACT, sinks=sinks
+    )
+    assert choose(plugin(call), "p.py", choices).source == plugin(
+        """
+    name="sales",
+    contract={
+        "language": 1,
+        "table": "sales",
+        "files": ["s*"],
+        "lines": False,
+        "columns": [
+            {
+                "name": "order",
+                "type": "integer",
+                "required": True,
+                "missingValues": ["", "k.A.", '"'],
+            },
+            {"name": "day", "type": "date", "format": "%d.%m.%Y"},
+        ],
+    },
+    sinks={"sales": ["parquet://output?mode=replace"]},
+    pattern="s*",
+    topic=["sales", "sales_rejects"],
+    catch_all=True,
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    "call", ['pattern="*"', 'pattern="*", contract={}', "pattern='*',contract=None"]
+)
+def test_a_contract_takes_the_place_of_another(call: str) -> None:
+    once = choose(plugin(call), "p.py", Choices(contract=SURVEY)).source
+    assert read_manifest(once, "p.py").contract == SURVEY
+    again = chosen(once, contract=CONTRACT)
+    assert again.contract == CONTRACT
+    assert again.is_table
+
+
+def test_sinks_that_are_chosen_replace_the_authors_under_the_new_names() -> None:
+    source = plugin('pattern="*", topic="a", sinks={"a": "parquet://x"}')
+    manifest = chosen(source, topics=["b"], sinks={"b": ["sqlite:///t.db", "parquet://y"]})
+    assert manifest.sinks == {"b": ["sqlite:///t.db", "parquet://y"]}
+    assert manifest.topics == ["b"]
+
+
+def test_a_contract_that_no_source_can_hold_is_refused() -> None:
+    assert "computed" in refusal(plugin('pattern="*"'), contract={"a": float("inf")}).message
+    assert "deep" in refusal(plugin('pattern="*"'), contract={"a": [[[[[[[[]]]]]]]]}).message
+
+
 @pytest.mark.parametrize(
     ("typed_text", "value"),
     [

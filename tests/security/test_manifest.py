@@ -6,6 +6,7 @@ import dataclasses
 import textwrap
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -96,6 +97,58 @@ def test_options_are_literals_by_name() -> None:
     assert "options must be" in refused("pattern='*', options={'line': 1.5}").message
     assert "not an option's name" in refused("pattern='*', options={'A b': 1}").message
     assert "not Unicode" in refused(r"pattern='*', options={'a': '\ud800'}").message
+
+
+def test_a_contract_is_any_literal_that_json_can_hold() -> None:
+    contract = {
+        "language": 1, "table": "sales", "files": ["*.csv"], "lines": False,
+        "columns": [{"name": "ä", "type": "double", "minimum": -1.5, "enum": [0.25, 2]}],
+    }  # fmt: skip
+    manifest = read(f"pattern='*', contract={contract!r}, catch_all=True")
+    assert manifest.contract == contract
+    assert manifest.is_table
+    assert not manifest.yields_to_tables
+    surveying = read("pattern='*', contract={'survey': {'tokens': ('', {'-'})}}")
+    assert surveying.contract == {"survey": {"tokens": ["", ["-"]]}}
+    assert not surveying.is_table
+    assert not surveying.yields_to_tables
+    assert manifest_of(msgspec.json.encode(manifest)) == manifest
+
+
+def test_a_catch_all_without_a_contract_yields_to_tables() -> None:
+    assert read("pattern='*', catch_all=True, contract={}").yields_to_tables
+    assert not read("pattern='*'").yields_to_tables
+    assert refused("pattern='*', catch_all=1").message.endswith(
+        "catch_all must be True or False, not 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("contract", "words"),
+    [
+        ("'sales'", "contract must be a dict"),
+        ("open('/etc/passwd')", "is computed"),
+        ("{'a': [x for x in 'ab']}", "is computed"),
+        ("{**{}}", "is computed"),
+        ("{'a': f'{1}'}", "is computed"),
+        ("{'columns': {'a': 'text', 'b': 'text', 'a': 'date'}}", "has 'a' twice"),
+        ("{1: 'a'}", "a key that is no string"),
+        ("{'a': b'x'}", "a value of the type bytes"),
+        ("{'a': 1j}", "a value of the type complex"),
+        ("{'a': ...}", "a value of the type ellipsis"),
+        ("{'a': 1e999}", "not finite"),
+        ("{'a': 9223372036854775808}", "more than 64 bits"),
+        (r"{'a': '\ud800'}", "not Unicode"),
+        (r"{'\ud800': 1}", "not Unicode"),
+        ("{'a': " + "[" * 90 + "]" * 90 + "}", "nested more than"),
+        ("{'a': [" + "0," * 50_000 + "]}", "more than 50000 values"),
+        ("{'a': '" + "x" * 300_000 + "'}", "262144 characters"),
+        ("{'table': 'sales', 'files': ['*'], 'columns': {'a': 'money'}}", "column a"),
+        ("{'survey': 1}", "must be a mapping"),
+    ],
+)
+def test_a_hostile_contract_is_refused_in_words(contract: str, words: str) -> None:
+    assert words in refused(f"pattern='*', contract={contract}").message
 
 
 def test_nothing_of_the_plugin_is_run() -> None:
