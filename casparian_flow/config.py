@@ -299,6 +299,11 @@ class DatabaseSettings(Section, frozen=True):
         return self.state_folder / f"{self.path.name}.guests"
 
     @property
+    def trials_folder(self) -> Path:
+        """The same for the guests of trials, a folder for each process that has some."""
+        return self.state_folder / f"{self.path.name}.trials"
+
+    @property
     def stage_folder(self) -> Path:
         """Staged outputs for sinks without a folder."""
         return self.state_folder / f"{self.path.name}.stage"

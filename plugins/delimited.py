@@ -40,6 +40,13 @@ field. U+FEFF at the start of a record is removed. `line` is the physical line w
 starts, `record` counts records; both count from 1, and the header is record 1. `raw` is the
 record's text, at most 1 Mi characters, with `\\x00` for NUL and `\\udcNN` for an invalid byte NN.
 
+With a contract (`casparian table add`) the rows are typed, and what is no row is counted: lines
+above the table, comments, repeated headers, and everything from the first line on that matches the
+contract's `footer`. The header is the first line that matches `header`; else, of the first records,
+one that has all of the contract's columns; else it is found as above. `control` finds totals in the
+lines that are skipped, and the job fails if they differ from what was read. A contract that orders
+a survey has the file described instead, in one row of the topic `survey`.
+
 A file of another kind fails; the message names the kind. So does text without a delimiter, except
 in a `.csv` or `.tsv`, which may have one column. An empty file publishes nothing.
 Column names: runs of white space become one space, an empty header cell becomes `column_3` (its
@@ -59,15 +66,18 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chardet
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as arrow_csv
 from chardet.enums import EncodingEra
 
+from casparian_flow.intake import Intake, label
 from casparian_flow.sdk import (
     BasePlugin,
     PluginMetadata,
@@ -85,7 +95,8 @@ MANIFEST = PluginMetadata(
         "*.csv.gz", "*.tsv.gz", "*.tab.gz", "*.psv.gz", "*.txt.gz",
     ],
     topic=["delimited", "delimited_rejects"],
-    version="1.1.0",
+    catch_all=True,
+    version="1.2.0",
     options={
         "encoding": "",
         "delimiter": "",
@@ -98,11 +109,22 @@ MANIFEST = PluginMetadata(
     },
 )  # fmt: skip
 
+EVERY = 1 << 62
+"""More lines than any file has."""
 SAMPLE_CHARACTERS = 64 << 10
+BLOCK_CHARACTERS = 1 << 20
+SMALL_BLOCK = 64 << 10
+BACKWARDS = 64
+"""How many quotes before a line are looked at to find a line end that no field has."""
+COLUMN_CHARACTERS = 2 << 10
+"""How much a block has for each column at least: each costs time in every block."""
 SAMPLE_LINES = 20
 PIECES = 16
 PIECE_BYTES = 8 << 10
 RECORD_CHARACTERS = 16 << 20
+HEADER_RECORDS = 200
+ABOVE_LINES = 1000
+"""So many of the last lines above the header are looked at, whether they are rows."""
 RAW_CHARACTERS = 1 << 20
 CHUNK_BYTES = 256 << 10
 WEAK_EVIDENCE = 0.015
@@ -124,6 +146,7 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 MARK = "\ufeff"
+UTF_8 = ("utf-8", "utf-8-sig")
 NO_DELIMITER = "\ufdd1"
 NOWHERE = "\ufdd0\ufdd0"
 WEAK = (":", " ")
@@ -142,12 +165,17 @@ DATE = re.compile(
 )
 NUMBER = re.compile(r"[$€£]?[-+(]?[$€£]?(?:\d[\d.,' \u00a0]*|[.,]\d+)(?:[eE][-+]?\d+)?\)?[ %$€£]*")
 MISSING = {"", "na", "n/a", "nan", "null", "none", "nil", "-", "--", "?", ".", "\\n"}
+WHITE_SPACE = " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"
 COMMENTS = ("#", "//", "%", "--", "!", "*", ";")
+AGAIN = "the header again"
 REJECTS = pa.schema(
     [("line", pa.int64()), ("record", pa.int64()), ("reason", pa.string()), ("raw", pa.string())]
 )
 
 log = logging.getLogger("delimited")
+
+Judged = tuple[int, int, list[str], str, str]
+"""Line, number and fields of a record, why it is no row (empty: it is one), and its text."""
 
 
 class Record(NamedTuple):
@@ -178,13 +206,6 @@ class Dialect(NamedTuple):
         text += f", quote {self.quote}" if self.quote else ", no quotes"
         text += f", escape {self.escape}" if self.escape else ""
         return text + (", blanks before quotes skipped" if self.blanks else "")
-
-
-class Reject(NamedTuple):
-    line: int
-    record: int
-    reason: str
-    raw: str
 
 
 class Sample(NamedTuple):
@@ -268,23 +289,34 @@ class Handler(BasePlugin):
     """Publishes the rows of one delimited text file."""
 
     def execute(self, file_path: str) -> None:
-        options = Options(file_path)
+        intake = Intake(self, MANIFEST) if MANIFEST.contract else None
+        options = Options(file_path, intake)
         encoding, pieces = find_encoding(file_path, options)
-        if not encoding:
-            return
-        with open_text(file_path, encoding) as text:
-            sample = take_sample(text, pieces, encoding, options)
+        if intake and options.doubt:
+            intake.doubt_encoding(options.doubt)
+        above = lines_above(file_path, encoding, intake, options) if intake and encoding else 0
+        sample = None
+        if encoding:
+            with open_text(file_path, encoding) as text:
+                for _ in Lines(text).upto(above):
+                    pass
+                sample = take_sample(text, pieces, encoding, options)
         if sample is None:
+            if intake:
+                intake.finish(0, {})
             return
-        layout = find_layout(sample, options)
+        layout = find_layout(sample._replace(first_line=sample.first_line + above), options)
         log.info("read as %s with %s; the table begins in line %d", encoding, layout.dialect,
                  layout.line)  # fmt: skip
         for note in options.guesses:
             log.info("guessed: %s", note)
         with open_text(file_path, encoding) as text:
             lines = Lines(text)
-            for _ in range(layout.line - 1):
-                lines.take()
+            if intake:
+                Taking(intake, lines, layout, encoding).all()
+                return
+            for _ in lines.upto(layout.line - 1):
+                pass
             self.publish_table(lines, layout)
 
     def publish_table(self, lines: Lines, layout: Layout) -> None:
@@ -293,12 +325,14 @@ class Handler(BasePlugin):
         schema = pa.schema([(name, pa.string()) for name in table.names()])
         topic, rejects_topic = MANIFEST.topic
         self.publish(topic, schema.empty_table())
-        for batch in batches(table.records(), lambda record: len(record[1])):
-            rows = [record for record, _ in batch if type(record) is list]
+        for batch in batches(table.records(), lambda record: len(record[4])):
+            rows = [fields for _, _, fields, reason, _ in batch if not reason]
             if rows:
-                columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
-                self.publish(topic, pa.Table.from_arrays(columns, schema=schema))
-            rejects = [record._asdict() for record, _ in batch if type(record) is Reject]
+                self.publish(topic, pa.Table.from_arrays(columns_of(rows), schema=schema))
+            rejects = [
+                {"line": line, "record": number, "reason": reason, "raw": printable(raw)}
+                for line, number, _, reason, raw in batch if reason
+            ]  # fmt: skip
             if rejects:
                 self.publish(rejects_topic, pa.Table.from_pylist(rejects, schema=REJECTS))
         if table.comments:
@@ -309,10 +343,16 @@ class Handler(BasePlugin):
 class Options:
     """The options of one file, and the guesses made for those that are not set."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, intake: Intake | None = None) -> None:
         self.name = PurePath(path).name
-        self.chosen = {name: str(value) for name, value in MANIFEST.options.items()}
+        said = {word: text for word, text in (intake.dialect if intake else {}).items()
+                if word in MANIFEST.options}  # fmt: skip
+        self.chosen = {name: str(value) for name, value in {**MANIFEST.options, **said}.items()}
+        self.known = intake.known_names() if intake else set()
+        """Columns that the table has in any case."""
         self.guesses: list[str] = []
+        self.doubt = ""
+        """Why the encoding may be another one, with other text; empty if it is clear."""
         self.check()
         self.suffix = re.sub(r"\.gz$", "", self.name.lower()).rpartition(".")[2]
 
@@ -359,8 +399,19 @@ class Options:
         if text not in self.guesses:
             self.guesses.append(text)
 
+    def guess_western(self, text: str, evidence: bytes) -> None:
+        """Note that Windows-1252 is taken although the bytes do not speak for it."""
+        self.guess(f"encoding cp1252 ({text})")
+        read = evidence.decode("cp1252", "replace")
+        others = [name for name in NEIGHBOURS if evidence.decode(name, "replace") != read]
+        if others:
+            self.doubt = f"it is not UTF-8, and may be cp1252 or {others[0]}"
+
     def refuse(self, what: str, *choices: str) -> ValueError:
         """The error for a file that is not clear, with the command that settles it."""
+        if MANIFEST.contract:
+            return ValueError(f"{self.name}: {what}; the table's dialect can say it: "
+                              f"{', or '.join(choices)}")  # fmt: skip
         command = own_publish("delimited", self.name, *choices)
         return ValueError(f"{self.name}: {what}; to settle it: {command}")
 
@@ -377,21 +428,40 @@ class Lines:
 
     def take(self) -> str:
         """The next line with its line end; empty at the end of the text. A long line is cut."""
-        if self._again:
-            line = self._again.popleft()
-        else:
-            line = self._text.readline(RECORD_CHARACTERS + 1)
-            if len(line) > RECORD_CHARACTERS:
-                rest = line
-                while rest and not rest.endswith(("\n", "\r")):
-                    rest = self._text.readline(RECORD_CHARACTERS)
+        line = self._again.popleft() if self._again else self._next()
         if line:
             self.number += 1
+        return line
+
+    def _next(self) -> str:
+        line = self._text.readline(RECORD_CHARACTERS + 1)
+        if len(line) > RECORD_CHARACTERS:
+            rest = line
+            while rest and not rest.endswith(("\n", "\r")):
+                rest = self._text.readline(RECORD_CHARACTERS)
         return line
 
     def again(self, lines: Sequence[str]) -> None:
         self._again.extendleft(reversed(lines))
         self.number -= len(lines)
+
+    def upto(self, number: int) -> Iterator[str]:
+        """Take the lines up to this one."""
+        while self.number < number and (line := self.take()):
+            yield line
+
+    def read(self, size: int) -> str:
+        """About `size` characters in whole lines, which are not numbered yet."""
+        if self._again:
+            text = "".join(self._again)
+            self._again.clear()
+            return text
+        text = self._text.read(size)
+        return text + self._next() if len(text) == size else text
+
+    def put_back(self, text: str) -> None:
+        """Have these lines, which `read` gave, taken next."""
+        self._again.extend(io.StringIO(text, newline="").readlines())
 
     def __iter__(self) -> Lines:
         return self
@@ -406,6 +476,21 @@ class Lines:
         if self.size > RECORD_CHARACTERS:
             raise csv.Error(f"more than {RECORD_CHARACTERS} characters")
         return line
+
+
+def line_end(text: str, start: int, stop: int) -> int:
+    """The position after the last line end between two positions; 0 if there is none."""
+    end = max(text.rfind("\n", start, stop), text.rfind("\r", start, stop)) + 1
+    return end + (end > 0 and text[end - 1] == "\r" and text.startswith("\n", end))
+
+
+def count_lines(text: str) -> int:
+    ends = text.count("\n") + ((text.count("\r") - text.count("\r\n")) if "\r" in text else 0)
+    return ends + (not text.endswith(("\n", "\r")))
+
+
+def columns_of(rows: Iterable[list[str]]) -> list[pa.Array]:
+    return [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
 
 
 def lines_of(text: str, number: int = 0) -> Lines:
@@ -608,7 +693,7 @@ def find_encoding(path: str, options: Options) -> tuple[str, list[bytes]]:
         ValueError: the file is not text, or a damaged gzip file.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    evidence, pieces, stride, empty = b"", [], 1, True
+    evidence, pieces, stride, empty, is_ascii = b"", [], 1, True, True
     with open_bytes(path) as file:
         start = file.read(CHUNK_BYTES)
         if not start:
@@ -620,6 +705,7 @@ def find_encoding(path: str, options: Options) -> tuple[str, list[bytes]]:
             )
         for number, chunk in enumerate(chain([start], iter(partial(file.read, CHUNK_BYTES), b""))):
             empty = empty and not chunk.strip(b"\0")
+            is_ascii = is_ascii and chunk.isascii()
             if number and number % stride == 0:
                 pieces.append(chunk[:PIECE_BYTES])
                 if len(pieces) == PIECES:
@@ -635,6 +721,9 @@ def find_encoding(path: str, options: Options) -> tuple[str, list[bytes]]:
         raise ValueError(f"{options.name}: this file has only NUL bytes, so it has no rows")
     marked = next((BYTE_ORDER_MARKS[m] for m in BYTE_ORDER_MARKS if start.startswith(m)), "")
     evidence = evidence or decoder.getstate()[0]
+    chosen = options["encoding"]
+    if chosen and not (is_ascii or evidence) and codecs.lookup(chosen).name not in UTF_8:
+        options.doubt = f"its bytes are UTF-8, and {chosen} is said"
     return options["encoding"] or marked or found_encoding(start, evidence, options), pieces
 
 
@@ -711,13 +800,37 @@ def guess_encoding(evidence: bytes, options: Options) -> str:
     western_bytes = not re.search(rb"[\x81\x8d\x8f\x90\x9d]", evidence)
     faint = western_bytes and not re.match("(?i)windows-|iso-|koi|cp125|cp874|tis", name)
     if not found[0]["encoding"] or best < (0.05 if faint else WEAK_EVIDENCE):
-        options.guess("encoding cp1252 (no evidence for another one)")
+        options.guess_western("no evidence for another one", evidence)
     elif name in NEIGHBOURS and western >= 0.7 * best:
-        options.guess(f"encoding cp1252 ({western:.0%} sure; {name} is as likely by the bytes)")
+        words = f"{western:.0%} sure; {name} is as likely by the bytes"
+        options.guess_western(words, evidence)
     else:
         options.guess(f"encoding {name} ({best:.0%} sure)")
         return name
     return "cp1252"
+
+
+def lines_above(path: str, encoding: str, intake: Intake, options: Options) -> int:
+    """The number of lines above the first one that matches the contract's header.
+
+    Raises:
+        ValueError: no line does.
+    """
+    if "header" not in intake.dialect:
+        return 0
+    options.chosen["header_line"] = "1"  # of the lines below these
+    above = 0
+    with open_text(path, encoding) as text:
+        for some in batches(Lines(text).upto(EVERY), len):
+            separator = None if above else SEP_LINE.match(some[0])
+            if separator:
+                options.chosen["delimiter"] = options["delimiter"] or separator[1]
+            found = intake.first("header", some)
+            if found >= 0:
+                return above + found
+            above += len(some)
+    pattern = intake.dialect["header"]
+    raise ValueError(f"{options.name}: none of its {above:,} lines matches the header {pattern!r}")
 
 
 def take_sample(
@@ -788,6 +901,11 @@ def find_layout(sample: Sample, options: Options) -> Layout:
         raise options.refuse("no line can be read", "delimiter=none")
     if options["header_line"] == "none":
         return Layout(dialect, sample.first_line, None, width, False, comment, every)
+    for index, (line, fields, reason, _) in enumerate(fit.records[:HEADER_RECORDS]):
+        known = options.known if not (reason or options.header_line) else set()
+        if not known.isdisjoint(fields) and known <= {*column_names(fields)}:
+            trailing = fit.trailing and fit.start == index
+            return Layout(dialect, line, fields, len(fields), trailing, comment, every)
     if options.header_line:
         line, fields, reason, _ = fit.records[0]
         if reason:
@@ -975,6 +1093,8 @@ def choose(fits: list[Fit], sample: Sample, options: Options) -> Fit:
     ]  # fmt: skip
     ragged.sort(key=rank_of_ragged)
     below = [fit for fit in strong if fit.start and fit.body >= 0.8 and fit.rows_below > 1]
+    if options.header_line and MANIFEST.contract:
+        below = []  # the table begins with the header that the contract says
     below.sort(key=lambda fit: (fit.rows_below, *rank(fit)))
     if below and (not ragged or below[-1].rows_below > ragged[-1].widths[ragged[-1].width]):
         ragged = below
@@ -1356,32 +1476,34 @@ class Table:
     """The records of the table: rows and rejects."""
 
     def __init__(self, lines: Lines, layout: Layout) -> None:
-        self._layout = layout
-        self._reader = Reader(lines, layout.dialect, layout.width + layout.trailing)
+        self.layout = layout
+        self.reader = Reader(lines, layout.dialect, layout.width + layout.trailing)
+        self.number = self.headers = int(layout.commented)
+        """Records so far, with the header; and how many of them are the header."""
         self.comments = 0
 
     def names(self) -> list[str]:
-        header = self._layout.header
-        return column_names([""] * self._layout.width if header is None else header)
+        header = self.layout.header
+        return column_names([""] * self.layout.width if header is None else header)
 
-    def records(self) -> Iterator[tuple[list[str] | Reject, str]]:
-        """Every record below the header, as a row or a reject, with its text."""
-        layout = self._layout
+    def records(self) -> Iterator[Judged]:
+        """Every record below the header."""
+        layout = self.layout
         width, trailing = layout.width, layout.trailing
         header = layout.header if len(filled(layout.header or ())) > 1 else None
         skip_header = layout.header is not None and not layout.commented
-        number = int(layout.commented)
         first = header[0].strip().casefold() if header else ""
         comment = layout.comment or NOWHERE
-        for line, fields, why, raw in self._reader.records(comment if layout.every_comment else ""):
+        for line, fields, why, raw in self.reader.records(comment if layout.every_comment else ""):
             other = len(fields) not in (width, width + trailing)
             if (not fields and not why) or (other and raw.startswith(comment)):
                 self.comments += 1
                 continue
-            number += 1
+            self.number += 1
             reason = why
-            if number == 1 and skip_header:
+            if self.number == 1 and skip_header:
                 if "\0" not in raw:
+                    self.headers = 1
                     continue
                 reason = "NUL characters in the header, left out of the names"
             if trailing and len(fields) == width + 1 and not fields[-1]:
@@ -1389,22 +1511,342 @@ class Table:
             reason = reason or self._fault(fields, raw)
             again = not reason and header and fields[0].strip().casefold() == first
             if again and list(map(folded, fields)) == list(map(folded, header or ())):
-                reason = "the header again"
-            if reason:
-                kept = raw[:RAW_CHARACTERS]
-                yield Reject(line, number, reason, printable(kept)), kept
-            else:
-                yield fields, raw
+                reason = AGAIN
+            yield line, self.number, fields, reason, raw[:RAW_CHARACTERS] if reason else raw
 
     def _fault(self, fields: list[str], raw: str) -> str:
         """The reason to reject a record; empty if it is a row."""
         if "\0" in raw:
             return "a NUL character"
-        if len(fields) != self._layout.width:
+        if len(fields) != self.layout.width:
             fields_text = "1 field" if len(fields) == 1 else f"{len(fields)} fields"
-            return f"{fields_text} where the header has {self._layout.width}"
+            return f"{fields_text} where the header has {self.layout.width}"
         if not raw.isascii() and UNDECODABLE.search(raw):
             return "bytes that are not in the encoding of the file"
         if len(raw) > RECORD_CHARACTERS:
             return f"more than {RECORD_CHARACTERS} characters"
         return ""
+
+
+class Block:
+    """Records of the table without a fault, as columns of text."""
+
+    def __init__(
+        self, text: str, line: int, record: int, columns: list[pa.Array], quote: str
+    ) -> None:
+        self._text = text
+        self._line = line
+        self._quote = quote or NOWHERE
+        self.columns = columns
+        self.count = len(columns[0])
+        self.records = range(record, record + self.count)
+        self.end = line + count_lines(text)
+        """The line after the last one."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are as many records as the text has."""
+        return self._one_each or len(self._places) == self.count
+
+    @property
+    def lines(self) -> Sequence[int]:
+        """The line where each record starts."""
+        if self._one_each:
+            return range(self._line, self.end)
+        return [self._line + first for first, _ in self._places]
+
+    def raw_of(self, index: int) -> str:
+        """The text of a record."""
+        if self._one_each:
+            return self._texts[index]
+        first, end = self._places[index]
+        return "".join(self._texts[first:end])
+
+    def starts(self) -> list[str]:
+        """The first line of each record."""
+        if self._one_each:
+            return self._texts
+        return [self._texts[first] for first, _ in self._places]
+
+    @property
+    def _one_each(self) -> bool:
+        """Whether every line is a record: none is empty, and none has a part of one."""
+        return self._line + self.count == self.end
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return io.StringIO(self._text, newline="").readlines()
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int]]:
+        """Where each record starts and ends, in lines of the text: quotes are in pairs."""
+        places, first, within = [], 0, False
+        for index, line in enumerate(self._texts):
+            if not within:
+                first = index
+            within ^= line.count(self._quote) % 2 == 1
+            if not within and (index > first or line.rstrip("\r\n")):
+                places.append((first, index + 1))
+        return places
+
+
+class Blocks:
+    """Reads a table's records block by block.
+
+    Arrow splits a block at once if that gives the same as `Table.records`: quotes only enclose
+    fields, all records have the table's width, and nothing in it is to be rejected or skipped.
+    """
+
+    def __init__(self, lines: Lines, table: Table) -> None:
+        self._lines, self._table = lines, table
+        self._text, self._at = "", 0
+        self._is_over = False
+        layout, dialect = table.layout, table.layout.dialect
+        self._most = max(BLOCK_CHARACTERS, min(COLUMN_CHARACTERS * layout.width, 16 << 20))
+        self._size = self._most
+        self._is_able = len(dialect.delimiter) == 1 and dialect.delimiter.isascii() and not (
+            dialect.quote not in ('"', "") or dialect.escape or dialect.blanks
+        )  # fmt: skip
+        if self._is_able:
+            edge = re.escape(dialect.delimiter)
+            field = f'(?:"(?:[^"]|"")*"|[^"{edge}\r\n]*)'
+            self._tidy = rf"\A(?:{field}(?:{edge}{field})*(?:\r\n|\n|\r))*\z"
+            names = [str(place) for place in range(layout.width + layout.trailing)]
+            self._how = {
+                "read_options": arrow_csv.ReadOptions(
+                    column_names=names, use_threads=False, block_size=1 << 30
+                ),
+                "parse_options": arrow_csv.ParseOptions(
+                    delimiter=dialect.delimiter,
+                    quote_char=dialect.quote or False,
+                    newlines_in_values=True,
+                ),
+                "convert_options": arrow_csv.ConvertOptions(
+                    column_types=dict.fromkeys(names, pa.string()),
+                    check_utf8=False,
+                    strings_can_be_null=False,
+                    null_values=[],
+                ),
+            }
+
+    def __iter__(self) -> Iterator[Block | list[Judged]]:
+        """Every record below the header: a block, or records of which some may have a fault."""
+        records = self._table.records()
+        stop = self._lines.number + 1 if self._is_able else EVERY
+        while True:
+            yield from batches(self._one_by_one(records, stop), lambda record: len(record[4]))
+            if self._is_over:
+                return
+            while block := self._block():
+                yield block
+            stop = self._lines.number + max(1, count_lines(self._piece()))
+            self._lines.put_back(self._text[self._at :])
+            self._text, self._at = "", 0
+
+    def _one_by_one(self, records: Iterator[Judged], stop: int) -> Iterator[Judged]:
+        """The records up to a line."""
+        for record in records:
+            yield record
+            if self._lines.number >= stop:
+                return
+        self._is_over = True
+
+    def _block(self) -> Block | None:
+        """The records that come next, if Arrow may split them."""
+        lines, table = self._lines, self._table
+        while piece := self._piece():
+            columns = self._columns(piece)
+            if columns:
+                quote = table.layout.dialect.quote
+                block = Block(piece, lines.number + 1, table.number + 1, columns, quote)
+                if block.is_whole:
+                    self._at += len(piece)
+                    self._size = min(2 * self._size, self._most)
+                    lines.number = block.end - 1
+                    table.number += block.count
+                    return block
+            if self._size <= SMALL_BLOCK:
+                return None
+            self._size = max(SMALL_BLOCK, self._size // 16)
+        return None
+
+    def _piece(self) -> str:
+        """About as much text as a block may have, from here to where a record ends."""
+        size = self._size
+        while len(self._text) - self._at < size and (more := self._lines.read(self._most)):
+            self._text, self._at = self._text[self._at :] + more, 0
+        text, at = self._text, self._at
+        end = len(text)
+        if end - at > size:
+            end = line_end(text, at, at + size)
+            ends = [place for sign in "\r\n" if (place := text.find(sign, at + size)) >= 0]
+            end = end or (line_end(text, at, min(ends) + 1) if ends else len(text))
+        quote = self._table.layout.dialect.quote
+        for _ in range(BACKWARDS):
+            if not quote or text.count(quote, at, end) % 2 == 0:
+                return text[at:end] if end - at <= RECORD_CHARACTERS else ""
+            end = line_end(text, at, text.rfind(quote, at, end))
+        return ""
+
+    def _columns(self, piece: str) -> list[pa.Array] | None:
+        """The columns of a piece; None if it is not for Arrow to split."""
+        layout = self._table.layout
+        if "\0" in piece or MARK in piece or (layout.every_comment and self._commented(piece)):
+            return None
+        text = piece if piece.endswith(("\n", "\r")) else piece + "\n"
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:  # bytes that are not in the file's encoding
+            return None
+        quote = layout.dialect.quote
+        if quote and quote in text and not pc.match_substring_regex(text, self._tidy).as_py():
+            return None
+        try:
+            found = arrow_csv.read_csv(pa.BufferReader(data), **self._how)
+        except pa.ArrowInvalid:
+            return None
+        columns = [column.combine_chunks() for column in found.columns]
+        if layout.trailing and pc.any(pc.not_equal(columns.pop(), "")).as_py():
+            return None
+        return None if self._has_header(columns) else columns
+
+    def _commented(self, piece: str) -> bool:
+        comment = self._table.layout.comment
+        return piece.startswith(comment) or f"\n{comment}" in piece or f"\r{comment}" in piece
+
+    def _has_header(self, columns: list[pa.Array]) -> bool:
+        """Whether a record may repeat the header."""
+        header = self._table.layout.header or []
+        if len(filled(header)) < 2:
+            return False
+        at = None
+        for name, column in zip(header, columns, strict=True):
+            cells = column if at is None else column.take(at)
+            start = next(iter(folded(name).split()), "")
+            alike = pc.starts_with(pc.ascii_lower(pc.ascii_ltrim(cells, WHITE_SPACE)), start)
+            alike = pc.or_(alike, pc.invert(pc.string_is_ascii(cells)))
+            places = pc.indices_nonzero(alike)
+            at = places if at is None else at.take(places)
+            if not len(at):
+                return False
+        return True
+
+
+class Taking:
+    """Hands a table's file to the intake, which types and publishes it by the contract."""
+
+    def __init__(self, intake: Intake, lines: Lines, layout: Layout, encoding: str) -> None:
+        self._intake, self._lines, self._layout = intake, lines, layout
+        self._encoding = encoding
+        self._has_ended = False
+        self._last: tuple[Block | list[Judged], int] = ([], 0)
+        """The last records above the footer are so many of this part."""
+
+    def all(self) -> None:
+        """Take in the whole file."""
+        intake, lines, layout = self._intake, self._lines, self._layout
+        above = 0
+        last = deque[str](maxlen=ABOVE_LINES)
+        texts = (line for line in lines.upto(layout.line - 1) if line.strip("\r\n" + MARK))
+        for some in batches(texts, len):
+            above += len(some)
+            intake.skip("preamble", some)
+            last.extend(some)
+        if layout.commented:
+            intake.skipped["preamble"] -= 1
+            above -= 1
+        first = lines.take()
+        lines.again([first])
+        table = Table(lines, layout)
+        intake.start(table.names())
+        marks = ("#", "//", layout.comment or NOWHERE)
+        text = "".join(line for line in last if not line.startswith(marks))
+        found = Reader(lines_of(text), layout.dialect, layout.width).records() if text else iter(())
+        intake.check_above([(raw, fields) for _, fields, why, raw in found if not why], layout.line)
+        for part in Blocks(lines, table):
+            self._take(part)
+        intake.skipped["comment"] += table.comments
+        read = above + table.number - table.headers + table.comments
+        intake.finish(read, self._facts(table.names(), first, above))
+
+    def _take(self, part: Block | list[Judged]) -> None:
+        intake = self._intake
+        starts = []
+        if self._has_ended or "footer" in intake.dialect:
+            starts = starts_of(part)
+        end = 0 if self._has_ended else intake.first("footer", starts)
+        if end >= 0:
+            self._has_ended = True
+            self._skip(part, end, starts)
+        else:
+            end = part.count if isinstance(part, Block) else len(part)
+        if not end:
+            return
+        self._last = part, end
+        if isinstance(part, Block):
+            columns = [column.slice(0, end) for column in part.columns]
+            intake.columns(columns, part.lines[:end], part.records[:end], part.raw_of)
+            return
+        some = part[:end]
+        intake.skip("header", [raw for *_, reason, raw in some if reason == AGAIN])
+        intake.rows(
+            self._layout.width,
+            [(line, number, fields, raw) for line, number, fields, reason, raw in some
+             if not reason],
+            [(line, number, reason, raw) for line, number, _, reason, raw in some
+             if reason and reason != AGAIN],
+        )  # fmt: skip
+
+    def _skip(self, part: Block | list[Judged], end: int, starts: list[str]) -> None:
+        """Skip the records from the footer on."""
+        self._intake.skip("footer", starts[end:])
+        if isinstance(part, Block):
+            columns = [column.slice(end) for column in part.columns]
+            self._intake.check_below(columns, part.lines[end:], starts[end:])
+            return
+        good = [(line, fields, start) for (line, _, fields, reason, _), start
+                in zip(part[end:], starts[end:], strict=True) if not reason]  # fmt: skip
+        if good:
+            lines, fields, starts = zip(*good, strict=True)
+            self._intake.check_below(columns_of(fields), lines, starts)
+
+    def _facts(self, names: list[str], first: str, above: int) -> dict[str, Any]:
+        """What a survey tells of the file besides its rows."""
+        layout, dialect = self._layout, self._layout.dialect
+        named = {sign: word for word, sign in DELIMITER_NAMES.items()}
+        delimiter = "none" if dialect.delimiter == NO_DELIMITER else dialect.delimiter
+        if not delimiter.isprintable() or delimiter == " ":
+            delimiter = named.get(delimiter, delimiter.encode("unicode_escape").decode())
+        words = {"delimiter": delimiter}
+        if dialect.quote != '"':
+            words["quote"] = dialect.quote or "none"
+        if dialect.blanks:
+            words["blanks"] = "skip"
+        if layout.header is None:
+            words["header_line"] = "none"
+        part, end = self._last
+        if isinstance(part, Block):
+            begin = max(0, end - ABOVE_LINES)
+            cells = [column.slice(begin, end - begin).to_pylist() for column in part.columns]
+            rows = zip(*cells, strict=True)
+            last = list(zip(part.starts()[begin:end], rows, strict=True))
+        else:
+            last = [(raw, None if reason else fields) for _, _, fields, reason, raw in part[:end]]
+        suggest = {"footer": self._intake.footer_of(last, dialect.delimiter)}
+        if above and layout.header is not None and not layout.commented:
+            suggest["header"] = label(first, dialect.delimiter, 2)
+        return {
+            "reader": "delimited",
+            "encoding": f"{self._encoding}{' (a guess)' if self._intake.is_guessed else ''}",
+            "dialect": words,
+            "header_line": layout.line if layout.header is not None else 0,
+            "names": names,
+            "suggest": {word: text for word, text in suggest.items() if text},
+        }
+
+
+def starts_of(part: Block | list[Judged]) -> list[str]:
+    """The first line of each record."""
+    if isinstance(part, Block):
+        return part.starts()
+    return [re.split("[\r\n]", raw, maxsplit=1)[0] for *_, raw in part]

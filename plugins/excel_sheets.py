@@ -26,6 +26,9 @@ Topic `excel_rejects` has rows that cannot be read, with the cells, the reason a
 JSON: a formula without a stored value (`--option formulas=empty` makes it null), an invalid number,
 a repeated header. The job fails if the file is damaged, protected by a password, or not a workbook,
 and if a sheet is almost empty between cells that are far apart. An empty file publishes nothing.
+With a contract (`casparian table add`) the rows of its sheets are typed. A cell that is a number, a
+date or a boolean in the workbook converts exactly, whatever notation the contract has for texts, or
+rejects its row. `header`, `footer` and `control` see a row as its cells with `;` between them.
 Column names: runs of white space become one space, an empty header cell becomes `column_3` (its
 position), one that is repeated on its sheet `name_2` (case is ignored), `_cf_x` becomes `x_cf_x`,
 and names are cut to 100 characters; a header `sheet` or `row` becomes `sheet_2` or `row_2`.
@@ -53,6 +56,8 @@ from xml.parsers import expat
 import pyarrow as pa
 import xlrd
 
+from casparian_flow.contract import Column, kind_of
+from casparian_flow.intake import Intake, label
 from casparian_flow.sdk import (
     BasePlugin,
     PluginMetadata,
@@ -66,7 +71,8 @@ from casparian_flow.sdk import (
 MANIFEST = PluginMetadata(
     pattern=["*.xlsx", "*.xlsm", "*.xlsb", "*.xls", "*.ods"],
     topic=["excel", "excel_rejects"],
-    version="1.1.0",
+    catch_all=True,
+    version="1.2.0",
     options={
         "header_row": -1,  # -1: detect; 0: there is none; N: row N of every sheet
         "sheets": "",  # names or globs, separated by commas; empty: all sheets
@@ -96,6 +102,8 @@ CHUNK = 1 << 16
 
 HOW = "open the workbook in a spreadsheet program and save it, or --option formulas=empty"
 UNCALCULATED = f"a formula without a stored value: {HOW}"
+AGAIN = "the header again"
+EMPTY = "only formulas without a stored value"
 NEVER = f"a formula that was never calculated (0 is stored for every formula): {HOW}"
 
 Merge = tuple[int, int, int, int]
@@ -182,6 +190,8 @@ class Header(NamedTuple):
     cells: dict[int, str]
     """The cells of the last header row, to recognise a repetition."""
     unnamed: list[int]
+    rows: list[Row]
+    """The header itself."""
 
 
 class Unclear(Exception):
@@ -215,22 +225,18 @@ class Handler(BasePlugin):
 
     def execute(self, file_path: str) -> None:
         with open(file_path, "rb") as file:
+            intake = Intake(self, MANIFEST) if MANIFEST.contract else None
             if not file.peek(1):
+                if intake:
+                    intake.finish(0, {})
                 return
             try:
-                self.publish_sheets(open_book(file), PurePath(file_path).name)
+                self.publish_sheets(open_book(file), PurePath(file_path).name, intake)
             except DAMAGE as error:
                 raise damaged(error) from error
 
-    def publish_sheets(self, book: Book, file: str) -> None:
-        if not book.sheets:
-            raise ValueError("the workbook has no worksheet")
-        sheets = [sheet for sheet in book.sheets if wanted(sheet.name)]
-        if not sheets:
-            names = ", ".join(repr(sheet.name) for sheet in book.sheets[:20]) or "none"
-            raise ValueError(
-                f"no sheet is named {MANIFEST.options['sheets']!r}; the sheets are: {names}"
-            )
+    def publish_sheets(self, book: Book, file: str, intake: Intake | None) -> None:
+        sheets = wanted(book, intake)
         shapes = [read_shape(sheet, file) for sheet in sheets]
         formulas = sum(sheet.formulas for sheet in sheets)
         never = book.recalculate and formulas == sum(sheet.zeros for sheet in sheets)
@@ -238,14 +244,17 @@ class Handler(BasePlugin):
         unclear: list[str] = []
         for sheet, shape in zip(sheets, shapes, strict=True):
             try:
-                headers.append(header_of(sheet, shape) if shape.rows else None)
+                headers.append(header_of(sheet, shape, intake) if shape.rows else None)
             except Unclear as error:
                 headers.append("the header of the sheet is not clear: --option header_row=N")
-                unclear.append(f"{error}; {how_to_settle(sheet, file, error.rows)}")
+                unclear.append(f"{error}; {how_to_settle(sheet, file, error.rows, intake)}")
         if unclear and not any(isinstance(header, Header) for header in headers):
             raise ValueError("\n".join(unclear))
         for text in unclear:
             print(f"rejected: {text}")
+        if intake:
+            Taking(intake, sheets, shapes, headers, never).all()
+            return
         columns: dict[str, str] = {}
         for header in headers:
             if isinstance(header, Header):
@@ -291,19 +300,199 @@ class Handler(BasePlugin):
                 self.publish(MANIFEST.topic[1], pa.Table.from_pylist(rejects, schema=REJECTS))
 
 
-def reject(sheet: str, row: Row, reason: str) -> dict[str, Any]:
+class Taking:
+    """Hands a workbook's sheets to the intake, which types and publishes them by the contract."""
+
+    def __init__(
+        self,
+        intake: Intake,
+        sheets: list[Sheet],
+        shapes: list[Shape],
+        headers: list[Header | str | None],
+        never: bool,
+    ) -> None:
+        self._intake = intake
+        self._parts = [
+            (sheet, shape, header)
+            for sheet, shape, header in zip(sheets, shapes, headers, strict=True)
+            if header
+        ]
+        self._headers = [header for *_, header in self._parts if isinstance(header, Header)]
+        self._never = never
+        self._columns = intake.contract.columns if intake.contract else ()
+        self._last: list[tuple[str, list[str | None] | None]] = []
+        """The last rows as lines, and the cells of those that look like rows of the table."""
+
+    def all(self) -> None:
+        """Take in all sheets; columns that a sheet does not have are null in its rows."""
+        intake = self._intake
+        for header in self._headers:
+            intake.check(header.names)
+        names = list(dict.fromkeys(name for header in self._headers for name in header.names))
+        if not names:
+            intake.finish(0, {})
+            return
+        intake.start(names)
+        count, record = 0, 0
+        for sheet, shape, header in self._parts:
+            rows = shape.kept if shape.kept is not None else sheet.rows()
+            if isinstance(header, Header):
+                first = header.rows[0].number if header.rows else 0
+                above = [row for row in shape.head if row.number < first]
+                intake.skip("preamble", [line_of(row) for row in above])
+                of_name = {column.name: column for column in self._columns}
+                own = dict(zip(header.names, header.places, strict=True))
+                places = [(own.get(name, -1), of_name.get(name)) for name in names]
+                intake.check_above(
+                    [(line_of(row), [cell_of(row, *place) for place in places]) for row in above],
+                    first,
+                )
+                count -= sum(first <= row.number <= header.last for row in shape.head)
+            count += shape.rows
+            record = self._take(rows, header, names, record)
+            sheet.print_notes()
+        intake.finish(count, self._facts(names))
+
+    def _take(
+        self, rows: Iterable[Row], header: Header | str, names: list[str], record: int
+    ) -> int:
+        """Take in a sheet's rows; returns how many records there are so far."""
+        intake, ended = self._intake, False
+        of_name = {column.name: column for column in self._columns}
+        own = (
+            dict(zip(header.names, header.places, strict=True))
+            if isinstance(header, Header)
+            else {}
+        )
+        places = [(own.get(name, -1), of_name.get(name)) for name in names]
+        pairs = judged(rows, header, self._never, every=True)
+        for some in batches(pairs, lambda pair: sum(map(len, pair[0].cells.values())), rows=2000):
+            end = 0 if ended else intake.first("footer", [line_of(row) for row, _ in some])
+            ended = end >= 0
+            batch = some[:end] if ended else some
+            below = [row for row, _ in some[len(batch) :]]
+            intake.skip("footer", [line_of(row) for row in below])
+            below = [row for row, reason in some[len(batch) :] if reason != AGAIN]
+            cells = [[cell_of(row, at, column) for row in below] for at, column in places]
+            intake.check_below(
+                [pa.array(column, pa.string()) for column in cells],
+                [row.number for row in below],
+                [line_of(row) for row in below],
+            )
+            good, faults = [], []
+            for number, (row, reason) in enumerate(batch, start=record + 1):
+                raw = raw_of(row)
+                if reason in (AGAIN, EMPTY):
+                    intake.skip("header" if reason == AGAIN else "empty", [line_of(row)])
+                elif reason:
+                    where = ", ".join(place(row.number, column) for column in row.bad)
+                    faults.append(
+                        (row.number, number, f"{where}: {reason}" if where else reason, raw)
+                    )
+                else:
+                    cells = [cell_of(row, at, column) for at, column in places]
+                    good.append((row.number, number, cells, raw))
+            intake.rows(len(names), good, faults)
+            record += len(batch)
+            last = [
+                (
+                    line_of(row),
+                    [cell_of(row, at, column) for at, column in places]
+                    if len(row.cells) > 1 or len(names) < 3
+                    else None,
+                )
+                for row, _ in batch
+            ]
+            self._last = last or self._last
+        return record
+
+    def _facts(self, names: list[str]) -> dict[str, Any]:
+        """What a survey tells of the workbook besides its rows."""
+        first = self._headers[0]
+        dialect = {} if first.rows else {"header_line": "none"}
+        suggest = {}
+        if self._intake.skipped["preamble"] and first.rows:
+            suggest["header"] = label(line_of(first.rows[-1]), ";", 2)
+        suggest["footer"] = self._intake.footer_of(self._last, ";")
+        return {
+            "reader": "excel_sheets",
+            "encoding": "",
+            "dialect": dialect,
+            "header_line": first.last,
+            "names": names,
+            "sheets": [sheet.name for sheet, *_ in self._parts],
+            "suggest": {word: text for word, text in suggest.items() if text},
+        }
+
+
+def line_of(row: Row) -> str:
+    """A row as a contract's regular expressions see it: its cells, with `;` between them."""
+    return ";".join(row.cells.get(column, "") for column in range(row.filled.bit_length()))
+
+
+def cell_of(row: Row, place: int, column: Column | None) -> str | None:
+    """A cell as its column's text: a number or a date is written in the column's notation.
+
+    What cannot be written so without a change stays as it is stored, and the column rejects it.
+    """
+    text = row.cells.get(place)
+    if text is None or column is None or not row.typed >> place & 1:
+        return text
+    kind = kind_of(column.type)
+    if kind in ("integer", "decimal", "double") and NUMBERISH.fullmatch(text) and text[-1] != "e":
+        plain = format(Decimal(text), "f") if kind == "decimal" else text
+        return plain.replace(".", column.decimal)
+    if kind == "boolean" and text in ("true", "false"):
+        said = column.true if text == "true" else column.false
+        return said[0] if said else text
+    if kind not in ("date", "time", "timestamp"):
+        return text
+    try:
+        moment = (
+            datetime.time.fromisoformat(text) if kind == "time"
+            else datetime.datetime.fromisoformat(text)
+        )  # fmt: skip
+    except ValueError:
+        return text
+    if kind == "date" and text.endswith("T00:00:00"):
+        text = text[:10]
+    elif kind == "timestamp" and len(text) == 10:
+        text += "T00:00:00"
+    return in_format(moment, column.format) or text if column.format else text
+
+
+def in_format(moment: datetime.datetime | datetime.time, form: str) -> str:
+    """The moment in a format of strftime; empty if the format leaves something of it out."""
+    text = moment.strftime(form)
+    again = datetime.datetime.strptime(text, form.replace("%-", "%"))
+    same = again.time() if isinstance(moment, datetime.time) else again
+    return text if same == moment else ""
+
+
+def raw_of(row: Row) -> str:
+    """The row's cells as JSON."""
     raw = {letters(column): text for column, text in sorted(row.cells.items())}
+    return json.dumps(raw, ensure_ascii=False)
+
+
+def reject(sheet: str, row: Row, reason: str) -> dict[str, Any]:
     return {
         "sheet": sheet,
         "row": row.number,
         "cell": ", ".join(place(row.number, column) for column in row.bad),
         "reason": reason,
-        "raw": json.dumps(raw, ensure_ascii=False),
+        "raw": raw_of(row),
     }
 
 
-def judged(rows: Iterable[Row], header: Header | str, never: bool) -> Iterator[tuple[Row, str]]:
-    """The rows below the header, each with the reason to reject it, or an empty string."""
+def judged(
+    rows: Iterable[Row], header: Header | str, never: bool, *, every: bool = False
+) -> Iterator[tuple[Row, str]]:
+    """The rows below the header, each with the reason to reject it, or an empty string.
+
+    Args:
+        every: also those of which nothing remains.
+    """
     empty = MANIFEST.options["formulas"] == "empty"
     for row in rows:
         if isinstance(header, str):
@@ -317,17 +506,37 @@ def judged(rows: Iterable[Row], header: Header | str, never: bool) -> Iterator[t
                 bad = {column: why for column, why in bad.items() if column not in drop}
             reason = "; ".join(dict.fromkeys(bad.values()))
             if not reason and len(cells) > 1 and cells == header.cells:
-                reason = "the header again"
+                reason = AGAIN
+            if every and not cells and not reason:
+                reason = EMPTY
             if cells or reason:
                 yield row._replace(cells=cells, bad=bad), reason
 
 
-def wanted(name: str) -> bool:
-    chosen = str(MANIFEST.options["sheets"])
-    return not chosen or any(fnmatchcase(name, glob.strip()) for glob in chosen.split(","))
+def wanted(book: Book, intake: Intake | None) -> list[Sheet]:
+    """The sheets that are to be read.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not book.sheets:
+        raise ValueError("the workbook has no worksheet")
+    chosen = intake.dialect.get("sheet", "") if intake else str(MANIFEST.options["sheets"])
+    globs = [chosen] if intake else [glob.strip() for glob in chosen.split(",")]
+    sheets = [
+        sheet for sheet in book.sheets
+        if not chosen or any(sheet.name == glob or fnmatchcase(sheet.name, glob) for glob in globs)
+    ]  # fmt: skip
+    if not sheets:
+        names = ", ".join(repr(sheet.name) for sheet in book.sheets[:20]) or "none"
+        raise ValueError(f"no sheet is named {chosen!r}; the sheets are: {names}")
+    return sheets
 
 
-def how_to_settle(sheet: Sheet, file: str, rows: tuple[int, ...]) -> str:
+def how_to_settle(sheet: Sheet, file: str, rows: tuple[int, ...], intake: Intake | None) -> str:
+    if intake:
+        lines = " or ".join(f"header_line={row}" for row in rows or ("N",))
+        return f"the table's dialect can say it: {lines}, header_line=none, or sheet={sheet.name!r}"
     choices = [f"header_row={row}" for row in (*(rows or ("N",)), 0)]
     return (
         f"say which row it is: {own_publish('excel_sheets', file, *choices)}, where there is no "
@@ -388,13 +597,13 @@ def read_shape(sheet: Sheet, file: str) -> Shape:
     return shape
 
 
-def header_of(sheet: Sheet, shape: Shape) -> Header:
+def header_of(sheet: Sheet, shape: Shape, intake: Intake | None) -> Header:
     """Find where a sheet's table begins and name its columns; guesses are logged.
 
     Raises:
         Unclear: several rows may be the header, or no row looks like one.
     """
-    chosen = int(MANIFEST.options["header_row"])
+    chosen = said_row(shape, intake) if intake else int(MANIFEST.options["header_row"])
     if chosen == 0:
         return columns_of(sheet, shape, [])
     if chosen > 0:
@@ -420,6 +629,23 @@ def header_of(sheet: Sheet, shape: Shape) -> Header:
         columns = ", ".join(letters(column) for column in header.unnamed[:10])
         print(f"sheet {sheet.name!r} has {len(header.unnamed)} columns without a header: {columns}")
     return header
+
+
+def said_row(shape: Shape, intake: Intake) -> int:
+    """The row of the header by the contract, or by its columns; 0: there is none; -1: not said."""
+    if line := intake.dialect.get("header_line", ""):
+        return 0 if line == "none" else int(line)
+    if "header" in intake.dialect:
+        found = intake.first("header", [line_of(row) for row in shape.head])
+        if found < 0:
+            raise Unclear(f"none of its first {HEAD_ROWS} rows matches the header")
+        return shape.head[found].number
+    known = intake.known_names()
+    for row in shape.head if known else ():
+        names = column_names([row.cells.get(place) for place in range(row.filled.bit_length())])
+        if known <= set(names):
+            return row.number
+    return -1
 
 
 def find_header(sheet: Sheet, shape: Shape) -> tuple[int, str]:
@@ -623,7 +849,8 @@ def columns_of(sheet: Sheet, shape: Shape, rows: list[Row]) -> Header:
     names = column_names(cells, taken=("sheet", "row"))
     places = [column for column in range(len(names)) if used >> column & 1]
     unnamed = [column for column in places if rows and not texts.get(column)]
-    return Header(last, places, [names[p] for p in places], rows[-1].cells if rows else {}, unnamed)
+    shown = rows[-1].cells if rows else {}
+    return Header(last, places, [names[place] for place in places], shown, unnamed, rows)
 
 
 def header_texts(sheet: Sheet, shape: Shape, rows: list[Row]) -> dict[int, str]:

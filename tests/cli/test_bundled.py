@@ -45,7 +45,7 @@ def test_a_wheel_brings_plugins_that_can_be_published_by_name(
     casparian.process("init")
     done = casparian.process("publish", "delimited", "--name", "orders")
     assert f"bundled      {folder / 'delimited.py'}\n" in done.stderr
-    assert "deployed orders 1.1.0" in done.stdout
+    assert "deployed orders 1.2.0" in done.stdout
 
 
 def test_every_plugin_of_the_repository_is_listed(bare: Casparian) -> None:

@@ -7,10 +7,12 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from casparian_flow.sdk import FileInfo
 from tests.real_data import REPOSITORY, absent, real_data
 
 Run = Callable[[Path], dict[str, pa.Table]]
@@ -63,6 +65,49 @@ def running(module: ModuleType) -> Run:
         return {topic: pa.concat_tables(tables) for topic, tables in published.items()}
 
     return run
+
+
+class Table:
+    """A bundled plugin that was published as a table, or runs a survey.
+
+    Args:
+        topics: the table's topic and that of its rejects; `survey` for a survey.
+    """
+
+    def __init__(self, plugin: str, contract: dict[str, Any], topics: list[str]) -> None:
+        module = load(plugin)
+        module.MANIFEST = dataclasses.replace(module.MANIFEST, contract=contract, topic=topics)
+        self._handler = module.Handler()
+        self._topics = topics
+
+    def run(self, folder: Path, data: bytes, rel_path: str = "table.csv") -> dict[str, pa.Table]:
+        """What the plugin publishes of a file with this content."""
+        file = folder / rel_path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        published: dict[str, list[pa.Table]] = {}
+
+        def record(topic: str, data: pa.Table) -> None:
+            assert topic in self._topics
+            data.validate(full=True)
+            published.setdefault(topic, []).append(data)
+
+        self.run_file(file, rel_path, record)
+        return {topic: pa.concat_tables(tables) for topic, tables in published.items()}
+
+    def run_file(self, file: Path, rel_path: str, publish: Callable[[str, pa.Table], None]) -> None:
+        """Run the plugin on a file."""
+        self._handler._publish = publish
+        self._handler.file = FileInfo(
+            path=str(file), rel_path=rel_path, source="in", content_hash="",
+            size_bytes=file.stat().st_size, version_id=1, job_id=1,
+        )  # fmt: skip
+        self._handler.execute(str(file))
+
+
+def table_of(plugin: str, contract: dict[str, Any]) -> Table:
+    """The table of a contract."""
+    return Table(plugin, contract, [contract["table"], f"{contract['table']}_rejects"])
 
 
 @pytest.fixture(scope="session")

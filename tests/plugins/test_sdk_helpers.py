@@ -143,3 +143,8 @@ def test_the_command_names_each_option_that_settles() -> None:
     assert command.endswith(
         "--topic t_rejects --option 'delimiter=;', or with --option delimiter=none"
     )
+
+
+def test_many_equal_cells_are_named_in_time() -> None:
+    assert column_names(["a"] * 50_000)[-1] == "a_50000"
+    assert column_names(["a", "a_2", "a", "A", "a"]) == ["a", "a_2", "a_3", "A_4", "a_5"]

@@ -17,6 +17,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from casparian_flow.contract import LINE
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.durable import fsync_path, make_folder
 from casparian_flow.engine.sinks import parts, topic_schema
@@ -173,7 +174,7 @@ class Stage:
         self._parts.discard()
 
     def _start(self, given: Any) -> None:
-        _check_names(self._plan.topic, given.names)
+        _check_names(self._plan.topic, given)
         self._admit(given)
         self._open(given)
         self._counted = given.names
@@ -275,15 +276,19 @@ def _check_plan(plan: Output) -> None:
         )
 
 
-def _check_names(topic: str, names: list[str]) -> None:
-    """Refuse names that some sink cannot hold, repeated names and reserved ones."""
+def _check_names(topic: str, given: Any) -> None:
+    """Refuse names that some sink cannot hold, repeated names and reserved ones.
+
+    `_cf_line` is reserved for what it is in a table with a contract: a line's number.
+    """
     seen: set[str] = set()
-    for name in names:
+    for name, kind in zip(given.names, given.types, strict=True):
+        is_ours = name.lower().startswith("_cf_") and (name != LINE or kind != pa.int64())
         fault = (
             "is empty" if not name
             else "has a NUL character" if "\0" in name
             else "occurs twice" if name in seen
-            else "is reserved: `_cf_` begins the lineage columns" if name.lower().startswith("_cf_")
+            else "is reserved: `_cf_` begins the lineage columns" if is_ours
             else ""
         )  # fmt: skip
         if fault:
@@ -292,7 +297,7 @@ def _check_names(topic: str, names: list[str]) -> None:
                 "rename the column in the plugin",
             )
         seen.add(name)
-    if not names:
+    if not given.names:
         raise OutputRefused(f"topic {topic!r} has no columns", "publish at least one column")
 
 
