@@ -13,6 +13,7 @@ import json
 import os
 import re
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.errors import DaemonRunning, Unavailable
-from casparian_flow.trees import remove_tree
+from casparian_flow.trees import clear_away, remove_tree
 
 STATE_FOLDER = ".casparian"
 _OWNED = "owned"
@@ -139,6 +140,47 @@ def exclusive(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def scratch(folder: Path, lock: Path) -> Iterator[Path]:
+    """A locked folder in `folder` for the time of the block; those of dead processes are deleted.
+
+    The kernel drops the lock on a folder when the process that holds it ends.
+
+    Args:
+        lock: the file that is locked while such folders are made and deleted.
+    """
+    make_folder(folder, mode=0o700)
+    with contextlib.ExitStack() as stack:
+        with exclusive(lock):
+            clear_dead(folder)
+            own = Path(tempfile.mkdtemp(dir=folder))
+            stack.enter_context(_locked(own))
+        stack.callback(clear_away, own)
+        yield own
+
+
+def clear_dead(folder: Path) -> None:
+    """Delete the folders that dead processes left of `scratch`; the caller holds its lock."""
+    for left in folder.glob("*"):
+        with contextlib.suppress(OSError), _locked(left):
+            remove_tree(left)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock a folder.
+
+    Raises:
+        BlockingIOError: another block, in this process or another, has the lock.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)

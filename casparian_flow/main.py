@@ -32,7 +32,7 @@ from casparian_flow.engine.sentinel import INPROC, Sentinel
 from casparian_flow.engine.worker_client import Worker
 from casparian_flow.errors import CasparianError, ExitCode, LedgerLost, leave
 from casparian_flow.security import sandbox
-from casparian_flow.services import architect, inventory, store_upkeep
+from casparian_flow.services import architect, inventory, store_upkeep, trial
 from casparian_flow.services.scout import Scrubber
 from casparian_flow.services.watch import Watch
 
@@ -194,6 +194,7 @@ def _sweep(settings: Settings, ledger: Ledger) -> None:
     except contents.FAULTS as error:
         log.warning("the store cannot be swept: %s", contents.words(error))
     trees.clear_away(settings.database.guests_folder)
+    trial.sweep(settings.database)
     crashpoint("main.guests_swept")
     needed = ledger.read(outputs.stages)
     tag = ledger_tag(settings.database.path)

@@ -26,7 +26,9 @@ from casparian_flow.cli import (
     source,
     start,
     status,
+    table,
     topics,
+    try_file,
     upgrade,
 )
 from casparian_flow.errors import CasparianError, ExitCode, first_error
@@ -41,6 +43,8 @@ app = context.group(
 app.command()(start.init)
 app.add_typer(source.app, name="source")
 app.command()(plugins.publish)
+app.add_typer(table.app, name="table")
+app.command("try")(try_file.try_file)
 app.command()(start.start)
 app.command()(scan.scan)
 app.command()(start.wait)

@@ -48,11 +48,15 @@ def list_(ctx: typer.Context, as_json: AsJson = False) -> None:
 
 
 def _list(ctx: typer.Context, as_json: bool) -> None:
-    from casparian_flow.db import views
+    from casparian_flow.db import taken, views
 
     with context.opened(ctx) as (_, ledger):
         rows = ledger.read(views.plugins)
-    columns = "name version active artifact key_id deployed_at topics subscriptions"
+        tables = ledger.read(taken.listed)
+    for row in rows:
+        taking = [table["name"] for table in tables if row["name"] in table["instead_of"]]
+        row["yields_to"] = ", ".join(taking) if row["active"] else ""
+    columns = "name version active kind yields_to artifact key_id deployed_at topics subscriptions"
     context.listing(rows, as_json, columns, "no plugins\n  try: casparian publish PLUGIN")
 
 
@@ -291,13 +295,13 @@ def _publish(here: Here, plugin: str, choices: Choices, version: str | None, dry
     file = _file(plugin)
     source, lock, name, chosen = _artifact(here, file, choices, version)
     context.note(f"artifact     sha256 {signing.artifact_hash(source, lock)}")
-    auth, token = _sign_in(here)
+    auth, token = sign_in(here)
     message = architect.sign(
         here.ledger, file, source, lock, name, chosen, config.keys_folder(),
         auth=auth, token=token, dry_run=dry_run,
     )  # fmt: skip
     context.note(f"signed       by key {signing.key_id(message.public_key)}")
-    words = _deploy(here, message)
+    words = deploy(here, message)
     context.note("checked      signature, statement, artifact, and what the key may publish")
     context.say(words)
 
@@ -412,7 +416,7 @@ def _limits(manifest: Manifest, settings: Settings) -> str:
     )
 
 
-def _sign_in(here: Here) -> tuple[LocalAuth | AzureAuth, str]:
+def sign_in(here: Here) -> tuple[LocalAuth | AzureAuth, str]:
     """Who publishes, and the token that proves it; the key alone where no sign-in is configured."""
     from casparian_flow.security.signing import LOCAL, AzureAuth
 
@@ -442,7 +446,7 @@ def _lock(here: Here, file: Path, source: bytes, name: str, version: str) -> str
     return lock_dependencies(file)
 
 
-def _deploy(here: Here, message: Deploy) -> str:
+def deploy(here: Here, message: Deploy) -> str:
     """Through the daemon where one runs, else directly; what was done, in words."""
     from casparian_flow.engine import control
     from casparian_flow.errors import CasparianError

@@ -75,7 +75,7 @@ def query(
         elif as_json:
             _print_json(names, itertools.islice(rows, most))
         else:
-            context.table(names, list(itertools.islice(rows, most)), _cell)
+            context.table(names, list(itertools.islice(rows, most)), shown)
         if most is not None and (more := rows.rest()):
             context.left_out(most, most + more)
 
@@ -87,7 +87,7 @@ class _Terminal:
         sys.stdout.write(context.printable(text))
 
 
-def _cell(_name: str, value: Any) -> str:
+def shown(_name: str, value: Any) -> str:
     """A value of a user's column, unabridged."""
     if value is None:
         return ""

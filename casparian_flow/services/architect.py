@@ -197,7 +197,9 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
     queued = queue_missing(ledger)
     if queued:
         deed += f"; {counted(queued, 'job')} queued for known files"
-    older = _older_work(ledger, candidate.manifest.name, candidate.statement.version)
+    older: Iterator[str] = iter(())
+    if not candidate.manifest.is_table:  # `table set` says what it moves, and offers to redo it
+        older = _older_work(ledger, candidate.manifest.name, candidate.statement.version)
     return "\n".join([deed, *stays, *older])
 
 
@@ -339,6 +341,11 @@ def _examine(
     inspection = gatekeeper.inspect(message.source, message.file_name, policy)
     inspection.require()
     manifest = inspection.manifest
+    if manifest.contract and not manifest.is_table:
+        raise PluginError(
+            f"{message.file_name} looks at files for a table that is to be, and is none itself",
+            "casparian table add NAME GLOB",
+        )
     version = normal_version(statement.version, message.file_name)
     signing.check_published(
         statement, ledger_id, manifest.name, version, message.source, message.lock,

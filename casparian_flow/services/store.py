@@ -17,7 +17,6 @@ import fcntl
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
+from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import kept
@@ -35,7 +35,6 @@ from casparian_flow.durable import exclusive, fsync_path, make_folder
 from casparian_flow.engine import inbox
 from casparian_flow.engine.contents import FAULTS, SMALL_BYTES, SmallContents, content_file, words
 from casparian_flow.security import kernel
-from casparian_flow.trees import clear_away, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +220,9 @@ class Store:
     def new_file(self) -> FileIO:
         """A new file for a large content."""
         if self._own is None:
-            self._own = self._scratch.enter_context(_scratch(self._folder))
+            _make_folders(self._folder)
+            own = durable.scratch(self._folder / "tmp", self._folder / "lock")
+            self._own = self._scratch.enter_context(own)
         self._number += 1
         file = FileIO(str(self._own / str(self._number)), "x+b")
         os.fchmod(file.fileno(), 0o400)
@@ -432,47 +433,13 @@ def _make_folders(folder: Path) -> None:
     make_folder(folder, mode=0o700)
 
 
-@contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
-    """A locked folder for one scan's captured contents; those of dead scans are deleted.
-
-    The kernel drops the lock on a folder when the process that holds it ends.
-    """
-    _make_folders(folder)
-    make_folder(folder / "tmp", mode=0o700)
-    with contextlib.ExitStack() as stack:
-        with exclusive(folder / "lock"):
-            clear_dead(folder)
-            own = Path(tempfile.mkdtemp(dir=folder / "tmp"))
-            stack.enter_context(_locked(own))
-        stack.callback(clear_away, own)
-        yield own
-
-
 def clear_dead(folder: Path) -> None:
     """Delete the captured contents of dead scans; the caller holds the store's lock.
 
     Args:
         folder: the store.
     """
-    for left in (folder / "tmp").glob("*"):
-        with contextlib.suppress(OSError), _locked(left):
-            remove_tree(left)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock a folder.
-
-    Raises:
-        BlockingIOError: another scan, in this process or another, has the lock.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+    durable.clear_dead(folder / "tmp")
 
 
 def make_durable(paths: Sequence[Path]) -> None:

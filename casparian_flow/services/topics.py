@@ -56,9 +56,10 @@ def of_manifest(settings: Settings, manifest: Manifest, roots: Sequence[str]) ->
         ConfigError: a sink cannot be opened, or a plugin may not write there.
     """
     result: list[TopicSink] = []
+    mode = "replace" if manifest.is_table else "append"
     for topic in manifest.topics:
         said = manifest.sinks_of(topic)
-        chosen = of_person(settings, topic, said or [settings.output.default_uri], "append", roots)
+        chosen = of_person(settings, topic, said or [settings.output.default_uri], mode, roots)
         for sink in chosen if said else []:
             _check_roots(settings, sink)
         result += chosen

@@ -41,7 +41,15 @@ def test_the_docs_have_no_command_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["scan", "--help"], ["jobs", "show", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["scan", "--help"],
+        ["jobs", "show", "--help"],
+        ["try", "--help"],
+        ["table", "add", "--help"],
+    ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     heavy = "sqlalchemy pandas pyarrow duckdb zmq nacl watchdog rich msgspec asyncio numpy uv"

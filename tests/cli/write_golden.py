@@ -78,6 +78,7 @@ PLAIN = [  # what differs from run to run and from machine to machine
     (r"(?<=artifact_size)( *)\d+|(?<=CURRENT)( *\d+ *)\d+(?= +/)", r"\1\2N"),
     (r"\b\d+ packages(?=,|\n)", "N packages"),
     (r"^  [\w.-]+==.*\n", ""),
+    (r"^(surveyed|checked) [\d,]+ of .*\n", ""),  # at most one line a second
     (r"(?<=\S) {2,}", "  "),
 ]
 
@@ -105,6 +106,7 @@ class Scene:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(out),
             mock.patch.object(sys, "argv", ["casparian", *arguments]),
+            mock.patch.object(sys, "stdin", io.StringIO()),  # no terminal: nothing is asked
             mock.patch.object(root, "handlers", []),
         ):
             code: object = 0
@@ -175,7 +177,7 @@ def _quoted(word: str) -> str:
 def text(base: Path) -> str:
     """The whole story, told in an absent or empty folder."""
     scene = Scene(base)
-    for act in (begin, publish, scan, look, ask, outputs, change, keys, watch, tamper):
+    for act in (begin, publish, scan, look, ask, outputs, change, tables, keys, watch, tamper):
         scene.say(act.__doc__ or "")
         act(scene)
     return "".join(scene.told).lstrip()
@@ -364,6 +366,53 @@ def change(scene: Scene) -> None:
     scene.run("source", "set", "in", "--on-delete", "sometimes")
     scene.run("source", "set", "in", "--on-delete", "retract")
     scene.run("source", "set", "in", "--on-delete", "keep")
+
+
+SALES = """\
+Report of the bank
+order;day;amount;city;zip
+1;31.12.2025;1.234,50;Bern;03045
+2;30.02.2026;7,25;Bern;10115
+3;01.02.2026;0,10;Rome;20095
+Total;;1.241,85;;
+"""
+
+
+def tables(scene: Scene) -> None:
+    """Tables without code"""
+    scene.run("table", "list")
+    scene.run("table", "add", "sales", "sales_*.csv", "--yes")
+    scene.run("table", "add", "sales")
+    scene.write("sales_1.csv", SALES)
+    scene.unheard("scan")
+    scene.run("try", "delimited", "../in/sales_1.csv")
+    scene.run("try", "nothing", "../in/sales_1.csv")
+    options = ("--header", "order;.*", "--footer", "Total;.*", "--format", "day=%d.%m.%Y")
+    scene.run("table", "add", "sales", "sales_*.csv", *options)
+    scene.run("table", "add", "sales", "sales_*.csv", *options, "--type", "nowhere=date", "--yes")
+    scene.run("table", "add", "sales", "sales_*.csv", *options, "--type", "amount=money", "--yes")
+    scene.run("table", "add", "bank", "sales_*.csv", *options, "--yes")
+    scene.run("table", "add", "bank", "sales_*.csv", *options, "--yes")
+    scene.run("table", "add", "orders", "sales_*.csv", *options, "--yes")
+    scene.run("scan", "--drain")
+    scene.run("table", "list")
+    scene.run("table", "show", "bank")
+    scene.run("table", "show", "bank", "--toml")
+    scene.run("table", "show", "orders")
+    scene.run("try", "bank", "in/sales_1.csv")
+    scene.run("table", "set", "bank")
+    scene.run("table", "set", "bank", "--type", "day=text", "--redo", "--yes")
+    scene.run("scan", "--drain")
+    scene.write("sales_2.csv", SALES.replace("zip", "zip;tax").replace("5\n", "5;0,19\n"))
+    scene.run("scan", "--drain")
+    scene.run("table", "accept", "bank", "in/sales_1.csv")
+    scene.run("table", "accept", "bank", "--yes")
+    scene.run("scan", "--drain")
+    scene.run("table", "diff", "bank")
+    scene.run("table", "remove", "bank")
+    for name in ("sales_1.csv", "sales_2.csv"):
+        (scene.inbox / name).unlink()
+    scene.unheard("scan")
 
 
 def keys(scene: Scene) -> None:

@@ -58,6 +58,7 @@ UPGRADE = (
 RARE = {
     "changes.source_set", "topics.removed",
     *(f"rebuild.{step}" for step in ("written", "started", "ended", "cancel_written", "cancelled")),
+    "rebuild.restart_written", "rebuild.restarted",
     "connection.checkpointed", "retries.job_taken_back", "main.stage_swept",
     "stage.part_finished", "stage.folder_synced", "parquet.renamed", "parquet.rewritten",
     "parquet.exchanged", "parquet.renamed_in_turn",
