@@ -38,3 +38,41 @@ def random_files(folder: Path, count: int, size: int) -> Path:
             parent.mkdir(parents=True)
         (parent / f"file-{file:06}.bin").write_bytes(bytes_.randbytes(size))
     return folder
+
+
+TYPED = {
+    "id": "integer",
+    "at": "timestamp",
+    "day": "date",
+    "amount": "decimal(18,2)",
+    "pieces": "integer",
+    "weight": "double",
+    "city": "text",
+    "paid": "boolean",
+}
+"""Column -> type of what `typed_file` writes."""
+
+
+def typed_file(folder: Path, rows: int, faults: int) -> Path:
+    """Write a CSV file of eight columns, a tenth of its rows with quotes, and some with a fault."""
+    numbers = random.Random(SEED)
+    folder.mkdir()
+    broken = set(numbers.sample(range(rows), faults))
+    with (folder / "typed.csv").open("w", encoding="utf-8") as file:
+        file.write(f"{','.join(TYPED)}\n")
+        for row in range(rows):
+            day = f"2026-{numbers.randrange(1, 13):02}-{numbers.randrange(1, 29):02}"
+            amount = f"{numbers.randrange(-99, 10**6)}.{numbers.randrange(100):02}"
+            city = '"K\u00f6ln, S\u00fcd"' if row % 10 == 0 else f"city {numbers.randrange(10**6)}"
+            fields = (
+                str(row),
+                f"{day} {row % 24:02}:{row % 60:02}:{row % 59:02}",
+                "2026-02-30" if row in broken else day,
+                amount,
+                str(numbers.randrange(1000)),
+                f"{numbers.random():.6f}",
+                city,
+                "true" if row % 3 else "false",
+            )
+            file.write(f"{','.join(fields)}\n")
+    return folder

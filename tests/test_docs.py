@@ -155,3 +155,59 @@ def test_the_quickstart_lists_every_bundled_plugin() -> None:
     listed = re.findall(r"^\| `(\w+)` \| .* \| (.+) \|$", page, re.MULTILINE)
     topics = {name: set(re.findall(r"`(\w+)`", cell)) for name, cell in listed}
     assert topics == {each["name"]: set(each["topics"]) for each in bundled.describe()}
+
+
+# Tables: the reference has exactly the words that a contract takes.
+
+
+def cells(page: str, heading: str) -> list[list[str]]:
+    """The rows of the table below a heading, its head left out."""
+    text = read(page).partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def test_the_reference_has_every_word_of_a_contract() -> None:
+    from casparian_flow import contract
+
+    def named(heading: str) -> list[str]:
+        return [row[0].strip("`") for row in cells("table_reference.md", heading)]
+
+    assert named("The contract") == list(contract._KEYS)
+    assert named("Types") == list(contract.TYPES)
+    assert named("Columns") == list(contract._WORDS)
+    for word, _, kinds in (
+        (r[0].strip("`"), r[2], r[1]) for r in cells("table_reference.md", "Columns")
+    ):
+        allowed = contract._WORDS[word][1]
+        assert kinds == (", ".join(allowed) or "all"), word
+    of_reader: dict[str, list[str]] = {reader: [] for reader in contract.READERS}
+    for word, readers, _ in cells("table_reference.md", "Dialect"):
+        for reader in readers.split(", "):
+            of_reader[reader].append(word.strip("`"))
+    assert {k: sorted(v) for k, v in of_reader.items()} == {
+        k: sorted(v) for k, v in contract.DIALECT.items()
+    }
+    drift = read("table_reference.md").partition("\n## Drift\n")[2].partition("\n| ---")[0]
+    assert tuple(re.findall(r"`(\w+)`", drift)) == contract.DRIFTS
+
+
+def test_the_reference_has_the_columns_of_rejects() -> None:
+    from casparian_flow import typed
+
+    assert [
+        row[0].strip("`") for row in cells("table_reference.md", "Rejects")
+    ] == typed.REJECTS.names
+
+
+def test_the_contract_of_the_reference_is_one() -> None:
+    import tomllib
+
+    from casparian_flow import contract
+
+    (document,) = snippets(DOCS / "table_reference.md", "toml")
+    made = contract.read(tomllib.loads(document))
+    assert contract.read(contract.literal(made)) == made
+    assert [column.name for column in made.columns] == [
+        "order", "day", "amount", "paid", "zip", "region",
+    ]  # fmt: skip

@@ -28,18 +28,24 @@ WORKERS = 2
 TICK_SECONDS = 0.1
 PATIENCE_SECONDS = 120
 
+FAMILIES = (
+    ("sales", "sales_*.csv", "--format", "Tag=%d.%m.%Y"),
+    ("visits", "visits_*.csv"),
+)
+"""The tables: name, files and options of each."""
+
 TABLES = (
+    "select Auftrag, Tag, Betrag, PLZ, _cf_job_id from sales",
+    "select day, page, visits, _cf_job_id from visits",
     'select Auftrag, Kunde, "Betrag €", Datum, _cf_job_id from delimited where Auftrag is not null',
     "select station, city, name, name_2, _cf_job_id from delimited where station is not null",
     "select sensor, celsius, ok, tags, _cf_job_id from json",
     "select * exclude (_cf_source_hash, _cf_file_version_id, _cf_plugin_version) from excel",
-    "select time, client, status, method, target, _cf_job_id from access_log",
 )
 REJECTS = (
+    'select line, "column", value, rule, raw, _cf_job_id from sales_rejects',
     "select line, reason, raw, _cf_job_id from delimited_rejects_history",
-    "select count(*) as rejects_of_the_latest_versions from delimited_rejects",
     "select line, reason, raw, _cf_job_id from json_rejects",
-    "select line, reason, raw, _cf_job_id from access_log_rejects",
 )
 
 
@@ -66,7 +72,13 @@ def demo(
         context.say(f"$ cd {shlex.quote(str(home))}")
         _casparian("init")
         _casparian("source", "add", INBOX, "--settle", str(SETTLE_SECONDS))
-        _say("The plugins that read them: each one locked, signed, and with its own environment")
+        _say("Two tables without code: each type is what every byte of the files says")
+        _casparian("scan")
+        for words in FAMILIES:
+            _casparian("table", "add", *words, "--yes")
+        _say(
+            "The plugins that read the rest: each one locked, signed, and with its own environment"
+        )
         for plugin in PLUGINS:
             _casparian("publish", plugin)
         _run_daemon(home)
@@ -187,6 +199,7 @@ def _look_further(home: Path) -> None:
     context.say(f"  cd {shlex.quote(str(home))}")
     for words in (
         "status",
+        "table show sales",
         "jobs show 1",
         'query "select * from delimited_history"',
         "verify --json",
@@ -211,7 +224,7 @@ _ROW = ("Auftrag", "1004")
 """The order that the edit fixes: a reject of the first version, a row of the second."""
 
 _PACKAGE = Path(__file__).parents[1]
-PLUGINS = ("delimited", "excel_sheets", "json_records", "access_log")
+PLUGINS = ("delimited", "excel_sheets", "json_records")
 """The bundled plugins that the demo files need."""
 
 

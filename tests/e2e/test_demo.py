@@ -25,6 +25,11 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     assert len(hashes) == 3
     assert len(set(hashes)) == 1
     assert "4 fields where the header has 5" in done.stdout
+    assert re.search(r"^Betrag +decimal\(18,2\) ", done.stdout, re.MULTILINE)
+    assert re.search(r"^2001 +2025-01-03 +1234\.50 +03044 ", done.stdout, re.MULTILINE)
+    assert re.search(r"^3 +Tag +30\.02\.2025 +date ", done.stdout, re.MULTILINE)
+    jobs = set(re.findall(r"COMPLETED +(\w+) .* (sales|visits)_2025", done.stdout))
+    assert jobs == {("sales", "sales"), ("visits", "visits")}  # delimited gets none of them
     assert "東京" in done.stdout
     assert "no problems found" in done.stdout
     assert (home / "inbox" / "orders.csv").is_file()
