@@ -7,6 +7,7 @@ over. Used in the plugin's process.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -145,7 +146,7 @@ class Candidate:
         return made | ({"whole": self.whole, "scale": self.scale} if self.whole else {})
 
 
-class Family:
+class Family(ABC):
     """Candidates that a text of one shape may fit; a text of another shape fits none of them."""
 
     shape = ""
@@ -180,13 +181,13 @@ class Family:
         """The texts of this shape, and the others."""
         return batch.parted(pc.match_substring_regex(batch.texts, self.shape))
 
+    @abstractmethod
     def add(self, batch: Batch, known: Candidate | None = None) -> None:
         """Try the candidates on texts of this shape; `known` fits all of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fits(self, candidate: Candidate, texts: Any) -> Any:
         """Which texts fit a candidate."""
-        raise NotImplementedError
 
     def facts(self, values: int) -> dict[str, Any]:
         """Facts of the candidates that fit something."""
