@@ -28,6 +28,8 @@ SAFE_DIGITS = 15
 """A double gives back every number of so many digits; of a longer one it must be tried."""
 DOUBLE_CHARACTERS = 1000
 """Longer numbers are no doubles: none has more than 767 digits."""
+CAUSE_CHARACTERS = 1000
+"""Of a longer text nobody is told why it is no number."""
 SMALLEST_NORMAL = 2.2250738585072014e-308
 FEW = 2
 """Values that repeat so often on average are converted once each."""
@@ -88,6 +90,13 @@ class Cells:
             for fault in faults
         ]  # fmt: skip
         return values.take(coded.indices), spread
+
+    def cause(self, text: str) -> str:
+        """Why a text is not of the type; empty where its look says so."""
+        if kind_of(self.column.type) not in ("integer", "decimal", "double"):
+            return ""
+        text = text.strip() if self.column.trim else text
+        return _cause(self.column, text) if len(text) <= CAUSE_CHARACTERS else ""
 
     def _of(self, texts: Any) -> tuple[Any, list[Fault]]:
         faults = []
@@ -239,6 +248,28 @@ def _whole(digits: int | None, group: str) -> str:
     longest = f"[1-9][0-9]{{0,{digits - 3 * groups - 1}}}{three}{{{groups}}}"
     shorter = f"|[1-9][0-9]{{0,2}}{three}{{1,{groups - 1}}}" if groups > 1 else ""
     return f"(?:{plain}|{longest}{shorter})"
+
+
+def _cause(column: Column, text: str) -> str:
+    """Why a number in the column's notation is not of its type; empty for other texts."""
+    whole, point = _whole(None, column.group), re.escape(column.decimal)
+    found = re.fullmatch(f"-?(0*)({whole}|)(?:{point}([0-9]+))?", text)
+    if not found or not any(found.groups()):
+        return ""
+    zeros, whole, behind = (part or "" for part in found.groups())
+    if len(zeros) > (not whole):
+        return "it has zeros in front"
+    kind = kind_of(column.type)
+    if kind == "double":
+        return "no double is exactly this number"
+    if kind == "integer":
+        return "" if behind else "it is beyond 64 bits"
+    precision, scale = precision_of(column.type)
+    digits = len(whole.replace(column.group, "") if column.group else whole)
+    if digits > precision - scale:
+        return f"it has {digits} digits before the decimals, and {precision - scale} go"
+    decimals = len(behind.rstrip("0"))
+    return f"it has {decimals} decimals, and {scale} go" if decimals > scale else ""
 
 
 # Converters: texts -> values (null where a text is null or does not fit), and where it does not fit

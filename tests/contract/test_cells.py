@@ -270,8 +270,37 @@ def test_text_is_not_touched(cells: list[str | None]) -> None:
     assert convert(cells, type="text") == cells
 
 
+@pytest.mark.parametrize(
+    ("kind", "cell", "cause"),
+    [
+        ("integer", "99999999999999999999", "beyond 64 bits"),
+        ("integer", "-007", "zeros in front"),
+        ("integer", "x", ""),
+        ("integer", "1.5", ""),
+        ("decimal(18,2)", "1.239", "3 decimals, and 2 go"),
+        ("decimal(18,2)", "-10000000000000000.1", "17 digits before the decimals, and 16 go"),
+        ("decimal(2,2)", "1.5", "1 digits before the decimals, and 0 go"),
+        ("decimal(18,2)", "00.5", "zeros in front"),
+        ("decimal(18,2)", "1,5", ""),
+        ("double", "9007199254740993", "no double is exactly this number"),
+        ("double", "1.5.6", ""),
+        ("date", "7", ""),
+    ],
+)
+def test_a_number_that_does_not_fit_is_told_why(kind: str, cell: str, cause: str) -> None:
+    columns = {"a": {"type": kind}}
+    _, (reject,) = Typed(read({"table": "t", "files": ["*"], "columns": columns}), ["a"], {}).rows(
+        [(1, 1, [cell], cell)]
+    )
+    said = f"a: {cell!r} is no {kind}"
+    assert reject.reason.startswith(said)
+    assert cause in reject.reason and bool(cause) == (reject.reason != said)
+
+
 def test_what_re2_refuses_is_an_error() -> None:
     for pattern in ("(", "(?=a)", r"(a)\1", "(((a{100}){100}){100})"):
         with pytest.raises(ContractError, match="RE2"):
             convert(["a"], type="text", pattern=pattern)
     assert convert(["ab" * 5000], type="text", pattern="(a|b|ab)*(a|b)*") == ["ab" * 5000]
+    with pytest.raises(ContractError, match=r"missing \): \($"):
+        convert(["a"], type="text", pattern="(")
