@@ -29,7 +29,7 @@ from casparian_flow.contract import (
     precision_of,
     sum_group,
 )
-from casparian_flow.sdk import printable
+from casparian_flow.sdk import column_names, printable
 
 REJECTS = pa.schema(
     [
@@ -273,14 +273,16 @@ class Typed:
         return rejects
 
     def _reason(self, place: int, value: str | None, fault: Fault) -> str:
-        name = self._cells[place].column.name
+        cells = self._cells[place]
+        name = cells.column.name
         if fault.rule == "required":
             return f"{name}: missing"
         if fault.rule == "key":
             return f"{', '.join(self.contract.key)}: was there before"
         value = value or ""
         shown = repr(value) if len(value) <= SHOWN else f"{value[:SHOWN]!r}..."
-        return f"{name}: {shown} {fault.why}"
+        cause = cells.cause(value) if fault.rule == cells.column.type else ""
+        return f"{name}: {shown} {fault.why}" + (f": {cause}" if cause else "")
 
 
 def _without(good: Any | None, faults: Iterable[tuple[int, Any, Fault]]) -> Any | None:
@@ -307,8 +309,9 @@ def check_patterns(contract: Contract) -> None:
         if pattern := contract.dialect.get(word):
             patterns.append((f"{where}, dialect: {word}", str(pattern)))
     for what, pattern in patterns:
-        try:
-            pc.match_substring_regex(pa.array([""]), rf"\A(?:{pattern})\z")
+        try:  # by itself first: an error shows the expression
+            for each in (pattern, rf"\A(?:{pattern})\z"):
+                pc.match_substring_regex(pa.array([""]), each)
         except (pa.ArrowInvalid, ValueError) as error:
             why = str(error).partition("Invalid regular expression: ")[2] or str(error)
             raise ContractError(
@@ -348,8 +351,21 @@ def _drifted(contract: Contract, names: Sequence[str], path: Mapping[str, str]) 
     if contract.drift != "hold" and not lost:
         found.append(_other_table(contract, names))
     if any(found):
+        found.append(_other_delimiter(contract, names))
         raise Held("held: " + "; ".join(filter(None, found)))
     return new
+
+
+def _other_delimiter(contract: Contract, names: Sequence[str]) -> str:
+    """Words if a file's only name is several columns of the contract with a sign between them."""
+    delimiter = contract.dialect.get("delimiter", "")
+    if len(names) != 1 or not delimiter:
+        return ""
+    known = {column.name for column in contract.columns}
+    for sign, shown in ((",", "','"), (";", "';'"), ("|", "'|'"), (" ", "a tab")):
+        if len(known.intersection(column_names(names[0].replace('"', "").split(sign)))) > 1:
+            return f"the file seems to be delimited by {shown}, and the contract by {delimiter!r}"
+    return ""
 
 
 def _other_table(contract: Contract, names: Sequence[str]) -> str:

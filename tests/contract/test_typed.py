@@ -103,6 +103,23 @@ def test_a_version_with_other_columns_is_held(names: list[str], drift: str, told
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "delimiter", "told"),
+    [
+        ("order,day,amount,zip", ";", "delimited by ',', and the contract by ';'"),
+        ('"order";"day";"amount";"zip"', ",", "delimited by ';', and the contract by ','"),
+        ("order day amount zip", ",", "delimited by a tab, and the contract by ','"),
+        ("order,day,amount,zip", "", ""),
+        ("report of the day", ";", ""),
+    ],
+)
+def test_a_held_file_with_another_delimiter_says_so(name: str, delimiter: str, told: str) -> None:
+    with pytest.raises(Held) as caught:
+        typed([name], dialect={"delimiter": delimiter})
+    assert told in str(caught.value)
+    assert bool(told) == ("seems to be delimited" in str(caught.value))
+
+
 def test_rescue_keeps_the_cells_of_new_columns() -> None:
     sales = typed(["order", "rabatt", "amount", "note"], drift="rescue")
     table, rejects = sales.rows(records("1;5%;1,00;x", "2;;2,00;y", "z;1;1,00;gone"))
