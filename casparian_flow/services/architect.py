@@ -8,6 +8,7 @@ signature over it, and asks the trust log whether the key may publish this plugi
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +191,8 @@ def deploy(ledger: Ledger, settings: Settings, message: Deploy) -> str:
     try:
         deed, *stays = ledger.change(work, lambda done: done.events).messages
     except _DryRun as undone:
-        return f"dry run, nothing was changed; without --dry-run:\n{undone}"
+        would = textwrap.indent(str(undone), "  ")
+        return f"dry run, nothing was changed; without --dry-run it would say:\n{would}"
     crashpoint("architect.deployed")
     inventory.note(settings, ledger)
     stays += outputs.tell(ledger)
