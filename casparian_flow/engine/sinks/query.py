@@ -149,6 +149,11 @@ def _in_words(duckdb: Any, outputs: Sequence[Output]) -> Iterator[None]:
             f"the query failed: {_first_line(error)}",
             "a query can read the topics that it names, but no other files",
         ) from error
+    except duckdb.ParserException as error:
+        raise CasparianError(
+            f"the query failed: {_first_line(error)}",
+            'fix the SQL; a name that has - or . or is a word of SQL is written in quotes: "order"',
+        ) from error
     except BrokenPipeError:  # raised by the caller's printing in the block
         raise
     except duckdb.OutOfMemoryException as error:
