@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from casparian_flow.cli.context import Here
     from casparian_flow.contract import Contract
     from casparian_flow.services.table_changes import Change, Redone
-    from casparian_flow.services.tables import Found, Outcome, Said, Workshop
+    from casparian_flow.services.table_contracts import Said
+    from casparian_flow.services.tables import Found, Kind, Outcome, Workshop
     from casparian_flow.services.trial import Subject
 
 SHOWN = 20
@@ -144,6 +145,7 @@ def add(
     would be published, rejected and skipped, and asks. What is agreed is published like a plugin,
     signed by you: from then on the contract judges every file.
     """
+    from casparian_flow.services import table_contracts as contracts
     from casparian_flow.services import tables
 
     said = _said(
@@ -155,10 +157,10 @@ def add(
         raise typer.BadParameter("give a NAME and GLOBs, or --from FILE")
     with context.opened(ctx) as here, _workshop(here) as workshop:
         if from_file:
-            wanted = tables.changed(_document(from_file, name), said)
+            wanted = contracts.changed(_document(from_file, name), said)
         table = wanted.table if from_file else str(name)
         tables.check_free(here.ledger, table)
-        tables.check_said(here.settings, here.ledger, table, said)
+        contracts.check_said(here.settings, here.ledger, table, said)
         patterns = wanted.files if from_file else list(globs or ())
         if len(patterns) > 1 and not any(set("*?[{") & set(pattern) for pattern in patterns):
             context.note(
@@ -171,9 +173,9 @@ def add(
         subject = workshop.subject_of(wanted)
         outcome = workshop.try_out(subject, rows)
         _print_outcome(outcome)
+        _check_usable(wanted, outcome)
         for words in tables.others(here.ledger, wanted, rows):
             context.say(words)
-        _check_usable(wanted, outcome)
         _publish(here, subject, "1.0.0", dry_run=dry_run, yes=yes)
 
 
@@ -191,7 +193,7 @@ def _said(
     lines: bool = False,
     **dialect: str | None,
 ) -> Said:
-    from casparian_flow.services.tables import Said
+    from casparian_flow.services.table_contracts import Said
 
     return Said(
         types=_pairs("--type", types),
@@ -224,12 +226,13 @@ def _pairs(option: str, written: Sequence[str] | None) -> dict[str, str]:
 def _document(file: Path, name: str | None) -> Contract:
     from casparian_flow.contract import ContractError
     from casparian_flow.errors import PluginError
-    from casparian_flow.services import table_documents, tables
+    from casparian_flow.services import table_contracts as contracts
+    from casparian_flow.services import table_documents
 
     try:
         wanted = table_documents.from_toml(file.read_text("utf-8"))
     except ContractError as error:
-        raise tables.refused(error) from error
+        raise contracts.refused(error) from error
     except (OSError, UnicodeDecodeError) as error:
         raise PluginError(f"cannot read {file}: {error}", "check the path") from error
     if name and name != wanted.table:
@@ -288,18 +291,29 @@ def _print_columns(wanted: Contract, found: Found) -> None:
 def _print_outcome(outcome: Outcome) -> None:
     total = outcome.total
     reasons = f" ({total.reasons})" if total.reasons else ""
-    context.say(
-        f"of {total.read:,} read: {total.published:,} would be published, {total.rejected:,} "
-        f"rejected, {total.skipped:,} skipped{reasons}"
-    )
-    for kind in outcome.kinds[:SHOWN]:
-        line = f" line {kind.line:,}" if kind.line is not None else ""
-        context.say(f"  {kind.number:>8,}  {kind.reason}   {kind.file}{line}")
+    if outcome.good:
+        context.say(
+            f"of {total.read:,} read: {total.published:,} would be published, {total.rejected:,} "
+            f"rejected, {total.skipped:,} skipped{reasons}"
+        )
+        _print_kinds(outcome.kinds)
+    else:
+        context.say("nothing would be published")
     for words, files in (("would be held", outcome.held), ("would fail", outcome.failed)):
         for each in files[:SHOWN]:
             context.say(f"  {words}: {each.file}: {each.held or each.error}")
+            _print_kinds(each.kinds)
         if len(files) > SHOWN:
             context.say(f"  and {len(files) - SHOWN:,} more {words}")
+
+
+def _print_kinds(kinds: Sequence[Kind]) -> None:
+    """Rejects of each kind, with the first of them."""
+    for kind in kinds[:SHOWN]:
+        line = f" line {kind.line:,}" if kind.line is not None else ""
+        context.say(f"  {kind.number:>8,}  {kind.reason}   {kind.file}{line}")
+    if len(kinds) > SHOWN:
+        context.say(f"  and {counted(len(kinds) - SHOWN, 'more kind')} of rejects")
 
 
 def _check_usable(wanted: Contract, outcome: Outcome) -> None:
@@ -397,7 +411,7 @@ def show(
     from casparian_flow import contract
     from casparian_flow.db import tables
     from casparian_flow.services import table_changes
-    from casparian_flow.services.tables import read
+    from casparian_flow.services.table_contracts import read
 
     most = context.wanted(limit, every)
     if sum([toml, table_schema, odcs, as_json]) > 1:
@@ -483,19 +497,20 @@ def set_(
     the rejects and the table, and asks.
     """
     from casparian_flow.services import architect, table_changes, tables
+    from casparian_flow.services import table_contracts as contracts
 
     said = _said(
         types, formats, decimal, missing, key, (), drift=drift, max_rejects=max_rejects,
         lines=lines, encoding=encoding, header=header, footer=footer, control=control,
         sheet=sheet,
     )  # fmt: skip
-    if said == tables.Said() and not from_file and not redo:
+    if said == contracts.Said() and not from_file and not redo:
         raise typer.BadParameter("say what to change: --type, --format, ..., or --from FILE")
     with context.opened(ctx) as here:
-        tables.check_said(here.settings, here.ledger, name, said)
+        contracts.check_said(here.settings, here.ledger, name, said)
         table = table_changes.find(here.ledger, name)
         given = _document(from_file, name) if from_file else table.contract
-        new = tables.changed(given, said)
+        new = contracts.changed(given, said)
         if new == table.contract and not redo:
             context.note("the contract is the same already; nothing was changed")
             return

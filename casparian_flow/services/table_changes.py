@@ -20,14 +20,8 @@ from casparian_flow.db.rebuild import Progress, Started
 from casparian_flow.errors import CasparianError, NotFound
 from casparian_flow.sdk import printable
 from casparian_flow.services import outputs, trial
-from casparian_flow.services.tables import (
-    Outcome,
-    Said,
-    Workshop,
-    keep_missing,
-    matching,
-    read,
-)
+from casparian_flow.services.table_contracts import Said, keep_missing, read
+from casparian_flow.services.tables import Outcome, Workshop, matching
 from casparian_flow.services.trial import Subject
 
 if TYPE_CHECKING:

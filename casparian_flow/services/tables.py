@@ -1,4 +1,4 @@
-"""Tables: propose a contract for files, and find out what it would make of every record of them.
+"""Tables: propose a contract for files, and find out what one would make of every record of them.
 
 A table is a bundled reader that is published with a contract in its MANIFEST. Nothing here records
 anything: files are surveyed and contracts are tried in guests (`services.trial`), and what comes
@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 
 from casparian_flow import bundled, config, contract, proposal
 from casparian_flow.config import Settings
-from casparian_flow.contract import Contract, ContractError
+from casparian_flow.contract import Contract
 from casparian_flow.db import plugins, tables, versions
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.routing import compile_pattern
@@ -34,9 +34,9 @@ from casparian_flow.errors import (
 )
 from casparian_flow.path_patterns import placeholders
 from casparian_flow.security.choices import Choices
-from casparian_flow.services import topics, trial
+from casparian_flow.services import trial
+from casparian_flow.services.table_contracts import Said, changed, check_patterns, read
 from casparian_flow.services.trial import Balance, Subject, Trials, Tried
-from casparian_flow.time_formats import kind_of_format
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -45,73 +45,6 @@ if TYPE_CHECKING:
 
 WORKBOOKS = (".xlsx", ".xlsm", ".xltx", ".xltm")
 """Files of these names are read by `excel_sheets`, all others by `delimited`."""
-
-EXAMPLES = 8
-"""Kinds of rejects that are shown with an example each."""
-
-
-class Said(NamedTuple):
-    """What a person says of a table; what is empty is found in its files, or stays."""
-
-    types: Mapping[str, str] = {}
-    """Column -> type; a boolean may name its values: `boolean:ja/nein`."""
-    formats: Mapping[str, str] = {}
-    decimal: str = ""
-    missing: Sequence[str] = ()
-    key: Sequence[str] = ()
-    dialect: Mapping[str, str] = {}
-    """Words of `Contract.dialect`."""
-    source: str = ""
-    sinks: Sequence[str] = ()
-    drift: str = ""
-    max_rejects: str = ""
-    lines: bool = False
-
-    @property
-    def hints(self) -> dict[str, Any]:
-        """What a survey is told, in the words of a contract."""
-        columns: dict[str, dict[str, Any]] = {}
-        for name, kind in self.types.items():
-            columns[name] = typed(kind)
-        for name, form in self.formats.items():
-            columns.setdefault(name, {})["format"] = form
-        hints: dict[str, Any] = {"columns": columns} if columns else {}
-        if self.decimal:
-            hints["decimalChar"] = self.decimal
-        if self.missing:
-            hints["missingValues"] = list(self.missing)
-        return hints
-
-
-def typed(said: str) -> dict[str, Any]:
-    """A type as a person says it, as words of a column: `boolean:ja/nein` has its values."""
-    kind, _, values = said.partition(":")
-    yes, _, no = values.partition("/")
-    return {"type": kind, **({"trueValues": [yes], "falseValues": [no]} if values else {})}
-
-
-def check_said(settings: Settings, ledger: Ledger, table: str, said: Said) -> None:
-    """Check what a person says before files are read for minutes.
-
-    Raises:
-        PluginError: a type, a format or a regular expression is none.
-        ConfigError: a sink cannot be used.
-    """
-    columns = []
-    for name, words in said.hints.get("columns", {}).items():
-        try:
-            kind = kind_of_format(words.get("format", "%Y"))
-        except ValueError as error:
-            raise refused(ContractError(f"--format {name}: {error}")) from error
-        columns.append({"name": name, "type": kind, **words})
-    dialect = {word: said.dialect[word] for word in ("header", "footer") if word in said.dialect}
-    if columns or dialect:
-        columns = columns or [{"name": "any", "type": "text"}]
-        given = {"table": table, "files": ["*"], "columns": columns, "dialect": dialect}
-        _check_patterns(read(given))
-    if said.sinks:
-        roots = ledger.read(versions.active_paths)
-        topics.of_person(settings, table, said.sinks, "replace", roots)
 
 
 # The files.
@@ -222,9 +155,6 @@ class Kind(NamedTuple):
     number: int
     file: str
     line: int | None
-    column: str
-    rule: str
-    value: str
     reason: str
 
 
@@ -272,6 +202,21 @@ class Of(NamedTuple):
     error: str = ""
     """Why its job would fail."""
 
+    @property
+    def kinds(self) -> list[Kind]:
+        """Its rejects by kind, the commonest first."""
+        return _kinds([self])
+
+
+def _kinds(files: Iterable[Of]) -> list[Kind]:
+    counts: Counter[tuple[str, str]] = Counter()
+    first: dict[tuple[str, str], Kind] = {}
+    for of in files:
+        counts.update(of.output.kinds)
+        for kind, row in of.output.first.items():
+            first.setdefault(kind, Kind(0, of.file, row["line"], row["reason"] or ""))
+    return [first[kind]._replace(number=number) for kind, number in counts.most_common()]
+
 
 class Outcome(NamedTuple):
     """What a contract would make of all files."""
@@ -317,17 +262,8 @@ class Outcome(NamedTuple):
 
     @property
     def kinds(self) -> list[Kind]:
-        """The rejects by their kind, the commonest first."""
-        counts: Counter[tuple[str, str]] = Counter()
-        first: dict[tuple[str, str], Kind] = {}
-        for of in self.good:
-            counts.update(of.output.kinds)
-            for kind, row in of.output.first.items():
-                first.setdefault(
-                    kind,
-                    Kind(0, of.file, row["line"], *kind, row["value"] or "", row["reason"] or ""),
-                )
-        return [first[kind]._replace(number=number) for kind, number in counts.most_common()]
+        """Their rejects by kind, the commonest first."""
+        return _kinds(self.good)
 
 
 class Found(NamedTuple):
@@ -471,7 +407,7 @@ class Workshop:
         Raises:
             PluginError: one of its regular expressions is none.
         """
-        _check_patterns(wanted)
+        check_patterns(wanted)
         return self.subject(wanted.table, wanted.reader, contract.literal(wanted))
 
     def facts(self, table: str, rows: Sequence[Any], said: Said) -> list[dict[str, Any]]:
@@ -561,7 +497,24 @@ def _judged(tried: Tried[Judged]) -> Of:
     return Of(tried.name, tried.file.version_id, output, told, held, failed)
 
 
-# Contracts.
+def propose(table: str, patterns: Sequence[str], reader: str, found: Found, said: Said) -> Contract:
+    """The contract that a survey speaks for, with what a person says of it.
+
+    Raises:
+        PluginError: what was said cannot be used.
+    """
+    placed = [placeholders(each) for each in patterns]
+    columns: list[Mapping[str, Any]] = [each.words for each in found.proposal.columns]
+    for name in dict.fromkeys(name for each in placed for name in each):
+        optional = name not in said.key and not all(name in each for each in placed)
+        more = {"optional": True} if optional else {}
+        columns.append({"name": name, "type": "text", "from": "path", **more})
+    literal = {"table": table, "reader": reader, "files": list(patterns),
+               "dialect": found.dialect, "columns": columns}  # fmt: skip
+    return changed(read(literal), said)
+
+
+# Beside other plugins.
 
 
 def check_free(ledger: Ledger, table: str) -> None:
@@ -607,131 +560,3 @@ def others(ledger: Ledger, wanted: Contract, rows: Sequence[Any]) -> list[str]:
         else:
             lines.append(f"{some}, and it goes on getting these files")
     return lines
-
-
-def propose(table: str, patterns: Sequence[str], reader: str, found: Found, said: Said) -> Contract:
-    """The contract that a survey speaks for, with what a person says of it.
-
-    Raises:
-        PluginError: what was said cannot be used.
-    """
-    placed = [placeholders(each) for each in patterns]
-    columns: list[Mapping[str, Any]] = [each.words for each in found.proposal.columns]
-    for name in dict.fromkeys(name for each in placed for name in each):
-        optional = name not in said.key and not all(name in each for each in placed)
-        more = {"optional": True} if optional else {}
-        columns.append({"name": name, "type": "text", "from": "path", **more})
-    literal = {"table": table, "reader": reader, "files": list(patterns),
-               "dialect": found.dialect, "columns": columns}  # fmt: skip
-    return changed(read(literal), said)
-
-
-def changed(given: Contract, said: Said) -> Contract:
-    """A contract with what a person says of it in the place of what it has.
-
-    Raises:
-        PluginError: a column is not there, or something cannot be used.
-    """
-    names = [column.name for column in given.columns]
-    for what, columns in (("--type", said.types), ("--format", said.formats)):
-        for name in columns:
-            if name not in names:
-                raise PluginError(
-                    f"{what} {name}=...: the table has no column {name!r}",
-                    f"its columns are {', '.join(names)}",
-                )
-    literal = contract.literal(given)
-    key = said.key or given.key
-    for column in literal["columns"]:
-        keep_missing(column, given, required=column.get("required", False) or column["name"] in key)
-    literal["columns"] = [_changed(column, said, key) for column in literal["columns"]]
-    literal["dialect"] = {**literal.get("dialect", {}), **said.dialect}
-    for word in ("source", "drift", "max_rejects"):
-        if value := getattr(said, word):
-            literal[word] = value
-    for word in ("sinks", "key"):
-        if value := getattr(said, word):
-            literal[word] = list(value)
-    literal["lines"] = said.lines or given.lines
-    return read(literal)
-
-
-def keep_missing(column: dict[str, Any], given: Contract, *, required: bool) -> None:
-    """Write out what is missing in a column of a contract, where the default becomes another.
-
-    A text whose empty cells count as texts gets the default once it is required, for without
-    missing values nothing of it could fail.
-
-    Args:
-        column: its literal, which is changed.
-        required: whether it is required, or of the key, from now on.
-    """
-    was = given.column(column["name"])
-    assert was is not None
-    if was.missing != contract.default_missing(was.type, required) and (
-        was.missing or not required
-    ):
-        column["missingValues"] = list(was.missing)
-
-
-def _changed(column: dict[str, Any], said: Said, key: Sequence[str]) -> dict[str, Any]:
-    """A column's literal with what a person says of it.
-
-    Args:
-        key: the columns of the new key.
-    """
-    name = column["name"]
-    if name in said.types:
-        words = typed(said.types[name])
-        if words["type"] != column["type"]:
-            column = {key: column[key] for key in _KEPT if key in column}
-        column |= words
-    if name in said.formats:
-        column |= {"format": said.formats[name]}
-        if column["type"] in ("text", "integer"):  # a format is of a date, unless more is said
-            column["type"] = "date" if name not in said.types else column["type"]
-    kind = contract.kind_of(column["type"])
-    if said.decimal and kind in ("decimal", "double"):
-        column |= {"decimalChar": said.decimal}
-        if column.get("groupChar") == said.decimal:
-            del column["groupChar"]
-    if said.missing and column.get("from") != "path":
-        required = column.get("required", False) or name in key
-        default = contract.default_missing(column["type"], required)
-        have = column.get("missingValues", default)
-        column |= {"missingValues": list(dict.fromkeys([*have, *said.missing]))}
-    return column
-
-
-_KEPT = ("name", "required", "unique", "trim", "missingValues", "from", "optional")
-"""Words of a column that fit any type."""
-
-
-def read(literal: Mapping[str, Any]) -> Contract:
-    """`contract.read`, with an error that a person can do something about.
-
-    Raises:
-        PluginError: it is not a contract.
-    """
-    try:
-        return contract.read(literal)
-    except ContractError as error:
-        raise refused(error) from error
-
-
-def _check_patterns(wanted: Contract) -> None:
-    """
-    Raises:
-        PluginError: a regular expression of the contract is none.
-    """
-    from casparian_flow.typed import check_patterns  # loads pyarrow
-
-    try:
-        check_patterns(wanted)
-    except ContractError as error:
-        raise refused(error) from error
-
-
-def refused(error: ContractError) -> PluginError:
-    """An error of a contract for a person."""
-    return PluginError(str(error), "docs/table_reference.md lists the words of a contract")

@@ -152,7 +152,13 @@ def test_what_does_not_match_is_told_what_to_type(casparian: Casparian) -> None:
     said = casparian.err("table", "add", "stock", "*.csv", "--type", "stock=money", code=65)
     assert "money" in said
     casparian.err("table", "add", "stock", "*.csv", "--format", "seen=%Q", "--yes", code=65)
-    casparian.err("table", "add", "stock", "*.csv", "--header", "(", "--yes", code=65)
+    said = casparian.err("table", "add", "stock", "*.csv", "--header", "(", "--yes", code=65)
+    assert "missing ): (\n" in said
+    for option, value in (("--decimal", "xx"), ("--drift", "keep"), ("--max-rejects", "few")):
+        said = casparian.err("table", "add", "stock", "*.csv", option, value, "--dry-run", code=65)
+        assert repr(value) in said and "surveyed" not in said
+    said = casparian.err("table", "add", "my stock", "*.csv", "--dry-run", code=65)
+    assert "the table's name is 'my stock'" in said
     casparian.err("table", "add", "stock", "*.csv", "--to", "ftp://out", "--yes", code=78)
     assert "casparian scan" in casparian.err("table", "add", "sales", "sales_*.csv", code=66)
     casparian.err("table", "add", "sales", code=2)
@@ -172,6 +178,17 @@ def test_empty_files_are_left_out_and_said(casparian: Casparian) -> None:
     casparian.run("scan")
     said = casparian.err("table", "add", "none", "none_*.csv", "--yes", code=1)
     assert "all of these files are empty" in said
+
+
+def test_a_file_that_fails_for_its_rejects_shows_them(casparian: Casparian) -> None:
+    source = add_source(casparian)
+    (source / "stock_1.csv").write_text(inventory(1))
+    casparian.run("scan")
+    options = ("--type", "item=integer", "--max-rejects", "3")
+    done = casparian.run("table", "add", "stock", "stock_*.csv", *options, "--yes", code=1)
+    assert "of 0 read" not in done.stdout and "nothing would be published" in done.stdout
+    assert "30 of 30 records are rejected" in done.stdout
+    assert "30  item: 'part 1-0' is no integer" in done.stdout
 
 
 def test_a_document_wins_over_what_the_files_say(
