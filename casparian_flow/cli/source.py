@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 app = context.group("Add, list and remove watched directories.")
 
-
+Name = Annotated[str, typer.Argument(metavar="NAME", help="As in `casparian source list`.")]
 Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Ignore these files, as in a .gitignore; repeatable."),
@@ -76,7 +76,7 @@ def add_source(
 @app.command("set")
 def set_source(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As in `casparian source list`.")],
+    name: Name,
     ignore: Ignore = None,
     settle: Settle = None,
     done_file: DoneFile = None,
@@ -122,7 +122,7 @@ def list_sources(ctx: typer.Context, as_json: AsJson = False) -> None:
 @app.command("show")
 def show_source(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As in `casparian source list`.")],
+    name: Name,
     as_json: AsJson = False,
 ) -> None:
     """Show a source root in full, with its ignore patterns.
@@ -143,7 +143,7 @@ def show_source(
 @app.command("remove")
 def remove_source(
     ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As in `casparian source list`.")],
+    name: Name,
 ) -> None:
     """Stop watching a directory.
 

@@ -10,6 +10,10 @@ from casparian_flow.cli import context
 from casparian_flow.cli.context import All, AsJson, Limit
 from casparian_flow.errors import ExitCode, counted, tallied
 
+File = Annotated[
+    str, typer.Argument(metavar="PATH", help="The file, as SOURCE/path or as a path from here.")
+]
+
 
 def status(
     ctx: typer.Context,
@@ -198,10 +202,7 @@ def files(
 
 def versions(
     ctx: typer.Context,
-    path: Annotated[
-        str,
-        typer.Argument(metavar="PATH", help="The file, as SOURCE/path or as a path from here."),
-    ],
+    path: File,
     as_json: AsJson = False,
 ) -> None:
     """List every version of a file.
@@ -229,10 +230,7 @@ def versions(
 
 def cat(
     ctx: typer.Context,
-    path: Annotated[
-        str,
-        typer.Argument(metavar="PATH", help="The file, as SOURCE/path or as a path from here."),
-    ],
+    path: File,
     version: Annotated[
         int | None,
         typer.Option(
