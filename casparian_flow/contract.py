@@ -7,18 +7,37 @@ standard library only, because a copy of this file is imported in the plugin's p
 
 from __future__ import annotations
 
-import datetime
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from decimal import Decimal, InvalidOperation
 from types import MappingProxyType
 from typing import Any
 
+from casparian_flow.contract_words import (
+    CONTROL,
+    NUMBERS,
+    TEXT_LIMIT,
+    TIMES,
+    TOKENS_LIMIT,
+    ContractError,
+    character_of,
+    choice_of,
+    comparable,
+    flag_of,
+    kind_of,
+    known,
+    length_of,
+    plain,
+    precision_of,
+    shown,
+    text_of,
+    texts_of,
+    type_of,
+    value_of,
+)  # fmt: skip
 from casparian_flow.path_patterns import path_values, placeholders, routing_glob
-from casparian_flow.sdk import column_names, printable
+from casparian_flow.sdk import column_names
 from casparian_flow.time_formats import check_format
 
 __all__ = [
@@ -30,10 +49,6 @@ LANGUAGE = 1
 """What the words of a contract mean. A number that was given out never changes its meaning; a word
 that shall mean something else comes with the next number."""
 
-TYPES = (
-    "text", "integer", "decimal(p,s)", "double", "boolean", "date", "time", "timestamp",
-    "timestamp[tz]", "binary(hex)", "binary(base64)",
-)  # fmt: skip
 READERS = ("delimited", "excel_sheets")
 DRIFTS = ("hold", "rescue", "evolve")
 EXTRA = "_extra"
@@ -43,17 +58,7 @@ LINE = "_cf_line"
 
 COLUMNS_LIMIT = 2000
 """SQLite takes no more columns."""
-TOKENS_LIMIT = 1000
-"""Values of one list, such as missingValues or enum."""
-TEXT_LIMIT = 1000
-"""Characters of one text, such as a regular expression."""
 FILES_LIMIT = 100
-SHOWN = 60
-"""Characters of an untrusted text that a message shows."""
-
-
-class ContractError(ValueError):
-    """The contract cannot be used: the message names the table, the column and the key."""
 
 
 class Held(Exception):
@@ -127,13 +132,11 @@ TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 
 # The words of a literal: how each is called there, and which types take it.
 
-_NUMBERS = ("integer", "decimal", "double")
-_TIMES = ("date", "time", "timestamp", "timestamp[tz]")
 _WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "type": ("type", ()),
-    "format": ("format", _TIMES),
+    "format": ("format", TIMES),
     "decimalChar": ("decimal", ("decimal", "double")),
-    "groupChar": ("group", _NUMBERS),
+    "groupChar": ("group", NUMBERS),
     "missingValues": ("missing", ()),
     "trueValues": ("true", ("boolean",)),
     "falseValues": ("false", ("boolean",)),
@@ -141,9 +144,9 @@ _WORDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "required": ("required", ()),
     "optional": ("optional", ()),
     "unique": ("unique", ()),
-    "minimum": ("minimum", (*_NUMBERS, *_TIMES)),
-    "maximum": ("maximum", (*_NUMBERS, *_TIMES)),
-    "enum": ("enum", ("text", *_NUMBERS, *_TIMES)),
+    "minimum": ("minimum", (*NUMBERS, *TIMES)),
+    "maximum": ("maximum", (*NUMBERS, *TIMES)),
+    "enum": ("enum", ("text", *NUMBERS, *TIMES)),
     "pattern": ("pattern", ("text",)),
     "minLength": ("min_length", ("text",)),
     "maxLength": ("max_length", ("text",)),
@@ -163,26 +166,8 @@ DIALECT: dict[str, tuple[str, ...]] = {
     "excel_sheets": ("sheet", "header_line", "header", "footer", "control"),
 }  # fmt: skip
 """Reader -> the words of its dialect. What is not said is found in each file."""
-_OTHER_WORDS = {
-    "string": "text", "str": "text", "varchar": "text", "char": "text", "any": "text",
-    "int": "integer", "bigint": "integer", "int64": "integer", "long": "integer",
-    "number": "decimal(18,2)", "numeric": "decimal(18,2)", "decimal": "decimal(18,2)",
-    "money": "decimal(18,2)", "float": "double", "float64": "double", "real": "double",
-    "bool": "boolean", "datetime": "timestamp", "timestamptz": "timestamp[tz]",
-    "binary": "binary(hex)", "bytes": "binary(base64)", "year": "integer",
-    "bareNumber": "pattern", "constraints": "required", "quoteChar": "quote",
-    "escapeChar": "escape", "commentChar": "comment", "sheetName": "sheet", "path": "files",
-    "fields": "columns", "primaryKey": "key", "name": "table", "skipRows": "skip_lines",
-    "headerRows": "header_line", "null_values": "missingValues", "dateformat": "format",
-}  # fmt: skip
-"""Words of other notations -> ours, to suggest them."""
 
 _TABLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,55}")
-_DECIMAL = re.compile(r"decimal\(\s*([0-9]{1,2})\s*,\s*([0-9]{1,2})\s*\)")
-_NUMBER = re.compile(r"-?(?:[0-9]{1,38}(?:\.[0-9]{1,38})?|\.[0-9]{1,38})")
-_CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
-_BEYOND = 10**309
-"""No number of a contract is as large, and `str` gives smaller ones at once."""
 _TOTALS = re.compile(r"\(\?P?<([^>]*)>")
 
 
@@ -198,31 +183,31 @@ def read(given: object) -> Contract:
     """
     where = "the contract"
     if not isinstance(given, Mapping):
-        raise ContractError(f"{where} is {_shown(given)}; it must be a mapping")
+        raise ContractError(f"{where} is {shown(given)}; it must be a mapping")
     if isinstance(given.get("table"), str):
-        where = f"table {_plain(given['table'])}"
-    given = _known(given, _KEYS, where)
+        where = f"table {plain(given['table'])}"
+    given = known(given, _KEYS, where)
     language = given.get("language", LANGUAGE)
     if type(language) is not int or language != LANGUAGE:
         raise ContractError(
-            f"{where}: language is {_shown(language)}; this Casparian Flow knows {LANGUAGE}: "
+            f"{where}: language is {shown(language)}; this Casparian Flow knows {LANGUAGE}: "
             "use the release that wrote the contract, or a newer one"
         )
-    reader = _choice(given, "reader", READERS, where, "delimited")
-    drift = _choice(given, "drift", DRIFTS, where, "hold")
+    reader = choice_of(given, "reader", READERS, where, "delimited")
+    drift = choice_of(given, "drift", DRIFTS, where, "hold")
     table = _table(given, where)
     files = _files(given, where)
-    key = _texts(given, "key", where)
+    key = texts_of(given, "key", where)
     columns = _columns(given, where, key, files)
     contract = Contract(
         table=table,
         reader=reader,
         files=files,
-        source=_text(given, "source", where),
-        sinks=_texts(given, "sinks", where),
+        source=text_of(given, "source", where),
+        sinks=texts_of(given, "sinks", where),
         drift=drift,
         max_rejects=_max_rejects(given, where),
-        lines=_flag(given, "lines", where),
+        lines=flag_of(given, "lines", where),
         key=key,
         dialect=MappingProxyType(_dialect(given, reader, where)),
         columns=columns,
@@ -253,9 +238,9 @@ def check(given: object) -> None:
     """
     if is_survey(given):
         assert isinstance(given, Mapping)
-        _known(given, ("survey",), "the survey")
+        known(given, ("survey",), "the survey")
         if not isinstance(given["survey"], Mapping):
-            raise ContractError(f"the survey is {_shown(given['survey'])}; it must be a mapping")
+            raise ContractError(f"the survey is {shown(given['survey'])}; it must be a mapping")
     else:
         read(given)
 
@@ -263,18 +248,6 @@ def check(given: object) -> None:
 def is_survey(given: object) -> bool:
     """Whether a MANIFEST's `contract` orders a survey: its plugin publishes facts, not a table."""
     return isinstance(given, Mapping) and "survey" in given
-
-
-def kind_of(type_name: str) -> str:
-    """The kind of a type, without its numbers: `decimal` for `decimal(18,2)`."""
-    return type_name if type_name == "timestamp[tz]" else type_name.partition("(")[0]
-
-
-def precision_of(type_name: str) -> tuple[int, int]:
-    """Precision and scale of a decimal type."""
-    found = _DECIMAL.fullmatch(type_name)
-    assert found, type_name
-    return int(found[1]), int(found[2])
 
 
 def default_missing(type_name: str, required: bool) -> tuple[str, ...]:
@@ -289,17 +262,17 @@ def default_missing(type_name: str, required: bool) -> tuple[str, ...]:
 
 
 def _table(given: Mapping[str, Any], where: str) -> str:
-    name = _text(given, "table", where)
+    name = text_of(given, "table", where)
     if not _TABLE.fullmatch(name) or name.endswith("_rejects"):
         raise ContractError(
-            f"{where}: the table's name is {_shown(name)}; it must be letters, digits, `_`, `-` "
+            f"{where}: the table's name is {shown(name)}; it must be letters, digits, `_`, `-` "
             "and `.`, at most 56, start with a letter or a digit, and not end in _rejects"
         )
     return name
 
 
 def _files(given: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    files = _texts(given, "files", where)
+    files = texts_of(given, "files", where)
     if not files:
         raise ContractError(f'{where}: files is missing; write it like files = ["sales_*.csv"]')
     if len(files) > FILES_LIMIT:
@@ -307,13 +280,13 @@ def _files(given: Mapping[str, Any], where: str) -> tuple[str, ...]:
     for pattern in files:
         if not pattern.strip("/ ") or pattern.startswith("/") or ".." in pattern.split("/"):
             raise ContractError(
-                f"{where}: files has {_shown(pattern)}; a pattern is relative to the source root, "
+                f"{where}: files has {shown(pattern)}; a pattern is relative to the source root, "
                 'like "2024/sales_*.csv"'
             )
         try:
             placeholders(pattern)
         except ValueError as error:
-            raise ContractError(f"{where}: files has {_shown(pattern)}: {error}") from None
+            raise ContractError(f"{where}: files has {shown(pattern)}: {error}") from None
     return tuple(dict.fromkeys(files))
 
 
@@ -325,7 +298,7 @@ def _max_rejects(given: Mapping[str, Any], where: str) -> str:
     found = re.fullmatch(r"([0-9]{1,9})(?:(\.[0-9]{1,6})?(%))?", text if type(text) is str else "?")
     if not found or (found[3] and float(found[1] + (found[2] or "")) > 100):
         raise ContractError(
-            f"{where}: max_rejects is {_shown(value)}; write a number of rows such as 37, or a "
+            f"{where}: max_rejects is {shown(value)}; write a number of rows such as 37, or a "
             'percentage such as "1%"'
         )
     return str(text)
@@ -335,18 +308,18 @@ def _dialect(given: Mapping[str, Any], reader: str, where: str) -> dict[str, str
     words = given.get("dialect", {})
     where = f"{where}, dialect"
     if not isinstance(words, Mapping):
-        raise ContractError(f"{where} is {_shown(words)}; it must be a mapping")
+        raise ContractError(f"{where} is {shown(words)}; it must be a mapping")
     made: dict[str, str | int] = {}
     for key in DIALECT[reader]:
-        value = _known(words, DIALECT[reader], where).get(key, "")
+        value = known(words, DIALECT[reader], where).get(key, "")
         if key == "header_line" and type(value) is int and value >= 0:
             value = str(value or "none")
         if key == "skip_lines":
             if value and (type(value) is not int or not 0 <= value < 10**9):
-                raise ContractError(f"{where}: skip_lines is {_shown(value)}; write a number")
+                raise ContractError(f"{where}: skip_lines is {shown(value)}; write a number")
         elif type(value) is not str or len(value) > TEXT_LIMIT or "\0" in value:
             raise ContractError(
-                f"{where}: {key} is {_shown(value)}; it must be a text of at most {TEXT_LIMIT} "
+                f"{where}: {key} is {shown(value)}; it must be a text of at most {TEXT_LIMIT} "
                 "characters"
             )
         if value:
@@ -355,7 +328,7 @@ def _dialect(given: Mapping[str, Any], reader: str, where: str) -> dict[str, str
         raise ContractError(f"{where}: header and header_line both say where the header is")
     if not re.fullmatch("none|[1-9][0-9]{0,8}|", str(made.get("header_line", ""))):
         raise ContractError(
-            f"{where}: header_line is {_shown(made['header_line'])}; write a line's number or none"
+            f"{where}: header_line is {shown(made['header_line'])}; write a line's number or none"
         )
     return made
 
@@ -366,7 +339,7 @@ def _columns(
     columns = given.get("columns")
     if not columns or not isinstance(columns, Mapping | list | tuple):
         raise ContractError(
-            f"{where}: columns is {_shown(columns)}; it must be a mapping of names to types, or a "
+            f"{where}: columns is {shown(columns)}; it must be a mapping of names to types, or a "
             "list of mappings with a name and a type"
         )
     if len(columns) > COLUMNS_LIMIT:
@@ -384,25 +357,25 @@ def _columns(
     made = []
     for name, words in named:
         _check_name(name, seen, where)
-        made.append(_column(name, words, f"{where}, column {_plain(name)}", name in key, files))
+        made.append(_column(name, words, f"{where}, column {plain(name)}", name in key, files))
     return tuple(made)
 
 
 def _check_name(name: object, seen: dict[str, str], where: str) -> None:
     if type(name) is not str or not name:
-        raise ContractError(f"{where}: a column's name is {_shown(name)}; it must be a text")
+        raise ContractError(f"{where}: a column's name is {shown(name)}; it must be a text")
     (usual,) = column_names([name])
-    if name != usual or _CONTROL.search(name) or name == EXTRA:
+    if name != usual or CONTROL.search(name) or name == EXTRA:
         reason = (
             "it is the column that `rescue` adds" if name == EXTRA
-            else "it has a control character" if _CONTROL.search(name)
+            else "it has a control character" if CONTROL.search(name)
             else "names have at most 100 characters" if len(name) > 100
-            else f"a header's cell {_shown(name)} becomes the name {_shown(usual)}"
+            else f"a header's cell {shown(name)} becomes the name {shown(usual)}"
         )  # fmt: skip
-        raise ContractError(f"{where}: a column cannot be named {_shown(name)}: {reason}")
+        raise ContractError(f"{where}: a column cannot be named {shown(name)}: {reason}")
     if other := seen.get(name.casefold()):
-        what = "is there twice" if other == name else f"differs from {_shown(other)} in case only"
-        raise ContractError(f"{where}: column {_shown(name)} {what}")
+        what = "is there twice" if other == name else f"differs from {shown(other)} in case only"
+        raise ContractError(f"{where}: column {shown(name)} {what}")
     seen[name.casefold()] = name
 
 
@@ -410,8 +383,8 @@ def _column(name: str, words: object, where: str, is_key: bool, files: tuple[str
     if isinstance(words, str):
         words = {"type": words}
     if not isinstance(words, Mapping):
-        raise ContractError(f"{where} is {_shown(words)}; it must be a type or a mapping")
-    type_name = _type(words.get("type"), where)
+        raise ContractError(f"{where} is {shown(words)}; it must be a type or a mapping")
+    type_name = type_of(words.get("type"), where)
     kind = kind_of(type_name)
     allowed = [word for word, (_, kinds) in _WORDS.items() if not kinds or kind in kinds]
     unfit = [word for word in words if word in _WORDS and word not in allowed]
@@ -419,63 +392,41 @@ def _column(name: str, words: object, where: str, is_key: bool, files: tuple[str
         raise ContractError(
             f"{where}: {type_name} takes no {unfit[0]}; it takes {', '.join(allowed)}"
         )
-    words = _known(words, allowed, where)
-    required = _flag(words, "required", where)
-    from_path = _choice(words, "from", ("path", "file"), where, "file") == "path"
+    words = known(words, allowed, where)
+    required = flag_of(words, "required", where)
+    from_path = choice_of(words, "from", ("path", "file"), where, "file") == "path"
     missing = default_missing(type_name, required or is_key)
     if "missingValues" in words:
-        missing = _texts(words, "missingValues", where)
+        missing = texts_of(words, "missingValues", where)
     column = Column(
         name=name,
         type=type_name,
         format=_format(words, kind, where, name if from_path else "", files),
-        decimal=_character(words, "decimalChar", where, "."),
-        group=_character(words, "groupChar", where, ""),
+        decimal=character_of(words, "decimalChar", where, "."),
+        group=character_of(words, "groupChar", where, ""),
         missing=missing,
-        true=_texts(words, "trueValues", where),
-        false=_texts(words, "falseValues", where),
-        trim=_flag(words, "trim", where),
+        true=texts_of(words, "trueValues", where),
+        false=texts_of(words, "falseValues", where),
+        trim=flag_of(words, "trim", where),
         required=required,
-        optional=_flag(words, "optional", where),
-        unique=_flag(words, "unique", where),
+        optional=flag_of(words, "optional", where),
+        unique=flag_of(words, "unique", where),
         minimum=_bound(words, "minimum", type_name, where),
         maximum=_bound(words, "maximum", type_name, where),
         enum=_enum(words, type_name, where),
-        pattern=_text(words, "pattern", where),
-        min_length=_length(words, "minLength", where),
-        max_length=_length(words, "maxLength", where),
+        pattern=text_of(words, "pattern", where),
+        min_length=length_of(words, "minLength", where),
+        max_length=length_of(words, "maxLength", where),
         from_path=from_path,
     )
     _check_column(column, is_key, where)
     return column
 
 
-def _type(given: object, where: str) -> str:
-    text = given.strip() if isinstance(given, str) else ""
-    if found := _DECIMAL.fullmatch(text):
-        precision, scale = int(found[1]), int(found[2])
-        if 1 <= precision <= 38 and scale <= precision:
-            return f"decimal({precision},{scale})"
-        raise ContractError(
-            f"{where}: {_plain(text)} does not exist: a decimal has 1 to 38 digits, and of them at "
-            "most as many behind the point"
-        )
-    if text in TYPES and text != "decimal(p,s)":
-        return text
-    near = _OTHER_WORDS.get(text.lower().partition("(")[0], "")
-    near = near if near in TYPES or near.startswith("decimal") else ""
-    near = near or next(iter(difflib.get_close_matches(text.lower(), TYPES, 1)), "")
-    what = "type is missing" if given is None else f"type {_shown(given)} does not exist"
-    raise ContractError(
-        f"{where}: {what}{f'; did you mean {near}?' if near else ''} "
-        f"(the types are {', '.join(TYPES)})"
-    )
-
-
 def _format(
     words: Mapping[str, Any], kind: str, where: str, placeholder: str, files: tuple[str, ...]
 ) -> str:
-    text = _text(words, "format", where)
+    text = text_of(words, "format", where)
     if placeholder:
         forms = [
             found[placeholder] for each in files if placeholder in (found := placeholders(each))
@@ -484,11 +435,11 @@ def _format(
             raise ContractError(
                 f"{where} comes from the path, but no pattern of files has {{{placeholder}}}"
             )
-        if kind in _TIMES:
+        if kind in TIMES:
             text = text or next(filter(None, forms), "")
             if other := [form for form in forms if form not in ("", text)]:
                 raise ContractError(
-                    f"{where}: format is {_shown(text)}, but the path has {_shown(other[0])}"
+                    f"{where}: format is {shown(text)}, but the path has {shown(other[0])}"
                 )
     if text:
         try:
@@ -497,7 +448,7 @@ def _format(
             example = {"date": "%d.%m.%Y", "time": "%H:%M"}.get(kind, "%d.%m.%Y %H:%M:%S")
             zone = " %z" if kind == "timestamp[tz]" else ""
             raise ContractError(
-                f"{where}: format {_shown(text)} cannot be used: {error}; write it like "
+                f"{where}: format {shown(text)} cannot be used: {error}; write it like "
                 f'"{example}{zone}"'
             ) from None
     return text
@@ -507,70 +458,17 @@ def _bound(
     words: Mapping[str, Any], key: str, type_name: str, where: str
 ) -> int | float | str | None:
     value = words.get(key)
-    return None if value is None else _value(value, type_name, f"{where}: {key}")
+    return None if value is None else value_of(value, type_name, f"{where}: {key}")
 
 
 def _enum(words: Mapping[str, Any], type_name: str, where: str) -> tuple[int | float | str, ...]:
     values = words.get("enum", ())
     if "enum" in words and (not isinstance(values, list | tuple) or not values):
-        raise ContractError(f"{where}: enum is {_shown(values)}; it must be a list of values")
+        raise ContractError(f"{where}: enum is {shown(values)}; it must be a list of values")
     if len(values) > TOKENS_LIMIT:
         raise ContractError(f"{where}: enum has {len(values):,} values; {TOKENS_LIMIT:,} go")
-    made = (_value(value, type_name, f"{where}: a value of enum") for value in values)
+    made = (value_of(value, type_name, f"{where}: a value of enum") for value in values)
     return tuple(dict.fromkeys(made))
-
-
-def _value(value: object, type_name: str, what: str) -> int | float | str:
-    """A value of a column in its normal form: of decimals and times the text."""
-    kind = kind_of(type_name)
-    text = value if isinstance(value, str) else ""
-    is_text = isinstance(value, str) and len(value) <= TEXT_LIMIT and value == printable(value)
-    if kind == "text" and is_text:
-        return text
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        text = str(value) if isinstance(value, float) or abs(value) < _BEYOND else ""
-    if kind in _NUMBERS:
-        return _number(text, value, type_name, what)
-    try:
-        if kind == "date":
-            date = datetime.date.fromisoformat(text or str(value))
-            return date.isoformat()
-        if kind == "time":
-            return datetime.time.fromisoformat(text or str(value)).isoformat()
-        if kind in _TIMES:
-            time = datetime.datetime.fromisoformat(text or str(value))
-            if (time.tzinfo is None) == (kind == "timestamp"):
-                return (time.astimezone(datetime.UTC) if time.tzinfo else time).isoformat(" ")
-    except (ValueError, OverflowError):  # a time zone may move it out of the years 1 to 9999
-        pass
-    example = {"date": " such as 2026-12-31", "time": " such as 23:59:59"}.get(kind, "")
-    example = " such as 2026-12-31 23:59:59" if kind == "timestamp" else example
-    example = " such as 2026-12-31 23:59:59+00:00" if kind == "timestamp[tz]" else example
-    raise ContractError(f"{what} is {_shown(value)}, which is no {type_name}{example}")
-
-
-def _number(text: str, value: object, type_name: str, what: str) -> int | float | str:
-    kind = kind_of(type_name)
-    try:
-        number = Decimal(text)
-        if kind == "double" and math.isfinite(float(number)):
-            return float(number)
-        exponent = number.as_tuple().exponent
-        if not isinstance(exponent, int) or max(abs(exponent), number.adjusted()) > TEXT_LIMIT:
-            kind = ""  # no number, or one that would take gigabytes written out: 1e999999999
-        if kind == "integer" and number == number.to_integral_value():
-            if -(2**63) <= number < 2**63:
-                return int(number)
-        elif kind == "decimal" and _NUMBER.fullmatch(format(number, "f")):
-            precision, scale = precision_of(type_name)
-            plain = format(number, "f")
-            plain = plain.rstrip("0").rstrip(".") if "." in plain else plain
-            whole, _, behind = plain.lstrip("-").partition(".")
-            if len(behind) <= scale and len(whole.lstrip("0")) <= precision - scale:
-                return plain
-    except (InvalidOperation, OverflowError, ValueError):
-        pass
-    raise ContractError(f"{what} is {_shown(value)}, which is no {type_name}")
 
 
 def _check_column(column: Column, is_key: bool, where: str) -> None:
@@ -583,27 +481,17 @@ def _check_column(column: Column, is_key: bool, where: str) -> None:
             'write missingValues = [""]'
         )
     if column.group == column.decimal and kind_of(column.type) in ("decimal", "double"):
-        raise ContractError(f"{where}: decimalChar and groupChar are both {_shown(column.group)}")
+        raise ContractError(f"{where}: decimalChar and groupChar are both {shown(column.group)}")
     if both := set(column.true or TRUE) & set(column.false or FALSE):
-        raise ContractError(f"{where}: {_shown(min(both))} is true and false")
+        raise ContractError(f"{where}: {shown(min(both))} is true and false")
     tokens = {*column.true, *column.false}
     if both := tokens & set(column.missing):
-        raise ContractError(f"{where}: {_shown(min(both))} is both a value and missing")
-    low, high = (_order(bound, column.type) for bound in (column.minimum, column.maximum))
+        raise ContractError(f"{where}: {shown(min(both))} is both a value and missing")
+    low, high = (comparable(bound, column.type) for bound in (column.minimum, column.maximum))
     if low is not None and high is not None and low > high:
         raise ContractError(f"{where}: minimum is above maximum, so that no value would fit")
     if column.max_length is not None and (column.min_length or 0) > column.max_length:
         raise ContractError(f"{where}: minLength is above maxLength, so that no text would fit")
-
-
-def _order(bound: int | float | str | None, type_name: str) -> Any:
-    """A bound as a value that can be compared."""
-    kind = kind_of(type_name)
-    if bound is None or kind in ("integer", "double"):
-        return bound
-    if kind == "decimal":
-        return Decimal(bound)
-    return datetime.datetime.fromisoformat(str(bound)) if kind != "time" else bound
 
 
 def _check_together(contract: Contract, where: str) -> None:
@@ -613,8 +501,8 @@ def _check_together(contract: Contract, where: str) -> None:
         if name not in names:
             near = difflib.get_close_matches(name, names, 1)
             raise ContractError(
-                f"{where}: key names {_shown(name)}, which is no column"
-                + (f"; did you mean {_shown(near[0])}?" if near else "")
+                f"{where}: key names {shown(name)}, which is no column"
+                + (f"; did you mean {shown(near[0])}?" if near else "")
             )
     if len(set(contract.key)) < len(contract.key):
         raise ContractError(f"{where}: key names a column twice")
@@ -642,117 +530,20 @@ def _check_control(contract: Contract, where: str) -> None:
     for group in groups:
         if group != "rows" and group not in sums:
             raise ContractError(
-                f"{where}: control has the group {_shown(group)}; it can be rows or sum_COLUMN "
+                f"{where}: control has the group {shown(group)}; it can be rows or sum_COLUMN "
                 "with a column of integers or decimals: "
                 + (", ".join(sorted(sums)[:10]) or "there is none")
             )
         if len(both := sums.get(group, [])) > 1:
             raise ContractError(
-                f"{where}: control has the group {_shown(group)}, which could be the sum of "
-                f"{_shown(both[0])} or of {_shown(both[1])}; leave it out, or rename a column"
+                f"{where}: control has the group {shown(group)}, which could be the sum of "
+                f"{shown(both[0])} or of {shown(both[1])}; leave it out, or rename a column"
             )
 
 
 def sum_group(name: str) -> str:
     """The group of a control line that has the sum of this column."""
     return "sum_" + re.sub(r"\W", "_", name)
-
-
-def _known(given: Mapping[Any, Any], keys: Sequence[str], where: str) -> Mapping[str, Any]:
-    """The mapping, if it has no other keys."""
-    for key in given:
-        if key not in keys:
-            near = _OTHER_WORDS.get(key, "") if isinstance(key, str) else ""
-            close = difflib.get_close_matches(str(key)[:SHOWN], keys, 1)
-            near = near if near in keys else next(iter(close), "")
-            raise ContractError(
-                f"{where}: key {_shown(key)} does not exist"
-                f"{f'; did you mean {near}?' if near else ''} (the keys are {', '.join(keys)})"
-            )
-    return given
-
-
-def _text(given: Mapping[str, Any], key: str, where: str) -> str:
-    value = given.get(key, "")
-    if not isinstance(value, str) or len(value) > TEXT_LIMIT or _CONTROL.search(value):
-        raise ContractError(
-            f"{where}: {key} is {_shown(value)}; it must be a text of at most {TEXT_LIMIT} "
-            "characters without control characters"
-        )
-    return value
-
-
-def _texts(given: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
-    value = given.get(key, ())
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list | tuple) or len(values) > TOKENS_LIMIT:
-        raise ContractError(
-            f"{where}: {key} is {_shown(value)}; it must be a list of at most {TOKENS_LIMIT} texts"
-        )
-    for index, each in enumerate(values):
-        _text({f"{key}[{index}]": each}, f"{key}[{index}]", where)
-    return tuple(dict.fromkeys(values))
-
-
-def _flag(given: Mapping[str, Any], key: str, where: str) -> bool:
-    value = given.get(key, False)
-    if not isinstance(value, bool):
-        raise ContractError(f"{where}: {key} is {_shown(value)}; it must be true or false")
-    return value
-
-
-def _choice(
-    given: Mapping[str, Any], key: str, choices: Sequence[str], where: str, default: str
-) -> str:
-    value = given.get(key, default)
-    if value not in choices:
-        raise ContractError(f"{where}: {key} is {_shown(value)}; it can be {', '.join(choices)}")
-    return str(value)
-
-
-def _length(given: Mapping[str, Any], key: str, where: str) -> int | None:
-    value = given.get(key)
-    if value is not None and (type(value) is not int or not 0 <= value < 10**9):
-        raise ContractError(f"{where}: {key} is {_shown(value)}; it must be a number of characters")
-    return value
-
-
-def _character(given: Mapping[str, Any], key: str, where: str, default: str) -> str:
-    value = given.get(key, default)
-    usable = (
-        isinstance(value, str)
-        and len(value) == 1
-        and not re.match(r"[^\W_]|[+-]|[^ -\U0010ffff]", value)
-    )
-    if not usable and value != default:
-        raise ContractError(
-            f"{where}: {key} is {_shown(value)}; it must be one character, and no letter, digit or "
-            "sign"
-        )
-    return str(value)
-
-
-def _shown(value: object) -> str:
-    """An untrusted value for a message: printable and short."""
-    text = value if isinstance(value, str) else repr(value) if _is_small(value) else ""
-    if not isinstance(value, str) and not text:
-        return f"a {type(value).__name__}"
-    short = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-    return repr(printable(short)) if isinstance(value, str) else short
-
-
-def _is_small(value: object) -> bool:
-    """Whether `repr` is quick and short enough."""
-    return (
-        value is None
-        or isinstance(value, bool | float)
-        or (isinstance(value, int) and abs(value) < 10**30)
-    )
-
-
-def _plain(name: object) -> str:
-    """A table's or column's name for a message: without quotes where it needs none."""
-    return name if isinstance(name, str) and re.fullmatch(r"\w{1,60}", name) else _shown(name)
 
 
 # Writing a literal.

@@ -301,6 +301,7 @@ BUNDLED = (
     "candidates.py",
     "cells.py",
     "contract.py",
+    "contract_words.py",
     "intake.py",
     "path_patterns.py",
     "sdk.py",
