@@ -207,7 +207,9 @@ def init(
         context.say(f"the database is {settings.database.path}")
     context.note(
         "next:\n  casparian source add DIR        the directory to watch"
-        "\n  casparian publish PLUGIN        the code that turns its files into rows"
+        "\n  casparian scan                  record its files"
+        "\n  casparian table add NAME GLOB   a typed table of those that match, without code"
+        "\n  casparian publish PLUGIN        or the code that turns them into rows"
         "\n  casparian start                 watch the directory and run jobs"
     )
 

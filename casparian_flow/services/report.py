@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 
 from casparian_flow import bundled, durable
 from casparian_flow.config import ScanSettings, Settings
-from casparian_flow.db import failures, jobs, kept, outputs, rebuild, taken, versions, views
+from casparian_flow.db import (
+    failures,
+    jobs,
+    kept,
+    outputs,
+    rebuild,
+    tables,
+    taken,
+    versions,
+    views,
+)
 from casparian_flow.db import topics as db_topics
 from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.models import PAUSED, JobStatus
@@ -166,7 +176,8 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
         found.append(
             Advice(
                 "no plugin is published: files are recorded but not processed",
-                "casparian publish PLUGIN   (casparian plugins bundled lists some)",
+                "casparian table add NAME GLOB, or: casparian publish PLUGIN   "
+                "(casparian plugins bundled lists some)",
             )
         )
     active = {plugin["name"] for plugin in plugins if plugin["active"]}
@@ -174,7 +185,10 @@ def advise(settings: Settings, ledger: Ledger, *, of_jobs: bool = True) -> list[
     for name in lost:
         words = f"plugin {name} is not in this ledger, and sinks have outputs of it"
         found.append(Advice(words, f"casparian publish {bundled.argument(name)}"))
-    for name in sorted({plugin["name"] for plugin in plugins} - active - set(lost)):
+    idle = {plugin["name"] for plugin in plugins} - active - set(lost)
+    if idle:  # a table that was removed is no fault: nothing is to be done
+        idle -= {row["table"] for row in ledger.read(tables.listed)}
+    for name in sorted(idle):
         words = f"no version of plugin {name} is active"
         found.append(Advice(words, f"casparian plugins verify {name}"))
     for name, version in ledger.read(in_earlier_form):

@@ -105,6 +105,7 @@ def test_a_table_that_is_removed_gives_its_files_back(any_text: Casparian, sourc
     any_text.run("scan", "--drain")
     assert jobs(any_text)["sales_1.txt", "any_text"] == ["COMPLETED"] * 3
     assert any_text.json("status")["tables"] == []
+    assert "sales" not in any_text.run("status").stderr
     holds(any_text)
 
 
