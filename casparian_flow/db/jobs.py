@@ -48,7 +48,7 @@ takes one job. The others take many jobs and return those that they changed.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
@@ -256,6 +256,39 @@ def refuse(connection: Connection, job_id: int, reason: str) -> None:
         job_id=job_id,
         reason=reason,
         now=_now(),
+    )
+
+
+OVERTAKEN = "a rebuild of its plugin was completed while it ran"
+"""The reason of a job at work that is queued again if it fails: what the rebuild has mended, such
+as a column's type, may have been in its way."""
+
+
+def overtake(connection: Connection, plugin_ids: Collection[int]) -> None:
+    """Note that a rebuild was completed while jobs of these plugins were at work."""
+    execute(
+        connection,
+        """
+        UPDATE cf_processing_queue SET reason = :reason
+        WHERE status IN ('RUNNING', 'COMMITTING')
+          AND plugin_id IN (SELECT value FROM json_each(:plugin_ids))
+        """,
+        plugin_ids=plugin_ids,
+        reason=OVERTAKEN,
+    )
+
+
+def overtaken(connection: Connection, job_ids: Collection[int]) -> list[int]:
+    """Those of these jobs at work of which `overtake` has noted that."""
+    return returned_ids(
+        connection,
+        """
+        SELECT id FROM cf_processing_queue
+        WHERE +status IN ('RUNNING', 'COMMITTING') AND reason = :reason
+          AND id IN (SELECT value FROM json_each(:job_ids))
+        """,
+        job_ids=job_ids,
+        reason=OVERTAKEN,
     )
 
 

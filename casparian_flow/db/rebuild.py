@@ -458,6 +458,7 @@ def end(connection: Connection, ended_jobs: Sequence[int]) -> list[Event]:
         left_out = _superseded(connection, rebuild)
         jobs.put_back(connection, left_out, "")
         again = jobs.retry(connection, _failed(connection, rebuild))
+        jobs.overtake(connection, _artifact(connection, plugin))
         now = utcnow().isoformat(" ")
         execute(
             connection,
@@ -503,6 +504,20 @@ def _failed(connection: Connection, rebuild: int) -> list[int]:
         AND {failures.STATE} = '{failures.OPEN}'
         """,  # noqa: S608
         rebuild=rebuild,
+    )
+
+
+def _artifact(connection: Connection, plugin: str) -> list[int]:
+    """The ids of the versions of a plugin that have its active artifact."""
+    return returned_ids(
+        connection,
+        """
+        SELECT p.id FROM cf_plugin_config c
+        JOIN cf_plugin a ON a.name = c.plugin_name AND a.version = c.active_version
+        JOIN cf_plugin p ON p.name = a.name AND p.artifact_hash = a.artifact_hash
+        WHERE c.plugin_name = :plugin
+        """,
+        plugin=plugin,
     )
 
 

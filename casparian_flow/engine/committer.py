@@ -301,11 +301,13 @@ class Committer:
             stages.extend(outputs.mark_refused(connection, list(results.refused)))
             crashpoint("committer.outputs_marked")
             events = []
+            overtaken = jobs.overtaken(connection, results.refused.keys())
             for job_id, (part, error) in results.refused.items():
                 jobs.refuse(connection, job_id, error.message)
                 topics = sorted({output.topic for output in part.publication.outputs})
                 detail = {"reason": error.message, "topic": ", ".join(topics)}
                 events.append(audit.Event("refuse", f"job {job_id}", detail))
+            jobs.retry(connection, overtaken)
             finished = jobs.complete(connection, outputs.all_published(connection))
             visibility.refresh(connection, visibility.of_jobs(connection, finished))
             events += [

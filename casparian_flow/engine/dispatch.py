@@ -421,7 +421,9 @@ def _suspect(connection: Connection, job: Any, limits: JobSettings, ending: Endi
 
 
 def _fail(connection: Connection, job_id: int, fence: int, reason: str, actor: str) -> bool:
+    overtaken = jobs.overtaken(connection, [job_id])
     moved = jobs.fail(connection, job_id, fence, reason)
     if moved:
         audit.append(connection, actor, [audit.Event("fail", f"job {job_id}", {"reason": reason})])
+        jobs.retry(connection, overtaken)
     return moved

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import select
+from sqlalchemy import Connection, insert, select
 
 from casparian_flow.config import JobSettings
-from casparian_flow.db import audit, jobs
+from casparian_flow.db import audit, jobs, plugins, rebuild
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.jobs import AttemptResult, add_attempts
-from casparian_flow.db.models import Attempt, Epoch, JobStatus, ProcessingJob
+from casparian_flow.db.models import Attempt, Epoch, JobStatus, ProcessingJob, Rebuild
 from casparian_flow.engine import dispatch, endings
 from casparian_flow.engine.endings import Ending
 from casparian_flow.protocol import Evidence, Outcome, Pair, Receipt
@@ -329,3 +329,26 @@ def test_what_is_in_hand_can_be_read_until_it_is_not(tmp_path: Path) -> None:
     (folder / "hand-9-9").touch()
     endings.forget(folder, [(9, 9), (10, 10)])
     assert endings.read_held(folder) == set()
+
+
+def test_a_job_that_fails_after_a_rebuild_was_completed_beside_it_is_tried_once_more(
+    ledger: Ledger,
+) -> None:
+    """What it failed at may be what the rebuild has mended, such as a column's type."""
+    job = add_job(ledger, JobStatus.RUNNING)
+    plugin = job_row(ledger, job).plugin_name
+
+    def complete(connection: Connection) -> None:
+        plugins.subscribe(connection, plugin, [], "1")
+        connection.execute(insert(Rebuild).values(plugin_name=plugin, topic=""))
+        assert len(rebuild.end(connection, [])) == 1
+
+    def fails(fence: int) -> JobStatus:
+        end = Receipt(job_id=job, fence=fence, outcome=Outcome.FAILED, error="no", retryable=False)
+        assert ledger.write(lambda c: dispatch.after_failure(c, end, MANY, "worker"))
+        return JobStatus(job_row(ledger, job).status)
+
+    ledger.write(complete)
+    assert fails(1) == JobStatus.QUEUED
+    assert claim(ledger) == [job]
+    assert fails(2) == JobStatus.FAILED
