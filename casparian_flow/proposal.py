@@ -271,6 +271,8 @@ def _integer(column: _Column, candidate: _Candidate, group: str) -> Proposed:
         words["type"] = "decimal(38,0)"
     if group:
         words["groupChar"] = group
+    if group == "." and words["type"] != "integer":
+        words["decimalChar"] = ","
     why = f"whole numbers of up to {whole} digits"
     if column.low is not None and column.high is not None and not group and not column.is_beyond:
         why = f"{_shown(column.low)} .. {_shown(column.high)}" + (

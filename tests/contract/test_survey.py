@@ -304,6 +304,13 @@ def test_nulls_of_a_workbook_are_missing() -> None:
     assert column.missing == {"": 1}
 
 
+def test_whole_numbers_beyond_64_bits_may_have_points_as_groups() -> None:
+    found = of_column(["1.234.567", "12.345.678.901.234.567.890"])
+    assert found.words["type"] == "decimal(38,0)"
+    assert (found.words["groupChar"], found.words["decimalChar"]) == (".", ",")
+    read({"table": "t", "files": ["*"], "columns": [found.words]})
+
+
 POOLS = [
     ["1", "-5", "0", "12345678901234567890", "9223372036854775807", "99999999999999999999"],
     ["1.5", "2", ".25", "-0.125", "1e5", "0.10000000000000001", "1e400", "123456789.123456789"],
