@@ -66,7 +66,6 @@ class Location:
     versions: dict[int, Version] = field(default_factory=dict)
     stamp: int = 0
     gone: bool = False
-    moved_to: Version | None = None
 
     @property
     def last(self) -> Version:
@@ -121,6 +120,8 @@ class Ledger:
     removed: list[Output] = field(default_factory=list)
     """Of topics that were removed."""
     retracted: set[Version] = field(default_factory=set)
+    moved: dict[Version, Version] = field(default_factory=dict)
+    """What a location had when its file moved away -> what that is at its new place."""
     sinks: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     """(plugin, topic) -> the sinks that its rows go to from now on."""
     modes: dict[tuple[str, str, str], str] = field(default_factory=dict)
@@ -167,7 +168,8 @@ class Model:
             if not location.versions or location.last.content != file.content:
                 ordinal = max(location.versions, default=0) + 1
                 location.versions[ordinal] = Version(path, ordinal, file.content)
-            location.gone, location.moved_to, location.stamp = False, None, file.stamp
+            self.ledger.moved.pop(location.last, None)  # back, with that content
+            location.gone, location.stamp = False, file.stamp
         for path in known.keys() - self.disk.keys():
             known[path].gone = True
         self._find_moves()
@@ -178,8 +180,8 @@ class Model:
 
         Of several candidates those of one name pair; what does not pair is no move.
         """
-        known = self.ledger.locations
-        gone = [path for path, at in known.items() if at.gone and not at.moved_to]
+        known, moved = self.ledger.locations, self.ledger.moved
+        gone = [path for path, at in known.items() if at.gone and at.last not in moved]
         pairs = [(old, new) for old in gone for new in self.disk if self._alike(old, new)]
         for old, new in pairs:
             rivals = [pair for pair in pairs if (pair[0] == old) != (pair[1] == new)]
@@ -187,7 +189,7 @@ class Model:
                 _name(old) != _name(new) or any(_name(one) == _name(two) for one, two in rivals)
             ):
                 continue
-            known[old].moved_to = known[new].last
+            moved[known[old].last] = known[new].last
             if known[old].last in self.ledger.retracted:  # a retraction goes with the file
                 self.ledger.retracted.add(known[new].last)
 
@@ -272,7 +274,8 @@ class Model:
                 job.status = "queued"
 
     def retract(self, path: str, ordinal: int = 0) -> None:
-        """Hide a version's rows, or those of all versions of a location that were worked."""
+        """Hide a version's rows, or those of all versions of a location that were worked; also
+        where a version's file was before it moved, and where it is now."""
         self.ledger.retracted.update(self._named(path, ordinal))
 
     def reinstate(self, path: str, ordinal: int = 0) -> None:
@@ -281,7 +284,13 @@ class Model:
 
     def _named(self, path: str, ordinal: int) -> list[Version]:
         worked = [output.version for output in self.ledger.outputs]
-        return [v for v in worked if v.path == path and ordinal in (0, v.ordinal)]
+        named = [v for v in worked if v.path == path and ordinal in (0, v.ordinal)]
+        moved = self.ledger.moved
+        for version in named:  # it grows
+            named += [v for v in moved if moved[v] == version and v not in named]
+            if version in moved and moved[version] not in named:
+                named.append(moved[version])
+        return named
 
     def set_topic(self, plugin: str, topic: str, sinks: dict[str, str]) -> None:
         """Send a topic to these sinks from now on; a mode counts for what is there already."""
@@ -340,7 +349,9 @@ class Model:
 
     def _adopt(self, output: Output) -> None:
         location = self.ledger.locations.setdefault(output.version.path, Location())
-        location.versions[output.version.ordinal] = output.version
+        if output.version not in location.versions.values():
+            location.versions[output.version.ordinal] = output.version
+            location.gone = False  # the next scan looks
         deployed = self.ledger.deployed.setdefault(output.plugin, {})
         if output.release not in deployed:
             deployed[output.release] = output.artifact
@@ -508,26 +519,34 @@ class Model:
         location = self.ledger.locations[output.version.path]
         if output.version in self.ledger.retracted:
             return "retracted"
-        if location.gone and self.ledger.on_delete == "retract":
+        if self.ledger.on_delete == "retract" and self._is_deleted(location):
             return "hidden"
-        if self._has_moved(location, output.plugin):
-            return "hidden" if output.version == location.last else "past"
-        return "current" if output.version.ordinal == greatest else "past"
+        if self._has_moved(output.version, output.plugin):
+            return "hidden"
+        is_left = self._has_moved(location.last, output.plugin)
+        return "current" if output.version.ordinal == greatest and not is_left else "past"
 
-    def _has_moved(self, location: Location, plugin: str) -> bool:
-        """Whether what was here is published where it is now: by the plugin, or, if that does not
-        want it there, by all who do."""
-        if not location.moved_to:
+    def _is_deleted(self, location: Location) -> bool:
+        """Whether the file is nowhere; a file that has moved is where it is now."""
+        to = self.ledger.moved.get(location.last)
+        return location.gone and not (to and not self._is_deleted(self.ledger.locations[to.path]))
+
+    def _has_moved(self, version: Version, plugin: str) -> bool:
+        """Whether a version is published where its file is now: by the plugin, or, if that does not
+        want it there, by all who do. It may have moved on before that."""
+        to = self.ledger.moved.get(version)
+        if to is None:
             return False
-        path, ordinal, _ = location.moved_to
         jobs = [
             job
             for job in self.ledger.jobs
-            if job.version.path == path and job.version.ordinal >= ordinal
+            if job.version.path == to.path and job.version.ordinal >= to.ordinal
         ]
         jobs = [job for job in jobs if job.plugin == plugin] or jobs
-        waited = {job.plugin for job in jobs}
-        return bool(jobs) and waited == {job.plugin for job in jobs if job.status == "done"}
+        done = {job.plugin for job in jobs if job.status in ("done", "expired")}
+        if jobs and done == {job.plugin for job in jobs}:
+            return True
+        return self._has_moved(self.ledger.locations[to.path].last, plugin)
 
     # What readers see.
 

@@ -530,6 +530,170 @@ def s24_killed_and_started_again(s: Story) -> None:
     s.shows("a.txt 2 two three", past=["a.txt 1 two one"])
 
 
+# Moves between their situations.
+
+
+def u01_a_file_that_moved_is_not_deleted(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.set_on_delete("retract")
+    for content in ("one", "two"):
+        s.write("a.txt", content)
+        s.settle()
+    s.move("a.txt", "b.txt")
+    s.scan()
+    s.shows("a.txt 2 good two", past=["a.txt 1 good one"])
+    s.work()
+    s.shows("b.txt 1 good two", past=["a.txt 1 good one"])
+    s.delete("b.txt")
+    s.settle()
+    s.shows()
+
+
+def u02_another_file_comes_to_the_place_of_one_that_moved(s: Story) -> None:
+    """As `x.log` -> `x.log.1` with a scan before the new `x.log`: each line once, in all modes."""
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.settle()
+    s.move("a.txt", "a1.txt")
+    s.settle()
+    s.write("a.txt", "two")
+    s.scan()
+    s.shows("a1.txt 1 good one")
+    s.work()
+    s.shows("a.txt 2 good two", "a1.txt 1 good one")
+
+
+def u03_a_file_moves_on_before_it_is_worked(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.settle()
+    s.move("a.txt", "b.txt")
+    s.scan()
+    s.move("b.txt", "c.txt")
+    s.scan()
+    s.shows("a.txt 1 good one")
+    s.work()
+    s.shows("c.txt 1 good one")
+
+
+def u04_a_moved_file_changes_before_it_is_worked(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.settle()
+    s.move("a.txt", "b.txt")
+    s.scan()
+    s.write("b.txt", "two")
+    s.scan()
+    s.shows("a.txt 1 good one")
+    s.work()
+    s.shows("b.txt 2 good two", past=["b.txt 1 good one"])
+
+
+def u05_a_retraction_and_its_undo_are_of_the_file(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.settle()
+    s.move("a.txt", "b.txt")
+    s.scan()
+    s.retract("a.txt")
+    s.shows()
+    s.work()
+    s.shows()
+    s.reinstate("b.txt")
+    s.shows("b.txt 1 good one")
+    s.move("b.txt", "a.txt")
+    s.settle()
+    s.shows("a.txt 1 good one")
+    s.retract("a.txt")
+    s.move("a.txt", "b.txt")
+    s.settle()
+    s.shows()
+
+
+def u06_what_failed_at_its_new_place_shows_at_the_old_one(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "boom")
+    s.settle()
+    s.publish("p", "1.0.1", FRAIL)
+    s.move("a.txt", "b.txt")
+    s.settle()
+    s.shows("a.txt 1 good boom")
+    s.publish("p", "1.0.2", BAD)
+    s.redo("p")
+    s.work()
+    s.shows("b.txt 1 bad boom")
+    s.activate("p", "1.0.0")
+    s.work()
+    s.shows("b.txt 1 good boom")
+
+
+def u07_a_moved_file_is_rebuilt(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.settle()
+    s.move("a.txt", "b.txt")
+    s.settle()
+    s.publish("p", "1.0.1", BAD)
+    s.rebuild("p")
+    s.shows("b.txt 1 good one")
+    s.work()
+    s.shows("b.txt 1 bad one")
+    s.expire()
+    s.shows("b.txt 1 bad one")
+    s.move("b.txt", "a.txt")
+    s.scan()
+    s.shows("a.txt 1 bad one")
+
+
+def u08_a_moved_file_that_nobody_wants_keeps_its_rows(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.settle()
+    s.move("a.txt", "a.dat")
+    s.settle()
+    s.shows("a.txt 1 good one")
+
+
+def u09_a_file_comes_back_to_where_it_was(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.settle()
+    s.move("a.txt", "b.txt")
+    s.settle()
+    s.copy("b.txt", "a.txt")
+    s.scan()
+    s.shows("a.txt 1 good one", "b.txt 1 good one")
+    s.delete("b.txt")
+    s.settle()
+    s.shows("a.txt 1 good one")
+
+
+def u10_the_topic_has_another_sink_since(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.settle()
+    s.set_topic("p", "lines", {"S2": s.mode})
+    s.move("a.txt", "b.txt")
+    s.scan()
+    s.shows("a.txt 1 good one", sink="S1")
+    s.work()
+    s.shows(sink="S1")
+    s.shows("b.txt 1 good one", sink="S2")
+    s.answers("b.txt 1 good one")
+
+
+def u11_a_file_moves_over_another(s: Story) -> None:
+    s.begin("p", GOOD)
+    s.write("a.txt", "one")
+    s.write("b.txt", "two")
+    s.settle()
+    s.move("a.txt", "b.txt")
+    s.scan()
+    s.shows("a.txt 1 good one", "b.txt 1 good two")
+    s.work()
+    s.shows("b.txt 2 good one", past=["b.txt 1 good two"])
+
+
 # What the page says between its situations.
 
 
@@ -819,5 +983,5 @@ def t20_removed_rows_of_a_retracted_version_are_not_worked_again(s: Story) -> No
 
 
 SITUATIONS = [
-    told for name, told in sorted(globals().items()) if name[:1] in "st" and name[1:3].isdigit()
+    told for name, told in sorted(globals().items()) if name[:1] in "stu" and name[1:3].isdigit()
 ]
