@@ -146,6 +146,7 @@ def _found(report: ScanReport) -> str:
     words = [
         (len(report.job_ids), f"{counted(len(report.job_ids), 'job')} queued"),
         (report.gone, f"{report.gone:,} deleted"),
+        (report.moved, f"{report.moved:,} moved"),
         (report.change.any, report.change.words),
         (len(report.unreadable), f"{len(report.unreadable):,} unreadable"),
         (len(report.unsettled), f"{len(report.unsettled):,} still being written"),

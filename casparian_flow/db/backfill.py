@@ -18,7 +18,7 @@ from casparian_flow.db import jobs, plugins
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.kept import HAS_BYTES
-from casparian_flow.db.models import utcnow
+from casparian_flow.db.models import TAKEN, utcnow
 from casparian_flow.db.routing import JobRequest, Routing
 from casparian_flow.db.versions import route_text
 from casparian_flow.errors import CasparianError, NotFound
@@ -37,7 +37,7 @@ SELECT v.id, l.path, r.id AS root_id,
         FROM cf_processing_queue j JOIN cf_plugin q ON q.id = j.plugin_id
         WHERE j.file_version_id = v.id AND j.plugin_name = p.name
         AND q.artifact_hash = p.artifact_hash ORDER BY j.id DESC LIMIT 1) AS stopped,
-       (SELECT CASE WHEN count(*) = sum(+j.status = 'ABORTED' AND j.reason GLOB '{jobs.TAKEN}*')
+       (SELECT CASE WHEN count(*) = sum(+j.status = 'ABORTED' AND j.reason GLOB '{TAKEN}*')
                     THEN max(j.id) END
         FROM cf_processing_queue j
         WHERE j.file_version_id = v.id AND j.plugin_name = p.name) AS taken,

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
 from sqlalchemy import Connection
 
 from casparian_flow.db.models import REMOVED, utcnow
+from casparian_flow.db.moves import Moves
 from casparian_flow.db.visibility import (
     SAVE,
     Facts,
@@ -139,7 +141,8 @@ def publications(
     scope = of_jobs(connection, (row[0] for row in decided))
     every = list(read(query, scope, planned=True))
     owner = owners(every)
-    expected = _Expected([one for one in every if one.is_published and stands_for(one, owner)])
+    standing_now = [one for one in every if one.is_published and stands_for(one, owner)]
+    expected = _Expected(standing_now, Moves(query, {one.facts.location_id for one in every}))
     owed = {one.facts.slot for one in every if one.is_owed}
     due: dict[int, dict[str, list[Facts]]] = defaultdict(lambda: defaultdict(list))
     for one in every:
@@ -152,30 +155,52 @@ def publications(
             own = {one.output_id: State.HIDDEN for one in outputs}
             changes: dict[int, State] = {}
             # What a slot's sink has not been told yet is told together with what comes.
-            waits = any(one.slot in owed for one in outputs)
+            waits = not owed.isdisjoint(expected.slots(outputs))
             if is_whole and name not in paused and not waits:
-                own, changes = expected.publish(outputs)
+                own, changes = expected.publish(outputs, partial(_is_in, store, name))
             drafts.append(_Draft(job_id, name, own, changes, is_whole))
     return _parts(connection, drafts, {one.facts.output_id: one.mode for one in every})
+
+
+def _is_in(store: Callable[[str], str], name: str, sink: str) -> bool:
+    return store(sink) == name
 
 
 class _Expected:
     """The states of outputs as jobs are published one after another."""
 
-    def __init__(self, published: Iterable[Known]) -> None:
+    def __init__(self, published: Iterable[Known], moves: Moves) -> None:
         self._slots: dict[Slot, dict[int, Facts]] = defaultdict(dict)
+        self._places: dict[int, set[Slot]] = defaultdict(set)
         self._states: dict[int, str] = {}
+        self._moves = moves
         for one in published:
             self._slots[one.facts.slot][one.facts.output_id] = one.facts
+            self._places[one.facts.location_id].add(one.facts.slot)
             self._states[one.facts.output_id] = one.state or ""
 
-    def publish(self, outputs: Sequence[Facts]) -> tuple[dict[int, State], dict[int, State]]:
-        """Add a job's outputs; their states, and those of others that change by them."""
+    def slots(self, outputs: Sequence[Facts]) -> set[Slot]:
+        """The location slots in which a job's outputs may change something: their own, and those
+        that their file moved away from."""
+        origins = self._moves.origins(outputs[0].location_id)
+        left = {slot for place in origins for slot in self._places[place]}
+        return left | {one.slot for one in outputs}
+
+    def publish(
+        self, outputs: Sequence[Facts], is_told: Callable[[str], bool]
+    ) -> tuple[dict[int, State], dict[int, State]]:
+        """Add a job's outputs; their states, and those of others that change by them.
+
+        Args:
+            is_told: whether a sink is told in the same step; others are told later.
+        """
         for one in outputs:
             self._slots[one.slot][one.output_id] = one
+        self._moves.publish(outputs[0].location_id, outputs[0].ordinal, outputs[0].plugin)
         now: dict[int, State] = {}
-        for slot in {one.slot for one in outputs}:
-            now |= standing(self._slots[slot].values())
+        for slot in self.slots(outputs):
+            if is_told(str(slot[-1])):
+                now |= standing(one.moved_by(self._moves) for one in self._slots[slot].values())
         own = {one.output_id: now[one.output_id] for one in outputs}
         changes = {
             number: state

@@ -54,7 +54,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection
 
 from casparian_flow.db.access import execute, execute_many, returned_ids
-from casparian_flow.db.models import JobStatus, utcnow
+from casparian_flow.db.models import TAKEN, JobStatus, utcnow
 from casparian_flow.db.routing import JobRequest
 from casparian_flow.protocol import Pair
 
@@ -392,10 +392,6 @@ def retry(connection: Connection, job_ids: Sequence[int]) -> list[int]:
         """,  # noqa: S608
         job_ids=job_ids,
     )
-
-
-TAKEN = "the file belongs to table "
-"""What the reason of an aborted job of a catch-all plugin begins with, if a table took its file."""
 
 
 def give_up(connection: Connection, yielded: Sequence[tuple[int, str, str]]) -> None:

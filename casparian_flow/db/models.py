@@ -54,6 +54,9 @@ class Base(DeclarativeBase):
 PAUSED = "paused: "
 """Prefix of the `reason` of a job that waits for a sink or the machine, not for its own retry."""
 
+TAKEN = "the file belongs to table "
+"""What the reason of an aborted job of a catch-all plugin begins with, if a table took its file."""
+
 PASSED_OVER = (
     "not deleted: scans now ignore it (an ignore pattern, or one of Casparian Flow's own files)"
 )
@@ -384,9 +387,9 @@ class FileLocation(Base):
     problem: Mapped[str] = mapped_column(default="")
     """Why the last scan could not read it, or that scans pass it over; else empty."""
     device: Mapped[int | None]
-    inode: Mapped[int | None]
+    inode: Mapped[int | None] = mapped_column(index=True)
     size_bytes: Mapped[int | None]
-    mtime_ns: Mapped[int | None]
+    mtime_ns: Mapped[int | None] = mapped_column(index=True)
     ctime_ns: Mapped[int | None]
     racy: Mapped[bool] = mapped_column(default=False)
     """Its timestamps were too recent to rule out a later write; the next scan hashes it again."""
@@ -543,6 +546,35 @@ class RetractedVersion(Base):
         ForeignKey("cf_file_version.id"), primary_key=True, autoincrement=False
     )
     retracted_at: Mapped[datetime] = mapped_column(default=utcnow)
+
+
+class GoneVersion(Base):
+    """The version that a location had when its file was found gone, and what that file is now."""
+
+    __tablename__ = "cf_gone_version"
+    __table_args__ = (
+        CheckConstraint("(to_version_id IS NULL) = (found_at IS NULL)", name="moved"),
+        Index(
+            "ix_cf_gone_version_content", "content_hash", sqlite_where=text("to_version_id IS NULL")
+        ),
+        Index("ix_cf_gone_version_due", "file_version_id", sqlite_where=text("due")),
+        Index(
+            "ix_cf_gone_version_moved", "to_version_id",
+            sqlite_where=text("to_version_id IS NOT NULL"),
+        ),
+    )  # fmt: skip
+
+    file_version_id: Mapped[int] = mapped_column(
+        ForeignKey("cf_file_version.id"), primary_key=True, autoincrement=False
+    )
+    content_hash: Mapped[str]
+    """The version's, for the index."""
+    to_version_id: Mapped[int | None] = mapped_column(ForeignKey("cf_file_version.id"))
+    """The version that the file is where it moved to; NULL while it is known nowhere."""
+    due: Mapped[bool] = mapped_column(default=True, server_default=text("1"))
+    """Whether the next scan looks for it."""
+    found_at: Mapped[datetime | None]
+    """When it was found at its new place."""
 
 
 class Output(Base):

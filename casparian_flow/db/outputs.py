@@ -15,6 +15,7 @@ from casparian_flow.db import debts, jobs, visibility
 from casparian_flow.db.access import Page, execute_many, page, returned_ids
 from casparian_flow.db.models import (
     REMOVED,
+    TAKEN,
     ForgottenOutput,
     JobStatus,
     LeftOutput,
@@ -205,7 +206,9 @@ NAMED = f"""
 SELECT o.id, o.output_key, o.topic, o.location, o.target, o.rows, o.job_id, j.status,
        r.name AS source, r.path AS root_path, l.path, l.rel_path, v.id AS version_id, v.ordinal,
        v.content_hash, {STATE} AS state,
-       v.content_hash IN (SELECT content_hash FROM cf_kept_content) AS kept
+       v.content_hash IN (SELECT content_hash FROM cf_kept_content) AS kept,
+       EXISTS (SELECT 1 FROM cf_gone_version g
+               WHERE g.file_version_id = v.id AND g.to_version_id IS NOT NULL) AS has_moved
 FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
 JOIN cf_file_version v ON v.id = j.file_version_id
 JOIN cf_file_location l ON l.id = v.location_id
@@ -324,7 +327,7 @@ def stale(connection: Connection) -> Seen:
         JOIN cf_output o ON o.job_id = j.id JOIN cf_visibility s ON s.output_id = o.id
         WHERE unworked.status IN
             ('QUEUED', 'RUNNING', 'COMMITTING', 'FAILED', 'ABORTED', 'SUPERSEDED')
-        AND NOT (unworked.status = 'ABORTED' AND unworked.reason GLOB '{jobs.TAKEN}*')
+        AND NOT (unworked.status = 'ABORTED' AND unworked.reason GLOB '{TAKEN}*')
         AND s.state = 'current' AND o.rows > 0 AND NOT EXISTS (
             SELECT 1 FROM cf_file_version w JOIN cf_processing_queue k ON k.file_version_id = w.id
             WHERE w.location_id = l.id AND w.ordinal >= newer.ordinal

@@ -14,15 +14,18 @@ from collections.abc import Iterator
 
 from sqlalchemy import Connection, text
 
+from casparian_flow.db import moves
+from casparian_flow.db.models import TAKEN
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import route_text
-from casparian_flow.db.visibility import CANCELLED, OPEN
+from casparian_flow.db.visibility import CANCELLED, OPEN, query_of
 
 
 def broken(connection: Connection) -> Iterator[str]:
     """A sentence for each promise that is not kept, with what to type."""
     yield from _without_job(connection)
     yield from _wrongly_seen(connection)
+    yield from moves.broken(query_of(connection))
 
 
 # A source root that was routed by other rules than today's waits for its next scan.
@@ -90,21 +93,64 @@ AND NOT {OPEN} AND NOT {CANCELLED}
 GROUP BY v.location_id, v.id, j.plugin_name, o.topic, o.location
 """  # noqa: S608
 
+# Moved versions with the plugins whose rows of them are to show at another place: where the plugin
+# has a job it is done, or all others that have one there are.
+_ELSEWHERE = f"""
+went(version_id, place, ordinal) AS (
+    SELECT g.file_version_id, t.location_id, t.ordinal
+    FROM cf_gone_version g JOIN cf_file_version t ON t.id = g.to_version_id
+    UNION SELECT went.version_id, t.location_id, t.ordinal
+    FROM went JOIN cf_file_location l ON l.id = went.place
+    JOIN cf_gone_version g ON g.file_version_id = l.current_version_id
+    JOIN cf_file_version t ON t.id = g.to_version_id
+), there AS MATERIALIZED (
+    SELECT went.version_id, went.place, j.plugin_name,
+           max(j.status = 'COMPLETED' OR o.id IS NOT NULL) AS is_done
+    FROM went CROSS JOIN cf_file_version v
+        ON v.location_id = went.place AND v.ordinal >= went.ordinal
+    CROSS JOIN cf_processing_queue j ON j.file_version_id = v.id
+        AND NOT (j.status = 'ABORTED' AND j.reason GLOB '{TAKEN}*')
+    LEFT JOIN cf_output o ON o.job_id = j.id AND o.state = 'PUBLISHED'
+        AND NOT {OPEN} AND NOT {CANCELLED}
+    GROUP BY 1, 2, 3
+), gave AS MATERIALIZED (
+    SELECT DISTINCT g.file_version_id AS version_id, j.plugin_name
+    FROM cf_gone_version g JOIN cf_file_version v ON v.id = g.file_version_id
+    JOIN cf_file_version u ON u.location_id = v.location_id
+    JOIN cf_processing_queue j ON j.file_version_id = u.id WHERE g.to_version_id IS NOT NULL
+), elsewhere AS MATERIALIZED (
+    SELECT DISTINCT version_id, plugin_name FROM (
+        SELECT gave.version_id, gave.plugin_name FROM gave
+        JOIN there ON there.version_id = gave.version_id
+        GROUP BY gave.version_id, gave.plugin_name, there.place
+        HAVING max(there.plugin_name = gave.plugin_name AND there.is_done)
+            OR (NOT max(there.plugin_name = gave.plugin_name) AND min(there.is_done)))
+)
+"""  # noqa: S608
+
 _WRONG = f"""
-WITH slots AS ({_SLOTS}), placed AS (
-    SELECT *, max(CASE WHEN stand OR is_left THEN ordinal END) OVER place AS newest,
+WITH RECURSIVE {_ELSEWHERE}, slots AS ({_SLOTS}), placed AS (
+    SELECT slots.*, moved.version_id IS NOT NULL AS has_moved,
+           has_left.version_id IS NOT NULL AS is_left_by,
+           max(CASE WHEN stand OR is_left THEN ordinal END) OVER place AS newest,
            sum(is_current) OVER place AS currents,
-           version_id IN (SELECT file_version_id FROM cf_retracted_version) AS is_retracted
-    FROM slots WINDOW place AS (PARTITION BY location_id, plugin_name, topic, location)
+           slots.version_id IN (SELECT file_version_id FROM cf_retracted_version) AS is_retracted
+    FROM slots JOIN cf_file_location l ON l.id = slots.location_id
+    LEFT JOIN elsewhere moved
+        ON moved.version_id = slots.version_id AND moved.plugin_name = slots.plugin_name
+    LEFT JOIN elsewhere has_left
+        ON has_left.version_id = l.current_version_id AND has_left.plugin_name = slots.plugin_name
+    WINDOW place AS (PARTITION BY location_id, slots.plugin_name, topic, location)
 ), judged AS (
     SELECT *, CASE
         WHEN stand > 1 OR (is_current AND currents > 1) THEN 'twice'
         WHEN is_retracted AND is_seen THEN 'retracted'
         WHEN is_hidden_on_request AND NOT is_retracted THEN 'not retracted'
         WHEN has_active AND stand AND NOT active_stands THEN 'not active'
+        WHEN is_seen AND has_moved OR is_current AND is_left_by THEN 'moved'
         WHEN is_current AND ordinal < newest THEN 'old'
-        WHEN is_seen AND NOT is_current AND ordinal = newest THEN 'not current'
-        WHEN NOT stand AND NOT forgotten AND NOT is_left
+        WHEN is_seen AND NOT is_current AND ordinal = newest AND NOT is_left_by THEN 'not current'
+        WHEN NOT stand AND NOT forgotten AND NOT is_left AND NOT has_moved
              AND (in_sink OR ordinal >= coalesce(newest, 0)) THEN 'unseen' END AS fault
     FROM placed
 )
@@ -114,7 +160,10 @@ FROM judged k JOIN cf_file_location l ON l.id = k.location_id
 JOIN cf_source_root r ON r.id = l.source_root_id
 WHERE fault IS NOT NULL
 AND NOT (fault = 'unseen' AND (
-    l.gone_at IS NOT NULL AND r.on_delete = 'retract'
+    l.gone_at IS NOT NULL AND r.on_delete = 'retract' AND NOT EXISTS (
+        SELECT 1 FROM cf_gone_version g JOIN cf_file_version t ON t.id = g.to_version_id
+        JOIN cf_file_location n ON n.id = t.location_id
+        WHERE g.file_version_id = l.current_version_id AND n.gone_at IS NULL)
     OR EXISTS (SELECT 1 FROM cf_processing_queue w WHERE w.file_version_id = k.version_id
                AND w.plugin_name = k.plugin_name AND w.status <> 'COMPLETED')))
 ORDER BY l.id, k.ordinal, k.plugin_name, k.topic, k.location
@@ -125,6 +174,7 @@ _FAULTS = {
     "retracted": "are visible, though the version is retracted",
     "not retracted": "are hidden as retracted, though nobody has retracted the version",
     "not active": "are not those of the plugin's active version, which has worked it too",
+    "moved": "are shown, though the file has moved, and its rows are published at its new place",
     "old": "are shown as current, though a later version was worked",
     "not current": "are not shown as current, though no later version was worked",
     "unseen": "nobody can see: job {job} is COMPLETED, and nothing took the place of its output",

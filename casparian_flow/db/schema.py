@@ -200,7 +200,7 @@ def _decide_what_stands(connection: sqlite3.Connection) -> None:
 
 _AFTER: dict[str, Callable[[sqlite3.Connection], None]] = {
     "0006_seals.sql": seals.seal_existing_rows,
-    "0016_rebuild.sql": _decide_what_stands,  # it reads the tables of this one too
+    "0017_moves.sql": _decide_what_stands,  # it reads the tables of this one too
 }
 """What SQL cannot do, after a migration's statements and in the same transaction."""
 

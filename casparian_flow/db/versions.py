@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, func, select, text, update
 from sqlalchemy.dialects.sqlite import insert
 
-from casparian_flow.db import adopt, audit, jobs, visibility
+from casparian_flow.db import adopt, audit, jobs, moves, visibility
 from casparian_flow.db.access import execute_many
 from casparian_flow.db.models import (
     PASSED_OVER,
@@ -29,7 +29,7 @@ from casparian_flow.db.models import (
     utcnow,
 )
 from casparian_flow.db.routing import JobRequest, Routing
-from casparian_flow.db.visibility import Change, Scope
+from casparian_flow.db.visibility import Change, Scope, query_of
 
 ROUTE_CHUNK = 5_000
 """Locations routed in one transaction, so that other writers get their turn."""
@@ -231,6 +231,8 @@ def record(
         ],
         now,
     )
+    contents = {s.content_hash for s in fresh} | {current[s.path].content_hash for s in fresh}
+    moves.note(query_of(connection), {each for each in contents if each}, confirmed)
     places = [current[s.path].location_id for s in back]
     change = visibility.refresh(connection, Scope(places)) if places else Change()
     return RecordResult(len(changed), job_ids, [s.directory for s in stale], change)
@@ -453,10 +455,20 @@ def mark_gone(
         """,
         [(utcnow().isoformat(" "), problem, root_id, p.path, p.inode, p.ctime_ns) for p in gone],
     )
+    places = [p.location_id for p in gone]
+    if marked:
+        moves.gone(query_of(connection), places)
     takes_along = select(SourceRoot.on_delete == RETRACT).where(SourceRoot.id == root_id)
-    if not marked or problem or not connection.execute(takes_along).scalar_one():
+    if (
+        not marked
+        or problem
+        or not (
+            connection.execute(takes_along).scalar_one()
+            or visibility.has_origins(connection, places)
+        )
+    ):
         return Gone(marked)
-    return Gone(marked, visibility.refresh(connection, Scope([p.location_id for p in gone])))
+    return Gone(marked, visibility.refresh(connection, Scope(places)))
 
 
 def count_gone(connection: Connection, root: str) -> int:

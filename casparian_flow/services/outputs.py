@@ -19,7 +19,7 @@ from sqlalchemy import Connection, delete, insert, text
 
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db import debts, jobs, rebuild, visibility
+from casparian_flow.db import debts, jobs, moves, rebuild, visibility
 from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db.access import Ledger, Row
 from casparian_flow.db.audit import Event
@@ -297,6 +297,7 @@ def retract(ledger: Ledger, name: str, *, undo: bool = False) -> list[Any]:
     """Hide the rows of a location's versions, or of one version; the outputs that it concerned.
 
     A retraction belongs to a version: of all plugins and topics, also of what is published later.
+    It goes with the version's file when that moves.
 
     Args:
         name: a version's id, or a location: a path from here, or `source/rel_path`.
@@ -312,10 +313,11 @@ def retract(ledger: Ledger, name: str, *, undo: bool = False) -> list[Any]:
     chosen = _chosen(named, undo=undo)
     if not chosen:
         return _told_again(ledger, name, named, undo=undo)
-    versions = sorted({row.version_id for row in chosen})
-    these = RetractedVersion.file_version_id.in_(versions)
+    named_versions = {row.version_id for row in chosen}
 
     def work(connection: Connection) -> None:
+        versions = moves.same_file(visibility.query_of(connection), named_versions)
+        these = RetractedVersion.file_version_id.in_(versions)
         connection.execute(delete(RetractedVersion).where(these))
         if not undo:
             rows = [{"file_version_id": version} for version in versions]
@@ -333,14 +335,15 @@ def retract(ledger: Ledger, name: str, *, undo: bool = False) -> list[Any]:
 
 
 def _chosen(named: Sequence[Any], *, undo: bool) -> list[Any]:
-    """The outputs to be retracted or reinstated. Where nothing shows, as of a deleted file whose
-    rows went with it, those that would show when it comes back."""
+    """The outputs to be retracted or reinstated. Where nothing shows, as of a file that was deleted
+    or moved and whose rows went with it, those that would show when it comes back."""
     retracted = [row for row in named if row.state == RETRACTED]
     if undo:
         return retracted
     shown = [row for row in named if row.state in STANDING]
-    done = {row.version_id for row in retracted}
-    return shown or [row for row in named if row.state == HIDDEN and row.version_id not in done]
+    done = {row.version_id for row in (*retracted, *shown)}
+    hidden = [row for row in named if row.state == HIDDEN and row.version_id not in done]
+    return shown + [row for row in hidden if row.has_moved or not shown]
 
 
 def _detail(row: Any) -> dict[str, Any]:

@@ -127,8 +127,9 @@ class _Scan:
         if not self.stop.is_set():  # what is missing is known only at the end
             report = self.report
             settled = self.ledger.change(self.vanished.settle, self.vanished.events)
-            report.gone, report.held, report.passed_over, change = settled
-            report.change = report.change.plus(change)
+            report.gone, report.moved = settled.gone, settled.moved
+            report.held, report.passed_over = settled.held, settled.passed_over
+            report.change = report.change.plus(settled.change)
             crashpoint("scan.vanished")
             self._note_writing(full=only is None)
         if only is None and not self.stop.is_set():
@@ -458,6 +459,8 @@ class ScanReport:
     """Jobs queued."""
     gone: int = 0
     """Locations marked deleted."""
+    moved: int = 0
+    """Locations whose files are elsewhere now."""
     held: int = 0
     """Missing locations that are not marked deleted yet, since so many vanished at once."""
     passed_over: int = 0

@@ -99,6 +99,7 @@ def scan_until_settled(
         report.versions += again.versions
         report.job_ids += again.job_ids
         report.gone += again.gone
+        report.moved += again.moved
         report.change = report.change.plus(again.change)
         report.unreadable = list(dict.fromkeys([*report.unreadable, *again.unreadable]))
         report.unsettled, report.settles_in = again.unsettled, again.settles_in

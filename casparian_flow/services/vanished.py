@@ -5,22 +5,29 @@ scan collects what is missing and decides at its end. Many at once are held: the
 deleted until a user confirms it, or until they have been missing for a day. Held files that come
 back were never gone, and are not loaded again.
 
+Files that are elsewhere now have moved (`db.moves`): they are marked gone at once, however many.
 Files that are still on the disk, and passed over since the ignore patterns changed, are marked so
 at once, however many, and do not count as deleted. Their versions and rows stay.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import struct
+import sys
 import time
 from typing import NamedTuple
 
 from sqlalchemy import Connection
 
-from casparian_flow.db import versions
+from casparian_flow.db import moves, versions, visibility
 from casparian_flow.db.audit import Event
 from casparian_flow.db.models import PASSED_OVER
 from casparian_flow.db.versions import PresentLocation
-from casparian_flow.db.visibility import Change
+from casparian_flow.db.visibility import Change, Scope
+
+ACTOR = "scout"
 
 MANY = 100
 """Fewer missing files than this are deletions: somebody has tidied up an inbox."""
@@ -37,9 +44,13 @@ class Settled(NamedTuple):
 
     gone: int
     """Marked deleted."""
+    moved: int
+    """Whose files are elsewhere now, in this scan or an earlier one of any root."""
     held: int
     """Not marked yet."""
     passed_over: int
+    retracted: int = 0
+    """Versions that are retracted since their files were, where they moved from."""
     change: Change = Change()
     """What readers see since then."""
 
@@ -81,38 +92,77 @@ class Vanished:
         Directories with held files keep no digest, so that the next scan compares them again.
         """
         root_id = self._root_id
-        held_since = self._held_since(connection)
+        missing = {each.location_id for each in self._gone}
+        query = visibility.query_of(connection)
+        found = moves.find(query, missing, born)
+        elsewhere = {move.location_id for move in found}
+        lost = [each for each in self._gone if each.location_id not in elsewhere]
+        held_since = self._held_since(connection, len(lost))
+        held = len(lost) if held_since else 0
         if self._full:
-            held = len(self._gone) if held_since else 0
             versions.save_scan_state(connection, root_id, held=held, held_since=held_since)
         passed = versions.mark_gone(connection, root_id, self._ignored, PASSED_OVER).locations
-        if held_since:
-            return Settled(0, len(self._gone), passed)
-        marked = versions.mark_gone(connection, root_id, self._gone)
-        for folder in self._lost:
-            versions.drop_digests(connection, root_id, folder)
-        versions.save_directories(connection, root_id, self._digests)
-        versions.keep_invalidated(connection, root_id, [path for path, _ in self._digests])
-        return Settled(marked.locations, 0, passed, marked.change)
+        gone = (
+            [each for each in self._gone if each.location_id in elsewhere] if held else self._gone
+        )
+        marked = versions.mark_gone(connection, root_id, gone)
+        moved = moves.record(query, found)
+        change = marked.change
+        if moved.places:
+            change = change.plus(visibility.refresh(connection, Scope(moved.places)))
+        if not held:
+            for folder in self._lost:
+                versions.drop_digests(connection, root_id, folder)
+            versions.save_directories(connection, root_id, self._digests)
+            versions.keep_invalidated(connection, root_id, [path for path, _ in self._digests])
+        deleted = max(0, marked.locations - moved.moved)
+        return Settled(deleted, moved.moved, held, passed, moved.retracted, change)
 
     def events(self, settled: Settled) -> list[Event]:
-        """What the audit is to say of what was settled: that a person believed deletions."""
-        if not (self.believe and settled.gone):
-            return []
-        return [Event("believe-deletions", f"source {self._name}", {"gone": settled.gone})]
+        """What the audit is to say of what was settled: that a person believed deletions, and where
+        files moved to."""
+        events = []
+        if self.believe and settled.gone:
+            events.append(
+                Event("believe-deletions", f"source {self._name}", {"gone": settled.gone})
+            )
+        if settled.moved:
+            detail = {"files": settled.moved, "retracted": settled.retracted}
+            events.append(Event("move", f"source {self._name}", detail, ACTOR))
+        return events
 
-    def _held_since(self, connection: Connection) -> float:
-        """Since when the missing files are held, seconds since the epoch; 0: they are not."""
+    def _held_since(self, connection: Connection, lost: int) -> float:
+        """Since when missing files are held, seconds since the epoch; 0: they are not.
+
+        Args:
+            lost: how many are missing, and not found elsewhere.
+        """
         state = versions.scan_state(connection, self._root_id)
         before = state.held if state is not None else 0
-        if self.believe or not self._gone:
+        if self.believe or not lost:
             return 0.0
         if before and not self._full:
             return float(state.held_since)  # a partial scan does not confirm what a full scan holds
-        few = len(self._gone) < MANY
-        if few or len(self._gone) < SHARE * versions.count_present(connection, self._root_id):
+        if lost < MANY or lost < SHARE * versions.count_present(connection, self._root_id):
             return 0.0
         now = time.time()
-        since = state.held_since if before and len(self._gone) - before < MANY else now
+        since = state.held_since if before and lost - before < MANY else now
         # A clock that was set back holds them for another day at most.
         return 0.0 if now - since > HOLD_SECONDS else float(min(since, now))
+
+
+def born(path: bytes) -> int | None:
+    """When a file was made, in nanoseconds since the epoch; None where nothing says so."""
+    try:
+        made = getattr(os.stat(path, follow_symlinks=False), "st_birthtime", None)
+    except OSError:
+        return None
+    statx = getattr(ctypes.CDLL(None), "statx", None) if sys.platform == "linux" else None
+    if statx is None:
+        return None if made is None else int(made * 1e9)
+    here, nofollow, wanted, found = -100, 0x100, 0x800, ctypes.create_string_buffer(256)
+    if statx(here, path, nofollow, wanted, found) != 0:
+        return None
+    (has,) = struct.unpack_from("=I", found, 0)
+    seconds, nanoseconds = struct.unpack_from("=qI", found, 80)  # stx_btime, after stx_atime
+    return int(seconds) * 10**9 + int(nanoseconds) if has & wanted else None

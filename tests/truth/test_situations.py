@@ -13,12 +13,9 @@ import pytest
 from tests.truth.model import Model
 from tests.truth.product import Product
 from tests.truth.situations import SITUATIONS, Story
-from tests.truth.walks import NOT_YET
 
 SQLITE = {"S1": "sqlite", "S2": "parquet"}
 PARQUET = {"S1": "parquet", "S2": "sqlite"}
-
-WAITING = {name: event for event, names in NOT_YET.items() for name in names}
 
 
 def cases() -> Iterator[object]:
@@ -26,10 +23,7 @@ def cases() -> Iterator[object]:
     for number, tell in enumerate(SITUATIONS):
         kinds = [SQLITE, PARQUET] if number % 2 else [PARQUET, SQLITE]
         for sinks, mode in zip(kinds, ("append", "replace"), strict=True):
-            event = WAITING.get(tell.__name__)
-            marks = [pytest.mark.xfail(strict=True, reason=f"{event}: not yet")] if event else []
-            if mode == "replace":
-                marks.append(pytest.mark.slow)
+            marks = [pytest.mark.slow] if mode == "replace" else []
             name = f"{tell.__name__}-{sinks['S1']}-{mode}"
             yield pytest.param(tell, sinks, mode, id=name, marks=marks)
 
@@ -46,7 +40,3 @@ def test_the_product_shows_what_the_situation_says(
         story.kill()
         assert product.problems() == []
         assert product.failures() == story.model.failures()
-
-
-def test_what_waits_is_told() -> None:
-    assert set(WAITING) <= {tell.__name__ for tell in SITUATIONS}

@@ -23,15 +23,6 @@ from tests.truth.model import Ledger, Model
 from tests.truth.product import Product
 from tests.truth.situations import BAD, FRAIL, GOOD, TWO, TWO_FRAIL, differences
 
-NOT_YET: dict[str, tuple[str, ...]] = {
-    "move": (
-        "s08_a_renamed_folder_takes_its_rows_along", "s08_a_retraction_goes_with_the_file",
-        "s19_a_rename_changes_who_wants_the_file",
-    ),
-    "copy": ("s09_copied_then_the_original_is_deleted",),
-}  # fmt: skip
-"""Events that the product does not have yet, and the situations that wait for them."""
-
 SHORTEN_SECONDS = 120.0
 
 PATHS = ("a.txt", "b.txt", "sub/c.txt")
@@ -78,7 +69,7 @@ def walk(seed: int, steps: int, events: Collection[str]) -> list[Step]:
 def drawn() -> set[str]:
     """The events that are drawn; those that need a mount only where this process may."""
     may_mount = os.geteuid() == 0
-    return {name for name in _WEIGHTS.keys() - NOT_YET if may_mount or "sink_" not in name}
+    return {name for name in _WEIGHTS if may_mount or "sink_" not in name}
 
 
 _WEIGHTS = {
