@@ -152,7 +152,7 @@ def files(
         str | None, typer.Option(metavar="NAME", help="Only this source root.")
     ] = None,
     gone: Annotated[
-        bool, typer.Option("--gone", help="Deleted files instead of existing ones.")
+        bool, typer.Option("--gone", help="Deleted and moved files instead of existing ones.")
     ] = False,
     unreadable: Annotated[
         bool, typer.Option("--unreadable", help="Only files that could not be read.")
@@ -194,7 +194,7 @@ def files(
             columns, empty = "size_bytes detected_at copy_of", "no file is such a copy"
         else:
             rows = ledger.read(lambda c: views.files(c, most, source, gone, unreadable))
-            when = "gone_at" if gone else "detected_at"
+            when = "gone_at moved_to" if gone else "detected_at"
             columns = f"size_bytes versions content_hash rows {when} table jobs problem"
             empty = "no matching files\n  try: casparian status"
     context.listing(rows, as_json, f"source rel_path {columns}", empty)

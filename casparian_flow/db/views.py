@@ -301,6 +301,11 @@ def files(
         SELECT r.name AS source, l.rel_path, v.size_bytes, v.ordinal AS versions, v.content_hash,
                v.detected_at, l.gone_at, l.problem, {published.ROWS_OF_FILE} AS "rows",
                '' AS "table", l.path, r.id AS root_id,
+               coalesce((SELECT q.name || '/' || m.rel_path FROM cf_gone_version g
+                         JOIN cf_file_version t ON t.id = g.to_version_id
+                         JOIN cf_file_location m ON m.id = t.location_id
+                         JOIN cf_source_root q ON q.id = m.source_root_id
+                         WHERE g.file_version_id = v.id AND l.gone_at IS NOT NULL), '') AS moved_to,
                (SELECT group_concat(j.plugin_name || ' ' || j.status, ', ')
                 FROM cf_processing_queue j WHERE j.file_version_id = v.id) AS jobs
         FROM cf_file_location l
@@ -438,8 +443,8 @@ def scans(connection: Connection) -> Sequence[Any]:
     ).all()
 
 
-# Copies: present files with the content of a deleted one whose rows readers still see. The file was
-# moved, or copied before it was deleted, so that its rows may be there twice.
+# Copies: present files with the content of a deleted one whose rows readers still see, and that are
+# no move of it (`db.moves`). Its rows may be there twice.
 
 _COPIES = f"""
     WITH deleted AS MATERIALIZED (
@@ -447,6 +452,8 @@ _COPIES = f"""
         FROM cf_file_location g JOIN cf_source_root r ON r.id = g.source_root_id
         JOIN cf_file_version v ON v.id = g.current_version_id
         WHERE g.gone_at IS NOT NULL AND g.problem <> :passed_over AND v.size_bytes > 0
+          AND v.id NOT IN (
+            SELECT file_version_id FROM cf_gone_version WHERE to_version_id IS NOT NULL)
           AND EXISTS (
             SELECT 1 FROM cf_processing_queue j JOIN cf_output o ON o.job_id = j.id
             JOIN cf_visibility s ON s.output_id = o.id
