@@ -6,6 +6,7 @@ version of each location that is gone, and what that file is now, once it is fou
 
     note, gone       which of these rows the next settlement looks at, by what a scan recorded
     find, record     look for where those files are now, and write it down
+    follow           both at once, for what a scan has found under another name
     Moves            what the rows mean for readers, as `db.visibility` asks
 
 The moved version shows until it is published at its new place: by the plugin itself, or, if that
@@ -91,6 +92,26 @@ def gone(query: Query, location_ids: Collection[int]) -> None:
 def is_due(query: Query) -> bool:
     """Whether a scan that has found nothing missing has to look for gone files all the same."""
     return bool(query("SELECT 1 FROM cf_gone_version WHERE due LIMIT 1", ()))
+
+
+def on_the_way(
+    query: Query, missing: Collection[int], unsettled: Collection[tuple[int, ...]]
+) -> set[int]:
+    """Missing files that are elsewhere already, and not settled there.
+
+    Args:
+        unsettled: device, inode, size and mtime of each file that a scan left for later.
+    """
+    if not unsettled:
+        return set()
+    rows = query(
+        """
+        SELECT l.id, l.device, l.inode, l.size_bytes, l.mtime_ns
+        FROM json_each(?) m CROSS JOIN cf_file_location l ON l.id = m.value
+        """,
+        (json.dumps(list(missing)),),
+    )
+    return {row[0] for row in rows if tuple(row[1:]) in unsettled}
 
 
 class _File(NamedTuple):
@@ -296,7 +317,6 @@ class Recorded(NamedTuple):
 def record(query: Query, found: Sequence[Move]) -> Recorded:
     """Write down what `find` gave, for files that are marked gone by now; a retraction goes with
     its file."""
-    query("UPDATE cf_gone_version SET due = 0 WHERE due RETURNING 1", ())
     if not found:
         return Recorded()
     now = utcnow().isoformat(" ")
@@ -323,6 +343,75 @@ def record(query: Query, found: Sequence[Move]) -> Recorded:
     crashpoint("moves.written")
     places = {place for move in found for place in (move.location_id, move.to_location_id)}
     return Recorded(len(moved), len(retracted), tuple(places))
+
+
+def looked_for(query: Query) -> None:
+    """Note that what was due was looked for."""
+    query("UPDATE cf_gone_version SET due = 0 WHERE due RETURNING 1", ())
+
+
+def follow(
+    query: Query, inodes: Collection[int], is_there: Callable[[bytes], bool], born: Born
+) -> Recorded:
+    """Find and record the moves of files that a scan has recorded just now, in its transaction: no
+    job of theirs is to publish while their old places still count.
+
+    It takes a file for moved whose inode says so, and which is not at its old place any more. What
+    was copied and deleted, or could be any of several, the end of the scan decides.
+
+    Args:
+        inodes: of what the scan has recorded.
+        is_there: whether there is a file at a path.
+        born: as for `find`.
+    """
+    linked = [row[0] for row in query(_LINKED, (json.dumps(list(inodes)),))]
+    if not linked:
+        return Recorded()
+    alike = [_File(*row) for row in query(_PRESENT, (json.dumps(linked), "[]"))]
+    here = {file.location_id for file in alike if is_there(file.whole_path)}
+    known = {(f.content_hash, f.device, f.inode) for f in alike if f.location_id in here}
+    left = [
+        f
+        for f in alike
+        if f.location_id not in here and (f.content_hash, f.device, f.inode) in known
+    ]
+    if not left:
+        return Recorded()
+    # What has gone too, and is like one of them, counts when they are paired.
+    hashes = {file.content_hash for file in left}
+    times = json.dumps(list({file.mtime_ns for file in left}))
+    rivals = [_File(*row) for row in query(_PRESENT, ("[]", times))]
+    left += [f for f in rivals if f.content_hash in hashes and not is_there(f.whole_path)]
+    at = {file.location_id: (file.device, file.inode) for file in (*alike, *left)}
+    found = [
+        move
+        for move in find(query, {file.location_id for file in left}, born)
+        if move.location_id in at and at[move.location_id] == at.get(move.to_location_id)
+    ]
+    places = json.dumps([move.location_id for move in found])
+    # Should it come back there before that directory is looked at, this is to be noticed.
+    query(
+        """
+        UPDATE cf_directory SET digest = NULL WHERE id IN (
+            SELECT directory_id FROM cf_file_location
+            WHERE id IN (SELECT value FROM json_each(?))) RETURNING 1
+        """,
+        (places,),
+    )
+    query(
+        "UPDATE cf_file_location SET gone_at = ? "
+        "WHERE id IN (SELECT value FROM json_each(?)) AND gone_at IS NULL RETURNING 1",
+        (utcnow().isoformat(" "), places),
+    )
+    gone(query, [move.location_id for move in found])
+    return record(query, found)
+
+
+_LINKED = """
+SELECT DISTINCT k.value FROM json_each(?) k
+WHERE (SELECT count(*) FROM cf_file_location l
+       WHERE l.inode = k.value AND l.gone_at IS NULL) > 1
+"""
 
 
 def same_file(query: Query, version_ids: Collection[int]) -> list[int]:

@@ -29,7 +29,7 @@ from casparian_flow.db.versions import LocationState, PresentLocation, Sighting,
 from casparian_flow.db.visibility import Change
 from casparian_flow.services import inventory, walk
 from casparian_flow.services.store import NOTHING, Capture, Store
-from casparian_flow.services.vanished import Vanished
+from casparian_flow.services.vanished import Settled, Vanished
 from casparian_flow.services.walk import Ignore, Listing
 
 BATCH_FILES = 1000
@@ -127,9 +127,11 @@ class _Scan:
         if not self.stop.is_set():  # what is missing is known only at the end
             report = self.report
             settled = self.ledger.change(self.vanished.settle, self.vanished.events)
-            report.gone, report.moved = settled.gone, settled.moved
+            report.gone, report.moved = settled.gone, report.moved + settled.moved
             report.held, report.passed_over = settled.held, settled.passed_over
             report.change = report.change.plus(settled.change)
+            if report.unsettled:
+                report.unsettled.update(self.vanished.again)
             crashpoint("scan.vanished")
             self._note_writing(full=only is None)
         if only is None and not self.stop.is_set():
@@ -227,10 +229,12 @@ class _Scan:
         now = time.time_ns()
         if self._lacks_marker(listing, name) or unrest(stat, now, self.root.min_age_seconds) > 0:
             self.report.waiting += 1
+            self.vanished.may_move(stat)
             return False
         wait = unrest(stat, now, self.root.settle_seconds)
         if wait > 0:
             self._mark_unsettled(listing, path, wait)
+            self.vanished.may_move(stat)
             return False
         try:
             content = hash_and_capture(
@@ -337,7 +341,7 @@ class _Scan:
         sightings, folders = list(self._sightings.values()), self._folders
         self._sightings, self._folders = {}, []
 
-        def work(connection: Connection) -> versions.RecordResult:
+        def work(connection: Connection) -> tuple[versions.RecordResult, Settled]:
             versions.save_directories(connection, self.root.id, folders)
             # Read here, not when the scan begins: a change of the rules routes only the versions
             # that were recorded before it.
@@ -348,17 +352,19 @@ class _Scan:
             versions.keep_invalidated(
                 connection, self.root.id, [path for path, digest in folders if digest]
             )
+            moved = self.vanished.follow(connection, sightings)
             placed.record(connection)
             crashpoint("scan.batch_written")
-            return recorded
+            return recorded, moved
 
         with self.store.placing() as placed:
-            recorded = self._write(work)
+            recorded, moved = self.ledger.change(work, lambda done: self.vanished.events(done[1]))
             crashpoint("scan.batch_committed")
         self.report.versions += recorded.versions
         self.report.job_ids += recorded.job_ids
         self.report.unsettled.update(recorded.stale)
-        self.report.change = self.report.change.plus(recorded.change)
+        self.report.moved += moved.moved
+        self.report.change = self.report.change.plus(recorded.change).plus(moved.change)
 
     def _route_all(self) -> None:
         """After a change of rules or plugins, queue the jobs that present versions lack."""

@@ -17,6 +17,7 @@ import os
 import struct
 import sys
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sqlalchemy import Connection
@@ -24,7 +25,7 @@ from sqlalchemy import Connection
 from casparian_flow.db import moves, versions, visibility
 from casparian_flow.db.audit import Event
 from casparian_flow.db.models import PASSED_OVER
-from casparian_flow.db.versions import PresentLocation
+from casparian_flow.db.versions import PresentLocation, Sighting, Stat
 from casparian_flow.db.visibility import Change, Scope
 
 ACTOR = "scout"
@@ -42,13 +43,13 @@ HOLD_SECONDS = 86_400.0
 class Settled(NamedTuple):
     """What became of what a scan found missing: numbers of locations."""
 
-    gone: int
+    gone: int = 0
     """Marked deleted."""
-    moved: int
+    moved: int = 0
     """Whose files are elsewhere now, in this scan or an earlier one of any root."""
-    held: int
+    held: int = 0
     """Not marked yet."""
-    passed_over: int
+    passed_over: int = 0
     retracted: int = 0
     """Versions that are retracted since their files were, where they moved from."""
     change: Change = Change()
@@ -73,6 +74,9 @@ class Vanished:
         self._ignored: list[PresentLocation] = []
         self._lost: list[bytes] = []
         self._digests: list[tuple[bytes, bytes | None]] = []
+        self._unsettled: set[tuple[int, ...]] = set()
+        self.again: list[bytes] = []
+        """After `settle`: directories to be scanned again for files that are on their way."""
 
     def add(
         self, gone: list[PresentLocation], ignored: list[PresentLocation], lost: list[bytes]
@@ -86,36 +90,50 @@ class Vanished:
         """Save this digest of a directory if the deletions are confirmed."""
         self._digests.append((folder, digest))
 
+    def may_move(self, stat: Stat) -> None:
+        """Collect a file that is not settled: what is missing may be on its way there."""
+        self._unsettled.add((stat.device, stat.inode, stat.size, stat.mtime_ns))
+
+    def follow(self, connection: Connection, found: Sequence[Sighting]) -> Settled:
+        """Record what has moved of files that were just recorded, in the same transaction."""
+        query = visibility.query_of(connection)
+        inodes = {each.stat.inode for each in found if each.content_hash}
+        moved = moves.follow(query, inodes, is_there, born)
+        return Settled(
+            moved=moved.moved, retracted=moved.retracted, change=_seen(connection, moved)
+        )
+
     def settle(self, connection: Connection) -> Settled:
         """Mark confirmed deletions, in the caller's transaction.
 
-        Directories with held files keep no digest, so that the next scan compares them again.
+        Directories with files that are held or on their way keep no digest, so that the next scan
+        compares them again.
         """
         root_id = self._root_id
         missing = {each.location_id for each in self._gone}
         query = visibility.query_of(connection)
-        found = moves.find(query, missing, born)
+        found = moves.find(query, missing, born) if missing or moves.is_due(query) else []
         elsewhere = {move.location_id for move in found}
-        lost = [each for each in self._gone if each.location_id not in elsewhere]
+        waits = moves.on_the_way(query, missing - elsewhere, self._unsettled)
+        lost = {each for each in missing if each not in elsewhere and each not in waits}
         held_since = self._held_since(connection, len(lost))
         held = len(lost) if held_since else 0
         if self._full:
             versions.save_scan_state(connection, root_id, held=held, held_since=held_since)
         passed = versions.mark_gone(connection, root_id, self._ignored, PASSED_OVER).locations
-        gone = (
-            [each for each in self._gone if each.location_id in elsewhere] if held else self._gone
-        )
+        leave = elsewhere if held else elsewhere | lost
+        gone = [each for each in self._gone if each.location_id in leave]
         marked = versions.mark_gone(connection, root_id, gone)
         moved = moves.record(query, found)
-        change = marked.change
-        if moved.places:
-            change = change.plus(visibility.refresh(connection, Scope(moved.places)))
-        if not held:
+        moves.looked_for(query)
+        change = marked.change.plus(_seen(connection, moved))
+        if not (held or waits):
             for folder in self._lost:
                 versions.drop_digests(connection, root_id, folder)
             versions.save_directories(connection, root_id, self._digests)
             versions.keep_invalidated(connection, root_id, [path for path, _ in self._digests])
-        deleted = max(0, marked.locations - moved.moved)
+        self.again = [path for path, _ in self._digests] if waits else []
+        deleted = max(0, marked.locations - len(elsewhere & missing))
         return Settled(deleted, moved.moved, held, passed, moved.retracted, change)
 
     def events(self, settled: Settled) -> list[Event]:
@@ -149,6 +167,21 @@ class Vanished:
         since = state.held_since if before and lost - before < MANY else now
         # A clock that was set back holds them for another day at most.
         return 0.0 if now - since > HOLD_SECONDS else float(min(since, now))
+
+
+def _seen(connection: Connection, moved: moves.Recorded) -> Change:
+    return visibility.refresh(connection, Scope(moved.places)) if moved.places else Change()
+
+
+def is_there(path: bytes) -> bool:
+    """Whether there is a file at a path, or may be: it cannot be told."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def born(path: bytes) -> int | None:
