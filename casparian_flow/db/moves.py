@@ -89,6 +89,24 @@ def gone(query: Query, location_ids: Collection[int]) -> None:
     _look_for(query, [row[0] for row in hashes])
 
 
+def leave(query: Query, left: Collection[tuple[int, int | None, int | None]]) -> None:
+    """Mark locations as gone whose files are elsewhere, unless another scan has found them since.
+
+    Args:
+        left: id, inode and ctime of each.
+    """
+    query(
+        """
+        UPDATE cf_file_location AS l SET gone_at = ? FROM json_each(?) m
+        WHERE l.id = json_extract(m.value, '$[0]') AND l.gone_at IS NULL
+        AND (l.inode IS json_extract(m.value, '$[1]') OR l.inode IS NULL)
+        AND l.ctime_ns IS json_extract(m.value, '$[2]') RETURNING 1
+        """,
+        (utcnow().isoformat(" "), json.dumps(list(left))),
+    )
+    gone(query, [each[0] for each in left])
+
+
 def is_due(query: Query) -> bool:
     """Whether a scan that has found nothing missing has to look for gone files all the same."""
     return bool(query("SELECT 1 FROM cf_gone_version WHERE due LIMIT 1", ()))
@@ -388,22 +406,17 @@ def follow(
         for move in find(query, {file.location_id for file in left}, born)
         if move.location_id in at and at[move.location_id] == at.get(move.to_location_id)
     ]
-    places = json.dumps([move.location_id for move in found])
-    # Should it come back there before that directory is looked at, this is to be noticed.
+    at_last = {file.location_id: (file.location_id, file.inode, file.ctime_ns) for file in left}
+    leave(query, [at_last[move.location_id] for move in found])
+    # Should one come back there before that directory is looked at, this is to be noticed.
     query(
         """
         UPDATE cf_directory SET digest = NULL WHERE id IN (
             SELECT directory_id FROM cf_file_location
             WHERE id IN (SELECT value FROM json_each(?))) RETURNING 1
         """,
-        (places,),
+        (json.dumps([move.location_id for move in found]),),
     )
-    query(
-        "UPDATE cf_file_location SET gone_at = ? "
-        "WHERE id IN (SELECT value FROM json_each(?)) AND gone_at IS NULL RETURNING 1",
-        (utcnow().isoformat(" "), places),
-    )
-    gone(query, [move.location_id for move in found])
     return record(query, found)
 
 

@@ -121,9 +121,10 @@ class Vanished:
         if self._full:
             versions.save_scan_state(connection, root_id, held=held, held_since=held_since)
         passed = versions.mark_gone(connection, root_id, self._ignored, PASSED_OVER).locations
-        leave = elsewhere if held else elsewhere | lost
-        gone = [each for each in self._gone if each.location_id in leave]
-        marked = versions.mark_gone(connection, root_id, gone)
+        left = [each for each in self._gone if each.location_id in elsewhere]
+        moves.leave(query, [(each.location_id, each.inode, each.ctime_ns) for each in left])
+        gone = [each for each in self._gone if each.location_id in lost]
+        marked = versions.mark_gone(connection, root_id, [] if held else gone)
         moved = moves.record(query, found)
         moves.looked_for(query)
         change = marked.change.plus(_seen(connection, moved))
@@ -133,8 +134,7 @@ class Vanished:
             versions.save_directories(connection, root_id, self._digests)
             versions.keep_invalidated(connection, root_id, [path for path, _ in self._digests])
         self.again = [path for path, _ in self._digests] if waits else []
-        deleted = max(0, marked.locations - len(elsewhere & missing))
-        return Settled(deleted, moved.moved, held, passed, moved.retracted, change)
+        return Settled(marked.locations, moved.moved, held, passed, moved.retracted, change)
 
     def events(self, settled: Settled) -> list[Event]:
         """What the audit is to say of what was settled: that a person believed deletions, and where
