@@ -531,6 +531,25 @@ MUTANTS = [
         [Edit("db/versions.py", "for s in [*changed, *back]", "for s in changed")],
         [f"{_PROMISES}::test_a_file_that_comes_back_goes_to_the_plugins_of_now"],
     ),
+    # Moves.
+    Mutant(
+        "a move is recorded when the scan has ended",
+        [Edit("services/scan.py", "self.vanished.follow(connection, sightings)", "Settled()")],
+        ["tests/services/test_moves.py::test_no_job_of_a_new_name_is_seen_before_the_move_is"],
+    ),
+    Mutant(
+        "an inode says where a file went",
+        [Edit("db/moves.py", "made is not None and made <= cast(int, last)", "True")],
+        [
+            "tests/services/test_moves.py::"
+            "test_a_new_file_with_the_inode_of_a_deleted_one_is_no_move"
+        ],
+    ),
+    Mutant(
+        "a moved file shows at both places",
+        [Edit("db/visibility.py", "(one.is_withdrawn or one.has_moved)", "one.is_withdrawn")],
+        ["tests/cli/test_moves.py::test_a_folder_that_is_renamed_takes_its_rows_along[sqlite]"],
+    ),
 ]
 
 
