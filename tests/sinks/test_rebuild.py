@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shutil
 import sqlite3
 import threading
@@ -269,11 +270,21 @@ def test_a_reader_sees_the_old_or_the_new(place: Place, count: int) -> None:
 
 
 def look(place: Place) -> list[Any]:
-    """The values, or in a folder the names, that one look shows."""
-    if place.scheme == "parquet":
-        folder = place.home / "out" / TOPIC
-        return [file.name for file in folder.iterdir() if file.suffix == ".parquet"]
-    return [row["v"] for row in place.rows()]
+    """The values, or in a folder the names, that one look shows.
+
+    A folder that was exchanged while it was listed may be half removed by then: that is no look.
+    """
+    if place.scheme != "parquet":
+        return [row["v"] for row in place.rows()]
+    folder = place.home / "out" / TOPIC
+    while True:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            names = [name for name in os.listdir(descriptor) if name.endswith(".parquet")]
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                return names
+        finally:
+            os.close(descriptor)
 
 
 def shown(place: Place, count: int, **named: Any) -> tuple[list[Output], list[Output]]:
