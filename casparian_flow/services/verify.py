@@ -70,6 +70,7 @@ def check_ledger(connection: Connection) -> tuple[Verdict, Expected]:
     with seals.exact(driver(connection)):
         for what, problems in (
             ("the ledger", _count(connection, verdict)),
+            ("the schema", integrity.schema_problems(connection)),
             ("the ledger", integrity.broken_invariants(connection)),
             ("the audit", audit.problems(connection)),
             ("the seals", integrity.seal_problems(connection)),
@@ -86,7 +87,7 @@ def check_ledger(connection: Connection) -> tuple[Verdict, Expected]:
 
 def _count(connection: Connection, verdict: Verdict) -> Iterator[str]:
     verdict.checked.update(integrity.sizes(connection))
-    verdict.notes += filter(None, [integrity.since(connection)])
+    verdict.notes += integrity.since(connection)
     yield from ()
 
 
