@@ -23,7 +23,7 @@ import contextlib
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -232,7 +232,10 @@ def _text(data: bytes) -> str:
 
 def begin(connection: sqlite3.Connection) -> Marks:
     """Note what this transaction writes from here on; call it with the write lock held."""
-    _note(connection, SETUP_TABLES, _triggers)
+    if not _has(connection, "cf_moved"):
+        # Some of these are there where the connection was a session's before.
+        for statement in (*_setup_triggers(SETUP_TABLES), *_triggers()):
+            connection.execute(statement)
     return {
         name: connection.execute(f"SELECT coalesce(max(id), 0) FROM {name}").fetchone()[0]
         for name in (*(table.sql_name for table in GROWING), LOCATION_TABLE)
@@ -241,23 +244,21 @@ def begin(connection: sqlite3.Connection) -> Marks:
 
 def begin_session(connection: sqlite3.Connection) -> None:
     """Note what a user's session changes of the setup; call it with the write lock held."""
-    _note(connection, [table for table in SETUP_TABLES if table.edited])
+    if not _has(connection, "cf_touched"):
+        for statement in _setup_triggers(table for table in SETUP_TABLES if table.edited):
+            connection.execute(statement)
 
 
-def _note(
-    connection: sqlite3.Connection,
-    setup: Iterable[SetupTable],
-    others: Callable[[], Iterable[str]] = tuple,
-) -> None:
-    known = "SELECT 1 FROM sqlite_temp_master WHERE name = 'cf_touched'"
-    if connection.execute(known).fetchone():
-        return
-    for statement in (*_setup_triggers(setup), *others()):
-        connection.execute(statement)
+def _has(connection: sqlite3.Connection, table: str) -> bool:
+    query = "SELECT 1 FROM sqlite_temp_master WHERE name = ?"
+    return connection.execute(query, (table,)).fetchone() is not None
 
 
 def _setup_triggers(tables: Iterable[SetupTable]) -> Iterator[str]:
-    yield "CREATE TEMP TABLE cf_touched (n INTEGER PRIMARY KEY, what TEXT, key, was INTEGER)"
+    yield (
+        "CREATE TEMP TABLE IF NOT EXISTS cf_touched "
+        "(n INTEGER PRIMARY KEY, what TEXT, key, was INTEGER)"
+    )
     for table in tables:
         old, new = table.key_of("OLD"), table.key_of("NEW")
         note = f"INSERT INTO cf_touched (what, key, was) SELECT '{table.name}',"
@@ -267,7 +268,7 @@ def _setup_triggers(tables: Iterable[SetupTable]) -> Iterator[str]:
             ("DELETE", f"{note} {old}, 1;"),
         ):
             yield (
-                f"CREATE TEMP TRIGGER cf_seal_{table.sql_name}_{event} "
+                f"CREATE TEMP TRIGGER IF NOT EXISTS cf_seal_{table.sql_name}_{event} "
                 f"AFTER {event} ON main.{table.sql_name} BEGIN {noted} END"
             )
 

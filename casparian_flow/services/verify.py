@@ -70,10 +70,10 @@ def check_ledger(connection: Connection) -> tuple[Verdict, Expected]:
     with seals.exact(driver(connection)):
         for what, problems in (
             ("the ledger", _count(connection, verdict)),
-            ("the schema", integrity.schema_problems(connection)),
             ("the ledger", integrity.broken_invariants(connection)),
             ("the audit", audit.problems(connection)),
             ("the seals", integrity.seal_problems(connection)),
+            ("the schema", integrity.schema_problems(connection)),
             ("the plugins", _plugin_problems(connection, verdict)),
             ("the outputs", visibility.differences(connection)),
             ("what readers see", promises.broken(connection)),

@@ -11,15 +11,19 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from casparian_flow import config
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, seals
-from casparian_flow.db.access import open_ledger
+from casparian_flow.db import audit, plugins, seals
+from casparian_flow.db.access import get_engine, open_ledger
+from casparian_flow.db.models import PluginConfig, RoutingRule, SourceRoot, TopicConfig
 from casparian_flow.services import architect, outputs, sources
+from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
-from tests.db.real_ledger import attacker, worked
-from tests.plugs import BEHAVES, publish
+from tests.db.real_ledger import attacker, before, worked
+from tests.factories import add_root
+from tests.plugs import BEHAVES, publish, signed
 
 Edit = str | Callable[[sqlite3.Connection], object]
 
@@ -373,6 +377,94 @@ def test_an_edit_is_named(real: Settings, name: str) -> None:
 def test_what_the_documents_exclude_is_not_named(real: Settings, name: str) -> None:
     """If one is named some day, docs/security.md promises too little."""
     assert said(real, EXCLUDED[name]) == []
+
+
+def test_what_users_change_in_their_sessions_is_sealed(settings: Settings) -> None:
+    """Added, changed, removed and taken back; by hand afterwards, it is named."""
+    engine = get_engine(settings.database)
+    with Session(engine) as db:
+        db.add(SourceRoot(path=str(settings.home), name="home", active=False))
+        db.add_all(RoutingRule(pattern=f"*.{n}", tag="t") for n in range(3))
+        db.add(TopicConfig(plugin_name="rows", topic_name="lines", uri="parquet://out"))
+        db.add(PluginConfig(plugin_name="rows", subscription_tags="t"))
+        db.commit()
+        db.query(RoutingRule).filter_by(id=2).delete()
+        db.query(RoutingRule).filter_by(id=3).one().priority = 5
+        db.query(SourceRoot).one().ignore = "*.tmp"
+        db.commit()
+        db.query(TopicConfig).delete()
+        db.rollback()
+    engine.dispose()
+    with open_ledger(settings.database) as ledger:
+        assert verify(settings, ledger).problems == []
+        assert ledger.read(audit.head).seq == 2, "one seal for each commit that wrote"
+    with attacker(settings) as other:
+        other.execute("UPDATE cf_routing_rule SET tag = 'other' WHERE id = 3")
+        other.execute("DELETE FROM cf_topic_config")
+        other.execute(
+            "INSERT INTO cf_routing_rule (id, pattern, tag, priority) VALUES (2, '*', 't', 0)"
+        )
+    with open_ledger(settings.database) as ledger:
+        assert verify(settings, ledger).problems == [
+            "sink of a topic 1 was deleted outside Casparian Flow: audit row 1 has it",
+            "routing rule 2 (*) was inserted outside Casparian Flow: the audit has it as deleted",
+            "routing rule 3 (*.2) was changed outside Casparian Flow: audit row 2 has it otherwise",
+        ]
+
+
+def test_a_session_seals_only_what_users_may_edit(settings: Settings) -> None:
+    engine = get_engine(settings.database)
+    with Session(engine) as db:
+        db.execute(text("INSERT INTO cf_epoch (started_at, pid, host) VALUES ('', 1, 'h')"))
+        db.commit()
+    engine.dispose()
+    with open_ledger(settings.database) as ledger:
+        assert verify(settings, ledger).problems == [
+            "epoch 1 was inserted outside Casparian Flow: it has no audit record"
+        ]
+
+
+def test_a_row_removed_and_made_again_is_named_for_ever(settings: Settings) -> None:
+    """Else somebody who removes a plugin's version could have it published with other bytes."""
+    with open_ledger(settings.database) as ledger:
+        sources.add_rule(ledger, "*.a", "t")
+    with attacker(settings) as other:
+        other.execute("DELETE FROM cf_routing_rule")
+    with open_ledger(settings.database) as ledger:
+        sources.add_rule(ledger, "*.b", "t")
+        assert verify(settings, ledger).problems == [
+            "routing rule 1 (*.b) was deleted outside Casparian Flow, before audit row 4"
+        ]
+
+
+def test_the_setup_of_an_earlier_release_is_sealed_from_its_migration_on(
+    settings: Settings, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        before(patch, "0018")
+        with open_ledger(settings.database) as ledger:
+            root = add_root(ledger, source)
+            for n in range(5):
+                (source / f"{n}.txt").write_text(str(n))
+            scan(ledger, root)
+            sources.add_rule(ledger, "*.txt", "t")
+            architect.deploy(ledger, settings, signed(ledger, settings.home / "keys"))
+            assert not [w for w in verify(settings, ledger).problems if w.startswith("version")]
+    monkeypatch.setattr(seals, "SEALED_AT_ONCE", 2)
+    with open_ledger(settings.database) as ledger:
+        verdict = verify(settings, ledger)
+        assert verdict.problems == []
+        (note,) = verdict.notes
+        assert note.startswith("locations and setup of an earlier release were sealed on ")
+        plugins.disable(ledger, settings.home / "keys", "rows", None, "a test")
+        assert verify(settings, ledger).problems == []
+    with attacker(settings) as other:
+        other.execute("UPDATE cf_file_location SET rel_path = 'x' WHERE id = 4")
+        other.execute("UPDATE cf_source_root SET name = 'x'")
+    with open_ledger(settings.database) as ledger:
+        location, changed = verify(settings, ledger).problems
+    assert location.startswith("a location from 3 to 4 was changed outside Casparian Flow")
+    assert changed.startswith("source root 1 (x) was changed outside Casparian Flow")
 
 
 def test_what_users_add_to_the_database_is_theirs(real: Settings) -> None:

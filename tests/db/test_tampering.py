@@ -228,6 +228,23 @@ def smuggled(ledger: Ledger, keys_of: Path, name: str) -> str:
     return str(undone.value)
 
 
+def test_a_version_that_was_activated_runs_with_those_bytes_only(
+    deployed: Ledger, folder: Path
+) -> None:
+    """Though a trusted key has signed the others, for the same version."""
+    other = signed(deployed, folder, f"{ROWS}\n# other\n")
+    values = {
+        "source": other.source, "lock": other.lock, "signature": other.signature,
+        "statement": other.statement, "public_key": other.public_key,
+        "publisher": signing.key_id(other.public_key),
+        "artifact_hash": signing.artifact_hash(other.source, other.lock),
+    }  # fmt: skip
+    setters = ", ".join(f"{name} = :{name}" for name in values)
+    statement = text(f"UPDATE cf_plugin SET {setters}")
+    words = refusal_after(deployed, lambda c: c.execute(statement, values) and None)
+    assert "the statement that activated it names another artifact" in words
+
+
 def test_a_plugin_that_was_not_deployed_by_us_runs_only_if_we_would_have(
     ledger: Ledger, settings: Settings, folder: Path, tmp_path: Path
 ) -> None:
