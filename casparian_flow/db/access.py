@@ -88,6 +88,7 @@ def get_engine(database: DatabaseSettings) -> Engine:
     _engines.add(engine)
     event.listen(engine, "begin", _on_begin)
     event.listen(engine, "before_cursor_execute", _on_execute)
+    event.listen(engine, "commit", _on_commit)
     return engine
 
 
@@ -101,8 +102,16 @@ def _on_begin(connection: Connection) -> None:
 
 
 def _on_execute(_c: Connection, cursor: Any, statement: str, *_rest: object) -> None:
-    if not _READS.match(statement):
+    if not _READS.match(statement) and not cursor.connection.writing:
         cursor.connection.begin_writing()
+        seals.begin_session(cursor.connection)
+
+
+def _on_commit(connection: Connection) -> None:
+    """Seal what a user's session has changed; `Ledger` seals its own transactions."""
+    raw = driver(connection)
+    if raw.writing and not connection.get_execution_options().get("writes"):
+        seals.seal_session(raw)
 
 
 def driver(connection: Connection) -> LedgerConnection:

@@ -172,9 +172,11 @@ def dismiss(connection: Connection, job_ids: Sequence[int]) -> list[int]:
     return returned_ids(
         connection,
         """
-        INSERT OR REPLACE INTO cf_dismissed_failure (job_id, fence, dismissed_at)
+        INSERT INTO cf_dismissed_failure (job_id, fence, dismissed_at)
         SELECT id, fence, :now FROM cf_processing_queue
         WHERE +status = 'FAILED' AND id IN (SELECT value FROM json_each(:job_ids))
+        ON CONFLICT (job_id) DO UPDATE
+        SET fence = excluded.fence, dismissed_at = excluded.dismissed_at
         RETURNING job_id
         """,
         job_ids=job_ids,

@@ -27,8 +27,25 @@ import msgspec
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
+from casparian_flow.db import schema
 from casparian_flow.db.access import driver
-from casparian_flow.db.seals import DIGEST_BYTES, EARLIER, SEALED_TABLES, SealedTable, digest, exact
+from casparian_flow.db.schema import Made
+from casparian_flow.db.seals import (
+    DIGEST_BYTES,
+    EARLIER,
+    EARLIER_SETUP,
+    LOCATION_COLUMNS,
+    LOCATION_TABLE,
+    LOCATIONS,
+    SEALED_TABLES,
+    SETUP_TABLES,
+    SealedTable,
+    SetupTable,
+    block_digest,
+    digest,
+    exact,
+    text_of,
+)
 
 _LONGEST_RUN = 1_000_000
 """Ids in one run of a seal, at most; no transaction of ours writes more."""
@@ -46,6 +63,11 @@ class _Part(msgspec.Struct, forbid_unknown_fields=True):
     moves: list[tuple[int, int, str, str, int]] = []
     born: _Digests = msgspec.field(default_factory=_Digests)
     whole: _Digests = msgspec.field(default_factory=_Digests)
+    blocks: list[tuple[int, int, str]] = []
+    """Of locations: first id, last id, digest."""
+    columns: int = 0
+    rows: list[tuple[int | str, int, str]] = []
+    """Of the setup: key, whether it was there before, digest."""
 
 
 class _Entry(NamedTuple):
@@ -78,23 +100,33 @@ def seal_problems(connection: Connection) -> Iterator[str]:
             "CREATE TABLE entry (what TEXT, id INTEGER, seq INTEGER, kind TEXT, was TEXT, "
             "now TEXT, fence INTEGER, columns INTEGER, digest BLOB, earlier INTEGER)"
         )
+        scratch.execute(
+            "CREATE TABLE block (first INTEGER, last INTEGER, seq INTEGER, digest TEXT)"
+        )
+        scratch.execute(
+            "CREATE TABLE setup (what TEXT, key BLOB, seq INTEGER, was INTEGER, columns INTEGER, "
+            "digest TEXT)"
+        )
         yield from report_damage("the seals", _read(connection, scratch))
         for table in SEALED_TABLES:
             yield from report_damage(f"the {table.name}", _compare(connection, scratch, table))
+        yield from report_damage("the locations", _compare_locations(connection, scratch))
+        for setup in SETUP_TABLES:
+            yield from report_damage(
+                f"the {setup.name}", _compare_setup(connection, scratch, setup)
+            )
 
 
-def since(connection: Connection) -> str:
-    """From when on rows are sealed; empty where all have been from the beginning."""
-    query = text(
-        "SELECT min(seq), max(seq), max(at) FROM cf_audit WHERE action = 'seal' AND subject = :of"
-    )
-    first, last, at = connection.execute(query, {"of": EARLIER}).one()
-    if first is None:
-        return ""
-    return (
-        f"rows of an earlier release were sealed on {at[:19]}Z (audit rows {first} to {last}); "
-        "changes made to them before that cannot be detected"
-    )
+def since(connection: Connection) -> Iterator[str]:
+    """From when on rows are sealed, of those that were not from the beginning."""
+    query = "SELECT min(seq), max(seq), max(at) FROM cf_audit WHERE action = 'seal' AND subject = ?"
+    for subject in (EARLIER, EARLIER_SETUP):
+        first, last, at = connection.exec_driver_sql(query, (subject,)).one()
+        if first is not None:
+            yield (
+                f"{subject} were sealed on {at[:19]}Z (audit rows {first} to {last}); changes "
+                "made to them before that cannot be detected"
+            )
 
 
 def in_short(detail: str) -> str:
@@ -102,12 +134,17 @@ def in_short(detail: str) -> str:
     try:
         parts = msgspec.json.decode(detail, type=dict[str, _Part])
         sealed = {
-            name: {row_id for row_id, _ in _entries(0, part, 0)} for name, part in parts.items()
+            name: {row_id for row_id, _ in _entries(0, part, 0)}
+            | {key for key, _, _ in part.rows}
+            | set(_ids((first, last) for first, last, _ in part.blocks))
+            for name, part in parts.items()
         }
     except (msgspec.MsgspecError, ValueError):
         return detail
+    one = {table.name: table.one for table in (*SEALED_TABLES, *SETUP_TABLES)}
     return ", ".join(
-        f"{len(ids)} {name if len(ids) > 1 else name[:-1]}" for name, ids in sealed.items()
+        f"{len(ids)} {name if len(ids) > 1 else one.get(name, name[:-1])}"
+        for name, ids in sealed.items()
     )
 
 
@@ -124,10 +161,21 @@ def _read(connection: Connection, scratch: sqlite3.Connection) -> Iterator[str]:
                 for name, part in parts.items()
                 for row_id, entry in _entries(seq, part, int(subject == EARLIER))
             ]
+            setup = [
+                (name, str(key).encode(), seq, was, part.columns, hashed)
+                for name, part in parts.items()
+                for key, was, hashed in part.rows
+            ]
+            blocks = [
+                (first, last, seq, hashed)
+                for first, last, hashed in parts.get(LOCATIONS, _Part()).blocks
+            ]
         except (msgspec.MsgspecError, ValueError) as error:
             yield f"audit row {seq} is a seal that cannot be read: {error}"
             continue
         scratch.executemany("INSERT INTO entry VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", entries)
+        scratch.executemany("INSERT INTO setup VALUES (?, ?, ?, ?, ?, ?)", setup)
+        scratch.executemany("INSERT INTO block VALUES (?, ?, ?, ?)", blocks)
 
 
 def _entries(seq: int, part: _Part, earlier: int) -> Iterator[tuple[int, _Entry]]:
@@ -164,7 +212,7 @@ def _compare(
     connection: Connection, scratch: sqlite3.Connection, table: SealedTable
 ) -> Iterator[str]:
     """Merge the seals of a table with its rows, by id, and judge each row."""
-    columns = _columns(connection, table)
+    columns = _columns(connection, table.sql_name)
     sealed = scratch.execute(
         "SELECT id, seq, kind, was, now, fence, columns, digest, earlier FROM entry "
         "WHERE what = ? ORDER BY id, rowid",
@@ -184,8 +232,8 @@ def _compare(
             yield f"{table.one} {row_id} {problem}"
 
 
-def _columns(connection: Connection, table: SealedTable) -> _Columns:
-    info = connection.exec_driver_sql(f"PRAGMA table_info({table.sql_name})").all()
+def _columns(connection: Connection, table: str) -> _Columns:
+    info = connection.exec_driver_sql(f"PRAGMA table_info({table})").all()
     defaults = [row[4] or "NULL" for row in info]
     values = connection.exec_driver_sql(f"SELECT {', '.join(defaults)}").one()
     return _Columns([row[1] for row in info], list(values))
@@ -265,6 +313,150 @@ def _matches(entry: _Entry, values: list[Any], defaults: Sequence[Any]) -> bool:
     return same and values[later] == list(defaults[later])
 
 
+# Locations, sealed in runs.
+
+
+def _compare_locations(connection: Connection, scratch: sqlite3.Connection) -> Iterator[str]:
+    """Merge the runs of the seals with the locations, by id."""
+    blocks = scratch.execute("SELECT first, last, seq, digest FROM block ORDER BY first, seq")
+    rows = iter(
+        connection.exec_driver_sql(f"SELECT {LOCATION_COLUMNS} FROM {LOCATION_TABLE} ORDER BY id")
+    )
+    row = next(rows, None)
+    end = 0
+    for first, last, seq, hashed in blocks:
+        if first <= end:
+            yield f"locations {first} to {last} were created twice, once by audit row {seq}"
+            continue
+        end = last
+        while row is not None and row[0] < first:
+            yield _inserted("location", row[0], row[3])
+            row = next(rows, None)
+        found = []
+        while row is not None and row[0] <= last:
+            found.append(tuple(row))
+            row = next(rows, None)
+        yield from _wrong_block(first, last, seq, hashed, found)
+    while row is not None:
+        yield _inserted("location", row[0], row[3])
+        row = next(rows, None)
+
+
+def _wrong_block(
+    first: int, last: int, seq: int, hashed: str, rows: Sequence[tuple[Any, ...]]
+) -> Iterator[str]:
+    if block_digest(rows) == hashed:
+        return
+    gone = set(range(first, last + 1)) - {row[0] for row in rows}
+    for row_id in sorted(gone):
+        yield f"location {row_id} was deleted outside Casparian Flow: audit row {seq} has it"
+    if not gone:
+        which = f"location {first}"
+        if first != last:
+            which = f"a location from {first} to {last}"
+        yield f"{which} was changed outside Casparian Flow: audit row {seq} has it otherwise"
+
+
+def _inserted(one: str, key: object, label: object = "") -> str:
+    named = f" ({label})" if label else ""
+    return f"{one} {key}{named} was inserted outside Casparian Flow: it has no audit record"
+
+
+# The setup and what users chose: the last seal of a row has it as it is.
+
+
+class _Setup(NamedTuple):
+    """What one seal says about one row of the setup."""
+
+    seq: int
+    was: int
+    columns: int
+    digest: str
+
+
+def _compare_setup(
+    connection: Connection, scratch: sqlite3.Connection, table: SetupTable
+) -> Iterator[str]:
+    """Merge the seals of a table of the setup with its rows, by key, and judge each row."""
+    defaults = _columns(connection, table.sql_name).defaults
+    sealed = scratch.execute(
+        "SELECT key, seq, was, columns, digest FROM setup WHERE what = ? ORDER BY key, rowid",
+        (table.name,),
+    )
+    rows = connection.exec_driver_sql(
+        f"SELECT CAST({table.key_of('t')} AS BLOB), {table.label}, t.* "
+        f"FROM {table.sql_name} t ORDER BY 1"
+    )
+    both = heapq.merge(
+        ((row[0], _Setup._make(row[1:])) for row in sealed),
+        ((row[0], tuple(row[1:])) for row in rows),
+        key=itemgetter(0),
+    )
+    for key, group in groupby(both, key=itemgetter(0)):
+        items = [item for _, item in group]
+        entries = [item for item in items if isinstance(item, _Setup)]
+        row = next((item for item in items if not isinstance(item, _Setup)), None)
+        named = f"{table.one} {key.decode('utf-8', 'backslashreplace')}"
+        if row is not None and row[0]:
+            named += f" ({row[0]})"
+        values = None if row is None else list(row[1:])
+        for problem in _judge_setup(entries, values, defaults):
+            yield f"{named} {problem}"
+
+
+def _judge_setup(
+    entries: Sequence[_Setup], values: list[Any] | None, defaults: Sequence[Any]
+) -> Iterator[str]:
+    """What is wrong with one row of the setup, given its entries in the order of the seals."""
+    is_there = False
+    for entry in entries:
+        if bool(entry.was) != is_there:
+            what = "deleted" if is_there else "inserted"
+            yield f"was {what} outside Casparian Flow, before audit row {entry.seq}"
+        is_there = bool(entry.digest)
+    if values is None:
+        if is_there:
+            yield f"was deleted outside Casparian Flow: audit row {entries[-1].seq} has it"
+    elif not entries:
+        yield "was inserted outside Casparian Flow: it has no audit record"
+    elif not is_there:
+        yield "was inserted outside Casparian Flow: the audit has it as deleted"
+    else:
+        last = entries[-1]
+        same = text_of(digest(values[: last.columns])) == last.digest
+        if not same or values[last.columns :] != list(defaults[last.columns :]):
+            yield f"was changed outside Casparian Flow: audit row {last.seq} has it otherwise"
+
+
+# The schema: constraints and triggers that protect the rows, and nothing that runs beside them.
+
+
+def schema_problems(connection: Connection) -> Iterator[str]:
+    """A sentence for each part of the schema that the migrations did not make so.
+
+    What a user adds beside it is no problem, but for what would run in Casparian Flow's own
+    transactions or refuse its rows: a trigger or a unique index on one of its tables.
+    """
+    wanted = {(made.kind, made.name): made for made in schema.made_by_migrations()}
+    tables = {made.table.lower() for made in wanted.values()}
+    found = schema.objects(driver(connection))
+    for made in found:
+        ours = wanted.pop((made.kind, made.name), None)
+        if ours is None and made.table.lower() in tables and _interferes(made):
+            yield (
+                f"{made.kind} {made.name} on {made.table} was added outside Casparian Flow: it "
+                "acts on what Casparian Flow writes"
+            )
+        elif ours is not None and ours != made:
+            yield f"{made.kind} {made.name} is not as Casparian Flow made it"
+    for kind, name in wanted:
+        yield f"{kind} {name} is missing in the database"
+
+
+def _interferes(made: Made) -> bool:
+    return made.kind != "index" or made.sql.upper().startswith("CREATE UNIQUE")
+
+
 # Invariants of the ledger: message -> a query that returns the rows which break it.
 
 
@@ -323,6 +515,10 @@ _INVARIANTS = {
     "job {0} has an attempt {1}, but was never claimed for it": """
         SELECT j.id, a.fence FROM cf_processing_queue j JOIN cf_attempt a ON a.job_id = j.id
         WHERE a.fence > j.fence
+        """,
+    "the store counts {0} contents, but the ledger has {1}": """
+        SELECT contents, (SELECT count(*) FROM cf_kept_content) AS rows FROM cf_store
+        WHERE contents <> rows
         """,
     "job {0} is {1} without a reason": """
         SELECT id, status FROM cf_processing_queue

@@ -358,6 +358,11 @@ def _check(plugin: Stored, trusted: Trust) -> None:
         raise ArtifactRefused("its stored MANIFEST is not the one in its source")
     if words := trusted.unfit(plugin.publisher, plugin.name):
         raise ArtifactRefused(words)
+    activated = trusted.activated.get((plugin.name, plugin.version), plugin.artifact_hash)
+    if activated != plugin.artifact_hash:
+        raise ArtifactRefused(
+            f"the statement that activated it names another artifact ({activated[:12]})"
+        )
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings
@@ -201,6 +201,7 @@ def _decide_what_stands(connection: sqlite3.Connection) -> None:
 _AFTER: dict[str, Callable[[sqlite3.Connection], None]] = {
     "0006_seals.sql": seals.seal_existing_rows,
     "0017_moves.sql": _decide_what_stands,  # it reads the tables of this one too
+    "0018_setup_seals.sql": seals.seal_existing_setup,
 }
 """What SQL cannot do, after a migration's statements and in the same transaction."""
 
@@ -216,6 +217,41 @@ def _scripts() -> list[tuple[str, str]]:
 def migrations() -> list[str]:
     """The SQL of every migration, oldest first."""
     return [script for _, script in _scripts()]
+
+
+class Made(NamedTuple):
+    """A table, index, view or trigger of a database."""
+
+    kind: str
+    name: str
+    table: str
+    """The one that it belongs to."""
+    sql: str
+    """The statement that made it, with single spaces."""
+
+
+def objects(connection: sqlite3.Connection) -> list[Made]:
+    """All that is in the schema of a database, but what SQLite adds itself."""
+    rows = connection.execute("SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_schema")
+    return [
+        Made(kind, name, table, " ".join(sql.split()))
+        for kind, name, table, sql in rows
+        if not (kind == "table" and name in _SQLITES)
+        and not (kind == "index" and not sql and name.startswith("sqlite_autoindex_"))
+    ]
+
+
+_SQLITES = {"sqlite_sequence", "sqlite_stat1", "sqlite_stat3", "sqlite_stat4"}
+
+
+@functools.cache
+def made_by_migrations() -> tuple[Made, ...]:
+    """The schema of a ledger that is up to date."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as empty:
+        for script in migrations():
+            for statement in _statements(script):
+                empty.execute(statement)
+        return tuple(objects(empty))
 
 
 def bring_up_to_date(database: DatabaseSettings) -> None:

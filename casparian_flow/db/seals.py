@@ -1,11 +1,17 @@
 """The audit's chain of hashes, and the seals: digests of the ledger's rows in that chain.
 
-Each transaction of `db.access.Ledger` that wrote versions, attempts, outputs or jobs ends with one
-audit row, the seal: the rows it wrote, their moves from state to state, and the digest of each row.
-No verb has to write it. Versions and attempts only grow, so new rows are those above the highest id
-at the start; rows inserted below it, and every change of outputs and jobs, are noted by triggers on
-the writer's connection. The triggers are temporary objects of that connection: what another
-program writes is in no seal, and `db.integrity` names it.
+Each transaction of `db.access.Ledger` ends with one audit row, the seal of what it wrote. No verb
+has to write it.
+
+    versions, attempts   new rows, with the digest of each
+    locations            new rows, with one digest for each run of ids
+    outputs, jobs        new rows, their moves from state to state, and the digest of each
+    setup and choices    each row that was added, changed or removed, with its digest
+
+Versions, attempts and locations only grow, so new rows are those above the highest id at the start;
+all else is noted by triggers on the writer's connection. The triggers are temporary objects of that
+connection: what another program writes is in no seal, and `db.integrity` names it. What users edit
+in sessions of their own (`SetupTable.edited`) is sealed as those sessions commit.
 
 Nothing here imports SQLAlchemy, since the migration that begins the seals uses it too.
 """
@@ -90,7 +96,8 @@ def _hash(row: dict[str, Any]) -> str:
 
 ACTION = "seal"
 
-ROWS, EARLIER = "rows", "rows of an earlier release"
+ROWS = "rows"
+EARLIER, EARLIER_SETUP = "rows of an earlier release", "locations and setup of an earlier release"
 """The subject of a seal."""
 
 DIGEST_BYTES = 24
@@ -141,6 +148,60 @@ SEALED_TABLES = (
 GROWING = [table for table in SEALED_TABLES if not table.state]
 MOVING = [table for table in SEALED_TABLES if table.state]
 
+LOCATIONS, LOCATION_TABLE = "locations", "cf_file_location"
+LOCATION_COLUMNS = "id, source_root_id, path, rel_path, discovered_at"
+"""What never changes of a location. Do not edit: old seals have digests over these."""
+
+
+class SetupTable(NamedTuple):
+    """A table with few rows of which each may change: what was set up, or what a user chose."""
+
+    name: str
+    """Its word, plural."""
+    sql_name: str
+    key: tuple[str, ...] = ("id",)
+    """The columns of its primary key: VACUUM may change other rowids."""
+    label: str = "''"
+    """SQL for what people call a row."""
+    edited: bool = False
+    """Users edit it in sessions of `get_engine`."""
+    singular: str = ""
+    """Where it is not the name without an s."""
+
+    @property
+    def one(self) -> str:
+        """The word for one row."""
+        return self.singular or self.name[:-1]
+
+    def key_of(self, row: str) -> str:
+        """SQL for the key of a row: an integer, or text of several columns."""
+        return " || '/' || ".join(f"{row}.{column}" for column in self.key)
+
+
+SETUP_TABLES = (
+    SetupTable("plugins", "cf_plugin", label="name || ' ' || version"),
+    SetupTable("subscriptions", "cf_plugin_config", label="plugin_name", edited=True),
+    SetupTable(
+        "sinks of topics",
+        "cf_topic_config",
+        label="plugin_name || ' ' || topic_name",
+        edited=True,
+        singular="sink of a topic",
+    ),
+    SetupTable("routing rules", "cf_routing_rule", label="pattern", edited=True),
+    SetupTable("source roots", "cf_source_root", label="name", edited=True),
+    SetupTable("empty topics", "cf_empty_topic", ("plugin_name", "topic_name")),
+    SetupTable("retracted versions", "cf_retracted_version", ("file_version_id",)),
+    SetupTable("forgotten outputs", "cf_forgotten_output", ("output_key",)),
+    SetupTable("left outputs", "cf_left_output", ("output_id",)),
+    SetupTable("dismissed failures", "cf_dismissed_failure", ("job_id",)),
+    SetupTable("rebuilds", "cf_rebuild", label="plugin_name"),
+    SetupTable(
+        "jobs of rebuilds", "cf_rebuild_job", ("rebuild_id", "job_id"), singular="job of a rebuild"
+    ),
+    SetupTable("epochs", "cf_epoch"),
+)
+
 Marks = dict[str, int]
 """Table -> its highest id when the transaction began."""
 
@@ -171,16 +232,45 @@ def _text(data: bytes) -> str:
 
 def begin(connection: sqlite3.Connection) -> Marks:
     """Note what this transaction writes from here on; call it with the write lock held."""
-    (triggers,) = connection.execute("SELECT count(*) FROM sqlite_temp_master").fetchone()
-    if not triggers:
-        for statement in _triggers():
+    if not _has(connection, "cf_moved"):
+        # Some of these are there where the connection was a session's before.
+        for statement in (*_setup_triggers(SETUP_TABLES), *_triggers()):
             connection.execute(statement)
     return {
-        table.sql_name: connection.execute(
-            f"SELECT coalesce(max(id), 0) FROM {table.sql_name}"
-        ).fetchone()[0]
-        for table in GROWING
+        name: connection.execute(f"SELECT coalesce(max(id), 0) FROM {name}").fetchone()[0]
+        for name in (*(table.sql_name for table in GROWING), LOCATION_TABLE)
     }
+
+
+def begin_session(connection: sqlite3.Connection) -> None:
+    """Note what a user's session changes of the setup; call it with the write lock held."""
+    if not _has(connection, "cf_touched"):
+        for statement in _setup_triggers(table for table in SETUP_TABLES if table.edited):
+            connection.execute(statement)
+
+
+def _has(connection: sqlite3.Connection, table: str) -> bool:
+    query = "SELECT 1 FROM sqlite_temp_master WHERE name = ?"
+    return connection.execute(query, (table,)).fetchone() is not None
+
+
+def _setup_triggers(tables: Iterable[SetupTable]) -> Iterator[str]:
+    yield (
+        "CREATE TEMP TABLE IF NOT EXISTS cf_touched "
+        "(n INTEGER PRIMARY KEY, what TEXT, key, was INTEGER)"
+    )
+    for table in tables:
+        old, new = table.key_of("OLD"), table.key_of("NEW")
+        note = f"INSERT INTO cf_touched (what, key, was) SELECT '{table.name}',"
+        for event, noted in (
+            ("INSERT", f"{note} {new}, 0;"),
+            ("UPDATE", f"{note} {old}, 1; {note} {new}, 0 WHERE {new} IS NOT {old};"),
+            ("DELETE", f"{note} {old}, 1;"),
+        ):
+            yield (
+                f"CREATE TEMP TRIGGER IF NOT EXISTS cf_seal_{table.sql_name}_{event} "
+                f"AFTER {event} ON main.{table.sql_name} BEGIN {noted} END"
+            )
 
 
 def _triggers() -> Iterator[str]:
@@ -222,6 +312,7 @@ def seal(connection: sqlite3.Connection, marks: Marks) -> None:
                 f"UNION SELECT id FROM cf_moved WHERE what = '{table.name}')"
             )
             sealed[table.name] = _sealed(connection, table, [], new, "")
+        sealed[LOCATIONS] = _blocks(connection, f"id > {marks[LOCATION_TABLE]}")
         for table in MOVING:
             moves = connection.execute(
                 "SELECT id, was, now, fence FROM cf_moved WHERE what = ? ORDER BY n",
@@ -232,16 +323,23 @@ def seal(connection: sqlite3.Connection, marks: Marks) -> None:
                 sealed[table.name] = _sealed(
                     connection, table, moves, f"{ids} AND was = '')", f"{ids})"
                 )
+        sealed |= _setup(connection)
     _append(connection, ROWS, sealed)
     connection.execute("DELETE FROM cf_moved")
+    connection.execute("DELETE FROM cf_touched")
+
+
+def seal_session(connection: sqlite3.Connection) -> None:
+    """Seal what a user's session changed of the setup, just before the commit."""
+    with exact(connection):
+        _append(connection, ROWS, _setup(connection))
+    connection.execute("DELETE FROM cf_touched")
 
 
 def seal_existing_rows(connection: sqlite3.Connection) -> None:
     """Seal every row, once, in the migration that begins the seals."""
     for table in SEALED_TABLES:
-        low = 0
-        while high := _next(connection, table, low):
-            within = f"id > {low} AND id <= {high}"
+        for within in _chunks(connection, table.sql_name):
             with exact(connection):
                 moves = connection.execute(
                     f"SELECT id, '', {table.state}, {table.fence} FROM {table.sql_name} "
@@ -249,16 +347,35 @@ def seal_existing_rows(connection: sqlite3.Connection) -> None:
                 ).fetchall() if table.state else []  # fmt: skip
                 part = _sealed(connection, table, moves, within, within)
             _append(connection, EARLIER, {table.name: part})
-            low = high
 
 
-def _next(connection: sqlite3.Connection, table: SealedTable, after: int) -> int | None:
-    """The id up to which the next seal of a migration goes; None after the last."""
-    (last,) = connection.execute(
-        f"SELECT max(id) FROM (SELECT id FROM {table.sql_name} WHERE id > ? ORDER BY id LIMIT ?)",
-        (after, SEALED_AT_ONCE),
-    ).fetchone()
-    return last  # type: ignore[no-any-return]
+def seal_existing_setup(connection: sqlite3.Connection) -> None:
+    """Seal every location and the setup, once, in the migration that begins their seals."""
+    for within in _chunks(connection, LOCATION_TABLE):
+        with exact(connection):
+            part = _blocks(connection, within)
+        _append(connection, EARLIER_SETUP, {LOCATIONS: part})
+    for table in SETUP_TABLES:
+        for within in _chunks(connection, table.sql_name, "rowid"):
+            with exact(connection):
+                found = _setup_rows(connection, table, f"t.{within}")
+                part = _touched([(row[0], 0) for row in found], found)
+            _append(connection, EARLIER_SETUP, {table.name: part})
+
+
+def _chunks(connection: sqlite3.Connection, table: str, number: str = "id") -> Iterator[str]:
+    """Conditions that take the rows of a table `SEALED_AT_ONCE` at a time, in order."""
+    low = -(1 << 63)
+    while True:
+        (high,) = connection.execute(
+            f"SELECT max(n) FROM (SELECT {number} AS n FROM {table} WHERE {number} > ? "
+            f"ORDER BY {number} LIMIT ?)",
+            (low, SEALED_AT_ONCE),
+        ).fetchone()
+        if high is None:
+            return
+        yield f"{number} BETWEEN {low + 1} AND {high}"
+        low = high
 
 
 def _sealed(
@@ -289,6 +406,70 @@ def _sealed(
             "ORDER BY id",
         )
     return {name: value for name, value in part.items() if value}
+
+
+def _blocks(connection: sqlite3.Connection, which: str) -> dict[str, Any]:
+    """What a seal says of locations: [first id, last id, digest] of each run of ids."""
+    rows = connection.execute(
+        f"SELECT {LOCATION_COLUMNS} FROM {LOCATION_TABLE} WHERE {which} ORDER BY id"
+    ).fetchall()
+    if not rows:
+        return {}
+    blocks, start = [], 0
+    for low, high in _runs([row[0] for row in rows]):
+        end = start + high - low + 1
+        blocks.append([low, high, block_digest(rows[start:end])])
+        start = end
+    return {"blocks": blocks}
+
+
+def block_digest(rows: Sequence[tuple[Any, ...]]) -> str:
+    """The digest of a run of rows: half the cost of a digest of each."""
+    return text_of(hashlib.sha256(ascii(list(rows)).encode()).digest())
+
+
+def text_of(data: bytes) -> str:
+    """A digest, as a seal has it."""
+    return base64.b64encode(data[:DIGEST_BYTES]).decode()
+
+
+def _setup(connection: sqlite3.Connection) -> dict[str, Any]:
+    """What a seal says of the setup: table -> its rows that were touched."""
+    touched: dict[str, list[tuple[Any, int]]] = {}
+    for what, key, was, _ in connection.execute(
+        # SQLite takes a group's other columns from the row with its minimum.
+        "SELECT what, key, was, min(n) FROM cf_touched GROUP BY what, key"
+    ):
+        touched.setdefault(what, []).append((key, was))
+    return {
+        table.name: _touched(
+            touched[table.name],
+            _setup_rows(
+                connection,
+                table,
+                f"{table.key_of('t')} IN (SELECT key FROM cf_touched WHERE what = '{table.name}')",
+            ),
+        )
+        for table in SETUP_TABLES
+        if table.name in touched
+    }
+
+
+def _setup_rows(
+    connection: sqlite3.Connection, table: SetupTable, which: str
+) -> list[tuple[Any, ...]]:
+    """The key of each row, and the row."""
+    return connection.execute(
+        f"SELECT {table.key_of('t')}, t.* FROM {table.sql_name} t WHERE {which} ORDER BY 1"
+    ).fetchall()
+
+
+def _touched(touched: Iterable[tuple[Any, int]], rows: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    """[key, whether it was there before, digest; empty where it is gone] of each row."""
+    now = {row[0]: text_of(digest(row[1:])) for row in rows}
+    entries = [[key, was, now.get(key, "")] for key, was in touched]
+    entries = [entry for entry in entries if entry[1] or entry[2]]
+    return {"columns": len(rows[0]) - 1 if rows else 0, "rows": entries} if entries else {}
 
 
 def _digests(connection: sqlite3.Connection, query: str) -> dict[str, Any]:

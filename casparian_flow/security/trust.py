@@ -76,6 +76,8 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
     """Key id -> key, for every key that was ever trusted."""
     disabled: Mapping[tuple[str, str | None], str] = {}
     """(plugin, version or None for all) -> reason; empty: activated again."""
+    activated: Mapping[tuple[str, str], str] = {}
+    """(plugin, version) -> SHA-256 of the artifact that was activated last."""
     seq: int = 0
     """Number of the last row."""
     head: str = GENESIS
@@ -205,7 +207,9 @@ class Trust(msgspec.Struct, frozen=True, kw_only=True):
                 return self._rotate(statement, row)
             case Activate(plugin=plugin, version=version):
                 self.authorize(row.public_key, plugin)
-                return self._with_disabled({**self.disabled, (plugin, version): ""})
+                artifacts = {**self.activated, (plugin, version): statement.artifact_sha256}
+                able = self._with_disabled({**self.disabled, (plugin, version): ""})
+                return msgspec.structs.replace(able, activated=artifacts)
             case Disable(plugin=plugin, version=None, reason=reason):
                 self.authorize(row.public_key, plugin)
                 others = {what: why for what, why in self.disabled.items() if what[0] != plugin}

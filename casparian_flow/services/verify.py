@@ -73,6 +73,7 @@ def check_ledger(connection: Connection) -> tuple[Verdict, Expected]:
             ("the ledger", integrity.broken_invariants(connection)),
             ("the audit", audit.problems(connection)),
             ("the seals", integrity.seal_problems(connection)),
+            ("the schema", integrity.schema_problems(connection)),
             ("the plugins", _plugin_problems(connection, verdict)),
             ("the outputs", visibility.differences(connection)),
             ("what readers see", promises.broken(connection)),
@@ -86,7 +87,7 @@ def check_ledger(connection: Connection) -> tuple[Verdict, Expected]:
 
 def _count(connection: Connection, verdict: Verdict) -> Iterator[str]:
     verdict.checked.update(integrity.sizes(connection))
-    verdict.notes += filter(None, [integrity.since(connection)])
+    verdict.notes += integrity.since(connection)
     yield from ()
 
 

@@ -38,6 +38,7 @@ _STANDING = "tests/services/test_standing.py"
 _VISIBILITY = "tests/db/test_visibility.py"
 _PROMISES = "tests/db/test_promises.py"
 _REPLACE = "[sqlite-replace]"
+_EDITS = "tests/db/test_edits.py::test_an_edit_is_named"
 
 _COMMITTED = """\
             for words in ("RELEASE job", "COMMIT", "BEGIN IMMEDIATE", "SAVEPOINT job"):
@@ -525,6 +526,62 @@ MUTANTS = [
         "verify holds a sink to what it was told before",
         [Edit("services/verify.py", "not list(sink.check(after))", "False")],
         [f"{_STANDING}::test_a_sink_may_know_already_what_it_is_owed{_REPLACE}"],
+    ),
+    # What `verify` finds that somebody edited.
+    Mutant(
+        "a removed row of the setup is not missed",
+        [
+            Edit(
+                "db/integrity.py",
+                "    if values is None:\n        if is_there:",
+                "    if values is None:\n        if 0:",
+            )
+        ],
+        [f"{_EDITS}[a rule removed]", f"{_EDITS}[a retraction removed]"],
+    ),
+    Mutant(
+        "a row of the setup may be removed and made again",
+        [Edit("db/integrity.py", "if bool(entry.was) != is_there:", "if 0:")],
+        ["tests/db/test_edits.py::test_a_row_removed_and_made_again_is_named_for_ever"],
+    ),
+    Mutant(
+        "a row of the setup is only counted",
+        [Edit("db/integrity.py", "if not same or values[last", "if values[last")],
+        [f"{_EDITS}[01 an older version is active]", f"{_EDITS}[18 the Gatekeeper's verdict]"],
+    ),
+    Mutant(
+        "locations are only counted",
+        [
+            Edit(
+                "db/integrity.py",
+                "if block_digest(rows) == hashed:",
+                "if len(rows) > last - first:",
+            )
+        ],
+        [f"{_EDITS}[21 a location's path]"],
+    ),
+    Mutant(
+        "a planted trigger is taken for a user's",
+        [Edit("db/integrity.py", 'made.kind != "index" or ', "")],
+        [f"{_EDITS}[38 a trigger that activates]", f"{_EDITS}[43 a trigger that adds a rule]"],
+    ),
+    Mutant(
+        "nobody misses a trigger",
+        [Edit("db/integrity.py", "for kind, name in wanted:", "for kind, name in ():")],
+        [f"{_EDITS}[41 no protective trigger]"],
+    ),
+    Mutant(
+        "what a session changes is in no seal",
+        [Edit("db/access.py", "        seals.seal_session(raw)\n", "        pass\n")],
+        ["tests/db/test_edits.py::test_what_users_change_in_their_sessions_is_sealed"],
+    ),
+    Mutant(
+        "an activated version runs with any bytes",
+        [Edit("db/plugins.py", "if activated != plugin.artifact_hash:", "if 0:")],
+        [
+            "tests/db/test_tampering.py::"
+            "test_a_version_that_was_activated_runs_with_those_bytes_only"
+        ],
     ),
     Mutant(
         "a file that comes back gets no job",

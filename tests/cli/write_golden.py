@@ -455,13 +455,19 @@ def tamper(scene: Scene) -> None:
     """The ledger, altered outside Casparian Flow"""
     database = sqlite3.connect(scene.flow / "casparian_flow.sqlite3")
     with contextlib.closing(database), database:
-        found = database.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")
-        for (name,) in found.fetchall():
+        triggers = database.execute(
+            "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
+        ).fetchall()
+        for name, _ in triggers:
             database.execute(f"DROP TRIGGER {name}")
         database.execute("UPDATE cf_processing_queue SET status = 'ABORTED' WHERE id = 1")
         database.execute("UPDATE cf_processing_queue SET fence = fence + 1 WHERE id = 3")
         database.execute("UPDATE cf_file_version SET size_bytes = 1 WHERE id = 1")
         database.execute("DELETE FROM cf_audit WHERE seq = 2")
+        database.execute("UPDATE cf_routing_rule SET priority = 7 WHERE id = 1")
+        for _, sql in triggers:
+            database.execute(sql)
+        database.execute("DROP TRIGGER cf_attempt_no_delete")
     scene.run("verify")
     scene.run("audit", "verify")
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
-from casparian_flow.db import audit, integrity, jobs
+from casparian_flow.db import audit, integrity, jobs, schema, seals
 from casparian_flow.db.access import driver, get_engine, open_ledger
 from casparian_flow.services import jobs as job_verbs
 from casparian_flow.services.scan import scan
@@ -44,6 +45,14 @@ def worked(folder: Path) -> Settings:
     return settings
 
 
+def before(patch: pytest.MonkeyPatch, number: str) -> None:
+    """Have ledgers be as they were before a migration, which came before the setup was sealed."""
+    scripts = schema._scripts()
+    patch.setattr(schema, "_scripts", lambda: [s for s in scripts if s[0] < number])
+    patch.setattr(seals, "SETUP_TABLES", ())
+    patch.setattr(seals, "_blocks", lambda connection, which: {})
+
+
 def said(connection: Connection) -> list[str]:
     """All that `verify` says of the ledger itself."""
     return [
@@ -55,18 +64,25 @@ def said(connection: Connection) -> list[str]:
 
 @contextmanager
 def attacker(settings: Settings) -> Iterator[sqlite3.Connection]:
-    """Who can write the file: no triggers of ours, no constraints, no gate."""
+    """Who can write the file: no constraints, no gate, and no triggers of ours until the end."""
     with closing(sqlite3.connect(settings.database.path, isolation_level=None)) as connection:
-        _disarm(connection)
+        triggers = _disarm(connection)
         yield connection
+        for sql in triggers:
+            with suppress(sqlite3.OperationalError):  # its table is no table now
+                connection.execute(sql)
 
 
-def _disarm(connection: sqlite3.Connection) -> None:
+def _disarm(connection: sqlite3.Connection) -> list[str]:
+    """Drop all triggers; the statements that made them."""
     connection.execute("PRAGMA foreign_keys = OFF")
     connection.execute("PRAGMA ignore_check_constraints = ON")
-    names = connection.execute("SELECT name FROM sqlite_schema WHERE type = 'trigger'").fetchall()
-    for (name,) in names:
+    triggers = connection.execute(
+        "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'"
+    ).fetchall()
+    for name, _ in triggers:
         connection.execute(f"DROP TRIGGER {name}")
+    return [sql for _, sql in triggers]
 
 
 class Altered:

@@ -20,7 +20,7 @@ from casparian_flow.errors import LedgerError
 from casparian_flow.security import signing
 from casparian_flow.services import architect, backup, report
 from casparian_flow.services.verify import verify
-from tests.db.real_ledger import attacker
+from tests.db.real_ledger import attacker, before
 from tests.factories import add_job
 from tests.plugs import ROWS, signed
 
@@ -74,8 +74,9 @@ def test_a_plugin_of_the_first_release_with_other_bytes_is_named(settings: Setti
         values = (source, signing.artifact_hash(source, LOCK))
         other.execute("UPDATE cf_plugin SET source = ?, artifact_hash = ?", values)
     with open_ledger(settings.database) as ledger:
-        assert [words[:19] for words in verify(settings, ledger).problems] == [
-            "plugin rows 1.0.0: "
+        assert [words.split(": ")[0] for words in verify(settings, ledger).problems] == [
+            "plugin 1 (rows 1.0.0) was changed outside Casparian Flow",
+            "plugin rows 1.0.0",
         ]
 
 
@@ -90,8 +91,9 @@ def test_a_statement_that_somebody_took_away_is_a_fault(
     with attacker(settings) as other:
         other.execute("UPDATE cf_plugin SET statement = NULL")
     with open_ledger(settings.database) as ledger:
-        assert [words[:19] for words in verify(settings, ledger).problems] == [
-            "plugin rows 2.0.0: "
+        assert [words.split(": ")[0] for words in verify(settings, ledger).problems] == [
+            f"plugin {1 + upgraded} (rows 2.0.0) was changed outside Casparian Flow",
+            "plugin rows 2.0.0",
         ]
 
 
@@ -101,10 +103,9 @@ def test_a_statement_that_somebody_took_away_is_a_fault(
 def release_before(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A ledger with four published outputs, of which the second is retracted, the third is being
     reinstated and the fourth is forgotten; their ids."""
-    scripts = schema._scripts()
     ids = []
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "_scripts", lambda: [s for s in scripts if s[0] < "0013"])
+        before(patch, "0013")
         with open_ledger(settings.database) as ledger:
             for _ in range(4):
                 job = add_job(ledger, JobStatus.COMPLETED)

@@ -20,6 +20,7 @@ from casparian_flow.security.manifest import read_manifest
 from casparian_flow.services import architect
 from casparian_flow.services import keys as key_verbs
 from casparian_flow.services.verify import verify
+from tests.db.real_ledger import attacker
 from tests.plugs import ROWS, signed
 
 Change = Callable[[Connection], None]
@@ -181,15 +182,23 @@ def test_a_broken_trust_log_takes_no_change_and_no_plugin(
     assert "row 1 of the trust log is missing, but the audit has it" in problems
 
 
+def problems_of(settings: Settings, ledger: Ledger) -> list[str]:
+    """What `verify` says, but of the triggers that these tests drop."""
+    problems = verify(settings, ledger).problems
+    return [words for words in problems if not words.startswith("trigger ")]
+
+
 def test_verify_names_what_was_altered_and_not_what_was_disabled(
     deployed: Ledger, settings: Settings, folder: Path
 ) -> None:
     plugins.disable(deployed, folder, "rows", "1.0.0", "a test")
-    assert verify(settings, deployed).problems == []
+    assert problems_of(settings, deployed) == []
     (row,) = plugins.verify(deployed, "rows")
     assert row["refusal"] == "plugin rows 1.0.0 may not run: it was disabled: a test"
-    deployed.write(setting("cf_plugin", "lock", "another"))
-    (problem,) = verify(settings, deployed).problems
+    with attacker(settings) as other:
+        other.execute("UPDATE cf_plugin SET lock = 'another'")
+    changed, problem = problems_of(settings, deployed)
+    assert changed.startswith("plugin 1 (rows 1.0.0) was changed")
     assert problem.startswith("plugin rows 1.0.0: its source or lock")
 
 
@@ -217,6 +226,23 @@ def smuggled(ledger: Ledger, keys_of: Path, name: str) -> str:
     with pytest.raises(Undo) as undone:
         ledger.write(work)
     return str(undone.value)
+
+
+def test_a_version_that_was_activated_runs_with_those_bytes_only(
+    deployed: Ledger, folder: Path
+) -> None:
+    """Though a trusted key has signed the others, for the same version."""
+    other = signed(deployed, folder, f"{ROWS}\n# other\n")
+    values = {
+        "source": other.source, "lock": other.lock, "signature": other.signature,
+        "statement": other.statement, "public_key": other.public_key,
+        "publisher": signing.key_id(other.public_key),
+        "artifact_hash": signing.artifact_hash(other.source, other.lock),
+    }  # fmt: skip
+    setters = ", ".join(f"{name} = :{name}" for name in values)
+    statement = text(f"UPDATE cf_plugin SET {setters}")
+    words = refusal_after(deployed, lambda c: c.execute(statement, values) and None)
+    assert "the statement that activated it names another artifact" in words
 
 
 def test_a_plugin_that_was_not_deployed_by_us_runs_only_if_we_would_have(

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, text, update
 
 from casparian_flow.config import Settings
-from casparian_flow.db import debts, integrity, jobs, outputs, schema, seals, visibility
+from casparian_flow.db import debts, integrity, jobs, outputs, seals, visibility
 from casparian_flow.db.access import Ledger, driver, open_ledger
 from casparian_flow.db.models import JOB_ARROWS, JobStatus, ProcessingJob
 from casparian_flow.protocol import Output
 from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.verify import verify
 from tests.conftest import write_config
-from tests.db.real_ledger import attacker, said
+from tests.db.real_ledger import attacker, before, said
 from tests.factories import add_job
 
 GUARDS = ("cf_processing_queue_arrows", "cf_processing_queue_adopted")
@@ -232,9 +232,8 @@ def test_whatever_the_verbs_do_the_audit_and_the_rows_agree(
 
 def before_seals(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ledger with rows, as the release before the seals left it."""
-    scripts = schema._scripts()
     with monkeypatch.context() as patch:
-        patch.setattr(schema, "_scripts", lambda: [s for s in scripts if s[0] < "0006"])
+        before(patch, "0006")
         patch.setattr(seals, "seal", lambda connection, marks: None)
         with open_ledger(settings.database) as ledger:
             for status in (JobStatus.COMPLETED, JobStatus.RUNNING, JobStatus.QUEUED):
@@ -258,9 +257,10 @@ def test_rows_of_an_earlier_release_are_sealed_once_and_said_to_be(
     before_seals(settings, monkeypatch)
     with open_ledger(settings.database) as ledger:
         assert ledger.read(lambda c: list(integrity.seal_problems(c))) == []
-        (note,) = verify(settings, ledger).notes
-        assert note.startswith("rows of an earlier release were sealed on ")
-        assert "(audit rows 1 to 8)" in note
+        rows, setup = verify(settings, ledger).notes
+        assert rows.startswith("rows of an earlier release were sealed on ")
+        assert "(audit rows 1 to 8)" in rows
+        assert setup.startswith("locations and setup of an earlier release were sealed on ")
         ledger.write(lambda c: jobs.decide(c, [(2, 1)]))
         add_job(ledger)
         assert ledger.read(lambda c: list(integrity.seal_problems(c))) == []

@@ -1,0 +1,2 @@
+-- Seals of locations, of the setup and of what users chose; what is there already is sealed with this
+-- migration. Frozen: a later change is a later file.
