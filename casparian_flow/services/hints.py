@@ -1,23 +1,13 @@
-"""What file events tell: which folders are scanned sooner than their root, and which names changed.
+"""What file events tell: which folders are scanned sooner than their root.
 
-The watchers' threads fill both while the loop reads them.
+The watchers' threads fill the schedule while the loop reads it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
-from collections.abc import Iterable
-
-GRACE_SECONDS = 5.0
-"""How long after a scan an event may still announce what the scan has found."""
-
-NAMES_LIMIT = 200_000
-"""Announced names kept between two full scans of a root; beyond it, none are counted as missed."""
-
-_COUNTED = math.inf
 
 
 class FolderSchedule:
@@ -70,81 +60,3 @@ class FolderSchedule:
         """When the directories are due, monotonic seconds."""
         with self._lock:
             return [due for folders in self._times.values() for due in folders.values()]
-
-
-class Announcements:
-    """The names that events have announced, to count the changes that none has.
-
-    A full scan finds what changed since the last full scan began. So a name counts from the `begin`
-    of one full scan to the `end` of the next.
-    """
-
-    def __init__(self) -> None:
-        self._names: dict[int, set[bytes]] = {}
-        """Root id -> names announced since its last full scan began."""
-        self._previous_names: dict[int, set[bytes]] = {}
-        """Root id -> names announced between that scan and the full scan before it."""
-        self._unannounced: dict[int, dict[bytes, float]] = {}
-        """Root id -> changed files that no event announced, and when they count as missed;
-        `_COUNTED` once they are counted."""
-        self._lock = threading.Lock()
-
-    def add(self, root_id: int, name: bytes) -> None:
-        """An event announced a file, or a directory with all below it.
-
-        Args:
-            name: path relative to the root.
-        """
-        with self._lock:
-            names = self._names.setdefault(root_id, set())
-            if len(names) <= NAMES_LIMIT:
-                names.add(name)
-
-    def begin(self, root_id: int) -> None:
-        """A full scan begins: it covers the names so far."""
-        with self._lock:
-            self._previous_names[root_id] = self._names.pop(root_id, set())
-
-    def abandon(self, root_id: int) -> None:
-        """That scan did not end: the next one covers its names as well."""
-        with self._lock:
-            names = self._names.setdefault(root_id, set())
-            names |= self._previous_names.get(root_id, set())
-
-    def end(self, root_id: int) -> None:
-        """That scan ended: what was counted before it is done with."""
-        with self._lock:
-            self._unannounced[root_id] = {
-                path: at
-                for path, at in self._unannounced.get(root_id, {}).items()
-                if at != _COUNTED and not self._has(root_id, path)
-            }
-
-    def noticed(self, root_id: int, paths: Iterable[bytes]) -> None:
-        """A scan found that these files changed since the last full scan began."""
-        with self._lock:
-            known = self._names.get(root_id, set()), self._previous_names.get(root_id, set())
-            if max(map(len, known)) > NAMES_LIMIT:
-                return
-            unannounced = self._unannounced.setdefault(root_id, {})
-            for path in paths:
-                if not self._has(root_id, path):
-                    unannounced.setdefault(path, time.monotonic() + GRACE_SECONDS)
-
-    def missed(self, root_id: int) -> int:
-        """How many noticed files no event has announced in time; each is counted once."""
-        now = time.monotonic()
-        with self._lock:
-            unannounced = self._unannounced.get(root_id, {})
-            ripe = [path for path, at in unannounced.items() if at <= now]
-            unannounced.update(dict.fromkeys(ripe, _COUNTED))
-            return sum(not self._has(root_id, path) for path in ripe)
-
-    def _has(self, root_id: int, path: bytes) -> bool:
-        """Whether this path, or a directory above it, was announced. The caller has the lock."""
-        names = self._names.get(root_id, set()), self._previous_names.get(root_id, set())
-        while path:
-            if path in names[0] or path in names[1]:
-                return True
-            path = path.rpartition(b"/")[0]
-        return False

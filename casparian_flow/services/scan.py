@@ -41,9 +41,6 @@ BATCH_SECONDS = 0.5
 TORN_SECONDS = 0.05
 """Pause before a file that changed while it was read is read again, at least."""
 
-PATH_MAX = 4096
-"""Longest path that the kernel takes, in bytes with the NUL; watchers reach no longer one."""
-
 _UNMOUNTED = "is empty and on another device than before (unmounted?)"
 
 
@@ -53,7 +50,6 @@ def scan(
     only: Iterable[bytes] | None = None,
     stop: threading.Event | None = None,
     *,
-    heard: Heard | None = None,
     believe: bool = False,
 ) -> ScanReport:
     """Scan a root once, and record the files that are settled.
@@ -62,7 +58,6 @@ def scan(
         only: directories (relative paths) to scan, with those of their subdirectories that the
             ledger does not have. None for a full scan.
         stop: ends the scan early when set; what was found so far is recorded.
-        heard: what the watcher watches, so that the report can say what it misses.
         believe: mark missing files as deleted, however many (`services.vanished`).
 
     Raises:
@@ -72,7 +67,7 @@ def scan(
         inventory.before_first_scan(ledger)
     vanished = Vanished(root.id, root.name, full=only is None, believe=believe)
     with contextlib.closing(Store(ledger)) as store:
-        scan_of = _Scan(ledger, root, stop or threading.Event(), heard, vanished, store)
+        scan_of = _Scan(ledger, root, stop or threading.Event(), vanished, store)
         return scan_of.run(only)
 
 
@@ -84,14 +79,12 @@ class _Scan:
         ledger: Ledger,
         root: Root,
         stop: threading.Event,
-        heard: Heard | None,
         vanished: Vanished,
         store: Store,
     ) -> None:
         self.ledger = ledger
         self.root = root
         self.stop = stop
-        self.heard = heard
         self.vanished = vanished
         self.store = store
         self.report = ScanReport(root.name)
@@ -173,7 +166,6 @@ class _Scan:
             self._folders.append((listing.path, None))
             return
         self.report.files += listing.files
-        self._note_unheard(listing)
         if self._read(versions.directory_digest, listing.path) == listing.digest:
             return
         # A folder's row must exist before its files' rows refer to it.
@@ -191,15 +183,6 @@ class _Scan:
             self.vanished.when_believed(listing.path, listing.digest)
         else:
             self._folders.append((listing.path, listing.digest))
-
-    def _note_unheard(self, listing: Listing) -> None:
-        if self.heard is not None and self.heard.inodes is not None:
-            if len(os.fsencode(self.root.path)) + 1 + len(listing.path) >= PATH_MAX:
-                self.report.too_deep += 1
-                return
-            inode = os.fstat(listing.descriptor).st_ino
-            if inode not in self.heard.inodes:
-                self.report.unheard.add(inode)
 
     def _compare_files(self, listing: Listing) -> bool:
         """Record the files that changed; True if no file here must be read again."""
@@ -221,8 +204,6 @@ class _Scan:
             return True
         if self.stop.is_set():
             return False
-        if not same and self.heard is not None and stat.ctime_ns > self.heard.since * 1e9:
-            self.report.fresh.append(path)
         now = time.time_ns()
         if self._lacks_marker(listing, name) or unrest(stat, now, self.root.min_age_seconds) > 0:
             self.report.waiting += 1
@@ -258,6 +239,7 @@ class _Scan:
         self.report.unsettled.add(listing.path)
         self.report.writing[path] = time.time()
         self.report.settles_in = max(self.report.settles_in, wait)
+        self.report.settles_first = min(self.report.settles_first or wait, wait)
 
     def _note_writing(self, *, full: bool) -> None:
         """Record since when files have been unsettled."""
@@ -476,24 +458,10 @@ class ScanReport:
     """Unsettled files -> when they were first found so, seconds since the epoch."""
     settles_in: float = 0.0
     """Seconds until all of them could be settled."""
+    settles_first: float = 0.0
+    """Seconds until the first of them could be settled."""
     problem: str = ""
     """Why the root is frozen, else empty; nothing is inferred from a frozen root."""
-    fresh: list[bytes] = field(default_factory=list)
-    """Files that differ from the ledger and changed while the watcher had to announce it."""
-    unheard: set[int] = field(default_factory=set)
-    """Inodes of directories that the watcher could watch and does not."""
-    too_deep: int = 0
-    """Directories whose path is too long for any watcher."""
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What the watcher watches, so that a scan can say what it missed."""
-
-    since: float
-    """When it was started, seconds since the epoch."""
-    inodes: frozenset[int] | None
-    """Of the directories it watches; None where that is unknown or not needed."""
 
 
 # Hashing one file, and whether its timestamps rule out a later write.

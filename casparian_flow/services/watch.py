@@ -2,8 +2,7 @@
 
 Events are hints, the scan is the truth. watchdog can lose events without an error, so every root
 is also scanned in full on a schedule, and at once when its watcher lost events or was started anew
-(`services.watcher`). Each full scan counts the changes that no event had announced
-(`services.hints`).
+(`services.watcher`).
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from functools import partial
 from casparian_flow.config import ScanSettings
 from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
-from casparian_flow.errors import LedgerError, counted
-from casparian_flow.services.hints import GRACE_SECONDS, Announcements, FolderSchedule
+from casparian_flow.errors import LedgerError
+from casparian_flow.services.hints import FolderSchedule
 from casparian_flow.services.scan import Root, ScanReport, scan
 from casparian_flow.services.scout import roots, run_in_thread
 from casparian_flow.services.watcher import WATCHING, Watcher
@@ -57,14 +56,11 @@ class Watch:
         self._on_jobs = on_jobs
         self._on_change = on_change
         self._folders = FolderSchedule()
-        self._announced = Announcements()
         self._watchers: dict[int, Watcher] = {}
         self._states: dict[int, str] = {}
         """Root id -> how it is watched, as the ledger has it."""
         self._next_scans: dict[int, float] = {}
         """Root id -> when its next full scan is due (monotonic seconds)."""
-        self._scan_starts: dict[int, float] = {}
-        """Root id -> start of its last full scan (seconds since the epoch)."""
         self._rung = True
         self._stop = threading.Event()
         self.last: dict[str, ScanReport] = {}
@@ -98,7 +94,6 @@ class Watch:
                         await self._scan_in_full(root)
                     else:
                         await self._scan(root, folders)
-                await self._count_missed(active)
                 await self._save_states(active)
             except LedgerError as error:
                 log.error("cannot scan the source roots: %s", error.message)
@@ -134,31 +129,23 @@ class Watch:
             if self._watchers[root.id].ensure_running():
                 self._next_scans.pop(root.id, None)
 
-    def _on_event(self, root: Root, folder: bytes, name: bytes) -> None:
+    def _on_event(self, root: Root, folder: bytes) -> None:
         """Called on the watchers' threads."""
-        if name:
-            self._announced.add(root.id, name)
         self._folders.add(root.id, folder, root.settle_seconds)
 
     async def _scan_in_full(self, root: Root) -> None:
         """Scan all of a root, and set when it is scanned in full again."""
-        started, start = time.monotonic(), time.time()
+        started = time.monotonic()
         self._folders.clear(root.id)
-        self._announced.begin(root.id)
         report = await self._scan(root, None)
         if report is None:
-            self._announced.abandon(root.id)
             return
         before = self.last.get(root.name)
         if report.problem and (before is None or before.problem != report.problem):
             log.warning("%s; its files count as unchanged until it is back", report.problem)
         self.last[root.name] = report
-        self._scan_starts[root.id] = start
-        watcher = self._watchers[root.id]
-        confirm = partial(watcher.confirm, report.unheard, report.too_deep)
-        recheck = await run_in_thread(self._stop, confirm)  # it may read /proc, and wait
         now = time.monotonic()
-        rest = max(self._interval(watcher.state, recheck), REST_FACTOR * (now - started))
+        rest = max(self._interval(self._watchers[root.id].state), REST_FACTOR * (now - started))
         self._next_scans[root.id] = now + rest
 
     async def _scan(self, root: Root, folders: set[bytes] | None) -> ScanReport | None:
@@ -166,14 +153,8 @@ class Watch:
 
         Folders with files that are still being written are due again once the files may be at rest.
         """
-        watcher = self._watchers[root.id]
-        since = self._scan_starts.get(root.id, 0.0)
-
-        def work() -> ScanReport:
-            heard = watcher.heard(since, full=folders is None)
-            return scan(self._ledger, root, folders, self._stop, heard=heard)
-
         try:
+            work = partial(scan, self._ledger, root, folders, self._stop)
             report = await run_in_thread(self._stop, work)
         except LedgerError as error:
             log.error("%s: %s", root.name, error.message)
@@ -181,37 +162,20 @@ class Watch:
             return None
         for path in report.unsettled:
             self._folders.add(root.id, path, report.settles_in)
-        if folders is None:
-            self._announced.end(root.id)
-        self._announced.noticed(root.id, report.fresh)
         if report.job_ids:
             self._on_jobs()
         if report.change.any:
             self._on_change()
         return report
 
-    def _interval(self, state: str, recheck: bool) -> float:
+    def _interval(self, state: str) -> float:
         """Seconds until the next full scan: fewer where events cannot be relied on.
 
         Args:
             state: the watcher's.
-            recheck: the watcher wants to be certain of what the last scan found.
         """
         slow, fast = self._settings.rescan_seconds, self._settings.poll_seconds
-        if state != WATCHING:
-            return min(slow, fast)
-        return min(slow, GRACE_SECONDS) if recheck else slow
-
-    async def _count_missed(self, active: list[Root]) -> None:
-        """Count the changes that scans found and that no event has announced in time."""
-        for root in active:
-            if self._watchers[root.id].busy:
-                continue
-            if missed := self._announced.missed(root.id):
-                some = counted(missed, "change")
-                log.warning("%s: %s found by a full scan, not by file events", root.name, some)
-                work = partial(versions.count_up, root_id=root.id, missed=missed)
-                await self._ledger.write_soon(work)
+        return slow if state == WATCHING else min(slow, fast)
 
     async def _save_states(self, active: list[Root]) -> None:
         """Write into the ledger how each root is watched, where that has changed."""

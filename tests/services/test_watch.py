@@ -5,26 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import func, insert, select
-from watchdog.events import FileSystemEvent
 
 from casparian_flow.config import ScanSettings
-from casparian_flow.db import versions as db_versions
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileVersion, RoutingRule, SourceRoot
 from casparian_flow.errors import LedgerError
-from casparian_flow.services import hints as hints_module
 from casparian_flow.services import watch as watch_module
-from casparian_flow.services.scan import Root, ScanReport, scan
+from casparian_flow.services.scan import Root
 from casparian_flow.services.scout import roots
 from casparian_flow.services.watch import Watch
-from casparian_flow.services.watcher import EventHandler
 from tests.eventually import eventually
 from tests.factories import add_plugin, add_root
 
@@ -189,47 +183,6 @@ def test_a_ring_outlives_a_ledger_that_cannot_be_read(
 
     asyncio.run(story())
     assert refusals
-
-
-def test_names_that_were_announced_before_a_failed_scan_are_not_missed(
-    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hints_module, "GRACE_SECONDS", 0.0)
-    root = add_root(ledger, source, settle_seconds=3600.0)  # only full scans look at it
-    announced: list[str] = []
-    failures: list[Root] = []
-    dispatch = EventHandler.dispatch
-
-    def note(handler: EventHandler, event: FileSystemEvent) -> None:
-        dispatch(handler, event)
-        announced.append(os.path.basename(str(event.src_path)))
-
-    def fail_once(of: Ledger, root: Root, *_rest: Any, **_options: Any) -> ScanReport:
-        monkeypatch.setattr(watch_module, "scan", scan)
-        failures.append(root)
-        raise LedgerError("the disk is full")
-
-    monkeypatch.setattr(EventHandler, "dispatch", note)
-
-    async def scanned_again(watch: Watch) -> None:
-        last = watch.last.get(root.name)
-        watch.ring()
-        await eventually(lambda: watch.last.get(root.name) is not last)
-
-    async def story() -> None:
-        async with watching(ledger) as (watch, _):
-            await eventually(lambda: root.name in watch.last)
-            (source / "f").write_text("1")
-            await eventually(lambda: "f" in announced)
-            monkeypatch.setattr(watch_module, "scan", fail_once)
-            watch.ring()
-            await eventually(lambda: failures)
-            await scanned_again(watch)
-            await scanned_again(watch)  # what the scan before found is counted by now
-            assert watch.last[root.name].unsettled == {b""}
-            assert ledger.read(lambda c: db_versions.scan_state(c, root.id)).missed == 0
-
-    asyncio.run(story())
 
 
 def test_an_overflow_or_an_error_of_watchdog_is_lost_events(
