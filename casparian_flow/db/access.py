@@ -223,16 +223,26 @@ class Ledger:
         try:
             with self.engine.connect() as connection:
                 return work(connection)
-        except (DBAPIError, OSError) as error:
-            raise _damage(error) or LedgerError(
-                f"the ledger could not be read: {getattr(error, 'orig', error)}",
-                "make sure its disk is mounted and has room, then: casparian verify",
-            ) from error
+        except (DBAPIError, sqlite3.Error, OSError) as error:
+            raise _unread(error) from error
         finally:
             if self._closed:
                 # This connection may be back in the pool after the engine was disposed of, which
                 # closed the connections that were in it then.
                 pool.dispose()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection of this thread's for many reads on the driver, each of the newest commit.
+
+        Raises:
+            LedgerError, LedgerLost: as `read`.
+        """
+        try:
+            with self.engine.connect() as connection:
+                yield connection
+        except (DBAPIError, sqlite3.Error) as error:
+            raise _unread(error) from error
 
     def write(self, work: Work[T]) -> T:
         """Run `work` in a writing transaction and wait until it is durable.
@@ -375,7 +385,7 @@ class Ledger:
                     # One request's error must not undo the others'.
                     with connection.begin_nested():
                         outcomes.append((future, work(connection), None))
-                except OperationalError:
+                except (OperationalError, sqlite3.OperationalError):
                     raise
                 except Exception as error:  # noqa: BLE001 - given to the caller
                     outcomes.append((future, None, error))
@@ -448,6 +458,13 @@ def _damage(error: BaseException) -> LedgerLost | None:
     return LedgerLost(
         f"the ledger is damaged: {cause}",
         "keep the file aside, restore a backup, then: casparian verify   (docs/disaster.md)",
+    )
+
+
+def _unread(error: Exception) -> LedgerError:
+    return _damage(error) or LedgerError(
+        f"the ledger could not be read: {getattr(error, 'orig', error)}",
+        "make sure its disk is mounted and has room, then: casparian verify",
     )
 
 

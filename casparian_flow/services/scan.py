@@ -29,7 +29,7 @@ from casparian_flow.db.versions import LocationState, PresentLocation, Sighting,
 from casparian_flow.db.visibility import Change
 from casparian_flow.services import inventory, walk
 from casparian_flow.services.store import NOTHING, Capture, Store
-from casparian_flow.services.vanished import Vanished
+from casparian_flow.services.vanished import Settled, Vanished
 from casparian_flow.services.walk import Ignore, Listing
 
 BATCH_FILES = 1000
@@ -63,11 +63,12 @@ def scan(
     Raises:
         LedgerError: the ledger could not be written; finished batches stay recorded.
     """
-    if only is None and not ledger.read(lambda c: versions.was_scanned(c, root.id)):
+    state = ledger.read(lambda c: versions.scan_state(c, root.id))
+    if only is None and (state is None or not state.finished):
         inventory.before_first_scan(ledger)
     vanished = Vanished(root.id, root.name, full=only is None, believe=believe)
-    with contextlib.closing(Store(ledger)) as store:
-        scan_of = _Scan(ledger, root, stop or threading.Event(), vanished, store)
+    with contextlib.closing(Store(ledger)) as store, ledger.reading() as reads:
+        scan_of = _Scan(ledger, reads, root, stop or threading.Event(), vanished, store)
         return scan_of.run(only)
 
 
@@ -77,12 +78,14 @@ class _Scan:
     def __init__(
         self,
         ledger: Ledger,
+        reads: Connection,
         root: Root,
         stop: threading.Event,
         vanished: Vanished,
         store: Store,
     ) -> None:
         self.ledger = ledger
+        self.reads = reads
         self.root = root
         self.stop = stop
         self.vanished = vanished
@@ -90,7 +93,7 @@ class _Scan:
         self.report = ScanReport(root.name)
         self.started = time.time()
         self._sightings: dict[bytes, Sighting] = {}
-        self._folders: list[tuple[bytes, bytes | None]] = []
+        self._folders: dict[bytes, bytes | None] = {}
         self._looked: set[bytes] = set()
         self._flushed = time.monotonic()
 
@@ -118,16 +121,33 @@ class _Scan:
         finally:
             os.close(descriptor)
         if not self.stop.is_set():  # what is missing is known only at the end
-            report = self.report
-            settled = self.ledger.change(self.vanished.settle, self.vanished.events)
-            report.gone, report.held, report.passed_over, change = settled
-            report.change = report.change.plus(change)
-            crashpoint("scan.vanished")
-            self._note_writing(full=only is None)
-        if only is None and not self.stop.is_set():
-            self._route_all()
-            self._finish(device)
+            self._end(device, full=only is None)
         return self.report
+
+    def _end(self, device: int, *, full: bool) -> None:
+        """Record what is missing, what is unsettled, and, of a full scan, that it has ended.
+
+        A scan of a few directories that changes nothing of this writes nothing.
+        """
+        ended, began = self._note_writing(full=full)
+        if not (full or ended or began or self.vanished.found):
+            return
+
+        def work(connection: Connection) -> Settled:
+            settled = self.vanished.settle(connection)
+            crashpoint("scan.vanished")
+            versions.change_unsettled(connection, self.root.id, ended, began)
+            if full:
+                self._finish(connection, device)
+            return settled
+
+        report = self.report
+        settled = self.ledger.change(work, self.vanished.events)
+        report.gone, report.held, report.passed_over, change = settled
+        report.change = report.change.plus(change)
+        crashpoint("scan.finished")
+        if full:
+            self._route_all()
 
     def _listings(self, root: int, only: Iterable[bytes] | None) -> Iterator[Listing]:
         if only is None:
@@ -149,7 +169,9 @@ class _Scan:
             return
         try:
             listing = walk.list_directory(descriptor, path, self.ignore)
-            known = self._read(versions.child_directories, path)
+            known: list[bytes] = []
+            if there := versions.directory(self.reads, self.root.id, path):
+                known = versions.child_directories(self.reads, there.directory_id)
             yield listing
         finally:
             os.close(descriptor)
@@ -163,16 +185,17 @@ class _Scan:
         """Bring the ledger up to date with one directory."""
         if listing.problem:
             self._unreadable(listing.path, listing.problem)
-            self._folders.append((listing.path, None))
+            self._folders[listing.path] = None
             return
         self.report.files += listing.files
-        if self._read(versions.directory_digest, listing.path) == listing.digest:
+        there = versions.directory(self.reads, self.root.id, listing.path)
+        if there is not None and there.digest == listing.digest:
             return
         # A folder's row must exist before its files' rows refer to it.
-        self._folders.append((listing.path, None))
+        self._folders[listing.path] = None
         try:
-            quiet = self._compare_files(listing)
-            missing = self._find_gone(listing)
+            quiet = self._compare_files(listing, is_new=there is None)
+            missing = there is not None and self._find_gone(listing, there.directory_id)
         except OSError as error:
             self._unreadable(listing.path, str(error.strerror))
             return
@@ -182,17 +205,25 @@ class _Scan:
         if missing:
             self.vanished.when_believed(listing.path, listing.digest)
         else:
-            self._folders.append((listing.path, listing.digest))
+            self._folders[listing.path] = listing.digest
 
-    def _compare_files(self, listing: Listing) -> bool:
-        """Record the files that changed; True if no file here must be read again."""
+    def _compare_files(self, listing: Listing, *, is_new: bool) -> bool:
+        """Record the files that changed; True if no file here must be read again.
+
+        Args:
+            is_new: the ledger does not have the directory, so it has no file in it.
+        """
         quiet = True
+        prefix = walk.join(listing.path, b"")
         for chunk in walk.chunks(listing, self.ignore):
-            paths = [walk.join(listing.path, name) for name, _ in chunk]
-            known = self._read(versions.known, paths)
-            for (name, status), path in zip(chunk, paths, strict=True):
-                quiet &= self._compare_file(listing, name, path, Stat.of(status), known.get(path))
-            self._flush_if_due()
+            found = [(prefix + name, name, Stat.of_identity(status)) for name, status in chunk]
+            known: dict[bytes, LocationState] = {}
+            if not is_new:
+                paths = [path for path, _, _ in found]
+                known = versions.known(self.reads, self.root.id, paths)
+            for path, name, stat in found:
+                quiet &= self._compare_file(listing, name, path, stat, known.get(path))
+                self._flush_if_due()
         return quiet
 
     def _compare_file(
@@ -204,18 +235,20 @@ class _Scan:
             return True
         if self.stop.is_set():
             return False
-        now = time.time_ns()
-        if self._lacks_marker(listing, name) or unrest(stat, now, self.root.min_age_seconds) > 0:
-            self.report.waiting += 1
-            return False
-        wait = unrest(stat, now, self.root.settle_seconds)
-        if wait > 0:
-            self._mark_unsettled(listing, path, wait)
-            return False
+        root = self.root
+        if root.settle_seconds or root.min_age_seconds or root.done_file:
+            now = time.time_ns()
+            if self._lacks_marker(listing, name) or unrest(stat, now, root.min_age_seconds) > 0:
+                self.report.waiting += 1
+                return False
+            wait = unrest(stat, now, root.settle_seconds)
+            if wait > 0:
+                self._mark_unsettled(listing, path, wait)
+                return False
         try:
             content = hash_and_capture(
                 name, listing.descriptor, self.stop, self.store,
-                known.content_hash if known and same and known.captured else None,
+                known.content_hash if known and same and known.captured else None, stat,
             )  # fmt: skip
         except FileNotFoundError:
             return False
@@ -224,7 +257,7 @@ class _Scan:
             self._sightings[path] = _unread(path, listing.path, stat, known, str(error.strerror))
             return False
         if content is None or self._was_written(stat, content[1]):
-            self._mark_unsettled(listing, path, max(self.root.settle_seconds, TORN_SECONDS))
+            self._mark_unsettled(listing, path, max(root.settle_seconds, TORN_SECONDS))
             return False
         crashpoint("scan.hashed")
         digest, looked = content
@@ -241,8 +274,8 @@ class _Scan:
         self.report.settles_in = max(self.report.settles_in, wait)
         self.report.settles_first = min(self.report.settles_first or wait, wait)
 
-    def _note_writing(self, *, full: bool) -> None:
-        """Record since when files have been unsettled."""
+    def _note_writing(self, *, full: bool) -> tuple[list[bytes], list[bytes]]:
+        """Since when files have been unsettled; which are not any more, and which now are."""
         writing = self.report.writing
         known = self.ledger.read(lambda c: versions.known_unsettled(c, self.root.id))
         looked = (path for path in known if full or path.rpartition(b"/")[0] in self._looked)
@@ -250,8 +283,7 @@ class _Scan:
         room = versions.UNSETTLED_KEPT - len(known) + len(ended)
         began = sorted(writing.keys() - known.keys())[: max(0, room)]
         writing.update({path: known[path] for path in writing.keys() & known.keys()})
-        if ended or began:
-            self._write(lambda c: versions.change_unsettled(c, self.root.id, ended, began))
+        return ended, began
 
     def _was_written(self, stat: Stat, looked: Stat) -> bool:
         """Whether a file was written after it was found settled and before it was read."""
@@ -273,7 +305,7 @@ class _Scan:
             raise
         return False
 
-    def _find_gone(self, listing: Listing) -> bool:
+    def _find_gone(self, listing: Listing, directory_id: int) -> bool:
         """Collect what is missing in a directory; whether anything is.
 
         Raises:
@@ -282,15 +314,15 @@ class _Scan:
         names = {name for name, _ in listing.entries}
         gone: list[PresentLocation] = []
         ignored: list[PresentLocation] = []
-        for location in self._read(versions.present_in, listing.path):
+        for location in versions.present_in(self.reads, directory_id):
             name = location.path.rpartition(b"/")[2]
             if name not in names and not walk.is_candidate(listing, name, self.ignore):
                 (ignored if walk.exists(listing, name) else gone).append(location)
-        known_folders = self._read(versions.child_directories, listing.path)
+        known_folders = versions.child_directories(self.reads, directory_id)
         folders = {walk.join(listing.path, name) for name in listing.folders}
         lost = [path for path in known_folders if path not in folders]
         for folder in lost:
-            below = self._read(versions.present_under, folder)
+            below = versions.present_under(self.reads, self.root.id, folder)
             exists = walk.exists(listing, folder.rpartition(b"/")[2])
             (ignored if exists else gone).extend(below)
         if gone and not self.vanished.believe and not listing.files and not listing.folders:
@@ -305,36 +337,35 @@ class _Scan:
         self.report.unreadable.append(f"{self.root.name}/{versions.display(path)}: {why}")
 
     def _flush_if_due(self) -> None:
-        late = time.monotonic() - self._flushed > BATCH_SECONDS
-        full = len(self._sightings) >= BATCH_FILES or self.store.is_full
-        if full or (self._sightings and late):
+        found = len(self._sightings)
+        full = found >= BATCH_FILES or len(self._folders) >= BATCH_FILES or self.store.is_full
+        if full or (found and time.monotonic() - self._flushed > BATCH_SECONDS):
             self._flush()
 
     def _flush(self) -> None:
         """Record what was found so far, in one transaction."""
         self._flushed = time.monotonic()
-        if not self._sightings and not self._folders:
+        if not (self._sightings or self._folders or self.store.small or self.store.files):
             return
         sightings, folders = list(self._sightings.values()), self._folders
-        self._sightings, self._folders = {}, []
+        self._sightings, self._folders = {}, {}
+        root_id = self.root.id
 
         def work(connection: Connection) -> versions.RecordResult:
-            versions.save_directories(connection, self.root.id, folders)
+            fresh = versions.save_directories(connection, root_id, folders)
             # Read here, not when the scan begins: a change of the rules routes only the versions
             # that were recorded before it.
-            recorded = versions.record(connection, self.root.id, sightings, Routing(connection))
-            if recorded.stale:
-                lost = [(path, None) for path in recorded.stale]
-                versions.save_directories(connection, self.root.id, lost)
-            versions.keep_invalidated(
-                connection, self.root.id, [path for path, digest in folders if digest]
-            )
+            routing = Routing(connection)
+            recorded = versions.record(connection, root_id, sightings, routing, fresh)
+            lost = {**folders, **dict.fromkeys(recorded.stale)}
+            versions.save_directories(connection, root_id, dict.fromkeys(recorded.stale))
+            versions.keep_invalidated(connection, root_id, [f for f in lost if lost[f]])
             placed.record(connection)
             crashpoint("scan.batch_written")
             return recorded
 
         with self.store.placing() as placed:
-            recorded = self._write(work)
+            recorded = self.ledger.write(work)
             crashpoint("scan.batch_committed")
         self.report.versions += recorded.versions
         self.report.job_ids += recorded.job_ids
@@ -345,24 +376,19 @@ class _Scan:
         """After a change of rules or plugins, queue the jobs that present versions lack."""
         state = self.ledger.read(lambda c: versions.scan_state(c, self.root.id))
         routing = self.ledger.read(Routing)
-        if state is not None and state.routed == routing.fingerprint:
-            return
-        self.report.job_ids += route_root(self.ledger, self.root.id, routing)
+        if state is None or state.routed != routing.fingerprint:
+            self.report.job_ids += route_root(self.ledger, self.root.id, routing)
 
-    def _finish(self, device: int) -> None:
-        def work(connection: Connection) -> None:
-            state = versions.scan_state(connection, self.root.id)
-            values = {
-                "started": self.started, "finished": time.time(), "files": self.report.files,
-                "unreadable": len(self.report.unreadable), "waiting": self.report.waiting,
-                "unsettled": len(self.report.unsettled), "problem": "", "device": device,
-            }  # fmt: skip
-            if state is None or not state.finished:
-                values["scrubbed"] = time.time()  # a first scan has read every file
-            versions.save_scan_state(connection, self.root.id, **values)
-
-        self._write(work)
-        crashpoint("scan.finished")
+    def _finish(self, connection: Connection, device: int) -> None:
+        state = versions.scan_state(connection, self.root.id)
+        values = {
+            "started": self.started, "finished": time.time(), "files": self.report.files,
+            "unreadable": len(self.report.unreadable), "waiting": self.report.waiting,
+            "unsettled": len(self.report.unsettled), "problem": "", "device": device,
+        }  # fmt: skip
+        if state is None or not state.finished:
+            values["scrubbed"] = time.time()  # a first scan has read every file
+        versions.save_scan_state(connection, self.root.id, **values)
 
     def _looks_unmounted(self, descriptor: int, device: int) -> bool:
         state = self.ledger.read(lambda c: versions.scan_state(c, self.root.id))
@@ -374,16 +400,9 @@ class _Scan:
     def _freeze(self, why: str) -> ScanReport:
         """Record that the root cannot be read; no deletion is inferred from that."""
         self.report.problem = f"source root {self.root.name} ({self.root.path}) {why}"
-        self._write(
-            lambda c: versions.save_scan_state(c, self.root.id, problem=self.report.problem)
-        )
+        problem = self.report.problem
+        self.ledger.write(lambda c: versions.save_scan_state(c, self.root.id, problem=problem))
         return self.report
-
-    def _read(self, query: Any, argument: Any) -> Any:
-        return self.ledger.read(lambda c: query(c, self.root.id, argument))
-
-    def _write(self, work: Any) -> Any:
-        return self.ledger.write(work)
 
 
 def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
@@ -475,6 +494,8 @@ COARSE_NS = 2_000_000_000
 
 READ_BYTES = 1 << 20
 
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
 
 def hash_file(
     name: bytes,
@@ -499,8 +520,7 @@ def hash_file(
     Raises:
         OSError: it cannot be opened or read.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(name, flags, dir_fd=folder)
+    descriptor = os.open(name, _OPEN, dir_fd=folder)
     with open(descriptor, "rb", buffering=0) as file:
         status = os.fstat(descriptor)
         if not S_ISREG(status.st_mode):
@@ -523,7 +543,12 @@ def hash_file(
 
 
 def hash_and_capture(
-    name: bytes, folder: int, stop: threading.Event, store: Store, captured: str | None
+    name: bytes,
+    folder: int,
+    stop: threading.Event,
+    store: Store,
+    captured: str | None,
+    listed: Stat | None = None,
 ) -> tuple[str, Stat] | None:
     """`hash_file` that also captures the bytes for the store.
 
@@ -532,10 +557,15 @@ def hash_and_capture(
         captured: the recorded hash of a file that is read again only for its recent timestamps,
             and whose bytes the store has or had. It has seldom changed, so it is captured only if
             it has, which reads it twice.
+        listed: the stat that the directory's listing had for it.
 
     Returns, Raises:
         As `hash_file`.
     """
+    if listed and listed.size < len(store.block):
+        small = _hash_small(name, folder, store, captured, listed)
+        if small:
+            return small, listed
     if captured:
         content = hash_file(name, folder, stop)
         if content is None or content[0] == captured:
@@ -548,6 +578,29 @@ def hash_and_capture(
     finally:
         capture.close()
     return content
+
+
+def _hash_small(
+    name: bytes, folder: int, store: Store, captured: str | None, listed: Stat
+) -> str | None:
+    """The hash of a small file that is still as it was listed after it was read; else None.
+
+    It is read at once, and captured from there.
+    """
+    descriptor = os.open(name, _OPEN, dir_fd=folder)
+    try:
+        length = os.readv(descriptor, [store.block])
+        if length != listed.size or Stat.of(os.fstat(descriptor)) != listed:
+            return None
+    except OSError:  # what it is then, the long way says
+        return None
+    finally:
+        os.close(descriptor)
+    content = store.block[:length]
+    digest = hashlib.sha256(content).hexdigest()
+    if digest == captured or store.take_small(digest, content):
+        return digest
+    return None
 
 
 def newest_stamp(stat: Stat, now_ns: int) -> int:

@@ -61,7 +61,7 @@ class Vanished:
         self._gone: list[PresentLocation] = []
         self._ignored: list[PresentLocation] = []
         self._lost: list[bytes] = []
-        self._digests: list[tuple[bytes, bytes | None]] = []
+        self._digests: dict[bytes, bytes | None] = {}
 
     def add(
         self, gone: list[PresentLocation], ignored: list[PresentLocation], lost: list[bytes]
@@ -73,7 +73,12 @@ class Vanished:
 
     def when_believed(self, folder: bytes, digest: bytes) -> None:
         """Save this digest of a directory if the deletions are confirmed."""
-        self._digests.append((folder, digest))
+        self._digests[folder] = digest
+
+    @property
+    def found(self) -> bool:
+        """Whether anything is missing, or is passed over now."""
+        return bool(self._gone or self._ignored or self._lost or self._digests)
 
     def settle(self, connection: Connection) -> Settled:
         """Mark confirmed deletions, in the caller's transaction.
@@ -92,7 +97,7 @@ class Vanished:
         for folder in self._lost:
             versions.drop_digests(connection, root_id, folder)
         versions.save_directories(connection, root_id, self._digests)
-        versions.keep_invalidated(connection, root_id, [path for path, _ in self._digests])
+        versions.keep_invalidated(connection, root_id, list(self._digests))
         return Settled(marked.locations, 0, passed, marked.change)
 
     def events(self, settled: Settled) -> list[Event]:
