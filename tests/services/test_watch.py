@@ -151,11 +151,12 @@ def test_lost_events_lead_to_a_full_scan(ledger: Ledger, source: Path) -> None:
 
 @pytest.mark.usefixtures("no_events")
 def test_the_schedule_finds_what_no_event_told(ledger: Ledger, source: Path) -> None:
-    add_root(ledger, source)
+    root = add_root(ledger, source)
     route_everything(ledger)
 
     async def story() -> None:
-        async with watching(ledger, rescan_seconds=0.1) as (_, queued):
+        async with watching(ledger, rescan_seconds=0.1) as (watch, queued):
+            await eventually(lambda: root.name in watch.last)
             (source / "f").write_text("1")
             await versions_become(ledger, queued, 1)
 
