@@ -580,6 +580,22 @@ def count_up(connection: Connection, root_id: int, **counts: int) -> None:
     )
 
 
+def newest(connection: Connection) -> int:
+    """The id of the newest version; 0 where there is none."""
+    query = text("SELECT coalesce(max(id), 0) FROM cf_file_version")
+    return int(connection.execute(query).scalar_one())
+
+
+def found_since(connection: Connection, root_id: int, after: int, since: float) -> list[bytes]:
+    """The paths of newer versions than `after`, of files that changed since this time."""
+    query = text(
+        "SELECT l.path FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id "
+        "WHERE v.id > :after AND l.source_root_id = :root AND l.ctime_ns > :since"
+    )
+    values = {"after": after, "root": root_id, "since": int(since * 1e9)}
+    return list(connection.execute(query, values).scalars())
+
+
 # Having the next scan read a file again, whose bytes were not those of its version.
 
 

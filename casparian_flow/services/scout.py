@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -368,13 +369,16 @@ class Scrubber:
 
 T = TypeVar("T")
 
+_THREADS = ThreadPoolExecutor(64, "scout")
+"""Not the event loop's, which others need: a scan may hash for minutes. Made when needed."""
+
 
 async def run_in_thread(stop: threading.Event, work: Callable[[], T]) -> T:
-    """Run `work` on a thread of the pool, and raise what it raises.
+    """Run `work` on one of Scout's threads, and raise what it raises.
 
     On cancellation `stop` is set and the thread is waited for, since what it uses is closed next.
     """
-    working = asyncio.create_task(asyncio.to_thread(work))
+    working = asyncio.get_running_loop().run_in_executor(_THREADS, work)
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:

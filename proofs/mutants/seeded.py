@@ -161,8 +161,8 @@ MUTANTS = [
         [
             Edit(
                 "services/watch.py",
-                "if rung or self._next_scans.get(root.id, 0.0) <= time.monotonic():",
-                "if False:",
+                "self.scan_within(max(self._interval(), rest))",
+                "pass",
             )
         ],
         ["tests/services/test_watch.py::test_the_schedule_finds_what_no_event_told"],

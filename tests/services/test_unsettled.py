@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
+from casparian_flow.config import ScanSettings
 from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileLocation
 from casparian_flow.services.scan import Root, scan
-from casparian_flow.services.watcher import Watcher
+from casparian_flow.services.watch import Changes
 from tests.factories import add_root
 from tests.services.test_scan import OLD, put
 
@@ -91,9 +92,9 @@ def deepen(folder: Path, name: str, levels: int) -> None:
 @pytest.mark.slow
 def test_more_levels_than_watchdog_can_walk_end_no_daemon(ledger: Ledger, source: Path) -> None:
     deepen(source, "d", 1500)
-    watcher = Watcher(add_root(ledger, source), lambda *_: None)
+    changes = Changes(add_root(ledger, source), ScanSettings())
     try:
-        if not watcher.ensure_running():  # where os.walk is recursive
-            assert watcher.state.startswith("degraded: it cannot be watched (too many levels")
+        if not changes._check():  # where os.walk is recursive
+            assert changes.state == "degraded: it cannot be watched (too many levels deep)"
     finally:
-        watcher.close()
+        changes.close()
