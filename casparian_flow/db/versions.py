@@ -11,11 +11,11 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, func, select, text, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.sqlite import insert
 
 from casparian_flow.db import adopt, audit, jobs, visibility
-from casparian_flow.db.access import execute_many
+from casparian_flow.db.access import Connection, execute_many
 from casparian_flow.db.models import (
     PASSED_OVER,
     RETRACT,
