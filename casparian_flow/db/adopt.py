@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from packaging.version import Version
-from sqlalchemy import Connection, func, select
+from sqlalchemy import func, select
 
 from casparian_flow.db import audit, jobs, visibility
-from casparian_flow.db.access import driver, execute
+from casparian_flow.db.access import Connection, driver, execute
 from casparian_flow.db.models import (
     FileVersion,
     IdFloor,

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import func, select
 
-from casparian_flow.db.access import execute, execute_many
+from casparian_flow.db.access import Connection, execute, execute_many
 from casparian_flow.db.models import AskedSink, Epoch, LedgerIdentity, TopicConfig, utcnow
 from casparian_flow.db.models import Output as OutputRow
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import getpass
 import os
-import sqlite3
 from collections.abc import Iterable
-from typing import cast
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import insert, select
 
 from casparian_flow.db import seals
+from casparian_flow.db.connection import Connection
 from casparian_flow.db.models import AuditEntry
 from casparian_flow.db.seals import GENESIS, Event, Head, holds, link
 from casparian_flow.errors import CasparianError
@@ -78,7 +77,7 @@ def problems(connection: Connection) -> Iterable[str]:
     """One sentence for each break in the chain."""
     expected, previous = 1, GENESIS
     query = "SELECT seq, at, actor, action, subject, detail, previous, hash FROM cf_audit"
-    with seals.exact(cast(sqlite3.Connection, connection.connection.dbapi_connection)):
+    with seals.exact(connection.driver):
         for found in connection.exec_driver_sql(f"{query} ORDER BY seq").mappings():
             row = dict(found)
             is_next = row["seq"] == expected

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import jobs, plugins
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.kept import HAS_BYTES
 from casparian_flow.db.models import utcnow

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection
 
+from casparian_flow.db.access import Connection
 from casparian_flow.db.models import REMOVED, utcnow
 from casparian_flow.db.visibility import (
     SAVE,

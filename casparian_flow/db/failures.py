@@ -16,9 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from sqlalchemy import Connection
-
-from casparian_flow.db.access import Row, execute, returned_ids, rows
+from casparian_flow.db.access import Connection, Row, execute, returned_ids, rows
 from casparian_flow.db.models import utcnow
 
 OPEN, MENDED, DISMISSED, GONE_UNREAD = "open", "mended", "dismissed", "gone unread"

@@ -24,10 +24,9 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy import text
 
-from casparian_flow.db.access import driver
+from casparian_flow.db.access import Connection, driver
 from casparian_flow.db.seals import DIGEST_BYTES, EARLIER, SEALED_TABLES, SealedTable, digest, exact
 
 _LONGEST_RUN = 1_000_000
@@ -66,9 +65,8 @@ def report_damage(what: str, problems: Iterable[str]) -> Iterator[str]:
     """These problems; where the database is too damaged to go on, that as the last one."""
     try:
         yield from problems
-    except (DBAPIError, sqlite3.Error, ValueError, TypeError) as error:
-        cause = getattr(error, "orig", error)
-        yield f"{what} cannot be read to the end; the database is damaged: {cause}"
+    except (sqlite3.Error, ValueError, TypeError) as error:
+        yield f"{what} cannot be read to the end; the database is damaged: {error}"
 
 
 def seal_problems(connection: Connection) -> Iterator[str]:

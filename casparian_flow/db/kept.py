@@ -10,9 +10,9 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import func, select, text
 
-from casparian_flow.db.access import execute, execute_many
+from casparian_flow.db.access import Connection, execute, execute_many
 from casparian_flow.db.jobs import UNFINISHED
 from casparian_flow.db.models import FileVersion, KeptContent, ProcessingJob, utcnow
 
@@ -82,7 +82,7 @@ _LISTED = "(SELECT value FROM json_each(:listed))"
 def find(connection: Connection, content_hash: str) -> Content | None:
     """A content, if the store has it."""
     query = f"{_COLUMNS} WHERE content_hash = :content_hash"
-    row = execute(connection, query, content_hash=content_hash).one_or_none()
+    row = execute(connection, query, content_hash=content_hash).first()
     return Content._make(row) if row else None
 
 

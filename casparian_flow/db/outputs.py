@@ -9,10 +9,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, select, text, update
+from sqlalchemy import bindparam, delete, select, text, update
 
 from casparian_flow.db import debts, jobs, visibility
-from casparian_flow.db.access import Page, execute_many, page, returned_ids
+from casparian_flow.db.access import Connection, Page, execute_many, page, returned_ids
 from casparian_flow.db.models import (
     REMOVED,
     ForgottenOutput,

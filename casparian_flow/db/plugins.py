@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 from packaging.version import Version
-from sqlalchemy import Connection, LargeBinary, and_, cast, delete, func, insert, select, update
+from sqlalchemy import LargeBinary, and_, cast, delete, func, insert, select, update
 
 from casparian_flow.db import audit, trust, views
-from casparian_flow.db.access import Ledger, Row
+from casparian_flow.db.access import Connection, Ledger, Row
 from casparian_flow.db.models import (
     AuditEntry,
     EmptyTopic,

@@ -12,8 +12,9 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterator
 
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
+from casparian_flow.db.access import Connection
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import route_text
 from casparian_flow.db.visibility import CANCELLED, OPEN

@@ -17,11 +17,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import failures, jobs, plugins, trust, visibility
-from casparian_flow.db.access import Ledger, execute, execute_many, returned_ids
+from casparian_flow.db.access import Connection, Ledger, execute, execute_many, returned_ids
 from casparian_flow.db.audit import Event, actor
 from casparian_flow.db.kept import HAS_BYTES
 from casparian_flow.db.models import JobStatus, Plugin, utcnow

@@ -14,9 +14,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, and_, literal_column, select
+from sqlalchemy import ColumnElement, and_, literal_column, select
 from wcmatch import glob
 
+from casparian_flow.db.access import Connection
 from casparian_flow.db.models import Plugin, PluginConfig, RoutingRule, SourceRoot
 
 _FLAGS = glob.GLOBSTAR | glob.DOTGLOB | glob.BRACE | glob.EXTGLOB | glob.FORCEUNIX

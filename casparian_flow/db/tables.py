@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from casparian_flow.db import failures, plugins
 from casparian_flow.db import outputs as published
-from casparian_flow.db.access import Page, Row, page, rows
+from casparian_flow.db.access import Connection, Page, Row, page, rows
 
 _VERSIONS = """
     SELECT v.id AS version_id, r.name AS source, r.path AS root_path, l.id AS location_id, l.path,

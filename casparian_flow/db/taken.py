@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from casparian_flow.db import jobs, outputs, rebuild
-from casparian_flow.db.access import Row
+from casparian_flow.db.access import Connection, Row
 from casparian_flow.db.outputs import Seen
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import route_text

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from casparian_flow.db import plugins, visibility
-from casparian_flow.db.access import execute, execute_many
+from casparian_flow.db.access import Connection, execute, execute_many
 
 _OF_TOPIC = """
 SELECT o.id FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id

@@ -11,10 +11,11 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from sqlalchemy import Connection, and_, insert, select, text, update
+from sqlalchemy import and_, insert, select, text, update
 
 from casparian_flow.db import audit, visibility
 from casparian_flow.db.audit import Event
+from casparian_flow.db.connection import Connection
 from casparian_flow.db.models import LedgerIdentity, Plugin, PluginConfig, TrustStatement
 from casparian_flow.security.signing import (
     KINDS,

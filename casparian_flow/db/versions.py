@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, Self
 
-from sqlalchemy import Connection, func, select, text, update
+from sqlalchemy import func, select, text, update
 
 from casparian_flow.db import adopt, audit, jobs, visibility
-from casparian_flow.db.access import driver, execute, execute_many
+from casparian_flow.db.access import Connection, driver, execute, execute_many
 from casparian_flow.db.models import (
     PASSED_OVER,
     RETRACT,

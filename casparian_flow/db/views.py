@@ -14,11 +14,11 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from casparian_flow.db import failures, visibility
 from casparian_flow.db import outputs as published
-from casparian_flow.db.access import Page, Row, page
+from casparian_flow.db.access import Connection, Page, Row, page
 from casparian_flow.db.access import rows as _rows
 from casparian_flow.db.models import PASSED_OVER
 from casparian_flow.db.routing import Routing, compile_pattern

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection
 
 from casparian_flow import sink_uri
 from casparian_flow.config import JobSettings, Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import asked, audit, jobs, plugins, rebuild, taken, trust
+from casparian_flow.db.access import Connection
 from casparian_flow.db.jobs import AttemptResult, add_attempts, counted_attempts
 from casparian_flow.db.models import Plugin
 from casparian_flow.engine import contents, endings, sinks

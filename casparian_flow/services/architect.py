@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 from packaging.version import Version
-from sqlalchemy import Connection
 
 from casparian_flow import bundled
 from casparian_flow.config import Settings
@@ -25,7 +24,7 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, backfill, plugins, trust, versions, visibility
 from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db import topics as db_topics
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.backfill import Choice
 from casparian_flow.db.models import Plugin

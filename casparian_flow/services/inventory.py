@@ -23,13 +23,11 @@ from functools import partial
 from pathlib import Path
 from shlex import quote
 
-from sqlalchemy import Connection
-
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import adopt, asked, kept, visibility
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.adopt import Adoption
 from casparian_flow.db.asked import Mark
 from casparian_flow.engine import sinks

@@ -15,13 +15,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, text
+from sqlalchemy import delete, insert, text
 
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import debts, jobs, rebuild, visibility
 from casparian_flow.db import outputs as db_outputs
-from casparian_flow.db.access import Ledger, Row
+from casparian_flow.db.access import Connection, Ledger, Row
 from casparian_flow.db.audit import Event
 from casparian_flow.db.models import ForgottenOutput, JobStatus, RetractedVersion
 from casparian_flow.db.outputs import NAMED

@@ -19,11 +19,9 @@ from functools import partial
 from stat import S_ISREG
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection
-
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import versions
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import LocationState, PresentLocation, Sighting, Stat
 from casparian_flow.db.visibility import Change

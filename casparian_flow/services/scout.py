@@ -23,13 +23,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from casparian_flow.config import ScanSettings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import versions
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.models import SourceRoot
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import ScrubTarget

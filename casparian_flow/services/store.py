@@ -23,13 +23,11 @@ from functools import partial
 from io import FileIO
 from pathlib import Path
 
-from sqlalchemy import Connection
-
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import kept
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.kept import Content
 from casparian_flow.durable import exclusive, fsync_path, make_folder
 from casparian_flow.engine import inbox

@@ -14,9 +14,8 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from sqlalchemy import Connection
-
 from casparian_flow.db import versions
+from casparian_flow.db.access import Connection
 from casparian_flow.db.audit import Event
 from casparian_flow.db.models import PASSED_OVER
 from casparian_flow.db.versions import PresentLocation

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, select, update
+from sqlalchemy import select, update
 
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import jobs, routing, versions
-from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.access import Connection, Ledger, open_ledger
 from casparian_flow.db.models import AuditEntry, FileLocation, JobStatus, ProcessingJob
 from casparian_flow.db.versions import invalidate
 from casparian_flow.services import scan as scan_module
