@@ -304,7 +304,7 @@ class _Adopter:
             """
             INSERT INTO cf_directory (source_root_id, path, parent_id, digest)
             VALUES (?, ?, ?, NULL)
-            ON CONFLICT (source_root_id, path) DO UPDATE SET digest = NULL
+            ON CONFLICT (source_root_id, path) DO UPDATE SET digest = randomblob(8)
             """,
             root_id, path, parent,
         )  # fmt: skip

@@ -128,8 +128,10 @@ class KnownDirectory(NamedTuple):
 
     directory_id: int
     digest: bytes | None
-    """None where it must be compared file by file. So too where its parent is not recorded: without
-    one, its deletion would not be found."""
+    """Of the listing that the rows of its files agree with. Else something that is no digest, and
+    new each time that one of them changes."""
+    is_linked: bool
+    """Whether its parent is recorded: without one, its deletion would not be found."""
 
 
 def directory(connection: Connection, root_id: int, path: bytes) -> KnownDirectory | None:
@@ -137,7 +139,7 @@ def directory(connection: Connection, root_id: int, path: bytes) -> KnownDirecto
     row = (
         driver(connection)
         .execute(
-            "SELECT id, CASE WHEN parent_id IS NOT NULL OR path = x'' THEN digest END "
+            "SELECT id, digest, parent_id IS NOT NULL OR path = x'' "
             "FROM cf_directory WHERE source_root_id = ? AND path = ?",
             (root_id, path),
         )
@@ -183,19 +185,43 @@ def known(
     }  # fmt: skip
 
 
+class NewDigest(NamedTuple):
+    """What a directory is to have as its digest, and what it had when a scan began to compare it.
+
+    Two scans at once may each find the other's rows changed. Whoever changes a row changes the
+    digest of its directory too, so one is saved only in the place of that which the scan has read.
+    """
+
+    before: bytes | None
+    """`UNKNOWN` where it had none, or where that does not matter."""
+    digest: bytes
+
+
+UNKNOWN = b""
+
+
 def save_directories(
-    connection: Connection, root_id: int, directories: Mapping[bytes, bytes | None]
+    connection: Connection, root_id: int, directories: Mapping[bytes, NewDigest]
 ) -> set[bytes]:
-    """Record directories, path -> digest, parents before children; those that were not recorded."""
+    """Record directories, parents before children; the paths of those that were not recorded."""
     raw = driver(connection)
     fresh = set()
-    for path, digest in directories.items():
-        values = (root_id, path, root_id, _parent(path), digest)
-        if raw.execute(_ADD_DIRECTORY, values).rowcount:
+    for path, (before, digest) in directories.items():
+        parent = root_id, _parent(path)
+        if raw.execute(_ADD_DIRECTORY, (root_id, path, *parent, digest)).rowcount:
             fresh.add(path)
         else:
-            raw.execute(_SAVE_DIRECTORY, (digest, root_id, _parent(path), root_id, path))
+            raw.execute(_SAVE_DIRECTORY, (before, digest, *parent, root_id, path))
     return fresh
+
+
+def doubt_directories(connection: Connection, root_id: int, paths: Collection[bytes]) -> None:
+    """Have the next scan compare the files of these directories."""
+    execute_many(
+        connection,
+        "UPDATE cf_directory SET digest = randomblob(8) WHERE source_root_id = ? AND path = ?",
+        [(root_id, path) for path in paths],
+    )
 
 
 _ADD_DIRECTORY = """
@@ -206,7 +232,8 @@ ON CONFLICT (source_root_id, path) DO NOTHING
 
 _SAVE_DIRECTORY = """
 UPDATE cf_directory
-SET digest = ?, parent_id = (SELECT id FROM cf_directory WHERE source_root_id = ? AND path = ?)
+SET digest = CASE WHEN digest IS ? THEN ? ELSE randomblob(8) END,
+    parent_id = (SELECT id FROM cf_directory WHERE source_root_id = ? AND path = ?)
 WHERE source_root_id = ? AND path = ?
 """
 
@@ -280,7 +307,7 @@ def _keep_routed(
     """
     state = scan_state(connection, root_id)
     routed = state.routed if state is not None else ""
-    if not sightings or routed == routing.fingerprint:
+    if not sightings or routed.removeprefix(ROUTING) == routing.fingerprint:
         return
     first = "SELECT 1 FROM cf_file_location WHERE source_root_id = ? LIMIT 1"
     is_first = driver(connection).execute(first, (root_id,)).fetchone() is None
@@ -299,7 +326,8 @@ def _add(
     if not added:
         return {}
     raw = driver(connection)
-    added = sorted(added, key=lambda s: not s.content_hash)
+    # In the order of the paths, as the index has them.
+    added = sorted(added, key=lambda s: (not s.content_hash, s.path))
     folders = _directory_ids(raw, root_id, {s.directory for s in added})
     (place,) = raw.execute("SELECT 1 + coalesce(max(id), 0) FROM cf_file_location").fetchone()
     version = 1 + adopt.last_version_id(connection)
@@ -377,6 +405,17 @@ def _save_stats(
             for s, state in again
         ],
     )
+
+
+ROUTING = "in part: "
+"""Before the routing that a root is being routed by."""
+
+
+def end_routing(connection: Connection, root_id: int, routing: Routing) -> None:
+    """Every present version was routed so, unless one was recorded by another routing meanwhile."""
+    state = scan_state(connection, root_id)
+    if state is not None and state.routed == ROUTING + routing.fingerprint:
+        save_scan_state(connection, root_id, routed=routing.fingerprint)
 
 
 def route_chunk(
@@ -461,8 +500,8 @@ def drop_digests(connection: Connection, root_id: int, directory: bytes) -> None
     """Drop the digests of a directory that is gone, and of all below it; the locations stay."""
     execute(
         connection,
-        "UPDATE cf_directory SET digest = NULL, parent_id = NULL WHERE source_root_id = :root "
-        "AND (path = :path OR (path >= :low AND path < :high))",
+        "UPDATE cf_directory SET digest = randomblob(8), parent_id = NULL "
+        "WHERE source_root_id = :root AND (path = :path OR (path >= :low AND path < :high))",
         root=root_id, path=directory, low=directory + b"/", high=directory + b"0",
     )  # fmt: skip
 
@@ -615,22 +654,9 @@ def invalidate(connection: Connection, job_id: int) -> None:
     )
     folder = select(FileLocation.directory_id).where(FileLocation.id == location)
     connection.execute(
-        update(Directory).where(Directory.id == folder.scalar_subquery()).values(digest=None)
-    )
-
-
-def keep_invalidated(connection: Connection, root_id: int, folders: Sequence[bytes]) -> None:
-    """Drop the digests that a scan has just saved of folders with an invalidated file: it may have
-    listed them before the file was invalidated."""
-    execute_many(
-        connection,
-        """
-        UPDATE cf_directory SET digest = NULL
-        WHERE source_root_id = ? AND path = ? AND EXISTS (
-            SELECT 1 FROM cf_file_location l
-            WHERE l.directory_id = cf_directory.id AND l.inode IS NULL AND l.gone_at IS NULL)
-        """,
-        [(root_id, folder) for folder in folders],
+        update(Directory)
+        .where(Directory.id == folder.scalar_subquery())
+        .values(digest=func.randomblob(8))
     )
 
 

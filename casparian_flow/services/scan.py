@@ -23,7 +23,14 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import versions
 from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.routing import Routing
-from casparian_flow.db.versions import LocationState, PresentLocation, Sighting, Stat
+from casparian_flow.db.versions import (
+    UNKNOWN,
+    LocationState,
+    NewDigest,
+    PresentLocation,
+    Sighting,
+    Stat,
+)
 from casparian_flow.db.visibility import Change
 from casparian_flow.services import inventory, walk
 from casparian_flow.services.store import NOTHING, Capture, Store
@@ -91,7 +98,9 @@ class _Scan:
         self.report = ScanReport(root.name)
         self.started = time.time()
         self._sightings: dict[bytes, Sighting] = {}
-        self._folders: dict[bytes, bytes | None] = {}
+        self._folders: dict[bytes, NewDigest] = {}
+        self._mark = os.urandom(8)
+        """Stands for the digest of a directory until it is compared to its end."""
         self._looked: set[bytes] = set()
         self._flushed = time.monotonic()
 
@@ -183,14 +192,14 @@ class _Scan:
         """Bring the ledger up to date with one directory."""
         if listing.problem:
             self._unreadable(listing.path, listing.problem)
-            self._folders[listing.path] = None
+            self._folders[listing.path] = NewDigest(UNKNOWN, self._mark)
             return
         self.report.files += listing.files
         there = versions.directory(self.reads, self.root.id, listing.path)
-        if there is not None and there.digest == listing.digest:
+        if there is not None and there.is_linked and there.digest == listing.digest:
             return
         # A folder's row must exist before its files' rows refer to it.
-        self._folders[listing.path] = None
+        self._folders[listing.path] = NewDigest(there.digest if there else UNKNOWN, self._mark)
         try:
             quiet = self._compare_files(listing, is_new=there is None)
             missing = there is not None and self._find_gone(listing, there.directory_id)
@@ -201,9 +210,11 @@ class _Scan:
         if not quiet or listing.path in self.report.unsettled:
             return
         if missing:
-            self.vanished.when_believed(listing.path, listing.digest)
+            self.vanished.when_believed(listing.path, NewDigest(self._mark, listing.digest))
         else:
-            self._folders[listing.path] = listing.digest
+            waits = self._folders.get(listing.path)
+            before = waits.before if waits else self._mark
+            self._folders[listing.path] = NewDigest(before, listing.digest)
 
     def _compare_files(self, listing: Listing, *, is_new: bool) -> bool:
         """Record the files that changed; True if no file here must be read again.
@@ -318,18 +329,21 @@ class _Scan:
                 (ignored if walk.exists(listing, name) else gone).append(location)
         known_folders = versions.child_directories(self.reads, directory_id)
         folders = {walk.join(listing.path, name) for name in listing.folders}
-        lost = [path for path in known_folders if path not in folders]
-        for folder in lost:
+        lost: list[bytes] = []
+        hidden: list[bytes] = []
+        for folder in (path for path in known_folders if path not in folders):
             below = versions.present_under(self.reads, self.root.id, folder)
             exists = walk.exists(listing, folder.rpartition(b"/")[2])
             (ignored if exists else gone).extend(below)
+            (hidden if exists else lost).append(folder)
         if gone and not self.vanished.believe and not listing.files and not listing.folders:
             device = Stat.of(os.fstat(listing.descriptor)).device
             if all(location.device not in (None, device) for location in gone):
                 raise OSError(errno.ENODEV, _UNMOUNTED)
-        if gone or ignored or lost:
-            self.vanished.add(gone, ignored, lost)
-        return bool(gone or ignored or lost)
+        found = (gone, ignored, lost, hidden)
+        if any(found):
+            self.vanished.add(*found)
+        return any(found)
 
     def _unreadable(self, path: bytes, why: str) -> None:
         self.report.unreadable.append(f"{self.root.name}/{versions.display(path)}: {why}")
@@ -355,9 +369,7 @@ class _Scan:
             # that were recorded before it.
             routing = Routing(connection)
             recorded = versions.record(connection, root_id, sightings, routing, fresh)
-            lost = {**folders, **dict.fromkeys(recorded.stale)}
-            versions.save_directories(connection, root_id, dict.fromkeys(recorded.stale))
-            versions.keep_invalidated(connection, root_id, [f for f in lost if lost[f]])
+            versions.doubt_directories(connection, root_id, recorded.stale)
             placed.record(connection)
             crashpoint("scan.batch_written")
             return recorded
@@ -407,13 +419,15 @@ def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
     """Queue the jobs that present versions of a root lack; then record that this is done."""
     job_ids: list[int] = []
     after: int | None = 0
+    begun = versions.ROUTING + routing.fingerprint
+    ledger.write(lambda c: versions.save_scan_state(c, root_id, routed=begun))
     while after is not None:
         last = after
         chunk = partial(versions.route_chunk, root_id=root_id, after=last, routing=routing)
         after, queued = ledger.write(chunk)
         job_ids += queued
         crashpoint("scan.routed")
-    ledger.write(lambda c: versions.save_scan_state(c, root_id, routed=routing.fingerprint))
+    ledger.write(lambda c: versions.end_routing(c, root_id, routing))
     crashpoint("scan.routing_noted")
     return job_ids
 

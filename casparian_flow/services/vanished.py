@@ -18,7 +18,7 @@ from casparian_flow.db import versions
 from casparian_flow.db.access import Connection
 from casparian_flow.db.audit import Event
 from casparian_flow.db.models import PASSED_OVER
-from casparian_flow.db.versions import PresentLocation
+from casparian_flow.db.versions import NewDigest, PresentLocation
 from casparian_flow.db.visibility import Change
 
 MANY = 100
@@ -60,24 +60,31 @@ class Vanished:
         self._gone: list[PresentLocation] = []
         self._ignored: list[PresentLocation] = []
         self._lost: list[bytes] = []
-        self._digests: dict[bytes, bytes | None] = {}
+        self._hidden: list[bytes] = []
+        self._digests: dict[bytes, NewDigest] = {}
 
     def add(
-        self, gone: list[PresentLocation], ignored: list[PresentLocation], lost: list[bytes]
+        self,
+        gone: list[PresentLocation],
+        ignored: list[PresentLocation],
+        lost: list[bytes],
+        hidden: list[bytes],
     ) -> None:
-        """Collect missing locations, locations now passed over, and missing directories."""
+        """Collect missing locations and those now passed over; then such directories."""
         self._gone += gone
         self._ignored += ignored
         self._lost += lost
+        self._hidden += hidden
 
-    def when_believed(self, folder: bytes, digest: bytes) -> None:
+    def when_believed(self, folder: bytes, digest: NewDigest) -> None:
         """Save this digest of a directory if the deletions are confirmed."""
         self._digests[folder] = digest
 
     @property
     def found(self) -> bool:
         """Whether anything is missing, or is passed over now."""
-        return bool(self._gone or self._ignored or self._lost or self._digests)
+        found = (self._gone, self._ignored, self._lost, self._hidden, self._digests)
+        return any(found)
 
     def settle(self, connection: Connection) -> Settled:
         """Mark confirmed deletions, in the caller's transaction.
@@ -90,13 +97,14 @@ class Vanished:
             held = len(self._gone) if held_since else 0
             versions.save_scan_state(connection, root_id, held=held, held_since=held_since)
         passed = versions.mark_gone(connection, root_id, self._ignored, PASSED_OVER).locations
+        for folder in self._hidden:
+            versions.drop_digests(connection, root_id, folder)
         if held_since:
             return Settled(0, len(self._gone), passed)
         marked = versions.mark_gone(connection, root_id, self._gone)
         for folder in self._lost:
             versions.drop_digests(connection, root_id, folder)
         versions.save_directories(connection, root_id, self._digests)
-        versions.keep_invalidated(connection, root_id, list(self._digests))
         return Settled(marked.locations, 0, passed, marked.change)
 
     def events(self, settled: Settled) -> list[Event]:
