@@ -339,7 +339,7 @@ async def _done(
     from casparian_flow import durable
     from casparian_flow.cli.context import waiting
     from casparian_flow.db import views
-    from casparian_flow.db.models import PAUSED
+    from casparian_flow.db.states import PAUSED
 
     calm = 0
     patience = time.monotonic() + PATIENCE_SECONDS

@@ -26,15 +26,9 @@ from sqlalchemy import func, select
 
 from casparian_flow.db import audit, jobs, visibility
 from casparian_flow.db.access import Connection, driver, execute
-from casparian_flow.db.models import (
-    FileVersion,
-    IdFloor,
-    JobStatus,
-    OutputState,
-    SourceRoot,
-    utcnow,
-)
+from casparian_flow.db.models import FileVersion, IdFloor, SourceRoot
 from casparian_flow.db.models import Output as OutputRow
+from casparian_flow.db.states import JobStatus, OutputState, utcnow
 from casparian_flow.db.visibility import Scope
 from casparian_flow.protocol import Output, State
 

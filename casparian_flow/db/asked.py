@@ -19,8 +19,9 @@ from typing import NamedTuple
 from sqlalchemy import func, select
 
 from casparian_flow.db.access import Connection, execute, execute_many
-from casparian_flow.db.models import AskedSink, Epoch, LedgerIdentity, TopicConfig, utcnow
+from casparian_flow.db.models import AskedSink, Epoch, LedgerIdentity, TopicConfig
 from casparian_flow.db.models import Output as OutputRow
+from casparian_flow.db.states import utcnow
 
 
 def configured(connection: Connection) -> set[str]:

@@ -18,8 +18,8 @@ from casparian_flow.db import jobs, plugins
 from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.kept import HAS_BYTES
-from casparian_flow.db.models import utcnow
 from casparian_flow.db.routing import JobRequest, Routing
+from casparian_flow.db.states import utcnow
 from casparian_flow.db.versions import route_text
 from casparian_flow.errors import CasparianError, NotFound
 

@@ -14,7 +14,8 @@ from sqlalchemy import func, select, text
 
 from casparian_flow.db.access import Connection, execute, execute_many
 from casparian_flow.db.jobs import UNFINISHED
-from casparian_flow.db.models import FileVersion, KeptContent, ProcessingJob, utcnow
+from casparian_flow.db.models import FileVersion, KeptContent, ProcessingJob
+from casparian_flow.db.states import utcnow
 
 _UNFINISHED = ", ".join(f"'{status}'" for status in UNFINISHED)
 

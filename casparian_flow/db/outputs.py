@@ -13,17 +13,8 @@ from sqlalchemy import bindparam, delete, select, text, update
 
 from casparian_flow.db import debts, jobs, visibility
 from casparian_flow.db.access import Connection, Page, execute_many, page, returned_ids
-from casparian_flow.db.models import (
-    REMOVED,
-    ForgottenOutput,
-    JobStatus,
-    LeftOutput,
-    Output,
-    OutputState,
-    ProcessingJob,
-    Visibility,
-    utcnow,
-)
+from casparian_flow.db.models import ForgottenOutput, LeftOutput, Output, ProcessingJob, Visibility
+from casparian_flow.db.states import REMOVED, JobStatus, OutputState, utcnow
 from casparian_flow.errors import counted
 from casparian_flow.protocol import Output as OutputRecord
 

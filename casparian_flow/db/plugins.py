@@ -24,9 +24,9 @@ from casparian_flow.db.models import (
     PluginConfig,
     RoutingRule,
     TopicConfig,
-    utcnow,
 )
 from casparian_flow.db.routing import tags_of
+from casparian_flow.db.states import utcnow
 from casparian_flow.errors import ArtifactRefused, CasparianError, NotFound
 from casparian_flow.security import keys, signing
 from casparian_flow.security.manifest import Manifest, read_manifest

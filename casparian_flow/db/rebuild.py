@@ -24,8 +24,9 @@ from casparian_flow.db import failures, jobs, plugins, trust, visibility
 from casparian_flow.db.access import Connection, Ledger, execute, execute_many, returned_ids
 from casparian_flow.db.audit import Event, actor
 from casparian_flow.db.kept import HAS_BYTES
-from casparian_flow.db.models import JobStatus, Plugin, utcnow
+from casparian_flow.db.models import Plugin
 from casparian_flow.db.routing import JobRequest, Routing
+from casparian_flow.db.states import JobStatus, utcnow
 from casparian_flow.db.versions import route_text
 from casparian_flow.db.visibility import Scope
 from casparian_flow.errors import ArtifactRefused, CasparianError, NotFound, counted

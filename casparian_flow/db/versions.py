@@ -17,8 +17,6 @@ from sqlalchemy.dialects.sqlite import insert
 from casparian_flow.db import adopt, audit, jobs, visibility
 from casparian_flow.db.access import Connection, execute_many
 from casparian_flow.db.models import (
-    PASSED_OVER,
-    RETRACT,
     Directory,
     FileLocation,
     FileVersion,
@@ -26,9 +24,9 @@ from casparian_flow.db.models import (
     ScanState,
     SourceRoot,
     Unsettled,
-    utcnow,
 )
 from casparian_flow.db.routing import JobRequest, Routing
+from casparian_flow.db.states import PASSED_OVER, RETRACT, utcnow
 from casparian_flow.db.visibility import Change, Scope
 
 ROUTE_CHUNK = 5_000

@@ -20,8 +20,8 @@ from casparian_flow.db import failures, visibility
 from casparian_flow.db import outputs as published
 from casparian_flow.db.access import Connection, Page, Row, page
 from casparian_flow.db.access import rows as _rows
-from casparian_flow.db.models import PASSED_OVER
 from casparian_flow.db.routing import Routing, compile_pattern
+from casparian_flow.db.states import PASSED_OVER
 from casparian_flow.db.versions import route_text
 
 EVERY = (1 << 63) - 1

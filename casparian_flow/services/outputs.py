@@ -23,9 +23,10 @@ from casparian_flow.db import debts, jobs, rebuild, visibility
 from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db.access import Connection, Ledger, Row
 from casparian_flow.db.audit import Event
-from casparian_flow.db.models import ForgottenOutput, JobStatus, RetractedVersion
+from casparian_flow.db.models import ForgottenOutput, RetractedVersion
 from casparian_flow.db.outputs import NAMED
 from casparian_flow.db.routing import resolve_argument
+from casparian_flow.db.states import JobStatus
 from casparian_flow.engine import sinks, telling
 from casparian_flow.engine.sinks import PREFIXES, parquet_record
 from casparian_flow.errors import CasparianError, NotFound, SinkUnavailable, counted

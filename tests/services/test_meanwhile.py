@@ -14,7 +14,8 @@ from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import jobs, routing, versions
 from casparian_flow.db.access import Connection, Ledger, open_ledger
-from casparian_flow.db.models import AuditEntry, FileLocation, JobStatus, ProcessingJob
+from casparian_flow.db.models import AuditEntry, FileLocation, ProcessingJob
+from casparian_flow.db.states import JobStatus
 from casparian_flow.db.versions import invalidate
 from casparian_flow.services import scan as scan_module
 from casparian_flow.services import sources
