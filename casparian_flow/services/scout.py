@@ -11,7 +11,6 @@ hashed again at the next scan (git's racy rule). docs/detection.md says what a s
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -335,6 +334,8 @@ class Scrubber:
 
     async def run(self) -> None:
         """Scrub the roots that are due, one at a time; none with `scrub_days = 0`."""
+        import asyncio
+
         while self._settings.scrub_days:
             try:
                 for root in await asyncio.to_thread(self._due):
@@ -374,6 +375,8 @@ async def run_in_thread(stop: threading.Event, work: Callable[[], T]) -> T:
 
     On cancellation `stop` is set and the thread is waited for, since what it uses is closed next.
     """
+    import asyncio
+
     working = asyncio.create_task(asyncio.to_thread(work))
     try:
         return await asyncio.shield(working)
