@@ -16,11 +16,11 @@ from casparian_flow.db.models import (
     Epoch,
     FileLocation,
     FileVersion,
-    JobStatus,
     Plugin,
     ProcessingJob,
     SourceRoot,
 )
+from casparian_flow.db.states import JobStatus
 from casparian_flow.services.scan import Root
 
 MANIFEST = (

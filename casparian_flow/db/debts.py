@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from casparian_flow.db.access import Connection
-from casparian_flow.db.models import REMOVED, utcnow
+from casparian_flow.db.states import REMOVED, utcnow
 from casparian_flow.db.visibility import (
     SAVE,
     Facts,

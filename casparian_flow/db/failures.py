@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 
 from casparian_flow.db.access import Connection, Row, execute, returned_ids, rows
-from casparian_flow.db.models import utcnow
+from casparian_flow.db.states import utcnow
 
 OPEN, MENDED, DISMISSED, GONE_UNREAD = "open", "mended", "dismissed", "gone unread"
 HELD = "held"

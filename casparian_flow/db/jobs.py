@@ -52,8 +52,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from casparian_flow.db.access import Connection, execute, execute_many, returned_ids
-from casparian_flow.db.models import JobStatus, utcnow
 from casparian_flow.db.routing import JobRequest
+from casparian_flow.db.states import JobStatus, utcnow
 from casparian_flow.protocol import Pair
 
 UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)

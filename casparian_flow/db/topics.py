@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import text
-
 from casparian_flow.db import plugins, visibility
 from casparian_flow.db.access import Connection, execute, execute_many
 
@@ -79,11 +77,9 @@ def undeclared(connection: Connection) -> list[Undeclared]:
     if not rows:
         return []
     found = connection.execute(
-        text(
-            "SELECT p.name, p.manifest, p.version = c.active_version FROM cf_plugin p "
-            "JOIN cf_plugin_config c ON c.plugin_name = p.name "
-            "WHERE p.manifest <> '' AND c.active_version IS NOT NULL"
-        )
+        "SELECT p.name, p.manifest, p.version = c.active_version FROM cf_plugin p "
+        "JOIN cf_plugin_config c ON c.plugin_name = p.name "
+        "WHERE p.manifest <> '' AND c.active_version IS NOT NULL"
     )
     declared: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
     for name, manifest, is_active in found:

@@ -18,8 +18,6 @@ from sqlalchemy import func, select, text, update
 from casparian_flow.db import adopt, audit, jobs, visibility
 from casparian_flow.db.access import Connection, driver, execute, execute_many
 from casparian_flow.db.models import (
-    PASSED_OVER,
-    RETRACT,
     Directory,
     FileLocation,
     FileVersion,
@@ -27,9 +25,9 @@ from casparian_flow.db.models import (
     ScanState,
     SourceRoot,
     Unsettled,
-    utcnow,
 )
 from casparian_flow.db.routing import JobRequest, Routing
+from casparian_flow.db.states import PASSED_OVER, RETRACT, utcnow
 from casparian_flow.db.visibility import Change, Scope
 
 ROUTE_CHUNK = 5_000

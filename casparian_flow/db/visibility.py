@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from casparian_flow import sink_uri
 from casparian_flow.db.connection import Connection
-from casparian_flow.db.models import PASSED_OVER, REMOVED, RETRACT, utcnow
+from casparian_flow.db.states import PASSED_OVER, REMOVED, RETRACT, utcnow
 from casparian_flow.errors import ConfigError, counted
 from casparian_flow.protocol import State
 

@@ -27,7 +27,6 @@ from casparian_flow.db import topics as db_topics
 from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.backfill import Choice
-from casparian_flow.db.models import Plugin
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.visibility import Change, Scope
 from casparian_flow.engine.locking import check_lock
@@ -484,8 +483,7 @@ def _require_fit(connection: Connection, trusted: Trust, name: str, version: str
         PublishConflict: the version that is there may not run, and its bytes in the name of
             another key do not change that.
     """
-    which = Plugin.name == name, Plugin.version == version
-    (known,) = plugins.stored(connection, *which)
+    (known,) = plugins.stored(connection, name=name, version=version)
     if refusal := plugins.refusal(known, trusted):
         raise PublishConflict(
             f"{name} {version} is already deployed: {refusal}",

@@ -15,17 +15,15 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, insert, text
-
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import debts, jobs, rebuild, visibility
 from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db.access import Connection, Ledger, Row
 from casparian_flow.db.audit import Event
-from casparian_flow.db.models import ForgottenOutput, JobStatus, RetractedVersion
 from casparian_flow.db.outputs import NAMED
 from casparian_flow.db.routing import resolve_argument
+from casparian_flow.db.states import JobStatus
 from casparian_flow.engine import sinks, telling
 from casparian_flow.engine.sinks import PREFIXES, parquet_record
 from casparian_flow.errors import CasparianError, NotFound, SinkUnavailable, counted
@@ -90,8 +88,7 @@ def forget(ledger: Ledger, name: str) -> list[str]:
         )
 
     def work(connection: Connection) -> None:
-        rows = [{"output_key": row.output_key} for row in lost]
-        connection.execute(insert(ForgottenOutput), rows)
+        db_outputs.forget(connection, [row.output_key for row in lost])
         versions = [row.version_id for row in lost]
         visibility.refresh(connection, visibility.of_versions(connection, versions))
 
@@ -313,13 +310,9 @@ def retract(ledger: Ledger, name: str, *, undo: bool = False) -> list[Any]:
     if not chosen:
         return _told_again(ledger, name, named, undo=undo)
     versions = sorted({row.version_id for row in chosen})
-    these = RetractedVersion.file_version_id.in_(versions)
 
     def work(connection: Connection) -> None:
-        connection.execute(delete(RetractedVersion).where(these))
-        if not undo:
-            rows = [{"file_version_id": version} for version in versions]
-            connection.execute(insert(RetractedVersion), rows)
+        db_outputs.retract(connection, versions, undo=undo)
         visibility.refresh(connection, visibility.of_versions(connection, versions))
 
     def events(_: None) -> list[Event]:
@@ -416,4 +409,4 @@ def _of_file(ledger: Ledger, name: str) -> list[Any]:
 def _select(ledger: Ledger, which: str, **values: Any) -> list[Any]:
     """The published outputs for which a condition over the columns of `NAMED` holds."""
     query = f"SELECT * FROM ({NAMED}) WHERE {which} ORDER BY job_id, output_key"  # noqa: S608
-    return ledger.read(lambda c: list(c.execute(text(query), values)))
+    return ledger.read(lambda c: list(c.execute(query, values)))

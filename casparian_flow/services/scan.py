@@ -40,6 +40,9 @@ from casparian_flow.services.walk import Ignore, Listing
 BATCH_FILES = 1000
 """Sightings in one transaction, at most."""
 
+LARGE_BYTES = 64 << 20
+"""What was found before a file of this size is recorded before it is read."""
+
 BATCH_SECONDS = 0.5
 """A slow scan (large files) records what it has found this often."""
 
@@ -115,8 +118,11 @@ class _Scan:
             return self._freeze(f"cannot be read ({error.strerror})")
         try:
             device = Stat.of(os.fstat(descriptor)).device
-            if self._looks_unmounted(descriptor, device):
-                return self._freeze(_UNMOUNTED)
+            try:
+                if self._looks_unmounted(descriptor, device):
+                    return self._freeze(_UNMOUNTED)
+            except OSError as error:
+                return self._freeze(f"cannot be read ({error.strerror})")
             for listing in self._listings(descriptor, only):
                 if self.stop.is_set():
                     break
@@ -254,6 +260,8 @@ class _Scan:
             if wait > 0:
                 self._mark_unsettled(listing, path, wait)
                 return False
+        if stat.size >= LARGE_BYTES:
+            self._flush()
         try:
             content = hash_and_capture(
                 name, listing.descriptor, self.stop, self.store,
@@ -602,7 +610,7 @@ def _hash_small(
     descriptor = os.open(name, _OPEN, dir_fd=folder)
     try:
         length = os.readv(descriptor, [store.block])
-        if length != listed.size or Stat.of(os.fstat(descriptor)) != listed:
+        if length != listed.size or versions.identity(os.fstat(descriptor)) != listed:
             return None
     except OSError:  # what it is then, the long way says
         return None

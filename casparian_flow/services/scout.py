@@ -11,7 +11,6 @@ hashed again at the next scan (git's racy rule). docs/detection.md says what a s
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -21,22 +20,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
-
-from sqlalchemy import Engine
-from sqlalchemy.orm import Session
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from casparian_flow.config import ScanSettings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import versions
 from casparian_flow.db.access import Connection, Ledger
-from casparian_flow.db.models import SourceRoot
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import ScrubTarget
 from casparian_flow.errors import LedgerError, SourceError
 from casparian_flow.services import inventory, outputs, walk
 from casparian_flow.services.scan import Root, ScanReport, hash_file, scan
 from casparian_flow.services.store import NOTHING, Store
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+    from sqlalchemy.orm import Session
+
+    from casparian_flow.db.models import SourceRoot
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +68,7 @@ class Scout:
         self._db.commit()
         known = Root.of(root)
         self._db.commit()
-        engine = self._db.get_bind()
-        assert isinstance(engine, Engine)
-        with Ledger(engine) as ledger:
+        with Ledger(cast("Engine", self._db.get_bind())) as ledger:
             inventory.before_scan(ledger.database, ledger)
             report = scan_until_settled(ledger, known)
         self._db.expire_all()
@@ -336,6 +335,8 @@ class Scrubber:
 
     async def run(self) -> None:
         """Scrub the roots that are due, one at a time; none with `scrub_days = 0`."""
+        import asyncio
+
         while self._settings.scrub_days:
             try:
                 for root in await asyncio.to_thread(self._due):
@@ -378,6 +379,8 @@ async def run_in_thread(stop: threading.Event, work: Callable[[], T]) -> T:
 
     On cancellation `stop` is set and the thread is waited for, since what it uses is closed next.
     """
+    import asyncio
+
     working = asyncio.get_running_loop().run_in_executor(_THREADS, work)
     try:
         return await asyncio.shield(working)

@@ -16,8 +16,9 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, routing, versions
 from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.audit import Event
-from casparian_flow.db.models import ON_DELETE, RoutingRule, SourceRoot
+from casparian_flow.db.models import RoutingRule, SourceRoot
 from casparian_flow.db.routing import compile_pattern
+from casparian_flow.db.states import ON_DELETE
 from casparian_flow.db.visibility import Change
 from casparian_flow.errors import ConfigError, NotFound, SourceError
 from casparian_flow.services import architect, outputs

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from casparian_flow.db import versions
 from casparian_flow.db.access import Connection
 from casparian_flow.db.audit import Event
-from casparian_flow.db.models import PASSED_OVER
+from casparian_flow.db.states import PASSED_OVER
 from casparian_flow.db.versions import NewDigest, PresentLocation
 from casparian_flow.db.visibility import Change
 

@@ -32,12 +32,11 @@ from casparian_flow.db.models import (
     Directory,
     FileLocation,
     FileVersion,
-    JobStatus,
     ProcessingJob,
     SourceRoot,
-    utcnow,
 )
 from casparian_flow.db.routing import JobRequest
+from casparian_flow.db.states import JobStatus, utcnow
 from casparian_flow.engine import dispatch
 from casparian_flow.engine.committer import Committer, _Results, _WorkerReceipt
 from casparian_flow.engine.dispatch import POISON_AFTER, POISON_AFTER_KILLS

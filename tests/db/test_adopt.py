@@ -15,8 +15,9 @@ from casparian_flow.config import Settings
 from casparian_flow.db import adopt, asked, jobs, plugins, trust
 from casparian_flow.db.access import Connection, Ledger, open_ledger
 from casparian_flow.db.adopt import Adoption
-from casparian_flow.db.models import JobStatus, ProcessingJob
+from casparian_flow.db.models import ProcessingJob
 from casparian_flow.db.routing import JobRequest
+from casparian_flow.db.states import JobStatus
 from casparian_flow.engine.dispatch import Dispatcher
 from casparian_flow.errors import ArtifactRefused, PublishConflict
 from casparian_flow.protocol import Output, State, key_of

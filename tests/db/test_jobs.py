@@ -11,8 +11,9 @@ from sqlalchemy import select, text
 
 from casparian_flow.db import jobs
 from casparian_flow.db.access import Connection, Ledger
-from casparian_flow.db.models import JobStatus, ProcessingJob, utcnow
+from casparian_flow.db.models import ProcessingJob
 from casparian_flow.db.routing import JobRequest
+from casparian_flow.db.states import JobStatus, utcnow
 from tests.factories import add_job
 
 

@@ -15,8 +15,8 @@ from sqlalchemy import text
 from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.db import promises, schema, visibility
 from casparian_flow.db.access import Connection, Ledger
-from casparian_flow.db.models import REMOVED
 from casparian_flow.db.routing import Routing
+from casparian_flow.db.states import REMOVED
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.daemons import work_off

@@ -21,7 +21,8 @@ from sqlalchemy import text, update
 from casparian_flow.config import Settings
 from casparian_flow.db import debts, integrity, jobs, outputs, schema, seals, visibility
 from casparian_flow.db.access import Connection, Ledger, driver, open_ledger
-from casparian_flow.db.models import JOB_ARROWS, JobStatus, ProcessingJob
+from casparian_flow.db.models import ProcessingJob
+from casparian_flow.db.states import JOB_ARROWS, JobStatus
 from casparian_flow.protocol import Output
 from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.verify import verify

@@ -16,7 +16,7 @@ from sqlalchemy import text
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import debts, outputs, schema, visibility
 from casparian_flow.db.access import Connection
-from casparian_flow.db.models import REMOVED, utcnow
+from casparian_flow.db.states import REMOVED, utcnow
 from casparian_flow.db.visibility import Scope
 from tests.factories import undone
 

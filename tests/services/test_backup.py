@@ -18,7 +18,8 @@ from casparian_flow import main
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, jobs, kept, plugins
 from casparian_flow.db.access import Connection, Ledger, open_ledger
-from casparian_flow.db.models import JobStatus, ProcessingJob
+from casparian_flow.db.models import ProcessingJob
+from casparian_flow.db.states import JobStatus
 from casparian_flow.errors import CasparianError, LedgerError
 from casparian_flow.services import backup, store_upkeep
 from casparian_flow.services.scan import scan

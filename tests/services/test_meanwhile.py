@@ -15,7 +15,8 @@ from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import jobs, routing, versions
 from casparian_flow.db.access import Connection, Ledger, open_ledger
-from casparian_flow.db.models import AuditEntry, FileLocation, JobStatus, ProcessingJob, RoutingRule
+from casparian_flow.db.models import AuditEntry, FileLocation, ProcessingJob, RoutingRule
+from casparian_flow.db.states import JobStatus
 from casparian_flow.db.versions import Stat, invalidate
 from casparian_flow.services import scan as scan_module
 from casparian_flow.services import sources

@@ -180,7 +180,7 @@ def test_what_the_manifest_says_is_what_is_configured(
         assert [(row.uri, row.mode) for row in rows] == [
             ("parquet://red/out", "replace"), ("sqlite:///t.sqlite3", "append"),
         ]  # fmt: skip
-        (plugin,) = ledger.read(lambda c: plugins.stored(c, True))
+        (plugin,) = ledger.read(plugins.stored)
         assert plugins.manifest_of(plugin.manifest).sinks_of("lines") == said
 
 
