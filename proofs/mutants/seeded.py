@@ -56,6 +56,13 @@ MUTANTS = [
         [_DURABLE],
     ),
     Mutant(
+        "a digest is saved whatever another scan has found meanwhile",
+        [Edit("db/versions.py", "CASE WHEN digest IS ?", "CASE WHEN 1 OR digest IS ?")],
+        [
+            "tests/services/test_meanwhile.py::test_what_another_scan_saw_come_is_missed_when_it_goes"
+        ],
+    ),
+    Mutant(
         "no directory fsync",
         [
             Edit(
@@ -528,7 +535,7 @@ MUTANTS = [
     ),
     Mutant(
         "a file that comes back gets no job",
-        [Edit("db/versions.py", "for s in [*changed, *back]", "for s in changed")],
+        [Edit("db/versions.py", "    for s, state in back:\n", "    for s, state in ():\n")],
         [f"{_PROMISES}::test_a_file_that_comes_back_goes_to_the_plugins_of_now"],
     ),
 ]
