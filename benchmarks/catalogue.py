@@ -121,11 +121,13 @@ def scan_100k(inputs: Path, quick: bool) -> Benchmark:
     files = 2_000 if quick else 100_000
     source = tiny_files(inputs / "source", files)
     new = _home(inputs, source)
+    _keep_nothing(new)
     known = _scanned(inputs, new)
     scan = _python("ours/scan.py")
     text = (
         f"{files:,} tiny files in folders of a hundred, page cache warm. The first scan hashes "
-        "every file and records locations and versions (SQLite, synchronous=FULL); the rescan "
+        "every file and records locations and versions (SQLite, synchronous=FULL, `[store] keep = "
+        "false`); the rescan "
         "finds them unchanged. `find` prints each file's size, time and name and keeps nothing; "
         "`find + sha256sum` hashes on two processes (`xargs -0 -P2`) and keeps nothing. `scan` "
         "is the part of ours that a running daemon repeats: without Python's start and imports."
@@ -163,8 +165,7 @@ def _kept(inputs: Path, count: int, size: int, form: str) -> Benchmark:
     off = _home(inputs, source)
     on = inputs / "on"
     shutil.copytree(off, on)
-    with (off / FILE_NAME).open("a") as file:
-        file.write("\n[store]\nkeep = false\n")
+    _keep_nothing(off)
     scan = _python("ours/scan.py")
     text = (
         f"The first scan of {count:,} files of {size:,} random bytes in folders of a hundred, page "
@@ -379,6 +380,11 @@ def _home(inputs: Path, source: Path, plugin: str | Path = "") -> Path:
     plugins = [HERE / "plugins" / plugin] if plugin else []
     execute(_python("ours/home.py", source, *plugins), home)
     return home
+
+
+def _keep_nothing(home: Path) -> None:
+    with (home / FILE_NAME).open("a") as file:
+        file.write("\n[store]\nkeep = false\n")
 
 
 def _scanned(inputs: Path, home: Path) -> Path:

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import zmq.asyncio
-from sqlalchemy import Connection
 
 from casparian_flow import config, durable, trees
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import integrity, outputs, plugins
-from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.access import Connection, Ledger, open_ledger
 from casparian_flow.engine import canary, contents, dispatch, endings, sinks
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.dispatch import ledger_tag

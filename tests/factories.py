@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
-from sqlalchemy import Connection, insert, update
+from sqlalchemy import insert, update
 
-from casparian_flow.db import audit, plugins
-from casparian_flow.db.access import Ledger
+from casparian_flow.config import DatabaseSettings
+from casparian_flow.db import audit, plugins, schema
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.models import (
     Directory,
     Epoch,
     FileLocation,
     FileVersion,
-    JobStatus,
     Plugin,
     ProcessingJob,
     SourceRoot,
 )
+from casparian_flow.db.states import JobStatus
 from casparian_flow.services.scan import Root
 
 MANIFEST = (
@@ -25,6 +28,15 @@ MANIFEST = (
     ' "subscriptions": [], "sinks": {}, "timeout_seconds": 0}'
 )
 """Of a plugin whose jobs can be given to a worker, and that cannot be run."""
+
+
+@contextmanager
+def undone(database: DatabaseSettings) -> Iterator[Connection]:
+    """A writing transaction that is taken back."""
+    with closing(schema.connect(database)) as raw:
+        raw.begin_writing()
+        yield Connection(raw)
+        raw.rollback()
 
 
 def add_audit_row(connection: Connection, subject: str = "something") -> None:

@@ -96,7 +96,6 @@ def test_the_guest_needs_the_standard_library_only() -> None:
 
 SQL_BESIDE_SINKS = {
     "engine.contents": {"sqlite3"},  # the store's rows, which Workers must not need the ledger for
-    "services.outputs": {"sqlalchemy"},  # a verb that changes the ledger and asks the sinks
     "services.topics": {"sqlalchemy"},
     "services.sources": {"sqlalchemy"},  # as their scans and routing are in services
     "services.scout": {"sqlalchemy"},  # its contract takes a user's Session

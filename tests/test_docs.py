@@ -16,8 +16,8 @@ import pytest
 from casparian_flow import bundled, config
 from casparian_flow.cli import start
 from casparian_flow.config import Settings
-from casparian_flow.db.models import JobStatus
 from casparian_flow.db.schema import migrations
+from casparian_flow.db.states import JobStatus
 from tests.cli.write_docs import every_command
 from tests.conftest import write_config
 

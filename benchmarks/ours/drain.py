@@ -12,7 +12,7 @@ from casparian_flow import config, main
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import open_ledger
-from casparian_flow.db.models import JobStatus
+from casparian_flow.db.states import JobStatus
 from casparian_flow.services import scout
 
 LOOK_SECONDS = 0.1

@@ -8,7 +8,7 @@ from pathlib import Path
 from sqlalchemy.orm import Session
 
 from casparian_flow import config
-from casparian_flow.db.access import open_ledger
+from casparian_flow.db.access import get_engine, open_ledger
 from casparian_flow.db.models import SourceRoot
 from casparian_flow.engine import locking
 from casparian_flow.engine.environments import EnvironmentStore
@@ -19,7 +19,7 @@ def main(source: str, *plugins: str) -> None:
     Path(config.FILE_NAME).write_text('[database]\ndb_location = "casparian_flow.sqlite3"\n')
     settings = config.load()
     with open_ledger(settings.database) as ledger:
-        with Session(ledger.engine) as db:
+        with Session(get_engine(ledger.database)) as db:
             db.add(SourceRoot(path=source, settle_seconds=0.0))
             db.commit()
         for file in map(Path, plugins):

@@ -82,7 +82,7 @@ def jobs(
 def _statuses(asked: str | None) -> tuple[str | None, str | None]:
     """The job status and the state of the failure that `--status` stands for."""
     from casparian_flow.db import failures
-    from casparian_flow.db.models import JobStatus
+    from casparian_flow.db.states import JobStatus
 
     if asked is None:
         return None, None

@@ -137,7 +137,7 @@ class _Tally:
 
 def _state(here: Here, daemon: Daemon, tally: _Tally) -> str:
     from casparian_flow.db import views
-    from casparian_flow.db.models import PAUSED
+    from casparian_flow.db.states import PAUSED
 
     files = sum(r["files"] for r in here.ledger.read(views.roots) if r["active"])
     workers = counted(daemon.sentinel.workers, "worker")

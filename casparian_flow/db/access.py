@@ -1,38 +1,50 @@
-"""Access to the ledger: a SQLAlchemy engine, and `Ledger`, whose one thread does all writes.
+"""Access to the ledger: `Ledger`, whose one thread does all writes, and a SQLAlchemy engine.
 
-`get_engine` is for users' scripts: a SQLAlchemy engine over the ledger, safe beside a running
-daemon. `Ledger` is for the system: coroutines and threads hand it functions, and all that wait
-share one transaction (group commit), because an fsync costs more than the work. Each transaction
-ends with its seal (see `db.seals`).
+`Ledger` is for the system: coroutines and threads hand it functions, and all that wait share one
+transaction (group commit), because an fsync costs more than the work. Each transaction ends with
+its seal (see `db.seals`). `get_engine` is for users' scripts: a SQLAlchemy engine over the ledger,
+safe beside a running daemon; nothing else here needs SQLAlchemy.
 """
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import functools
-import json
 import queue
 import re
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
-
-from sqlalchemy import URL, Connection, CursorResult, Engine, create_engine, event, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import schema, seals
 from casparian_flow.db.audit import Event, actor, append
+from casparian_flow.db.connection import (
+    Connection,
+    Result,
+    execute,
+    execute_many,
+    returned_ids,
+)
 from casparian_flow.db.schema import LedgerConnection, check_place, identity
 from casparian_flow.errors import LedgerError, LedgerLost
+
+if TYPE_CHECKING:
+    import sqlalchemy
+    from sqlalchemy import Engine
+
+__all__ = [
+    "Connection", "Ledger", "Page", "Result", "Row", "Wake", "Work", "driver", "execute",
+    "execute_many", "get_engine", "open_ledger", "page", "read_copy", "returned_ids", "rows",
+    "write_copy",
+]  # fmt: skip
 
 T = TypeVar("T")
 Work = Callable[[Connection], T]
@@ -75,6 +87,8 @@ def get_engine(database: DatabaseSettings) -> Engine:
     Raises:
         LedgerError: the database cannot be used; nothing was changed.
     """
+    from sqlalchemy import URL, create_engine, event
+
     schema.bring_up_to_date(database)
     engine = create_engine(
         URL.create("sqlite", database=str(database.path)),
@@ -92,60 +106,29 @@ def get_engine(database: DatabaseSettings) -> Engine:
     return engine
 
 
-def _on_begin(connection: Connection) -> None:
+def _on_begin(connection: sqlalchemy.Connection) -> None:
     # sqlite3's own implicit BEGIN would leave DDL and SELECT outside the transaction.
-    raw = driver(connection)
-    if connection.get_execution_options().get("writes"):
-        raw.begin_writing()
-    else:
-        raw.execute("BEGIN")
+    connection.exec_driver_sql("BEGIN")
 
 
-def _on_execute(_c: Connection, cursor: Any, statement: str, *_rest: object) -> None:
+def _on_execute(
+    _connection: sqlalchemy.Connection, cursor: Any, statement: str, *_rest: object
+) -> None:
     if not _READS.match(statement) and not cursor.connection.writing:
         cursor.connection.begin_writing()
         seals.begin_session(cursor.connection)
 
 
-def _on_commit(connection: Connection) -> None:
+def _on_commit(connection: sqlalchemy.Connection) -> None:
     """Seal what a user's session has changed; `Ledger` seals its own transactions."""
-    raw = driver(connection)
-    if raw.writing and not connection.get_execution_options().get("writes"):
+    raw = cast(LedgerConnection, connection.connection.driver_connection)
+    if raw.writing:
         seals.seal_session(raw)
 
 
 def driver(connection: Connection) -> LedgerConnection:
-    """The sqlite3 connection under SQLAlchemy's."""
-    return cast(LedgerConnection, connection.connection.dbapi_connection)
-
-
-def execute_many(
-    connection: Connection,
-    statement: str,
-    rows: Sequence[tuple[Any, ...]] | Sequence[dict[str, Any]],
-) -> int:
-    """Run a driver-level statement for each row; how many rows it changed.
-
-    Tuples are for `?`, dicts for `:name`. Do not use `?1`: Python 3.12.0 to 3.12.3 take it for a
-    name (gh-117995).
-    """
-    return connection.exec_driver_sql(statement, list(rows)).rowcount if rows else 0
-
-
-def execute(connection: Connection, statement: str, **values: Any) -> CursorResult[Any]:
-    """Run one statement; collections are bound as JSON, for `json_each`."""
-    bound = {
-        name: json.dumps(list(value))
-        if isinstance(value, Collection) and not isinstance(value, str | bytes)
-        else value
-        for name, value in values.items()
-    }
-    return connection.execute(text(statement), bound)
-
-
-def returned_ids(connection: Connection, statement: str, **values: Any) -> list[int]:
-    """Run one statement; the ids it returns."""
-    return list(execute(connection, statement, **values).scalars())
+    """The sqlite3 connection."""
+    return cast(LedgerConnection, connection.driver)
 
 
 class Ledger:
@@ -154,15 +137,18 @@ class Ledger:
     Use it as a context manager, or call `close`.
 
     Args:
+        database: where it is; or an engine of `get_engine`, whose ledger it is then.
         wake: what `wake` and `change` call. It comes from outside, because this layer knows no
             daemon. None: nothing is woken, as in the daemon itself.
     """
 
-    def __init__(self, engine: Engine, wake: Wake | None = None) -> None:
-        self.engine = engine
+    def __init__(self, database: DatabaseSettings | Engine, wake: Wake | None = None) -> None:
+        if not isinstance(database, DatabaseSettings):
+            database = cast(DatabaseSettings, database.get_execution_options()["database"])
+        self.database = database
         self._wake = wake
-        self._path = Path(str(engine.url.database))
-        self._place = identity(self._path)
+        self._place = identity(database.path)
+        self._readers = _Readers(database)
         self._requests: queue.SimpleQueue[tuple[Work[Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
@@ -173,11 +159,6 @@ class Ledger:
         """Since when (monotonic seconds) writes fail, and why; None where they do not."""
         self._thread = threading.Thread(target=self._serve, name="ledger-writer", daemon=True)
         self._thread.start()
-
-    @property
-    def database(self) -> DatabaseSettings:
-        """The settings the engine was made with."""
-        return cast(DatabaseSettings, self.engine.get_execution_options()["database"])
 
     def __enter__(self) -> Self:
         return self
@@ -191,7 +172,7 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Finish what was submitted, then stop the thread; the engine stays open.
+        """Finish what was submitted, then stop the thread and close the connections.
 
         A read in progress goes on, and closes its connection itself.
         """
@@ -199,6 +180,7 @@ class Ledger:
             self._closed = True
             self._requests.put(None)
         self._thread.join()
+        self._readers.close()
 
     def check_place(self) -> None:
         """Return if the database is still the file that was opened.
@@ -206,7 +188,7 @@ class Ledger:
         Raises:
             LedgerLost: it was deleted or replaced.
         """
-        check_place(self._path, self._place)
+        check_place(self.database.path, self._place)
 
     @property
     def broken(self) -> bool:
@@ -219,6 +201,8 @@ class Ledger:
         Raises:
             LedgerError: that has happened.
         """
+        import asyncio
+
         await asyncio.shield(asyncio.wrap_future(self._broken))
 
     def read(self, work: Work[T]) -> T:
@@ -228,20 +212,28 @@ class Ledger:
             LedgerError: the database cannot be read (its disk is gone, for one).
             LedgerLost: it is damaged.
         """
-        pool = self.engine.pool
         try:
-            with self.engine.connect() as connection:
-                return work(connection)
-        except (DBAPIError, OSError) as error:
-            raise _damage(error) or LedgerError(
-                f"the ledger could not be read: {getattr(error, 'orig', error)}",
-                "make sure its disk is mounted and has room, then: casparian verify",
-            ) from error
-        finally:
-            if self._closed:
-                # This connection may be back in the pool after the engine was disposed of, which
-                # closed the connections that were in it then.
-                pool.dispose()
+            with self._readers.one() as connection:
+                driver(connection).execute("BEGIN")
+                try:
+                    return work(connection)
+                finally:
+                    driver(connection).rollback()
+        except (sqlite3.Error, OSError) as error:
+            raise _unread(error) from error
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A connection of this thread's for many reads on the driver, each of the newest commit.
+
+        Raises:
+            LedgerError, LedgerLost: as `read`.
+        """
+        try:
+            with self._readers.one() as connection:
+                yield connection
+        except sqlite3.Error as error:
+            raise _unread(error) from error
 
     def write(self, work: Work[T]) -> T:
         """Run `work` in a writing transaction and wait until it is durable.
@@ -297,10 +289,14 @@ class Ledger:
 
     async def write_soon(self, work: Work[T]) -> T:
         """`write`, for coroutines."""
+        import asyncio
+
         return await asyncio.wrap_future(self._submit(work))
 
     async def read_soon(self, work: Work[T]) -> T:
         """`read`, for coroutines: on a thread of the pool."""
+        import asyncio
+
         return await asyncio.to_thread(self.read, work)
 
     def copy(self, target: Path) -> None:
@@ -317,14 +313,13 @@ class Ledger:
         """
         try:
             # VACUUM cannot run in a transaction
-            with contextlib.closing(self.engine.raw_connection()) as connection:
-                connection.cursor().execute("VACUUM INTO ?", (str(target),))
+            with self._readers.one() as connection:
+                driver(connection).execute("VACUUM INTO ?", (str(target),))
             with contextlib.closing(sqlite3.connect(target)) as copy, copy:
                 copy.execute("DELETE FROM cf_asked_sink")
-        except (sqlite3.Error, DBAPIError, OSError) as error:
-            cause = getattr(error, "orig", error)
+        except (sqlite3.Error, OSError) as error:
             raise LedgerError(
-                f"the ledger could not be copied to {target.parent}: {cause}",
+                f"the ledger could not be copied to {target.parent}: {error}",
                 "choose a file that you may write, on a disk with room",
             ) from error
 
@@ -347,16 +342,12 @@ class Ledger:
             while group := self._next_group():
                 try:
                     # If it cannot be opened, the next request tries again.
-                    connection = connection or stack.enter_context(self._connect())
+                    if connection is None:
+                        raw = stack.enter_context(contextlib.closing(_open(self.database)))
+                        connection = Connection(raw)
                     self._commit(connection, group)
                 except Exception as error:  # noqa: BLE001 - given to every request of the group
                     self._refuse(group, error)
-
-    def _connect(self) -> Connection:
-        connection = self.engine.connect().execution_options(writes=True)
-        # In the pool, its triggers would note what its next user writes.
-        connection.detach()
-        return connection
 
     def _next_group(self) -> list[tuple[Work[Any], Future[Any]]]:
         """Wait for one request, then take all that wait; empty when closed."""
@@ -377,18 +368,20 @@ class Ledger:
         outcomes: list[tuple[Future[Any], Any, BaseException | None]] = []
         if self.broken:
             self._broken.result()
-        with connection.begin():
-            marks = seals.begin(driver(connection))
+        with _writing(driver(connection)) as raw:
+            marks = seals.begin(raw)
             for work, future in group:
+                raw.execute("SAVEPOINT request")
                 try:
-                    # One request's error must not undo the others'.
-                    with connection.begin_nested():
-                        outcomes.append((future, work(connection), None))
-                except OperationalError:
+                    outcomes.append((future, work(connection), None))
+                except sqlite3.OperationalError:
                     raise
                 except Exception as error:  # noqa: BLE001 - given to the caller
+                    # One request's error must not undo the others'.
+                    raw.execute("ROLLBACK TO request")
                     outcomes.append((future, None, error))
-            seals.seal(driver(connection), marks)
+                raw.execute("RELEASE request")
+            seals.seal(raw, marks)
         self.failing = None
         for future, result, failure in outcomes:
             if failure is None:
@@ -401,11 +394,71 @@ class Ledger:
         refusal = _refusal(error)
         if isinstance(refusal, LedgerError):
             self.failing = self.failing or (time.monotonic(), refusal)
-        code = getattr(getattr(error, "orig", error), "sqlite_errorcode", None)
+        code = getattr(error, "sqlite_errorcode", None)
         if code in _UNSYNCED and not self.broken:
             self._broken.set_exception(refusal)
         for _work, future in group:
             future.set_exception(refusal)
+
+
+IDLE_READERS = 5
+"""Connections for reading that are kept open, at most."""
+
+
+class _Readers:
+    """Connections for reading: each is used by one thread at a time."""
+
+    def __init__(self, database: DatabaseSettings) -> None:
+        self._database = database
+        self._idle: list[Connection] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[Connection]:
+        """A connection, outside a transaction."""
+        with self._lock:
+            connection = self._idle.pop() if self._idle else None
+        connection = connection or Connection(_open(self._database))
+        try:
+            yield connection
+        finally:
+            with self._lock:
+                is_kept = not self._closed and len(self._idle) < IDLE_READERS
+                if is_kept:
+                    self._idle.append(connection)
+            if not is_kept:
+                connection.driver.close()
+
+    def close(self) -> None:
+        """Close them all; those in use when they are given back."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.driver.close()
+
+
+def _open(database: DatabaseSettings) -> LedgerConnection:
+    return LedgerConnection(
+        database.gate,
+        str(database.path),
+        timeout=30.0,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+
+
+@contextlib.contextmanager
+def _writing(raw: LedgerConnection) -> Iterator[LedgerConnection]:
+    """A writing transaction."""
+    try:
+        raw.begin_writing()
+        yield raw
+        raw.commit()
+    except BaseException:
+        raw.rollback()
+        raise
 
 
 @contextlib.contextmanager
@@ -418,52 +471,47 @@ def open_ledger(database: DatabaseSettings, wake: Wake | None = None) -> Iterato
     Raises:
         LedgerError: the database cannot be used; nothing was changed.
     """
-    engine = get_engine(database)
-    try:
-        with Ledger(engine, wake) as ledger:
-            yield ledger
-    finally:
-        engine.dispose()
+    schema.bring_up_to_date(database)
+    with Ledger(database, wake) as ledger:
+        yield ledger
 
 
 @contextlib.contextmanager
 def read_copy(file: Path) -> Iterator[Connection]:
     """Open a ledger that nobody writes, and leave no file beside it."""
-    immutable = {"mode": "ro", "immutable": "1", "uri": "true"}
-    engine = create_engine(URL.create("sqlite", database=file.as_uri(), query=immutable))
-    try:
-        with engine.connect() as connection:
-            yield connection
-    finally:
-        engine.dispose()
+    uri = f"{file.absolute().as_uri()}?mode=ro&immutable=1"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as raw:
+        yield Connection(raw)
 
 
 @contextlib.contextmanager
 def write_copy(file: Path) -> Iterator[Connection]:
     """Change a copy of a ledger that nobody else knows yet, in one transaction."""
-    engine = create_engine(URL.create("sqlite", database=str(file)))
-    try:
-        with engine.begin() as connection:
-            yield connection
-    finally:
-        engine.dispose()
+    with contextlib.closing(sqlite3.connect(file)) as raw, raw:
+        yield Connection(raw)
 
 
 def _damage(error: BaseException) -> LedgerLost | None:
     """A LedgerLost where the database is damaged; None for any other error."""
-    cause = getattr(error, "orig", error)
-    if getattr(cause, "sqlite_errorcode", 0) & 0xFF not in schema.NOT_A_DATABASE:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF not in schema.NOT_A_DATABASE:
         return None
     return LedgerLost(
-        f"the ledger is damaged: {cause}",
+        f"the ledger is damaged: {error}",
         "keep the file aside, restore a backup, then: casparian verify   (docs/disaster.md)",
     )
 
 
+def _unread(error: Exception) -> LedgerError:
+    return _damage(error) or LedgerError(
+        f"the ledger could not be read: {error}",
+        "make sure its disk is mounted and has room, then: casparian verify",
+    )
+
+
 def _refusal(error: Exception) -> Exception:
-    if isinstance(error, DBAPIError | sqlite3.Error | OSError):
+    if isinstance(error, sqlite3.Error | OSError):
         refusal = _damage(error) or LedgerError(
-            f"the ledger could not be written: {getattr(error, 'orig', error)}",
+            f"the ledger could not be written: {error}",
             "free disk space or fix permissions, then try again; this step was not recorded",
         )
         refusal.__cause__ = error
@@ -506,13 +554,13 @@ def page(
     first = rows(connection, f"{query} LIMIT :page", page=limit + 1, **values)
     if len(first) <= limit:
         return Page(first, len(first))
-    total = text(f"SELECT count(*) FROM ({counted or query})")  # noqa: S608  ours
+    total = f"SELECT count(*) FROM ({counted or query})"  # noqa: S608  ours
     return Page(first[:limit], connection.execute(total, values).scalar_one())
 
 
 def rows(connection: Connection, query: str, **values: Any) -> list[Row]:
     """Every row of a query."""
-    mappings = connection.execute(text(query), values).mappings()
+    mappings = connection.execute(query, values).mappings()
     return [{name: _value(name, value) for name, value in row.items()} for row in mappings]
 
 

@@ -22,19 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from packaging.version import Version
-from sqlalchemy import Connection, func, select
 
 from casparian_flow.db import audit, jobs, visibility
-from casparian_flow.db.access import driver, execute
-from casparian_flow.db.models import (
-    FileVersion,
-    IdFloor,
-    JobStatus,
-    OutputState,
-    SourceRoot,
-    utcnow,
-)
-from casparian_flow.db.models import Output as OutputRow
+from casparian_flow.db.access import Connection, driver, execute
+from casparian_flow.db.states import JobStatus, OutputState, utcnow
 from casparian_flow.db.visibility import Scope
 from casparian_flow.protocol import Output, State
 
@@ -90,14 +81,14 @@ def _runs(ids: Iterable[int]) -> list[list[int]]:
 def known_keys(connection: Connection) -> set[str]:
     """The keys of all outputs that are published, or will be. What a sink has refused may be there
     all the same: a later ledger had the job run again."""
-    keys = select(OutputRow.output_key).where(OutputRow.state != OutputState.REFUSED)
-    return set(connection.execute(keys).scalars())
+    keys = "SELECT output_key FROM cf_output WHERE state <> :refused"
+    return set(execute(connection, keys, refused=OutputState.REFUSED).scalars())
 
 
 def last_version_id(connection: Connection) -> int:
     """The greatest version id that was given, by this ledger or an earlier one."""
-    last = connection.execute(select(func.max(FileVersion.id))).scalar() or 0
-    floor: int = connection.execute(select(IdFloor.version_id)).scalar_one()
+    last = connection.execute("SELECT max(id) FROM cf_file_version").scalar() or 0
+    floor: int = connection.execute("SELECT version_id FROM cf_id_floor").scalar_one()
     return max(last, floor)
 
 
@@ -120,7 +111,7 @@ def adopt(
         version=max(output.version_id for output in found),
         job=max(output.job_id for output in found),
     )
-    roots = {row.name: row.id for row in connection.execute(select(SourceRoot.name, SourceRoot.id))}
+    roots = {row.name: row.id for row in connection.execute("SELECT name, id FROM cf_source_root")}
     known = known_keys(connection)
     by_work: dict[_Work, list[Output]] = defaultdict(list)
     seen = set(known)
@@ -174,7 +165,7 @@ class _Adopter:
         self.adoptions: dict[str, Adoption] = {}
         self._connection = connection
         self._now = utcnow().isoformat(" ")
-        floor = connection.execute(select(IdFloor.version_id, IdFloor.job_id)).one()
+        floor = connection.execute("SELECT version_id, job_id FROM cf_id_floor").one()
         self._last: dict[str, int] = {
             "cf_file_version": max(floor.version_id, self._greatest("cf_file_version")),
             "cf_processing_queue": max(floor.job_id, self._greatest("cf_processing_queue")),
@@ -304,7 +295,7 @@ class _Adopter:
             """
             INSERT INTO cf_directory (source_root_id, path, parent_id, digest)
             VALUES (?, ?, ?, NULL)
-            ON CONFLICT (source_root_id, path) DO UPDATE SET digest = NULL
+            ON CONFLICT (source_root_id, path) DO UPDATE SET digest = randomblob(8)
             """,
             root_id, path, parent,
         )  # fmt: skip

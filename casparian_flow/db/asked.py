@@ -16,33 +16,30 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from sqlalchemy import Connection, func, select
-
-from casparian_flow.db.access import execute, execute_many
-from casparian_flow.db.models import AskedSink, Epoch, LedgerIdentity, TopicConfig, utcnow
-from casparian_flow.db.models import Output as OutputRow
+from casparian_flow.db.access import Connection, execute, execute_many
+from casparian_flow.db.states import utcnow
 
 
 def configured(connection: Connection) -> set[str]:
     """The sinks that topics go to, as they are written."""
-    return set(connection.execute(select(TopicConfig.uri)).scalars())
+    return set(connection.execute("SELECT uri FROM cf_topic_config").scalars())
 
 
 def used(connection: Connection) -> list[str]:
     """The locations of the sinks that have outputs."""
-    query = select(OutputRow.location).distinct().order_by(OutputRow.location)
+    query = "SELECT DISTINCT location FROM cf_output ORDER BY location"
     return list(connection.execute(query).scalars())
 
 
 def known(connection: Connection) -> set[str]:
     """The locations of sinks whose outputs the ledger knows."""
-    query = select(AskedSink.location).where(AskedSink.asked_at.is_not(None))
+    query = "SELECT location FROM cf_asked_sink WHERE asked_at IS NOT NULL"
     return set(connection.execute(query).scalars())
 
 
 def unknown(connection: Connection) -> dict[str, str]:
     """The locations of sinks that could not be asked yet -> why."""
-    query = select(AskedSink.location, AskedSink.problem).where(AskedSink.asked_at.is_(None))
+    query = "SELECT location, problem FROM cf_asked_sink WHERE asked_at IS NULL"
     return {row.location: row.problem for row in connection.execute(query)}
 
 
@@ -74,8 +71,8 @@ class Mark(NamedTuple):
 
 def mark(connection: Connection) -> Mark:
     """The ledger's id, and the number of its last epoch."""
-    ledger_id = connection.execute(select(LedgerIdentity.id)).scalars().first() or ""
-    return Mark(ledger_id, connection.execute(select(func.max(Epoch.id))).scalar() or 0)
+    ledger_id = connection.execute("SELECT id FROM cf_ledger_identity").scalar() or ""
+    return Mark(ledger_id, connection.execute("SELECT max(id) FROM cf_epoch").scalar() or 0)
 
 
 def is_doubtful(connection: Connection, beside: Mark | None) -> bool:
@@ -84,7 +81,7 @@ def is_doubtful(connection: Connection, beside: Mark | None) -> bool:
     Args:
         beside: what the file beside the ledger says; None where there is none.
     """
-    if connection.execute(select(AskedSink.location).limit(1)).first() is None:
+    if connection.execute("SELECT 1 FROM cf_asked_sink LIMIT 1").first() is None:
         return True
     ours = mark(connection)
     return beside is None or beside.ledger_id != ours.ledger_id or beside.epoch > ours.epoch

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import getpass
 import os
-import sqlite3
 from collections.abc import Iterable
-from typing import cast
-
-from sqlalchemy import Connection, insert, select
 
 from casparian_flow.db import seals
-from casparian_flow.db.models import AuditEntry
+from casparian_flow.db.connection import Connection, execute, execute_many
 from casparian_flow.db.seals import GENESIS, Event, Head, holds, link
 from casparian_flow.errors import CasparianError
 
@@ -46,8 +42,7 @@ def check_text(what: str, text: str) -> None:
 
 def head(connection: Connection) -> Head:
     """The last row; 0 and `GENESIS` where there is none."""
-    query = select(AuditEntry.seq, AuditEntry.hash).order_by(AuditEntry.seq.desc()).limit(1)
-    last = connection.execute(query).first()
+    last = connection.execute("SELECT seq, hash FROM cf_audit ORDER BY seq DESC LIMIT 1").first()
     return Head(*last) if last else Head(0, GENESIS)
 
 
@@ -59,15 +54,20 @@ def append(connection: Connection, actor: str, events: Iterable[Event]) -> None:
     Args:
         actor: who did it, where an event does not name them.
     """
-    rows = link(head(connection), actor, events)
-    if rows:
-        connection.execute(insert(AuditEntry), rows)
+    execute_many(
+        connection,
+        "INSERT INTO cf_audit (seq, at, actor, action, subject, detail, previous, hash) "
+        "VALUES (:seq, :at, :actor, :action, :subject, :detail, :previous, :hash)",
+        link(head(connection), actor, events),
+    )
 
 
 def lost(connection: Connection, noted: Head) -> Iterable[str]:
     """A sentence if a head that was noted earlier is not in the chain any more."""
-    query = select(AuditEntry.hash).where(AuditEntry.seq == noted.seq)
-    found = connection.execute(query).scalar() or (GENESIS if noted.seq == 0 else None)
+    query = "SELECT hash FROM cf_audit WHERE seq = :seq"
+    found = execute(connection, query, seq=noted.seq).scalar() or (
+        GENESIS if noted.seq == 0 else None
+    )
     if found is None:
         yield f"audit row {noted.seq}, the given head, is missing: the end of the audit was cut off"
     elif found != noted.hash:
@@ -78,7 +78,7 @@ def problems(connection: Connection) -> Iterable[str]:
     """One sentence for each break in the chain."""
     expected, previous = 1, GENESIS
     query = "SELECT seq, at, actor, action, subject, detail, previous, hash FROM cf_audit"
-    with seals.exact(cast(sqlite3.Connection, connection.connection.dbapi_connection)):
+    with seals.exact(connection.driver):
         for found in connection.exec_driver_sql(f"{query} ORDER BY seq").mappings():
             row = dict(found)
             is_next = row["seq"] == expected

@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, text
-
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import jobs, plugins
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.kept import HAS_BYTES
-from casparian_flow.db.models import TAKEN, utcnow
 from casparian_flow.db.routing import JobRequest, Routing
+from casparian_flow.db.states import TAKEN, utcnow
 from casparian_flow.db.versions import route_text
 from casparian_flow.errors import CasparianError, NotFound
 
@@ -174,7 +172,7 @@ def _candidates(
         "after": after, "chunk": CHUNK,
         "versions": None if choice.versions is None else json.dumps(list(choice.versions)),
     }  # fmt: skip
-    rows = connection.execute(text(_VERSIONS), values).all()
+    rows = connection.execute(_VERSIONS, values).all()
     lacking: list[tuple[int, JobRequest]] = []
     stopped: list[int] = []
     routed = bytes_gone = worked = waits = again = retracted = 0

@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection
 
-from casparian_flow.db.models import REMOVED, utcnow
+from casparian_flow.db.access import Connection
 from casparian_flow.db.moves import Moves
+from casparian_flow.db.states import REMOVED, utcnow
 from casparian_flow.db.visibility import (
     SAVE,
     Facts,

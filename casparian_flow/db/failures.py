@@ -16,10 +16,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from sqlalchemy import Connection
-
-from casparian_flow.db.access import Row, execute, returned_ids, rows
-from casparian_flow.db.models import utcnow
+from casparian_flow.db.access import Connection, Row, execute, returned_ids, rows
+from casparian_flow.db.states import utcnow
 
 OPEN, MENDED, DISMISSED, GONE_UNREAD = "open", "mended", "dismissed", "gone unread"
 HELD = "held"

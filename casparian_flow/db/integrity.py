@@ -24,11 +24,9 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Connection, text
-from sqlalchemy.exc import DBAPIError
 
 from casparian_flow.db import schema
-from casparian_flow.db.access import driver
+from casparian_flow.db.access import Connection, driver
 from casparian_flow.db.schema import Made
 from casparian_flow.db.seals import (
     DIGEST_BYTES,
@@ -88,9 +86,8 @@ def report_damage(what: str, problems: Iterable[str]) -> Iterator[str]:
     """These problems; where the database is too damaged to go on, that as the last one."""
     try:
         yield from problems
-    except (DBAPIError, sqlite3.Error, ValueError, TypeError) as error:
-        cause = getattr(error, "orig", error)
-        yield f"{what} cannot be read to the end; the database is damaged: {cause}"
+    except (sqlite3.Error, ValueError, TypeError) as error:
+        yield f"{what} cannot be read to the end; the database is damaged: {error}"
 
 
 def seal_problems(connection: Connection) -> Iterator[str]:
@@ -121,7 +118,7 @@ def since(connection: Connection) -> Iterator[str]:
     """From when on rows are sealed, of those that were not from the beginning."""
     query = "SELECT min(seq), max(seq), max(at) FROM cf_audit WHERE action = 'seal' AND subject = ?"
     for subject in (EARLIER, EARLIER_SETUP):
-        first, last, at = connection.exec_driver_sql(query, (subject,)).one()
+        first, last, at = connection.execute(query, (subject,)).one()
         if first is not None:
             yield (
                 f"{subject} were sealed on {at[:19]}Z (audit rows {first} to {last}); changes "
@@ -546,25 +543,25 @@ def broken_invariants(connection: Connection) -> Iterator[str]:
     """A sentence for each row that breaks an invariant, and for each damaged page."""
     for message, query in _INVARIANTS.items():
         yield from report_damage("the ledger", _broken(connection, message, query))
-    for (problem,) in connection.execute(text("PRAGMA integrity_check")):
+    for (problem,) in connection.execute("PRAGMA integrity_check"):
         if problem != "ok":
             yield f"the database is damaged: {problem}"
 
 
 def _broken(connection: Connection, message: str, query: str) -> Iterator[str]:
-    for row in connection.execute(text(query)):
+    for row in connection.execute(query):
         yield message.format(*row)
 
 
 def damage(connection: Connection) -> str:
     """What is wrong with the database's pages, by SQLite's quick check; else empty."""
-    problem: str = connection.execute(text("PRAGMA quick_check(1)")).scalar_one()
+    problem: str = connection.execute("PRAGMA quick_check(1)").scalar_one()
     return "" if problem == "ok" else problem
 
 
 def running_jobs(connection: Connection) -> Iterator[str]:
     """A sentence for each RUNNING job; call it only while no daemon runs."""
-    query = text("SELECT id FROM cf_processing_queue WHERE status = 'RUNNING'")
+    query = "SELECT id FROM cf_processing_queue WHERE status = 'RUNNING'"
     for job_id in connection.execute(query).scalars():
         yield (
             f"job {job_id} is RUNNING, but no daemon runs (casparian start puts it back "
@@ -582,4 +579,4 @@ def sizes(connection: Connection) -> dict[str, int]:
         "audit rows": "SELECT count(*) FROM cf_audit",
         "kept contents": "SELECT count(*) FROM cf_kept_content",
     }
-    return {name: connection.execute(text(query)).scalar_one() for name, query in tables.items()}
+    return {name: connection.execute(query).scalar_one() for name, query in tables.items()}

@@ -51,11 +51,9 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection
-
-from casparian_flow.db.access import execute, execute_many, returned_ids
-from casparian_flow.db.models import TAKEN, JobStatus, utcnow
+from casparian_flow.db.access import Connection, execute, execute_many, returned_ids
 from casparian_flow.db.routing import JobRequest
+from casparian_flow.db.states import TAKEN, JobStatus, utcnow
 from casparian_flow.protocol import Pair
 
 UNFINISHED = (JobStatus.QUEUED, JobStatus.RUNNING, JobStatus.COMMITTING)
@@ -635,7 +633,8 @@ def counts_of(connection: Connection, job_ids: Sequence[int]) -> dict[str, int]:
 def status(connection: Connection, job_id: int) -> str | None:
     """The job's status; None: no such job."""
     query = "SELECT status FROM cf_processing_queue WHERE id = :job_id"
-    return execute(connection, query, job_id=job_id).scalar()
+    found: str | None = execute(connection, query, job_id=job_id).scalar()
+    return found
 
 
 def attempt_count(connection: Connection, job_id: int) -> int:

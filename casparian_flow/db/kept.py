@@ -10,11 +10,9 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, func, select, text
-
-from casparian_flow.db.access import execute, execute_many
+from casparian_flow.db.access import Connection, execute, execute_many
 from casparian_flow.db.jobs import UNFINISHED
-from casparian_flow.db.models import FileVersion, KeptContent, ProcessingJob, utcnow
+from casparian_flow.db.states import utcnow
 
 _UNFINISHED = ", ".join(f"'{status}'" for status in UNFINISHED)
 
@@ -82,7 +80,7 @@ _LISTED = "(SELECT value FROM json_each(:listed))"
 def find(connection: Connection, content_hash: str) -> Content | None:
     """A content, if the store has it."""
     query = f"{_COLUMNS} WHERE content_hash = :content_hash"
-    row = execute(connection, query, content_hash=content_hash).one_or_none()
+    row = execute(connection, query, content_hash=content_hash).first()
     return Content._make(row) if row else None
 
 
@@ -103,7 +101,7 @@ def numbers(connection: Connection, wanted: Iterable[int]) -> set[int]:
 
 def last_number(connection: Connection) -> int:
     """The highest number that a content has ever had."""
-    query = text("SELECT seq FROM sqlite_sequence WHERE name = 'cf_kept_content'")
+    query = "SELECT seq FROM sqlite_sequence WHERE name = 'cf_kept_content'"
     return connection.execute(query).scalar() or 0
 
 
@@ -208,7 +206,7 @@ def set_fault(connection: Connection, words: str, missed: int) -> None:
 
 def state(connection: Connection) -> State:
     """What the store holds, and why it does not take contents."""
-    query = text("SELECT contents, bytes, fault, missed, since FROM cf_store")
+    query = "SELECT contents, bytes, fault, missed, since FROM cf_store"
     return State._make(connection.execute(query).one())
 
 
@@ -219,21 +217,17 @@ def coverage(connection: Connection) -> Coverage:
         LEFT JOIN cf_kept_content k ON k.content_hash = v.content_hash
         LEFT JOIN cf_evicted_content e ON e.content_hash = v.content_hash
         """
-    return Coverage._make(connection.execute(text(query)).one())
+    return Coverage._make(connection.execute(query).one())
 
 
 def unprotected(connection: Connection) -> int:
     """Unfinished jobs that read the file itself, since the store does not have its bytes."""
-    jobs = (
-        select(func.count())
-        .select_from(ProcessingJob)
-        .join(FileVersion, FileVersion.id == ProcessingJob.file_version_id)
-        .where(
-            ProcessingJob.status.in_(UNFINISHED),
-            FileVersion.content_hash.not_in(select(KeptContent.content_hash)),
-        )
-    )
-    return connection.execute(jobs).scalar_one()
+    query = f"""
+        SELECT count(*) FROM ({_NEEDED}) needed
+        WHERE content_hash NOT IN (SELECT content_hash FROM cf_kept_content)
+        """  # noqa: S608
+    found: int = connection.execute(query).scalar_one()
+    return found
 
 
 def versions(connection: Connection, root_id: int, path: bytes, rel_path: str) -> Sequence[Any]:
@@ -255,7 +249,7 @@ def versions(connection: Connection, root_id: int, path: bytes, rel_path: str) -
         ORDER BY l.id, v.ordinal
         """
     values = {"root_id": root_id, "path": path, "rel_path": rel_path}
-    return connection.execute(text(query), values).all()
+    return connection.execute(query, values).all()
 
 
 def version_with(connection: Connection, content_hash: str) -> str:

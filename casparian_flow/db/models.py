@@ -1,4 +1,4 @@
-"""The ledger's tables: states, columns and the constraints that the database enforces.
+"""The ledger's tables: columns and the constraints that the database enforces.
 
 `db/migrations/` has the same schema as SQL, with the triggers; a test compares the two. Columns
 named `_at` are UTC; clock readings used in arithmetic are seconds since the epoch. Users edit
@@ -9,8 +9,7 @@ tables are written by the modules of `db` only.
 from __future__ import annotations
 
 import os
-from datetime import UTC, datetime
-from enum import StrEnum
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship, validates
 
+from casparian_flow.db.states import KEEP, REMOVED, OutputState, utcnow
+from casparian_flow.db.states import JobStatus as JobStatus
 from casparian_flow.protocol import State
-
-
-def utcnow() -> datetime:
-    """Now, in UTC, without a zone: the form of every `_at` column."""
-    return datetime.now(UTC).replace(tzinfo=None)
 
 
 class Base(DeclarativeBase):
@@ -46,77 +42,6 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-
-
-# The states of jobs and outputs.
-
-
-PAUSED = "paused: "
-"""Prefix of the `reason` of a job that waits for a sink or the machine, not for its own retry."""
-
-TAKEN = "the file belongs to table "
-"""What the reason of an aborted job of a catch-all plugin begins with, if a table took its file."""
-
-PASSED_OVER = (
-    "not deleted: scans now ignore it (an ignore pattern, or one of Casparian Flow's own files)"
-)
-"""The `problem` of a location that is still on the disk and that scans pass over."""
-
-
-class JobStatus(StrEnum):
-    """The state of a job; docs/job_lifecycle.md draws the arrows."""
-
-    QUEUED = "QUEUED"
-    """Waits for a worker, or for `not_before`."""
-    RUNNING = "RUNNING"
-    """A worker holds it under the current fence."""
-    COMMITTING = "COMMITTING"
-    """Decided: its output will be published, whatever happens."""
-    COMPLETED = "COMPLETED"
-    """Every output is visible in its sink."""
-    FAILED = "FAILED"
-    """Its attempts are used up, or its error would repeat."""
-    ABORTED = "ABORTED"
-    """Aborted by a user."""
-    SUPERSEDED = "SUPERSEDED"
-    """The version's bytes were gone or changed before it could run."""
-
-
-class OutputState(StrEnum):
-    """The state of an output."""
-
-    PLANNED = "PLANNED"
-    PUBLISHED = "PUBLISHED"
-    REFUSED = "REFUSED"
-
-
-REMOVED = "removed"
-"""The state of an output in `Visibility` whose rows the sink has no more: it was replaced long ago,
-or forgotten. Else the state is a `protocol.State`."""
-
-
-JOB_ARROWS = {
-    "": {"QUEUED", "COMPLETED"},
-    "QUEUED": {"RUNNING", "ABORTED", "SUPERSEDED", "COMPLETED"},
-    "RUNNING": {"COMMITTING", "QUEUED", "FAILED", "ABORTED", "SUPERSEDED"},
-    "COMMITTING": {"COMPLETED", "FAILED"},
-    "COMPLETED": {"QUEUED"},
-    "FAILED": {"QUEUED", "COMPLETED"},
-    "ABORTED": {"QUEUED", "COMPLETED"},
-    "SUPERSEDED": {"QUEUED", "COMPLETED"},
-}
-"""Status -> those it may change to; empty for no row. Triggers of the database enforce the same.
-
-A job becomes COMPLETED without having run where a sink has its outputs (`db.adopt`)."""
-
-OUTPUT_ARROWS = {
-    "": {"PLANNED", "PUBLISHED"},
-    "PLANNED": {"PUBLISHED", "REFUSED", ""},
-    "PUBLISHED": {"PLANNED"},
-    "REFUSED": {""},
-}
-"""State -> those it may change to; a new plan deletes outputs that were not published. What a sink
-had before this ledger is PUBLISHED from the beginning."""
 
 
 # Tables that only grow: triggers of the database refuse every UPDATE and DELETE.
@@ -262,10 +187,6 @@ def _name_of_root(context: Any) -> str:
     )
     names = (base if n == 1 else f"{base}-{n}" for n in range(1, len(taken) + 2))
     return next(name for name in names if name not in taken)
-
-
-KEEP, RETRACT = ON_DELETE = ("keep", "retract")
-"""What becomes of a deleted file's rows: they stay, or are hidden until it is back."""
 
 
 class SourceRoot(Base):

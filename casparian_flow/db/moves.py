@@ -23,7 +23,7 @@ from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db.models import PASSED_OVER, TAKEN, utcnow
+from casparian_flow.db.states import PASSED_OVER, TAKEN, utcnow
 
 Query = Callable[[str, tuple[Any, ...]], Sequence[Any]]
 """Runs one driver-level statement; its rows. What writes has to return some."""

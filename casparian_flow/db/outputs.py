@@ -9,22 +9,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, bindparam, delete, select, text, update
-
 from casparian_flow.db import debts, jobs, visibility
-from casparian_flow.db.access import Page, execute_many, page, returned_ids
-from casparian_flow.db.models import (
-    REMOVED,
-    TAKEN,
-    ForgottenOutput,
-    JobStatus,
-    LeftOutput,
-    Output,
-    OutputState,
-    ProcessingJob,
-    Visibility,
-    utcnow,
-)
+from casparian_flow.db.access import Connection, Page, execute, execute_many, page, returned_ids
+from casparian_flow.db.states import REMOVED, TAKEN, JobStatus, OutputState, utcnow
 from casparian_flow.errors import counted
 from casparian_flow.protocol import Output as OutputRecord
 
@@ -63,26 +50,30 @@ def stages(connection: Connection, job_ids: Sequence[int] | None = None) -> set[
     Args:
         job_ids: for these jobs; None means for all decided ones.
     """
-    query = select(Output.stage).where(Output.state == OutputState.PLANNED, Output.stage != "")
-    if job_ids is None:
-        decided = select(ProcessingJob.id).where(ProcessingJob.status == JobStatus.COMMITTING)
-        query = query.where(Output.job_id.in_(decided))
-    else:
-        query = query.where(Output.job_id.in_(job_ids))
-    return set(connection.execute(query).scalars())
+    decided = "SELECT id FROM cf_processing_queue WHERE status = :committing"
+    which = decided if job_ids is None else _LISTED
+    query = f"""
+        SELECT stage FROM cf_output
+        WHERE state = :planned AND stage <> '' AND job_id IN ({which})
+        """  # noqa: S608
+    found = execute(
+        connection, query, planned=OutputState.PLANNED, committing=JobStatus.COMMITTING,
+        ids=job_ids or (),
+    )  # fmt: skip
+    return set(found.scalars())
+
+
+_LISTED = "SELECT value FROM json_each(:ids)"
 
 
 def all_published(connection: Connection) -> list[int]:
     """Decided jobs whose outputs are all published: they only have to be completed."""
-    return list(
-        connection.execute(
-            select(ProcessingJob.id).where(
-                ProcessingJob.status == JobStatus.COMMITTING,
-                ~select(Output.id)
-                .where(Output.job_id == ProcessingJob.id, Output.state != OutputState.PUBLISHED)
-                .exists(),
-            )
-        ).scalars()
+    query = """
+        SELECT j.id FROM cf_processing_queue j WHERE j.status = :committing AND NOT EXISTS (
+            SELECT 1 FROM cf_output o WHERE o.job_id = j.id AND o.state <> :published)
+        """
+    return returned_ids(
+        connection, query, committing=JobStatus.COMMITTING, published=OutputState.PUBLISHED
     )
 
 
@@ -90,18 +81,13 @@ def mark_published(connection: Connection, done: Mapping[int, OutputRecord]) -> 
     """Record that these outputs are in their sinks, by id, in the states that they have there."""
     if not done:
         return
-    connection.execute(
-        update(Output)
-        .where(Output.id == bindparam("output"))
-        .values(
-            state=OutputState.PUBLISHED,
-            target=bindparam("to"),
-            rows=bindparam("seen_rows"),
-            digest=bindparam("seen_digest"),
-            published_at=utcnow(),
-        ),
+    now = utcnow().isoformat(" ")
+    execute_many(
+        connection,
+        "UPDATE cf_output SET state = ?, target = ?, rows = ?, digest = ?, published_at = ? "
+        "WHERE id = ?",
         [
-            {"output": number, "to": o.target, "seen_rows": o.rows, "seen_digest": o.digest}
+            (OutputState.PUBLISHED, o.target, o.rows, o.digest, now, number)
             for number, o in done.items()
         ],
     )
@@ -111,11 +97,11 @@ def mark_published(connection: Connection, done: Mapping[int, OutputRecord]) -> 
 def given(connection: Connection, job_ids: Sequence[int]) -> dict[int, list[str]]:
     """Job id -> a text for each of its published outputs with rows: topic, sink and how many."""
     found: dict[int, list[str]] = {job_id: [] for job_id in job_ids}
-    rows = connection.execute(
-        select(Output.job_id, Output.topic, Output.uri, Output.rows)
-        .where(Output.job_id.in_(job_ids), Output.state == OutputState.PUBLISHED, Output.rows > 0)
-        .order_by(Output.id)
-    )
+    query = f"""
+        SELECT job_id, topic, uri, rows FROM cf_output
+        WHERE job_id IN ({_LISTED}) AND state = :published AND rows > 0 ORDER BY id
+        """  # noqa: S608
+    rows = execute(connection, query, ids=job_ids, published=OutputState.PUBLISHED)
     for job_id, topic, uri, count in rows:
         found[job_id].append(f"{topic} in {uri}: {counted(count, 'row')}")
     return found
@@ -126,13 +112,38 @@ def mark_refused(connection: Connection, job_ids: Sequence[int]) -> list[str]:
     output of theirs; the staged files that nobody needs any more."""
     if not job_ids:
         return []
-    refused = (
-        update(Output)
-        .where(Output.job_id.in_(job_ids), Output.state == OutputState.PLANNED)
-        .values(state=OutputState.REFUSED)
-        .returning(Output.stage)
+    statement = f"""
+        UPDATE cf_output SET state = :refused
+        WHERE job_id IN ({_LISTED}) AND state = :planned RETURNING stage
+        """  # noqa: S608
+    refused = execute(
+        connection, statement, ids=job_ids,
+        planned=OutputState.PLANNED, refused=OutputState.REFUSED,
+    )  # fmt: skip
+    return [stage for stage in refused.scalars() if stage]
+
+
+def forget(connection: Connection, keys: Sequence[str]) -> None:
+    """Expect these outputs in their sinks no more. The caller decides anew what stands."""
+    now = utcnow().isoformat(" ")
+    execute_many(
+        connection,
+        "INSERT INTO cf_forgotten_output (output_key, forgotten_at) VALUES (?, ?)",
+        [(key, now) for key in keys],
     )
-    return [stage for stage in connection.execute(refused).scalars() if stage]
+
+
+def retract(connection: Connection, version_ids: Sequence[int], *, undo: bool) -> None:
+    """Hide the rows of these versions, or cease to. The caller decides anew what stands."""
+    ids = [(number,) for number in version_ids]
+    execute_many(connection, "DELETE FROM cf_retracted_version WHERE file_version_id = ?", ids)
+    if not undo:
+        now = utcnow().isoformat(" ")
+        execute_many(
+            connection,
+            "INSERT INTO cf_retracted_version (file_version_id, retracted_at) VALUES (?, ?)",
+            [(number, now) for number in version_ids],
+        )
 
 
 # Making an output again that its sink has no more.
@@ -143,20 +154,25 @@ def restore(connection: Connection, output_ids: Sequence[int]) -> list[int]:
 
     What stands without them is decided anew.
     """
-    wanted = select(Output.job_id).where(Output.id.in_(output_ids)).distinct()
-    queued = jobs.restore(connection, list(connection.execute(wanted).scalars()))
-    these = (
-        Output.id.in_(output_ids),
-        Output.state == OutputState.PUBLISHED,
-        Output.job_id.in_(queued),
+    wanted = f"SELECT DISTINCT job_id FROM cf_output WHERE id IN ({_LISTED})"  # noqa: S608
+    queued = jobs.restore(connection, returned_ids(connection, wanted, ids=output_ids))
+    these = f"""
+        SELECT id, output_key FROM cf_output WHERE id IN ({_LISTED}) AND state = :published
+        AND job_id IN (SELECT value FROM json_each(:queued))
+        """  # noqa: S608
+    owed = execute(
+        connection, these, ids=output_ids, queued=queued, published=OutputState.PUBLISHED
+    ).all()
+    keys = [(row.output_key,) for row in owed]
+    numbers = [(row.id,) for row in owed]
+    execute_many(connection, "DELETE FROM cf_forgotten_output WHERE output_key = ?", keys)
+    execute_many(connection, "DELETE FROM cf_visibility WHERE output_id = ?", numbers)
+    execute_many(connection, "DELETE FROM cf_left_output WHERE output_id = ?", numbers)
+    execute_many(
+        connection,
+        "UPDATE cf_output SET state = 'PLANNED', published_at = NULL, target = '' WHERE id = ?",
+        numbers,
     )
-    owed = list(connection.execute(select(Output.id).where(*these)).scalars())
-    keys = select(Output.output_key).where(Output.id.in_(owed))
-    connection.execute(delete(ForgottenOutput).where(ForgottenOutput.output_key.in_(keys)))
-    connection.execute(delete(Visibility).where(Visibility.output_id.in_(owed)))
-    connection.execute(delete(LeftOutput).where(LeftOutput.output_id.in_(owed)))
-    planned = {"state": OutputState.PLANNED, "published_at": None, "target": ""}
-    connection.execute(update(Output).where(Output.id.in_(owed)).values(planned))
     visibility.refresh(connection, visibility.of_jobs(connection, queued))
     return queued
 
@@ -221,7 +237,7 @@ WHERE o.state = 'PUBLISHED'
 
 def locations(connection: Connection) -> list[str]:
     """The sinks that have had outputs."""
-    return list(connection.execute(select(Output.location).distinct()).scalars())
+    return list(connection.execute("SELECT DISTINCT location FROM cf_output").scalars())
 
 
 def listed(connection: Connection, limit: int | None, topic: str | None) -> Page:
@@ -338,12 +354,10 @@ def stale(connection: Connection) -> Seen:
 
 def of_plugins(connection: Connection, plugins: Sequence[str]) -> dict[str, Seen]:
     """Plugin -> the files of which readers may see rows that it gave; none where they see none."""
-    query = text(
-        f"""
+    query = f"""
         WITH chosen AS MATERIALIZED ({_OF_PLUGINS})
         SELECT j.plugin_name, {_SUMS} {_CHOSEN} GROUP BY 1
         """
-    )
     found = connection.execute(query, {"plugins": json.dumps(list(plugins))})
     return {plugin: Seen(*counts) for plugin, *counts in found}
 
@@ -353,8 +367,7 @@ def left_to_tables(
 ) -> dict[tuple[str, str], Seen]:
     """Table and plugin -> the files that the table has, or had, of which readers may see rows that
     the plugin gave."""
-    query = text(
-        f"""
+    query = f"""
         WITH chosen AS MATERIALIZED ({_OF_PLUGINS}), owned AS MATERIALIZED (
             SELECT DISTINCT w.location_id, k.plugin_name AS owner FROM cf_processing_queue k
             JOIN cf_file_version w ON w.id = k.file_version_id
@@ -363,7 +376,6 @@ def left_to_tables(
         {_CHOSEN.replace(" WHERE", " JOIN owned ON owned.location_id = v.location_id WHERE")}
         GROUP BY 1, 2
         """  # noqa: S608
-    )
     names = {"tables": json.dumps(list(tables)), "plugins": json.dumps(list(plugins))}
     found = connection.execute(query, names)
     return {(table, plugin): Seen(*counts) for table, plugin, *counts in found}
@@ -394,7 +406,7 @@ def _seen(connection: Connection, chosen: str) -> Seen:
     Args:
         chosen: a query of the ids of outputs.
     """
-    query = text(f"WITH chosen AS MATERIALIZED ({chosen}) SELECT {_SUMS} {_CHOSEN}")
+    query = f"WITH chosen AS MATERIALIZED ({chosen}) SELECT {_SUMS} {_CHOSEN}"
     return Seen(*connection.execute(query).one())
 
 
@@ -413,19 +425,17 @@ ROWS_OF_FILE = f"""
 
 def rejected_of_jobs(connection: Connection, job_ids: Sequence[int]) -> Rejected:
     """What came of these jobs."""
-    query = text(
-        f"""
+    query = f"""
         SELECT coalesce(sum({ROWS_COUNTED}), 0), coalesce(sum({REJECTS_COUNTED}), 0)
         FROM cf_processing_queue j WHERE j.id IN (SELECT value FROM json_each(:ids))
         """  # noqa: S608
-    )
     return Rejected(*connection.execute(query, {"ids": json.dumps(list(job_ids))}).one())
 
 
 def rejected_since(connection: Connection, after: int) -> tuple[list[int], int]:
     """The jobs that were completed after this row of the audit; and the audit's last row."""
-    last: int = connection.execute(text("SELECT coalesce(max(seq), 0) FROM cf_audit")).scalar_one()
-    query = text(
+    last: int = connection.execute("SELECT coalesce(max(seq), 0) FROM cf_audit").scalar_one()
+    query = (
         "SELECT DISTINCT CAST(substr(subject, 5) AS INTEGER) FROM cf_audit "
         "WHERE seq > :after AND seq <= :last AND action = 'commit'"
     )

@@ -8,37 +8,27 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from packaging.version import Version
-from sqlalchemy import Connection, LargeBinary, and_, cast, delete, func, insert, select, update
 
 from casparian_flow.db import audit, trust, views
-from casparian_flow.db.access import Ledger, Row
-from casparian_flow.db.models import (
-    AuditEntry,
-    EmptyTopic,
-    Epoch,
-    Plugin,
-    PluginConfig,
-    RoutingRule,
-    TopicConfig,
-    utcnow,
-)
+from casparian_flow.db.access import Connection, Ledger, Row, execute, execute_many, returned_ids
 from casparian_flow.db.routing import tags_of
+from casparian_flow.db.states import utcnow
 from casparian_flow.errors import ArtifactRefused, CasparianError, NotFound
 from casparian_flow.security import keys, signing
-from casparian_flow.security.manifest import Manifest, read_manifest
 from casparian_flow.security.trust import Trust
+
+if TYPE_CHECKING:
+    from casparian_flow.security.manifest import Manifest
 
 
 def find(connection: Connection, name: str, version: str) -> Any:
     """The Plugin row of this version; None where it was never deployed."""
-    columns = Plugin.__table__.columns
-    return connection.execute(
-        select(*columns).where(Plugin.name == name, Plugin.version == version)
-    ).first()
+    query = "SELECT * FROM cf_plugin WHERE name = :name AND version = :version"
+    return execute(connection, query, name=name, version=version).first()
 
 
 def versions(connection: Connection, name: str, *, stubs: bool = False) -> list[Version]:
@@ -47,10 +37,8 @@ def versions(connection: Connection, name: str, *, stubs: bool = False) -> list[
     Args:
         stubs: include those of which only outputs were adopted.
     """
-    query = select(Plugin.version).where(Plugin.name == name)
-    if not stubs:
-        query = query.where(Plugin.manifest != "")
-    return sorted(map(Version, connection.execute(query).scalars()))
+    query = "SELECT version FROM cf_plugin WHERE name = :name AND (:stubs OR manifest <> '')"
+    return sorted(map(Version, execute(connection, query, name=name, stubs=stubs).scalars()))
 
 
 def newest(connection: Connection, name: str, trusted: Trust) -> str:
@@ -58,54 +46,54 @@ def newest(connection: Connection, name: str, trusted: Trust) -> str:
 
     A version that may not run must not keep a later, lower one from being active.
     """
-    columns = (Plugin.version, Plugin.publisher)
-    rows = connection.execute(
-        select(*columns).where(Plugin.name == name, Plugin.statement.is_not(None))
-    )
+    query = "SELECT version, publisher FROM cf_plugin WHERE name = :name AND statement IS NOT NULL"
+    rows = execute(connection, query, name=name)
     fit = [row.version for row in rows if not trusted.barred(row.publisher, name, row.version)]
     return max(fit, key=Version, default="")
 
 
 def active(connection: Connection, name: str) -> str | None:
     """The version that takes new jobs; None where none does."""
-    return connection.execute(
-        select(PluginConfig.active_version).where(PluginConfig.plugin_name == name)
-    ).scalar()
+    query = "SELECT active_version FROM cf_plugin_config WHERE plugin_name = :name"
+    found: str | None = execute(connection, query, name=name).scalar()
+    return found
 
 
 def add(connection: Connection, **columns: Any) -> int:
     """Insert an artifact; immutable from here on. Returns its id."""
-    return connection.execute(insert(Plugin).values(**columns).returning(Plugin.id)).scalar_one()
+    given = {"deployed_at": utcnow().isoformat(" "), "verdict": "", **columns}
+    statement = (
+        f"INSERT INTO cf_plugin ({', '.join(given)}) "  # noqa: S608
+        f"VALUES ({', '.join(f':{name}' for name in given)}) RETURNING id"
+    )
+    plugin_id: int = connection.execute(statement, given).scalar_one()
+    return plugin_id
 
 
 def complete(connection: Connection, plugin_id: int, **columns: Any) -> None:
     """Make a stub the plugin whose artifact was published; the database lets nothing else pass."""
-    statement = update(Plugin).where(Plugin.id == plugin_id)
-    connection.execute(statement.values(**columns, deployed_at=utcnow()))
+    given = {"deployed_at": utcnow().isoformat(" "), **columns}
+    changes = ", ".join(f"{name} = :{name}" for name in given)
+    statement = f"UPDATE cf_plugin SET {changes} WHERE id = :plugin_id"  # noqa: S608
+    connection.execute(statement, {"plugin_id": plugin_id, **given})
 
 
 def subscribe(connection: Connection, name: str, tags: Sequence[str], active: str) -> None:
     """Make a version the one that takes new jobs, and add to the tags it subscribes to."""
-    row = connection.execute(
-        select(PluginConfig.subscription_tags).where(PluginConfig.plugin_name == name)
-    ).first()
-    if row is None:
-        connection.execute(
-            insert(PluginConfig).values(
-                plugin_name=name, subscription_tags=",".join(tags), active_version=active
-            )
-        )
-        return
-    known = tags_of(row.subscription_tags)
+    query = "SELECT subscription_tags FROM cf_plugin_config WHERE plugin_name = :name"
+    before = execute(connection, query, name=name).scalar() or ""
+    known = tags_of(before)
     added = [tag for tag in tags if tag not in known]
-    connection.execute(
-        update(PluginConfig)
-        .where(PluginConfig.plugin_name == name)
-        .values(
-            subscription_tags=",".join(filter(None, [row.subscription_tags, *added])),
-            active_version=active,
-        )
-    )
+    execute(
+        connection,
+        """
+        INSERT INTO cf_plugin_config (plugin_name, subscription_tags, active_version)
+        VALUES (:name, :tags, :active)
+        ON CONFLICT (plugin_name) DO UPDATE SET subscription_tags = excluded.subscription_tags,
+            active_version = excluded.active_version
+        """,
+        name=name, tags=",".join(filter(None, [before, *added])), active=active,
+    )  # fmt: skip
 
 
 def replace_rules(
@@ -116,13 +104,13 @@ def replace_rules(
     Returns:
         Those that matched in one case until now, and match in any from now on.
     """
-    rules = RoutingRule.__table__
-    exact = select(rules.c.pattern).where(rules.c.tag == tag, ~rules.c.any_case)
-    before = set(connection.execute(exact).scalars())
-    connection.execute(delete(RoutingRule).where(RoutingRule.tag == tag))
-    connection.execute(
-        insert(RoutingRule),
-        [{"pattern": pattern, "tag": tag, "priority": priority} for pattern in patterns],
+    exact = "SELECT pattern FROM cf_routing_rule WHERE tag = :tag AND NOT any_case"
+    before = set(execute(connection, exact, tag=tag).scalars())
+    execute(connection, "DELETE FROM cf_routing_rule WHERE tag = :tag", tag=tag)
+    execute_many(
+        connection,
+        "INSERT INTO cf_routing_rule (pattern, tag, priority, any_case) VALUES (?, ?, ?, 1)",
+        [(pattern, tag, priority) for pattern in patterns],
     )
     return [pattern for pattern in patterns if pattern in before]
 
@@ -133,60 +121,54 @@ def add_topics(connection: Connection, name: str, sinks: Iterable[tuple[str, str
     Args:
         sinks: topic, sink URI and mode.
     """
-    configured = set(
-        connection.execute(
-            select(TopicConfig.topic_name).where(TopicConfig.plugin_name == name)
-        ).scalars()
+    query = "SELECT topic_name FROM cf_topic_config WHERE plugin_name = :name"
+    configured = set(execute(connection, query, name=name).scalars())
+    execute_many(
+        connection,
+        "INSERT INTO cf_topic_config (plugin_name, topic_name, uri, mode) VALUES (?, ?, ?, ?)",
+        [(name, topic, uri, mode) for topic, uri, mode in sinks if topic not in configured],
     )
-    rows = [
-        {"plugin_name": name, "topic_name": topic, "uri": uri, "mode": mode}
-        for topic, uri, mode in sinks
-        if topic not in configured
-    ]
-    if rows:
-        connection.execute(insert(TopicConfig), rows)
 
 
 def twins(connection: Connection, name: str, artifact: str) -> list[Any]:
     """Plugins of other names that have the artifact: name, and each topic with its sink's URI."""
-    query = (
-        select(TopicConfig.plugin_name, TopicConfig.topic_name, TopicConfig.uri)
-        .join(Plugin, Plugin.name == TopicConfig.plugin_name)
-        .where(Plugin.artifact_hash == artifact, Plugin.name != name)
-    )
-    return list(connection.execute(query))
+    query = """
+        SELECT t.plugin_name, t.topic_name, t.uri FROM cf_topic_config t
+        JOIN cf_plugin p ON p.name = t.plugin_name
+        WHERE p.artifact_hash = :artifact AND p.name <> :name
+        """
+    return execute(connection, query, artifact=artifact, name=name).all()
 
 
 def topics(connection: Connection) -> dict[str, list[Any]]:
     """Plugin name -> its TopicConfig rows (topic_name, uri, mode)."""
     found: dict[str, list[Any]] = {}
-    rows = connection.execute(
-        select(
-            TopicConfig.plugin_name, TopicConfig.topic_name, TopicConfig.uri, TopicConfig.mode
-        ).order_by(TopicConfig.id)
-    )
-    for row in rows:
+    query = "SELECT plugin_name, topic_name, uri, mode FROM cf_topic_config ORDER BY id"
+    for row in connection.execute(query):
         found.setdefault(row.plugin_name, []).append(row)
     return found
 
 
 def begin_epoch(connection: Connection) -> int:
     """A number for this run of a process that claims jobs; the caller holds the daemon lock."""
-    return connection.execute(
-        insert(Epoch).values(pid=os.getpid(), host=socket.gethostname()).returning(Epoch.id)
-    ).scalar_one()
+    return returned_ids(
+        connection,
+        "INSERT INTO cf_epoch (started_at, pid, host) VALUES (:now, :pid, :host) RETURNING id",
+        now=utcnow().isoformat(" "), pid=os.getpid(), host=socket.gethostname(),
+    )[0]  # fmt: skip
 
 
 def ids(connection: Connection, names: Iterable[str]) -> list[int]:
     """Ids of every deployed version of these plugins."""
-    return list(connection.execute(select(Plugin.id).where(Plugin.name.in_(list(names)))).scalars())
+    query = "SELECT id FROM cf_plugin WHERE name IN (SELECT value FROM json_each(:names))"
+    return returned_ids(connection, query, names=list(names))
 
 
 def may_be_empty(connection: Connection) -> dict[str, list[str]]:
     """Plugin name -> its topics of data that may stay empty for a file that gives rejects."""
     found: dict[str, list[str]] = {}
-    rows = select(EmptyTopic.plugin_name, EmptyTopic.topic_name).order_by(EmptyTopic.topic_name)
-    for plugin, topic in connection.execute(rows):
+    query = "SELECT plugin_name, topic_name FROM cf_empty_topic ORDER BY topic_name"
+    for plugin, topic in connection.execute(query):
         found.setdefault(plugin, []).append(topic)
     return found
 
@@ -224,24 +206,18 @@ class Stored(NamedTuple):
 
 # All but the id as bytes: what was damaged must be refused in words, not break the reader.
 # The first four stay bytes.
-_STORED = [
-    cast(column, LargeBinary)
-    for column in (
-        Plugin.source, Plugin.public_key, Plugin.signature, Plugin.statement, Plugin.name,
-        Plugin.version, Plugin.manifest, Plugin.artifact_hash, Plugin.publisher, Plugin.verdict,
-        Plugin.lock,
-    )
-]  # fmt: skip
+_STORED = ", ".join(f"CAST({column} AS BLOB)" for column in Stored._fields if column != "id")
 
 
-def stored(connection: Connection, *which: Any) -> list[Stored]:
+def stored(connection: Connection, **which: Any) -> list[Stored]:
     """Deployed plugins to be checked, in the order they came.
 
     Args:
-        which: conditions on `Plugin`; none means all.
+        which: the values that columns have; none means all.
     """
-    query = select(Plugin.id, *_STORED).where(*which).order_by(Plugin.id)
-    return [_stored(*row) for row in connection.execute(query)]
+    conditions = " AND ".join(["TRUE", *(f"{column} = :{column}" for column in which)])
+    query = f"SELECT id, {_STORED} FROM cf_plugin WHERE {conditions} ORDER BY id"  # noqa: S608
+    return [_stored(*row) for row in execute(connection, query, **which)]
 
 
 def _stored(plugin_id: int, *columns: Any) -> Stored:
@@ -256,6 +232,8 @@ def manifest_of(text: str | bytes) -> Manifest:
     Raises:
         ArtifactRefused: it is damaged, or that of a stub.
     """
+    from casparian_flow.security.manifest import Manifest
+
     if not text:
         raise ArtifactRefused(STUB)
     try:
@@ -287,16 +265,18 @@ def from_earlier(connection: Connection, plugin: Stored) -> bool:
     made = signing.artifact_hash(plugin.source, plugin.lock)
     if plugin.statement is not None or made != plugin.artifact_hash:
         return False
-    trusting = select(func.min(AuditEntry.seq)).where(AuditEntry.action == "trust-key")
+    trusting = "SELECT min(seq) FROM cf_audit WHERE action = 'trust-key'"
     first = connection.execute(trusting).scalar()
-    published = select(AuditEntry.seq).where(
-        AuditEntry.action == "publish",
-        AuditEntry.subject == f"plugin {plugin.name} {plugin.version}",
-        *([] if first is None else [AuditEntry.seq < first]),
-        func.json_valid(AuditEntry.detail),
-        func.json_extract(AuditEntry.detail, "$.artifact") == made,
-    )
-    return connection.execute(published).first() is not None
+    published = f"""
+        {_PUBLISHED} AND (:first IS NULL OR seq < :first)
+        AND json_valid(detail) AND json_extract(detail, '$.artifact') = :made
+        """
+    subject = f"plugin {plugin.name} {plugin.version}"
+    found = execute(connection, published, subject=subject, first=first, made=made)
+    return found.first() is not None
+
+
+_PUBLISHED = "SELECT seq FROM cf_audit WHERE action = 'publish' AND subject = :subject"
 
 
 def is_stub(connection: Connection, plugin: Stored) -> bool:
@@ -305,35 +285,32 @@ def is_stub(connection: Connection, plugin: Stored) -> bool:
     if plugin.manifest or plugin.source or plugin.statement is not None:
         return False
     subject = f"{plugin.name} {plugin.version}"
-    adopted = connection.execute(
-        select(AuditEntry.detail).where(AuditEntry.action == "adopt")
-    ).scalars()
+    query = "SELECT detail FROM cf_audit WHERE action = 'adopt'"
+    adopted = connection.execute(query).scalars()
     named = any(
         isinstance(detail, dict)
         and (detail.get("plugins") or {}).get(subject) == plugin.artifact_hash
         for detail in map(_json, (row.encode() for row in adopted))
     )
-    published = select(AuditEntry.seq).where(
-        AuditEntry.action == "publish", AuditEntry.subject == f"plugin {subject}"
-    )
-    return named and connection.execute(published).first() is None
+    published = execute(connection, _PUBLISHED, subject=f"plugin {subject}").first()
+    return named and published is None
 
 
 def only_adopted(connection: Connection) -> list[str]:
     """The plugins of which the ledger has stubs only."""
-    names = select(Plugin.name).group_by(Plugin.name).having(func.max(Plugin.manifest) == "")
-    return list(connection.execute(names.order_by(Plugin.name)).scalars())
+    query = "SELECT name FROM cf_plugin GROUP BY name HAVING max(manifest) = '' ORDER BY name"
+    return list(connection.execute(query).scalars())
 
 
 def in_earlier_form(connection: Connection) -> list[Any]:
     """The active versions (name, version) that may not run, since an earlier release signed them
     in its own form."""
-    taking = and_(
-        PluginConfig.plugin_name == Plugin.name, Plugin.version == PluginConfig.active_version
-    )
-    query = select(Plugin.name, Plugin.version).join(PluginConfig, taking)
-    query = query.where(Plugin.manifest != "")
-    return list(connection.execute(query.where(Plugin.statement.is_(None)).order_by(Plugin.name)))
+    query = """
+        SELECT p.name, p.version FROM cf_plugin p
+        JOIN cf_plugin_config c ON c.plugin_name = p.name AND c.active_version = p.version
+        WHERE p.manifest <> '' AND p.statement IS NULL ORDER BY p.name
+        """
+    return connection.execute(query).all()
 
 
 def _check(plugin: Stored, trusted: Trust) -> None:
@@ -368,6 +345,8 @@ def _check(plugin: Stored, trusted: Trust) -> None:
 @functools.lru_cache(maxsize=64)
 def _manifest_in(source: bytes, name: str) -> Manifest:
     """Remembered, for parsing takes longer than everything else that is checked before a run."""
+    from casparian_flow.security.manifest import read_manifest
+
     return read_manifest(source, f"{name}.py")
 
 
@@ -391,10 +370,10 @@ def verify(ledger: Ledger, name: str | None) -> list[Row]:
 
     def work(connection: Connection) -> list[Row]:
         trusted = trust.read(connection)
-        which = [] if name is None else [Plugin.name == name]
+        which = {} if name is None else {"name": name}
         return [
             {"name": p.name, "version": p.version, "refusal": refusal(p, trusted)}
-            for p in stored(connection, *which)
+            for p in stored(connection, **which)
         ]
 
     found = ledger.read(work)
@@ -503,7 +482,7 @@ def choose(connection: Connection, name: str, version: str | None) -> Stored:
         NotFound: there is none.
     """
     wanted = version or active(connection, name)
-    found = stored(connection, Plugin.name == name)
+    found = stored(connection, name=name)
     if not found:
         raise _unknown(name)
     if wanted is None:

@@ -12,11 +12,10 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterator
 
-from sqlalchemy import Connection, text
-
 from casparian_flow.db import moves
-from casparian_flow.db.models import TAKEN
+from casparian_flow.db.access import Connection
 from casparian_flow.db.routing import Routing
+from casparian_flow.db.states import TAKEN
 from casparian_flow.db.versions import route_text
 from casparian_flow.db.visibility import CANCELLED, OPEN, query_of
 
@@ -52,7 +51,7 @@ def _without_job(connection: Connection) -> Iterator[str]:
     known: dict[int, set[str]] = defaultdict(set)
     for version, plugin in connection.exec_driver_sql(_JOBS):
         known[version].add(plugin)
-    for row in connection.execute(text(_PRESENT), {"routed": routing.fingerprint}):
+    for row in connection.execute(_PRESENT, {"routed": routing.fingerprint}):
         for wanted in routing.job_requests(route_text(row.path), row.root_id):
             if wanted.plugin_name not in known[row.id]:
                 yield (
@@ -183,7 +182,7 @@ _FAULTS = {
 
 def _wrongly_seen(connection: Connection) -> Iterator[str]:
     """Version slots of which readers see too much, too little or the wrong thing."""
-    for row in connection.execute(text(_WRONG)):
+    for row in connection.execute(_WRONG):
         yield (
             f"rows of {row.source}/{row.rel_path} version {row.ordinal} by plugin "
             f"{row.plugin_name} in topic {row.topic} of {row.location} "

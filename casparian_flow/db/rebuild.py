@@ -17,15 +17,13 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, text
-
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import failures, jobs, plugins, trust, visibility
-from casparian_flow.db.access import Ledger, execute, execute_many, returned_ids
+from casparian_flow.db.access import Connection, Ledger, execute, execute_many, returned_ids
 from casparian_flow.db.audit import Event, actor
 from casparian_flow.db.kept import HAS_BYTES
-from casparian_flow.db.models import JobStatus, Plugin, utcnow
 from casparian_flow.db.routing import JobRequest, Routing
+from casparian_flow.db.states import JobStatus, utcnow
 from casparian_flow.db.versions import route_text
 from casparian_flow.db.visibility import Scope
 from casparian_flow.errors import ArtifactRefused, CasparianError, NotFound, counted
@@ -301,8 +299,7 @@ def _active(connection: Connection, plugin: str) -> Any:
             f"no version of {plugin} is active, so nothing of it can be worked again",
             f"casparian plugins activate {plugin} VERSION --reason WORDS",
         )
-    which = (Plugin.name == plugin, Plugin.version == version)
-    (stored,) = plugins.stored(connection, *which)
+    (stored,) = plugins.stored(connection, name=plugin, version=version)
     if refusal := plugins.refusal(stored, trust.read(connection)):
         raise ArtifactRefused(refusal, f"casparian plugins show {plugin} {version}")
     return stored
@@ -423,7 +420,7 @@ SELECT b.id, b.plugin_name FROM cf_rebuild b WHERE b.ended_at IS NULL AND {_UNEN
 
 def is_over(connection: Connection) -> bool:
     """Whether every job of an open rebuild has ended well."""
-    return connection.execute(text(f"{_OVER} LIMIT 1")).first() is not None
+    return connection.execute(f"{_OVER} LIMIT 1").first() is not None
 
 
 _LEAVE = """
@@ -454,7 +451,7 @@ def end(connection: Connection, ended_jobs: Sequence[int]) -> list[Event]:
     """
     _put_back_late(connection, ended_jobs)
     events = []
-    for rebuild, plugin in connection.execute(text(_OVER)).all():
+    for rebuild, plugin in connection.execute(_OVER).all():
         left_out = _superseded(connection, rebuild)
         jobs.put_back(connection, left_out, "")
         again = jobs.retry(connection, _failed(connection, rebuild))

@@ -14,10 +14,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, and_, literal_column, select
 from wcmatch import glob
 
-from casparian_flow.db.models import Plugin, PluginConfig, RoutingRule, SourceRoot
+from casparian_flow.db.access import Connection
 
 _FLAGS = glob.GLOBSTAR | glob.DOTGLOB | glob.BRACE | glob.EXTGLOB | glob.FORCEUNIX
 
@@ -83,14 +82,17 @@ class Routed(NamedTuple):
     """The catch-all plugins that would get it if no table did."""
 
 
-def _said(part: str) -> ColumnElement[Any]:
-    """What the MANIFEST of a plugin says; an earlier release's says none of it."""
-    return literal_column(f"CASE WHEN json_valid(cf_plugin.manifest) THEN {part} END")
-
-
-_TABLE = _said("json_type(cf_plugin.manifest, '$.contract.table') IS NOT NULL")
-_CATCH_ALL = _said("json_extract(cf_plugin.manifest, '$.catch_all')")
-_SOURCE = _said("json_extract(cf_plugin.manifest, '$.contract.source')")
+# The MANIFEST of an earlier release's plugin need not be JSON: it says none of this.
+_ACTIVE = """
+SELECT p.id, p.name, p.version, c.subscription_tags,
+       CASE WHEN json_valid(p.manifest)
+            THEN json_type(p.manifest, '$.contract.table') IS NOT NULL END,
+       CASE WHEN json_valid(p.manifest) THEN json_extract(p.manifest, '$.catch_all') END,
+       CASE WHEN json_valid(p.manifest) THEN json_extract(p.manifest, '$.contract.source') END
+FROM cf_plugin p JOIN cf_plugin_config c
+ON c.plugin_name = p.name AND c.active_version = p.version
+ORDER BY p.id
+"""
 
 
 class Routing:
@@ -103,36 +105,15 @@ class Routing:
         table by other means matches nothing, and `casparian rules list` says so.
         """
         self._rules: list[_Rule] = []
-        rules = connection.execute(
-            select(
-                RoutingRule.pattern, RoutingRule.tag, RoutingRule.priority, RoutingRule.any_case
-            ).order_by(RoutingRule.id)
-        ).all()
+        query = "SELECT pattern, tag, priority, any_case FROM cf_routing_rule ORDER BY id"
+        rules = [(*rule, bool(any_case)) for *rule, any_case in connection.execute(query)]
         for pattern, tag, priority, any_case in rules:
             try:
                 compiled = compile_pattern(pattern, any_case=any_case)
                 self._rules.append(_Rule(compiled, tag, priority))
             except (ValueError, re.error):
                 continue
-        plugins = connection.execute(
-            select(
-                Plugin.id,
-                Plugin.name,
-                Plugin.version,
-                PluginConfig.subscription_tags,
-                _TABLE,
-                _CATCH_ALL,
-                _SOURCE,
-            )
-            .join(
-                PluginConfig,
-                and_(
-                    PluginConfig.plugin_name == Plugin.name,
-                    PluginConfig.active_version == Plugin.version,
-                ),
-            )
-            .order_by(Plugin.id)
-        ).all()
+        plugins = connection.execute(_ACTIVE).all()
         # What the fingerprint covers: a source root matters only where a table names one.
         named = {source for *_, source in plugins if source}
         roots = [(r.id, r.name) for r in every_root(connection) if r.active and r.name in named]
@@ -146,7 +127,7 @@ class Routing:
             self.takers.append(taker)
             for tag in tags_of(tags):
                 self._subscribers[tag].append(taker)
-        facts = repr([[tuple(row) for row in rules], [tuple(row) for row in plugins], roots])
+        facts = repr([rules, [tuple(row) for row in plugins], roots])
         self.fingerprint = hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()
 
     def tags(self, path: str) -> set[str]:
@@ -183,8 +164,7 @@ class Routing:
 
 def every_root(connection: Connection) -> Sequence[Any]:
     """Every source root, removed ones among them: id, path, name, active."""
-    columns = (SourceRoot.id, SourceRoot.path, SourceRoot.name, SourceRoot.active)
-    return connection.execute(select(*columns).order_by(SourceRoot.id)).all()
+    return connection.execute("SELECT id, path, name, active FROM cf_source_root ORDER BY id").all()
 
 
 def resolve_argument(connection: Connection, path: str) -> Iterator[tuple[Any, bytes, str]]:

@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from casparian_flow.crashpoints import crashpoint
-from casparian_flow.db.models import JOB_ARROWS, OUTPUT_ARROWS
+from casparian_flow.db.states import JOB_ARROWS, OUTPUT_ARROWS
 
 # The chain: each row's hash covers the row and the hash before it, so altering or removing a row
 # breaks the chain from there on (linked timestamps, Haber and Stornetta 1991).

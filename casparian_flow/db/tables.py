@@ -6,11 +6,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, text
-
 from casparian_flow.db import failures, plugins
 from casparian_flow.db import outputs as published
-from casparian_flow.db.access import Page, Row, page, rows
+from casparian_flow.db.access import Connection, Page, Row, page, rows
 
 _VERSIONS = """
     SELECT v.id AS version_id, r.name AS source, r.path AS root_path, l.id AS location_id, l.path,
@@ -35,7 +33,7 @@ def current(connection: Connection, source: str = "") -> Iterator[Any]:
           AND (:source = '' OR r.name = :source)
         ORDER BY r.id, l.path
         """
-    yield from connection.execute(text(query), {"source": source})
+    yield from connection.execute(query, {"source": source})
 
 
 def held(connection: Connection, table: str) -> Sequence[Any]:
@@ -45,7 +43,7 @@ def held(connection: Connection, table: str) -> Sequence[Any]:
         WHERE j.plugin_name = :table AND {failures.STATE} = '{failures.HELD}'
         ORDER BY r.id, l.path, v.ordinal
         """
-    return connection.execute(text(query), {"table": table}).all()
+    return connection.execute(query, {"table": table}).all()
 
 
 def contract_of(connection: Connection, name: str, version: str | None = None) -> dict[str, Any]:
@@ -126,4 +124,4 @@ def worked_by_others(
         GROUP BY 1 ORDER BY 1
         """
     values = {"table": table, "ids": json.dumps(list(version_ids))}
-    return {plugin: number for plugin, number in connection.execute(text(query), values)}  # noqa: C416
+    return {plugin: number for plugin, number in connection.execute(query, values)}  # noqa: C416

@@ -6,10 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, text
-
 from casparian_flow.db import jobs, outputs, rebuild
-from casparian_flow.db.access import Row
+from casparian_flow.db.access import Connection, Row
 from casparian_flow.db.outputs import Seen
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import route_text
@@ -36,7 +34,7 @@ def listed(connection: Connection) -> list[Row]:
         return []
     names = [taker.name for taker in tables]
     catch_alls = [taker.name for taker in routing.takers if taker.is_catch_all]
-    counted = text(f"SELECT j.plugin_name, count(DISTINCT l.id) AS files {_FILES} GROUP BY 1")
+    counted = f"SELECT j.plugin_name, count(DISTINCT l.id) AS files {_FILES} GROUP BY 1"
     found = connection.execute(counted, {"tables": json.dumps(names)})
     files: dict[str, int] = {row.plugin_name: row.files for row in found}
     seen = outputs.of_plugins(connection, names)
@@ -65,7 +63,7 @@ def listed(connection: Connection) -> list[Row]:
 
 
 def _instead_of(connection: Connection, table: str, routing: Routing) -> set[str]:
-    query = text(f"SELECT l.path, l.source_root_id {_FILES} LIMIT {EXAMINED}")
+    query = f"SELECT l.path, l.source_root_id {_FILES} LIMIT {EXAMINED}"
     return {
         plugin
         for path, root_id in connection.execute(query, {"tables": json.dumps([table])})
@@ -95,7 +93,7 @@ def give_up(connection: Connection, claimed: Sequence[Any]) -> set[int]:
     later. A job of an open rebuild goes on: the rows that it replaces stay.
     """
     names = json.dumps(sorted({job.plugin_name for job in claimed}))
-    if not claimed or not connection.execute(text(_YIELDS), {"names": names}).scalar():
+    if not claimed or not connection.execute(_YIELDS, {"names": names}).scalar():
         return set()
     routing, given_up = Routing(connection), set()
     for job in claimed:

@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, text
-
 from casparian_flow.db import plugins, visibility
-from casparian_flow.db.access import execute, execute_many
+from casparian_flow.db.access import Connection, execute, execute_many
 
 _OF_TOPIC = """
 SELECT o.id FROM cf_output o JOIN cf_processing_queue j ON j.id = o.job_id
@@ -79,11 +77,9 @@ def undeclared(connection: Connection) -> list[Undeclared]:
     if not rows:
         return []
     found = connection.execute(
-        text(
-            "SELECT p.name, p.manifest, p.version = c.active_version FROM cf_plugin p "
-            "JOIN cf_plugin_config c ON c.plugin_name = p.name "
-            "WHERE p.manifest <> '' AND c.active_version IS NOT NULL"
-        )
+        "SELECT p.name, p.manifest, p.version = c.active_version FROM cf_plugin p "
+        "JOIN cf_plugin_config c ON c.plugin_name = p.name "
+        "WHERE p.manifest <> '' AND c.active_version IS NOT NULL"
     )
     declared: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}
     for name, manifest, is_active in found:

@@ -8,33 +8,23 @@ from __future__ import annotations
 
 import json
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, and_, insert, select, text, update
 
 from casparian_flow.db import audit, visibility
 from casparian_flow.db.audit import Event
-from casparian_flow.db.models import LedgerIdentity, Plugin, PluginConfig, TrustStatement
-from casparian_flow.security.signing import (
-    KINDS,
-    Link,
-    Row,
-)
+from casparian_flow.db.connection import Connection, execute
+from casparian_flow.security.signing import KINDS, Link, Row
 from casparian_flow.security.trust import Trust, replay
 
-if TYPE_CHECKING:
-    pass
-
 # As bytes: what somebody wrote into a row need not be text, and must be refused in words.
-_ROWS = text(
-    """
+_ROWS = """
     SELECT seq, CAST(kind AS BLOB) AS kind, CAST(payload AS BLOB), CAST(public_key AS BLOB),
            CAST(signature AS BLOB), CAST(countersignature AS BLOB)
     FROM cf_trust_statement ORDER BY seq
     """
-)
-_AUDITED = text(
+_AUDITED = (
     # The words of the index ix_cf_audit_trust, which knows these few rows among all commits.
     """
     SELECT CAST(detail AS BLOB) FROM cf_audit
@@ -45,7 +35,7 @@ _AUDITED = text(
 
 def ledger_id(connection: Connection) -> str:
     """What tells this ledger from every other: 32 hexadecimal digits."""
-    return connection.execute(select(LedgerIdentity.id)).scalars().first() or ""
+    return connection.execute("SELECT id FROM cf_ledger_identity").scalar() or ""
 
 
 def read(connection: Connection) -> Trust:
@@ -72,7 +62,13 @@ def append(connection: Connection, before: Trust, row: Row) -> tuple[Trust, Even
         AuthError: the row does not hold after those before it, or they do not.
     """
     after = before.after(row)
-    connection.execute(insert(TrustStatement).values(row._asdict()))
+    execute(
+        connection,
+        "INSERT INTO cf_trust_statement "
+        "(seq, kind, payload, public_key, signature, countersignature) "
+        "VALUES (:seq, :kind, :payload, :public_key, :signature, :countersignature)",
+        **row._asdict(),
+    )
     statement = msgspec.json.decode(row.payload, type=KINDS[row.kind])
     detail = {"sha256": row.digest, "signer": statement.signer_key_id, **_fields(statement)}
     return after, Event(row.kind, statement.subject, detail)
@@ -95,18 +91,16 @@ def _fields(statement: Link) -> dict[str, Any]:
 def deactivate(connection: Connection, trusted: Trust) -> list[str]:
     """Route nothing more to active versions that may not run by now; those, as `name version`."""
     rows = connection.execute(
-        select(Plugin.name, Plugin.version, Plugin.publisher).join(
-            PluginConfig,
-            and_(
-                PluginConfig.plugin_name == Plugin.name,
-                PluginConfig.active_version == Plugin.version,
-            ),
-        )
+        "SELECT p.name, p.version, p.publisher FROM cf_plugin p JOIN cf_plugin_config c "
+        "ON c.plugin_name = p.name AND c.active_version = p.version"
     ).all()
     barred = [row for row in rows if trusted.barred(row.publisher, row.name, row.version)]
     names = [row.name for row in barred]
-    statement = update(PluginConfig).where(PluginConfig.plugin_name.in_(names))
-    connection.execute(statement.values(active_version=None))
+    statement = """
+        UPDATE cf_plugin_config SET active_version = NULL
+        WHERE plugin_name IN (SELECT value FROM json_each(:names))
+        """
+    execute(connection, statement, names=names)
     for name in dict.fromkeys(names):
         visibility.refresh(connection, visibility.Scope(plugin=name))
     return [f"{row.name} {row.version}" for row in barred]

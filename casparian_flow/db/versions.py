@@ -1,24 +1,23 @@
 """Directories, locations, versions and source roots: what Scout reads and records.
 
-Rows are written with executemany on the driver's connection, which costs about three times a plain
-directory walk; the ORM costs twenty times.
+What a scan does for each directory and file is SQL on the driver's connection, which costs what
+SQLite does; an ORM would cost ten times as much.
 """
 
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple, Self
 
-from sqlalchemy import Connection, func, select, text, update
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import func, select, text, update
 
 from casparian_flow.db import adopt, audit, jobs, moves, visibility
-from casparian_flow.db.access import execute_many
+from casparian_flow.db.access import Connection, driver, execute, execute_many
 from casparian_flow.db.models import (
-    PASSED_OVER,
-    RETRACT,
     Directory,
     FileLocation,
     FileVersion,
@@ -26,13 +25,23 @@ from casparian_flow.db.models import (
     ScanState,
     SourceRoot,
     Unsettled,
-    utcnow,
 )
 from casparian_flow.db.routing import JobRequest, Routing
+from casparian_flow.db.states import PASSED_OVER, RETRACT, utcnow
 from casparian_flow.db.visibility import Change, Scope, query_of
 
 ROUTE_CHUNK = 5_000
 """Locations routed in one transaction, so that other writers get their turn."""
+
+
+Identity = tuple[int, int, int, int, int]
+"""Device, inode, size, mtime and ctime of a file, as `stat` gives them."""
+
+identity: Callable[[os.stat_result], Identity] = attrgetter(
+    "st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns"
+)
+
+_WRAPS = 1 << 63
 
 
 class Stat(NamedTuple):
@@ -45,15 +54,17 @@ class Stat(NamedTuple):
     ctime_ns: int
 
     @classmethod
-    def of(cls, status: os.stat_result) -> Stat:
-        """From `os.stat`. Numbers above 2^63 wrap, since SQLite's are signed."""
-        return cls(
-            _signed(status.st_dev),
-            _signed(status.st_ino),
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-        )
+    def of(cls, status: os.stat_result) -> Self:
+        """From `os.stat`."""
+        return cls.of_identity(identity(status))
+
+    @classmethod
+    def of_identity(cls, found: Identity) -> Self:
+        """From an `identity`. Numbers above 2^63 wrap, since SQLite's are signed."""
+        device, inode, *rest = found
+        if device < _WRAPS and inode < _WRAPS:
+            return cls._make(found)
+        return cls(_signed(device), _signed(inode), *rest)
 
 
 class LocationState(NamedTuple):
@@ -97,7 +108,7 @@ class RecordResult(NamedTuple):
 
 
 def _signed(number: int) -> int:
-    return number - (1 << 64) if number >= 1 << 63 else number
+    return number - 2 * _WRAPS if number >= _WRAPS else number
 
 
 def display(path: bytes) -> str:
@@ -110,30 +121,37 @@ def route_text(path: bytes) -> str:
     return os.fsdecode(path)
 
 
-def directory_digest(connection: Connection, root_id: int, path: bytes) -> bytes | None:
-    """The digest stored for a directory; None where it must be compared file by file.
+class KnownDirectory(NamedTuple):
+    """What the ledger has of a directory."""
 
-    None too where its parent is not recorded: without one, its deletion would not be found.
-    """
-    return connection.execute(
-        select(Directory.digest).where(
-            Directory.source_root_id == root_id,
-            Directory.path == path,
-            Directory.parent_id.is_not(None) | (Directory.path == b""),
+    directory_id: int
+    digest: bytes | None
+    """Of the listing that the rows of its files agree with. Else something that is no digest, and
+    new each time that one of them changes."""
+    is_linked: bool
+    """Whether its parent is recorded: without one, its deletion would not be found."""
+
+
+def directory(connection: Connection, root_id: int, path: bytes) -> KnownDirectory | None:
+    """A directory of a source root; None where no scan has recorded it."""
+    row = (
+        driver(connection)
+        .execute(
+            "SELECT id, digest, parent_id IS NOT NULL OR path = x'' "
+            "FROM cf_directory WHERE source_root_id = ? AND path = ?",
+            (root_id, path),
         )
-    ).scalar()
+        .fetchone()
+    )
+    return None if row is None else KnownDirectory._make(row)
 
 
-def child_directories(connection: Connection, root_id: int, path: bytes) -> list[bytes]:
+def child_directories(connection: Connection, directory_id: int) -> list[bytes]:
     """Paths of the directories known directly under a directory."""
-    parent = (
-        select(Directory.id)
-        .where(Directory.source_root_id == root_id, Directory.path == path)
-        .scalar_subquery()
+    found = driver(connection).execute(
+        "SELECT path FROM cf_directory WHERE parent_id = ?", (directory_id,)
     )
-    return list(
-        connection.execute(select(Directory.path).where(Directory.parent_id == parent)).scalars()
-    )
+    return [path for (path,) in found.fetchall()]
 
 
 _KNOWN = """
@@ -151,8 +169,10 @@ def known(
     connection: Connection, root_id: int, paths: Sequence[bytes]
 ) -> dict[bytes, LocationState]:
     """The state of these locations, by path; unknown ones are left out."""
+    if not paths:
+        return {}
     statement = _KNOWN.format(marks=",".join("?" * len(paths)))
-    rows = connection.exec_driver_sql(statement, (root_id, *paths))
+    rows = driver(connection).execute(statement, (root_id, *paths)).fetchall()
     return {
         row[0]: LocationState(
             row[1],
@@ -163,24 +183,57 @@ def known(
     }  # fmt: skip
 
 
+class NewDigest(NamedTuple):
+    """What a directory is to have as its digest, and what it had when a scan began to compare it.
+
+    Two scans at once may each find the other's rows changed. Whoever changes a row changes the
+    digest of its directory too, so one is saved only in the place of that which the scan has read.
+    """
+
+    before: bytes | None
+    """`UNKNOWN` where it had none, or where that does not matter."""
+    digest: bytes
+
+
+UNKNOWN = b""
+
+
 def save_directories(
-    connection: Connection, root_id: int, directories: Iterable[tuple[bytes, bytes | None]]
-) -> None:
-    """Record directories (path, digest), parents before children."""
+    connection: Connection, root_id: int, directories: Mapping[bytes, NewDigest]
+) -> set[bytes]:
+    """Record directories, parents before children; the paths of those that were not recorded."""
+    raw = driver(connection)
+    fresh = set()
+    for path, (before, digest) in directories.items():
+        parent = root_id, _parent(path)
+        if raw.execute(_ADD_DIRECTORY, (root_id, path, *parent, digest)).rowcount:
+            fresh.add(path)
+        else:
+            raw.execute(_SAVE_DIRECTORY, (before, digest, *parent, root_id, path))
+    return fresh
+
+
+def doubt_directories(connection: Connection, root_id: int, paths: Collection[bytes]) -> None:
+    """Have the next scan compare the files of these directories."""
     execute_many(
         connection,
-        """
-        INSERT INTO cf_directory (source_root_id, path, parent_id, digest)
-        VALUES (:root, :path, (
-            SELECT id FROM cf_directory WHERE source_root_id = :root AND path = :parent), :digest)
-        ON CONFLICT (source_root_id, path)
-        DO UPDATE SET digest = excluded.digest, parent_id = excluded.parent_id
-        """,
-        [
-            {"root": root_id, "path": path, "parent": _parent(path), "digest": digest}
-            for path, digest in directories
-        ],
+        "UPDATE cf_directory SET digest = randomblob(8) WHERE source_root_id = ? AND path = ?",
+        [(root_id, path) for path in paths],
     )
+
+
+_ADD_DIRECTORY = """
+INSERT INTO cf_directory (source_root_id, path, parent_id, digest)
+VALUES (?, ?, (SELECT id FROM cf_directory WHERE source_root_id = ? AND path = ?), ?)
+ON CONFLICT (source_root_id, path) DO NOTHING
+"""
+
+_SAVE_DIRECTORY = """
+UPDATE cf_directory
+SET digest = CASE WHEN digest IS ? THEN ? ELSE randomblob(8) END,
+    parent_id = (SELECT id FROM cf_directory WHERE source_root_id = ? AND path = ?)
+WHERE source_root_id = ? AND path = ?
+"""
 
 
 def _parent(path: bytes) -> bytes | None:
@@ -188,121 +241,154 @@ def _parent(path: bytes) -> bytes | None:
 
 
 def record(
-    connection: Connection, root_id: int, sightings: Sequence[Sighting], routing: Routing
+    connection: Connection,
+    root_id: int,
+    sightings: Sequence[Sighting],
+    routing: Routing,
+    fresh: Collection[bytes] = (),
 ) -> RecordResult:
     """Write what a scan found: locations, new versions, and their jobs, in one transaction.
 
     A sighting counts only if the version it was compared with is still the current one. The rows
     of a file that is back, and that had taken them along, are visible again.
+
+    Args:
+        fresh: directories that this transaction has recorded, so that they have no location yet.
     """
     now = utcnow().isoformat(" ")
-    before = known(connection, root_id, [s.path for s in sightings])
-    _add_locations(connection, root_id, [s for s in sightings if s.path not in before], now)
-    current = {**before, **known(connection, root_id, [s.path for s in sightings])}
-
-    stale = [s for s in sightings if current[s.path].version_id != s.compared]
-    lost = {s.path for s in stale}
-    fresh = [s for s in sightings if s.path not in lost]
-    changed = [
-        s for s in fresh if s.content_hash and s.content_hash != current[s.path].content_hash
-    ]
-    version_ids = _add_versions(connection, changed, current, now)
-    _save_stats(connection, fresh, current, version_ids)
+    before = known(connection, root_id, [s.path for s in sightings if s.directory not in fresh])
+    added, again, stale = [], [], []
+    for s in sightings:
+        state = before.get(s.path)
+        if s.compared != (state.version_id if state else None):
+            stale.append(s.directory)
+        elif state is None:
+            added.append(s)
+        else:
+            again.append((s, state))
+    _keep_routed(connection, root_id, routing, [s for s in sightings if s.content_hash])
+    wanting = _add(connection, root_id, added, now)
+    changed = [(s, state) for s, state in again if s.content_hash not in ("", state.content_hash)]
+    wanting |= _add_versions(connection, changed, now)
+    _save_stats(connection, again, wanting)
+    recorded = len(wanting)
     confirmed = [
         state.version_id
-        for s, state in ((s, current[s.path]) for s in fresh)
-        if state.version_id is not None
-        and s.content_hash == state.content_hash
-        and s.path not in version_ids
+        for s, state in again
+        if state.version_id is not None and s.content_hash == state.content_hash
     ]
-    back = [s for s in fresh if not current[s.path].present]
+    back = [(s, state) for s, state in again if not state.present]
     # What comes back with its content may have been gone when a plugin was deployed.
-    wanting = {
-        s.path: version_id
-        for s in [*changed, *back]
-        if (version_id := version_ids.get(s.path, current[s.path].version_id)) is not None
-    }
-    job_ids = jobs.revive(connection, confirmed) + jobs.enqueue(
-        connection,
-        [
-            (version_id, request)
-            for path, version_id in wanting.items()
-            for request in routing.job_requests(route_text(path), root_id)
-        ],
-        now,
-    )
-    contents = {s.content_hash for s in fresh} | {current[s.path].content_hash for s in fresh}
-    moves.note(query_of(connection), {each for each in contents if each}, confirmed)
-    places = [current[s.path].location_id for s in back]
+    for s, state in back:
+        if state.version_id is not None:
+            wanting.setdefault(s.path, state.version_id)
+    pairs = [
+        (wanting[s.path], request)
+        for s in (sightings if routing.takers else ())
+        if s.path in wanting
+        for request in routing.job_requests(route_text(s.path), root_id)
+    ]
+    job_ids = jobs.revive(connection, confirmed) if confirmed else []
+    job_ids += jobs.enqueue(connection, pairs, now) if pairs else []
+    contents = {s.content_hash for s in sightings}
+    contents |= {state.content_hash for _, state in again if state.content_hash}
+    moves.note(query_of(connection), contents - {""}, confirmed)
+    places = [state.location_id for _, state in back]
     change = visibility.refresh(connection, Scope(places)) if places else Change()
-    return RecordResult(len(changed), job_ids, [s.directory for s in stale], change)
+    return RecordResult(recorded, job_ids, stale, change)
 
 
-def _add_locations(
-    connection: Connection, root_id: int, sightings: Sequence[Sighting], now: str
+def _keep_routed(
+    connection: Connection, root_id: int, routing: Routing, sightings: Sequence[Sighting]
 ) -> None:
-    execute_many(
-        connection,
-        """
-        INSERT INTO cf_file_location
-            (source_root_id, directory_id, path, rel_path, discovered_at, problem, racy)
-        VALUES (:root, (
-            SELECT id FROM cf_directory WHERE source_root_id = :root AND path = :folder),
-            :path, :shown, :now, '', 0)
-        """,
+    """Keep true that `routed` names a routing by which every present version got its jobs.
+
+    A root without locations is routed by whatever its first ones are. What is recorded by another
+    routing than the rest has a full scan route all of it.
+    """
+    state = scan_state(connection, root_id)
+    routed = state.routed if state is not None else ""
+    if not sightings or routed.removeprefix(ROUTING) == routing.fingerprint:
+        return
+    first = "SELECT 1 FROM cf_file_location WHERE source_root_id = ? LIMIT 1"
+    is_first = driver(connection).execute(first, (root_id,)).fetchone() is None
+    if is_first or routed:
+        save_scan_state(connection, root_id, routed=routing.fingerprint if is_first else "")
+
+
+def _add(
+    connection: Connection, root_id: int, added: Sequence[Sighting], now: str
+) -> dict[bytes, int]:
+    """Add locations that the ledger does not have, with their first versions; path -> version id.
+
+    The ids are given here: those of the locations with a content are as far above one another as
+    those of their versions, so that one statement makes the versions current.
+    """
+    if not added:
+        return {}
+    raw = driver(connection)
+    # In the order of the paths, as the index has them.
+    added = sorted(added, key=lambda s: (not s.content_hash, s.path))
+    folders = _directory_ids(raw, root_id, {s.directory for s in added})
+    (place,) = raw.execute("SELECT 1 + coalesce(max(id), 0) FROM cf_file_location").fetchone()
+    version = 1 + adopt.last_version_id(connection)
+    read = [s for s in added if s.content_hash]
+    raw.executemany(
+        "INSERT INTO cf_file_location (id, source_root_id, directory_id, path, rel_path, "
+        "discovered_at, problem, racy, device, inode, size_bytes, mtime_ns, ctime_ns) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [
-            {
-                "root": root_id,
-                "folder": s.directory,
-                "path": s.path,
-                "shown": display(s.path),
-                "now": now,
-            }
-            for s in sightings
+            (n, root_id, folders[s.directory], s.path, display(s.path), now, s.problem, s.racy,
+             *(s.stat if s.content_hash else (None,) * 5))
+            for n, s in enumerate(added, place)
         ],
+    )  # fmt: skip
+    raw.executemany(
+        "INSERT INTO cf_file_version (id, location_id, ordinal, content_hash, size_bytes, "
+        "detected_at) VALUES (?, ?, 1, ?, ?, ?)",
+        [(version + n, place + n, s.content_hash, s.stat.size, now) for n, s in enumerate(read)],
     )
+    raw.execute(
+        "UPDATE cf_file_location SET current_version_id = id + ? WHERE id >= ? AND id < ?",
+        (version - place, place, place + len(read)),
+    )
+    return {s.path: version + n for n, s in enumerate(read)}
+
+
+def _directory_ids(
+    raw: sqlite3.Connection, root_id: int, paths: Collection[bytes]
+) -> dict[bytes, int]:
+    marks = ",".join("?" * len(paths))
+    query = f"SELECT path, id FROM cf_directory WHERE source_root_id = ? AND path IN ({marks})"  # noqa: S608
+    return dict(raw.execute(query, (root_id, *paths)).fetchall())
 
 
 def _add_versions(
-    connection: Connection,
-    changed: Sequence[Sighting],
-    current: dict[bytes, LocationState],
-    now: str,
+    connection: Connection, changed: Sequence[tuple[Sighting, LocationState]], now: str
 ) -> dict[bytes, int]:
     """Insert the next version of each location; path -> its id."""
-    last = adopt.last_version_id(connection)
-    ids = {s.path: last + n for n, s in enumerate(changed, start=1)}
-    execute_many(
-        connection,
-        """
-        INSERT INTO cf_file_version
-            (id, location_id, ordinal, content_hash, size_bytes, detected_at)
-        VALUES (:id, :location, 1 + (SELECT coalesce(max(ordinal), 0) FROM cf_file_version
-                                     WHERE location_id = :location), :hash, :size, :now)
-        """,
+    if not changed:
+        return {}
+    first = 1 + adopt.last_version_id(connection)
+    driver(connection).executemany(
+        "INSERT INTO cf_file_version (id, location_id, ordinal, content_hash, size_bytes, "
+        "detected_at) VALUES (?, ?, 1 + (SELECT coalesce(max(ordinal), 0) FROM cf_file_version "
+        "WHERE location_id = ?), ?, ?, ?)",
         [
-            {
-                "id": ids[s.path],
-                "location": current[s.path].location_id,
-                "hash": s.content_hash,
-                "size": s.stat.size,
-                "now": now,
-            }
-            for s in changed
+            (n, state.location_id, state.location_id, s.content_hash, s.stat.size, now)
+            for n, (s, state) in enumerate(changed, first)
         ],
     )
-    return ids
+    return {s.path: n for n, (s, _) in enumerate(changed, first)}
 
 
 def _save_stats(
     connection: Connection,
-    sightings: Sequence[Sighting],
-    current: dict[bytes, LocationState],
-    version_ids: dict[bytes, int],
+    again: Sequence[tuple[Sighting, LocationState]],
+    version_ids: Mapping[bytes, int],
 ) -> None:
     """Save the stat of each file with its location; a version never changes."""
-    execute_many(
-        connection,
+    driver(connection).executemany(
         """
         UPDATE cf_file_location
         SET current_version_id = ?, device = ?, inode = ?, size_bytes = ?, mtime_ns = ?,
@@ -311,15 +397,26 @@ def _save_stats(
         """,
         [
             (
-                version_ids.get(s.path, current[s.path].version_id),
+                version_ids.get(s.path, state.version_id),
                 *(s.stat if s.content_hash else (None,) * 5),
                 s.racy,
                 s.problem,
-                current[s.path].location_id,
+                state.location_id,
             )
-            for s in sightings
+            for s, state in again
         ],
     )
+
+
+ROUTING = "in part: "
+"""Before the routing that a root is being routed by."""
+
+
+def end_routing(connection: Connection, root_id: int, routing: Routing) -> None:
+    """Every present version was routed so, unless one was recorded by another routing meanwhile."""
+    state = scan_state(connection, root_id)
+    if state is not None and state.routed == ROUTING + routing.fingerprint:
+        save_scan_state(connection, root_id, routed=routing.fingerprint)
 
 
 def route_chunk(
@@ -372,12 +469,6 @@ class PresentLocation(NamedTuple):
     ctime_ns: int | None
 
 
-_PRESENT = (
-    FileLocation.id, FileLocation.path, FileLocation.device, FileLocation.inode,
-    FileLocation.ctime_ns,
-)  # fmt: skip
-
-
 def count_present(connection: Connection, root_id: int) -> int:
     """How many locations of a source root are present."""
     query = select(func.count()).where(
@@ -386,45 +477,34 @@ def count_present(connection: Connection, root_id: int) -> int:
     return connection.execute(query).scalar_one()
 
 
-def present_in(connection: Connection, root_id: int, directory: bytes) -> list[PresentLocation]:
+def present_in(connection: Connection, directory_id: int) -> list[PresentLocation]:
     """The present locations directly in a directory."""
-    rows = connection.execute(
-        select(*_PRESENT)
-        .join(Directory, Directory.id == FileLocation.directory_id)
-        .where(
-            Directory.source_root_id == root_id,
-            Directory.path == directory,
-            FileLocation.gone_at.is_(None),
-        )
+    rows = driver(connection).execute(
+        "SELECT id, path, device, inode, ctime_ns FROM cf_file_location "
+        "WHERE directory_id = ? AND gone_at IS NULL",
+        (directory_id,),
     )
-    return [PresentLocation(*row) for row in rows]
+    return [PresentLocation._make(row) for row in rows.fetchall()]
 
 
 def present_under(connection: Connection, root_id: int, directory: bytes) -> list[PresentLocation]:
     """The present locations anywhere under a directory."""
-    low, high = directory + b"/", directory + b"0"  # '0' is the byte after '/'
-    rows = connection.execute(
-        select(*_PRESENT).where(
-            FileLocation.source_root_id == root_id,
-            FileLocation.path >= low,
-            FileLocation.path < high,
-            FileLocation.gone_at.is_(None),
-        )
+    rows = driver(connection).execute(
+        "SELECT id, path, device, inode, ctime_ns FROM cf_file_location "
+        "WHERE source_root_id = ? AND path >= ? AND path < ? AND gone_at IS NULL",
+        (root_id, directory + b"/", directory + b"0"),  # '0' is the byte after '/'
     )
-    return [PresentLocation(*row) for row in rows]
+    return [PresentLocation._make(row) for row in rows.fetchall()]
 
 
 def drop_digests(connection: Connection, root_id: int, directory: bytes) -> None:
     """Drop the digests of a directory that is gone, and of all below it; the locations stay."""
-    connection.execute(
-        update(Directory)
-        .where(
-            Directory.source_root_id == root_id,
-            (Directory.path == directory)
-            | ((Directory.path >= directory + b"/") & (Directory.path < directory + b"0")),
-        )
-        .values(digest=None, parent_id=None)
-    )
+    execute(
+        connection,
+        "UPDATE cf_directory SET digest = randomblob(8), parent_id = NULL "
+        "WHERE source_root_id = :root AND (path = :path OR (path >= :low AND path < :high))",
+        root=root_id, path=directory, low=directory + b"/", high=directory + b"0",
+    )  # fmt: skip
 
 
 class Gone(NamedTuple):
@@ -518,28 +598,25 @@ def active_paths(connection: Connection) -> list[str]:
 
 
 def scan_state(connection: Connection, root_id: int) -> Any:
-    """The root's ScanState row; None before its first scan."""
-    columns = ScanState.__table__.columns
-    return connection.execute(select(*columns).where(ScanState.source_root_id == root_id)).first()
-
-
-def was_scanned(connection: Connection, root_id: int) -> bool:
-    """Whether a scan of the root has ever finished."""
-    state = scan_state(connection, root_id)
-    return state is not None and state.finished > 0
+    """The root's row of cf_scan_state; None before its first scan."""
+    query = "SELECT * FROM cf_scan_state WHERE source_root_id = :root"
+    return execute(connection, query, root=root_id).first()
 
 
 def save_scan_state(connection: Connection, root_id: int, **values: Any) -> None:
-    """Change columns of the root's ScanState, creating it."""
+    """Change columns of the root's row of cf_scan_state, creating it."""
     fresh = {
         "started": 0.0, "finished": 0.0, "files": 0, "unreadable": 0, "unsettled": 0,
-        "problem": "", "routed": "", "waiting": 0, "held": 0, "held_since": 0.0, "watch": "",
-        "missed": 0, "scrub_after": 0, "scrubbed": 0.0, "hidden": 0,
+        "problem": "", "routed": "", **values,
     }  # fmt: skip
-    connection.execute(
-        insert(ScanState)
-        .values(source_root_id=root_id, **{**fresh, **values})
-        .on_conflict_do_update(index_elements=["source_root_id"], set_=values)
+    changes = ", ".join(f"{name} = excluded.{name}" for name in values)
+    execute(
+        connection,
+        f"INSERT INTO cf_scan_state (source_root_id, {', '.join(fresh)}) "  # noqa: S608  our names
+        f"VALUES (:root, :{', :'.join(fresh)}) "
+        f"ON CONFLICT (source_root_id) DO UPDATE SET {changes}",
+        root=root_id,
+        **fresh,
     )
 
 
@@ -551,6 +628,22 @@ def count_up(connection: Connection, root_id: int, **counts: int) -> None:
         .where(ScanState.source_root_id == root_id)
         .values({name: columns[name] + count for name, count in counts.items()})
     )
+
+
+def newest(connection: Connection) -> int:
+    """The id of the newest version; 0 where there is none."""
+    query = text("SELECT coalesce(max(id), 0) FROM cf_file_version")
+    return int(connection.execute(query).scalar_one())
+
+
+def found_since(connection: Connection, root_id: int, after: int, since: float) -> list[bytes]:
+    """The paths of newer versions than `after`, of files that changed since this time."""
+    query = text(
+        "SELECT l.path FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id "
+        "WHERE v.id > :after AND l.source_root_id = :root AND l.ctime_ns > :since"
+    )
+    values = {"after": after, "root": root_id, "since": int(since * 1e9)}
+    return list(connection.execute(query, values).scalars())
 
 
 # Having the next scan read a file again, whose bytes were not those of its version.
@@ -572,22 +665,9 @@ def invalidate(connection: Connection, job_id: int) -> None:
     )
     folder = select(FileLocation.directory_id).where(FileLocation.id == location)
     connection.execute(
-        update(Directory).where(Directory.id == folder.scalar_subquery()).values(digest=None)
-    )
-
-
-def keep_invalidated(connection: Connection, root_id: int, folders: Sequence[bytes]) -> None:
-    """Drop the digests that a scan has just saved of folders with an invalidated file: it may have
-    listed them before the file was invalidated."""
-    execute_many(
-        connection,
-        """
-        UPDATE cf_directory SET digest = NULL
-        WHERE source_root_id = ? AND path = ? AND EXISTS (
-            SELECT 1 FROM cf_file_location l
-            WHERE l.directory_id = cf_directory.id AND l.inode IS NULL AND l.gone_at IS NULL)
-        """,
-        [(root_id, folder) for folder in folders],
+        update(Directory)
+        .where(Directory.id == folder.scalar_subquery())
+        .values(digest=func.randomblob(8))
     )
 
 

@@ -14,14 +14,12 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, text
-
 from casparian_flow.db import failures, visibility
 from casparian_flow.db import outputs as published
-from casparian_flow.db.access import Page, Row, page
+from casparian_flow.db.access import Connection, Page, Row, page
 from casparian_flow.db.access import rows as _rows
-from casparian_flow.db.models import PASSED_OVER
 from casparian_flow.db.routing import Routing, compile_pattern
+from casparian_flow.db.states import PASSED_OVER
 from casparian_flow.db.versions import route_text
 
 EVERY = (1 << 63) - 1
@@ -231,7 +229,7 @@ def job(connection: Connection, job_id: int) -> Row | None:
 
 def last_sandbox(connection: Connection) -> str:
     """The sandbox of the newest attempt's guest; empty before the first."""
-    query = text("SELECT sandbox FROM cf_attempt WHERE sandbox <> '' ORDER BY id DESC LIMIT 1")
+    query = "SELECT sandbox FROM cf_attempt WHERE sandbox <> '' ORDER BY id DESC LIMIT 1"
     return connection.execute(query).scalar() or ""
 
 
@@ -246,8 +244,7 @@ def job_ids(
     Args:
         path: a glob over the path relative to the source root; `*` crosses directories.
     """
-    query = text(
-        """
+    query = """
         SELECT id FROM cf_processing_queue j
         WHERE status = :status AND (:plugin IS NULL OR plugin_name = :plugin)
           AND (:path IS NULL OR EXISTS (
@@ -255,7 +252,6 @@ def job_ids(
               WHERE v.id = j.file_version_id AND l.rel_path GLOB :path))
         ORDER BY id
         """
-    )
     chosen = {"plugin": plugin, "path": path}
     return [
         job_id
@@ -400,12 +396,10 @@ def waiting(connection: Connection, paused: str, up_to: int = EVERY) -> Waiting:
     Args:
         paused: prefix of the reason of a paused job.
     """
-    by_status = text(
-        """
+    by_status = """
         SELECT status, count(*) FROM cf_processing_queue
         WHERE status IN ('QUEUED', 'RUNNING', 'COMMITTING') AND id <= :up_to GROUP BY status
         """
-    )
     rows = connection.execute(by_status, {"up_to": up_to})
     counts: dict[str, int] = {row[0]: row[1] for row in rows}
     queued, running, committing = (
@@ -431,15 +425,13 @@ def waiting(connection: Connection, paused: str, up_to: int = EVERY) -> Waiting:
 def scans(connection: Connection) -> Sequence[Any]:
     """Active roots: name, path, settle_seconds, started, finished, unsettled, problem."""
     return connection.execute(
-        text(
-            """
+        """
             SELECT r.name, r.path, r.settle_seconds, coalesce(s.started, 0) AS started,
                    coalesce(s.finished, 0) AS finished, coalesce(s.unsettled, 0) AS unsettled,
                    coalesce(s.problem, '') AS problem
             FROM cf_source_root r LEFT JOIN cf_scan_state s ON s.source_root_id = r.id
             WHERE r.active ORDER BY r.id
             """
-        )
     ).all()
 
 
@@ -495,7 +487,7 @@ NEAR = 0.6
 
 def count_unrouted(connection: Connection, source: str | None = None) -> int:
     """How many unrouted files active source roots have."""
-    query = text(f"SELECT count(*) {_UNROUTED}")
+    query = f"SELECT count(*) {_UNROUTED}"
     return int(connection.execute(query, {"source": source}).scalar_one())
 
 

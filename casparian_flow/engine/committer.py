@@ -29,15 +29,14 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import msgspec
-from sqlalchemy import Connection
 
 from casparian_flow import durable
 from casparian_flow.config import JobSettings, OutputSettings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, debts, jobs, outputs, rebuild, versions, visibility
-from casparian_flow.db.access import Ledger, Work
+from casparian_flow.db.access import Connection, Ledger, Work
 from casparian_flow.db.debts import Part
-from casparian_flow.db.models import PAUSED, utcnow
+from casparian_flow.db.states import PAUSED, utcnow
 from casparian_flow.engine import dispatch, sinks, telling
 from casparian_flow.errors import (
     CasparianError,

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection
 
 from casparian_flow import sink_uri
 from casparian_flow.config import JobSettings, Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import asked, audit, jobs, plugins, rebuild, taken, trust
+from casparian_flow.db.access import Connection
 from casparian_flow.db.jobs import AttemptResult, add_attempts, counted_attempts
-from casparian_flow.db.models import Plugin
 from casparian_flow.engine import contents, endings, sinks
 from casparian_flow.engine.endings import Ending
 from casparian_flow.errors import (
@@ -211,13 +210,13 @@ def artifact(connection: Connection, plugin_id: int) -> Artifact:
     If the plugin may not run, the result has the reason instead of the source. A stub is run as the
     version that was published of the same bytes.
     """
-    rows = plugins.stored(connection, Plugin.id == plugin_id)
+    rows = plugins.stored(connection, id=plugin_id)
     if not rows:
         return _refused(plugin_id, f"plugin {plugin_id} does not exist")
     asked = rows[0]
-    same = (Plugin.name == asked.name, Plugin.artifact_hash == asked.artifact_hash)
-    whole = [] if asked.manifest else plugins.stored(connection, *same, Plugin.manifest != "")
-    plugin = whole[-1] if whole else asked
+    same = {"name": asked.name, "artifact_hash": asked.artifact_hash}
+    whole = [] if asked.manifest else plugins.stored(connection, **same)
+    plugin = next((one for one in reversed(whole) if one.manifest), asked)
     if refusal := plugins.refusal(plugin, trust.read(connection)):
         return _refused(plugin_id, refusal)
     manifest = plugins.manifest_of(plugin.manifest)

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 
-from sqlalchemy import Connection
-
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import asked, debts, rebuild
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.debts import Debt
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, SinkConflict, SinkUnavailable, Unavailable

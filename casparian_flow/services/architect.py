@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 from packaging.version import Version
-from sqlalchemy import Connection
 
 from casparian_flow import bundled
 from casparian_flow.config import Settings
@@ -25,10 +24,9 @@ from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, backfill, plugins, trust, versions, visibility
 from casparian_flow.db import outputs as db_outputs
 from casparian_flow.db import topics as db_topics
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.backfill import Choice
-from casparian_flow.db.models import Plugin
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.visibility import Change, Scope
 from casparian_flow.engine.locking import check_lock
@@ -485,8 +483,7 @@ def _require_fit(connection: Connection, trusted: Trust, name: str, version: str
         PublishConflict: the version that is there may not run, and its bytes in the name of
             another key do not change that.
     """
-    which = Plugin.name == name, Plugin.version == version
-    (known,) = plugins.stored(connection, *which)
+    (known,) = plugins.stored(connection, name=name, version=version)
     if refusal := plugins.refusal(known, trusted):
         raise PublishConflict(
             f"{name} {version} is already deployed: {refusal}",

@@ -6,13 +6,11 @@ import os
 import time
 from typing import Any
 
-from sqlalchemy import Connection
-
 from casparian_flow import durable
 from casparian_flow.config import Settings
 from casparian_flow.db import views
-from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import PAUSED
+from casparian_flow.db.access import Connection, Ledger
+from casparian_flow.db.states import PAUSED
 from casparian_flow.db.views import Waiting
 from casparian_flow.engine import control
 from casparian_flow.errors import DaemonGone, SourceError, counted

@@ -14,7 +14,6 @@ a new ledger in its place asks them too; `<database>.epoch` has its id and its l
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections import defaultdict
@@ -23,13 +22,11 @@ from functools import partial
 from pathlib import Path
 from shlex import quote
 
-from sqlalchemy import Connection
-
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import adopt, asked, kept, visibility
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.adopt import Adoption
 from casparian_flow.db.asked import Mark
 from casparian_flow.engine import sinks
@@ -113,6 +110,8 @@ async def keep_asking(settings: Settings, ledger: Ledger, on_change: Callable[[]
     Args:
         on_change: called when jobs may be claimed that waited for a sink.
     """
+    import asyncio
+
     while True:
         pause = ASK_SECONDS
         try:

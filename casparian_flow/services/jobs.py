@@ -9,7 +9,7 @@ from casparian_flow.db import failures
 from casparian_flow.db import jobs as queue
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.audit import Event, actor
-from casparian_flow.db.models import JobStatus
+from casparian_flow.db.states import JobStatus
 from casparian_flow.errors import CasparianError, NotFound
 
 CHANGE_CHUNK = 10_000

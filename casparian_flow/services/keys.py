@@ -9,9 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sqlalchemy import Connection
-
-from casparian_flow.db.access import Ledger, Row
+from casparian_flow.db.access import Connection, Ledger, Row
 from casparian_flow.db.audit import Event, check_text
 from casparian_flow.db.trust import append, deactivate, person, read
 from casparian_flow.errors import AuthError, CasparianError, NotFound

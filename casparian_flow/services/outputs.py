@@ -15,17 +15,15 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, text
-
 from casparian_flow import durable
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import debts, jobs, moves, rebuild, visibility
 from casparian_flow.db import outputs as db_outputs
-from casparian_flow.db.access import Ledger, Row
+from casparian_flow.db.access import Connection, Ledger, Row
 from casparian_flow.db.audit import Event
-from casparian_flow.db.models import ForgottenOutput, JobStatus, RetractedVersion
 from casparian_flow.db.outputs import NAMED
 from casparian_flow.db.routing import resolve_argument
+from casparian_flow.db.states import JobStatus
 from casparian_flow.engine import sinks, telling
 from casparian_flow.engine.sinks import PREFIXES, parquet_record
 from casparian_flow.errors import CasparianError, NotFound, SinkUnavailable, counted
@@ -90,8 +88,7 @@ def forget(ledger: Ledger, name: str) -> list[str]:
         )
 
     def work(connection: Connection) -> None:
-        rows = [{"output_key": row.output_key} for row in lost]
-        connection.execute(insert(ForgottenOutput), rows)
+        db_outputs.forget(connection, [row.output_key for row in lost])
         versions = [row.version_id for row in lost]
         visibility.refresh(connection, visibility.of_versions(connection, versions))
 
@@ -313,15 +310,11 @@ def retract(ledger: Ledger, name: str, *, undo: bool = False) -> list[Any]:
     chosen = _chosen(named, undo=undo)
     if not chosen:
         return _told_again(ledger, name, named, undo=undo)
-    named_versions = {row.version_id for row in chosen}
+    named_versions = sorted({row.version_id for row in chosen})
 
     def work(connection: Connection) -> None:
         versions = moves.same_file(visibility.query_of(connection), named_versions)
-        these = RetractedVersion.file_version_id.in_(versions)
-        connection.execute(delete(RetractedVersion).where(these))
-        if not undo:
-            rows = [{"file_version_id": version} for version in versions]
-            connection.execute(insert(RetractedVersion), rows)
+        db_outputs.retract(connection, versions, undo=undo)
         visibility.refresh(connection, visibility.of_versions(connection, versions))
 
     def events(_: None) -> list[Event]:
@@ -419,4 +412,4 @@ def _of_file(ledger: Ledger, name: str) -> list[Any]:
 def _select(ledger: Ledger, which: str, **values: Any) -> list[Any]:
     """The published outputs for which a condition over the columns of `NAMED` holds."""
     query = f"SELECT * FROM ({NAMED}) WHERE {which} ORDER BY job_id, output_key"  # noqa: S608
-    return ledger.read(lambda c: list(c.execute(text(query), values)))
+    return ledger.read(lambda c: list(c.execute(query, values)))

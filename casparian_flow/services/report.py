@@ -21,9 +21,9 @@ from casparian_flow.db import (
 )
 from casparian_flow.db import topics as db_topics
 from casparian_flow.db.access import Ledger, Row
-from casparian_flow.db.models import PAUSED, JobStatus
 from casparian_flow.db.plugins import EARLIER_FORM, in_earlier_form, only_adopted
 from casparian_flow.db.routing import compile_pattern
+from casparian_flow.db.states import PAUSED, JobStatus
 from casparian_flow.engine import sinks
 from casparian_flow.errors import CasparianError, NotFound, counted
 from casparian_flow.services import inventory, store_upkeep

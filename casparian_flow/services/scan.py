@@ -19,13 +19,18 @@ from functools import partial
 from stat import S_ISREG
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection
-
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import versions
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.routing import Routing
-from casparian_flow.db.versions import LocationState, PresentLocation, Sighting, Stat
+from casparian_flow.db.versions import (
+    UNKNOWN,
+    LocationState,
+    NewDigest,
+    PresentLocation,
+    Sighting,
+    Stat,
+)
 from casparian_flow.db.visibility import Change
 from casparian_flow.services import inventory, walk
 from casparian_flow.services.store import NOTHING, Capture, Store
@@ -35,14 +40,14 @@ from casparian_flow.services.walk import Ignore, Listing
 BATCH_FILES = 1000
 """Sightings in one transaction, at most."""
 
+LARGE_BYTES = 64 << 20
+"""What was found before a file of this size is recorded before it is read."""
+
 BATCH_SECONDS = 0.5
 """A slow scan (large files) records what it has found this often."""
 
 TORN_SECONDS = 0.05
 """Pause before a file that changed while it was read is read again, at least."""
-
-PATH_MAX = 4096
-"""Longest path that the kernel takes, in bytes with the NUL; watchers reach no longer one."""
 
 _UNMOUNTED = "is empty and on another device than before (unmounted?)"
 
@@ -53,7 +58,6 @@ def scan(
     only: Iterable[bytes] | None = None,
     stop: threading.Event | None = None,
     *,
-    heard: Heard | None = None,
     believe: bool = False,
 ) -> ScanReport:
     """Scan a root once, and record the files that are settled.
@@ -62,17 +66,17 @@ def scan(
         only: directories (relative paths) to scan, with those of their subdirectories that the
             ledger does not have. None for a full scan.
         stop: ends the scan early when set; what was found so far is recorded.
-        heard: what the watcher watches, so that the report can say what it misses.
         believe: mark missing files as deleted, however many (`services.vanished`).
 
     Raises:
         LedgerError: the ledger could not be written; finished batches stay recorded.
     """
-    if only is None and not ledger.read(lambda c: versions.was_scanned(c, root.id)):
+    state = ledger.read(lambda c: versions.scan_state(c, root.id))
+    if only is None and (state is None or not state.finished):
         inventory.before_first_scan(ledger)
     vanished = Vanished(root.id, root.name, full=only is None, believe=believe)
-    with contextlib.closing(Store(ledger)) as store:
-        scan_of = _Scan(ledger, root, stop or threading.Event(), heard, vanished, store)
+    with contextlib.closing(Store(ledger)) as store, ledger.reading() as reads:
+        scan_of = _Scan(ledger, reads, root, stop or threading.Event(), vanished, store)
         return scan_of.run(only)
 
 
@@ -82,22 +86,24 @@ class _Scan:
     def __init__(
         self,
         ledger: Ledger,
+        reads: Connection,
         root: Root,
         stop: threading.Event,
-        heard: Heard | None,
         vanished: Vanished,
         store: Store,
     ) -> None:
         self.ledger = ledger
+        self.reads = reads
         self.root = root
         self.stop = stop
-        self.heard = heard
         self.vanished = vanished
         self.store = store
         self.report = ScanReport(root.name)
         self.started = time.time()
         self._sightings: dict[bytes, Sighting] = {}
-        self._folders: list[tuple[bytes, bytes | None]] = []
+        self._folders: dict[bytes, NewDigest] = {}
+        self._mark = os.urandom(8)
+        """Stands for the digest of a directory until it is compared to its end."""
         self._looked: set[bytes] = set()
         self._flushed = time.monotonic()
 
@@ -112,8 +118,11 @@ class _Scan:
             return self._freeze(f"cannot be read ({error.strerror})")
         try:
             device = Stat.of(os.fstat(descriptor)).device
-            if self._looks_unmounted(descriptor, device):
-                return self._freeze(_UNMOUNTED)
+            try:
+                if self._looks_unmounted(descriptor, device):
+                    return self._freeze(_UNMOUNTED)
+            except OSError as error:
+                return self._freeze(f"cannot be read ({error.strerror})")
             for listing in self._listings(descriptor, only):
                 if self.stop.is_set():
                     break
@@ -125,19 +134,36 @@ class _Scan:
         finally:
             os.close(descriptor)
         if not self.stop.is_set():  # what is missing is known only at the end
-            report = self.report
-            settled = self.ledger.change(self.vanished.settle, self.vanished.events)
-            report.gone, report.moved = settled.gone, report.moved + settled.moved
-            report.held, report.passed_over = settled.held, settled.passed_over
-            report.change = report.change.plus(settled.change)
-            if report.unsettled:
-                report.unsettled.update(self.vanished.again)
-            crashpoint("scan.vanished")
-            self._note_writing(full=only is None)
-        if only is None and not self.stop.is_set():
-            self._route_all()
-            self._finish(device)
+            self._end(device, full=only is None)
         return self.report
+
+    def _end(self, device: int, *, full: bool) -> None:
+        """Record what is missing, what is unsettled, and, of a full scan, that it has ended.
+
+        A scan of a few directories that changes nothing of this writes nothing.
+        """
+        ended, began = self._note_writing(full=full)
+        if not (full or ended or began or self.vanished.is_due(self.reads)):
+            return
+
+        def work(connection: Connection) -> Settled:
+            settled = self.vanished.settle(connection)
+            crashpoint("scan.vanished")
+            versions.change_unsettled(connection, self.root.id, ended, began)
+            if full:
+                self._finish(connection, device)
+            return settled
+
+        report = self.report
+        settled = self.ledger.change(work, self.vanished.events)
+        report.gone, report.moved = settled.gone, report.moved + settled.moved
+        report.held, report.passed_over = settled.held, settled.passed_over
+        report.change = report.change.plus(settled.change)
+        if report.unsettled:
+            report.unsettled.update(self.vanished.again)
+        crashpoint("scan.finished")
+        if full:
+            self._route_all()
 
     def _listings(self, root: int, only: Iterable[bytes] | None) -> Iterator[Listing]:
         if only is None:
@@ -159,7 +185,9 @@ class _Scan:
             return
         try:
             listing = walk.list_directory(descriptor, path, self.ignore)
-            known = self._read(versions.child_directories, path)
+            known: list[bytes] = []
+            if there := versions.directory(self.reads, self.root.id, path):
+                known = versions.child_directories(self.reads, there.directory_id)
             yield listing
         finally:
             os.close(descriptor)
@@ -173,17 +201,17 @@ class _Scan:
         """Bring the ledger up to date with one directory."""
         if listing.problem:
             self._unreadable(listing.path, listing.problem)
-            self._folders.append((listing.path, None))
+            self._folders[listing.path] = NewDigest(UNKNOWN, self._mark)
             return
         self.report.files += listing.files
-        self._note_unheard(listing)
-        if self._read(versions.directory_digest, listing.path) == listing.digest:
+        there = versions.directory(self.reads, self.root.id, listing.path)
+        if there is not None and there.is_linked and there.digest == listing.digest:
             return
         # A folder's row must exist before its files' rows refer to it.
-        self._folders.append((listing.path, None))
+        self._folders[listing.path] = NewDigest(there.digest if there else UNKNOWN, self._mark)
         try:
-            quiet = self._compare_files(listing)
-            missing = self._find_gone(listing)
+            quiet = self._compare_files(listing, is_new=there is None)
+            missing = there is not None and self._find_gone(listing, there.directory_id)
         except OSError as error:
             self._unreadable(listing.path, str(error.strerror))
             return
@@ -191,28 +219,29 @@ class _Scan:
         if not quiet or listing.path in self.report.unsettled:
             return
         if missing:
-            self.vanished.when_believed(listing.path, listing.digest)
+            self.vanished.when_believed(listing.path, NewDigest(self._mark, listing.digest))
         else:
-            self._folders.append((listing.path, listing.digest))
+            waits = self._folders.get(listing.path)
+            before = waits.before if waits else self._mark
+            self._folders[listing.path] = NewDigest(before, listing.digest)
 
-    def _note_unheard(self, listing: Listing) -> None:
-        if self.heard is not None and self.heard.inodes is not None:
-            if len(os.fsencode(self.root.path)) + 1 + len(listing.path) >= PATH_MAX:
-                self.report.too_deep += 1
-                return
-            inode = os.fstat(listing.descriptor).st_ino
-            if inode not in self.heard.inodes:
-                self.report.unheard.add(inode)
+    def _compare_files(self, listing: Listing, *, is_new: bool) -> bool:
+        """Record the files that changed; True if no file here must be read again.
 
-    def _compare_files(self, listing: Listing) -> bool:
-        """Record the files that changed; True if no file here must be read again."""
+        Args:
+            is_new: the ledger does not have the directory, so it has no file in it.
+        """
         quiet = True
+        prefix = walk.join(listing.path, b"")
         for chunk in walk.chunks(listing, self.ignore):
-            paths = [walk.join(listing.path, name) for name, _ in chunk]
-            known = self._read(versions.known, paths)
-            for (name, status), path in zip(chunk, paths, strict=True):
-                quiet &= self._compare_file(listing, name, path, Stat.of(status), known.get(path))
-            self._flush_if_due()
+            found = [(prefix + name, name, Stat.of_identity(status)) for name, status in chunk]
+            known: dict[bytes, LocationState] = {}
+            if not is_new:
+                paths = [path for path, _, _ in found]
+                known = versions.known(self.reads, self.root.id, paths)
+            for path, name, stat in found:
+                quiet &= self._compare_file(listing, name, path, stat, known.get(path))
+                self._flush_if_due()
         return quiet
 
     def _compare_file(
@@ -224,22 +253,24 @@ class _Scan:
             return True
         if self.stop.is_set():
             return False
-        if not same and self.heard is not None and stat.ctime_ns > self.heard.since * 1e9:
-            self.report.fresh.append(path)
-        now = time.time_ns()
-        if self._lacks_marker(listing, name) or unrest(stat, now, self.root.min_age_seconds) > 0:
-            self.report.waiting += 1
-            self.vanished.may_move(stat)
-            return False
-        wait = unrest(stat, now, self.root.settle_seconds)
-        if wait > 0:
-            self._mark_unsettled(listing, path, wait)
-            self.vanished.may_move(stat)
-            return False
+        root = self.root
+        if root.settle_seconds or root.min_age_seconds or root.done_file:
+            now = time.time_ns()
+            if self._lacks_marker(listing, name) or unrest(stat, now, root.min_age_seconds) > 0:
+                self.report.waiting += 1
+                self.vanished.may_move(stat)
+                return False
+            wait = unrest(stat, now, root.settle_seconds)
+            if wait > 0:
+                self._mark_unsettled(listing, path, wait)
+                self.vanished.may_move(stat)
+                return False
+        if stat.size >= LARGE_BYTES:
+            self._flush()
         try:
             content = hash_and_capture(
                 name, listing.descriptor, self.stop, self.store,
-                known.content_hash if known and same and known.captured else None,
+                known.content_hash if known and same and known.captured else None, stat,
             )  # fmt: skip
         except FileNotFoundError:
             return False
@@ -248,7 +279,7 @@ class _Scan:
             self._sightings[path] = _unread(path, listing.path, stat, known, str(error.strerror))
             return False
         if content is None or self._was_written(stat, content[1]):
-            self._mark_unsettled(listing, path, max(self.root.settle_seconds, TORN_SECONDS))
+            self._mark_unsettled(listing, path, max(root.settle_seconds, TORN_SECONDS))
             return False
         crashpoint("scan.hashed")
         digest, looked = content
@@ -263,9 +294,10 @@ class _Scan:
         self.report.unsettled.add(listing.path)
         self.report.writing[path] = time.time()
         self.report.settles_in = max(self.report.settles_in, wait)
+        self.report.settles_first = min(self.report.settles_first or wait, wait)
 
-    def _note_writing(self, *, full: bool) -> None:
-        """Record since when files have been unsettled."""
+    def _note_writing(self, *, full: bool) -> tuple[list[bytes], list[bytes]]:
+        """Since when files have been unsettled; which are not any more, and which now are."""
         writing = self.report.writing
         known = self.ledger.read(lambda c: versions.known_unsettled(c, self.root.id))
         looked = (path for path in known if full or path.rpartition(b"/")[0] in self._looked)
@@ -273,8 +305,7 @@ class _Scan:
         room = versions.UNSETTLED_KEPT - len(known) + len(ended)
         began = sorted(writing.keys() - known.keys())[: max(0, room)]
         writing.update({path: known[path] for path in writing.keys() & known.keys()})
-        if ended or began:
-            self._write(lambda c: versions.change_unsettled(c, self.root.id, ended, began))
+        return ended, began
 
     def _was_written(self, stat: Stat, looked: Stat) -> bool:
         """Whether a file was written after it was found settled and before it was read."""
@@ -296,7 +327,7 @@ class _Scan:
             raise
         return False
 
-    def _find_gone(self, listing: Listing) -> bool:
+    def _find_gone(self, listing: Listing, directory_id: int) -> bool:
         """Collect what is missing in a directory; whether anything is.
 
         Raises:
@@ -305,53 +336,53 @@ class _Scan:
         names = {name for name, _ in listing.entries}
         gone: list[PresentLocation] = []
         ignored: list[PresentLocation] = []
-        for location in self._read(versions.present_in, listing.path):
+        for location in versions.present_in(self.reads, directory_id):
             name = location.path.rpartition(b"/")[2]
             if name not in names and not walk.is_candidate(listing, name, self.ignore):
                 (ignored if walk.exists(listing, name) else gone).append(location)
-        known_folders = self._read(versions.child_directories, listing.path)
+        known_folders = versions.child_directories(self.reads, directory_id)
         folders = {walk.join(listing.path, name) for name in listing.folders}
-        lost = [path for path in known_folders if path not in folders]
-        for folder in lost:
-            below = self._read(versions.present_under, folder)
+        lost: list[bytes] = []
+        hidden: list[bytes] = []
+        for folder in (path for path in known_folders if path not in folders):
+            below = versions.present_under(self.reads, self.root.id, folder)
             exists = walk.exists(listing, folder.rpartition(b"/")[2])
             (ignored if exists else gone).extend(below)
+            (hidden if exists else lost).append(folder)
         if gone and not self.vanished.believe and not listing.files and not listing.folders:
             device = Stat.of(os.fstat(listing.descriptor)).device
             if all(location.device not in (None, device) for location in gone):
                 raise OSError(errno.ENODEV, _UNMOUNTED)
-        if gone or ignored or lost:
-            self.vanished.add(gone, ignored, lost)
-        return bool(gone or ignored or lost)
+        found = (gone, ignored, lost, hidden)
+        if any(found):
+            self.vanished.add(*found)
+        return any(found)
 
     def _unreadable(self, path: bytes, why: str) -> None:
         self.report.unreadable.append(f"{self.root.name}/{versions.display(path)}: {why}")
 
     def _flush_if_due(self) -> None:
-        late = time.monotonic() - self._flushed > BATCH_SECONDS
-        full = len(self._sightings) >= BATCH_FILES or self.store.is_full
-        if full or (self._sightings and late):
+        found = len(self._sightings)
+        full = found >= BATCH_FILES or len(self._folders) >= BATCH_FILES or self.store.is_full
+        if full or (found and time.monotonic() - self._flushed > BATCH_SECONDS):
             self._flush()
 
     def _flush(self) -> None:
         """Record what was found so far, in one transaction."""
         self._flushed = time.monotonic()
-        if not self._sightings and not self._folders:
+        if not (self._sightings or self._folders or self.store.small or self.store.files):
             return
         sightings, folders = list(self._sightings.values()), self._folders
-        self._sightings, self._folders = {}, []
+        self._sightings, self._folders = {}, {}
+        root_id = self.root.id
 
         def work(connection: Connection) -> tuple[versions.RecordResult, Settled]:
-            versions.save_directories(connection, self.root.id, folders)
+            fresh = versions.save_directories(connection, root_id, folders)
             # Read here, not when the scan begins: a change of the rules routes only the versions
             # that were recorded before it.
-            recorded = versions.record(connection, self.root.id, sightings, Routing(connection))
-            if recorded.stale:
-                lost = [(path, None) for path in recorded.stale]
-                versions.save_directories(connection, self.root.id, lost)
-            versions.keep_invalidated(
-                connection, self.root.id, [path for path, digest in folders if digest]
-            )
+            routing = Routing(connection)
+            recorded = versions.record(connection, root_id, sightings, routing, fresh)
+            versions.doubt_directories(connection, root_id, recorded.stale)
             moved = self.vanished.follow(connection, sightings)
             placed.record(connection)
             crashpoint("scan.batch_written")
@@ -370,24 +401,19 @@ class _Scan:
         """After a change of rules or plugins, queue the jobs that present versions lack."""
         state = self.ledger.read(lambda c: versions.scan_state(c, self.root.id))
         routing = self.ledger.read(Routing)
-        if state is not None and state.routed == routing.fingerprint:
-            return
-        self.report.job_ids += route_root(self.ledger, self.root.id, routing)
+        if state is None or state.routed != routing.fingerprint:
+            self.report.job_ids += route_root(self.ledger, self.root.id, routing)
 
-    def _finish(self, device: int) -> None:
-        def work(connection: Connection) -> None:
-            state = versions.scan_state(connection, self.root.id)
-            values = {
-                "started": self.started, "finished": time.time(), "files": self.report.files,
-                "unreadable": len(self.report.unreadable), "waiting": self.report.waiting,
-                "unsettled": len(self.report.unsettled), "problem": "", "device": device,
-            }  # fmt: skip
-            if state is None or not state.finished:
-                values["scrubbed"] = time.time()  # a first scan has read every file
-            versions.save_scan_state(connection, self.root.id, **values)
-
-        self._write(work)
-        crashpoint("scan.finished")
+    def _finish(self, connection: Connection, device: int) -> None:
+        state = versions.scan_state(connection, self.root.id)
+        values = {
+            "started": self.started, "finished": time.time(), "files": self.report.files,
+            "unreadable": len(self.report.unreadable), "waiting": self.report.waiting,
+            "unsettled": len(self.report.unsettled), "problem": "", "device": device,
+        }  # fmt: skip
+        if state is None or not state.finished:
+            values["scrubbed"] = time.time()  # a first scan has read every file
+        versions.save_scan_state(connection, self.root.id, **values)
 
     def _looks_unmounted(self, descriptor: int, device: int) -> bool:
         state = self.ledger.read(lambda c: versions.scan_state(c, self.root.id))
@@ -399,29 +425,24 @@ class _Scan:
     def _freeze(self, why: str) -> ScanReport:
         """Record that the root cannot be read; no deletion is inferred from that."""
         self.report.problem = f"source root {self.root.name} ({self.root.path}) {why}"
-        self._write(
-            lambda c: versions.save_scan_state(c, self.root.id, problem=self.report.problem)
-        )
+        problem = self.report.problem
+        self.ledger.write(lambda c: versions.save_scan_state(c, self.root.id, problem=problem))
         return self.report
-
-    def _read(self, query: Any, argument: Any) -> Any:
-        return self.ledger.read(lambda c: query(c, self.root.id, argument))
-
-    def _write(self, work: Any) -> Any:
-        return self.ledger.write(work)
 
 
 def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
     """Queue the jobs that present versions of a root lack; then record that this is done."""
     job_ids: list[int] = []
     after: int | None = 0
+    begun = versions.ROUTING + routing.fingerprint
+    ledger.write(lambda c: versions.save_scan_state(c, root_id, routed=begun))
     while after is not None:
         last = after
         chunk = partial(versions.route_chunk, root_id=root_id, after=last, routing=routing)
         after, queued = ledger.write(chunk)
         job_ids += queued
         crashpoint("scan.routed")
-    ledger.write(lambda c: versions.save_scan_state(c, root_id, routed=routing.fingerprint))
+    ledger.write(lambda c: versions.end_routing(c, root_id, routing))
     crashpoint("scan.routing_noted")
     return job_ids
 
@@ -485,24 +506,10 @@ class ScanReport:
     """Unsettled files -> when they were first found so, seconds since the epoch."""
     settles_in: float = 0.0
     """Seconds until all of them could be settled."""
+    settles_first: float = 0.0
+    """Seconds until the first of them could be settled."""
     problem: str = ""
     """Why the root is frozen, else empty; nothing is inferred from a frozen root."""
-    fresh: list[bytes] = field(default_factory=list)
-    """Files that differ from the ledger and changed while the watcher had to announce it."""
-    unheard: set[int] = field(default_factory=set)
-    """Inodes of directories that the watcher could watch and does not."""
-    too_deep: int = 0
-    """Directories whose path is too long for any watcher."""
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What the watcher watches, so that a scan can say what it missed."""
-
-    since: float
-    """When it was started, seconds since the epoch."""
-    inodes: frozenset[int] | None
-    """Of the directories it watches; None where that is unknown or not needed."""
 
 
 # Hashing one file, and whether its timestamps rule out a later write.
@@ -515,6 +522,8 @@ COARSE_NS = 2_000_000_000
 """The same where timestamps have whole seconds only (FAT, SMB, ext3, small inodes)."""
 
 READ_BYTES = 1 << 20
+
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def hash_file(
@@ -540,8 +549,7 @@ def hash_file(
     Raises:
         OSError: it cannot be opened or read.
     """
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(name, flags, dir_fd=folder)
+    descriptor = os.open(name, _OPEN, dir_fd=folder)
     with open(descriptor, "rb", buffering=0) as file:
         status = os.fstat(descriptor)
         if not S_ISREG(status.st_mode):
@@ -564,7 +572,12 @@ def hash_file(
 
 
 def hash_and_capture(
-    name: bytes, folder: int, stop: threading.Event, store: Store, captured: str | None
+    name: bytes,
+    folder: int,
+    stop: threading.Event,
+    store: Store,
+    captured: str | None,
+    listed: Stat | None = None,
 ) -> tuple[str, Stat] | None:
     """`hash_file` that also captures the bytes for the store.
 
@@ -573,10 +586,15 @@ def hash_and_capture(
         captured: the recorded hash of a file that is read again only for its recent timestamps,
             and whose bytes the store has or had. It has seldom changed, so it is captured only if
             it has, which reads it twice.
+        listed: the stat that the directory's listing had for it.
 
     Returns, Raises:
         As `hash_file`.
     """
+    if listed and listed.size < len(store.block):
+        small = _hash_small(name, folder, store, captured, listed)
+        if small:
+            return small, listed
     if captured:
         content = hash_file(name, folder, stop)
         if content is None or content[0] == captured:
@@ -589,6 +607,29 @@ def hash_and_capture(
     finally:
         capture.close()
     return content
+
+
+def _hash_small(
+    name: bytes, folder: int, store: Store, captured: str | None, listed: Stat
+) -> str | None:
+    """The hash of a small file that is still as it was listed after it was read; else None.
+
+    It is read at once, and captured from there.
+    """
+    descriptor = os.open(name, _OPEN, dir_fd=folder)
+    try:
+        length = os.readv(descriptor, [store.block])
+        if length != listed.size or versions.identity(os.fstat(descriptor)) != listed:
+            return None
+    except OSError:  # what it is then, the long way says
+        return None
+    finally:
+        os.close(descriptor)
+    content = store.block[:length]
+    digest = hashlib.sha256(content).hexdigest()
+    if digest == captured or store.take_small(digest, content):
+        return digest
+    return None
 
 
 def newest_stamp(stat: Stat, now_ns: int) -> int:

@@ -11,31 +11,33 @@ hashed again at the next scan (git's racy rule). docs/detection.md says what a s
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
-
-from sqlalchemy import Connection, Engine
-from sqlalchemy.orm import Session
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from casparian_flow.config import ScanSettings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import versions
-from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import SourceRoot
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.routing import Routing
 from casparian_flow.db.versions import ScrubTarget
 from casparian_flow.errors import LedgerError, SourceError
 from casparian_flow.services import inventory, outputs, walk
 from casparian_flow.services.scan import Root, ScanReport, hash_file, scan
 from casparian_flow.services.store import NOTHING, Store
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+    from sqlalchemy.orm import Session
+
+    from casparian_flow.db.models import SourceRoot
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +68,7 @@ class Scout:
         self._db.commit()
         known = Root.of(root)
         self._db.commit()
-        engine = self._db.get_bind()
-        assert isinstance(engine, Engine)
-        with Ledger(engine) as ledger:
+        with Ledger(cast("Engine", self._db.get_bind())) as ledger:
             inventory.before_scan(ledger.database, ledger)
             report = scan_until_settled(ledger, known)
         self._db.expire_all()
@@ -336,6 +336,8 @@ class Scrubber:
 
     async def run(self) -> None:
         """Scrub the roots that are due, one at a time; none with `scrub_days = 0`."""
+        import asyncio
+
         while self._settings.scrub_days:
             try:
                 for root in await asyncio.to_thread(self._due):
@@ -369,13 +371,18 @@ class Scrubber:
 
 T = TypeVar("T")
 
+_THREADS = ThreadPoolExecutor(64, "scout")
+"""Not the event loop's, which others need: a scan may hash for minutes. Made when needed."""
+
 
 async def run_in_thread(stop: threading.Event, work: Callable[[], T]) -> T:
-    """Run `work` on a thread of the pool, and raise what it raises.
+    """Run `work` on one of Scout's threads, and raise what it raises.
 
     On cancellation `stop` is set and the thread is waited for, since what it uses is closed next.
     """
-    working = asyncio.create_task(asyncio.to_thread(work))
+    import asyncio
+
+    working = asyncio.get_running_loop().run_in_executor(_THREADS, work)
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:

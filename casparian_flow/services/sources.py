@@ -10,14 +10,15 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import delete, insert, select, update
 
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import audit, routing, versions
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.audit import Event
-from casparian_flow.db.models import ON_DELETE, RoutingRule, SourceRoot
+from casparian_flow.db.models import RoutingRule, SourceRoot
 from casparian_flow.db.routing import compile_pattern
+from casparian_flow.db.states import ON_DELETE
 from casparian_flow.db.visibility import Change
 from casparian_flow.errors import ConfigError, NotFound, SourceError
 from casparian_flow.services import architect, outputs

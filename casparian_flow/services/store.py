@@ -23,13 +23,11 @@ from functools import partial
 from io import FileIO
 from pathlib import Path
 
-from sqlalchemy import Connection
-
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import kept
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.kept import Content
 from casparian_flow.durable import exclusive, fsync_path, make_folder
 from casparian_flow.engine import inbox
@@ -50,6 +48,9 @@ SLACK = 20
 
 BATCH_BYTES = 8 << 20
 """Small contents in memory, at most, before they are written."""
+
+BLOCK_BYTES = 64 << 10
+"""A smaller file is read at once."""
 
 CHUNK = 10_000
 """Contents looked at, or evicted, in one transaction."""
@@ -137,7 +138,7 @@ class _Taking(Capture):
 
     def keep(self, content_hash: str) -> None:
         if self._blocks is not None:
-            self._store.take_small(content_hash, b"".join(self._blocks))
+            self._store.take_small(content_hash, memoryview(b"".join(self._blocks)))
         elif self._file is not None and content_hash not in self._store.files:
             size = os.fstat(self._file.fileno()).st_size
             self._store.files[content_hash] = (Path(str(self._file.name)), size)
@@ -187,6 +188,8 @@ class Store:
         self.small_bytes = 0
         self.files: dict[str, tuple[Path, int]] = {}
         """Content hash -> temporary file and size of a large one."""
+        self.block = memoryview(bytearray(BLOCK_BYTES))
+        """What a scan reads small files into."""
         self.outdated: set[str] = set()
         """Contents that files had before those that `placing` comes with."""
 
@@ -211,11 +214,15 @@ class Store:
         self.failed("this scan has filled the store ([store] keep_bytes) by itself")
         return False
 
-    def take_small(self, content_hash: str, content: bytes) -> None:
-        """Hold a small content until `placing`."""
-        if content_hash not in self.small:
-            self.small[content_hash] = content
-            self.small_bytes += len(content)
+    def take_small(self, content_hash: str, content: memoryview) -> bool:
+        """Hold a small content until `placing`, where bytes are kept; False: it is not small."""
+        if self._keeps and content_hash not in self.small and self.takes_more():
+            size = len(content)
+            if size > SMALL_BYTES:
+                return False
+            self.small[content_hash] = bytes(content)
+            self.small_bytes += size
+        return True
 
     def new_file(self) -> FileIO:
         """A new file for a large content."""

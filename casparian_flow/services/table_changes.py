@@ -9,12 +9,10 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import Connection
-
 from casparian_flow import bundled, contract
 from casparian_flow.contract import Column, Contract
 from casparian_flow.db import backfill, plugins, rebuild, tables
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.backfill import Backfill, Choice
 from casparian_flow.db.rebuild import Progress, Started
 from casparian_flow.errors import CasparianError, NotFound

@@ -16,13 +16,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import Connection
-
 from casparian_flow import bundled, config, contract, proposal
 from casparian_flow.config import Settings
 from casparian_flow.contract import Contract
 from casparian_flow.db import plugins, tables, versions
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.routing import compile_pattern
 from casparian_flow.errors import (
     CasparianError,

@@ -10,14 +10,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import delete, insert, select
 
 from casparian_flow import config, durable, sink_uri
 from casparian_flow.config import Settings
 from casparian_flow.crashpoints import crashpoint
 from casparian_flow.db import plugins, rebuild, versions, visibility
 from casparian_flow.db import topics as db_topics
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.audit import Event
 from casparian_flow.db.models import EmptyTopic, TopicConfig
 from casparian_flow.db.rebuild import Started

@@ -20,12 +20,11 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection
-
 from casparian_flow.db import moves, versions, visibility
+from casparian_flow.db.access import Connection
 from casparian_flow.db.audit import Event
-from casparian_flow.db.models import PASSED_OVER
-from casparian_flow.db.versions import PresentLocation, Sighting, Stat
+from casparian_flow.db.states import PASSED_OVER
+from casparian_flow.db.versions import NewDigest, PresentLocation, Sighting, Stat
 from casparian_flow.db.visibility import Change, Scope
 
 ACTOR = "scout"
@@ -73,22 +72,33 @@ class Vanished:
         self._gone: list[PresentLocation] = []
         self._ignored: list[PresentLocation] = []
         self._lost: list[bytes] = []
-        self._digests: list[tuple[bytes, bytes | None]] = []
+        self._hidden: list[bytes] = []
+        self._digests: dict[bytes, NewDigest] = {}
         self._unsettled: set[tuple[int, ...]] = set()
         self.again: list[bytes] = []
         """After `settle`: directories to be scanned again for files that are on their way."""
 
     def add(
-        self, gone: list[PresentLocation], ignored: list[PresentLocation], lost: list[bytes]
+        self,
+        gone: list[PresentLocation],
+        ignored: list[PresentLocation],
+        lost: list[bytes],
+        hidden: list[bytes],
     ) -> None:
-        """Collect missing locations, locations now passed over, and missing directories."""
+        """Collect missing locations and those now passed over; then such directories."""
         self._gone += gone
         self._ignored += ignored
         self._lost += lost
+        self._hidden += hidden
 
-    def when_believed(self, folder: bytes, digest: bytes) -> None:
+    def when_believed(self, folder: bytes, digest: NewDigest) -> None:
         """Save this digest of a directory if the deletions are confirmed."""
-        self._digests.append((folder, digest))
+        self._digests[folder] = digest
+
+    def is_due(self, connection: Connection) -> bool:
+        """Whether anything is missing or passed over now, or gone files are to be looked for."""
+        found = (self._gone, self._ignored, self._lost, self._hidden, self._digests)
+        return any(found) or moves.is_due(visibility.query_of(connection))
 
     def may_move(self, stat: Stat) -> None:
         """Collect a file that is not settled: what is missing may be on its way there."""
@@ -121,6 +131,8 @@ class Vanished:
         if self._full:
             versions.save_scan_state(connection, root_id, held=held, held_since=held_since)
         passed = versions.mark_gone(connection, root_id, self._ignored, PASSED_OVER).locations
+        for folder in self._hidden:
+            versions.drop_digests(connection, root_id, folder)
         left = [each for each in self._gone if each.location_id in elsewhere]
         moves.leave(query, [(each.location_id, each.inode, each.ctime_ns) for each in left])
         gone = [each for each in self._gone if each.location_id in lost]
@@ -132,8 +144,7 @@ class Vanished:
             for folder in self._lost:
                 versions.drop_digests(connection, root_id, folder)
             versions.save_directories(connection, root_id, self._digests)
-            versions.keep_invalidated(connection, root_id, [path for path, _ in self._digests])
-        self.again = [path for path, _ in self._digests] if waits else []
+        self.again = list(self._digests) if waits else []
         return Settled(marked.locations, moved.moved, held, passed, moved.retracted, change)
 
     def events(self, settled: Settled) -> list[Event]:

@@ -6,12 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import Connection
-
 from casparian_flow import durable
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, debts, integrity, plugins, promises, seals, trust, visibility
-from casparian_flow.db.access import Ledger, driver
+from casparian_flow.db.access import Connection, Ledger, driver
 from casparian_flow.db.debts import Debt
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks import Sink

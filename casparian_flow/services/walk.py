@@ -12,11 +12,13 @@ import os
 import re
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from pathspec import GitIgnoreSpec
 
+from casparian_flow.db.versions import Identity, identity
 from casparian_flow.durable import STATE_FOLDER
 
 _STATE = f"{STATE_FOLDER}/"
@@ -41,6 +43,9 @@ CHUNK = 4096
 """Entries of one directory held in memory at a time."""
 
 _IDENTITY = struct.Struct("<QQqqq")
+_PARTS = 3 * CHUNK
+"""Parts of a directory's digest that are hashed at once."""
+
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -116,7 +121,7 @@ class Listing(NamedTuple):
     """Relative to the source root; empty for the root itself."""
     descriptor: int
     """Open until the consumer of `walk` takes the next listing."""
-    entries: list[tuple[bytes, os.stat_result]]
+    entries: list[tuple[bytes, Identity]]
     """Regular files: the first CHUNK of them."""
     files: int
     """Regular files in all."""
@@ -218,39 +223,39 @@ def walk(root: int, ignore: Ignore, start: bytes = b"") -> Iterator[Listing]:
 def list_directory(descriptor: int, path: bytes, ignore: Ignore) -> Listing:
     """List one directory, digesting all of it and keeping the first CHUNK files."""
     digest = hashlib.blake2b(digest_size=16)
-    entries: list[tuple[bytes, os.stat_result]] = []
+    entries: list[tuple[bytes, Identity]] = []
     folders: list[bytes] = []
+    parts: list[bytes] = []
     count, problem = 0, ""
     try:
-        for name, status in _entries(descriptor, path, ignore):
-            if status is None:
+        for entry in _entries(descriptor, path, ignore):
+            name, found = entry
+            if found is None:
                 folders.append(name)
-                digest.update(name + b"//")
+                parts.append(name + b"//")
                 continue
             count += 1
-            digest.update(name + b"/")
-            digest.update(
-                _IDENTITY.pack(
-                    status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
-                    status.st_ctime_ns,
-                )
-            )  # fmt: skip
+            parts += (name, b"/", _IDENTITY.pack(*found))
             if count <= CHUNK:
-                entries.append((name, status))
+                entries.append((name, found))
+            elif len(parts) >= _PARTS:
+                digest.update(b"".join(parts))
+                parts.clear()
     except OSError as error:
         problem = str(error.strerror)
+    digest.update(b"".join(parts))
     return Listing(path, descriptor, entries, count, folders, digest.digest(), problem)
 
 
-def chunks(listing: Listing, ignore: Ignore) -> Iterator[list[tuple[bytes, os.stat_result]]]:
+def chunks(listing: Listing, ignore: Ignore) -> Iterator[list[tuple[bytes, Identity]]]:
     """Every file of a listing, CHUNK at a time; a large directory is read again for it."""
     if listing.files <= CHUNK:
         yield listing.entries
         return
-    chunk: list[tuple[bytes, os.stat_result]] = []
-    for name, status in _entries(listing.descriptor, listing.path, ignore):
-        if status is not None:
-            chunk.append((name, status))
+    chunk: list[tuple[bytes, Identity]] = []
+    for name, found in _entries(listing.descriptor, listing.path, ignore):
+        if found is not None:
+            chunk.append((name, found))
         if len(chunk) == CHUNK:
             yield chunk
             chunk = []
@@ -281,22 +286,24 @@ def exists(listing: Listing, name: bytes) -> bool:
 
 def _entries(
     descriptor: int, path: bytes, ignore: Ignore
-) -> Iterator[tuple[bytes, os.stat_result | None]]:
-    """(name, stat) of each regular file and (name, None) of each directory, but ignored ones."""
+) -> Iterator[tuple[bytes, Identity | None]]:
+    """(name, identity) of each regular file, (name, None) of each directory; not ignored ones."""
     ours = _owned(descriptor)
+    coding, errors = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
     with os.scandir(descriptor) as entries:
         for entry in entries:
             name = entry.name
             if ours and ours.match(name):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                if not ignore.folder(path, name):
-                    yield os.fsencode(name), None
-            elif entry.is_file(follow_symlinks=False) and not ignore.file(path, name):
-                try:
-                    yield os.fsencode(name), entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
+            if entry.is_file(follow_symlinks=False):
+                if not ignore.file(path, name):
+                    try:
+                        found = identity(entry.stat(follow_symlinks=False))
+                    except FileNotFoundError:
+                        continue
+                    yield name.encode(coding, errors), found
+            elif entry.is_dir(follow_symlinks=False) and not ignore.folder(path, name):
+                yield name.encode(coding, errors), None
 
 
 def _owned(descriptor: int) -> re.Pattern[str] | None:

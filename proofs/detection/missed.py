@@ -28,6 +28,9 @@ from tests.factories import add_root
 
 PATIENCE = 300.0
 
+FOLDERS = 20
+"""Files are created in one after the other: no event announces the last ones."""
+
 
 @dataclass
 class Tally:
@@ -47,7 +50,8 @@ def run(base: Path, files: int, extra: str = "") -> Tally:
     """Stop a daemon, create files, let it go on, and wait for what it says of them."""
     settings = write_config(base / "flow", extra)
     folder = base / "source"
-    folder.mkdir()
+    for n in range(FOLDERS):
+        (folder / str(n)).mkdir(parents=True)
     with open_ledger(settings.database) as ledger:
         root = add_root(ledger, folder)
         daemon = subprocess.Popen(
@@ -59,7 +63,7 @@ def run(base: Path, files: int, extra: str = "") -> Tally:
             assert daemon.stdout.readline() == b"watching\n"
             os.kill(daemon.pid, signal.SIGSTOP)
             for n in range(files):
-                (folder / f"{n}").write_text(str(n))
+                (folder / str(n * FOLDERS // files) / f"{n}").write_text(str(n))
             os.kill(daemon.pid, signal.SIGCONT)
             began = time.monotonic()
             wait_until(lambda: count(ledger) == files, PATIENCE)

@@ -57,6 +57,13 @@ MUTANTS = [
         [_DURABLE],
     ),
     Mutant(
+        "a digest is saved whatever another scan has found meanwhile",
+        [Edit("db/versions.py", "CASE WHEN digest IS ?", "CASE WHEN 1 OR digest IS ?")],
+        [
+            "tests/services/test_meanwhile.py::test_what_another_scan_saw_come_is_missed_when_it_goes"
+        ],
+    ),
+    Mutant(
         "no directory fsync",
         [
             Edit(
@@ -162,8 +169,8 @@ MUTANTS = [
         [
             Edit(
                 "services/watch.py",
-                "if rung or self._next_scans.get(root.id, 0.0) <= time.monotonic():",
-                "if False:",
+                "self.scan_within(max(self._interval(), rest))",
+                "pass",
             )
         ],
         ["tests/services/test_watch.py::test_the_schedule_finds_what_no_event_told"],
@@ -585,7 +592,7 @@ MUTANTS = [
     ),
     Mutant(
         "a file that comes back gets no job",
-        [Edit("db/versions.py", "for s in [*changed, *back]", "for s in changed")],
+        [Edit("db/versions.py", "    for s, state in back:\n", "    for s, state in ():\n")],
         [f"{_PROMISES}::test_a_file_that_comes_back_goes_to_the_plugins_of_now"],
     ),
     # Moves.

@@ -26,7 +26,8 @@ from sqlalchemy import select
 from casparian_flow.config import Settings
 from casparian_flow.db import integrity, jobs
 from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.db.models import Output, OutputState
+from casparian_flow.db.models import Output
+from casparian_flow.db.states import OutputState
 from casparian_flow.services import scout
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify

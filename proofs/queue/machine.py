@@ -21,23 +21,22 @@ from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import insert, select
 
 from casparian_flow.config import DatabaseSettings, JobSettings
-from casparian_flow.db import audit, debts, integrity, jobs, outputs
-from casparian_flow.db.access import Ledger, get_engine
+from casparian_flow.db import audit, debts, integrity, jobs, outputs, schema
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.jobs import ALONE_AFTER
 from casparian_flow.db.models import (
     AuditEntry,
     Directory,
     FileLocation,
     FileVersion,
-    JobStatus,
     ProcessingJob,
     SourceRoot,
-    utcnow,
 )
 from casparian_flow.db.routing import JobRequest
+from casparian_flow.db.states import JobStatus, utcnow
 from casparian_flow.engine import dispatch
 from casparian_flow.engine.committer import Committer, _Results, _WorkerReceipt
 from casparian_flow.engine.dispatch import POISON_AFTER, POISON_AFTER_KILLS
@@ -90,8 +89,8 @@ class Life(RuleBasedStateMachine):
         place = memory if os.access(memory, os.W_OK) else None
         self.folder = Path(tempfile.mkdtemp(prefix="life-", dir=place))
         database = DatabaseSettings(db_location=str(self.folder / "ledger.sqlite3"))
-        self.engine = get_engine(database)
-        self.ledger = Ledger(self.engine)
+        schema.bring_up_to_date(database)
+        self.ledger = Ledger(database)
         self.jobs: dict[int, Job] = {}
         self.issued: list[Pair] = []
         """Every attempt that was ever given to a worker."""
@@ -363,7 +362,6 @@ class Life(RuleBasedStateMachine):
     def teardown(self) -> None:
         assert self.ledger.read(lambda c: list(audit.problems(c))) == []
         self.ledger.close()
-        self.engine.dispose()
         shutil.rmtree(self.folder)
 
 

@@ -17,17 +17,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import delete, insert, select
 
 from casparian_flow.config import Settings
-from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import (
-    FileLocation,
-    FileVersion,
-    JobStatus,
-    ProcessingJob,
-    TopicConfig,
-)
+from casparian_flow.db.access import Connection, Ledger
+from casparian_flow.db.models import FileLocation, FileVersion, ProcessingJob, TopicConfig
+from casparian_flow.db.states import JobStatus
 from casparian_flow.engine import sinks
 from casparian_flow.engine.sinks.base import LINEAGE
 from proofs import sink_reader

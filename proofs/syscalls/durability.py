@@ -21,9 +21,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from sqlalchemy import create_engine
-
 from casparian_flow.db import audit, integrity
+from casparian_flow.db.access import Connection
 from proofs.syscalls.supervisor import Call
 
 _WAL = "-wal"
@@ -146,11 +145,10 @@ class Commits:
             with closing(sqlite3.connect(copy)) as database:
                 if not database.execute("SELECT 1 FROM sqlite_schema").fetchone():
                     continue
-            engine = create_engine(f"sqlite:///{copy}")
-            with engine.connect() as connection:
+            with closing(sqlite3.connect(copy)) as database:
+                connection = Connection(database)
                 for words in (
                     *integrity.broken_invariants(connection),
                     *audit.problems(connection),
                 ):
                     yield f"after commit {number}: {words}"
-            engine.dispose()

@@ -28,7 +28,7 @@ from casparian_flow.cli import scan as scan_verb
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs
 from casparian_flow.db.access import open_ledger
-from casparian_flow.db.models import JobStatus
+from casparian_flow.db.states import JobStatus
 from casparian_flow.engine import committer, sinks
 from casparian_flow.engine.sinks import parquet, sqlite  # noqa: F401
 from casparian_flow.errors import ExitCode

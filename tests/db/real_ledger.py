@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, integrity, jobs, schema, seals
-from casparian_flow.db.access import driver, get_engine, open_ledger
+from casparian_flow.db.access import Connection, open_ledger
 from casparian_flow.services import jobs as job_verbs
 from casparian_flow.services.scan import scan
 from tests.conftest import take_bytes_away, write_config
@@ -89,30 +88,26 @@ class Altered:
     """A ledger that is altered and asked, again and again; each change is taken back."""
 
     def __init__(self, settings: Settings) -> None:
-        self._engine = get_engine(settings.database)
-        with self._engine.connect() as connection:
-            _disarm(driver(connection))
+        self._raw = schema.connect(settings.database)
+        _disarm(self._raw)
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._raw.close()
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
-        with self._engine.connect() as connection:
-            return [tuple(row) for row in connection.exec_driver_sql(query)]
+        return self._raw.execute(query).fetchall()
 
     def after(
         self, *statements: str | tuple[str, tuple[Any, ...]], replayed: bool = True
     ) -> list[str]:
         """What is said after these, of the audit's chain and of the rows it has."""
-        with self._engine.connect() as connection:
-            driver(connection).execute("PRAGMA foreign_keys = OFF")
-            driver(connection).execute("PRAGMA ignore_check_constraints = ON")
-            with connection.begin() as transaction:
-                for statement in statements:
-                    query, values = (statement, ()) if isinstance(statement, str) else statement
-                    driver(connection).execute(query, values)
-                found = list(audit.problems(connection))
-                if replayed:
-                    found += integrity.seal_problems(connection)
-                transaction.rollback()
+        connection = Connection(self._raw)
+        self._raw.execute("BEGIN")
+        for statement in statements:
+            query, values = (statement, ()) if isinstance(statement, str) else statement
+            self._raw.execute(query, values)
+        found = list(audit.problems(connection))
+        if replayed:
+            found += integrity.seal_problems(connection)
+        self._raw.rollback()
         return found

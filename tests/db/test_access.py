@@ -14,11 +14,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, func, insert, select, text
+from sqlalchemy import func, insert, select, text
 from sqlalchemy.orm import Session
 
 from casparian_flow.config import DatabaseSettings, Settings
-from casparian_flow.db.access import Ledger, get_engine, open_ledger
+from casparian_flow.db.access import Connection, Ledger, get_engine, open_ledger
 from casparian_flow.db.models import RoutingRule, SourceRoot
 from casparian_flow.errors import LedgerError
 from casparian_flow.services import backup
@@ -207,7 +207,6 @@ def test_nobody_writes_between_our_look_and_our_change(ledger: Ledger, settings:
 def test_a_database_that_cannot_be_opened_is_an_error_in_words_and_passes(
     ledger: Ledger, settings: Settings
 ) -> None:
-    ledger.engine.dispose()
     gate = settings.database.gate
     gate.rename(gate.with_suffix(".away"))
     gate.mkdir()  # whoever opens it as a file is refused, root too
@@ -244,7 +243,6 @@ def test_a_connection_that_cannot_be_made_ready_is_closed(
     settings: Settings, harm: Callable[[DatabaseSettings], None]
 ) -> None:
     with open_ledger(settings.database) as ledger:
-        ledger.engine.dispose()
         harm(settings.database)
         with pytest.raises(LedgerError) as read:
             ledger.read(rules)

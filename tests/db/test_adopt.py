@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import Connection, insert, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import insert, text
 
 from casparian_flow.config import Settings
 from casparian_flow.db import adopt, asked, jobs, plugins, trust
-from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.access import Connection, Ledger, open_ledger
 from casparian_flow.db.adopt import Adoption
-from casparian_flow.db.models import JobStatus, ProcessingJob
+from casparian_flow.db.models import ProcessingJob
 from casparian_flow.db.routing import JobRequest
+from casparian_flow.db.states import JobStatus
 from casparian_flow.engine.dispatch import Dispatcher
 from casparian_flow.errors import ArtifactRefused, PublishConflict
 from casparian_flow.protocol import Output, State, key_of
@@ -269,7 +270,7 @@ def test_a_job_without_published_outputs_cannot_be_completed(ledger: Ledger, roo
     ledger.write(
         lambda c: c.execute(text("UPDATE cf_output SET state = 'PLANNED', published_at = NULL"))
     )
-    with pytest.raises(IntegrityError, match="not complete"):
+    with pytest.raises(sqlite3.IntegrityError, match="not complete"):
         ledger.write(lambda c: jobs.take_over(c, [1]))
 
 
@@ -343,7 +344,7 @@ def test_a_stub_may_not_run_and_becomes_the_plugin_when_it_is_published(
         assert scan(new, root).job_ids == []
         assert statuses(new) == {3: "COMPLETED"}
         assert problems(new) == []
-        with pytest.raises(IntegrityError, match="never changed"):
+        with pytest.raises(sqlite3.IntegrityError, match="never changed"):
             new.write(lambda c: plugins.complete(c, whole.id, source=b""))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import Connection, insert, select, text
+from sqlalchemy import insert, select, text
 
 from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.db import audit
-from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.access import Connection, Ledger, open_ledger
 from casparian_flow.db.models import AuditEntry, RoutingRule
 from casparian_flow.errors import CasparianError
 

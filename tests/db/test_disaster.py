@@ -18,7 +18,7 @@ from casparian_flow import durable, main
 from casparian_flow.config import DatabaseSettings, Settings
 from casparian_flow.db import integrity, jobs, schema
 from casparian_flow.db.access import Ledger, get_engine, open_ledger
-from casparian_flow.db.models import JobStatus
+from casparian_flow.db.states import JobStatus
 from casparian_flow.errors import LedgerError, LedgerLost, first_error
 from casparian_flow.services import report
 from tests.disks import fill, in_memory, remount

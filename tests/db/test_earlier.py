@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from casparian_flow.config import Settings
 from casparian_flow.db import integrity, schema, visibility
-from casparian_flow.db.access import open_ledger
-from casparian_flow.db.models import JobStatus
+from casparian_flow.db.access import Connection, open_ledger
 from casparian_flow.db.seals import GENESIS, Event, Head, link
+from casparian_flow.db.states import JobStatus
 from casparian_flow.errors import LedgerError
 from casparian_flow.security import signing
 from casparian_flow.services import architect, backup, report

@@ -233,9 +233,10 @@ EDITS: dict[str, tuple[Edit, str]] = {
         "UPDATE cf_attempt SET outcome = 'FAILED' WHERE id = 1", "attempt 1 was changed",
     ),
     "35 two jobs' versions exchanged": (
-        "UPDATE cf_processing_queue SET file_version_id = -1 WHERE id = 1;"
-        "UPDATE cf_processing_queue SET file_version_id = 1 WHERE id = 2;"
-        "UPDATE cf_processing_queue SET file_version_id = 2 WHERE id = 1",
+        "CREATE TEMP TABLE was AS SELECT id, file_version_id FROM cf_processing_queue WHERE id < 3;"
+        "UPDATE cf_processing_queue SET file_version_id = -id WHERE id < 3;"
+        "UPDATE cf_processing_queue SET file_version_id ="
+        "(SELECT file_version_id FROM was WHERE was.id = 3 - cf_processing_queue.id) WHERE id < 3",
         "job 2 was changed",
     ),
     "36 who did something": (

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable
 
 import pytest
-from sqlalchemy import Connection, select, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import select, text
 
 from casparian_flow.db import jobs
-from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import JobStatus, ProcessingJob, utcnow
+from casparian_flow.db.access import Connection, Ledger
+from casparian_flow.db.models import ProcessingJob
 from casparian_flow.db.routing import JobRequest
+from casparian_flow.db.states import JobStatus, utcnow
 from tests.factories import add_job
 
 
@@ -109,7 +110,7 @@ def test_the_database_refuses_every_other_arrow(
         ledger.write(lambda c: c.execute(move).rowcount)
         assert status(ledger, job) == end
     else:
-        with pytest.raises(IntegrityError, match=r"does not move that way|is not complete"):
+        with pytest.raises(sqlite3.IntegrityError, match=r"does not move that way|is not complete"):
             ledger.write(lambda c: c.execute(move).rowcount)
 
 
@@ -161,5 +162,5 @@ def test_a_version_is_queued_once_for_a_plugin_whatever_its_version(ledger: Ledg
 
 
 def test_running_and_only_running_jobs_have_a_worker(ledger: Ledger) -> None:
-    with pytest.raises(IntegrityError, match="worker"):
+    with pytest.raises(sqlite3.IntegrityError, match="worker"):
         add_job(ledger, JobStatus.QUEUED, worker="w")

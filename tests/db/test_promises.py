@@ -4,42 +4,42 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import text
 
 from casparian_flow.config import DatabaseSettings, Settings
-from casparian_flow.db import promises, visibility
-from casparian_flow.db.access import Ledger, get_engine
-from casparian_flow.db.models import REMOVED
+from casparian_flow.db import promises, schema, visibility
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.routing import Routing
+from casparian_flow.db.states import REMOVED
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify
 from tests.daemons import work_off
 from tests.db.test_visibility import SINKS, Job, World, anew, lay, states, without_twins, worlds
-from tests.factories import add_root
+from tests.factories import add_root, undone
 from tests.plugs import ROWS, publish
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def database(tmp_path_factory: pytest.TempPathFactory) -> DatabaseSettings:
     file = tmp_path_factory.mktemp("ledger") / "ledger.sqlite3"
-    engine = get_engine(DatabaseSettings(db_location=str(file)))
-    yield engine
-    engine.dispose()
+    database = DatabaseSettings(db_location=str(file))
+    schema.bring_up_to_date(database)
+    return database
 
 
 @anew
 @given(worlds().map(without_twins), st.data())
 def test_whatever_differs_from_what_stands_is_a_broken_promise(
-    engine: Engine, world: World, data: st.DataObject
+    database: DatabaseSettings, world: World, data: st.DataObject
 ) -> None:
     world.removed.clear()
-    with engine.connect() as connection, connection.begin() as transaction:
+    with undone(database) as connection:
         lay(connection, world)
         visibility.refresh(connection)
         assert list(promises.broken(connection)) == []
@@ -54,7 +54,6 @@ def test_whatever_differs_from_what_stands_is_a_broken_promise(
             change = text("UPDATE cf_visibility SET state = :other WHERE output_id = :number")
             connection.execute(change, {"other": other, "number": number})
             assert list(promises.broken(connection))
-        transaction.rollback()
 
 
 def worked(*states_of: tuple[int, str, str]) -> Callable[[Connection], list[str]]:
@@ -93,11 +92,10 @@ def worked(*states_of: tuple[int, str, str]) -> Callable[[Connection], list[str]
     ],
 )
 def test_a_finding_names_file_plugin_and_job(
-    engine: Engine, ledger_of: Callable[[Connection], list[str]], said: str
+    database: DatabaseSettings, ledger_of: Callable[[Connection], list[str]], said: str
 ) -> None:
-    with engine.connect() as connection, connection.begin() as transaction:
+    with undone(database) as connection:
         found = ledger_of(connection)
-        transaction.rollback()
     (sentence,) = (line for line in found if said in line)
     assert sentence.startswith("rows of r/1 version ")
     assert "by plugin p in topic t of " in sentence
@@ -148,8 +146,8 @@ def test_a_file_that_comes_back_goes_to_the_plugins_of_now(
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_files_are_checked_in_time(engine: Engine) -> None:
-    with engine.connect() as connection, connection.begin() as transaction:
+def test_a_hundred_thousand_files_are_checked_in_time(database: DatabaseSettings) -> None:
+    with undone(database) as connection:
         _lay_many(connection, 100_000)
         visibility.refresh(connection)
         routed = {"routed": Routing(connection).fingerprint}
@@ -165,7 +163,6 @@ def test_a_hundred_thousand_files_are_checked_in_time(engine: Engine) -> None:
         seconds = time.process_time() - started
         print(f"{seconds:.1f} s")
         assert seconds < 8
-        transaction.rollback()
 
 
 def _lay_many(connection: Connection, count: int) -> None:

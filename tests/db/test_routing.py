@@ -6,11 +6,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, insert
+from sqlalchemy import insert
 
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import plugins, schema
-from casparian_flow.db.access import Ledger, get_engine
+from casparian_flow.db.access import Connection, Ledger, open_ledger
 from casparian_flow.db.models import PluginConfig, RoutingRule
 from casparian_flow.db.routing import Routing, compile_pattern
 from tests.factories import add_plugin
@@ -72,8 +72,7 @@ def test_rules_of_an_earlier_release_keep_their_case(tmp_path: Path) -> None:
         old.begin_writing()
         old.execute("INSERT INTO cf_routing_rule (pattern, tag, priority) VALUES ('*.csv', 't', 0)")
         old.commit()
-    engine = get_engine(database)
-    with Ledger(engine) as ledger:
+    with open_ledger(database) as ledger:
         ledger.write(lambda c: rule(c, "*.tsv", "t"))
         tags = ledger.read(Routing).tags
         found = {name: tags(name) for name in ("a.csv", "a.CSV", "a.tsv", "a.TSV")}
@@ -84,7 +83,6 @@ def test_rules_of_an_earlier_release_keep_their_case(tmp_path: Path) -> None:
         ]
         assert ledger.read(Routing).tags("a.CSV") == {"t"}
         assert ledger.write(lambda c: plugins.replace_rules(c, "t", ["*.csv"], 0)) == []
-    engine.dispose()
 
 
 def rule(connection: Connection, pattern: str, tag: str, priority: int = 0) -> None:

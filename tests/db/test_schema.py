@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, create_engine, text
-from sqlalchemy.exc import IntegrityError
+import sqlalchemy
+from sqlalchemy import create_engine, text
 
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import schema
-from casparian_flow.db.access import Ledger, get_engine
+from casparian_flow.db.access import Connection, Ledger, get_engine
 from casparian_flow.db.models import Base
 from casparian_flow.errors import LedgerError
 
@@ -24,7 +24,7 @@ def parts(sql: str) -> list[str]:
     return sorted(re.split(r", (?![^()]*\))", re.sub(r"\s+", " ", sql).rstrip(" )")))
 
 
-def layout(connection: Connection) -> list[tuple[object, ...]]:
+def layout(connection: sqlalchemy.Connection) -> list[tuple[object, ...]]:
     rows = connection.execute(
         text(
             "SELECT type, name, tbl_name, sql FROM sqlite_schema WHERE type <> 'trigger' "
@@ -121,5 +121,5 @@ def test_what_is_written_once_stays(ledger: Ledger, table: str, verb: str) -> No
         connection.execute(text(f"INSERT INTO {table} {rows[table]}"))
         connection.execute(text(verb.format(table)))
 
-    with pytest.raises(IntegrityError, match="is never"):
+    with pytest.raises(sqlite3.IntegrityError, match="is never"):
         ledger.write(insert_and_change)

@@ -8,11 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 from nacl.signing import SigningKey
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from casparian_flow.config import Settings
 from casparian_flow.db import plugins
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.engine.dispatch import artifact
 from casparian_flow.errors import CasparianError
 from casparian_flow.security import keys, signing

@@ -16,12 +16,13 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from sqlalchemy import Connection, text, update
+from sqlalchemy import text, update
 
 from casparian_flow.config import Settings
-from casparian_flow.db import debts, integrity, jobs, outputs, seals, visibility
-from casparian_flow.db.access import Ledger, driver, open_ledger
-from casparian_flow.db.models import JOB_ARROWS, JobStatus, ProcessingJob
+from casparian_flow.db import debts, integrity, jobs, outputs, schema, seals, visibility
+from casparian_flow.db.access import Connection, Ledger, driver, open_ledger
+from casparian_flow.db.models import ProcessingJob
+from casparian_flow.db.states import JOB_ARROWS, JobStatus
 from casparian_flow.protocol import Output
 from casparian_flow.services.scan import Root, scan
 from casparian_flow.services.verify import verify
@@ -147,8 +148,10 @@ def test_a_request_that_is_undone_is_not_sealed(ledger: Ledger) -> None:
 def test_what_another_connection_writes_is_in_no_seal(ledger: Ledger, settings: Settings) -> None:
     """Through the triggers of the database and all; and the next of our transactions adds none."""
     job = add_job(ledger)
-    with ledger.engine.begin() as connection:
-        jobs.abort(connection, [job], "me")
+    with closing(schema.connect(settings.database)) as raw:
+        raw.begin_writing()
+        jobs.abort(Connection(raw), [job], "me")
+        raw.commit()
     ledger.write(lambda c: jobs.claim(c, "w", 1, 1))
     assert "it was changed outside Casparian Flow" in words(ledger)
     assert words(ledger) in verify(settings, ledger).problems

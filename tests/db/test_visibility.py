@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import text
 
 from casparian_flow.config import DatabaseSettings
-from casparian_flow.db import debts, outputs, visibility
-from casparian_flow.db.access import get_engine
-from casparian_flow.db.models import REMOVED, utcnow
+from casparian_flow.db import debts, outputs, schema, visibility
+from casparian_flow.db.access import Connection
+from casparian_flow.db.states import REMOVED, utcnow
 from casparian_flow.db.visibility import Scope
+from tests.factories import undone
 
 SINKS = ("sqlite:////a", "sqlite:////b")
 MODES = ("append", "replace", "error")
@@ -174,11 +174,11 @@ def expected(world: World, *, sinks_apart: bool = True) -> dict[int, str]:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def database(tmp_path_factory: pytest.TempPathFactory) -> DatabaseSettings:
     file = tmp_path_factory.mktemp("ledger") / "ledger.sqlite3"
-    engine = get_engine(DatabaseSettings(db_location=str(file)))
-    yield engine
-    engine.dispose()
+    database = DatabaseSettings(db_location=str(file))
+    schema.bring_up_to_date(database)
+    return database
 
 
 def lay(connection: Connection, world: World) -> list[int]:
@@ -269,8 +269,8 @@ def anew(test: Any) -> Any:
 
 @anew
 @given(worlds().map(without_twins))
-def test_what_stands_is_what_the_rules_say(engine: Engine, world: World) -> None:
-    with engine.connect() as connection, connection.begin() as transaction:
+def test_what_stands_is_what_the_rules_say(database: DatabaseSettings, world: World) -> None:
+    with undone(database) as connection:
         ids = lay(connection, world)
         visibility.refresh(connection)
         wanted = {ids[number]: state for number, state in expected(world).items()}
@@ -283,21 +283,19 @@ def test_what_stands_is_what_the_rules_say(engine: Engine, world: World) -> None
             for number, state in alone.items()
             if state in ("current", "past")
         }
-        transaction.rollback()
 
 
 def test_where_the_active_artifact_has_none_that_of_the_last_deployment_stands(
-    engine: Engine,
+    database: DatabaseSettings,
 ) -> None:
     """Whichever job was the later one."""
     jobs = [Job(1, 1, "p", 1, [("t", SINKS[0])]), Job(1, 1, "p", 0, [("t", SINKS[0])])]
     world = World({"p": ["x", "y", "z"], "q": ["x"]}, {"p": 2, "q": 0}, set(), False, jobs,
                   set(), set(), set())  # fmt: skip
-    with engine.connect() as connection, connection.begin() as transaction:
+    with undone(database) as connection:
         lay(connection, world)
         visibility.refresh(connection)
         assert states(connection) == {1: "current", 2: "hidden"}
-        transaction.rollback()
 
 
 FOLLOWS = World(
@@ -312,10 +310,10 @@ FOLLOWS = World(
 @given(worlds(decided=True).map(without_twins))
 @example(FOLLOWS)
 def test_jobs_of_one_group_are_published_as_if_one_after_another(
-    engine: Engine, world: World
+    database: DatabaseSettings, world: World
 ) -> None:
     """Afterwards no sink is to be told anything, except of jobs that wrote to both."""
-    with engine.connect() as connection, connection.begin() as transaction:
+    with undone(database) as connection:
         ids = lay(connection, world)
         visibility.refresh(connection)
         connection.execute(text("UPDATE cf_visibility SET told = state || '/' || mode"))
@@ -349,19 +347,18 @@ def test_jobs_of_one_group_are_published_as_if_one_after_another(
             for debt in group
         }
         assert owed <= slots
-        transaction.rollback()
 
 
 @anew
 @given(worlds(), st.data())
 def test_a_part_of_the_ledger_is_refreshed_as_the_whole(
-    engine: Engine, world: World, data: st.DataObject
+    database: DatabaseSettings, world: World, data: st.DataObject
 ) -> None:
     """Each cause changes only outputs in its scope."""
     scope = data.draw(
         st.sampled_from([Scope(locations=[1]), Scope(plugin="p"), Scope(plugin="q", topic="t")])
     )
-    with engine.connect() as connection, connection.begin() as transaction:
+    with undone(database) as connection:
         lay(connection, world)
         visibility.refresh(connection)
         before = states(connection)
@@ -380,14 +377,13 @@ def test_a_part_of_the_ledger_is_refreshed_as_the_whole(
         visibility.refresh(connection)
         assert states(connection) == after
         assert before.keys() == after.keys()
-        transaction.rollback()
 
 
-def test_the_sink_is_owed_a_state_and_a_mode(engine: Engine) -> None:
+def test_the_sink_is_owed_a_state_and_a_mode(database: DatabaseSettings) -> None:
     world = World({"p": ["x"], "q": ["x"]}, {"p": 0, "q": 0}, set(), False,
                   [Job(1, 1, "p", 0, [("t", SINKS[0])]), Job(1, 2, "p", 0, [("t", SINKS[0])])],
                   set(), set(), set())  # fmt: skip
-    with engine.connect() as connection, connection.begin() as transaction:
+    with undone(database) as connection:
         lay(connection, world)
         assert visibility.refresh(connection) == (2, 3, 0, 0, 2)
         (owed,) = debts.owed(connection).values()
@@ -408,14 +404,13 @@ def test_the_sink_is_owed_a_state_and_a_mode(engine: Engine) -> None:
         assert [(d.output_id, d.output.state, d.output.mode) for d in owed] == [
             (1, "past", "replace"), (2, "current", "replace"),
         ]  # fmt: skip
-        transaction.rollback()
 
 
-def test_what_does_not_stand_is_removed_in_time(engine: Engine) -> None:
+def test_what_does_not_stand_is_removed_in_time(database: DatabaseSettings) -> None:
     world = World({"p": ["x", "y"], "q": ["x"]}, {"p": 1, "q": 0}, set(), False,
                   [Job(1, 1, "p", 0, [("t", SINKS[0])]), Job(1, 1, "p", 1, [("t", SINKS[0])])],
                   set(), set(), set())  # fmt: skip
-    with engine.connect() as connection, connection.begin() as transaction:
+    with undone(database) as connection:
         lay(connection, world)
         visibility.refresh(connection)
         assert states(connection) == {1: "hidden", 2: "current"}
@@ -426,13 +421,12 @@ def test_what_does_not_stand_is_removed_in_time(engine: Engine) -> None:
         assert states(connection) == {1: REMOVED, 2: "current"}
         (owed,) = debts.owed(connection).values()
         assert [d.output_id for d in owed if d.is_expired] == [1]
-        transaction.rollback()
 
 
-def test_what_a_gone_file_took_along_waits_for_its_return(engine: Engine) -> None:
+def test_what_a_gone_file_took_along_waits_for_its_return(database: DatabaseSettings) -> None:
     world = World({"p": ["x"], "q": ["x"]}, {"p": 0, "q": 0}, {1}, True,
                   [Job(1, 1, "p", 0, [("t", SINKS[0])])], set(), set(), set())  # fmt: skip
-    with engine.connect() as connection, connection.begin() as transaction:
+    with undone(database) as connection:
         lay(connection, world)
         visibility.refresh(connection)
         assert states(connection) == {1: "hidden"}
@@ -440,12 +434,13 @@ def test_what_a_gone_file_took_along_waits_for_its_return(engine: Engine) -> Non
         connection.execute(text("UPDATE cf_file_location SET gone_at = NULL"))
         visibility.refresh(connection, Scope(locations=[1]))
         assert states(connection) == {1: "current"}
-        transaction.rollback()
 
 
 @pytest.mark.slow
-def test_twenty_thousand_outputs_are_read_in_time(engine: Engine, tmp_path: Path) -> None:
-    with engine.connect() as connection, connection.begin() as transaction:
+def test_twenty_thousand_outputs_are_read_in_time(
+    database: DatabaseSettings, tmp_path: Path
+) -> None:
+    with undone(database) as connection:
         lay(connection, World({"p": ["x"], "q": ["x"]}, {"p": 0, "q": 0}, set(), False, [],
                               set(), set(), set()))  # fmt: skip
         numbers = "WITH RECURSIVE n(i) AS (SELECT 100 UNION ALL SELECT i + 1 FROM n LIMIT 20000)"
@@ -470,4 +465,3 @@ def test_twenty_thousand_outputs_are_read_in_time(engine: Engine, tmp_path: Path
         seconds = (utcnow() - started).total_seconds()
         print(f"{seconds:.3f} s")
         assert seconds < 1.5  # 0.2 s on an idle machine
-        transaction.rollback()

@@ -6,12 +6,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, select
+from sqlalchemy import select
 
 from casparian_flow import config, main
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs, kept, plugins, views
-from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.access import Connection, Ledger, open_ledger
 from casparian_flow.db.backfill import Backfill, Choice, backfill
 from casparian_flow.db.models import FileVersion
 from casparian_flow.engine.sinks import query

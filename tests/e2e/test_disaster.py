@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs, rebuild, views
-from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.models import (
     FileLocation,
     FileVersion,
@@ -54,7 +54,7 @@ class Flow(NamedTuple):
         """Write these files, and have all that is queued worked; the statuses of all jobs."""
         for name, words in contents.items():
             (self.source / f"{name}.txt").write_text(words)
-        with Session(ledger.engine) as db:
+        with Session(get_engine(ledger.database)) as db:
             Scout(db).scan_source(db.get_one(SourceRoot, root.id))
         return work_off(self.settings)
 

@@ -16,7 +16,8 @@ from casparian_flow import main
 from casparian_flow.config import Settings
 from casparian_flow.db import jobs, views
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import PAUSED, FileVersion, Output, ProcessingJob, TopicConfig
+from casparian_flow.db.models import FileVersion, Output, ProcessingJob, TopicConfig
+from casparian_flow.db.states import PAUSED
 from casparian_flow.protocol import key_of
 from casparian_flow.services.scan import scan
 from casparian_flow.services.verify import verify

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import func, select, text
 
 from casparian_flow import config, main
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, jobs, plugins, views
-from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import FileVersion, utcnow
+from casparian_flow.db.access import Connection, Ledger
+from casparian_flow.db.models import FileVersion
 from casparian_flow.db.routing import JobRequest
+from casparian_flow.db.states import utcnow
 from casparian_flow.main import Daemon
 from casparian_flow.security import keys as key_files
 from casparian_flow.security.signing import key_id

@@ -9,11 +9,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
 from casparian_flow.db import debts, jobs, outputs, plugins
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.engine import committer, sinks
 from casparian_flow.engine.committer import Committer
 from casparian_flow.engine.sinks.base import KEY_DIGITS

@@ -16,7 +16,8 @@ from casparian_flow import main, protocol
 from casparian_flow.config import Settings
 from casparian_flow.db import audit
 from casparian_flow.db.access import Ledger
-from casparian_flow.db.models import Attempt, AuditEntry, JobStatus, ProcessingJob
+from casparian_flow.db.models import Attempt, AuditEntry, ProcessingJob
+from casparian_flow.db.states import JobStatus
 from casparian_flow.engine import dispatch, sentinel, worker_client
 from casparian_flow.engine.dispatch import Dispatcher
 from casparian_flow.engine.sentinel import Sentinel

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import insert, select
 
 from casparian_flow.config import JobSettings
 from casparian_flow.db import audit, jobs, plugins, rebuild
-from casparian_flow.db.access import Ledger
+from casparian_flow.db.access import Connection, Ledger
 from casparian_flow.db.jobs import AttemptResult, add_attempts
-from casparian_flow.db.models import Attempt, Epoch, JobStatus, ProcessingJob, Rebuild
+from casparian_flow.db.models import Attempt, Epoch, ProcessingJob, Rebuild
+from casparian_flow.db.states import JobStatus
 from casparian_flow.engine import dispatch, endings
 from casparian_flow.engine.endings import Ending
 from casparian_flow.protocol import Evidence, Outcome, Pair, Receipt

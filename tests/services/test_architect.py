@@ -275,7 +275,6 @@ def test_of_two_who_publish_one_version_at_once_exactly_one_wins(
 KILLED = """
 import contextlib, os, signal, sqlite3, sys
 from pathlib import Path
-from sqlalchemy import event
 from casparian_flow import config
 from casparian_flow.db.access import open_ledger
 from casparian_flow.services import architect
@@ -288,13 +287,13 @@ def deploy(write):
         message = signed(ledger, Path(sys.argv[2]))
         left = [write]
 
-        @event.listens_for(ledger.engine, "after_cursor_execute")
-        def count(_c, _cursor, statement, *rest):
+        def count(statement):
             if statement.lstrip()[:6] in ("INSERT", "DELETE", "UPDATE"):
                 left[0] -= 1
                 if not left[0]:
                     os.kill(os.getpid(), signal.SIGKILL)
 
+        ledger.write(lambda c: c.driver.set_trace_callback(count))
         architect.deploy(ledger, settings, message)
 
 def dump():

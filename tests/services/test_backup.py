@@ -12,13 +12,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, select, text
+from sqlalchemy import select, text
 
 from casparian_flow import main
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, jobs, kept, plugins
-from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.db.models import JobStatus, ProcessingJob
+from casparian_flow.db.access import Connection, Ledger, open_ledger
+from casparian_flow.db.models import ProcessingJob
+from casparian_flow.db.states import JobStatus
 from casparian_flow.errors import CasparianError, LedgerError
 from casparian_flow.services import backup, store_upkeep
 from casparian_flow.services.scan import scan
@@ -249,7 +250,6 @@ def test_a_ledger_that_cannot_be_opened_is_not_taken_for_the_target(
         pass
     with open_ledger(settings.database) as ledger:
         settings.database.path.rename(tmp_path / "elsewhere")
-        ledger.engine.dispose()
         with pytest.raises(LedgerError, match="could not be copied"):
             backup.make(settings, ledger, str(tmp_path / "copy.sqlite3"))
     assert not (tmp_path / "copy.sqlite3").exists()
@@ -275,7 +275,6 @@ def test_with_bytes_every_kept_version_can_be_printed_from_the_copy(
     backup.make(settings, ledger, str(tmp_path / "copy"), with_bytes=True, force=True)
 
     ledger.close()
-    ledger.engine.dispose()
     (source / "a").unlink()
     elsewhere = write_config(tmp_path / "elsewhere")
     with open_ledger(elsewhere.database):

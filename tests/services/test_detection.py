@@ -230,7 +230,9 @@ def test_a_file_that_another_scan_has_seen_anew_is_not_marked_gone(
     root = add_root(ledger, source)
     file = put(source / "f", "1")
     scan(ledger, root)
-    seen = ledger.read(lambda c: versions.present_in(c, root.id, b""))
+    top = ledger.read(lambda c: versions.directory(c, root.id, b""))
+    assert top
+    seen = ledger.read(lambda c: versions.present_in(c, top.directory_id))
     file.unlink()
     put(file, "2")
     scan(ledger, root)

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from nacl.signing import SigningKey
-from sqlalchemy import Connection
 
 from casparian_flow.config import Settings
 from casparian_flow.db import audit, plugins, trust, views
-from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.access import Connection, Ledger, open_ledger
 from casparian_flow.errors import (
     ArtifactRefused,
     AuthError,

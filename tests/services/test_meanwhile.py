@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, select, update
+from sqlalchemy import select, update
 
 from casparian_flow import durable
 from casparian_flow.config import DatabaseSettings
 from casparian_flow.db import jobs, routing, versions
-from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.db.models import AuditEntry, FileLocation, JobStatus, ProcessingJob
-from casparian_flow.db.versions import invalidate
+from casparian_flow.db.access import Connection, Ledger, open_ledger
+from casparian_flow.db.models import AuditEntry, FileLocation, ProcessingJob, RoutingRule
+from casparian_flow.db.states import JobStatus
+from casparian_flow.db.versions import Stat, invalidate
 from casparian_flow.services import scan as scan_module
 from casparian_flow.services import sources
 from casparian_flow.services.scan import scan
@@ -31,10 +33,10 @@ def before(
     """Do something once, just before a method is called the next time, with its arguments."""
     real = getattr(owner, method)
 
-    def first(*arguments: object) -> object:
+    def first(*arguments: object, **named: object) -> object:
         monkeypatch.setattr(owner, method, real)
         deed(*arguments[1:])
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(owner, method, first)
 
@@ -178,3 +180,83 @@ def test_a_copy_of_the_ledger_in_a_source_root_is_not_its_input(
     with open_ledger(DatabaseSettings(db_location=str(copied))) as other:
         os.utime(copied, (OLD, OLD))
         assert scan(other, add_root(other, source)).files == 0
+
+
+def rest(*files: Path) -> None:
+    """Wait until the stamps of these files are old enough to show the next write."""
+    while any(scan_module.is_racy(Stat.of(file.stat()), time.time()) for file in files):
+        time.sleep(0.01)
+
+
+def test_what_another_scan_saw_come_is_missed_when_it_goes(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = add_root(ledger, source)
+    touched, passing = put(source / "touched", "1", OLD), source / "passing"
+    scan(ledger, root)
+    os.utime(touched, (OLD + 1, OLD + 1))
+    rest(touched)
+
+    def come_and_go() -> None:
+        put(passing, "2", OLD)
+        scan(ledger, root)
+        passing.unlink()
+
+    before(monkeypatch, scan_module._Scan, "_flush", come_and_go)
+    scan(ledger, root)
+    scan(ledger, root)
+    assert gone(ledger) == {b"passing"}
+
+
+def test_what_came_back_for_another_scan_is_missed_when_it_goes(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = add_root(ledger, source)
+    rest(put(source / "stays", "1", OLD), passing := put(source / "passing", "2", OLD))
+    scan(ledger, root)
+    passing.unlink()
+
+    def come_and_go(*_: object) -> None:
+        rest(put(passing, "2", OLD))
+        scan(ledger, root)
+        passing.unlink()
+
+    before(monkeypatch, scan_module._Scan, "_end", come_and_go)
+    scan(ledger, root)
+    scan(ledger, root)
+    assert gone(ledger) == {b"passing"}
+
+
+def test_a_folder_ignored_while_deletions_are_held_can_be_taken_back(
+    ledger: Ledger, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    held = [put(source / "held" / str(n), "1", OLD) for n in range(120)]
+    rest(put(source / "old" / "f", "1", OLD), *held)
+    scan(ledger, root)
+    shutil.rmtree(source / "held")
+    report = scan(ledger, root._replace(ignore="old/"))
+    assert (report.held, report.passed_over) == (120, 1)
+    report = scan(ledger, root)
+    assert (report.held, gone(ledger)) == (120, set())
+
+
+def test_a_version_found_by_other_rules_gets_its_job_when_they_are_back(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = add_root(ledger, source)
+    rest(file := put(source / "a.csv", "1", OLD))
+    scan(ledger, root)
+
+    def change_the_rules_for_a_while(name: str) -> None:
+        if name == "scan.routed" and file.read_text() == "1":
+            ledger.write(lambda c: c.execute(update(RoutingRule).values(pattern="*.other")))
+            put(file, "22", OLD)
+            assert scan(ledger, root, only=[b""]).versions == 1
+            ledger.write(lambda c: c.execute(update(RoutingRule).values(pattern="*.csv")))
+
+    monkeypatch.setattr(scan_module, "crashpoint", change_the_rules_for_a_while)
+    deploy(ledger)
+    scan(ledger, root)
+    newest = select(ProcessingJob.id).where(ProcessingJob.file_version_id == 2)
+    assert ledger.read(lambda c: len(c.execute(newest).all())) == 1

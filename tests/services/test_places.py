@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from casparian_flow import durable
 from casparian_flow.config import Settings
 from casparian_flow.db import plugins
-from casparian_flow.db.access import Ledger, open_ledger
+from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.models import ProcessingJob, TopicConfig
 from casparian_flow.errors import ConfigError
 from casparian_flow.security.manifest import Manifest, read_manifest
@@ -180,7 +180,7 @@ def test_what_the_manifest_says_is_what_is_configured(
         assert [(row.uri, row.mode) for row in rows] == [
             ("parquet://red/out", "replace"), ("sqlite:///t.sqlite3", "append"),
         ]  # fmt: skip
-        (plugin,) = ledger.read(lambda c: plugins.stored(c, True))
+        (plugin,) = ledger.read(plugins.stored)
         assert plugins.manifest_of(plugin.manifest).sinks_of("lines") == said
 
 
@@ -204,7 +204,7 @@ def test_a_new_version_that_names_other_sinks_says_that_its_topics_stay(
             "casparian topics set rows lines 'parquet://a b?mode=replace'"
         ]
         assert "topics set" not in deployed(ROWS, "1.0.3")
-        with Session(ledger.engine) as db:
+        with Session(get_engine(ledger.database)) as db:
             db.query(TopicConfig).delete()
             uri = "parquet://a b?mode=replace"
             db.add(TopicConfig(plugin_name="rows", topic_name="lines", uri=uri))
@@ -219,7 +219,7 @@ def test_what_people_write_into_the_table_works(
     """With or without `?mode=`; a mode behind the URI wins over the column's default."""
     root = add_root(ledger, source)
     publish(ledger, settings, "rows", ROWS, "1.0.0")
-    with Session(ledger.engine) as db:
+    with Session(get_engine(ledger.database)) as db:
         db.query(TopicConfig).delete()
         for uri in ("parquet://out?mode=append", "sqlite:///t.sqlite3"):
             db.add(TopicConfig(plugin_name="rows", topic_name="lines", uri=uri))

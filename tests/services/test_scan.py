@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from casparian_flow import durable
 from casparian_flow.config import Settings
-from casparian_flow.db import models, views
+from casparian_flow.db import states, views
 from casparian_flow.db.access import Ledger, get_engine, open_ledger
 from casparian_flow.db.models import (
     FileLocation,
@@ -248,7 +248,7 @@ def test_files_that_an_upgrade_passes_over_keep_their_versions(
     assert (report.gone, report.held, report.passed_over) == (0, 0, 121)
     assert len(history(ledger)) == len(names)
     rows = ledger.read(lambda c: views.files(c, 1000, gone=True))
-    assert {row["problem"] for row in rows} == {models.PASSED_OVER}
+    assert {row["problem"] for row in rows} == {states.PASSED_OVER}
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from casparian_flow.config import Settings
 from casparian_flow.db import debts, jobs, outputs, views, visibility
 from casparian_flow.db.access import Ledger, open_ledger
 from casparian_flow.db.backfill import Choice, backfill
-from casparian_flow.db.models import utcnow
+from casparian_flow.db.states import utcnow
 from casparian_flow.errors import NotFound
 from casparian_flow.services import architect, topics
 from casparian_flow.services import outputs as verbs

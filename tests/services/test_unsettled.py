@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
+from casparian_flow.config import ScanSettings
 from casparian_flow.db import versions
 from casparian_flow.db.access import Ledger
-from casparian_flow.services.scan import Heard, Root, scan
-from casparian_flow.services.watcher import WATCHING, Watcher
+from casparian_flow.db.models import FileLocation
+from casparian_flow.services.scan import Root, scan
+from casparian_flow.services.watch import Changes
 from tests.factories import add_root
 from tests.services.test_scan import OLD, put
 
@@ -34,6 +37,10 @@ def test_since_when_a_file_is_written_is_kept_until_it_rests(ledger: Ledger, sou
     assert scan(ledger, root).writing == first
     # A scan of one folder says nothing of the others.
     assert scan(ledger, at_once, only=[b"deep"]).versions == 2
+    # Young files are read again, and unsettled then; so this waits for the clock.
+    young = select(FileLocation.id).where(FileLocation.racy)
+    while ledger.read(lambda c: c.execute(young).first()):
+        scan(ledger, at_once, only=[b"deep"])
     assert known(ledger, root).keys() == {b"a", b"rests"}
     (source / "a").unlink()
     assert scan(ledger, root).writing == {b"rests": first[b"rests"]}
@@ -82,46 +89,12 @@ def deepen(folder: Path, name: str, levels: int) -> None:
 
 
 @pytest.mark.usefixtures("grow")
-def test_folders_beyond_the_longest_path_are_not_blamed_on_a_limit(
-    ledger: Ledger, source: Path
-) -> None:
-    deepen(source, "d" * 200, 30)
-    root = add_root(ledger, source)
-    watcher = Watcher(root, lambda *_: None)
-    try:
-        assert watcher.ensure_running(), watcher.state
-        heard = watcher.heard(0.0, full=True)
-        if heard is None or heard.inodes is None:
-            pytest.skip("NOT PROVEN: which folders are watched (this kernel does not tell)")
-        for _ in range(2):
-            report = scan(ledger, root, heard=heard)
-            assert report.unheard == set()
-            assert 5 < report.too_deep < 30
-            assert watcher.confirm(report.unheard, report.too_deep) is False
-        words = f"{WATCHING}, except {report.too_deep} folders"
-        assert watcher.state.startswith(words)
-        assert "inotify" not in watcher.state
-        assert watcher.ensure_running() is False, "arming it anew would be of no use"
-        # What is really lost is said as ever, and the limit only where it has been reached.
-        watcher.confirm({1})
-        assert watcher.confirm({1}) is True
-        assert watcher.state == "degraded: 1 folder not watched"
-    finally:
-        watcher.close()
-
-
-@pytest.mark.usefixtures("grow")
 @pytest.mark.slow
 def test_more_levels_than_watchdog_can_walk_end_no_daemon(ledger: Ledger, source: Path) -> None:
     deepen(source, "d", 1500)
-    watcher = Watcher(add_root(ledger, source), lambda *_: None)
+    changes = Changes(add_root(ledger, source), ScanSettings())
     try:
-        if not watcher.ensure_running():  # where os.walk is recursive
-            assert watcher.state.startswith("degraded: it cannot be watched (too many levels")
+        if not changes._check():  # where os.walk is recursive
+            assert changes.state == "degraded: it cannot be watched (too many levels deep)"
     finally:
-        watcher.close()
-
-
-def test_a_shallow_scan_counts_nothing_as_too_deep(ledger: Ledger, source: Path) -> None:
-    report = scan(ledger, add_root(ledger, source), only=[b""], heard=Heard(0.0, None))
-    assert (report.too_deep, report.unheard) == (0, set())
+        changes.close()

@@ -5,26 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, insert, select
-from watchdog.events import FileSystemEvent
+from sqlalchemy import func, insert, select, update
+from watchdog.utils import BaseThread
 
 from casparian_flow.config import ScanSettings
-from casparian_flow.db import versions as db_versions
 from casparian_flow.db.access import Ledger
 from casparian_flow.db.models import FileVersion, RoutingRule, SourceRoot
 from casparian_flow.errors import LedgerError
-from casparian_flow.services import hints as hints_module
 from casparian_flow.services import watch as watch_module
 from casparian_flow.services.scan import Root, ScanReport, scan
 from casparian_flow.services.scout import roots
 from casparian_flow.services.watch import Watch
-from casparian_flow.services.watcher import EventHandler
 from tests.eventually import eventually
 from tests.factories import add_plugin, add_root
 
@@ -132,7 +129,7 @@ def test_a_ring_finds_new_roots_and_what_the_watcher_missed(
 @pytest.fixture
 def no_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """The watcher takes no event."""
-    monkeypatch.setattr("casparian_flow.services.watcher.EventHandler.dispatch", lambda *_: None)
+    monkeypatch.setattr("casparian_flow.services.watch.EventHandler.dispatch", lambda *_: None)
 
 
 @pytest.mark.usefixtures("no_events")
@@ -154,11 +151,12 @@ def test_lost_events_lead_to_a_full_scan(ledger: Ledger, source: Path) -> None:
 
 @pytest.mark.usefixtures("no_events")
 def test_the_schedule_finds_what_no_event_told(ledger: Ledger, source: Path) -> None:
-    add_root(ledger, source)
+    root = add_root(ledger, source)
     route_everything(ledger)
 
     async def story() -> None:
-        async with watching(ledger, rescan_seconds=0.1) as (_, queued):
+        async with watching(ledger, rescan_seconds=0.1) as (watch, queued):
+            await eventually(lambda: root.name in watch.last)
             (source / "f").write_text("1")
             await versions_become(ledger, queued, 1)
 
@@ -191,47 +189,6 @@ def test_a_ring_outlives_a_ledger_that_cannot_be_read(
     assert refusals
 
 
-def test_names_that_were_announced_before_a_failed_scan_are_not_missed(
-    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hints_module, "GRACE_SECONDS", 0.0)
-    root = add_root(ledger, source, settle_seconds=3600.0)  # only full scans look at it
-    announced: list[str] = []
-    failures: list[Root] = []
-    dispatch = EventHandler.dispatch
-
-    def note(handler: EventHandler, event: FileSystemEvent) -> None:
-        dispatch(handler, event)
-        announced.append(os.path.basename(str(event.src_path)))
-
-    def fail_once(of: Ledger, root: Root, *_rest: Any, **_options: Any) -> ScanReport:
-        monkeypatch.setattr(watch_module, "scan", scan)
-        failures.append(root)
-        raise LedgerError("the disk is full")
-
-    monkeypatch.setattr(EventHandler, "dispatch", note)
-
-    async def scanned_again(watch: Watch) -> None:
-        last = watch.last.get(root.name)
-        watch.ring()
-        await eventually(lambda: watch.last.get(root.name) is not last)
-
-    async def story() -> None:
-        async with watching(ledger) as (watch, _):
-            await eventually(lambda: root.name in watch.last)
-            (source / "f").write_text("1")
-            await eventually(lambda: "f" in announced)
-            monkeypatch.setattr(watch_module, "scan", fail_once)
-            watch.ring()
-            await eventually(lambda: failures)
-            await scanned_again(watch)
-            await scanned_again(watch)  # what the scan before found is counted by now
-            assert watch.last[root.name].unsettled == {b""}
-            assert ledger.read(lambda c: db_versions.scan_state(c, root.id)).missed == 0
-
-    asyncio.run(story())
-
-
 def test_an_overflow_or_an_error_of_watchdog_is_lost_events(
     ledger: Ledger, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -251,3 +208,108 @@ def test_an_overflow_or_an_error_of_watchdog_is_lost_events(
             await eventually(lambda: watch.last[root.name] is not last)
 
     asyncio.run(story())
+
+
+def test_a_huge_file_in_one_root_does_not_delay_another(
+    ledger: Ledger, source: Path, tmp_path: Path
+) -> None:
+    """A terabyte is read for longer than this test takes."""
+    add_root(ledger, source, settle_seconds=0.05)
+    huge = tmp_path / "huge"
+    huge.mkdir()
+    with open(huge / "file", "wb") as file:
+        file.truncate(1 << 40)
+    values = {"path": str(huge), "name": "huge", "active": True, "ignore": "", "settle_seconds": 0}
+    ledger.write(lambda c: c.execute(insert(SourceRoot).values(values)))
+    count = select(func.count(FileVersion.id))
+
+    async def story() -> None:
+        async with watching(ledger) as (watch, _):
+            for n in range(14):
+                (source / "f").write_text(str(n))
+                await eventually(
+                    lambda n=n: ledger.read(lambda c: c.execute(count).scalar_one()) == n + 1
+                )
+            assert set(watch.last) == {"source"}
+
+    asyncio.run(story())
+
+
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[set[bytes] | None]:
+    """What each scan from now on scans."""
+    scanned: list[set[bytes] | None] = []
+
+    def note(ledger: Ledger, root: Root, only: set[bytes] | None, stop: Any) -> ScanReport:
+        scanned.append(only)
+        return scan(ledger, root, only, stop)
+
+    monkeypatch.setattr(watch_module, "scan", note)
+    return scanned
+
+
+def test_a_file_that_is_dropped_is_scanned_once(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = add_root(ledger, source, settle_seconds=0.3)
+    route_everything(ledger)
+    scanned = spy(monkeypatch)
+
+    async def story() -> None:
+        async with watching(ledger) as (watch, queued):
+            await eventually(lambda: root.name in watch.last)
+            (source / "f").write_text("1")
+            await versions_become(ledger, queued, 1)
+
+    asyncio.run(story())
+    assert scanned == [None, {b""}]
+
+
+def test_a_file_beside_one_that_is_written_all_the_time_is_found(
+    ledger: Ledger, source: Path
+) -> None:
+    root = add_root(ledger, source, settle_seconds=0.3)
+    route_everything(ledger)
+
+    async def write(log: Path) -> None:
+        while True:
+            with log.open("a") as file:
+                file.write("x")
+            await asyncio.sleep(0.02)
+
+    async def story() -> None:
+        async with watching(ledger) as (watch, queued):
+            await eventually(lambda: root.name in watch.last)
+            writing = asyncio.create_task(write(source / "log"))
+            (source / "f").write_text("1")
+            await versions_become(ledger, queued, 1)
+            assert not writing.done()
+            writing.cancel()
+
+    asyncio.run(story())
+
+
+def test_a_root_that_is_removed_or_changed_is_scanned_no_more_or_anew(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = add_root(ledger, source, settle_seconds=3600.0)
+    route_everything(ledger)
+    scanned = spy(monkeypatch)
+    roots_table = SourceRoot.__table__
+
+    async def story() -> None:
+        async with watching(ledger) as (watch, queued):
+            await eventually(lambda: root.name in watch.last)
+            (source / "f").write_text("1")
+            ledger.write(lambda c: c.execute(update(roots_table).values(settle_seconds=0.0)))
+            watch.ring()
+            await versions_become(ledger, queued, 1)
+            ledger.write(lambda c: c.execute(update(roots_table).values(active=False)))
+            watch.ring()
+            await eventually(lambda: not [t for t in threading.enumerate() if is_watchdogs(t)])
+
+    asyncio.run(story())
+    assert scanned.count(None) == 2
+
+
+def is_watchdogs(thread: threading.Thread) -> bool:
+    return isinstance(thread, BaseThread)

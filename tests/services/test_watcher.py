@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,12 @@ import pytest
 from watchdog.events import FileSystemEvent
 
 from casparian_flow import durable
+from casparian_flow.config import ScanSettings
 from casparian_flow.db import versions as db_versions
 from casparian_flow.db.access import Ledger, open_ledger
-from casparian_flow.services import hints as hints_module
 from casparian_flow.services import watch as watch_module
-from casparian_flow.services import watcher as watcher_module
-from casparian_flow.services.hints import Announcements
 from casparian_flow.services.scan import Root
-from casparian_flow.services.watcher import WATCHING, EventHandler, Watcher
+from casparian_flow.services.watch import WATCHING, Changes, EventHandler, Watch
 from proofs.detection import missed
 from tests.conftest import write_config
 from tests.eventually import eventually
@@ -107,69 +106,24 @@ def test_a_network_filesystem_is_polled(
     asyncio.run(story())
 
 
-def test_what_is_announced_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hints_module, "GRACE_SECONDS", 0.0)
-    announced = Announcements()
-    announced.add(1, b"d/before")
-    announced.begin(1)
-    announced.end(1)
-    announced.add(2, b"d/of-another-root")
-    never = [b"d/never", b"d/of-another-root"]
-    announced.noticed(1, [b"d/before", b"d/late", b"moved-in/deep/f", *never])
-    announced.add(1, b"d/late")
-    announced.add(1, b"moved-in")
-    assert announced.missed(1) == 2
-    announced.noticed(1, never)  # still unsettled, say: looked at again
-    assert announced.missed(1) == 0
-    announced.begin(1)
-    announced.end(1)
-    announced.noticed(1, [b"f"])
-    announced.add(1, b"f")
-    announced.begin(1)
-    announced.end(1)
-    assert announced.missed(1) == 0
-    announced.noticed(1, never)
-    assert announced.missed(1) == 2, "they changed again, and no event told"
-
-
-def test_the_names_of_a_scan_that_did_not_end_count_for_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(hints_module, "GRACE_SECONDS", 0.0)
-    announced = Announcements()
-    announced.add(1, b"before")
-    for name in (b"first", b"second"):
-        announced.begin(1)
-        announced.add(1, name)
-        announced.abandon(1)
-    announced.begin(1)
-    announced.end(1)
-    announced.noticed(1, [b"before", b"first", b"second", b"never"])
-    assert announced.missed(1) == 1
-
-
 LIMITED = """
 import sys
 from pathlib import Path
+from casparian_flow.config import ScanSettings
 from casparian_flow.services.scan import Root
-from casparian_flow.services.watcher import Watcher
+from casparian_flow.services.watch import Changes
 from tests.eventually import wait_until
 
 Path("/proc/sys/user/max_inotify_watches").write_text("50")
-watcher = Watcher(Root(1, sys.argv[1], "in", "", 0.0), lambda *_: None)
-assert watcher.ensure_running(), watcher.state
-folders = {p.stat().st_ino for p in [Path(sys.argv[1]), *Path(sys.argv[1]).rglob("*")]}
-unheard = folders - watcher.heard(0.0, full=True).inodes
-first, second = watcher.confirm(unheard), watcher.confirm(unheard)
-print(len(unheard), first, second, watcher.state, sep="|")
+changes = Changes(Root(1, sys.argv[1], "in", "", 0.0), ScanSettings())
+print(changes._check(), changes._check(), changes._check(), changes.state, sep="|")
 Path("/proc/sys/user/max_inotify_watches").write_text("1000")
-wait_until(watcher.ensure_running)
-left = len(folders - watcher.heard(0.0, full=True).inodes)
-print(left, watcher.confirm(set()), watcher.state, sep="|")
+wait_until(changes._check)
+print(changes._check(), changes.state, sep="|")
 Path("/proc/sys/user/max_inotify_instances").write_text("0")
-other = Watcher(Root(2, sys.argv[1], "in", "", 0.0), lambda *_: None)
-print(other.ensure_running(), other.state, sep="|")
-watcher.close()
+other = Changes(Root(2, sys.argv[1], "in", "", 0.0), ScanSettings())
+print(other._check(), other.state, sep="|")
+changes.close()
 """
 
 
@@ -185,29 +139,89 @@ def test_what_the_kernels_limits_leave_unwatched_is_noticed(source: Path) -> Non
         pytest.skip(f"no user namespace here, so limits are untested: {done.stderr}")
     assert done.returncode == 0, done.stderr
     limited, lifted, refused = done.stdout.splitlines()
-    assert limited.startswith("51|True|True|degraded: 51 folders")
-    assert lifted == "0|False|watching"
+    assert limited.startswith("True|True|False|degraded: fs.inotify.max_user_watches")
+    assert lifted == "False|watching"
     assert refused.startswith("False|degraded: it cannot be watched")
+
+
+def test_a_watcher_ends_with_its_threads(source: Path) -> None:
+    changes = Changes(Root(1, str(source), "in", "", 0.0), ScanSettings())
+    before = set(threading.enumerate())
+    assert changes._check()
+    assert set(threading.enumerate()) - before
+    assert not changes._check()
+    changes.close()
+    assert set(threading.enumerate()) == before
+
+
+def test_what_is_announced_is_not_missed(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "GRACE_SECONDS", 0.0)
+    changes = Changes(Root(1, str(source), "in", "", 0.0), ScanSettings())
+    changes.add(b"before", 0.0)
+    changes.begin()
+    never = [b"never/one", b"never/two", b"f"]
+    changes.suspect([b"before/f", b"late/f", *never])
+    changes.add(b"late", 0.0)
+    assert changes.begin()[0] == 3
+    assert changes.begin()[0] == 0, "each is counted once"
+    changes.suspect(never)
+    changes.add(b"", 0.0)
+    assert changes.begin()[0] == 2, "they changed again, and no event told"
+
+
+def test_what_no_event_may_still_announce_is_not_counted_yet(source: Path) -> None:
+    changes = Changes(Root(1, str(source), "in", "", 0.0), ScanSettings())
+    changes.begin()
+    changes.suspect([b"late/f"])
+    assert changes.begin()[0] == changes.begin()[0] == 0
+    changes.add(b"late", 0.0)
+    changes.begin()
+    assert changes._suspects == []
+
+
+@pytest.mark.parametrize("events", [True, False])
+def test_a_change_that_a_full_scan_found_and_no_event_announced_is_counted(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch, events: bool
+) -> None:
+    monkeypatch.setattr(watch_module, "GRACE_SECONDS", 0.0)
+    root = add_root(ledger, source)
+    (source / "before").write_text("no observer was there to announce it")
+
+    hear = EventHandler.dispatch
+    heard = []
+
+    def note(handler: EventHandler, event: FileSystemEvent) -> None:
+        if events:
+            hear(handler, event)
+        heard.append(event)
+
+    async def scanned_again(watch: Watch) -> None:
+        last = watch.last.get(root.name)
+        watch.ring()
+        await eventually(lambda: watch.last.get(root.name) is not last)
+
+    async def story() -> None:
+        async with watching(ledger) as (watch, _):
+            await eventually(lambda: is_watched(ledger, root))
+            monkeypatch.setattr(EventHandler, "dispatch", note)
+            (source / "f").write_text("1")
+            await eventually(lambda: heard)
+            await scanned_again(watch)
+            await eventually(lambda: versions(ledger) == 2)
+            await scanned_again(watch)
+            await scanned_again(watch)
+            assert state(ledger, root).missed == (0 if events else 1)
+
+    asyncio.run(story())
 
 
 @pytest.mark.slow
 def test_files_made_while_the_daemon_is_stopped_are_found_and_counted(tmp_path: Path) -> None:
-    """Six thousand files are more events than the kernel keeps by default: 16,384."""
-    tally = missed.run(tmp_path, 6000)
-    assert tally.recorded == 6000
-    assert 0 < tally.missed < 6000
+    """Twelve thousand files are more events than the kernel keeps by default: 16,384."""
+    tally = missed.run(tmp_path, 12_000, "[scan]\nrescan_seconds = 10.0\n")
+    assert tally.recorded == 12_000
+    assert 0 < tally.missed < 12_000
     assert tally.watch == WATCHING
-
-
-def test_a_watcher_ends_with_its_threads(source: Path) -> None:
-    watcher = Watcher(Root(1, str(source), "in", "", 0.0), lambda *_: None)
-    before = watcher_module._threads(), watcher_module._inotify()
-    assert watcher.heard(0.0, full=True) is None
-    assert watcher.ensure_running()
-    assert watcher_module._threads() - before[0]
-    assert not watcher.ensure_running()
-    watcher.close()
-    assert (watcher_module._threads(), watcher_module._inotify()) == before
 
 
 def test_the_settings_reach_the_status(tmp_path: Path) -> None:

@@ -161,7 +161,8 @@ class Product:
         self._start()
 
     def _open(self) -> None:
-        self.ledger = Ledger(get_engine(self.settings.database))
+        self._engine = get_engine(self.settings.database)
+        self.ledger = Ledger(self._engine)
 
     def _start(self) -> None:
         """What a daemon does when it starts."""
@@ -189,7 +190,7 @@ class Product:
     def _close(self) -> None:
         self._runner.close()
         self.ledger.close()
-        self.ledger.engine.dispose()
+        self._engine.dispose()
 
     # Events on disk.
 
@@ -213,7 +214,7 @@ class Product:
         shutil.copy2(self.source / old, self.source / new)
 
     def scan(self) -> None:
-        with Session(self.ledger.engine) as db:
+        with Session(self._engine) as db:
             Scout(db).scan_source(db.scalars(select(SourceRoot)).one())
 
     # What users ask.
