@@ -17,6 +17,7 @@ from casparian_flow.cli import (
     demo,
     jobs,
     keys,
+    later,
     outputs,
     plugins,
     query,
@@ -40,33 +41,33 @@ app = context.group(
     epilog=EXIT_CODES,
     add_completion=True,
 )
-app.command()(start.init)
-app.add_typer(source.app, name="source")
-app.command()(plugins.publish)
-app.add_typer(table.app, name="table")
-app.command("try")(try_file.try_file)
-app.command()(start.start)
-app.command()(scan.scan)
-app.command()(start.wait)
-app.command()(status.status)
-app.add_typer(jobs.app, name="jobs")
-app.command()(backfill.backfill)
-app.command()(rebuild.rebuild)
-app.command()(status.files)
-app.command()(status.versions)
-app.command()(status.cat)
-app.add_typer(plugins.app, name="plugins")
-app.add_typer(keys.app, name="keys")
-app.add_typer(rules.app, name="rules")
-app.add_typer(topics.app, name="topics")
-app.command()(query.query)
-app.add_typer(outputs.app, name="outputs")
-app.command()(outputs.retract)
-app.command()(status.verify)
-app.add_typer(status.audit_app, name="audit")
-app.command()(status.backup)
-app.command()(upgrade.upgrade)
-app.command()(demo.demo)
+later.command(app, start.init)
+later.group(app, source.app, "source")
+later.command(app, plugins.publish)
+later.group(app, table.app, "table")
+later.command(app, try_file.try_file, "try")
+later.command(app, start.start)
+later.command(app, scan.scan)
+later.command(app, start.wait)
+later.command(app, status.status)
+later.group(app, jobs.app, "jobs")
+later.command(app, backfill.backfill)
+later.command(app, rebuild.rebuild)
+later.command(app, status.files)
+later.command(app, status.versions)
+later.command(app, status.cat)
+later.group(app, plugins.app, "plugins")
+later.group(app, keys.app, "keys")
+later.group(app, rules.app, "rules")
+later.group(app, topics.app, "topics")
+later.command(app, query.query)
+later.group(app, outputs.app, "outputs")
+later.command(app, outputs.retract)
+later.command(app, status.verify)
+later.group(app, status.audit_app, "audit")
+later.command(app, status.backup)
+later.command(app, upgrade.upgrade)
+later.command(app, demo.demo)
 
 
 def _show_version(wanted: bool) -> None:

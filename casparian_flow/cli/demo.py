@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shlex
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -237,6 +235,8 @@ def prepare(folder: str | None) -> Path:
     Raises:
         CasparianError: the directory is not empty, or cannot be written.
     """
+    import tempfile
+
     home = Path(os.path.realpath(folder or tempfile.mkdtemp(prefix="casparian-demo-")))
     try:
         if home.exists() and any(home.iterdir()):
@@ -313,6 +313,8 @@ def trace(ledger: Ledger) -> dict[str, Any]:
     rows = pq.ParquetFile(output["target"]).read().to_pylist()
     number, row = next((n, r) for n, r in enumerate(rows, 1) if r[_ROW[0]] == _ROW[1])
     path = Path(job["root"]) / job["rel_path"]
+    import hashlib
+
     hashed = hashlib.sha256(path.read_bytes()).hexdigest()
     links = {
         "_cf_file_version_id": job["version_id"],

@@ -65,8 +65,6 @@ def scan(
     For cron; it may also run beside a daemon. With --drain it exits with 1 if a job of this run
     failed or is held; those of earlier runs do not count.
     """
-    import asyncio
-
     from casparian_flow.services import inventory
 
     with context.opened(ctx) as here, context.line(quiet=quiet) as line:
@@ -86,6 +84,8 @@ def scan(
             wanted.update(_unfinished(here), *(report.job_ids for report in reports))
             wanted.update(*(scrubbed.job_ids for scrubbed in scrubs))
         if wanted:
+            import asyncio
+
             reason = asyncio.run(_see_through(here, sorted(wanted), line))
             line.clear()
         code = _verdict(here, reports, sorted(wanted), reason, quiet)

@@ -8,7 +8,6 @@ safe beside a running daemon; nothing else here needs SQLAlchemy.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import functools
@@ -193,6 +192,8 @@ class Ledger:
         Raises:
             LedgerError: that has happened.
         """
+        import asyncio
+
         await asyncio.shield(asyncio.wrap_future(self._broken))
 
     def read(self, work: Work[T]) -> T:
@@ -269,10 +270,14 @@ class Ledger:
 
     async def write_soon(self, work: Work[T]) -> T:
         """`write`, for coroutines."""
+        import asyncio
+
         return await asyncio.wrap_future(self._submit(work))
 
     async def read_soon(self, work: Work[T]) -> T:
         """`read`, for coroutines: on a thread of the pool."""
+        import asyncio
+
         return await asyncio.to_thread(self.read, work)
 
     def copy(self, target: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from packaging.version import Version
@@ -19,8 +19,10 @@ from casparian_flow.db.routing import tags_of
 from casparian_flow.db.states import utcnow
 from casparian_flow.errors import ArtifactRefused, CasparianError, NotFound
 from casparian_flow.security import keys, signing
-from casparian_flow.security.manifest import Manifest, read_manifest
 from casparian_flow.security.trust import Trust
+
+if TYPE_CHECKING:
+    from casparian_flow.security.manifest import Manifest
 
 
 def find(connection: Connection, name: str, version: str) -> Any:
@@ -230,6 +232,8 @@ def manifest_of(text: str | bytes) -> Manifest:
     Raises:
         ArtifactRefused: it is damaged, or that of a stub.
     """
+    from casparian_flow.security.manifest import Manifest
+
     if not text:
         raise ArtifactRefused(STUB)
     try:
@@ -336,6 +340,8 @@ def _check(plugin: Stored, trusted: Trust) -> None:
 @functools.lru_cache(maxsize=64)
 def _manifest_in(source: bytes, name: str) -> Manifest:
     """Remembered, for parsing takes longer than everything else that is checked before a run."""
+    from casparian_flow.security.manifest import read_manifest
+
     return read_manifest(source, f"{name}.py")
 
 

@@ -14,7 +14,6 @@ a new ledger in its place asks them too; `<database>.epoch` has its id and its l
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections import defaultdict
@@ -111,6 +110,8 @@ async def keep_asking(settings: Settings, ledger: Ledger, on_change: Callable[[]
     Args:
         on_change: called when jobs may be claimed that waited for a sink.
     """
+    import asyncio
+
     while True:
         pause = ASK_SECONDS
         try:

@@ -60,11 +60,23 @@ def test_a_scan_that_finds_nothing_new_in_its_sink_does_without_pyarrow(
     casparian: Casparian, source: Path
 ) -> None:
     casparian.run("publish", casparian.plugin("rows", ROWS), "--version", "1.0.0")
+    assert "pyarrow" not in loaded_by(["scan"], casparian.folder), "there is no sink yet"
     (source / "a.txt").write_text("a\n")
     casparian.run("scan", "--drain")
     assert "pyarrow" not in loaded_by(["scan"], casparian.folder)
     (casparian.folder / "output" / ".casparian" / "outputs.sqlite3").unlink()
     assert "pyarrow" in loaded_by(["scan"], casparian.folder)
+
+
+@pytest.mark.parametrize("arguments", [["scan"], ["status"], ["jobs"], ["files"]], ids=" ".join)
+def test_what_only_reads_the_ledger_imports_nothing_heavy(
+    arguments: list[str], casparian: Casparian, source: Path
+) -> None:
+    casparian.run("publish", casparian.plugin("rows", ROWS), "--version", "1.0.0")
+    (source / "a.txt").write_text("a\n")
+    casparian.run("scan", "--drain")
+    heavy = "pandas pyarrow duckdb zmq nacl watchdog numpy uv"
+    assert not loaded_by(arguments, casparian.folder) & set(heavy.split())
 
 
 def test_wrong_usage_is_told_by_the_command_itself(bare: Casparian) -> None:

@@ -281,15 +281,20 @@ def opened(root: Path, *, write: bool) -> Iterator[Record | None]:
 
 
 def listed(root: Path, known: Collection[str]) -> list[Output] | None:
-    """What `Sink.records` lists, of a sink that has a record and nothing left to move; else None.
+    """What `Sink.records` lists, of a sink that is not there, or has a record and nothing left to
+    move; else None.
 
     Raises:
         SinkUnavailable: the record cannot be read.
     """
     with opened(root, write=False) as record:
-        if not record or record.moving():
-            return None
-        return outputs(root, record.all(), known)
+        if record and not record.moving():
+            return outputs(root, record.all(), known)
+    try:
+        root.lstat()
+    except FileNotFoundError:
+        return []
+    return None
 
 
 def outputs(root: Path, entries: Iterable[Entry], known: Collection[str]) -> list[Output]:
