@@ -103,6 +103,7 @@ SECOND: Files = {
     "deep/new.txt": _content("new", 4, 1),
 }
 EDITED = "inbox/orders.txt"
+MOVED: Files = {"deep/new.txt": None, "moved.txt": SECOND["deep/new.txt"]}
 LAST: Files = {"last.txt": _content("last", 1, 1)}
 
 
@@ -116,6 +117,8 @@ class Act(NamedTuple):
     """What it may end with as well, when it was done before the crash and says so."""
     retracted: str = ""
     """The path whose rows nobody sees when it is done."""
+    moved: tuple[str, str] | None = None
+    """The path of a file before, and where it is now."""
 
 
 @dataclass
@@ -206,6 +209,7 @@ class Scene:
             Act("second", drain, SECOND),
             Act("retract", ["retract", EDITED], {}, again=66, retracted="orders.txt"),
             Act("reinstate", ["retract", EDITED, "--undo"], {}, again=66),
+            Act("move", drain, MOVED, moved=("deep/new.txt", "moved.txt")),
             Act("last", drain, LAST),
         ]
 
@@ -222,6 +226,10 @@ class Scene:
         here: Files = {}
         for earlier in self.acts[: self.acts.index(act) + 1]:
             here.update(earlier.files)
+        if act.moved:
+            old, new = (self.ground.inbox / path for path in act.moved)
+            if old.exists():
+                old.rename(new)
         for path, content in here.items():
             file = self.ground.inbox / path
             if content is None:
@@ -248,6 +256,9 @@ class Scene:
         """The contents whose rows a reader of a topic sees when the act is done."""
         versions = self.versions(act)
         versions.pop(act.retracted, None)
+        for earlier in self.acts[: self.acts.index(act) + 1]:
+            if earlier.moved:
+                versions.pop(earlier.moved[0])
         last = -1 if TOPICS[topic] == "replace" else 0
         return [content for contents in versions.values() for content in contents[last:]]
 
