@@ -78,7 +78,8 @@ def _missed(options: argparse.Namespace) -> bool:
     say(
         f"{tally.files} files created while the daemon was stopped: {tally.recorded} recorded, "
         f"{tally.recorded_after:.1f} s after it went on (scan interval: 60 s); missed by the "
-        f"watcher: {tally.missed}, shown after {tally.missed_after:.1f} s; {tally.watch}"
+        f"watcher: {tally.missed}, shown after {tally.missed_after:.1f} s; {tally.watch}, "
+        f"{tally.replaced} observers replaced"
     )
     return tally.recorded == tally.files and tally.missed > 0 and tally.recorded_after < 60
 
