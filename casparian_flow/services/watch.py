@@ -1,8 +1,7 @@
 """Scout inside the daemon: each source root is scanned when an event or its schedule says.
 
 Events are hints, the scan is the truth. watchdog can lose events without an error, so every root
-is also scanned in full on a schedule, and at once when events were lost or its observer was
-replaced.
+is also scanned in full on a schedule, and at once when its observer is replaced.
 
     async for folders in changes:       # held back until they are settled; None: the whole root
         scan(ledger, root, folders)
@@ -22,9 +21,10 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from watchdog.events import (
     DirModifiedEvent,
@@ -66,10 +66,10 @@ GRACE_SECONDS = 5.0
 """How long after a scan an event may still announce what the scan has found."""
 
 LONGEST_PAUSE_SECONDS = 300.0
-"""An observer that fails is replaced after 1, 2, 4, ... seconds, at most after this."""
+"""An observer that fails is replaced at once, then after 1, 3, 7, ... seconds, at most after this.
+One that has lasted for STEADY_SECONDS is replaced at once again."""
 
 STEADY_SECONDS = 60.0
-"""An observer that has lasted this long begins with a pause of 1 second again."""
 
 _EVENTS = [
     kind
@@ -116,28 +116,27 @@ class Watch:
         # watchdog warns, at length, when a new folder is announced twice; that does no harm.
         warnings.filterwarnings("ignore", "Callback with id", RuntimeWarning)
         watched: dict[Root, tuple[Changes, asyncio.Task[None]]] = {}
-        with _overflows(self.ring):
-            async with asyncio.TaskGroup() as group:
-                while True:
-                    rung = self._rung.is_set()
-                    self._rung.clear()
-                    try:
-                        active = set(await asyncio.to_thread(roots, self._ledger))
-                    except LedgerError as error:
-                        log.error("cannot scan the source roots: %s", error.message)
-                        await asyncio.sleep(self._settings.rescan_seconds)
-                        self._rung.set()
-                        continue
-                    for root in watched.keys() - active:  # removed, or its options changed
-                        watched[root][1].cancel()
-                        await asyncio.wait([watched.pop(root)[1]])
-                    if rung:
-                        for changes, _ in watched.values():
-                            changes.scan_within(0.0)
-                    for root in active - watched.keys():
-                        changes = Changes(root, self._settings)
-                        watched[root] = changes, group.create_task(self._follow(changes))
-                    await _set_within(self._rung, CHECK_SECONDS)
+        async with asyncio.TaskGroup() as group:
+            while True:
+                rung = self._rung.is_set()
+                self._rung.clear()
+                try:
+                    active = set(await asyncio.to_thread(roots, self._ledger))
+                except LedgerError as error:
+                    log.error("cannot scan the source roots: %s", error.message)
+                    await asyncio.sleep(self._settings.rescan_seconds)
+                    self._rung.set()
+                    continue
+                for root in watched.keys() - active:  # removed, or its options changed
+                    watched[root][1].cancel()
+                    await asyncio.wait([watched.pop(root)[1]])
+                if rung:
+                    for changes, _ in watched.values():
+                        changes.scan_within(0.0)
+                for root in active - watched.keys():
+                    changes = Changes(root, self._settings)
+                    watched[root] = changes, group.create_task(self._follow(changes))
+                await _set_within(self._rung, CHECK_SECONDS)
 
     async def _follow(self, changes: Changes) -> None:
         """Scan one root whenever something changes in it."""
@@ -151,8 +150,8 @@ class Watch:
                         await self._scan_in_full(changes)
                     else:
                         await self._scan(changes, folders)
-                except LedgerError as error:
-                    log.error("%s: %s", changes.root.name, error.message)
+                except (LedgerError, OSError) as error:
+                    log.error("%s: %s", changes.root.name, error)
                     changes.scan_within(self._settings.rescan_seconds)
         finally:
             changes.stop.set()
@@ -169,7 +168,7 @@ class Watch:
         report = await run_in_thread(changes.stop, work)
         busy = BUSY_FACTOR * (time.monotonic() - started) if folders is not None else 0.0
         for path in report.unsettled:
-            changes.add(path, max(report.settles_first, busy))
+            changes.put_off(path, max(report.settles_first, busy))
         if report.job_ids:
             self._on_jobs()
         if report.change.any:
@@ -205,55 +204,66 @@ class Watch:
         return state
 
 
+class _Suspect(NamedTuple):
+    """A change that a full scan found and no event had announced."""
+
+    found: float
+    folder: bytes
+    after: float
+    """It happened after this."""
+
+
 class Changes:
     """The changes below one source root, as an asynchronous iterator of folders to scan.
 
-    It replaces an observer that has failed. On network filesystems, where the changes of other
-    machines give no event, there is no observer.
+    It replaces an observer that has failed, or that did not announce what a scan then found. On
+    network filesystems, where the changes of other machines give no event, there is no observer.
+    All times are in monotonic seconds, except where they are said to be seconds since the epoch.
 
     Attributes:
-        state: `watching`, `polling: why` or `degraded: why`.
+        state: `watching`, `polling: why` or `degraded: why`; empty before the first check.
         stop: set when nobody iterates any more.
     """
 
     def __init__(self, root: Root, settings: ScanSettings) -> None:
         self.root = root
         self.stop = threading.Event()
-        self.state = WATCHING
+        self.state = ""
         self._settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
-        self._scan_at = 0.0
-        """When the root is scanned in full, as all times here in monotonic seconds."""
+        self._scan_at = self._check_at = 0.0
+        """When the root is scanned in full, and when its observer is checked."""
         self._lock = threading.Lock()
         self._due: dict[bytes, tuple[float, float]] = {}
         """Folder -> when it is scanned, and until when further events may put that off."""
+        self._sleeps_until = 0.0
         self._announced: set[bytes] = set()
         """Folders of the events since the last full scan began."""
         self._earlier: set[bytes] = set()
         """Folders of the events between that full scan and the one before."""
-        self._suspects: list[tuple[float, bytes]] = []
-        """When a full scan found a change that no event had announced, and in which folder."""
+        self._suspects: list[_Suspect] = []
+        self._begun = self._before = 0.0
+        """When the last full scan began, and the one before it."""
         self._since = self._observed_since = math.inf
-        """When the last full scan, and the observer, started; seconds since the epoch."""
+        """When the last full scan began, and the root was first observed without a break; seconds
+        since the epoch."""
         self._observer: BaseObserver | None = None
         self._identity: tuple[int, int] | None = None
-        self._started = self._start_at = 0.0
-        self._failures = 0
-        if kind := durable.misses_events(Path(root.path)):
-            self.state = f"polling: {kind} sends no events for changes made on other machines"
-            self._start_at = math.inf
+        self._lost = ""
+        """Why the observer is not trusted any more."""
+        self._ear = _Ear(self)
+        self._started = self._retry_at = self._pause = 0.0
 
     async def __aiter__(self) -> AsyncIterator[set[bytes] | None]:
         self._loop = asyncio.get_running_loop()
-        check_at = 0.0
         while True:
             self._wake.clear()
             now = time.monotonic()
-            if now >= check_at:
+            if now >= self._check_at:
+                self._check_at = now + CHECK_SECONDS
                 if await run_in_thread(self.stop, self._check):
                     self._scan_at = now
-                check_at = now + CHECK_SECONDS
             if self._scan_at <= now:
                 self._scan_at = math.inf
                 yield None
@@ -262,29 +272,33 @@ class Changes:
             elif folders := self._take(now):
                 yield folders
             else:
-                await _set_within(self._wake, min(self._next_due(), self._scan_at, check_at) - now)
+                await _set_within(self._wake, self._next_at() - now)
 
     def scan_within(self, seconds: float) -> None:
         """Have the whole root scanned after this time, or before. Called on the event loop."""
         self._scan_at = min(self._scan_at, time.monotonic() + seconds)
         self._wake.set()
 
-    def add(self, folder: bytes, after_seconds: float) -> None:
-        """Have a folder scanned after a while; called on any thread.
+    def announce(self, folder: bytes) -> None:
+        """An event says that something changed in a folder; called on any thread.
 
-        What happens in a folder all the time does not put off its scan: the time counts from the
-        first event that no scan has seen.
+        What happens in a folder all the time does not put off its scan: the settle window counts
+        from the first event that no scan has seen.
         """
-        due = time.monotonic() + after_seconds
+        due = time.monotonic() + self.root.settle_seconds
         with self._lock:
             self._announced.add(folder)
-            before, latest = self._due.get(folder, (math.inf, 0.0))
-            if due < before:
-                self._due[folder] = due, due + TOGETHER_SECONDS
-            else:
-                self._due[folder] = min(due, latest), latest
-        if due < before and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._wake.set)
+            first, latest = self._due.get(folder, (due, due + TOGETHER_SECONDS))
+            self._due[folder] = max(first, min(due, latest)), latest
+            wakes = due < self._sleeps_until
+        if wakes:
+            self._wake_up()
+
+    def put_off(self, folder: bytes, seconds: float) -> None:
+        """Have a folder scanned again after this time, whatever events say."""
+        due = time.monotonic() + seconds
+        with self._lock:
+            self._due[folder] = due, due
 
     def begin(self) -> tuple[int, float]:
         """A full scan begins.
@@ -295,26 +309,45 @@ class Changes:
         """
         with self._lock:
             self._earlier, self._announced = self._announced, set()
-            late = [each for each in self._suspects if each[1] not in self._earlier]
-        recent = time.monotonic() - GRACE_SECONDS
-        self._suspects = [each for each in late if each[0] > recent]
+        now = time.monotonic()
+        silent = [each for each in self._suspects if each.folder not in self._earlier]
+        missed = [each for each in silent if each.found <= now - GRACE_SECONDS]
+        self._suspects = [each for each in silent if each.found > now - GRACE_SECONDS]
+        if self.state == WATCHING and any(each.after > self._started for each in missed):
+            self.distrust("it did not announce what a scan found")
+        self._before, self._begun = self._begun, now
         since, self._since = max(self._since, self._observed_since), time.time()
-        return len(late) - len(self._suspects), since
+        return len(missed), since
 
     def suspect(self, paths: Iterable[bytes]) -> None:
         """A full scan found these files changed, since the time that `begin` gave."""
         now = time.monotonic()
         folders = (path.rpartition(b"/")[0] for path in paths)
-        self._suspects += [(now, folder) for folder in folders if folder not in self._earlier]
+        self._suspects += [
+            _Suspect(now, folder, self._before) for folder in folders if folder not in self._earlier
+        ]
+
+    def distrust(self, why: str) -> None:
+        """Have the observer replaced, and then the root scanned in full; called on any thread."""
+        self._lost, self._check_at = why, 0.0
+        self._wake_up()
+
+    def is_observed_by(self, thread: int | None) -> bool:
+        """Whether a thread, by its identifier, is one of the observer's."""
+        return thread in {each.ident for each in self._threads()}
 
     def close(self) -> None:
         """End the observer and its threads."""
         observer, self._observer = self._observer, None
-        self._observed_since = math.inf
+        logging.getLogger("watchdog").removeHandler(self._ear)
         if observer is not None:
             observer.stop()
             with contextlib.suppress(RuntimeError):  # it was never started
                 observer.join()
+
+    def _wake_up(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._wake.set)
 
     def _take(self, now: float) -> set[bytes]:
         with self._lock:
@@ -323,9 +356,11 @@ class Changes:
                 del self._due[folder]
         return ready
 
-    def _next_due(self) -> float:
+    def _next_at(self) -> float:
         with self._lock:
-            return min((due for due, _ in self._due.values()), default=math.inf)
+            first = min((due for due, _ in self._due.values()), default=math.inf)
+            self._sleeps_until = min(first, self._scan_at, self._check_at)
+        return self._sleeps_until
 
     def _interval(self) -> float:
         """Seconds between full scans: fewer where events cannot be relied on."""
@@ -333,44 +368,51 @@ class Changes:
         return slow if self.state == WATCHING else min(slow, fast)
 
     def _check(self) -> bool:
-        """Replace an observer that has failed; it may block.
+        """Start the observer, or another one in place of one that failed; it may block.
 
         Returns:
             Whether changes may have gone unannounced.
         """
-        now = time.monotonic()
-        if self._observer is not None:
-            if fault := self._fault():
-                self.close()
-                self._fail(fault)
-                return True
-            if limit := _used_up(self.root.path):
-                was_whole = self.state == WATCHING
-                if was_whole:
-                    self._fail(limit)
-                return was_whole
-            if self.state == WATCHING:
-                if now - self._started > STEADY_SECONDS:
-                    self._failures = 0
-                return False
-        return now >= self._start_at and self._start()
+        if fault := self._fault():
+            log.warning("%s: file events are unreliable: %s", self.root.name, fault)
+            if time.monotonic() - self._started > STEADY_SECONDS:
+                self._pause = 0.0
+            self.close()
+            self._fail(fault)
+        is_due = self.state != WATCHING and time.monotonic() >= self._retry_at
+        is_new = is_due and self._start()
+        if self._observer is None:
+            self._observed_since = math.inf
+        return bool(fault) or is_new
+
+    def _threads(self) -> list[BaseThread]:
+        observer = self._observer
+        parts = (observer, *observer.emitters) if observer is not None else ()
+        threads = (each for part in parts for each in (part, *vars(part).values()))
+        return [each for each in threads if isinstance(each, BaseThread)]
 
     def _fault(self) -> str:
         """What is wrong with the observer or its root; empty where nothing is."""
-        assert self._observer is not None
-        parts = (self._observer, *self._observer.emitters)
-        threads = [each for part in parts for each in (part, *vars(part).values())]
-        if not all(each.is_alive() for each in threads if isinstance(each, BaseThread)):
+        if self._observer is None:
+            return ""
+        if not all(thread.is_alive() for thread in self._threads()):
             return "a watcher thread ended"
         if self._identity != _identity(self.root.path):
             return "the directory was deleted or replaced"
-        return ""
+        return self._lost or (_used_up(self.root.path) if self.state == WATCHING else "")
 
     def _start(self) -> bool:
+        """Whether there is an observer now."""
         self.close()
+        if kind := durable.misses_events(Path(self.root.path)):
+            self.state = f"polling: {kind} sends no events for changes made on other machines"
+            self._retry_at = time.monotonic() + LONGEST_PAUSE_SECONDS
+            return False
+        self._lost = ""
         try:
             self._observer = Observer()
             self._observer.start()
+            logging.getLogger("watchdog").addHandler(self._ear)
             self._identity = _identity(self.root.path)
             self._observer.schedule(
                 EventHandler(self), self.root.path, recursive=True, event_filter=_EVENTS
@@ -381,18 +423,22 @@ class Changes:
             self.close()
             self._fail(f"it cannot be watched ({why})")
             return False
-        self._started, self._observed_since = time.monotonic(), time.time()
-        self.state = WATCHING
+        self._started = time.monotonic()
+        self._observed_since = min(self._observed_since, time.time())
+        if limit := _used_up(self.root.path):
+            self._fail(limit)
+        else:
+            self.state = WATCHING
         return True
 
     def _fail(self, why: str) -> None:
         self.state = f"degraded: {why}"
-        self._start_at = time.monotonic() + min(2.0**self._failures, LONGEST_PAUSE_SECONDS)
-        self._failures += 1
+        self._retry_at = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause + 1, LONGEST_PAUSE_SECONDS)
 
 
 class EventHandler(FileSystemEventHandler):
-    """Adds the folder of each event to the changes of a root."""
+    """Announces the folder of each event to the changes of a root."""
 
     def __init__(self, changes: Changes) -> None:
         self._changes = changes
@@ -402,9 +448,29 @@ class EventHandler(FileSystemEventHandler):
         """Called by watchdog, on its thread."""
         for path in filter(None, (event.src_path, event.dest_path)):
             name = os.fsencode(str(path))[self._prefix :]
-            folders = {name.rpartition(b"/")[0]} | ({name} if event.is_directory else set())
-            for folder in folders:
-                self._changes.add(folder, self._changes.root.settle_seconds)
+            self._changes.announce(name.rpartition(b"/")[0])
+            if event.is_directory:
+                self._changes.announce(name)
+
+
+class _Ear(logging.Handler):
+    """Hears that the observer of a root has lost events.
+
+    watchdog only logs that, on the observer's thread: as `Inotify queue overflowed`, beside other
+    warnings, or as an error where it cannot watch directories again. It watches all of them again
+    after an overflow, which in a large tree overflows the queue again, for ever; so the observer is
+    replaced.
+    """
+
+    def __init__(self, changes: Changes) -> None:
+        super().__init__(logging.WARNING)
+        self._changes = changes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        is_loss = record.levelno >= logging.ERROR or "overflow" in message.lower()
+        if is_loss and self._changes.is_observed_by(record.thread):
+            self._changes.distrust("events were lost")
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> None:
@@ -439,27 +505,3 @@ def _used_up(path: str) -> str:
         return f"fs.inotify.max_user_watches ({limit} for all programs together) is used up"
     except (OSError, ImportError):  # there is no inotify here
         return ""
-
-
-@contextlib.contextmanager
-def _overflows(react: Callable[[], None]) -> Iterator[None]:
-    """Call `react` when watchdog has lost events.
-
-    It only logs that: as `Inotify queue overflowed`, beside other warnings, or as an error where it
-    cannot watch directories again after one.
-    """
-
-    class _Overflow(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            if record.levelno >= logging.ERROR or "overflow" in message.lower():
-                log.warning("file events were lost (%s): scanning everything", message)
-                react()
-
-    handler = _Overflow(logging.WARNING)
-    logger = logging.getLogger("watchdog")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)

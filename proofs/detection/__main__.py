@@ -74,11 +74,12 @@ def _writers(options: argparse.Namespace) -> bool:
 
 def _missed(options: argparse.Namespace) -> bool:
     with tempfile.TemporaryDirectory(prefix="casparian-missed-") as folder:
-        tally = missed.run(Path(folder), options.files)
+        tally = missed.run(Path(folder), options.files, folders=options.folders)
     say(
         f"{tally.files} files created while the daemon was stopped: {tally.recorded} recorded, "
         f"{tally.recorded_after:.1f} s after it went on (scan interval: 60 s); missed by the "
-        f"watcher: {tally.missed}, shown after {tally.missed_after:.1f} s; {tally.watch}"
+        f"watcher: {tally.missed}, shown after {tally.missed_after:.1f} s; {tally.watch}, "
+        f"{tally.replaced} observers replaced"
     )
     return tally.recorded == tally.files and tally.missed > 0 and tally.recorded_after < 60
 
@@ -100,6 +101,7 @@ def main() -> None:
     verb.set_defaults(run=_writers)
     verb = verbs.add_parser("missed", help="files created while the daemon is stopped")
     verb.add_argument("--files", type=int, default=20_000)
+    verb.add_argument("--folders", type=int, default=missed.FOLDERS)
     verb.set_defaults(run=_missed)
     options = parser.parse_args()
     say(f"seed {options.seed}")

@@ -44,19 +44,27 @@ class Tally:
     missed_after: float
     """Seconds until the count was there."""
     watch: str
+    replaced: int
+    """Observers that were replaced."""
 
 
-def run(base: Path, files: int, extra: str = "") -> Tally:
-    """Stop a daemon, create files, let it go on, and wait for what it says of them."""
+def run(base: Path, files: int, extra: str = "", folders: int = FOLDERS) -> Tally:
+    """Stop a daemon, create files, let it go on, and wait for what it says of them.
+
+    Args:
+        folders: in the source root.
+    """
     settings = write_config(base / "flow", extra)
     folder = base / "source"
-    for n in range(FOLDERS):
+    for n in range(folders):
         (folder / str(n)).mkdir(parents=True)
-    with open_ledger(settings.database) as ledger:
+    said = base / "said"
+    with open_ledger(settings.database) as ledger, said.open("w") as errors:
         root = add_root(ledger, folder)
         daemon = subprocess.Popen(
             [sys.executable, "-m", "proofs.detection.missed", settings.home / config.FILE_NAME],
             stdout=subprocess.PIPE,
+            stderr=errors,
         )
         try:
             assert daemon.stdout is not None
@@ -73,9 +81,11 @@ def run(base: Path, files: int, extra: str = "") -> Tally:
             state = _state(ledger, root.id)
             shown = ledger.read(views.roots)[0]["missed"]
             assert shown == state.missed
+            replaced = said.read_text().count("file events are unreliable")
             return Tally(
-                files, count(ledger), recorded_after, state.missed, missed_after, state.watch
-            )
+                files, count(ledger), recorded_after, state.missed, missed_after, state.watch,
+                replaced,
+            )  # fmt: skip
         finally:
             os.kill(daemon.pid, signal.SIGCONT)
             daemon.terminate()

@@ -259,9 +259,9 @@ EDITS: dict[str, tuple[Edit, str]] = {
     ),
     "41 no protective trigger": (unprotected, "trigger cf_plugin_no_delete is missing"),
     "42 an output hidden by a retraction": (
-        "INSERT INTO cf_retracted_version VALUES (1, '2026-01-01');"
+        "INSERT INTO cf_retracted_version VALUES (2, '2026-01-01');"
         "UPDATE cf_visibility SET state = 'retracted', told = 'retracted/append'",
-        "retracted version 1 was inserted",
+        "retracted version 2 was inserted",
     ),
     "43 a trigger that adds a rule": (
         "CREATE TRIGGER planted BEFORE INSERT ON cf_audit BEGIN INSERT OR IGNORE INTO "

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import func, insert, select, update
+from watchdog.events import FileSystemEvent
 from watchdog.utils import BaseThread
 
 from casparian_flow.config import ScanSettings
@@ -21,7 +22,7 @@ from casparian_flow.errors import LedgerError
 from casparian_flow.services import watch as watch_module
 from casparian_flow.services.scan import Root, ScanReport, scan
 from casparian_flow.services.scout import roots
-from casparian_flow.services.watch import Watch
+from casparian_flow.services.watch import Changes, EventHandler, Watch
 from tests.eventually import eventually
 from tests.factories import add_plugin, add_root
 
@@ -132,18 +133,29 @@ def no_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("casparian_flow.services.watch.EventHandler.dispatch", lambda *_: None)
 
 
-@pytest.mark.usefixtures("no_events")
-def test_lost_events_lead_to_a_full_scan(ledger: Ledger, source: Path) -> None:
-    add_root(ledger, source)
+@pytest.mark.parametrize(
+    ("level", "words"),
+    [(logging.WARNING, "Inotify queue overflowed"), (logging.ERROR, "Unable to rebuild watches")],
+)
+def test_lost_events_lead_to_a_full_scan(
+    ledger: Ledger, source: Path, monkeypatch: pytest.MonkeyPatch, level: int, words: str
+) -> None:
+    root = add_root(ledger, source)
     route_everything(ledger)
+    hear = EventHandler.dispatch
+
+    def lose(_handler: EventHandler, _event: FileSystemEvent) -> None:
+        """As watchdog says it: on a thread of the observer."""
+        monkeypatch.setattr(EventHandler, "dispatch", hear)
+        logging.getLogger("watchdog.observers").log(level, words)
 
     async def story() -> None:
         async with watching(ledger) as (watch, queued):
+            await eventually(lambda: root.name in watch.last)
+            monkeypatch.setattr(EventHandler, "dispatch", lose)
             (source / "first").write_text("1")
-            watch.ring()
             await versions_become(ledger, queued, 1)
             (source / "second").write_text("1")
-            logging.getLogger("watchdog.observers").warning("Inotify queue overflowed")
             await versions_become(ledger, queued, 2)
 
     asyncio.run(story())
@@ -189,25 +201,17 @@ def test_a_ring_outlives_a_ledger_that_cannot_be_read(
     assert refusals
 
 
-def test_an_overflow_or_an_error_of_watchdog_is_lost_events(
+def test_what_watchdog_says_of_others_replaces_no_observer(
     ledger: Ledger, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    root = add_root(ledger, source)
-
-    async def story() -> None:
-        async with watching(ledger) as (watch, _):
-            await eventually(lambda: root.name in watch.last)
-            logging.getLogger("watchdog.observers").warning("Cannot take a snapshot")
-            assert "file events were lost" not in caplog.text
-            last = watch.last[root.name]
-            logging.getLogger("watchdog.observers").warning("Inotify queue overflowed")
-            await eventually(lambda: watch.last[root.name] is not last)
-            assert caplog.text.count("file events were lost") == 1
-            last = watch.last[root.name]
-            logging.getLogger("watchdog.observers").error("Unable to rebuild recursive watches")
-            await eventually(lambda: watch.last[root.name] is not last)
-
-    asyncio.run(story())
+    changes = Changes(add_root(ledger, source), ScanSettings())
+    try:
+        assert changes._check()
+        logging.getLogger("watchdog.observers").warning("Inotify queue overflowed")
+        assert not changes._check()
+        assert "unreliable" not in caplog.text
+    finally:
+        changes.close()
 
 
 def test_a_huge_file_in_one_root_does_not_delay_another(
