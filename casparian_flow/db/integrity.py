@@ -382,7 +382,7 @@ def _compare_setup(
     )
     rows = connection.exec_driver_sql(
         f"SELECT CAST({table.key_of('t')} AS BLOB), {table.label}, t.* "
-        f"FROM {table.sql_name} t ORDER BY 1"
+        f"FROM {table.sql_name} t WHERE {table.has('t')} ORDER BY 1"
     )
     both = heapq.merge(
         ((row[0], _Setup._make(row[1:])) for row in sealed),

@@ -167,11 +167,17 @@ class SetupTable(NamedTuple):
     """Users edit it in sessions of `get_engine`."""
     singular: str = ""
     """Where it is not the name without an s."""
+    filled: str = ""
+    """A column without which a row of the table says nothing, and is none of these."""
 
     @property
     def one(self) -> str:
         """The word for one row."""
         return self.singular or self.name[:-1]
+
+    def has(self, row: str) -> str:
+        """SQL for whether a row of the table is one of these."""
+        return f"({row}.{self.filled} IS NOT NULL)" if self.filled else "TRUE"
 
     def key_of(self, row: str) -> str:
         """SQL for the key of a row: an integer, or text of several columns."""
@@ -200,6 +206,7 @@ SETUP_TABLES = (
         "jobs of rebuilds", "cf_rebuild_job", ("rebuild_id", "job_id"), singular="job of a rebuild"
     ),
     SetupTable("epochs", "cf_epoch"),
+    SetupTable("moves", "cf_gone_version", ("file_version_id",), filled="to_version_id"),
 )
 
 Marks = dict[str, int]
@@ -263,9 +270,13 @@ def _setup_triggers(tables: Iterable[SetupTable]) -> Iterator[str]:
         old, new = table.key_of("OLD"), table.key_of("NEW")
         note = f"INSERT INTO cf_touched (what, key, was) SELECT '{table.name}',"
         for event, noted in (
-            ("INSERT", f"{note} {new}, 0;"),
-            ("UPDATE", f"{note} {old}, 1; {note} {new}, 0 WHERE {new} IS NOT {old};"),
-            ("DELETE", f"{note} {old}, 1;"),
+            ("INSERT", f"{note} {new}, 0 WHERE {table.has('NEW')};"),
+            (
+                "UPDATE",
+                f"{note} {old}, {table.has('OLD')} WHERE {table.has('OLD')} OR {table.has('NEW')}; "
+                f"{note} {new}, 0 WHERE {new} IS NOT {old};",
+            ),
+            ("DELETE", f"{note} {old}, 1 WHERE {table.has('OLD')};"),
         ):
             yield (
                 f"CREATE TEMP TRIGGER IF NOT EXISTS cf_seal_{table.sql_name}_{event} "
@@ -460,7 +471,8 @@ def _setup_rows(
 ) -> list[tuple[Any, ...]]:
     """The key of each row, and the row."""
     return connection.execute(
-        f"SELECT {table.key_of('t')}, t.* FROM {table.sql_name} t WHERE {which} ORDER BY 1"
+        f"SELECT {table.key_of('t')}, t.* FROM {table.sql_name} t "
+        f"WHERE {which} AND {table.has('t')} ORDER BY 1"
     ).fetchall()
 
 

@@ -413,6 +413,45 @@ def test_what_users_change_in_their_sessions_is_sealed(settings: Settings) -> No
         ]
 
 
+FIRST_VERSIONS = """
+SELECT l.rel_path, v.id FROM cf_file_location l JOIN cf_file_version v ON v.location_id = l.id
+WHERE v.ordinal = 1
+"""
+
+
+def test_a_move_that_was_made_or_altered_by_hand_is_named(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """A move hides the rows that a file has at its old place."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("one", "two", "stays", "deleted"):
+        (source / name).write_text(name)
+    with open_ledger(settings.database) as ledger:
+        root = add_root(ledger, source)
+        scan(ledger, root)
+        for name in ("one", "two"):
+            (source / name).rename(source / f"{name} moved")
+        (source / "deleted").unlink()
+        assert scan(ledger, root).moved == 2
+        assert verify(settings, ledger).problems == []
+        (source / "two moved").rename(source / "two")  # back again: no move any more
+        scan(ledger, root)
+        assert verify(settings, ledger).problems == []
+        ids = dict(ledger.read(lambda c: c.execute(FIRST_VERSIONS).all()))
+    with attacker(settings) as other:
+        other.execute(f"UPDATE cf_gone_version SET to_version_id = {ids['stays']}, found_at = 1")
+        other.execute(
+            "INSERT INTO cf_gone_version (file_version_id, content_hash, to_version_id, found_at) "
+            f"VALUES ({ids['stays']}, '', {ids['two']}, '2026-01-01')"
+        )
+    with open_ledger(settings.database) as ledger:
+        said = "\n".join(verify(settings, ledger).problems)
+    for name, what in (("one", "changed"), ("deleted", "inserted"), ("stays", "inserted")):
+        assert f"move {ids[name]} was {what}" in said, said
+    assert f"move {ids['two']} was" not in said
+
+
 def test_a_session_seals_only_what_users_may_edit(settings: Settings) -> None:
     engine = get_engine(settings.database)
     with Session(engine) as db:
