@@ -282,13 +282,16 @@ def is_candidate(listing: Listing, name: bytes, ignore: Ignore) -> bool:
     return not (ours and ours.match(text))
 
 
-def exists(listing: Listing, name: bytes) -> bool:
-    """Whether anything has this name here, whether scans pass it over or not."""
+def is_passed_over(listing: Listing, name: bytes, *, folder: bool) -> bool:
+    """Whether a file or a folder that was recorded is still here, though scans pass it over.
+
+    A link may stand for it; a folder in the place of a file does not, nor the reverse.
+    """
     try:
-        os.stat(name, dir_fd=listing.descriptor, follow_symlinks=False)
+        mode = os.stat(name, dir_fd=listing.descriptor, follow_symlinks=False).st_mode
     except FileNotFoundError:
         return False
-    return True
+    return not (stat.S_ISREG(mode) if folder else stat.S_ISDIR(mode))
 
 
 def _entries(
