@@ -118,7 +118,7 @@ def since(connection: Connection) -> Iterator[str]:
     """From when on rows are sealed, of those that were not from the beginning."""
     query = "SELECT min(seq), max(seq), max(at) FROM cf_audit WHERE action = 'seal' AND subject = ?"
     for subject in (EARLIER, EARLIER_SETUP):
-        first, last, at = connection.execute(query, (subject,)).one()
+        first, last, at = driver(connection).execute(query, (subject,)).fetchone()
         if first is not None:
             yield (
                 f"{subject} were sealed on {at[:19]}Z (audit rows {first} to {last}); changes "
@@ -166,6 +166,7 @@ def _read(connection: Connection, scratch: sqlite3.Connection) -> Iterator[str]:
             blocks = [
                 (first, last, seq, hashed)
                 for first, last, hashed in parts.get(LOCATIONS, _Part()).blocks
+                if _length(first, last)
             ]
         except (msgspec.MsgspecError, ValueError) as error:
             yield f"audit row {seq} is a seal that cannot be read: {error}"
@@ -192,10 +193,20 @@ def _entries(seq: int, part: _Part, earlier: int) -> Iterator[tuple[int, _Entry]
 def _ids(runs: Iterable[tuple[int, int]]) -> list[int]:
     ids: list[int] = []
     for first, last in runs:
-        if not 0 <= last - first < _LONGEST_RUN:
-            raise ValueError(f"it has a run from {first} to {last}")
-        ids += range(first, last + 1)
+        if _length(first, last):
+            ids += range(first, last + 1)
     return ids
+
+
+def _length(first: int, last: int) -> int:
+    """How many ids there are in a run; no seal of ours has a longer one, or an empty one.
+
+    Raises:
+        ValueError: this one is.
+    """
+    if not 0 <= last - first < _LONGEST_RUN:
+        raise ValueError(f"it has a run from {first} to {last}")
+    return last - first + 1
 
 
 class _Columns(NamedTuple):
@@ -317,7 +328,7 @@ def _compare_locations(connection: Connection, scratch: sqlite3.Connection) -> I
     """Merge the runs of the seals with the locations, by id."""
     blocks = scratch.execute("SELECT first, last, seq, digest FROM block ORDER BY first, seq")
     rows = iter(
-        connection.exec_driver_sql(f"SELECT {LOCATION_COLUMNS} FROM {LOCATION_TABLE} ORDER BY id")
+        driver(connection).execute(f"SELECT {LOCATION_COLUMNS} FROM {LOCATION_TABLE} ORDER BY id")
     )
     row = next(rows, None)
     end = 0
@@ -380,7 +391,7 @@ def _compare_setup(
         "SELECT key, seq, was, columns, digest FROM setup WHERE what = ? ORDER BY key, rowid",
         (table.name,),
     )
-    rows = connection.exec_driver_sql(
+    rows = driver(connection).execute(
         f"SELECT CAST({table.key_of('t')} AS BLOB), {table.label}, t.* "
         f"FROM {table.sql_name} t WHERE {table.has('t')} ORDER BY 1"
     )

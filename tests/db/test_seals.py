@@ -168,7 +168,10 @@ def test_a_second_seal_does_not_make_an_alteration_good(altered: Altered) -> Non
 
 
 def test_a_seal_that_makes_no_sense_is_named_and_not_believed(altered: Altered) -> None:
-    for detail in ("", "[]", '{"versions": {"moves": [[1, 99999999999, "", "", 0]]}}', b"\xff"):
+    for detail in (
+        "", "[]", '{"versions": {"moves": [[1, 99999999999, "", "", 0]]}}', b"\xff",
+        '{"locations": {"blocks": [[1, 99999999999, ""]]}}',
+    ):  # fmt: skip
         words = altered.after(("UPDATE cf_audit SET detail = ? WHERE action = 'seal'", (detail,)))
         assert any("is a seal that cannot be read" in w for w in words)
         assert "version 1 was inserted outside Casparian Flow: it has no audit record" in words
