@@ -294,7 +294,7 @@ def _keep_routed(
     """
     state = scan_state(connection, root_id)
     routed = state.routed if state is not None else ""
-    if not sightings or routed.removeprefix(ROUTING) == routing.fingerprint:
+    if not sightings or routed.rpartition(" ")[2] == routing.fingerprint:
         return
     first = "SELECT 1 FROM cf_file_location WHERE source_root_id = ? LIMIT 1"
     is_first = driver(connection).execute(first, (root_id,)).fetchone() is None
@@ -394,14 +394,14 @@ def _save_stats(
     )
 
 
-ROUTING = "in part: "
-"""Before the routing that a root is being routed by."""
+def end_routing(connection: Connection, root_id: int, begun: str, routing: Routing) -> None:
+    """Every present version was routed so, unless one was recorded by another routing meanwhile.
 
-
-def end_routing(connection: Connection, root_id: int, routing: Routing) -> None:
-    """Every present version was routed so, unless one was recorded by another routing meanwhile."""
+    Args:
+        begun: what was saved as `routed` before: something unique, a space and the fingerprint.
+    """
     state = scan_state(connection, root_id)
-    if state is not None and state.routed == ROUTING + routing.fingerprint:
+    if state is not None and state.routed == begun:
         save_scan_state(connection, root_id, routed=routing.fingerprint)
 
 

@@ -334,16 +334,17 @@ class _Scan:
         for location in versions.present_in(self.reads, directory_id):
             name = location.path.rpartition(b"/")[2]
             if name not in names and not walk.is_candidate(listing, name, self.ignore):
-                (ignored if walk.exists(listing, name) else gone).append(location)
+                is_here = walk.is_passed_over(listing, name, folder=False)
+                (ignored if is_here else gone).append(location)
         known_folders = versions.child_directories(self.reads, directory_id)
         folders = {walk.join(listing.path, name) for name in listing.folders}
         lost: list[bytes] = []
         hidden: list[bytes] = []
         for folder in (path for path in known_folders if path not in folders):
             below = versions.present_under(self.reads, self.root.id, folder)
-            exists = walk.exists(listing, folder.rpartition(b"/")[2])
-            (ignored if exists else gone).extend(below)
-            (hidden if exists else lost).append(folder)
+            is_here = walk.is_passed_over(listing, folder.rpartition(b"/")[2], folder=True)
+            (ignored if is_here else gone).extend(below)
+            (hidden if is_here else lost).append(folder)
         if gone and not self.vanished.believe and not listing.files and not listing.folders:
             device = Stat.of(os.fstat(listing.descriptor)).device
             if all(location.device not in (None, device) for location in gone):
@@ -427,7 +428,7 @@ def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
     """Queue the jobs that present versions of a root lack; then record that this is done."""
     job_ids: list[int] = []
     after: int | None = 0
-    begun = versions.ROUTING + routing.fingerprint
+    begun = f"{os.urandom(8).hex()} {routing.fingerprint}"
     ledger.write(lambda c: versions.save_scan_state(c, root_id, routed=begun))
     while after is not None:
         last = after
@@ -435,7 +436,7 @@ def route_root(ledger: Ledger, root_id: int, routing: Routing) -> list[int]:
         after, queued = ledger.write(chunk)
         job_ids += queued
         crashpoint("scan.routed")
-    ledger.write(lambda c: versions.end_routing(c, root_id, routing))
+    ledger.write(lambda c: versions.end_routing(c, root_id, begun, routing))
     crashpoint("scan.routing_noted")
     return job_ids
 

@@ -13,7 +13,8 @@ import re
 import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from pathspec import GitIgnoreSpec
@@ -83,6 +84,12 @@ class Ignore:
             return True
         own = self._by_own(f"{_prefix(folder)}{name}") if self._specs else None
         return self._files.match(name) is not None if own is None else own
+
+    def files_in(self, folder: bytes) -> Callable[[str], object]:
+        """`file` for the many files of one directory: what it gives is true or false."""
+        if self._markers or self._specs:
+            return partial(self.file, folder)
+        return self._files.match
 
     def folder(self, folder: bytes, name: str) -> bool:
         """Whether a directory, with all below it, is passed over."""
@@ -275,20 +282,23 @@ def is_candidate(listing: Listing, name: bytes, ignore: Ignore) -> bool:
     return not (ours and ours.match(text))
 
 
-def exists(listing: Listing, name: bytes) -> bool:
-    """Whether anything has this name here, whether scans pass it over or not."""
+def is_passed_over(listing: Listing, name: bytes, *, folder: bool) -> bool:
+    """Whether a file or a folder that was recorded is still here, though scans pass it over.
+
+    A link may stand for it; a folder in the place of a file does not, nor the reverse.
+    """
     try:
-        os.stat(name, dir_fd=listing.descriptor, follow_symlinks=False)
+        mode = os.stat(name, dir_fd=listing.descriptor, follow_symlinks=False).st_mode
     except FileNotFoundError:
         return False
-    return True
+    return not (stat.S_ISREG(mode) if folder else stat.S_ISDIR(mode))
 
 
 def _entries(
     descriptor: int, path: bytes, ignore: Ignore
 ) -> Iterator[tuple[bytes, Identity | None]]:
     """(name, identity) of each regular file, (name, None) of each directory; not ignored ones."""
-    ours = _owned(descriptor)
+    ours, is_ignored = _owned(descriptor), ignore.files_in(path)
     coding, errors = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
     with os.scandir(descriptor) as entries:
         for entry in entries:
@@ -296,7 +306,7 @@ def _entries(
             if ours and ours.match(name):
                 continue
             if entry.is_file(follow_symlinks=False):
-                if not ignore.file(path, name):
+                if not is_ignored(name):
                     try:
                         found = identity(entry.stat(follow_symlinks=False))
                     except FileNotFoundError:

@@ -260,3 +260,17 @@ def test_a_version_found_by_other_rules_gets_its_job_when_they_are_back(
     scan(ledger, root)
     newest = select(ProcessingJob.id).where(ProcessingJob.file_version_id == 2)
     assert ledger.read(lambda c: len(c.execute(newest).all())) == 1
+
+
+def test_a_folder_in_the_place_of_a_file_and_the_reverse_are_deletions(
+    ledger: Ledger, source: Path
+) -> None:
+    root = add_root(ledger, source)
+    inside, file = put(source / "folder" / "f", "1", OLD), put(source / "file", "2", OLD)
+    scan(ledger, root)
+    shutil.rmtree(inside.parent)
+    put(inside.parent, "3", OLD)
+    file.unlink()
+    put(file / "g", "4", OLD)
+    report = scan(ledger, root)
+    assert (report.gone, report.passed_over, report.versions) == (2, 0, 2)
