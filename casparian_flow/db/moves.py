@@ -411,7 +411,7 @@ def follow(
     # Should one come back there before that directory is looked at, this is to be noticed.
     query(
         """
-        UPDATE cf_directory SET digest = NULL WHERE id IN (
+        UPDATE cf_directory SET digest = randomblob(8) WHERE id IN (
             SELECT directory_id FROM cf_file_location
             WHERE id IN (SELECT value FROM json_each(?))) RETURNING 1
         """,

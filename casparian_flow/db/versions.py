@@ -13,19 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple, Self
 
-from sqlalchemy import func, select, text, update
-
 from casparian_flow.db import adopt, audit, jobs, moves, visibility
-from casparian_flow.db.access import Connection, driver, execute, execute_many
-from casparian_flow.db.models import (
-    Directory,
-    FileLocation,
-    FileVersion,
-    ProcessingJob,
-    ScanState,
-    SourceRoot,
-    Unsettled,
-)
+from casparian_flow.db.access import Connection, driver, execute, execute_many, returned_ids
 from casparian_flow.db.routing import JobRequest, Routing
 from casparian_flow.db.states import PASSED_OVER, RETRACT, utcnow
 from casparian_flow.db.visibility import Change, Scope, query_of
@@ -431,16 +420,11 @@ def route_chunk(
     Returns:
         The last of these location ids (None when there are no more), and the new jobs' ids.
     """
-    rows = connection.execute(
-        select(FileLocation.id, FileLocation.path, FileLocation.current_version_id)
-        .where(
-            FileLocation.source_root_id == root_id,
-            FileLocation.id > after,
-            FileLocation.gone_at.is_(None),
-        )
-        .order_by(FileLocation.id)
-        .limit(ROUTE_CHUNK)
-    ).all()
+    query = """
+        SELECT id, path, current_version_id FROM cf_file_location
+        WHERE source_root_id = :root AND id > :after AND gone_at IS NULL ORDER BY id LIMIT :chunk
+        """
+    rows = execute(connection, query, root=root_id, after=after, chunk=ROUTE_CHUNK).all()
     if not rows:
         return None, []
     pairs: list[tuple[int, JobRequest]] = []
@@ -471,10 +455,9 @@ class PresentLocation(NamedTuple):
 
 def count_present(connection: Connection, root_id: int) -> int:
     """How many locations of a source root are present."""
-    query = select(func.count()).where(
-        FileLocation.source_root_id == root_id, FileLocation.gone_at.is_(None)
-    )
-    return connection.execute(query).scalar_one()
+    query = "SELECT count(*) FROM cf_file_location WHERE source_root_id = :root AND gone_at IS NULL"
+    found: int = execute(connection, query, root=root_id).scalar_one()
+    return found
 
 
 def present_in(connection: Connection, directory_id: int) -> list[PresentLocation]:
@@ -538,47 +521,38 @@ def mark_gone(
     places = [p.location_id for p in gone]
     if marked:
         moves.gone(query_of(connection), places)
-    takes_along = select(SourceRoot.on_delete == RETRACT).where(SourceRoot.id == root_id)
-    if (
-        not marked
-        or problem
-        or not (
-            connection.execute(takes_along).scalar_one()
-            or visibility.has_origins(connection, places)
-        )
-    ):
+    if not marked or problem:
+        return Gone(marked)
+    on_delete = "SELECT on_delete FROM cf_source_root WHERE id = :root"
+    takes_along = execute(connection, on_delete, root=root_id).scalar() == RETRACT
+    if not takes_along and not visibility.has_origins(connection, places):
         return Gone(marked)
     return Gone(marked, visibility.refresh(connection, Scope(places)))
 
 
 def count_gone(connection: Connection, root: str) -> int:
     """How many deleted files the source root of this name has."""
-    ids = select(SourceRoot.id).where(SourceRoot.name == root).scalar_subquery()
-    query = select(func.count()).where(
-        FileLocation.source_root_id == ids,
-        FileLocation.gone_at.is_not(None),
-        FileLocation.problem != PASSED_OVER,
-    )
-    return connection.execute(query).scalar_one()
+    query = f"SELECT count(*) {_OF_ROOT} AND l.gone_at IS NOT NULL AND l.problem <> :passed_over"
+    found: int = execute(connection, query, root=root, passed_over=PASSED_OVER).scalar_one()
+    return found
+
+
+_OF_ROOT = """
+FROM cf_source_root r JOIN cf_file_location l ON l.source_root_id = r.id WHERE r.name = :root
+"""
 
 
 def decide_gone(connection: Connection, root: str) -> Change:
     """Decide anew what readers see of the deleted files of the source root of this name."""
-    gone = (
-        select(FileLocation.id)
-        .join(SourceRoot, SourceRoot.id == FileLocation.source_root_id)
-        .where(SourceRoot.name == root, FileLocation.gone_at.is_not(None))
-    )
-    return visibility.refresh(connection, Scope(list(connection.execute(gone).scalars())))
+    gone = returned_ids(connection, f"SELECT l.id {_OF_ROOT} AND l.gone_at IS NOT NULL", root=root)
+    return visibility.refresh(connection, Scope(gone))
 
 
 def count_passed_over(connection: Connection, root: str) -> int:
     """How many recorded locations of the source root of this name scans now pass over."""
-    ids = select(SourceRoot.id).where(SourceRoot.name == root).scalar_subquery()
-    query = select(func.count()).where(
-        FileLocation.source_root_id == ids, FileLocation.problem == PASSED_OVER
-    )
-    return connection.execute(query).scalar_one()
+    query = f"SELECT count(*) {_OF_ROOT} AND l.problem = :passed_over"
+    found: int = execute(connection, query, root=root, passed_over=PASSED_OVER).scalar_one()
+    return found
 
 
 # Source roots, and what the last scan of each found.
@@ -586,15 +560,12 @@ def count_passed_over(connection: Connection, root: str) -> int:
 
 def active_roots(connection: Connection) -> Sequence[Any]:
     """The row of every active source root."""
-    columns = SourceRoot.__table__.columns
-    return connection.execute(
-        select(*columns).where(SourceRoot.active).order_by(SourceRoot.id)
-    ).all()
+    return connection.execute("SELECT * FROM cf_source_root WHERE active ORDER BY id").all()
 
 
 def active_paths(connection: Connection) -> list[str]:
     """The directory of every active source root."""
-    return list(connection.execute(select(SourceRoot.path).where(SourceRoot.active)).scalars())
+    return list(connection.execute("SELECT path FROM cf_source_root WHERE active").scalars())
 
 
 def scan_state(connection: Connection, root_id: int) -> Any:
@@ -622,23 +593,20 @@ def save_scan_state(connection: Connection, root_id: int, **values: Any) -> None
 
 def count_up(connection: Connection, root_id: int, **counts: int) -> None:
     """Add to counters of the root's ScanState: `missed`, `hidden`."""
-    columns = ScanState.__table__.columns
-    connection.execute(
-        update(ScanState)
-        .where(ScanState.source_root_id == root_id)
-        .values({name: columns[name] + count for name, count in counts.items()})
-    )
+    changes = ", ".join(f"{name} = {name} + :{name}" for name in counts)
+    statement = f"UPDATE cf_scan_state SET {changes} WHERE source_root_id = :root"  # noqa: S608
+    execute(connection, statement, root=root_id, **counts)
 
 
 def newest(connection: Connection) -> int:
     """The id of the newest version; 0 where there is none."""
-    query = text("SELECT coalesce(max(id), 0) FROM cf_file_version")
+    query = "SELECT coalesce(max(id), 0) FROM cf_file_version"
     return int(connection.execute(query).scalar_one())
 
 
 def found_since(connection: Connection, root_id: int, after: int, since: float) -> list[bytes]:
     """The paths of newer versions than `after`, of files that changed since this time."""
-    query = text(
+    query = (
         "SELECT l.path FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id "
         "WHERE v.id > :after AND l.source_root_id = :root AND l.ctime_ns > :since"
     )
@@ -654,21 +622,16 @@ def invalidate(connection: Connection, job_id: int) -> None:
 
     If they are again by then, the scan finds no new version, and revives the job.
     """
-    location = (
-        select(FileVersion.location_id)
-        .join(ProcessingJob, ProcessingJob.file_version_id == FileVersion.id)
-        .where(ProcessingJob.id == job_id)
-        .scalar_subquery()
-    )
-    connection.execute(
-        update(FileLocation).where(FileLocation.id == location).values(device=None, inode=None)
-    )
-    folder = select(FileLocation.directory_id).where(FileLocation.id == location)
-    connection.execute(
-        update(Directory)
-        .where(Directory.id == folder.scalar_subquery())
-        .values(digest=func.randomblob(8))
-    )
+    statement = """
+        UPDATE cf_file_location SET device = NULL, inode = NULL WHERE id = (
+            SELECT v.location_id FROM cf_file_version v
+            JOIN cf_processing_queue j ON j.file_version_id = v.id WHERE j.id = :job)
+        RETURNING directory_id
+        """
+    for folder in returned_ids(connection, statement, job=job_id):
+        execute(
+            connection, "UPDATE cf_directory SET digest = randomblob(8) WHERE id = :id", id=folder
+        )
 
 
 # Unsettled files: each scan so far found them being written, so their content has no version.
@@ -680,8 +643,8 @@ UNSETTLED_KEPT = 1000
 
 def known_unsettled(connection: Connection, root_id: int) -> dict[bytes, float]:
     """The unsettled files of a source root -> when first found so, seconds since the epoch."""
-    query = select(Unsettled.path, Unsettled.first_seen).where(Unsettled.source_root_id == root_id)
-    return {row.path: row.first_seen for row in connection.execute(query)}
+    query = "SELECT path, first_seen FROM cf_unsettled WHERE source_root_id = :root"
+    return {row.path: row.first_seen for row in execute(connection, query, root=root_id)}
 
 
 def change_unsettled(
@@ -703,14 +666,8 @@ def change_unsettled(
 
 def unsettled_files(connection: Connection, limit: int) -> list[dict[str, Any]]:
     """The unsettled files of active source roots, the oldest first."""
-    columns = (SourceRoot.name, Unsettled.path, Unsettled.first_seen)
-    rows = connection.execute(
-        select(*columns)
-        .join(SourceRoot, SourceRoot.id == Unsettled.source_root_id)
-        .where(SourceRoot.active)
-        .order_by(Unsettled.first_seen, Unsettled.path)
-        .limit(limit)
-    )
+    query = f"SELECT r.name, u.path, u.first_seen {_UNSETTLED} ORDER BY 3, 2 LIMIT :n"
+    rows = execute(connection, query, n=limit)
     now = time.time()
     return [
         {
@@ -724,13 +681,13 @@ def unsettled_files(connection: Connection, limit: int) -> list[dict[str, Any]]:
 
 def count_unsettled(connection: Connection) -> int:
     """How many unsettled files active source roots have."""
-    query = (
-        select(func.count())
-        .select_from(Unsettled)
-        .join(SourceRoot, SourceRoot.id == Unsettled.source_root_id)
-        .where(SourceRoot.active)
-    )
-    return connection.execute(query).scalar_one()
+    found: int = connection.execute(f"SELECT count(*) {_UNSETTLED}").scalar_one()
+    return found
+
+
+_UNSETTLED = """
+FROM cf_unsettled u JOIN cf_source_root r ON r.id = u.source_root_id WHERE r.active
+"""
 
 
 # Scrubs: what to read again, and recording what differs.
@@ -754,21 +711,17 @@ class ScrubTarget(NamedTuple):
 
 def scrub_batch(connection: Connection, root_id: int, after: int) -> list[ScrubTarget]:
     """The next files of a root, by location id, without racy ones: the next scan hashes those."""
-    rows = connection.execute(
-        text(
-            """
-            SELECT l.id, l.path, l.device, l.inode, l.size_bytes, l.mtime_ns, l.ctime_ns,
-                   v.id, v.content_hash, k.id IS NOT NULL OR e.evicted_at IS NOT NULL
-            FROM cf_file_location l JOIN cf_file_version v ON v.id = l.current_version_id
-            LEFT JOIN cf_kept_content k ON k.content_hash = v.content_hash
-            LEFT JOIN cf_evicted_content e ON e.content_hash = v.content_hash
-            WHERE l.source_root_id = :root_id AND l.id > :after AND l.gone_at IS NULL
-              AND l.inode IS NOT NULL AND NOT l.racy
-            ORDER BY l.id LIMIT :batch
-            """
-        ),
-        {"root_id": root_id, "after": after, "batch": BATCH},
-    )
+    query = """
+        SELECT l.id, l.path, l.device, l.inode, l.size_bytes, l.mtime_ns, l.ctime_ns,
+               v.id, v.content_hash, k.id IS NOT NULL OR e.evicted_at IS NOT NULL
+        FROM cf_file_location l JOIN cf_file_version v ON v.id = l.current_version_id
+        LEFT JOIN cf_kept_content k ON k.content_hash = v.content_hash
+        LEFT JOIN cf_evicted_content e ON e.content_hash = v.content_hash
+        WHERE l.source_root_id = :root_id AND l.id > :after AND l.gone_at IS NULL
+          AND l.inode IS NOT NULL AND NOT l.racy
+        ORDER BY l.id LIMIT :batch
+        """
+    rows = execute(connection, query, root_id=root_id, after=after, batch=BATCH)
     return [
         ScrubTarget(row[0], row[1], Stat._make(row[2:7]), row[7], row[8], bool(row[9]))
         for row in rows

@@ -75,7 +75,7 @@ def test_what_only_reads_the_ledger_imports_nothing_heavy(
     casparian.run("publish", casparian.plugin("rows", ROWS), "--version", "1.0.0")
     (source / "a.txt").write_text("a\n")
     casparian.run("scan", "--drain")
-    heavy = "pandas pyarrow duckdb zmq nacl watchdog numpy uv"
+    heavy = "sqlalchemy pandas pyarrow duckdb zmq nacl watchdog asyncio numpy uv"
     assert not loaded_by(arguments, casparian.folder) & set(heavy.split())
 
 
