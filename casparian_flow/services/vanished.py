@@ -135,12 +135,16 @@ class Vanished:
             versions.drop_digests(connection, root_id, folder)
         left = [each for each in self._gone if each.location_id in elsewhere]
         moves.leave(query, [(each.location_id, each.inode, each.ctime_ns) for each in left])
-        gone = [each for each in self._gone if each.location_id in lost]
-        marked = versions.mark_gone(connection, root_id, [] if held else gone)
+        gone = [each for each in self._gone if each.location_id in lost and not held]
+        marked = versions.mark_gone(connection, root_id, gone)
         moved = moves.record(query, found)
         moves.looked_for(query)
         change = marked.change.plus(_seen(connection, moved))
-        if not (held or waits):
+        if held or waits:
+            # A lost folder that comes back as it was must be compared all the same.
+            folders = {each.path.rpartition(b"/")[0] for each in (*left, *gone)}
+            versions.doubt_directories(connection, root_id, folders)
+        else:
             for folder in self._lost:
                 versions.drop_digests(connection, root_id, folder)
             versions.save_directories(connection, root_id, self._digests)

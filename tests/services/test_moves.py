@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -103,6 +104,24 @@ def test_a_file_that_is_not_settled_at_its_new_place_is_not_gone(
     assert (report.gone, report.moved, len(moved(ledger))) == (0, 150, 150)
     shutil.rmtree(source / "night")
     assert scan(ledger, root, believe=True).gone == 150
+
+
+def test_a_folder_that_was_away_while_another_file_was_on_its_way_is_seen_again(
+    ledger: Ledger, source: Path, root: Root
+) -> None:
+    """It comes back with the digest that it had."""
+    put(source / "a/x.txt", "1", OLD)
+    put(source / "a/b/y.txt", "22", OLD)
+    put(source / "moves.txt", "333", OLD)
+    scan(ledger, root)
+    time.sleep(0.1)  # nothing is racy then, so the digests are saved
+    scan(ledger, root)
+    (source / "a").rename(source.parent / "away")
+    (source / "moves.txt").rename(source / "moved.txt")
+    assert scan(ledger, root._replace(settle_seconds=3600.0)).gone == 2
+    (source.parent / "away").rename(source / "a")
+    scan(ledger, root)
+    assert gone(ledger) == {b"moves.txt"}
 
 
 def test_a_rename_is_found_by_a_scan_of_the_new_folder_alone(
