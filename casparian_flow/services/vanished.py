@@ -130,15 +130,16 @@ class Vanished:
         held = len(lost) if held_since else 0
         if self._full:
             versions.save_scan_state(connection, root_id, held=held, held_since=held_since)
-        passed = versions.mark_gone(connection, root_id, self._ignored, PASSED_OVER).locations
-        for folder in self._hidden:
-            versions.drop_digests(connection, root_id, folder)
         left = [each for each in self._gone if each.location_id in elsewhere]
         moves.leave(query, [(each.location_id, each.inode, each.ctime_ns) for each in left])
         gone = [each for each in self._gone if each.location_id in lost and not held]
         marked = versions.mark_gone(connection, root_id, gone)
         moved = moves.record(query, found)
         moves.looked_for(query)
+        # Where one of these was a candidate, the next scan looks again.
+        passed = versions.mark_gone(connection, root_id, self._ignored, PASSED_OVER).locations
+        for folder in self._hidden:
+            versions.drop_digests(connection, root_id, folder)
         change = marked.change.plus(_seen(connection, moved))
         if held or waits:
             # A lost folder that comes back as it was must be compared all the same.

@@ -192,6 +192,21 @@ def test_which_of_several_equal_files_it_was_is_not_guessed(
     assert moved(ledger) == {b"a/x.txt": b"b/x.txt", b"a/y.txt": b"b/y.txt"}
 
 
+def test_a_copy_that_is_ignored_since_leaves_the_other_as_the_only_one(
+    ledger: Ledger, source: Path, root: Root
+) -> None:
+    for name in ("a.txt", "b.txt", "c.txt"):
+        put(source / name, "1", OLD)
+    scan(ledger, root)
+    (source / "a.txt").unlink()
+    scan(ledger, root)
+    assert moved(ledger) == {}
+    ignoring = root._replace(ignore="c.txt")
+    scan(ledger, ignoring)
+    scan(ledger, ignoring)
+    assert moved(ledger) == {b"a.txt": b"b.txt"}
+
+
 def test_a_folder_that_moves_beside_a_mass_deletion_is_not_held(
     ledger: Ledger, source: Path, root: Root
 ) -> None:
