@@ -61,11 +61,12 @@ has."""
 
 _READS = re.compile(
     r"(?:\s|--[^\n]*(?:\n|$)|/\*.*?\*/)*"
-    r"(?:(?:SELECT|VALUES|EXPLAIN|PRAGMA|BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE)\b"
+    r"(?:(?:SELECT|VALUES|EXPLAIN|PRAGMA|BEGIN|COMMIT|END|ROLLBACK|RELEASE)\b"
     r"|WITH\b(?!.*\b(?:INSERT|UPDATE|DELETE|REPLACE)\b))",
     re.IGNORECASE | re.DOTALL,
 )
-"""Statements that do not write. A read that this misses waits for the gate, and nothing worse."""
+"""Statements that do not write. A read that this misses waits for the gate, and nothing worse. A
+savepoint counts as a write: `begin_writing` restarts a transaction, which would undo it."""
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

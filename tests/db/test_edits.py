@@ -413,6 +413,24 @@ def test_what_users_change_in_their_sessions_is_sealed(settings: Settings) -> No
         ]
 
 
+def test_a_session_may_nest_before_it_writes(settings: Settings) -> None:
+    """What a nested transaction took back is in no seal, and what it kept is."""
+    engine = get_engine(settings.database)
+    with Session(engine) as db:
+        assert db.query(RoutingRule).count() == 0
+        nested = db.begin_nested()
+        db.add(RoutingRule(pattern="*.a", tag="t"))
+        db.flush()
+        nested.rollback()
+        with db.begin_nested():
+            db.add(RoutingRule(pattern="*.b", tag="t"))
+        db.commit()
+        assert [rule.pattern for rule in db.query(RoutingRule)] == ["*.b"]
+    engine.dispose()
+    with open_ledger(settings.database) as ledger:
+        assert verify(settings, ledger).problems == []
+
+
 FIRST_VERSIONS = """
 SELECT l.rel_path, v.id FROM cf_file_location l JOIN cf_file_version v ON v.location_id = l.id
 WHERE v.ordinal = 1
