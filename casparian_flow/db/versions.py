@@ -211,6 +211,39 @@ def doubt_directories(connection: Connection, root_id: int, paths: Collection[by
     )
 
 
+def unlinked_directories(connection: Connection, root_id: int) -> list[bytes]:
+    """Directories with present files whose deletion would not be found (`KnownDirectory`)."""
+    found = driver(connection).execute(
+        "SELECT path FROM cf_directory d WHERE source_root_id = ? AND parent_id IS NULL "
+        "AND path <> x'' AND EXISTS (SELECT 1 FROM cf_file_location "
+        "WHERE directory_id = d.id AND gone_at IS NULL)",
+        (root_id,),
+    )
+    return [path for (path,) in found.fetchall()]
+
+
+def link_directories(connection: Connection, root_id: int, paths: Collection[bytes]) -> None:
+    """Record what is above these directories, and have the next scan compare that."""
+    raw = driver(connection)
+    for path in paths:
+        child = path
+        while (parent := _parent(child)) is not None:
+            raw.execute(_DOUBT_OR_ADD, (root_id, parent))
+            raw.execute(_LINK, (root_id, parent, root_id, child))
+            child = parent
+
+
+_DOUBT_OR_ADD = """
+INSERT INTO cf_directory (source_root_id, path, digest) VALUES (?, ?, randomblob(8))
+ON CONFLICT (source_root_id, path) DO UPDATE SET digest = excluded.digest
+"""
+
+_LINK = """
+UPDATE cf_directory
+SET parent_id = (SELECT id FROM cf_directory WHERE source_root_id = ? AND path = ?)
+WHERE source_root_id = ? AND path = ?
+"""
+
 _ADD_DIRECTORY = """
 INSERT INTO cf_directory (source_root_id, path, parent_id, digest)
 VALUES (?, ?, (SELECT id FROM cf_directory WHERE source_root_id = ? AND path = ?), ?)

@@ -145,12 +145,15 @@ class _Scan:
         ended, began = self._note_writing(full=full)
         if not (full or ended or began or self.vanished.is_due(self.reads)):
             return
+        # Two scans at once, of a folder that is away now, may have left these.
+        unlinked = versions.unlinked_directories(self.reads, self.root.id) if full else []
 
         def work(connection: Connection) -> Settled:
             settled = self.vanished.settle(connection)
             crashpoint("scan.vanished")
             versions.change_unsettled(connection, self.root.id, ended, began)
             if full:
+                versions.link_directories(connection, self.root.id, unlinked)
                 self._finish(connection, device)
             return settled
 

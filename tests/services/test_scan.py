@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import stat
 import subprocess
@@ -126,6 +127,20 @@ def test_deleting_marks_and_returning_unmarks(ledger: Ledger, source: Path) -> N
     put(source / "folder/deep/drop", "3")
     assert scan(ledger, root).versions == 0
     assert gone(ledger) == {b"drop"}
+
+
+def test_a_folder_that_was_found_before_the_one_above_it_is_missed(
+    ledger: Ledger, source: Path
+) -> None:
+    """Nothing that the ledger has above it would say that it is not there any more."""
+    root = add_root(ledger, source)
+    scan(ledger, root)
+    put(source / "a/b/c/x.csv", "1")
+    scan(ledger, root, only=[b"a/b/c"])
+    shutil.rmtree(source / "a")
+    for _ in range(2):
+        scan(ledger, root)
+    assert gone(ledger) == {b"a/b/c/x.csv"}
 
 
 def test_a_file_that_becomes_a_folder_is_gone(ledger: Ledger, source: Path) -> None:
