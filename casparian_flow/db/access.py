@@ -371,17 +371,25 @@ class Ledger:
             self._broken.result()
         with _writing(driver(connection)) as raw:
             marks = seals.begin(raw)
+            is_alone = len(group) == 1
             for work, future in group:
-                raw.execute("SAVEPOINT request")
+                if not is_alone:  # a savepoint copies each page that is changed, to a file if many
+                    raw.execute("SAVEPOINT request")
                 try:
                     outcomes.append((future, work(connection), None))
                 except sqlite3.OperationalError:
                     raise
                 except Exception as error:  # noqa: BLE001 - given to the caller
                     # One request's error must not undo the others'.
-                    raw.execute("ROLLBACK TO request")
+                    if is_alone:
+                        raw.execute("ROLLBACK")
+                        raw.execute("BEGIN IMMEDIATE")
+                        marks = seals.begin(raw)
+                    else:
+                        raw.execute("ROLLBACK TO request")
                     outcomes.append((future, None, error))
-                raw.execute("RELEASE request")
+                if not is_alone:
+                    raw.execute("RELEASE request")
             seals.seal(raw, marks)
         self.failing = None
         for future, result, failure in outcomes:

@@ -341,7 +341,8 @@ def record(query: Query, found: Sequence[Move]) -> Recorded:
     moves = json.dumps([(move.version_id, move.to_version_id) for move in found])
     moved = query(
         """
-        UPDATE cf_gone_version SET to_version_id = json_extract(m.value, '$[1]'), found_at = ?
+        UPDATE cf_gone_version
+        SET to_version_id = json_extract(m.value, '$[1]'), found_at = ?, due = 0
         FROM json_each(?) m WHERE file_version_id = json_extract(m.value, '$[0]')
         AND to_version_id IS NULL RETURNING 1
         """,

@@ -29,6 +29,17 @@ JOIN cf_file_location l ON l.id = v.location_id ORDER BY l.id, v.ordinal
 
 JOBS = "SELECT file_version_id, plugin_name, status, reason FROM cf_processing_queue"
 
+MOVED = """
+SELECT g.file_version_id, t.location_id, t.ordinal FROM cf_gone_version g
+JOIN cf_file_version t ON t.id = g.to_version_id
+"""
+
+WORKED = """
+SELECT v.location_id, v.ordinal, l.current_version_id, j.plugin_name, j.status = 'COMPLETED'
+FROM cf_file_version v JOIN cf_file_location l ON l.id = v.location_id
+JOIN cf_processing_queue j ON j.file_version_id = v.id
+"""
+
 PLACED = {"lines": ["lines", "entries"], "sizes": ["sizes"]}
 """Plugin -> its topics."""
 
@@ -106,16 +117,18 @@ def _rows(
     """Every completed job's outputs are in their sinks once, and nothing else is."""
     times: dict[str, Counter[int]] = {topic: Counter() for topic in ("lines", *QUERIES)}
     for file in place.parquet.glob("*.parquet"):
-        if file.name in readers.files:
-            times["lines"][readers.files[file.name].version_id] += 1
+        if seen_file := readers.files.get((file.name, file.stat().st_ino)):
+            times["lines"][seen_file.version_id] += 1
     for topic in QUERIES:
         for seen, rows in _table(place, topic).items():
             times[topic][seen.version_id] = _copies(topic, seen, rows, history, complain)
+    moves = Moves(place)
     for (version_id, plugin), (status, _) in jobs.items():
         path, digest = versions[version_id]
+        shows = status == "COMPLETED" and not moves.has_moved(version_id, plugin)
         for topic in PLACED[plugin]:
             rowless = topic == "entries" and not history.contents[digest].lines
-            due = int(status == "COMPLETED" and not rowless)
+            due = int(shows and not rowless)
             found = times[topic].pop(version_id, 0)
             if found != due:
                 kind = "lost" if found < due else "twice"
@@ -123,6 +136,30 @@ def _rows(
     for topic, left in times.items():
         for version_id in left:
             complain("twice", f"{topic}: rows of version {version_id}, which has no such job")
+
+
+class Moves:
+    """Where the files of versions have gone, and what was worked there since."""
+
+    def __init__(self, place: Place) -> None:
+        self._moves = {version: (there, ordinal) for version, there, ordinal in place.ask(MOVED)}
+        self._worked: dict[int, list[tuple[int, str, bool]]] = defaultdict(list)
+        self._last: dict[int, int] = {}
+        for there, ordinal, last, plugin, done in place.ask(WORKED):
+            self._worked[there].append((ordinal, plugin, bool(done)))
+            self._last[there] = last
+
+    def has_moved(self, version_id: int | None, plugin: str) -> bool:
+        """Whether a version's rows show where its file went instead: the plugin, or else all that
+        want the file there, have worked it, there or where it went next."""
+        while version_id in self._moves:
+            there, first = self._moves[version_id]
+            worked = [each for each in self._worked[there] if each[0] >= first]
+            worked = [each for each in worked if each[1] == plugin] or worked
+            if worked and {each[1] for each in worked} == {each[1] for each in worked if each[2]}:
+                return True
+            version_id = self._last.get(there)
+        return False
 
 
 def _table(place: Place, topic: str) -> dict[Seen, list[Any]]:

@@ -7,12 +7,13 @@ and in SQLite all new rows of a version at once.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,8 +54,9 @@ class Readers(threading.Thread):
 
     def __init__(self, place: Place, history: History, complain: Complain) -> None:
         super().__init__(name="readers", daemon=True)
-        self.files: dict[str, Seen] = {}
-        """Parquet files that were read, each once: a published file never changes."""
+        self.files: dict[tuple[str, int], Seen] = {}
+        """Parquet files that were read, by name and inode, each once: a published file never
+        changes, but another may take its name."""
         self.polls = 0
         self._place = place
         self._history = history
@@ -87,14 +89,18 @@ class Readers(threading.Thread):
 
     def _poll_parquet(self) -> None:
         for file in self._place.parquet.glob("*.parquet"):
-            if file.name not in self.files:
-                try:
-                    self.files[file.name] = self._read(file)
-                except (OSError, KeyError, pa.ArrowException) as error:
-                    self._complain("partial", f"{file.name} is no whole file: {error}")
+            try:
+                with file.open("rb") as opened:
+                    key = file.name, os.fstat(opened.fileno()).st_ino
+                    if key not in self.files:
+                        self.files[key] = self._read(file, opened)
+            except FileNotFoundError:  # it was listed, and does not show any more
+                continue
+            except (OSError, KeyError, pa.ArrowException) as error:
+                self._complain("partial", f"{file.name} is no whole file: {error}")
 
-    def _read(self, file: Path) -> Seen:
-        table = pq.read_table(file)
+    def _read(self, file: Path, opened: BinaryIO) -> Seen:
+        table = pq.read_table(opened)
         footer = {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
         seen = Seen(int(footer["casparian.file_version_id"]), footer["casparian.source_hash"])
         rows = list(zip(table["number"].to_pylist(), table["line"].to_pylist(), strict=True))

@@ -144,6 +144,16 @@ def test_a_rename_is_found_by_a_scan_of_the_new_folder_alone(
     assert gone(ledger) == {b"b/x.txt"}
 
 
+def test_a_move_is_sealed_once(ledger: Ledger, source: Path, root: Root) -> None:
+    """A folder of many files would have the audit grow twice as much."""
+    put(source / "a/x.txt", "1", OLD)
+    scan(ledger, root)
+    (source / "a").rename(source / "b")
+    assert scan(ledger, root).moved == 1
+    query = "SELECT count(*) FROM cf_audit, json_each(detail, '$.moves.rows') WHERE action = 'seal'"
+    assert ledger.read(lambda c: c.execute(query).scalar_one()) == 1
+
+
 def test_a_file_moves_between_two_roots_whichever_is_scanned_first(
     ledger: Ledger, source: Path, root: Root
 ) -> None:
