@@ -22,6 +22,7 @@ from casparian_flow.db.access import Connection, Ledger, get_engine, open_ledger
 from casparian_flow.db.models import RoutingRule, SourceRoot
 from casparian_flow.errors import LedgerError
 from casparian_flow.services import backup
+from casparian_flow.services.verify import verify
 from tests.eventually import PATIENCE
 
 
@@ -86,6 +87,19 @@ def test_one_failing_request_does_not_undo_those_it_shared_a_transaction_with(
         with pytest.raises(ValueError, match="no"):
             bad.result()
     assert ledger.read(rules) == 1
+
+
+def test_a_failing_request_alone_leaves_nothing(ledger: Ledger, settings: Settings) -> None:
+    def fail(connection: Connection) -> None:
+        add_rule(connection, "bad")
+        raise ValueError("no")
+
+    for _ in range(2):  # the first transaction of a connection, and a later one
+        with pytest.raises(ValueError, match="no"):
+            ledger.write(fail)
+        ledger.write(lambda c: add_rule(c, "good"))
+    assert ledger.read(rules) == 2
+    assert verify(settings, ledger).problems == []
 
 
 def test_ddl_rolls_back_with_its_transaction(ledger: Ledger) -> None:
