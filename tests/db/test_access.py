@@ -94,10 +94,10 @@ def test_a_failing_request_alone_leaves_nothing(ledger: Ledger, settings: Settin
         add_rule(connection, "bad")
         raise ValueError("no")
 
-    for _ in range(2):  # the first transaction of a connection, and a later one
+    for n in range(2):  # the first transaction of a connection, and a later one
         with pytest.raises(ValueError, match="no"):
             ledger.write(fail)
-        ledger.write(lambda c: add_rule(c, "good"))
+        ledger.write(lambda c, n=n: add_rule(c, f"good {n}"))
     assert ledger.read(rules) == 2
     assert verify(settings, ledger).problems == []
 
