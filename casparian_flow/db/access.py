@@ -108,6 +108,9 @@ def get_engine(database: DatabaseSettings) -> Engine:
 
 
 def _on_begin(connection: sqlalchemy.Connection) -> None:
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        # Nothing would end the transaction, and what it wrote would be lost.
+        raise LedgerError("the ledger takes no AUTOCOMMIT", "leave out isolation_level, and commit")
     # sqlite3's own implicit BEGIN would leave DDL and SELECT outside the transaction.
     connection.exec_driver_sql("BEGIN")
 

@@ -337,6 +337,17 @@ def test_every_statement_that_writes_takes_its_turn(
     engine.dispose()
 
 
+def test_a_session_without_transactions_is_refused(settings: Settings) -> None:
+    """SQLAlchemy would not commit, so that its writes would be lost without a word."""
+    engine = get_engine(settings.database)
+    with (
+        engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection,
+        pytest.raises(LedgerError),
+    ):
+        connection.execute(insert(RoutingRule).values(pattern="*", tag="t"))
+    engine.dispose()
+
+
 @pytest.mark.parametrize("name", ["a?b", "a%41b", "a#b", "a&mode=ro"])
 def test_any_folder_may_hold_a_ledger(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
