@@ -202,7 +202,7 @@ def save_directories(
     return fresh
 
 
-def doubt_directories(connection: Connection, root_id: int, paths: Collection[bytes]) -> None:
+def invalidate_directories(connection: Connection, root_id: int, paths: Collection[bytes]) -> None:
     """Have the next scan compare the files of these directories."""
     execute_many(
         connection,
@@ -228,12 +228,12 @@ def link_directories(connection: Connection, root_id: int, paths: Collection[byt
     for path in paths:
         child = path
         while (parent := _parent(child)) is not None:
-            raw.execute(_DOUBT_OR_ADD, (root_id, parent))
+            raw.execute(_INVALIDATE_OR_ADD, (root_id, parent))
             raw.execute(_LINK, (root_id, parent, root_id, child))
             child = parent
 
 
-_DOUBT_OR_ADD = """
+_INVALIDATE_OR_ADD = """
 INSERT INTO cf_directory (source_root_id, path, digest) VALUES (?, ?, randomblob(8))
 ON CONFLICT (source_root_id, path) DO UPDATE SET digest = excluded.digest
 """

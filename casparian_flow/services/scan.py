@@ -386,7 +386,7 @@ class _Scan:
             # that were recorded before it.
             routing = Routing(connection)
             recorded = versions.record(connection, root_id, sightings, routing, fresh)
-            versions.doubt_directories(connection, root_id, recorded.stale)
+            versions.invalidate_directories(connection, root_id, recorded.stale)
             moved = self.vanished.follow(connection, sightings)
             placed.record(connection)
             crashpoint("scan.batch_written")

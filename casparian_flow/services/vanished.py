@@ -144,7 +144,7 @@ class Vanished:
         if held or waits:
             # A lost folder that comes back as it was must be compared all the same.
             folders = {each.path.rpartition(b"/")[0] for each in (*left, *gone)}
-            versions.doubt_directories(connection, root_id, folders)
+            versions.invalidate_directories(connection, root_id, folders)
         else:
             for folder in self._lost:
                 versions.drop_digests(connection, root_id, folder)

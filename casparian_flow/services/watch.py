@@ -252,7 +252,7 @@ class Changes:
         self._identity: tuple[int, int] | None = None
         self._lost = ""
         """Why the observer is not trusted any more."""
-        self._ear = _Ear(self)
+        self._loss_handler = _LossHandler(self)
         self._started = self._retry_at = self._pause = 0.0
 
     async def __aiter__(self) -> AsyncIterator[set[bytes] | None]:
@@ -314,7 +314,7 @@ class Changes:
         missed = [each for each in silent if each.found <= now - GRACE_SECONDS]
         self._suspects = [each for each in silent if each.found > now - GRACE_SECONDS]
         if self.state == WATCHING and any(each.after > self._started for each in missed):
-            self.distrust("it did not announce what a scan found")
+            self.fail("it did not announce what a scan found")
         self._before, self._begun = self._begun, now
         since, self._since = max(self._since, self._observed_since), time.time()
         return len(missed), since
@@ -327,7 +327,7 @@ class Changes:
             _Suspect(now, folder, self._before) for folder in folders if folder not in self._earlier
         ]
 
-    def distrust(self, why: str) -> None:
+    def fail(self, why: str) -> None:
         """Have the observer replaced, and then the root scanned in full; called on any thread."""
         self._lost, self._check_at = why, 0.0
         self._wake_up()
@@ -339,7 +339,7 @@ class Changes:
     def close(self) -> None:
         """End the observer and its threads."""
         observer, self._observer = self._observer, None
-        logging.getLogger("watchdog").removeHandler(self._ear)
+        logging.getLogger("watchdog").removeHandler(self._loss_handler)
         if observer is not None:
             observer.stop()
             with contextlib.suppress(RuntimeError):  # it was never started
@@ -412,7 +412,7 @@ class Changes:
         try:
             self._observer = Observer()
             self._observer.start()
-            logging.getLogger("watchdog").addHandler(self._ear)
+            logging.getLogger("watchdog").addHandler(self._loss_handler)
             self._identity = _identity(self.root.path)
             self._observer.schedule(
                 EventHandler(self), self.root.path, recursive=True, event_filter=_EVENTS
@@ -453,8 +453,8 @@ class EventHandler(FileSystemEventHandler):
                 self._changes.announce(name)
 
 
-class _Ear(logging.Handler):
-    """Hears that the observer of a root has lost events.
+class _LossHandler(logging.Handler):
+    """Fails the observer of a root that has lost events.
 
     watchdog only logs that, on the observer's thread: as `Inotify queue overflowed`, beside other
     warnings, or as an error where it cannot watch directories again. It watches all of them again
@@ -470,7 +470,7 @@ class _Ear(logging.Handler):
         message = record.getMessage()
         is_loss = record.levelno >= logging.ERROR or "overflow" in message.lower()
         if is_loss and self._changes.is_observed_by(record.thread):
-            self._changes.distrust("events were lost")
+            self._changes.fail("events were lost")
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> None:
